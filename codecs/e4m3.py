@@ -1,0 +1,70 @@
+"""Codebook levels that an 8-bit float holds exactly.
+
+float8_e4m3fn has 8 values an octave. Multiplied by one common factor, the `unit`, some of them come close to
+any 16 levels; which unit is best is found by an exact search. The level pattern repeats when the unit
+doubles, so one octave of units is all there is to search.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from quantpress.codecs.density import CoordinateDensity, Floats
+
+E4M3_MAX = 448.0
+E4M3_MIN_NORMAL = 2.0**-6
+
+_TOP_LEVEL = 8.0  # the largest scaled level lies in [8, 16): far from overflow, and the rest stay normal
+_SEARCH_STEPS = 1024
+_REFINE_STEPS = 50
+
+
+def fit_e4m3(half: Floats, head_dim: int) -> tuple[Floats, float]:
+    """The e4m3 pattern and unit with the least exact distortion near given levels.
+
+    Each of 1024 units in one octave gives a pattern, the levels divided by the unit and rounded. Each
+    pattern's own best unit then follows from the centroid condition, unit = E[x p] / E[p^2], iterated with
+    its thresholds.
+
+    Args:
+        half: [n] float64, the positive levels to come close to, ascending, in units of the coordinate.
+        head_dim: dimension D of the unit vector.
+
+    Returns:
+        (scaled [n] float64, each exactly representable in float8_e4m3fn, distinct, ascending and positive;
+        unit). The levels are scaled * unit.
+    """
+    density = CoordinateDensity(head_dim)
+    units = half[-1] / _TOP_LEVEL * 2.0 ** (-np.arange(_SEARCH_STEPS) / _SEARCH_STEPS)
+    patterns = {tuple(round_to_e4m3(half / unit).tolist()): float(unit) for unit in units}
+    best: tuple[float, Floats, float] | None = None
+    for values, start in patterns.items():
+        pattern = np.array(values)
+        if np.any(np.diff(pattern, prepend=0.0) <= 0):
+            continue
+        unit = _best_unit(density, pattern, start)
+        error = density.distortion(pattern * unit)
+        if best is None or error < best[0]:
+            best = error, pattern, unit
+    if best is None:
+        raise ArithmeticError(f"no e4m3 pattern keeps {half.size} levels apart at dimension {head_dim}")
+    return best[1], best[2]
+
+
+def round_to_e4m3(values: Floats) -> Floats:
+    """Nearest float8_e4m3fn of each value, as float64."""
+    rounded = torch.from_numpy(np.ascontiguousarray(values)).to(torch.float8_e4m3fn)
+    return np.asarray(rounded.double().numpy())
+
+
+def _best_unit(density: CoordinateDensity, pattern: Floats, unit: float) -> float:
+    for _ in range(_REFINE_STEPS):
+        low, high = density.cells(pattern * unit)
+        moved = float(
+            np.dot(pattern, density.first_moment(low, high)) / np.dot(pattern**2, density.mass(low, high))
+        )
+        if abs(moved - unit) <= 1e-15 * unit:
+            break
+        unit = moved
+    return unit

@@ -1,0 +1,69 @@
+"""First and second moments of keys and values over their tokens, in float32 with bounded workspace."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from quantpress.errors import EmptyContextError, InvalidInputError, NonFiniteError
+
+_CHUNK_VALUES = 2**22  # float32 workspace of 16 MB
+
+
+def token_mean(x: Tensor, name: str) -> Tensor:
+    """E[x] over tokens: [B, Hkv, T, D] -> [B, Hkv, D] float32.
+
+    Raises:
+        EmptyContextError: T is 0.
+        NonFiniteError: x, called `name` in the message, holds NaN or infinity.
+        InvalidInputError: x is not [B, Hkv, T, D].
+    """
+    _check_states(x, name)
+    total = torch.zeros(x.shape[0], x.shape[1], x.shape[3], dtype=torch.float32, device=x.device)
+    for chunk in _chunks(x):
+        total += chunk.sum(2, dtype=torch.float32)
+    return finite(total / x.shape[2], name)
+
+
+def token_energy(x: Tensor, centre: Tensor | None, name: str) -> Tensor:
+    """E[(x - centre)^2] over tokens: [B, Hkv, T, D] -> [B, Hkv, D] float32. Errors as for `token_mean`."""
+    _check_states(x, name)
+    total = torch.zeros(x.shape[0], x.shape[1], x.shape[3], dtype=torch.float32, device=x.device)
+    for chunk in _chunks(x):
+        deviation = chunk.float() if centre is None else chunk.float() - centre[:, :, None]
+        total += deviation.square().sum(2)
+    return finite(total / x.shape[2], name)
+
+
+def relative_moment(moment: Tensor, floor: float) -> Tensor:
+    """Moment over its mean over channels, at least `floor`; all ones where every channel is zero."""
+    average = moment.mean(-1, keepdim=True)
+    return torch.where(average > 0, moment / average, 1.0).clamp_min(floor)
+
+
+def finite(x: Tensor, name: str) -> Tensor:
+    """x itself.
+
+    Raises:
+        NonFiniteError: x holds NaN or infinity; the message calls it `name`.
+    """
+    if not bool(torch.isfinite(x).all()):
+        raise NonFiniteError(
+            f"{name} hold NaN or infinity; check the model's dtype (float16 overflows: load it in bfloat16)"
+        )
+    return x
+
+
+def _chunks(x: Tensor) -> Iterator[Tensor]:
+    tokens = max(1, _CHUNK_VALUES // max(1, x.shape[0] * x.shape[1] * x.shape[3]))
+    for start in range(0, x.shape[2], tokens):
+        yield x[:, :, start : start + tokens]
+
+
+def _check_states(x: Tensor, name: str) -> None:
+    if x.ndim != 4:
+        raise InvalidInputError(f"{name} must be [B, Hkv, T, D], got shape {tuple(x.shape)}")
+    if x.shape[2] == 0:
+        raise EmptyContextError(f"{name} of shape {tuple(x.shape)} hold no token; pack after the first one")
