@@ -1,0 +1,20 @@
+"""Storage: packed cache layers, their attention, their bytes."""
+
+from quantpress.cache.attention import install_packed_attention, uninstall_packed_attention
+from quantpress.cache.continuation import continue_inputs
+from quantpress.cache.layer import LayerSettings, LayerSnapshot, PackedLayer
+from quantpress.cache.memory import CacheMemory, LayerMemory, cache_memory
+from quantpress.cache.states import PackedStates
+
+__all__ = [
+    "CacheMemory",
+    "LayerMemory",
+    "LayerSettings",
+    "LayerSnapshot",
+    "PackedLayer",
+    "PackedStates",
+    "cache_memory",
+    "continue_inputs",
+    "install_packed_attention",
+    "uninstall_packed_attention",
+]

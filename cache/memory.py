@@ -1,0 +1,161 @@
+"""How many bytes a cache really holds: measured from the storage of its tensors, not computed from a bit width."""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from transformers.cache_utils import Cache
+
+from quantpress.cache.layer import PackedLayer
+
+BYTES_16_BIT = 2
+
+
+@dataclass(frozen=True)
+class LayerMemory:
+    """The bytes of one cache layer.
+
+    Args:
+        tokens: tokens kept (the longest head).
+        packed_tokens: how many of them are in packed pages.
+        packed_bytes: codes, scales and room to grow.
+        dense_bytes: tokens kept in 16 bits (or the model's dtype).
+        metadata_bytes: mean keys, channel weights and orders.
+        bf16_bytes: what the same tokens take in 16 bits.
+    """
+
+    tokens: int
+    packed_tokens: int
+    packed_bytes: int
+    dense_bytes: int
+    metadata_bytes: int
+    bf16_bytes: int
+
+    @property
+    def total_bytes(self) -> int:
+        """All bytes kept."""
+        return self.packed_bytes + self.dense_bytes + self.metadata_bytes
+
+
+@dataclass(frozen=True)
+class CacheMemory:
+    """The bytes of a cache, layer by layer.
+
+    Args:
+        layers: one entry a layer.
+    """
+
+    layers: tuple[LayerMemory, ...]
+
+    def _sum(self, name: str) -> int:
+        return sum(getattr(layer, name) for layer in self.layers)
+
+    @property
+    def packed_bytes(self) -> int:
+        """Codes, scales and room to grow."""
+        return self._sum("packed_bytes")
+
+    @property
+    def dense_bytes(self) -> int:
+        """Tokens kept in 16 bits (or the model's dtype)."""
+        return self._sum("dense_bytes")
+
+    @property
+    def metadata_bytes(self) -> int:
+        """Mean keys, channel weights and orders."""
+        return self._sum("metadata_bytes")
+
+    @property
+    def total_bytes(self) -> int:
+        """All bytes kept."""
+        return self._sum("total_bytes")
+
+    @property
+    def bf16_bytes(self) -> int:
+        """What the kept tokens take in 16 bits."""
+        return self._sum("bf16_bytes")
+
+    @property
+    def ratio(self) -> float:
+        """16-bit bytes of the kept tokens over the bytes kept; 1.0 for an empty cache."""
+        return self.bf16_bytes / self.total_bytes if self.total_bytes else 1.0
+
+    @property
+    def bits_per_value(self) -> float:
+        """True bits per cached number, everything included; 0.0 for an empty cache."""
+        values = self.bf16_bytes // BYTES_16_BIT
+        return 8 * self.total_bytes / values if values else 0.0
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain numbers, for JSON."""
+        totals = (
+            "packed_bytes",
+            "dense_bytes",
+            "metadata_bytes",
+            "total_bytes",
+            "bf16_bytes",
+            "ratio",
+            "bits_per_value",
+        )
+        layers = [{**asdict(layer), "total_bytes": layer.total_bytes} for layer in self.layers]
+        return {**{name: getattr(self, name) for name in totals}, "layers": layers}
+
+
+def cache_memory(cache: Cache) -> CacheMemory:
+    """Measure the storage of every tensor that a cache's layers keep.
+
+    Storages shared between tensors count once; a slice counts with the whole storage it keeps alive.
+
+    Args:
+        cache: any transformers cache, packed layers or not.
+
+    Returns:
+        Bytes by layer and part.
+    """
+    seen: set[int] = set()
+    return CacheMemory(tuple(_layer_memory(layer, seen) for layer in cache.layers))
+
+
+def _layer_memory(layer: Any, seen: set[int]) -> LayerMemory:
+    if isinstance(layer, PackedLayer):
+        dense = layer.dense_tensors()
+        tokens = layer.get_seq_length()
+        values = 0
+        if dense:
+            batch, heads = dense[0].shape[:2]
+            values = batch * heads * tokens * (dense[0].shape[-1] + dense[1].shape[-1])
+        return LayerMemory(
+            tokens=tokens,
+            packed_tokens=layer.packed_tokens,
+            packed_bytes=storage_bytes(layer.packed_tensors(), seen),
+            dense_bytes=storage_bytes(dense, seen),
+            metadata_bytes=storage_bytes(layer.metadata_tensors(), seen),
+            bf16_bytes=values * BYTES_16_BIT,
+        )
+    tensors = [t for t in vars(layer).values() if isinstance(t, torch.Tensor)]
+    states = [t for t in (layer.keys, layer.values) if isinstance(t, torch.Tensor)]
+    return LayerMemory(
+        tokens=states[0].shape[-2] if states and states[0].dim() == 4 else 0,
+        packed_tokens=0,
+        packed_bytes=0,
+        dense_bytes=storage_bytes(states, seen),
+        metadata_bytes=storage_bytes(tensors, seen),
+        bf16_bytes=sum(t.numel() for t in states) * BYTES_16_BIT,
+    )
+
+
+def storage_bytes(tensors: list[torch.Tensor], seen: set[int] | None = None) -> int:
+    """Bytes of the storages behind tensors, each storage once.
+
+    Args:
+        tensors: any tensors.
+        seen: data pointers already counted; extended.
+    """
+    seen = set() if seen is None else seen
+    total = 0
+    for tensor in tensors:
+        storage = tensor.untyped_storage()
+        if storage.nbytes() and storage.data_ptr() not in seen:
+            seen.add(storage.data_ptr())
+            total += storage.nbytes()
+    return total

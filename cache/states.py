@@ -1,0 +1,114 @@
+"""`PackedStates`: a tensor that stands for a packed layer's keys or values and decodes only when it must.
+
+`PackedLayer.update` returns two of these. Models hand them untouched to the attention function, where our dispatcher
+reads the packed view behind them. Any other operation (a stock attention, a press, a user's own code) sees an ordinary
+tensor: the first operation that needs numbers decodes them. Slicing the newest tokens off and selecting in the batch
+stay packed. Writing in place works: from then on this tensor is dense.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch.utils._pytree import tree_map
+
+from quantpress.cache.view import PackedView
+
+_aten = torch.ops.aten
+_SAME = {_aten.detach.default, _aten.alias.default, _aten.lift_fresh.default}
+
+
+class PackedStates(torch.Tensor):
+    """Keys [B, Hkv, T, D] or values [B, Hkv, T, Dv] of a packed view.
+
+    Args:
+        view: the tokens it stands for.
+        side: "keys" or "values".
+    """
+
+    view_of_layer: PackedView
+    side: str
+    _dense: torch.Tensor | None
+
+    @staticmethod
+    def __new__(cls, view: PackedView, side: str) -> "PackedStates":
+        like = getattr(view.sinks, side)
+        size = (*view.shape, like.shape[-1])
+        self: PackedStates = torch.Tensor._make_wrapper_subclass(
+            cls, size, dtype=view.dtype, device=like.device
+        )
+        self.view_of_layer, self.side, self._dense = view, side, None
+        return self
+
+    @property
+    def packed(self) -> PackedView | None:
+        """The view behind it; None once it was written to."""
+        return self.view_of_layer if self._dense is None else None
+
+    def dense(self) -> torch.Tensor:
+        """The decoded tensor."""
+        if self._dense is not None:
+            return self._dense
+        return self.view_of_layer.dense_keys() if self.side == "keys" else self.view_of_layer.dense_values()
+
+    def __repr__(self, *, tensor_contents: None = None) -> str:
+        return (
+            f"PackedStates({self.side}, shape={tuple(self.shape)}, dtype={self.dtype}, device={self.device})"
+        )
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self.dense().__reduce_ex__(protocol)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> torch.Tensor:
+        return self.dense().clone()
+
+    @classmethod
+    def __torch_dispatch__(
+        cls,
+        func: Any,
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        if isinstance(args[0], PackedStates) and args[0]._dense is None:
+            kept = _stays_packed(func, args[0], args, kwargs)
+            if kept is not None:
+                return kept
+        if func._schema.is_mutable:
+            for value in (*args, *kwargs.values()):
+                if isinstance(value, PackedStates):
+                    value._dense = value.dense()
+        result = func(*tree_map(_to_dense, args), **tree_map(_to_dense, dict(kwargs)))
+        if func._schema.is_mutable and isinstance(args[0], PackedStates) and result is args[0]._dense:
+            return args[0]
+        return result
+
+
+def _to_dense(value: Any) -> Any:
+    return value.dense() if isinstance(value, PackedStates) else value
+
+
+def _stays_packed(func: Any, states: PackedStates, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """The packed result of an operation that needs no numbers, or None."""
+    view, side = states.view_of_layer, states.side
+    if func in _SAME or func is _aten.clone.default:
+        return PackedStates(view, side)
+    if (
+        func is _aten._to_copy.default
+        and kwargs.get("dtype", view.dtype) == view.dtype
+        and not kwargs.get("device")
+    ):
+        return PackedStates(view, side)
+    if func is _aten.slice.Tensor:
+        dim, start, end, step = (*args[1:], *(None, None, None, 1)[len(args) - 1 :])
+        dim = (dim or 0) % 4
+        size = states.shape[dim]
+        end = size if end is None else min(end if end >= 0 else max(end + size, 0), size)
+        if start in (None, 0) and step == 1 and (dim == 2 or end == size):
+            return PackedStates(view.narrow(end) if dim == 2 else view, side)
+    if func is _aten.index_select.default and args[1] % 4 == 0:
+        return PackedStates(view.map(lambda t: t.index_select(0, args[2])), side)
+    if func is _aten.index.Tensor and len(args[1]) == 1:
+        return PackedStates(view.map(lambda t: t[args[1][0]]), side) if args[1][0].dim() == 1 else None
+    return None

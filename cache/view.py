@@ -1,0 +1,101 @@
+"""A fixed view of a packed layer's tokens: what attention reads, and what dense tensors are decoded from."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+
+from quantpress.kernels.attend import DenseSegment, PackedSegment, PackedSide, Segment
+from quantpress.kernels.layout import PAGE_TOKENS
+
+
+@dataclass(frozen=True)
+class PackedView:
+    """Sink tokens, then packed pages, then recent tokens, at one moment.
+
+    Args:
+        sinks: the first tokens, 16 bits.
+        packed: the pages.
+        recent: the last tokens, 16 bits.
+        tokens: how many of them are in view, counted from the first.
+        dtype: of the model's keys and values.
+    """
+
+    sinks: DenseSegment
+    packed: PackedSegment
+    recent: DenseSegment
+    tokens: int
+    dtype: torch.dtype
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(B, Hkv, tokens in view)."""
+        return (*self.sinks.keys.shape[:2], self.tokens)
+
+    def narrow(self, tokens: int) -> "PackedView":
+        """The first `tokens` tokens."""
+        return replace(self, tokens=min(tokens, self.tokens))
+
+    def segments(self) -> list[Segment]:
+        """The tokens in view as attention segments; a page that is cut is decoded."""
+        sinks, pages = self.sinks.tokens, self.packed.tokens
+        if self.tokens <= sinks:
+            return [_first(self.sinks, self.tokens)]
+        inside = self.tokens - sinks
+        if inside >= pages:
+            return [self.sinks, self.packed, _first(self.recent, inside - pages)]
+        whole, rest = divmod(inside, PAGE_TOKENS)
+        segments: list[Segment] = [self.sinks]
+        if whole:
+            segments.append(self._pages(0, whole))
+        if rest:
+            cut = self._pages(whole, whole + 1)
+            dense = DenseSegment(decode(cut.keys, self.dtype), decode(cut.values, self.dtype))
+            segments.append(_first(dense, rest))
+        return segments
+
+    def _pages(self, start: int, stop: int) -> PackedSegment:
+        keys, values = self.packed.keys, self.packed.values
+        return PackedSegment(
+            replace(keys, planes=keys.narrow(start, stop)), replace(values, planes=values.narrow(start, stop))
+        )
+
+    def dense_keys(self) -> torch.Tensor:
+        """Every key in view, decoded: [B, Hkv, tokens, D]."""
+        return torch.cat([segment_keys(segment, self.dtype) for segment in self.segments()], dim=2)
+
+    def dense_values(self) -> torch.Tensor:
+        """Every value in view, decoded: [B, Hkv, tokens, Dv]."""
+        return torch.cat([segment_values(segment, self.dtype) for segment in self.segments()], dim=2)
+
+    def map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "PackedView":
+        """A view with `change` applied to every tensor (each has the batch first)."""
+
+        def dense(segment: DenseSegment) -> DenseSegment:
+            return DenseSegment(change(segment.keys), change(segment.values))
+
+        def side(packed: PackedSide) -> PackedSide:
+            planes = {name: change(plane) for name, plane in packed.planes.items()}
+            return PackedSide(packed.codec, planes, packed.transform.map(change))
+
+        pages = PackedSegment(side(self.packed.keys), side(self.packed.values))
+        return replace(self, sinks=dense(self.sinks), packed=pages, recent=dense(self.recent))
+
+
+def _first(segment: DenseSegment, tokens: int) -> DenseSegment:
+    return DenseSegment(segment.keys[:, :, :tokens], segment.values[:, :, :tokens])
+
+
+def decode(side: PackedSide, dtype: torch.dtype) -> torch.Tensor:
+    """All tokens of packed pages, decoded: [B, Hkv, T, D] in `dtype`."""
+    return side.codec.decode(side.planes, side.transform, dtype)
+
+
+def segment_keys(segment: Segment, dtype: torch.dtype) -> torch.Tensor:
+    """The keys of a segment, [B, Hkv, T, D] in `dtype`."""
+    return segment.keys if isinstance(segment, DenseSegment) else decode(segment.keys, dtype)
+
+
+def segment_values(segment: Segment, dtype: torch.dtype) -> torch.Tensor:
+    """The values of a segment, [B, Hkv, T, Dv] in `dtype`."""
+    return segment.values if isinstance(segment, DenseSegment) else decode(segment.values, dtype)

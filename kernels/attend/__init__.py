@@ -1,0 +1,52 @@
+"""Decode attention over dense and packed segments: the public entry, and the seam where a device kernel goes in."""
+
+from collections.abc import Sequence
+
+import torch
+
+from quantpress.errors import InvalidInputError
+from quantpress.kernels.attend.operands import DenseSegment, PackedSegment, PackedSide, Segment, Visibility
+from quantpress.kernels.attend.reference import attend_reference
+
+__all__ = ["DenseSegment", "PackedSegment", "PackedSide", "Segment", "Visibility", "attend"]
+
+
+def attend(
+    query: torch.Tensor,
+    segments: Sequence[Segment],
+    visibility: Visibility,
+    *,
+    scaling: float,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """softmax(scaling * q.k + mask) v over the tokens of all segments, without decoding them all at once.
+
+    Args:
+        query: [B, Hq, Tq, D] any float dtype, post-RoPE.
+        segments: the tokens in order; each dense or packed; at least one token in all.
+        visibility: who sees what.
+        scaling: factor on q.k.
+        softcap: scores become softcap * tanh(score / softcap) (Gemma 2), or None.
+        sinks: [Hq] learned logits that take part in the softmax and carry no value (gpt-oss), or None.
+
+    Returns:
+        [B, Hq, Tq, Dv] in the query's dtype. A query that sees nothing gets zeros.
+
+    Raises:
+        InvalidInputError: no token, or the segments' length is not what `visibility` says, or Hq is not a
+            multiple of Hkv.
+    """
+    filled = [segment for segment in segments if segment.tokens > 0]
+    tokens = sum(segment.tokens for segment in filled)
+    if tokens == 0 or tokens != visibility.tokens:
+        raise InvalidInputError(
+            f"attention over {tokens} tokens, but the mask is for {visibility.tokens}; pass both alike"
+        )
+    first = filled[0]
+    heads = (first.keys if isinstance(first, DenseSegment) else next(iter(first.keys.planes.values()))).shape[
+        1
+    ]
+    if query.shape[1] % heads:
+        raise InvalidInputError(f"{query.shape[1]} query heads are not a multiple of {heads} KV heads")
+    return attend_reference(query, filled, visibility, scaling=scaling, softcap=softcap, sinks=sinks)

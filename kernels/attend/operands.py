@@ -1,0 +1,129 @@
+"""What attention reads: segments of tokens, and what limits who sees whom.
+
+Shapes: B batch, Hq query heads, Hkv KV heads, Tq query tokens, T key tokens, D head_dim of keys, Dv of values.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from quantpress.codecs.transform import ChannelTransform
+from quantpress.kernels.layout import PAGE_TOKENS
+from quantpress.kernels.page_codec import PageCodec, Planes
+
+
+@dataclass(frozen=True)
+class DenseSegment:
+    """Tokens kept as they are.
+
+    Args:
+        keys: [B, Hkv, T, D] any float dtype.
+        values: [B, Hkv, T, Dv] any float dtype.
+    """
+
+    keys: torch.Tensor
+    values: torch.Tensor
+
+    @property
+    def tokens(self) -> int:
+        return self.keys.shape[2]
+
+
+@dataclass(frozen=True)
+class PackedSide:
+    """The keys, or the values, of packed pages.
+
+    Args:
+        codec: what packed them.
+        planes: tensors [B, Hkv, P, ...] of the codec.
+        transform: the channel transform of these planes, per [B, Hkv].
+    """
+
+    codec: PageCodec
+    planes: Planes
+    transform: ChannelTransform
+
+    @property
+    def pages(self) -> int:
+        return next(iter(self.planes.values())).shape[2]
+
+    def narrow(self, start: int, stop: int) -> Planes:
+        """The planes of pages `start` to `stop`, as views."""
+        return {name: plane[:, :, start:stop] for name, plane in self.planes.items()}
+
+
+@dataclass(frozen=True)
+class PackedSegment:
+    """Tokens in packed pages, `PAGE_TOKENS` to a page, all pages whole.
+
+    Args:
+        keys: the key side, P pages.
+        values: the value side, P pages.
+    """
+
+    keys: PackedSide
+    values: PackedSide
+
+    @property
+    def tokens(self) -> int:
+        return self.keys.pages * PAGE_TOKENS
+
+
+Segment = DenseSegment | PackedSegment
+
+
+@dataclass(frozen=True)
+class Visibility:
+    """Which key tokens each query token sees.
+
+    Args:
+        queries: Tq.
+        tokens: T over all segments.
+        causal: query i of Tq sees tokens up to T - Tq + i (aligned at the bottom right).
+        mask: [B or 1, 1 or Hq, Tq or 1, >= T] bool (True: seen) or float (added to scores), or None.
+        dropped: [B, Hkv, T] bool, True where a KV head must not see a token, or None.
+    """
+
+    queries: int
+    tokens: int
+    causal: bool = True
+    mask: torch.Tensor | None = None
+    dropped: torch.Tensor | None = None
+
+    def bias(
+        self, start: int, stop: int, shape: tuple[int, int, int, int], device: torch.device
+    ) -> torch.Tensor | None:
+        """What to add to the scores of tokens `start` to `stop`.
+
+        Args:
+            start: first token.
+            stop: one past the last token.
+            shape: (B, Hkv, G, Tq) of the scores' leading dimensions.
+            device: where.
+
+        Returns:
+            float32 broadcastable to [B, Hkv, G, Tq, stop - start], or None when everything is seen.
+        """
+        heads, group = shape[1], shape[2]
+        total: torch.Tensor | None = None
+        if self.mask is not None:
+            part = self.mask[..., start:stop].to(device)
+            part = additive(part) if part.dtype == torch.bool else part.float()
+            if part.shape[1] == 1:
+                total = part.unsqueeze(1)  # [B or 1, 1, 1, Tq or 1, n]
+            else:
+                total = part.reshape(part.shape[0], heads, group, part.shape[2], part.shape[3])
+        elif self.causal and self.queries > 1 and stop > self.tokens - self.queries + 1:
+            last = torch.arange(self.tokens - self.queries, self.tokens, device=device).unsqueeze(
+                1
+            )  # [Tq, 1]
+            total = additive(torch.arange(start, stop, device=device).unsqueeze(0) <= last)
+        if self.dropped is not None:
+            part = additive(~self.dropped[:, :, start:stop].to(device))[:, :, None, None]
+            total = part if total is None else total + part
+        return total
+
+
+def additive(seen: torch.Tensor) -> torch.Tensor:
+    """0 where `seen` is True and minus infinity elsewhere, float32."""
+    return torch.zeros(seen.shape, dtype=torch.float32, device=seen.device).masked_fill_(~seen, float("-inf"))
