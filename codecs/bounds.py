@@ -1,6 +1,6 @@
-"""What a code of b bits per coordinate can reach: the limit, the paper's bounds and the exact optimum of a scalar.
+"""What a code of b bits per coordinate can reach: the limit, the paper's bounds, the exact scalar optimum.
 
-All are squared errors E|u - decode(u)|^2 of a unit vector u. They take fractional bits where a formula allows it.
+All are squared errors E|u - decode(u)|^2 of a unit vector u. Bits may be fractional where a formula allows it.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import math
 from quantpress.codecs.codebook import codebook
 
 PAPER_MSE_CONSTANT = math.sqrt(3) * math.pi / 2
-"""TurboQuant, arXiv 2504.19874, Theorem 1 (the high-resolution constant of Panter and Dite for a Gaussian)."""
+"""TurboQuant, arXiv 2504.19874, Theorem 1: the high-resolution constant of Panter and Dite, Gaussian case."""
 
 PAPER_PRODUCT_CONSTANT = math.sqrt(3) * math.pi**2
 """TurboQuant, arXiv 2504.19874, Theorem 2."""
@@ -24,7 +24,7 @@ def shannon_distortion(bits: float) -> float:
     >>> shannon_distortion(2)
     0.0625
     """
-    return 4.0**-bits
+    return math.pow(4.0, -bits)
 
 
 def paper_mse_bound(bits: float) -> float:

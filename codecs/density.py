@@ -65,11 +65,10 @@ class CoordinateDensity:
         return np.concatenate([[0.0], middle]), np.concatenate([middle, [1.0]])
 
     def distortion(self, half: Floats) -> float:
-        """E|u - decode(u)|^2 of a uniform unit vector u, exact, for the levels +-half at nearest-level
-        decisions.
+        """Exact E|u - decode(u)|^2 of a uniform unit vector u that is rounded to the nearest level.
 
         Args:
-            half: [n] float64, the positive levels, ascending, in units of the coordinate.
+            half: [n] float64, the positive levels, ascending, in units of the coordinate; the rest mirror them.
         """
         low, high = self.cells(half)
         second_moment = 1.0 / (2 * self.dim)  # of one positive half; all of it sums to 1 / D

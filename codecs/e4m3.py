@@ -18,6 +18,7 @@ E4M3_MIN_NORMAL = 2.0**-6
 _TOP_LEVEL = 8.0  # the largest scaled level lies in [8, 16): far from overflow, and the rest stay normal
 _SEARCH_STEPS = 1024
 _REFINE_STEPS = 50
+_LEAST_GAIN = 1e-12  # less is rounding noise between patterns that are multiples of each other
 
 
 def fit_e4m3(half: Floats, head_dim: int) -> tuple[Floats, float]:
@@ -40,12 +41,12 @@ def fit_e4m3(half: Floats, head_dim: int) -> tuple[Floats, float]:
     patterns = {tuple(round_to_e4m3(half / unit).tolist()): float(unit) for unit in units}
     best: tuple[float, Floats, float] | None = None
     for values, start in patterns.items():
-        pattern = np.array(values)
-        if np.any(np.diff(pattern, prepend=0.0) <= 0):
+        if len(set(values)) < half.size:
             continue
+        pattern = np.array(values)
         unit = _best_unit(density, pattern, start)
         error = density.distortion(pattern * unit)
-        if best is None or error < best[0]:
+        if best is None or error < best[0] * (1 - _LEAST_GAIN):
             best = error, pattern, unit
     if best is None:
         raise ArithmeticError(f"no e4m3 pattern keeps {half.size} levels apart at dimension {head_dim}")

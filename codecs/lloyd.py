@@ -14,8 +14,8 @@ from quantpress.errors import UnsupportedBitsError
 
 MAX_BITS = 8
 
-_TOLERANCE = 1e-13  # of the largest level
-_MAX_STEPS = 200
+_TOLERANCE = 1e-12  # of the largest level
+_MAX_STEPS = 100
 
 
 def lloyd_max(bits: int, head_dim: int) -> Tensor:
@@ -73,7 +73,9 @@ def positive_levels(bits: int, head_dim: int) -> Floats:
     for _ in range(_MAX_STEPS):
         step = _newton_step(density, half)
         moved = half + step
-        if np.any(np.diff(moved, prepend=0.0, append=1.0) <= 0):  # overshot: one plain Lloyd step instead
+        if np.any(
+            np.diff(np.concatenate([[0.0], moved, [1.0]])) <= 0
+        ):  # overshot: one plain Lloyd step instead
             low, high = density.cells(half)
             moved = density.first_moment(low, high) / density.mass(low, high)
         half = moved

@@ -44,7 +44,7 @@ def relative_moment(moment: Tensor, floor: float) -> Tensor:
 
 
 def finite(x: Tensor, name: str) -> Tensor:
-    """x itself.
+    """Hand x back when all of it is finite.
 
     Raises:
         NonFiniteError: x holds NaN or infinity; the message calls it `name`.

@@ -1,5 +1,4 @@
-"""What a codec is: the one value that encode, decode, attention, memory accounting and saved caches agree
-on."""
+"""What a codec is: the one value that encode, decode, attention, accounting and saved caches agree on."""
 
 from __future__ import annotations
 

@@ -53,7 +53,13 @@ class ChannelTransform:
             )
 
     def apply(self, x: Tensor) -> Tensor:
-        """y = ((x - mean) * weight)[order]: [B, Hkv, ..., D] floating -> the same shape in float32.
+        """Prepare keys or values: y = ((x - mean) * weight)[order].
+
+        Args:
+            x: [B, Hkv, ..., D] floating, any number of middle dimensions.
+
+        Returns:
+            The same shape in float32.
 
         Raises:
             InvalidInputError: x's heads or channels are not the transform's (also from the methods below).
@@ -66,7 +72,7 @@ class ChannelTransform:
         return y if self.order is None else _gather(y, self.order)
 
     def invert(self, y: Tensor) -> Tensor:
-        """The x that `apply` takes to y: [B, Hkv, ..., D] floating -> the same shape in float32."""
+        """Undo `apply`: [B, Hkv, ..., D] floating -> the same shape in float32."""
         x = self._checked(y)
         if self.order is not None:
             x = _gather(x, self.order.long().argsort(-1))
@@ -75,7 +81,7 @@ class ChannelTransform:
         return x if self.mean is None else x + _spread(self.mean, x)
 
     def query(self, q: Tensor) -> Tensor:
-        """(q / weight)[order], so that q.x == query(q).apply(x) + bias(q).
+        """Prepare queries: (q / weight)[order], so that q.x == query(q).apply(x) + bias(q).
 
         Args:
             q: [B, Hkv, ..., D] floating, the query heads of a KV head among the middle dimensions.
@@ -89,7 +95,7 @@ class ChannelTransform:
         return y if self.order is None else _gather(y, self.order)
 
     def bias(self, q: Tensor) -> Tensor:
-        """q.mean, what all keys of a head add to its scores: [B, Hkv, ..., D] -> [B, Hkv, ...] float32."""
+        """Score of the mean key, q.mean: [B, Hkv, ..., D] floating -> [B, Hkv, ...] float32."""
         y = self._checked(q)
         if self.mean is None:
             return y.new_zeros(y.shape[:-1])
