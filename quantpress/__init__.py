@@ -1,0 +1,90 @@
+"""Compose KV-cache presses: evict with any kvpress press, then pack what is left in 2 to 4 bits a value.
+
+>>> from quantpress import Compose, SnapKV, TurboQuant
+>>> press = Compose([SnapKV, TurboQuant])
+
+Importing quantpress is light: torch, transformers and kvpress are imported when a name that needs them is
+first used. Every press of `quantpress.presses` can be imported from here too. Naming a press or a pipeline
+also registers the task "kv-press-text-generation", so that `transformers.pipeline` finds it.
+"""
+
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
+
+from quantpress.errors import (
+    CompositionError,
+    ContextTooLongError,
+    EmptyContextError,
+    InvalidInputError,
+    ModelFilesError,
+    NonFiniteError,
+    QuantPressError,
+    UnsupportedBitsError,
+    UnsupportedHeadDimError,
+    UnsupportedModelError,
+)
+
+if TYPE_CHECKING:
+    from quantpress.cache import PackedLayer, cache_memory, continue_inputs
+    from quantpress.cache.codec import TurboQuantCodec
+    from quantpress.pipelines.text_generation import TextGenerationPipeline
+    from quantpress.presses import *  # noqa: F403
+    from quantpress.presses import Compose, TurboQuant
+
+__all__ = [
+    "Compose",
+    "CompositionError",
+    "ContextTooLongError",
+    "EmptyContextError",
+    "InvalidInputError",
+    "ModelFilesError",
+    "NonFiniteError",
+    "PackedLayer",
+    "QuantPressError",
+    "TextGenerationPipeline",
+    "TurboQuant",
+    "TurboQuantCodec",
+    "UnsupportedBitsError",
+    "UnsupportedHeadDimError",
+    "UnsupportedModelError",
+    "cache_memory",
+    "continue_inputs",
+]
+
+try:
+    __version__ = version("quantpress")
+except PackageNotFoundError:  # a source tree that was never installed
+    __version__ = "0+unknown"
+
+_FOLDERS = frozenset({"cache", "codecs", "kernels", "pipelines", "presses"})
+_LAZY = {
+    "Compose": "quantpress.presses",
+    "PackedLayer": "quantpress.cache",
+    "TextGenerationPipeline": "quantpress.pipelines.text_generation",
+    "TurboQuant": "quantpress.presses",
+    "TurboQuantCodec": "quantpress.cache.codec",
+    "cache_memory": "quantpress.cache",
+    "continue_inputs": "quantpress.cache",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _FOLDERS:
+        return import_module(f"quantpress.{name}")
+    home = _LAZY.get(name)
+    # Press names are class names; any other unknown name is answered without importing anything.
+    if home is None and name[:1].isupper() and name in import_module("quantpress.presses").__all__:
+        home = "quantpress.presses"
+    if home is None:
+        raise AttributeError(f"module 'quantpress' has no attribute {name!r}")
+    if home.startswith(("quantpress.presses", "quantpress.pipelines")):
+        import_module("quantpress.pipelines").register()
+    value = getattr(import_module(home), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    presses = import_module("quantpress.presses").__all__
+    return sorted({*globals(), *__all__, *_FOLDERS, *presses})

@@ -1,0 +1,70 @@
+# `make demo` and `make test` do all of the set-up: an environment in .venv with the pinned set of constraints.txt.
+#   make demo PYTHON=python3.12      another interpreter
+#   make demo ARGS="--tokens 2048"   options of the command
+#   make test ARGS="-k codebook"     options of pytest
+PYTHON ?= python3
+VENV ?= .venv
+WORKERS ?= 2
+ARGS ?=
+
+BIN := $(VENV)/bin
+SET := pyproject.toml constraints.txt
+
+# The folder kernels/ must never be taken for Hugging Face's package of that name: keep this directory off sys.path.
+export PYTHONSAFEPATH := 1
+
+.PHONY: help demo test test-gpu check format clean
+.DEFAULT_GOAL := help
+
+help:
+	@echo "make demo      set up, fetch the default model, ask it about a book over compressed caches"
+	@echo "make test      set up, run every test that needs no GPU"
+	@echo "make test-gpu  set up, run the tests that need a CUDA device"
+	@echo "make check     format, lint, strict types, then the tests"
+	@echo "make format    rewrite the sources in the project's format"
+	@echo "make clean     remove .venv and everything that was built"
+
+demo: $(VENV)/.ready
+	$(BIN)/python -m quantpress demo $(ARGS)
+
+test: $(VENV)/.ready-test
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not gpu" $(ARGS)
+
+test-gpu: $(VENV)/.ready-test
+	$(BIN)/python -m pytest -m gpu $(ARGS)
+
+check: $(VENV)/.ready-dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy -p quantpress
+	@$(MAKE) --no-print-directory test
+
+format: $(VENV)/.ready-dev
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix-only --exit-zero .
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# One stamp for each set of extras; a larger set is also every smaller one.
+$(VENV)/.ready: $(SET)
+	$(call install,.)
+	@touch $@
+
+$(VENV)/.ready-test: $(SET)
+	$(call install,.[test])
+	@touch $@ $(VENV)/.ready
+
+$(VENV)/.ready-dev: $(SET)
+	$(call install,.[dev])
+	@touch $@ $(VENV)/.ready-test $(VENV)/.ready
+
+define install
+@command -v "$(PYTHON)" >/dev/null || { echo "quantpress needs Python 3.10 or later, and there is no '$(PYTHON)' here." \
+	"Name another one: make PYTHON=/path/to/python ..." >&2; exit 1; }
+@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "quantpress needs Python 3.10 or later," \
+	"and '$(PYTHON)' is $$("$(PYTHON)" --version 2>&1). Name another one: make PYTHON=python3.12 ..." >&2; exit 1; }
+@$(BIN)/python -m pip --version >/dev/null 2>&1 || "$(PYTHON)" -m venv --clear $(VENV)
+$(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt --editable "$(1)"
+endef
