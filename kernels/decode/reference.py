@@ -1,0 +1,152 @@
+"""Decoding in plain PyTorch: the truth that device kernels are held to, and the decode path on a CPU.
+
+A table lookup makes float32 levels of four codes at a time (`read_pages`); one more pass multiplies them by
+their scales and writes them where they belong. Chunks keep the workspace in a core's cache.
+"""
+
+from collections.abc import Callable
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from quantpress.codecs.codebook import Codebook
+from quantpress.codecs.qjl import SQRT_HALF_PI
+from quantpress.codecs.spec import CodecSpec
+from quantpress.codecs.transform import ChannelTransform
+from quantpress.errors import InvalidInputError
+from quantpress.kernels.layout import PAGE_TOKENS, page_bytes, page_table, read_pages
+
+WORKSPACE_VALUES = 1 << 19  # coordinates decoded at a time
+
+
+def decode_code_space(planes: dict[str, Tensor], spec: CodecSpec) -> Tensor:
+    """Decode pages into code space, where q.x = to_code_space(query(q)) . y + bias(q).
+
+    Args:
+        planes: from `encode_pages` (views of whole pages will do), B x Hkv x P pages.
+        spec: the codec that made them.
+
+    Returns:
+        [B, Hkv, T, D] float32, T = 128 * P: scale times level, groups side by side; for the "prod" estimator
+        plus sqrt(pi / 2) / D * residual norm * (sketch signs @ sketch_matrix). Keys are contiguous, values
+        are the transpose of a contiguous [B, Hkv, D, T], as in their pages.
+
+    Raises:
+        InvalidInputError: the planes are not this codec's.
+
+    Source: TurboQuant, arXiv 2504.19874, Algorithms 1 and 2.
+    """
+    batch, heads, pages = _check_planes(planes, spec)
+    device = planes["codes0"].device
+    rows, dim = batch * heads, spec.head_dim
+    if spec.role == "key":
+        out = torch.empty(rows, pages, PAGE_TOKENS, dim, dtype=torch.float32, device=device)
+        result = out.view(batch, heads, pages * PAGE_TOKENS, dim)
+    else:
+        store = torch.empty(rows, dim, pages, PAGE_TOKENS, dtype=torch.float32, device=device)
+        out = store.permute(0, 2, 3, 1)
+        result = store.view(batch, heads, dim, pages * PAGE_TOKENS).transpose(-1, -2)
+    start = 0
+    for i, group in enumerate(spec.groups):
+        table = _level_table(spec.codebook_of(i), device)
+        target = out[..., start : start + group.channels]
+        _decode_plane(planes[f"codes{i}"], planes[f"scale{i}"], table, group.bits, spec.role, target)
+        start += group.channels
+    if spec.estimator == "prod":
+        signs = torch.empty_like(out)  # times the residual norm
+        _decode_plane(planes["sketch"], planes["residual"], _sign_table(device), 1, spec.role, signs)
+        out += (signs @ spec.sketch_matrix(device, torch.float32)).mul_(SQRT_HALF_PI / spec.head_dim)
+    return result
+
+
+def to_code_space(q: Tensor, spec: CodecSpec) -> Tensor:
+    """Rotate each channel group: [..., D] floating, already through the transform -> [..., D] float32."""
+    return _by_group(q, spec, lambda part, i: spec.rotation_of(i).forward(part))
+
+
+def from_code_space(y: Tensor, spec: CodecSpec) -> Tensor:
+    """Undo `to_code_space`: [..., D] floating -> [..., D] float32."""
+    return _by_group(y, spec, lambda part, i: spec.rotation_of(i).inverse(part))
+
+
+def decode_pages(
+    planes: dict[str, Tensor], spec: CodecSpec, transform: ChannelTransform, dtype: torch.dtype
+) -> Tensor:
+    """Decode pages to the vectors they stand for.
+
+    Args:
+        planes: from `encode_pages`, B x Hkv x P pages.
+        spec: the codec that made them.
+        transform: the transform they were encoded with.
+        dtype: dtype of the result.
+
+    Returns:
+        [B, Hkv, 128 * P, D] `dtype`.
+
+    Raises:
+        InvalidInputError: the planes are not this codec's.
+    """
+    return transform.invert(from_code_space(decode_code_space(planes, spec), spec)).to(dtype)
+
+
+def _decode_plane(packed: Tensor, scale: Tensor, table: Tensor, bits: int, role: str, out: Tensor) -> None:
+    """Write scale * level to out.
+
+    Args:
+        packed: [B, Hkv, P, page_bytes] uint8.
+        scale: [B, Hkv, P, 128] floating.
+        table: of levels, from `page_table`.
+        bits: code width.
+        role: "key" or "value".
+        out: [B * Hkv, P, 128, C] float32, any strides.
+    """
+    rows, pages, _, channels = out.shape
+    packed, scale = packed.flatten(0, 1), scale.flatten(0, 1)
+    budget = max(1, WORKSPACE_VALUES // (PAGE_TOKENS * channels))
+    wide = max(1, min(pages, budget))
+    tall = max(1, budget // wide) if wide == pages else 1
+    for row in range(0, rows, tall):
+        for column in range(0, pages, wide):
+            at = slice(row, row + tall), slice(column, column + wide)
+            levels = read_pages(packed[at], table, bits, channels, role)
+            factor = scale[at].float().view(*levels.shape[:4], 1)  # [rows, pages, parts, 128 / parts, 1]
+            torch.mul(levels, factor, out=out[at].view(levels.shape))
+
+
+def _by_group(x: Tensor, spec: CodecSpec, turn: Callable[[Tensor, int], Tensor]) -> Tensor:
+    if x.dim() == 0 or x.shape[-1] != spec.head_dim or not x.is_floating_point():
+        raise InvalidInputError(f"expected floating [..., {spec.head_dim}], got {x.dtype} {tuple(x.shape)}")
+    parts = torch.split(x.float(), [group.channels for group in spec.groups], dim=-1)
+    turned = [turn(part, i) for i, part in enumerate(parts)]
+    return turned[0] if len(turned) == 1 else torch.cat(turned, dim=-1)
+
+
+def _check_planes(planes: dict[str, Tensor], spec: CodecSpec) -> tuple[int, int, int]:
+    """(B, Hkv, P) of planes that fit the codec."""
+    expected = {}
+    for i, group in enumerate(spec.groups):
+        expected[f"codes{i}"] = page_bytes(group.bits, group.channels)
+        expected[f"scale{i}"] = PAGE_TOKENS
+    if spec.estimator == "prod":
+        expected |= {"sketch": page_bytes(1, spec.head_dim), "residual": PAGE_TOKENS}
+    if set(planes) != set(expected):
+        raise InvalidInputError(f"planes {sorted(planes)} are not this codec's; it has {sorted(expected)}")
+    lead = planes["codes0"].shape[:3]
+    for name, size in expected.items():
+        if tuple(planes[name].shape) != (*lead, size):
+            shape = tuple(planes[name].shape)
+            raise InvalidInputError(f"plane {name!r} must be {(*lead, size)}, got {shape}")
+    return lead[0], lead[1], lead[2]
+
+
+@lru_cache(maxsize=64)
+def _level_table(book: Codebook, device: torch.device) -> Tensor:
+    with torch.inference_mode(False), torch.no_grad():  # kept: must stay usable outside inference mode
+        return page_table(book.level_tensor(device), book.bits)
+
+
+@lru_cache(maxsize=8)
+def _sign_table(device: torch.device) -> Tensor:
+    with torch.inference_mode(False), torch.no_grad():
+        return page_table(torch.tensor([-1.0, 1.0], device=device), 1)

@@ -1,0 +1,64 @@
+"""The nearest level of each coordinate, faster than a binary search and with the same result to the last bit.
+
+A uniform grid is laid over the thresholds, so fine that a cell meets at most one of them. A coordinate's cell
+says how many thresholds lie below the cell, and one comparison with the next threshold settles the code.
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from quantpress.codecs.codebook import Codebook
+
+CELLS_PER_GAP = 4  # leaves a cell of room on both sides for float32 rounding
+
+
+@dataclass(frozen=True, eq=False)
+class NearestLevel:
+    """Rounds coordinates to the levels of a codebook.
+
+    Args:
+        levels: [2**bits] float32, ascending.
+        thresholds: [2**bits] float32: the thresholds between them, then infinity.
+        first: [cells] int32, how many thresholds lie surely below each cell.
+        origin: where the first cell starts.
+        pitch: cells per unit.
+    """
+
+    levels: Tensor
+    thresholds: Tensor
+    first: Tensor
+    origin: float
+    pitch: float
+
+    def __call__(self, unit: Tensor) -> tuple[Tensor, Tensor]:
+        """Code coordinates.
+
+        Args:
+            unit: [...] float32, finite.
+
+        Returns:
+            Codes [...] uint8, the number of thresholds below each coordinate, and their levels [...] float32.
+        """
+        cell = unit.sub(self.origin).mul_(self.pitch).clamp_(0, len(self.first) - 1).int()
+        code = self.first.index_select(0, cell.view(-1)).view_as(cell)
+        code += unit > self.thresholds.index_select(0, code.view(-1)).view_as(unit)
+        return code.to(torch.uint8), self.levels.index_select(0, code.view(-1)).view_as(unit)
+
+
+@lru_cache(maxsize=64)
+def nearest_level(book: Codebook, device: torch.device) -> NearestLevel:
+    """The rounding of a codebook on a device; cached."""
+    with torch.inference_mode(False), torch.no_grad():  # kept: must stay usable outside inference mode
+        thresholds = book.threshold_tensor()
+        gap = float(thresholds.double().diff().min()) if len(thresholds) > 1 else 1.0
+        width = gap / CELLS_PER_GAP
+        origin = float(thresholds[0]) - 2 * width
+        cells = int((float(thresholds[-1]) - origin) / width) + 3
+        starts = origin + width * torch.arange(cells, dtype=torch.float64)
+        first = torch.searchsorted(thresholds.double(), starts - width, out_int32=True)
+        endless = torch.cat((thresholds, torch.tensor([float("inf")])))
+        levels = book.level_tensor(device)
+        return NearestLevel(levels, endless.to(device), first.to(device), origin, 1 / width)

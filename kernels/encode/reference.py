@@ -1,0 +1,100 @@
+"""Encoding in plain PyTorch: the truth that device kernels are held to. See `quantpress.kernels.encode`.
+
+Float32 throughout. Vectors are divided by their largest coordinate first, so no norm overflows or vanishes.
+"""
+
+from collections.abc import Iterator
+from operator import itemgetter
+
+import torch
+from torch import Tensor
+
+from quantpress.codecs.rotation import Rotation
+from quantpress.codecs.spec import CodecSpec
+from quantpress.codecs.transform import ChannelTransform
+from quantpress.errors import InvalidInputError, NonFiniteError
+from quantpress.kernels.encode.nearest import nearest_level
+from quantpress.kernels.layout import PAGE_TOKENS, pack_pages
+
+WORKSPACE_VALUES = 1 << 20  # coordinates encoded at a time; about 24 bytes of workspace each
+
+
+@torch.no_grad()
+def encode_pages_reference(x: Tensor, spec: CodecSpec, transform: ChannelTransform) -> dict[str, Tensor]:
+    """Quantize vectors and pack their codes into pages. See `quantpress.kernels.encode.encode_pages`."""
+    if x.dim() != 4 or x.shape[-1] != spec.head_dim or x.shape[2] % PAGE_TOKENS or not x.is_floating_point():
+        raise InvalidInputError(
+            f"encode needs floating [B, Hkv, T, {spec.head_dim}] with T a multiple of {PAGE_TOKENS}, "
+            f"got {x.dtype} {tuple(x.shape)}"
+        )
+    batch, heads, tokens, dim = x.shape
+    pages = x.reshape(batch, heads, tokens // PAGE_TOKENS, PAGE_TOKENS, dim)
+    planes: dict[str, Tensor] = {}
+    for rows, columns in _chunks(batch, heads, pages.shape[2], dim):
+        local = transform.map(itemgetter(rows))
+        part = _encode_chunk(pages[rows, :, columns], spec, local)
+        for name, plane in part.items():
+            if name not in planes:
+                planes[name] = plane.new_empty(*pages.shape[:3], plane.shape[-1])
+            planes[name][rows, :, columns] = plane
+    return planes
+
+
+def _chunks(batch: int, heads: int, pages: int, dim: int) -> Iterator[tuple[slice, slice]]:
+    """Slices of the batch and of the pages, each chunk within the workspace; one empty chunk for no pages."""
+    budget = max(1, WORKSPACE_VALUES // max(1, heads * PAGE_TOKENS * dim))  # (sequence, page) pairs at a time
+    wide = min(max(1, pages), budget)
+    tall = max(1, budget // wide) if wide == max(1, pages) else 1
+    for row in range(0, max(1, batch), tall):
+        for column in range(0, max(1, pages), wide):
+            yield slice(row, row + tall), slice(column, column + wide)
+
+
+def _encode_chunk(x: Tensor, spec: CodecSpec, transform: ChannelTransform) -> dict[str, Tensor]:
+    """[B, Hkv, P, 128, D] -> planes."""
+    x = transform.apply(x)
+    dtype = spec.torch_scale_dtype
+    planes: dict[str, Tensor] = {}
+    start = 0
+    for i, group in enumerate(spec.groups):
+        part = x[..., start : start + group.channels]
+        start += group.channels
+        unit, norm = _rotated_unit(part, spec.rotation_of(i))
+        codes, levels = nearest_level(spec.codebook_of(i), x.device)(unit)
+        ratio = _scale_ratio(unit, levels, spec.scale_rule)
+        scale = _saturate(norm * ratio, dtype)
+        planes[f"codes{i}"] = pack_pages(codes, group.bits, spec.role)
+        planes[f"scale{i}"] = scale
+        if spec.estimator == "prod":
+            stored = (scale.float() / norm.masked_fill(norm == 0, 1.0)).unsqueeze(-1)
+            residual = unit - stored * levels
+            sketch = residual @ spec.sketch_matrix(x.device, torch.float32).T >= 0
+            planes["sketch"] = pack_pages(sketch.to(torch.uint8), 1, spec.role)
+            planes["residual"] = _saturate(norm * torch.linalg.vector_norm(residual, dim=-1), dtype)
+    return planes
+
+
+def _rotated_unit(x: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor]:
+    """[..., C] -> unit vectors y / |y| [..., C] of y = rotate(x), and |y| [...]; zero for zero vectors."""
+    largest = torch.linalg.vector_norm(x, ord=torch.inf, dim=-1, keepdim=True)
+    if not bool(torch.isfinite(largest).all()):
+        raise NonFiniteError("vectors to encode hold NaN or infinity, or overflow in the channel transform")
+    y = rotation.forward(x / largest.masked_fill(largest == 0, 1.0))
+    norm = torch.linalg.vector_norm(y, dim=-1, keepdim=True)
+    y /= norm.masked_fill(norm == 0, 1.0)
+    return y, (norm * largest).squeeze(-1).clamp_(max=torch.finfo(torch.float32).max)
+
+
+def _scale_ratio(unit: Tensor, levels: Tensor, rule: str) -> Tensor:
+    """The scale that a unit vector u coded as `levels` gets: [..., C] twice -> [...]."""
+    if rule == "norm":
+        return torch.ones_like(unit[..., 0])
+    if rule == "norm_corrected":
+        stretch: Tensor = torch.linalg.vector_norm(levels, dim=-1)
+    else:
+        stretch = (unit * levels).sum(dim=-1)  # 0 for a zero vector only: a level has its coordinate's sign
+    return stretch.masked_fill(stretch == 0, 1.0).reciprocal()
+
+
+def _saturate(scale: Tensor, dtype: torch.dtype) -> Tensor:
+    return scale.clamp(max=torch.finfo(dtype).max).to(dtype)
