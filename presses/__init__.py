@@ -1,0 +1,116 @@
+"""Presses: what of a KV cache is kept, and how precisely.
+
+compose.py        Compose: several presses as one
+composition.py    which presses go together
+turboquant.py     TurboQuant: packs what is left in 2 to 4 bits
+presets.py        its settings by name
+names.py          kvpress's evicting presses under short names, with defaults that evict
+wrappers.py       kvpress's presses that work through another press
+packing.py        from prefilled layers to packed layers, inside the forward pass
+prefill.py        what a hook finds out about a prefill
+queries.py        queries computed again from hidden states, for channel balance
+token_order.py    which tokens survived an eviction
+model_support.py  which models can be packed, and where their attention is
+restore.py        a model left as it was found
+piping.py         the | between presses
+
+Importing this imports kvpress.
+"""
+
+from quantpress.presses.compose import Compose
+from quantpress.presses.names import (
+    CUR,
+    TOVA,
+    Cap,
+    Compactor,
+    DuoAttention,
+    ExpectedAttention,
+    ExpectedAttentionStats,
+    FastKVzip,
+    Finch,
+    KeyDiff,
+    Knorm,
+    KVCompose,
+    KVgrad,
+    KVzap,
+    KVzip,
+    LagKV,
+    LeverageScore,
+    NonCausalAttn,
+    ObservedAttention,
+    PyramidKV,
+    QFilter,
+    Random,
+    RestoreKV,
+    SimLayerKV,
+    SnapKV,
+    StreamingLLM,
+    ThinK,
+)
+from quantpress.presses.turboquant import TurboQuant
+from quantpress.presses.wrappers import (
+    CAM,
+    DMS,
+    LUKV,
+    AdaKV,
+    Block,
+    Chunk,
+    ChunkKV,
+    CompressionRatioDecoding,
+    CriticalAdaKV,
+    CriticalKV,
+    Decoding,
+    EntropyGatedChunkKV,
+    KeyRerotation,
+    Merging,
+    PerLayerCompression,
+    PrefillDecoding,
+)
+
+__all__ = [
+    "AdaKV",
+    "Block",
+    "CAM",
+    "CUR",
+    "Cap",
+    "Chunk",
+    "ChunkKV",
+    "Compactor",
+    "Compose",
+    "CompressionRatioDecoding",
+    "CriticalAdaKV",
+    "CriticalKV",
+    "DMS",
+    "Decoding",
+    "DuoAttention",
+    "EntropyGatedChunkKV",
+    "ExpectedAttention",
+    "ExpectedAttentionStats",
+    "FastKVzip",
+    "Finch",
+    "KVCompose",
+    "KVgrad",
+    "KVzap",
+    "KVzip",
+    "KeyDiff",
+    "KeyRerotation",
+    "Knorm",
+    "LUKV",
+    "LagKV",
+    "LeverageScore",
+    "Merging",
+    "NonCausalAttn",
+    "ObservedAttention",
+    "PerLayerCompression",
+    "PrefillDecoding",
+    "PyramidKV",
+    "QFilter",
+    "Random",
+    "RestoreKV",
+    "SimLayerKV",
+    "SnapKV",
+    "StreamingLLM",
+    "TOVA",
+    "ThinK",
+    "TurboQuant",
+]

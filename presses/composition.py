@@ -1,0 +1,171 @@
+"""Which presses go together: what `Compose` checks when it is made.
+
+An evictor thins out the cache, a quantizer stores what is left. kvpress's presses act at three different
+times, and that decides what may stand beside them:
+
+- in the hook of each layer, at the end of the prefill: most of them;
+- when their context ends, on the complete cache of the context: `AT_EXIT`;
+- again and again while decoding: `DECODING`. They take keys out of the cache and put others back, which a
+packed
+  cache does not allow.
+
+Head-wise presses (`HEAD_WISE`) remove nothing: they name slots that attention must not see.
+"""
+
+import inspect
+import warnings
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import kvpress
+from kvpress import BasePress
+
+from quantpress.errors import CompositionError, QuantPressError
+from quantpress.presses.turboquant import TurboQuant
+
+AT_EXIT = (kvpress.KVzipPress, kvpress.FastKVzipPress, kvpress.KVComposePress)
+"""KVzip's kind (KVgrad and RestoreKV are subclasses of it) and KVCompose."""
+
+DECODING = (kvpress.DecodingPress, kvpress.PrefillDecodingPress)
+"""DecodingPress's kind (CompressionRatioDecoding and CAM are subclasses of it)."""
+
+HEAD_WISE = (
+    kvpress.AdaKVPress,
+    kvpress.CriticalAdaKVPress,
+    kvpress.DMSPress,
+    kvpress.DuoAttentionPress,
+    kvpress.FastKVzipPress,
+    kvpress.KVzipPress,
+    kvpress.LUKVPress,
+)
+
+_INNER = ("press", "base_press", "prefilling_press", "decoding_press")
+
+
+def checked_presses(presses: Any) -> tuple[BasePress, ...]:
+    """Make instances of classes, flatten what is composed already, and refuse what cannot work.
+
+    Args:
+        presses: press instances or classes.
+
+    Returns:
+        Evictors in order, then the quantizer if there is one.
+
+    Raises:
+        CompositionError: naming the press and what to do.
+    """
+    if isinstance(presses, (str, BasePress, type)) or not isinstance(presses, Iterable):
+        raise CompositionError(f"Compose takes a list of presses, got {presses!r}; write Compose([...])")
+    flat = tuple(member for press in presses for member in _flattened(_instance(press)))
+    if not flat:
+        raise CompositionError("Compose got an empty list; give at least one press, or press=None for none")
+    for index, press in enumerate(flat):
+        if any(press is earlier for earlier in flat[:index]):
+            raise CompositionError(
+                f"{name_of(press)} is given twice; make a second instance, or leave one out"
+            )
+    _check_quantizer(flat)
+    _check_evictors([press for press in flat if not isinstance(press, TurboQuant)])
+    return flat
+
+
+def with_inner(press: BasePress) -> Iterator[BasePress]:
+    """The press and every press that it works through."""
+    yield press
+    inner = [getattr(press, name, None) for name in _INNER]
+    for member in (*inner, *getattr(press, "presses", ())):
+        if isinstance(member, BasePress):
+            yield from with_inner(member)
+
+
+def name_of(press: BasePress) -> str:
+    """Name of a press's class."""
+    return type(press).__name__
+
+
+def decodes(press: BasePress) -> bool:
+    """Whether a press evicts while decoding."""
+    return isinstance(press, DECODING) or (isinstance(press, kvpress.DMSPress) and press.decoding)
+
+
+def rerotates(press: BasePress) -> bool:
+    """Whether a press gives survivors consecutive positions, so that the next position is their count."""
+    if isinstance(press, kvpress.FinchPress):
+        return bool(press.rerotate_keys)
+    return isinstance(press, kvpress.KeyRerotationPress)
+
+
+def masks_heads(press: BasePress) -> bool:
+    """Whether a press names slots that attention must not see instead of removing them."""
+    if isinstance(press, kvpress.KVComposePress):
+        return not press.structured
+    return isinstance(press, HEAD_WISE)
+
+
+def _instance(press: Any) -> BasePress:
+    if isinstance(press, BasePress):
+        return press
+    if not (inspect.isclass(press) and issubclass(press, BasePress)):
+        raise CompositionError(f"{press!r} is not a press; give an instance or a class, such as SnapKV(0.5)")
+    try:
+        made: BasePress = press()
+    except QuantPressError:
+        raise
+    except (AssertionError, TypeError) as error:
+        raise CompositionError(
+            f"{press.__name__} has no defaults to be made of ({error}); give an instance of it"
+        ) from error
+    if press.__module__.startswith("kvpress.") and vars(made).get("compression_ratio") == 0:
+        warnings.warn(
+            f"{press.__name__} by default has compression_ratio 0 and evicts nothing; "
+            f"give {press.__name__}(compression_ratio=0.5), or the class of this name in quantpress",
+            stacklevel=4,
+        )
+    return made
+
+
+def _flattened(press: BasePress) -> Iterator[BasePress]:
+    if getattr(press, "flattens", False) or type(press) is kvpress.ComposedPress:
+        for member in press.presses:
+            yield from _flattened(member)
+    else:
+        yield press
+
+
+def _check_quantizer(presses: tuple[BasePress, ...]) -> None:
+    quantizers = [press for press in presses if isinstance(press, TurboQuant)]
+    for press in presses:
+        if press not in quantizers and any(isinstance(inner, TurboQuant) for inner in with_inner(press)):
+            raise CompositionError(f"{name_of(press)} wraps a quantizer; write Compose([..., TurboQuant()])")
+    if not quantizers:
+        return
+    if len(quantizers) > 1:
+        names = ", ".join(map(name_of, quantizers))
+        raise CompositionError(
+            f"there is more than one quantizer ({names}); a cache can be packed once, keep one"
+        )
+    position = next(index for index, press in enumerate(presses) if isinstance(press, TurboQuant))
+    if position < len(presses) - 1:
+        raise CompositionError(
+            f"{name_of(presses[position])} comes before {name_of(presses[position + 1])}: evict first, "
+            "quantize last. Move the quantizer to the end"
+        )
+    for press in presses[:-1]:
+        if decodes(press):
+            raise CompositionError(
+                f"{name_of(press)} evicts while decoding, and a packed cache can only be appended to or cut "
+                f"short; use it without {name_of(presses[-1])}, or evict at the prefill, say with SnapKV"
+            )
+
+
+def _check_evictors(evictors: list[BasePress]) -> None:
+    for index, press in enumerate(evictors):
+        if isinstance(press, AT_EXIT) and len(evictors) > 1:
+            raise CompositionError(
+                f"{name_of(press)} acts on the complete cache of its context; use it as the only evictor"
+            )
+        if masks_heads(press) and index < len(evictors) - 1:
+            raise CompositionError(
+                f"{name_of(press)} names slots of the cache, and {name_of(evictors[index + 1])} behind it "
+                f"would move them; put {name_of(press)} last among the evictors, and only one such press"
+            )

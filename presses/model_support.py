@@ -1,0 +1,136 @@
+"""Which parts of a model a press works on, and which models can be packed at all."""
+
+import sys
+
+from torch import nn
+
+from quantpress.errors import UnsupportedModelError
+
+SUPPORTED_ATTENTION = ("eager", "flash_attention_2", "flash_attention_3", "sdpa")
+"""Values of `attn_implementation` that packed layers work with."""
+
+# These change keys or values after the cache has returned them, or share them between layers, so that
+# attention does not see the cache's own.
+_CHANGED_AFTER_CACHE = frozenset(
+    {
+        "deepseek_v2",
+        "deepseek_v3",
+        "diffllama",
+        "doge",
+        "gemma3n",
+        "gemma3n_text",
+        "glm4_moe_lite",
+        "glm_moe_dsa",
+        "idefics",
+        "jetmoe",
+        "longcat_flash",
+        "mllama",
+        "mllama_text_model",
+        "moonshine",
+        "moonshine_streaming",
+        "youtu",
+    }
+)
+_SLIDING_TYPES = ("sliding_attention", "chunked_attention")
+
+
+def decoder_of(model: nn.Module) -> nn.Module:
+    """The text decoder inside a model with a head, a multimodal model, or the decoder itself."""
+    get_decoder = getattr(model, "get_decoder", None)
+    decoder = get_decoder() if callable(get_decoder) else model
+    return decoder if isinstance(decoder, nn.Module) else model
+
+
+def attention_modules(model: nn.Module) -> list[nn.Module]:
+    """The self-attention modules of the text decoder, in layer order; empty when none has a known form."""
+    return [
+        module
+        for module in decoder_of(model).modules()
+        if isinstance(getattr(module, "layer_idx", None), int) and "Attention" in type(module).__name__
+    ]
+
+
+def is_sliding(module: nn.Module) -> bool:
+    """Whether an attention module looks back over a window only.
+
+    The module and its config decide, not the cache: a `DynamicCache()` made without a config holds plain
+    layers only. A window that spans every position of the model is none.
+    """
+    config = module.config
+    layer_types = getattr(config, "layer_types", None)
+    if layer_types is not None:
+        return layer_types[module.layer_idx] in _SLIDING_TYPES
+    if getattr(module, "is_sliding", False):
+        return True
+    window = getattr(module, "sliding_window", None) or getattr(config, "sliding_window", None)
+    positions = getattr(config, "max_position_embeddings", None)
+    return window is not None and (positions is None or window < positions)
+
+
+def full_attention_modules(model: nn.Module) -> list[nn.Module]:
+    """The attention modules that see the whole context: those a press works on."""
+    return [module for module in attention_modules(model) if not is_sliding(module)]
+
+
+def check_packable(model: nn.Module) -> None:
+    """Refuse a model whose cache cannot be packed.
+
+    Raises:
+        UnsupportedModelError: the model's attention, or its attention implementation, cannot read packed
+            layers, or every layer is a sliding window.
+    """
+    name = type(model).__name__
+    modules = attention_modules(model)
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        raise UnsupportedModelError(
+            f"{name} is an encoder-decoder model; TurboQuant packs decoder-only models"
+        )
+    if not modules:
+        raise UnsupportedModelError(
+            f"{name} has no decoder attention with a cache that can be packed; use it without TurboQuant"
+        )
+    for module in modules:
+        _check_attention(name, module)
+    if all(is_sliding(module) for module in modules):
+        raise UnsupportedModelError(
+            f"every layer of {name} is a sliding window, and those stay unpacked; use it without TurboQuant, "
+            "or set config.sliding_window=None if the context fits the window"
+        )
+
+
+def check_evictable(model: nn.Module) -> None:
+    """Refuse a model in which kvpress finds no layers.
+
+    Raises:
+        UnsupportedModelError: `model.model.layers[i].self_attn` (or the same below
+            `model.model.language_model`) is not there.
+    """
+    inner = getattr(model, "model", None)
+    inner = getattr(inner, "language_model", inner)
+    layers = getattr(inner, "layers", None)
+    if layers is None or not all(hasattr(layer, "self_attn") for layer in layers):
+        raise UnsupportedModelError(
+            f"kvpress finds no model.model.layers[i].self_attn in {type(model).__name__}; give the model "
+            "with its language-model head (...ForCausalLM), or use a quantizer alone"
+        )
+
+
+def _check_attention(name: str, module: nn.Module) -> None:
+    attention = type(module).__name__
+    config = module.config
+    if getattr(config, "model_type", None) in _CHANGED_AFTER_CACHE:
+        raise UnsupportedModelError(
+            f"{name} cannot be packed: {attention} changes or shares keys and values after the cache has "
+            "returned them; use an eviction press without TurboQuant"
+        )
+    if not hasattr(sys.modules[type(module).__module__], "ALL_ATTENTION_FUNCTIONS"):
+        raise UnsupportedModelError(
+            f"{name} cannot be packed: {attention} does not call attention through transformers' "
+            "ALL_ATTENTION_FUNCTIONS; use an eviction press without TurboQuant"
+        )
+    implementation = getattr(config, "_attn_implementation", None) or "eager"
+    if implementation not in SUPPORTED_ATTENTION:
+        raise UnsupportedModelError(
+            f"attn_implementation={implementation!r} cannot read packed layers; load {name} with "
+            f'attn_implementation="sdpa" (or one of {", ".join(SUPPORTED_ATTENTION)})'
+        )

@@ -1,0 +1,114 @@
+"""What a hook on an attention module finds out about a prefill, and which caches it can work with."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from kvpress.presses.base_press import is_prefilling
+from torch import nn
+from transformers.cache_utils import Cache, DynamicLayer, QuantizedLayer
+
+from quantpress.cache.layer import PackedLayer
+from quantpress.errors import CompositionError, InvalidInputError, NonFiniteError
+
+_FRESH_CACHE = "pass a fresh past_key_values=DynamicCache()"
+
+
+@dataclass(frozen=True)
+class PrefillCall:
+    """One attention module's part in a prefill.
+
+    Args:
+        module: the attention module.
+        cache: what it filled.
+        hidden_states: [B, N, hidden], what went into it.
+        position_embeddings: cos and sin [B, N, rotary dim], or None.
+        attention_mask: as the model passed it, or None.
+    """
+
+    module: nn.Module
+    cache: Cache
+    hidden_states: torch.Tensor
+    position_embeddings: tuple[torch.Tensor, torch.Tensor] | None
+    attention_mask: torch.Tensor | None
+
+    @property
+    def layer_idx(self) -> int:
+        """Place of the module in the model."""
+        return int(self.module.layer_idx)  # type: ignore[arg-type]
+
+    @property
+    def tokens(self) -> int:
+        """N, the tokens of this prefill."""
+        return self.hidden_states.shape[1]
+
+
+def prefill_call(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> PrefillCall | None:
+    """Read the arguments of a forward hook; None when it is no prefill (kvpress's rule) or has no cache."""
+    cache = next((value for value in (*kwargs.values(), *args) if isinstance(value, Cache)), None)
+    hidden_states = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+    position = kwargs.get("cache_position")
+    if cache is None or position is None or not is_prefilling(position, hidden_states.shape[1]):
+        return None
+    mask = kwargs.get("attention_mask")
+    return PrefillCall(
+        module,
+        cache,
+        hidden_states,
+        kwargs.get("position_embeddings"),
+        mask if isinstance(mask, torch.Tensor) else None,
+    )
+
+
+def plain_states(cache: Cache, layer_idx: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys [B, Hkv, T, D] and values [B, Hkv, T, Dv] of one layer of a cache, when they can be packed.
+
+    Raises:
+        InvalidInputError: the cache is static, quantized by transformers, packed already, or of another kind.
+    """
+    layers = getattr(cache, "layers", ())
+    layer = layers[layer_idx] if layer_idx < len(layers) else None
+    name = type(cache).__name__ if layer is None else f"{type(cache).__name__} of {type(layer).__name__}"
+    if isinstance(layer, PackedLayer):
+        raise InvalidInputError(
+            f"layer {layer_idx} of the cache is packed already; {_FRESH_CACHE} for each new context"
+        )
+    plain = isinstance(layer, DynamicLayer) and not isinstance(layer, QuantizedLayer)
+    if layer is None or not plain or layer.keys is None or layer.values is None:
+        raise InvalidInputError(f"a {name} cannot be packed; {_FRESH_CACHE}")
+    return layer.keys, layer.values
+
+
+def check_states(call: PrefillCall, keys: torch.Tensor, values: torch.Tensor) -> None:
+    """Refuse keys and values that cannot be packed, or not safely.
+
+    Raises:
+        InvalidInputError: the cache held tokens before this prefill.
+        CompositionError: tokens were evicted from a padded batch.
+        NonFiniteError: keys or values hold NaN or infinity.
+    """
+    kept, seen = keys.shape[2], call.tokens
+    if kept > seen:
+        raise InvalidInputError(
+            f"the cache held {kept - seen} tokens before this prefill of {seen}; {_FRESH_CACHE}"
+        )
+    if kept < seen and _is_padded(call.attention_mask):
+        raise CompositionError(
+            f"a press evicted {seen - kept} of {seen} tokens from a padded batch, so that slots no longer "
+            "match the attention mask; give contexts one at a time, or of equal length, or evict nothing"
+        )
+    for name, states in (("keys", keys), ("values", values)):
+        if states.numel() and not bool(torch.stack(torch.aminmax(states)).isfinite().all()):
+            raise NonFiniteError(
+                f"the {name} of layer {call.layer_idx} hold NaN or infinity; load the model in bfloat16 or "
+                f"float32, or leave this layer unpacked with layer_bits={{{call.layer_idx}: 16}}"
+            )
+
+
+def _is_padded(mask: torch.Tensor | None) -> bool:
+    """Whether the last query cannot see every token: mask [B, N] 0/1, or [B, 1, N, N] bool or additive."""
+    if mask is None:
+        return False
+    last = mask if mask.dim() == 2 else mask[:, :, -1]
+    seen = last if last.dtype == torch.bool else (last != 0 if mask.dim() == 2 else last == 0)
+    return not bool(seen.all())

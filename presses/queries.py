@@ -1,0 +1,116 @@
+"""Queries and keys of a prefill, computed again from the hidden states: what they look like after RoPE.
+
+kvpress knows how its supported attention classes project; the modelling file of each model knows how it
+rotates. For any other class the outcome is checked: keys computed here must be the keys in the cache.
+"""
+
+import sys
+from typing import Any
+
+import torch
+from kvpress.utils import get_prerope_key_states, get_prerope_query_states
+from torch import nn
+from transformers.models.gemma3.modeling_gemma3 import Gemma3Attention
+from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention
+
+PositionEmbeddings = tuple[torch.Tensor, torch.Tensor]
+
+_CHECKED_TOKENS = 8
+_TOLERANCE = 0.02  # relative; 16-bit products in another shape differ by less
+
+
+class UnknownAttentionError(Exception):
+    """Queries of this attention class cannot be computed from hidden states; never reaches the user."""
+
+
+def query_moment(
+    module: nn.Module,
+    hidden_states: torch.Tensor,
+    position_embeddings: PositionEmbeddings | None,
+    kv_heads: int,
+    window: int,
+    last_keys: torch.Tensor | None,
+) -> torch.Tensor:
+    """E[q_j^2] of the last queries of a prefill, after RoPE, averaged over the query heads of each KV head.
+
+    Args:
+        module: attention module.
+        hidden_states: [B, N, hidden], what went into it.
+        position_embeddings: cos and sin, [B, N, rotary dim] each.
+        kv_heads: Hkv.
+        window: how many of the last queries to look at.
+        last_keys: [B, Hkv, <= N, D] keys of the last tokens of the prefill, against which the way of
+            computing is checked; None when they are not at hand.
+
+    Returns:
+        [B, Hkv, D] float32.
+
+    Raises:
+        UnknownAttentionError: the class projects or rotates in a way that is not known.
+    """
+    if last_keys is not None:
+        _check_keys(module, hidden_states, position_embeddings, last_keys[:, :, -_CHECKED_TOKENS:])
+    queries = _rotated(module, hidden_states, position_embeddings, window, keys=False).float()
+    batch, _, tokens, dim = queries.shape
+    grouped = queries.reshape(batch, kv_heads, -1, tokens, dim)  # [B, Hkv, G, W, D]
+    return grouped.square().mean(dim=(2, 3))
+
+
+def recomputed_keys(
+    module: nn.Module, hidden_states: torch.Tensor, position_embeddings: PositionEmbeddings | None
+) -> torch.Tensor:
+    """Keys of every token of a prefill, after RoPE: [B, Hkv, N, D] in the model's dtype.
+
+    Raises:
+        UnknownAttentionError: the class projects or rotates in a way that is not known.
+    """
+    return _rotated(module, hidden_states, position_embeddings, hidden_states.shape[1], keys=True)
+
+
+def _rotated(
+    module: nn.Module,
+    hidden_states: torch.Tensor,
+    position_embeddings: PositionEmbeddings | None,
+    window: int,
+    *,
+    keys: bool,
+) -> torch.Tensor:
+    rotate: Any = getattr(sys.modules[type(module).__module__], "apply_rotary_pos_emb", None)
+    if rotate is None or position_embeddings is None:
+        raise UnknownAttentionError("its rotary embedding is not known")
+    cos, sin = (table[:, -window:] for table in position_embeddings)
+    try:
+        states = _projected(module, hidden_states[:, -window:], keys=keys)
+        result: torch.Tensor = rotate(states, states[:, :1], cos, sin)[0]
+    except torch.OutOfMemoryError:
+        raise
+    except (AttributeError, NotImplementedError, RuntimeError, TypeError) as error:
+        raise UnknownAttentionError(str(error)) from error
+    return result
+
+
+def _projected(module: nn.Module, hidden_states: torch.Tensor, *, keys: bool) -> torch.Tensor:
+    """Queries or keys before RoPE, [B, heads, W, D]."""
+    project = get_prerope_key_states if keys else get_prerope_query_states
+    states: torch.Tensor = project(module, hidden_states)
+    norm = getattr(module, "k_norm" if keys else "q_norm", None)
+    if norm is None or isinstance(module, (Gemma3Attention, Qwen3Attention)):
+        return states  # kvpress has applied the norm of those two classes
+    normed: torch.Tensor = norm(states)
+    return normed
+
+
+def _check_keys(
+    module: nn.Module,
+    hidden_states: torch.Tensor,
+    position_embeddings: PositionEmbeddings | None,
+    actual: torch.Tensor,
+) -> None:
+    """Channels that a press has set to zero (ThinK) are left out."""
+    computed = _rotated(module, hidden_states, position_embeddings, actual.shape[2], keys=True)
+    if computed.shape != actual.shape:
+        raise UnknownAttentionError(f"its keys have shape {tuple(actual.shape)}, not {tuple(computed.shape)}")
+    kept = actual != 0
+    error = ((computed - actual).float() * kept).norm()
+    if not bool(kept.any()) or not bool(error <= _TOLERANCE * actual.float().norm()):
+        raise UnknownAttentionError("keys computed from its hidden states are not those in its cache")

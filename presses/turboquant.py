@@ -1,0 +1,224 @@
+"""`TurboQuant`: the press that keeps every token and stores it in 2 to 4 bits."""
+
+from collections.abc import Callable, Generator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from kvpress import BasePress
+from torch import nn
+from transformers.cache_utils import Cache
+from transformers.modeling_utils import PreTrainedModel
+
+from quantpress.cache.layer import LayerSettings
+from quantpress.codecs.spec import CodecSpec
+from quantpress.errors import InvalidInputError
+from quantpress.kernels.page_codec import PageCodec, ScalarPages
+from quantpress.presses.model_support import attention_modules, check_packable, full_attention_modules
+from quantpress.presses.packing import Packer, pack_cache
+from quantpress.presses.piping import Pipeable
+from quantpress.presses.presets import PRESETS
+from quantpress.presses.restore import left_as_found
+
+CodecFactory = Callable[[int, str, int], PageCodec]
+LayerBits = Mapping[int, float | tuple[float, float]]
+
+UNPACKED_BITS = 16
+"""In `layer_bits`: leave this layer as it is."""
+
+_REFERENCE_HEAD_DIM = 128
+
+
+@dataclass
+class TurboQuant(Pipeable, BasePress):
+    """Packs the KV cache at the end of the prefill: random rotation, scalar codes, one scale a vector.
+
+    Usable alone, last in `Compose`, and last in kvpress's `ComposedPress`. Tokens that come later are
+    packed too, page by page. Sliding-window layers stay as they are. Run the prefill under
+    `torch.no_grad()` or `torch.inference_mode()`: with autograd on it works, but the graph holds on to the
+    unpacked keys and values.
+
+    Args:
+        bits: code width of keys and values: 1, 2, 3, 4, 8 or a fraction between 1 and 4.
+        key_bits: width of keys where it differs.
+        value_bits: width of values where it differs.
+        sink_tokens: first tokens of the text kept in 16 bits.
+        recent_tokens: last tokens kept in 16 bits, at least.
+        mean_key: subtract each head's mean key before encoding.
+        balance: weight each head's key channels by what its queries need.
+        rotation: "hadamard", "haar" or "identity".
+        seed: of the rotation.
+        scale: the stored scale: "auto", "norm_corrected", "unbiased" or "norm"; see `CodecSpec`.
+        codebook: "e4m3" or "lloyd_max".
+        estimator: of keys: "mse", or "prod" for the paper's 1-bit sketch of the residual. Values are always
+            "mse".
+        layer_bits: other widths for single layers, as bits or (key bits, value bits); 16 leaves them
+            unpacked. Negative indices count from the last layer.
+        balance_window: how many of the last queries of the prefill the balance looks at.
+        codec: makes the codec of (head_dim, "key" or "value", layer index), instead of all of the above.
+
+    Raises:
+        UnsupportedBitsError: a width cannot be stored.
+        InvalidInputError: another argument has a value that cannot be used.
+
+    Source: TurboQuant, arXiv 2504.19874; mean key and balanced channels: `quantpress.codecs.transform`.
+
+    Example:
+        >>> TurboQuant(bits=3).bits_per_value(head_dim=128)
+        3.125
+        >>> press = TurboQuant.preset("quality", sink_tokens=8)
+        >>> press.key_bits, press.value_bits, press.sink_tokens
+        (8, 4, 8)
+    """
+
+    bits: float = 4
+    key_bits: float | None = None
+    value_bits: float | None = None
+    sink_tokens: int = 4
+    recent_tokens: int = 128
+    mean_key: bool = True
+    balance: bool = True
+    rotation: str = "hadamard"
+    seed: int = 0
+    scale: str = "auto"
+    codebook: str = "e4m3"
+    estimator: str = "mse"
+    layer_bits: LayerBits | None = None
+    balance_window: int = 256
+    codec: CodecFactory | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("sink_tokens", "recent_tokens", "balance_window"):
+            value, least = getattr(self, name), int(name == "balance_window")
+            if not isinstance(value, int) or value < least:
+                raise InvalidInputError(f"{name} is {value!r}; give a whole number, {least} or more")
+        for index in (None, *(self.layer_bits or {})):
+            if index is not None and not isinstance(index, int):
+                raise InvalidInputError(f"layer_bits names layer {index!r}; give the index of a layer")
+            if self.codec is None:
+                self._codecs(index, 0, _REFERENCE_HEAD_DIM, _REFERENCE_HEAD_DIM)
+
+    @classmethod
+    def preset(cls, name: str, **overrides: Any) -> "TurboQuant":
+        """Settings by name: "quality" (8-bit keys, 4-bit values), "balanced" (4/4), "small" (3/3), "paper".
+
+        Args:
+            name: one of `PRESETS`.
+            overrides: fields that replace the preset's.
+
+        Raises:
+            InvalidInputError: there is no such preset.
+        """
+        if name not in PRESETS:
+            raise InvalidInputError(f"there is no preset {name!r}; use one of {', '.join(sorted(PRESETS))}")
+        return cls(**{**PRESETS[name], **overrides})
+
+    @property
+    def compression_ratio(self) -> float:
+        """Fraction of tokens evicted: 0. What packing saves: `bits_per_value` and the cache's memory."""
+        return 0.0
+
+    @compression_ratio.setter
+    def compression_ratio(self, value: float) -> None:
+        raise AttributeError("TurboQuant evicts nothing: set its bits, or compose it with an evicting press")
+
+    def bits_per_value(self, head_dim: int = _REFERENCE_HEAD_DIM) -> float:
+        """True bits of a packed number, scales included, keys and values averaged, without `layer_bits`."""
+        codecs = self._codecs(None, 0, head_dim, head_dim) or ()
+        return sum(codec.bits_per_value for codec in codecs) / 2
+
+    def post_init_from_model(self, model: PreTrainedModel) -> None:
+        """Check the model and let its attention read packed layers; called when a context is entered.
+
+        Raises:
+            UnsupportedModelError: this model's cache cannot be packed.
+            UnsupportedHeadDimError: its head_dim cannot be packed.
+            InvalidInputError: `layer_bits` names a layer that the model does not have.
+        """
+        from quantpress.cache.attention import install_packed_attention
+
+        check_packable(model)
+        layers = len(attention_modules(model))
+        for index in self.layer_bits or {}:
+            if not -layers <= index < layers:
+                raise InvalidInputError(f"layer_bits names layer {index}, but the model has {layers} layers")
+        for module in full_attention_modules(model):
+            head_dim = getattr(module, "head_dim", None)
+            if isinstance(head_dim, int):
+                self.layer_settings(module, head_dim, head_dim, self.sink_tokens)
+        install_packed_attention()
+
+    @contextmanager
+    def __call__(self, model: PreTrainedModel) -> Generator[None, None, None]:
+        """Pack every cache that is prefilled inside the context.
+
+        Raises:
+            UnsupportedModelError, UnsupportedHeadDimError: this model's cache cannot be packed.
+        """
+        with left_as_found(model):
+            self.post_init_from_model(model)
+            with Packer(self).packing(model):
+                yield
+
+    def forward_hook(
+        self, module: nn.Module, input: list[torch.Tensor], kwargs: dict[str, Any], output: list[Any]
+    ) -> list[Any]:
+        """Pack the layer of one attention module; kvpress's `ComposedPress` calls it after the evictors."""
+        Packer(self).pack(module, input, kwargs, output)
+        return output
+
+    def pack_cache(
+        self,
+        model: PreTrainedModel,
+        cache: Cache,
+        *,
+        query_moments: dict[int, torch.Tensor] | None = None,
+        tokens_seen: int | None = None,
+    ) -> None:
+        """Pack a cache that is filled already; see `quantpress.presses.packing.pack_cache`."""
+        self.post_init_from_model(model)
+        pack_cache(self, model, cache, query_moments, tokens_seen)
+
+    def layer_settings(
+        self, module: nn.Module, key_dim: int, value_dim: int, sink_tokens: int
+    ) -> LayerSettings | None:
+        """How one layer is stored; None leaves it unpacked.
+
+        Args:
+            module: the layer's attention module.
+            key_dim: D of its keys.
+            value_dim: Dv of its values.
+            sink_tokens: pinned first tokens.
+        """
+        layers = getattr(module.config, "num_hidden_layers", 0)
+        codecs = self._codecs(int(module.layer_idx), layers, key_dim, value_dim)  # type: ignore[arg-type]
+        if codecs is None:
+            return None
+        return LayerSettings(*codecs, sink_tokens, self.recent_tokens, self.mean_key, self.balance)
+
+    def _codecs(
+        self, layer_idx: int | None, layers: int, key_dim: int, value_dim: int
+    ) -> tuple[PageCodec, PageCodec] | None:
+        """Codecs of keys and values of one of `layers` layers; None leaves it unpacked."""
+        if self.codec is not None:
+            return self.codec(key_dim, "key", layer_idx or 0), self.codec(value_dim, "value", layer_idx or 0)
+        key_bits, value_bits = self._widths(layer_idx, layers)
+        if key_bits == value_bits == UNPACKED_BITS and layer_idx is not None:
+            return None
+        rest = (self.rotation, self.seed, self.scale, self.codebook)
+        return (
+            ScalarPages(CodecSpec(key_dim, key_bits, "key", *rest, self.estimator)),
+            ScalarPages(CodecSpec(value_dim, value_bits, "value", *rest)),
+        )
+
+    def _widths(self, layer_idx: int | None, layers: int) -> tuple[float, float]:
+        protected = self.layer_bits or {}
+        for index in () if layer_idx is None else (layer_idx, layer_idx - layers):
+            if index in protected:
+                bits = protected[index]
+                return bits if isinstance(bits, tuple) else (bits, bits)
+        return (
+            self.bits if self.key_bits is None else self.key_bits,
+            self.bits if self.value_bits is None else self.value_bits,
+        )
