@@ -93,8 +93,9 @@ def pack_pages(codes: Tensor, bits: int, role: str) -> Tensor:
     for width in FIELD_WIDTHS[bits]:
         run = 4 * width * (channels if role == "key" else 1)  # words of one part that follow each other
         grid = (words.numel() * width // 8 // run, 8 // width, run)
-        fields = [field.reshape(grid) for field in (words if bits in (2, 8) else magnitude, negative)]
-        planes.append(_pack_plane(*fields, width).view(*lead, 4 * width * channels))
+        field = words if bits in (2, 8) else magnitude
+        plane = _pack_plane(field.reshape(grid), negative.reshape(grid), width)
+        planes.append(plane.view(*lead, 4 * width * channels))
     return torch.cat(planes, dim=-1).view(torch.uint8).view(*lead, size)
 
 

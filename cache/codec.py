@@ -1,0 +1,193 @@
+"""TurboQuant as an object of its own: pack vectors, bring them back, or take inner products with the codes."""
+
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from quantpress.cache.codec_reports import CodecReport, MemoryReport, codec_report, memory_report
+from quantpress.codecs.spec import CodecSpec
+from quantpress.codecs.transform import ChannelTransform
+from quantpress.errors import InvalidInputError
+from quantpress.kernels.decode import decode_code_space, decode_pages, to_code_space
+from quantpress.kernels.encode import encode_pages
+from quantpress.kernels.layout import PAGE_TOKENS
+
+
+@dataclass(frozen=True, eq=False)
+class PackedVectors:
+    """Vectors in packed pages, as `TurboQuantCodec.encode` makes them.
+
+    Args:
+        spec: the codec that packed them.
+        planes: the packed tensors, [B, Hkv, P, ...]; B = Hkv = 1 without a transform.
+        transform: the channel transform they were packed with.
+        shape: [..., D] of the vectors.
+    """
+
+    spec: CodecSpec
+    planes: dict[str, Tensor]
+    transform: ChannelTransform
+    shape: torch.Size
+
+    @property
+    def vectors(self) -> int:
+        """How many vectors there are."""
+        return prod(self.shape[:-1])
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held: codes, scales, the padding of the last page, and the transform."""
+        return sum(plane.nbytes for plane in self.planes.values()) + self.transform.nbytes
+
+    def trim(self, pages: Tensor) -> Tensor:
+        """Decoded pages [B, Hkv, T, D] without their padding, in the shape of the vectors."""
+        lead = prod(pages.shape[:2])
+        return pages[:, :, : self.vectors // lead].reshape(self.shape)
+
+
+class TurboQuantCodec:
+    """Random rotation, a codebook known in advance and one scale per vector: nothing is trained.
+
+    Args:
+        head_dim: dimension D of the vectors.
+        bits: code width per coordinate: 1, 2, 3, 4, 8 or a fraction between 1 and 4.
+        role: "key" (norms kept exactly) or "value" (inner products unbiased); also decides the page layout.
+        **options: the other fields of `quantpress.codecs.spec.CodecSpec`.
+
+    Raises:
+        UnsupportedBitsError: `bits` cannot be stored.
+        UnsupportedHeadDimError: `head_dim` cannot be packed.
+        InvalidInputError: another option has a value that cannot be used.
+
+    Source: TurboQuant, arXiv 2504.19874.
+
+    >>> codec = TurboQuantCodec(128, bits=3)
+    >>> packed = codec.encode(torch.randn(1000, 128))
+    >>> codec.decode(packed).shape
+    torch.Size([1000, 128])
+    >>> codec.compression_ratio
+    5.12
+    """
+
+    def __init__(self, head_dim: int, bits: float = 4, role: str = "key", **options: Any) -> None:
+        self.spec = CodecSpec(head_dim, bits, role, **options)
+
+    def __repr__(self) -> str:
+        return f"TurboQuantCodec({self.spec})"
+
+    @property
+    def compression_ratio(self) -> float:
+        """16 over the true bits per coordinate, scales included."""
+        return 16 / self.spec.bits_per_value
+
+    def encode(self, x: Tensor, transform: ChannelTransform | None = None) -> PackedVectors:
+        """Pack vectors.
+
+        Args:
+            x: [..., D] floating; [B, Hkv, ..., D] with a transform. The last page is padded with zeros.
+            transform: a channel transform per [B, Hkv], or None.
+
+        Raises:
+            InvalidInputError: x has the wrong shape or dtype.
+            NonFiniteError: x holds NaN or infinity.
+        """
+        if x.dim() < (1 if transform is None else 3) or x.shape[-1] != self.spec.head_dim:
+            wanted = (
+                f"[..., {self.spec.head_dim}]"
+                if transform is None
+                else f"[B, Hkv, ..., {self.spec.head_dim}]"
+            )
+            raise InvalidInputError(f"the vectors must be {wanted}, got {tuple(x.shape)}")
+        lead = (1, 1) if transform is None else tuple(x.shape[:2])
+        vectors = x.reshape(*lead, prod(x.shape[:-1]) // max(1, prod(lead)), x.shape[-1])
+        padding = -vectors.shape[2] % PAGE_TOKENS
+        if padding:
+            vectors = torch.cat((vectors, vectors.new_zeros(*lead, padding, x.shape[-1])), dim=2)
+        transform = transform or ChannelTransform()
+        return PackedVectors(self.spec, encode_pages(vectors, self.spec, transform), transform, x.shape)
+
+    def decode(self, packed: PackedVectors, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Bring vectors back: [..., D] `dtype`, in the shape they were packed from.
+
+        Raises:
+            InvalidInputError: another codec packed them.
+        """
+        self._check(packed)
+        return packed.trim(decode_pages(packed.planes, self.spec, packed.transform, dtype))
+
+    def inner_product(self, q: Tensor, packed: PackedVectors) -> Tensor:
+        """q @ x.T without bringing the vectors back to where they came from.
+
+        The query goes into code space instead, where the codes are read as they are.
+
+        Args:
+            q: [..., Q, D] floating; [B, Hkv, Q, D] if the vectors were packed with a transform.
+            packed: vectors [..., N, D] (one vector [D] counts as N = 1); leading dimensions broadcast.
+
+        Returns:
+            [..., Q, N] float32.
+
+        Raises:
+            InvalidInputError: another codec packed the vectors, or q does not fit them.
+        """
+        self._check(packed)
+        if q.dim() < 2 or q.shape[-1] != self.spec.head_dim:
+            raise InvalidInputError(f"queries must be [..., Q, {self.spec.head_dim}], got {tuple(q.shape)}")
+        codes = packed.trim(decode_code_space(packed.planes, self.spec))
+        codes = codes if codes.dim() > 1 else codes.unsqueeze(0)
+        query = to_code_space(packed.transform.query(q), self.spec)
+        return query @ codes.mT + packed.transform.bias(q).unsqueeze(-1)
+
+    def validate(self, samples: int = 4096, seed: int = 0) -> CodecReport:
+        """Measure the codec on random vectors and set the result beside theory.
+
+        Args:
+            samples: how many vectors.
+            seed: of the vectors.
+
+        Raises:
+            InvalidInputError: `samples` is below 1.
+        """
+        if samples < 1:
+            raise InvalidInputError(f"samples must be at least 1, got {samples}")
+        generator = torch.Generator().manual_seed(seed)
+        x = torch.randn(samples, self.spec.head_dim, generator=generator)
+        x *= torch.exp2(4 * torch.rand(samples, 1, generator=generator))  # lengths over four binades
+        decoded = self.decode(self.encode(x))
+        energy = x.square().sum(-1)
+        distortion = ((x - decoded).square().sum(-1) / energy).mean()
+        bias = ((x * decoded).sum(-1) / energy).mean() - 1
+        return codec_report(self.spec, samples, float(distortion), float(bias))
+
+    def memory_report(
+        self,
+        context: int,
+        layers: int,
+        kv_heads: int,
+        sink_tokens: int = 4,
+        recent_tokens: int = 128,
+        batch: int = 1,
+    ) -> MemoryReport:
+        """Weigh a cache whose keys and values both have this codec's format.
+
+        Args:
+            context: tokens cached per sequence.
+            layers: layers that are packed.
+            kv_heads: KV heads per layer.
+            sink_tokens: first tokens kept in 16 bits.
+            recent_tokens: last tokens kept in 16 bits, at least.
+            batch: sequences.
+
+        Raises:
+            InvalidInputError: a count is out of range.
+        """
+        return memory_report(self.spec, context, layers, kv_heads, sink_tokens, recent_tokens, batch)
+
+    def _check(self, packed: PackedVectors) -> None:
+        if packed.spec != self.spec:
+            raise InvalidInputError(
+                f"these vectors were packed by another codec: {packed.spec}, not {self.spec}"
+            )
