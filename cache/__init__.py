@@ -2,9 +2,11 @@
 
 from quantpress.cache.attention import install_packed_attention, uninstall_packed_attention
 from quantpress.cache.continuation import continue_inputs
-from quantpress.cache.layer import LayerSettings, LayerSnapshot, PackedLayer
+from quantpress.cache.layer import LayerSnapshot, PackedLayer
 from quantpress.cache.memory import CacheMemory, LayerMemory, cache_memory
+from quantpress.cache.settings import LayerSettings
 from quantpress.cache.states import PackedStates
+from quantpress.cache.tokens import PackedTokens
 
 __all__ = [
     "CacheMemory",
@@ -13,6 +15,7 @@ __all__ = [
     "LayerSnapshot",
     "PackedLayer",
     "PackedStates",
+    "PackedTokens",
     "cache_memory",
     "continue_inputs",
     "install_packed_attention",

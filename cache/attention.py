@@ -1,8 +1,9 @@
 """Lets every attention implementation of transformers read packed layers.
 
 `install_packed_attention` wraps the entries of `ALL_ATTENTION_FUNCTIONS`, and "eager": a packed key goes to
-`quantpress.kernels.attend`, anything else to the function that was there. Names, masks and models stay as they are.
-An implementation registered later, or one that is not wrapped, still gets right results: `PackedStates` decodes itself.
+`quantpress.kernels.attend`, anything else to the function that was there. Names, masks and models stay as
+they are. An implementation registered later, or one that is not wrapped, still gets right results:
+`PackedStates` decodes itself.
 """
 
 import functools
@@ -36,7 +37,10 @@ def install_packed_attention() -> None:
 
 
 def uninstall_packed_attention() -> None:
-    """Put back every attention function as it was. Packed layers go on to work, decoded as a whole at each step."""
+    """Put back every attention function as it was.
+
+    Packed layers go on to work, decoded as a whole at each step.
+    """
     for name in list(ALL_ATTENTION_FUNCTIONS.keys()):
         original = getattr(ALL_ATTENTION_FUNCTIONS[name], _MARK, None)
         if original is model_eager_attention:
@@ -138,7 +142,8 @@ def visibility(
         The same rule for T tokens.
 
     Raises:
-        UnsupportedModelError: a mask made for another length that is not simply causal (a padded batch whose layers
+        UnsupportedModelError: a mask made for another length that is not simply causal (a padded batch whose
+        layers
             keep different numbers of tokens).
     """
     tokens = shape[2]
@@ -149,8 +154,8 @@ def visibility(
     if mask is not None and mask.dim() == 4 and mask.shape[-1] != tokens:
         if not _is_causal(mask, queries):
             raise UnsupportedModelError(
-                f"the attention mask is for {mask.shape[-1]} tokens, this layer keeps {tokens}, and the batch is padded; "
-                "use a press that keeps the same number of tokens in every layer, or one context at a time"
+                f"the attention mask is for {mask.shape[-1]} tokens, this layer keeps {tokens}, and the "
+                "batch is padded; use a press that keeps as many tokens in every layer, or one context a time"
             )
         mask, causal = None, True
     if mask is not None and mask.dim() == 2:

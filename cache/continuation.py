@@ -16,16 +16,18 @@ def continue_inputs(
 ) -> dict[str, torch.Tensor]:
     """Inputs for `model.generate` or `model(...)` that go on from an evicted, packed or plain cache.
 
-    transformers takes the cache's length for the next position. After an eviction the cache is shorter than the text
-    it has read, and `generate` would feed old tokens again at wrong positions. This sets positions from the tokens
-    seen and cache slots from the tokens kept.
+    transformers takes the cache's length for the next position. After an eviction the cache is shorter than
+    the text it has read, and `generate` would feed old tokens again at wrong positions. This sets positions
+    from the tokens seen and cache slots from the tokens kept.
 
     Args:
         cache: what the context was read into; every batch entry unpadded.
         input_ids: [B, N] int64, the new tokens only.
-        tokens_seen: tokens read so far. Left out, it is taken from a `PackedLayer`; a plain cache that was evicted
+        tokens_seen: tokens read so far. Left out, it is taken from a `PackedLayer`; a plain cache that was
+        evicted
             must say it.
-        history: [B, K] ids put in front, K the tokens kept: assisted and prompt-lookup decoding need them, since they
+        history: [B, K] ids put in front, K the tokens kept: assisted and prompt-lookup decoding need them,
+        since they
             crop the cache to the length of the ids. They are not fed to the model.
 
     Returns:

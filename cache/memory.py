@@ -1,4 +1,4 @@
-"""How many bytes a cache really holds: measured from the storage of its tensors, not computed from a bit width."""
+"""How many bytes a cache really holds: measured from its tensors' storage, not computed from a bit width."""
 
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -7,6 +7,7 @@ import torch
 from transformers.cache_utils import Cache
 
 from quantpress.cache.layer import PackedLayer
+from quantpress.cache.tokens import PackedTokens
 
 BYTES_16_BIT = 2
 
@@ -118,20 +119,7 @@ def cache_memory(cache: Cache) -> CacheMemory:
 
 def _layer_memory(layer: Any, seen: set[int]) -> LayerMemory:
     if isinstance(layer, PackedLayer):
-        dense = layer.dense_tensors()
-        tokens = layer.get_seq_length()
-        values = 0
-        if dense:
-            batch, heads = dense[0].shape[:2]
-            values = batch * heads * tokens * (dense[0].shape[-1] + dense[1].shape[-1])
-        return LayerMemory(
-            tokens=tokens,
-            packed_tokens=layer.packed_tokens,
-            packed_bytes=storage_bytes(layer.packed_tensors(), seen),
-            dense_bytes=storage_bytes(dense, seen),
-            metadata_bytes=storage_bytes(layer.metadata_tensors(), seen),
-            bf16_bytes=values * BYTES_16_BIT,
-        )
+        return LayerMemory(0, 0, 0, 0, 0, 0) if layer.tokens is None else _packed_memory(layer.tokens, seen)
     tensors = [t for t in vars(layer).values() if isinstance(t, torch.Tensor)]
     states = [t for t in (layer.keys, layer.values) if isinstance(t, torch.Tensor)]
     return LayerMemory(
@@ -141,6 +129,19 @@ def _layer_memory(layer: Any, seen: set[int]) -> LayerMemory:
         dense_bytes=storage_bytes(states, seen),
         metadata_bytes=storage_bytes(tensors, seen),
         bf16_bytes=sum(t.numel() for t in states) * BYTES_16_BIT,
+    )
+
+
+def _packed_memory(tokens: PackedTokens, seen: set[int]) -> LayerMemory:
+    keys, values = tokens.sinks.keys, tokens.sinks.values
+    numbers = keys.shape[0] * keys.shape[1] * len(tokens) * (keys.shape[-1] + values.shape[-1])
+    return LayerMemory(
+        tokens=len(tokens),
+        packed_tokens=tokens.packed,
+        packed_bytes=storage_bytes(tokens.packed_tensors(), seen),
+        dense_bytes=storage_bytes(tokens.dense_tensors(), seen),
+        metadata_bytes=storage_bytes(tokens.metadata_tensors(), seen),
+        bf16_bytes=numbers * BYTES_16_BIT,
     )
 
 

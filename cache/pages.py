@@ -12,8 +12,8 @@ GROWTH = 16  # appending reserves a sixteenth more pages than there are
 class PageStore:
     """Planes [B, Hkv, P, ...] with room to append.
 
-    Views handed out by `planes` never change afterwards: appending writes only behind them, and after a crop the next
-    append moves to new memory.
+    Views handed out by `planes` never change afterwards: appending writes only behind them, and after a crop
+    the next append moves to new memory.
 
     Args:
         planes: what a codec's `encode` returned, or None for an empty store.

@@ -1,9 +1,9 @@
 """`PackedStates`: a tensor that stands for a packed layer's keys or values and decodes only when it must.
 
-`PackedLayer.update` returns two of these. Models hand them untouched to the attention function, where our dispatcher
-reads the packed view behind them. Any other operation (a stock attention, a press, a user's own code) sees an ordinary
-tensor: the first operation that needs numbers decodes them. Slicing the newest tokens off and selecting in the batch
-stay packed. Writing in place works: from then on this tensor is dense.
+`PackedLayer.update` returns two of these. Models hand them untouched to the attention function, where our
+dispatcher reads the packed view behind them. Any other operation (a stock attention, a press, a user's own
+code) sees an ordinary tensor: the first operation that needs numbers decodes them. Slicing the newest tokens
+off and selecting in the batch stay packed. Writing in place works: from then on this tensor is dense.
 """
 
 from collections.abc import Mapping, Sequence
@@ -51,7 +51,7 @@ class PackedStates(torch.Tensor):
             return self._dense
         return self.view_of_layer.dense_keys() if self.side == "keys" else self.view_of_layer.dense_values()
 
-    def __repr__(self, *, tensor_contents: None = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return (
             f"PackedStates({self.side}, shape={tuple(self.shape)}, dtype={self.dtype}, device={self.device})"
         )
@@ -63,7 +63,7 @@ class PackedStates(torch.Tensor):
         return self.dense().clone()
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls,
         func: Any,
         types: Sequence[type],
@@ -101,7 +101,8 @@ def _stays_packed(func: Any, states: PackedStates, args: Sequence[Any], kwargs: 
     ):
         return PackedStates(view, side)
     if func is _aten.slice.Tensor:
-        dim, start, end, step = (*args[1:], *(None, None, None, 1)[len(args) - 1 :])
+        given = [*args[1:], *[None, None, None, 1][len(args) - 1 :]]
+        dim, start, end, step = given
         dim = (dim or 0) % 4
         size = states.shape[dim]
         end = size if end is None else min(end if end >= 0 else max(end + size, 0), size)

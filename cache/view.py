@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from quantpress.cache.segments import first
 from quantpress.kernels.attend import DenseSegment, PackedSegment, PackedSide, Segment
 from quantpress.kernels.layout import PAGE_TOKENS
 
@@ -40,21 +41,21 @@ class PackedView:
         """The tokens in view as attention segments; a page that is cut is decoded."""
         sinks, pages = self.sinks.tokens, self.packed.tokens
         if self.tokens <= sinks:
-            return [_first(self.sinks, self.tokens)]
+            return [first(self.sinks, self.tokens)]
         inside = self.tokens - sinks
         if inside >= pages:
-            return [self.sinks, self.packed, _first(self.recent, inside - pages)]
+            return [self.sinks, self.packed, first(self.recent, inside - pages)]
         whole, rest = divmod(inside, PAGE_TOKENS)
         segments: list[Segment] = [self.sinks]
         if whole:
-            segments.append(self._pages(0, whole))
+            segments.append(self.pages(0, whole))
         if rest:
-            cut = self._pages(whole, whole + 1)
-            dense = DenseSegment(decode(cut.keys, self.dtype), decode(cut.values, self.dtype))
-            segments.append(_first(dense, rest))
+            cut = self.pages(whole, whole + 1)
+            segments.append(first(decode_segment(cut, self.dtype), rest))
         return segments
 
-    def _pages(self, start: int, stop: int) -> PackedSegment:
+    def pages(self, start: int, stop: int) -> PackedSegment:
+        """Pages `start` to `stop` alone."""
         keys, values = self.packed.keys, self.packed.values
         return PackedSegment(
             replace(keys, planes=keys.narrow(start, stop)), replace(values, planes=values.narrow(start, stop))
@@ -62,11 +63,11 @@ class PackedView:
 
     def dense_keys(self) -> torch.Tensor:
         """Every key in view, decoded: [B, Hkv, tokens, D]."""
-        return torch.cat([segment_keys(segment, self.dtype) for segment in self.segments()], dim=2)
+        return torch.cat([_keys(segment, self.dtype) for segment in self.segments()], dim=2)
 
     def dense_values(self) -> torch.Tensor:
         """Every value in view, decoded: [B, Hkv, tokens, Dv]."""
-        return torch.cat([segment_values(segment, self.dtype) for segment in self.segments()], dim=2)
+        return torch.cat([_values(segment, self.dtype) for segment in self.segments()], dim=2)
 
     def map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "PackedView":
         """A view with `change` applied to every tensor (each has the batch first)."""
@@ -82,20 +83,20 @@ class PackedView:
         return replace(self, sinks=dense(self.sinks), packed=pages, recent=dense(self.recent))
 
 
-def _first(segment: DenseSegment, tokens: int) -> DenseSegment:
-    return DenseSegment(segment.keys[:, :, :tokens], segment.values[:, :, :tokens])
+def decode_segment(segment: Segment, dtype: torch.dtype) -> DenseSegment:
+    """The tokens of a segment as they are, or decoded to `dtype`."""
+    if isinstance(segment, DenseSegment):
+        return segment
+    return DenseSegment(_decode(segment.keys, dtype), _decode(segment.values, dtype))
 
 
-def decode(side: PackedSide, dtype: torch.dtype) -> torch.Tensor:
-    """All tokens of packed pages, decoded: [B, Hkv, T, D] in `dtype`."""
+def _decode(side: PackedSide, dtype: torch.dtype) -> torch.Tensor:
     return side.codec.decode(side.planes, side.transform, dtype)
 
 
-def segment_keys(segment: Segment, dtype: torch.dtype) -> torch.Tensor:
-    """The keys of a segment, [B, Hkv, T, D] in `dtype`."""
-    return segment.keys if isinstance(segment, DenseSegment) else decode(segment.keys, dtype)
+def _keys(segment: Segment, dtype: torch.dtype) -> torch.Tensor:
+    return segment.keys if isinstance(segment, DenseSegment) else _decode(segment.keys, dtype)
 
 
-def segment_values(segment: Segment, dtype: torch.dtype) -> torch.Tensor:
-    """The values of a segment, [B, Hkv, T, Dv] in `dtype`."""
-    return segment.values if isinstance(segment, DenseSegment) else decode(segment.values, dtype)
+def _values(segment: Segment, dtype: torch.dtype) -> torch.Tensor:
+    return segment.values if isinstance(segment, DenseSegment) else _decode(segment.values, dtype)

@@ -1,8 +1,8 @@
 """What a codec must offer for the cache and attention to use it, and the two codecs there are.
 
 A codec turns whole pages of keys or values into *planes*: named tensors whose first three dimensions are
-[B, Hkv, P] (batch, KV heads, pages). The cache never looks inside a plane; it only appends, crops, indexes and moves
-them, so another codec (a trellis, a lossless one for tests) needs no change there.
+[B, Hkv, P] (batch, KV heads, pages). The cache never looks inside a plane; it only appends, crops, indexes
+and moves them, so another codec (a trellis, a lossless one for tests) needs no change there.
 
 Attention works in *code space*, where decoding is cheapest: for any vector x and query q,
 
@@ -47,7 +47,7 @@ class PageCodec(Protocol):
     def bits_per_value(self) -> float: ...
 
     def encode(self, x: torch.Tensor, transform: ChannelTransform) -> Planes:
-        """Pack x [B, Hkv, T, D], T a multiple of `PAGE_TOKENS`, into planes [B, Hkv, T / PAGE_TOKENS, ...]."""
+        """Pack x [B, Hkv, T, D], T a multiple of `PAGE_TOKENS`, into planes [B, Hkv, P, ...]."""
         ...
 
     def decode(self, planes: Planes, transform: ChannelTransform, dtype: torch.dtype) -> torch.Tensor:

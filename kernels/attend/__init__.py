@@ -1,4 +1,4 @@
-"""Decode attention over dense and packed segments: the public entry, and the seam where a device kernel goes in."""
+"""Attention over dense and packed segments: the public entry, and the seam where a device kernel goes in."""
 
 from collections.abc import Sequence
 

@@ -1,6 +1,7 @@
 """What attention reads: segments of tokens, and what limits who sees whom.
 
-Shapes: B batch, Hq query heads, Hkv KV heads, Tq query tokens, T key tokens, D head_dim of keys, Dv of values.
+Shapes: B batch, Hq query heads, Hkv KV heads, Tq query tokens, T key tokens, D head_dim of keys, Dv of
+values.
 """
 
 from dataclasses import dataclass

@@ -1,7 +1,7 @@
 """Attention over dense and packed segments, in plain PyTorch: the truth the Triton kernels are held to.
 
-Online softmax (Milakov and Gimelshein 2018) over chunks of tokens, float32 throughout. Packed chunks are decoded into
-code space only, a bounded number of values at a time, so the whole cache is never there at once:
+Online softmax (Milakov and Gimelshein 2018) over chunks of tokens, float32 throughout. Packed chunks are
+decoded into code space only, a bounded number of values at a time, so the whole cache is never there at once:
 
     score = scaling * (to_code_space(query(q)) . codes + bias(q)),    out = from_code_space(sum p * codes_v)
 """
@@ -82,7 +82,7 @@ def attend_reference(
     softcap: float | None = None,
     sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """softmax(scaling * q.k + mask) v over segments in token order. See `quantpress.kernels.attend.attend`."""
+    """softmax(scaling * q.k + mask) v over segments in order; see `quantpress.kernels.attend.attend`."""
     batch, query_heads, queries, dim = query.shape
     first = segments[0]
     kv_heads = (
@@ -145,7 +145,7 @@ def _attend_pages(
 
 
 def _invert_values(segment: PackedSegment, restored: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """Undo the value transform on a weighted sum: linear part on the sum, the mean once per unit of weight."""
+    """Undo the value transform on a weighted sum: the mean counts once per unit of weight."""
     transform = segment.values.transform
     linear = replace(transform, mean=None).invert(restored)
     if transform.mean is None:

@@ -1,0 +1,203 @@
+"""Attention over segments against float64 softmax attention on the decoded tokens."""
+
+import math
+
+import pytest
+import torch
+
+import quantpress.kernels.attend.reference as reference
+from quantpress.codecs.spec import CodecSpec
+from quantpress.codecs.transform import ChannelTransform, key_statistics, value_statistics
+from quantpress.errors import InvalidInputError
+from quantpress.kernels.attend import DenseSegment, PackedSegment, PackedSide, Segment, Visibility, attend
+from quantpress.kernels.page_codec import RawPages, ScalarPages
+
+BATCH, KV_HEADS, GROUP, PAGES = 2, 2, 3, 3
+TOLERANCE = 2e-6  # float32 arithmetic over 400 tokens, relative to the output's norm
+
+
+def packed(dim: int, value_dim: int, bits: float, estimator: str = "mse") -> PackedSegment:
+    key_codec = ScalarPages(CodecSpec(head_dim=dim, bits=bits, role="key", estimator=estimator))
+    value_codec = ScalarPages(CodecSpec(head_dim=value_dim, bits=bits, role="value"))
+    keys = torch.randn(BATCH, KV_HEADS, PAGES * 128, dim) * torch.rand(dim).exp() + 3 * torch.randn(dim)
+    values = torch.randn(BATCH, KV_HEADS, PAGES * 128, value_dim)
+    moment = torch.rand(BATCH, KV_HEADS, dim) + 0.1
+    key_transform = key_statistics(keys, moment, key_codec.groups)
+    value_transform = value_statistics(values, value_codec.groups)
+    return PackedSegment(
+        PackedSide(key_codec, key_codec.encode(keys, key_transform), key_transform),
+        PackedSide(value_codec, value_codec.encode(values, value_transform), value_transform),
+    )
+
+
+def dense(tokens: int, dim: int, value_dim: int, dtype: torch.dtype = torch.float32) -> DenseSegment:
+    return DenseSegment(
+        torch.randn(BATCH, KV_HEADS, tokens, dim).to(dtype),
+        torch.randn(BATCH, KV_HEADS, tokens, value_dim).to(dtype),
+    )
+
+
+def decoded(segments: list[Segment]) -> tuple[torch.Tensor, torch.Tensor]:
+    def side(packed_side: PackedSide) -> torch.Tensor:
+        return packed_side.codec.decode(packed_side.planes, packed_side.transform, torch.float64)
+
+    keys = [s.keys.double() if isinstance(s, DenseSegment) else side(s.keys) for s in segments]
+    values = [s.values.double() if isinstance(s, DenseSegment) else side(s.values) for s in segments]
+    return torch.cat(keys, 2), torch.cat(values, 2)
+
+
+def exact(
+    query: torch.Tensor,
+    segments: list[Segment],
+    limit: torch.Tensor,
+    scaling: float,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """float64 attention with everything there at once; `limit` is added to the scores."""
+    keys, values = (t.repeat_interleave(GROUP, dim=1) for t in decoded(segments))
+    scores = query.double() @ keys.transpose(2, 3) * scaling
+    if softcap is not None:
+        scores = softcap * (scores / softcap).tanh()
+    scores = scores + limit
+    if sinks is not None:
+        column = sinks.double()[None, :, None, None].expand(*scores.shape[:3], 1)
+        return torch.cat([scores, column], -1).softmax(-1)[..., :-1] @ values
+    return scores.softmax(-1) @ values
+
+
+def causal_limit(queries: int, tokens: int) -> torch.Tensor:
+    return torch.full((queries, tokens), -math.inf, dtype=torch.float64).triu(tokens - queries + 1)
+
+
+def assert_close(got: torch.Tensor, expected: torch.Tensor, tolerance: float = TOLERANCE) -> None:
+    assert got.shape == expected.shape
+    assert float((got - expected).norm() / expected.norm()) < tolerance
+
+
+@pytest.mark.parametrize("bits", [1, 2, 2.5, 3, 3.5, 4, 8])
+@pytest.mark.parametrize(("dim", "value_dim"), [(64, 64), (80, 80), (128, 64)])
+@pytest.mark.parametrize("queries", [1, 5])
+def test_three_segments(bits: float, dim: int, value_dim: int, queries: int) -> None:
+    segments: list[Segment] = [
+        dense(4, dim, value_dim),
+        packed(dim, value_dim, bits),
+        dense(37, dim, value_dim),
+    ]
+    tokens = sum(segment.tokens for segment in segments)
+    query = torch.randn(BATCH, KV_HEADS * GROUP, queries, dim)
+    got = attend(query, segments, Visibility(queries, tokens), scaling=dim**-0.5)
+    assert_close(got, exact(query, segments, causal_limit(queries, tokens), dim**-0.5))
+
+
+def test_estimator_with_a_sketch() -> None:
+    segments: list[Segment] = [packed(64, 64, 3, estimator="prod"), dense(9, 64, 64)]
+    query = torch.randn(BATCH, KV_HEADS * GROUP, 1, 64)
+    got = attend(query, segments, Visibility(1, PAGES * 128 + 9), scaling=0.125)
+    assert_close(got, exact(query, segments, torch.zeros(1), 0.125), 1e-5)
+
+
+@pytest.mark.parametrize("workspace", [1, 128 * 32 * 4, 10**9], ids=["one_page", "small", "all"])
+def test_any_chunk_size(workspace: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reference, "WORKSPACE_VALUES", workspace)
+    segments: list[Segment] = [packed(64, 64, 4), dense(300, 64, 64)]
+    tokens = PAGES * 128 + 300
+    query = 4 * torch.randn(BATCH, KV_HEADS * GROUP, 290, 64)
+    got = attend(query, segments, Visibility(290, tokens), scaling=0.3)
+    assert_close(got, exact(query, segments, causal_limit(290, tokens), 0.3), 1e-5)
+
+
+def test_workspace_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No decoded chunk and no block of scores is larger than the workspace says."""
+    sizes: list[int] = []
+    add = reference.OnlineSoftmax.add
+
+    def record(self: reference.OnlineSoftmax, scores: torch.Tensor, values: torch.Tensor) -> None:
+        sizes.extend([scores.numel(), values.numel()])
+        add(self, scores, values)
+
+    monkeypatch.setattr(reference.OnlineSoftmax, "add", record)
+    limit = BATCH * KV_HEADS * 128 * 64
+    monkeypatch.setattr(reference, "WORKSPACE_VALUES", limit)
+    segments: list[Segment] = [packed(64, 64, 4), dense(300, 64, 64)]
+    attend(
+        torch.randn(BATCH, KV_HEADS * GROUP, 1, 64), segments, Visibility(1, PAGES * 128 + 300), scaling=0.125
+    )
+    assert len(sizes) == 2 * (PAGES + 3) and max(sizes) <= limit
+
+
+@pytest.mark.parametrize("kind", ["bool", "float", "per_head"])
+def test_explicit_masks(kind: str) -> None:
+    segments: list[Segment] = [dense(4, 64, 64), packed(64, 64, 4), dense(20, 64, 64)]
+    tokens, queries = PAGES * 128 + 24, 6
+    heads = KV_HEADS * GROUP if kind == "per_head" else 1
+    seen = torch.rand(BATCH, heads, queries, tokens) < 0.7
+    limit = torch.zeros(seen.shape).masked_fill(~seen, -math.inf)
+    query = torch.randn(BATCH, KV_HEADS * GROUP, queries, 64)
+    mask = seen if kind == "bool" else limit + (torch.randn(seen.shape) if kind == "float" else 0)
+    longer = torch.nn.functional.pad(mask, (0, 50))  # masks may be made for more tokens than there are
+    expected = exact(query, segments, (limit if kind == "bool" else mask).double(), 0.125)
+    for one in (mask, longer):
+        got = attend(query, segments, Visibility(queries, tokens, mask=one), scaling=0.125)
+        assert_close(got, expected)
+
+
+def test_softcap_sinks_and_dropped_entries() -> None:
+    segments: list[Segment] = [dense(4, 64, 64), packed(64, 64, 4), dense(20, 64, 64)]
+    tokens = PAGES * 128 + 24
+    dropped = torch.rand(BATCH, KV_HEADS, tokens) < 0.5
+    limit = torch.zeros(dropped.shape).masked_fill(dropped, -math.inf)
+    limit = limit.repeat_interleave(GROUP, dim=1)[:, :, None].double()
+    query, sinks = 5 * torch.randn(BATCH, KV_HEADS * GROUP, 1, 64), torch.randn(KV_HEADS * GROUP)
+    got = attend(
+        query, segments, Visibility(1, tokens, dropped=dropped), scaling=0.125, softcap=2.0, sinks=sinks
+    )
+    assert_close(got, exact(query, segments, limit, 0.125, softcap=2.0, sinks=sinks))
+
+
+def test_large_scores_and_blind_queries_stay_finite() -> None:
+    segments: list[Segment] = [packed(64, 64, 4), dense(8, 64, 64)]
+    tokens = PAGES * 128 + 8
+    query = 1e4 * torch.randn(BATCH, KV_HEADS * GROUP, 2, 64)
+    mask = torch.ones(1, 1, 2, tokens, dtype=torch.bool)
+    mask[:, :, 0] = False
+    got = attend(query, segments, Visibility(2, tokens, mask=mask), scaling=1.0)
+    assert torch.isfinite(got).all()
+    assert (got[:, :, 0] == 0).all()
+    assert (got[:, :, 1] != 0).any()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision_inputs(dtype: torch.dtype) -> None:
+    """Output rounding is all that 16-bit queries and tails add."""
+    segments: list[Segment] = [packed(64, 64, 4), dense(37, 64, 64, dtype)]
+    query = torch.randn(BATCH, KV_HEADS * GROUP, 1, 64).to(dtype)
+    got = attend(query, segments, Visibility(1, PAGES * 128 + 37), scaling=0.125)
+    assert got.dtype == dtype
+    expected = exact(query, segments, torch.zeros(1), 0.125)
+    rounding = float((expected.to(dtype) - expected).norm() / expected.norm())
+    assert_close(got, expected, 1.5 * rounding)
+
+
+def test_lossless_pages_are_plain_attention() -> None:
+    codec = RawPages(64)
+    keys, values = torch.randn(2, BATCH, KV_HEADS, 256, 64)
+    sides = [
+        PackedSide(codec, codec.encode(x, ChannelTransform()), ChannelTransform()) for x in (keys, values)
+    ]
+    query = torch.randn(BATCH, KV_HEADS * GROUP, 4, 64)
+    got = attend(query, [PackedSegment(*sides)], Visibility(4, 256), scaling=0.125)
+    repeated = [t.repeat_interleave(GROUP, dim=1) for t in (keys, values)]
+    mask = torch.ones(4, 256, dtype=torch.bool).tril(252)
+    expected = torch.nn.functional.scaled_dot_product_attention(query, *repeated, attn_mask=mask, scale=0.125)
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_wrong_lengths_are_refused() -> None:
+    query = torch.randn(BATCH, KV_HEADS * GROUP, 1, 64)
+    with pytest.raises(InvalidInputError, match="attention over 9 tokens, but the mask is for 10"):
+        attend(query, [dense(9, 64, 64)], Visibility(1, 10), scaling=1.0)
+    with pytest.raises(InvalidInputError, match="5 query heads are not a multiple of 2"):
+        attend(query[:, :5], [dense(9, 64, 64)], Visibility(1, 9), scaling=1.0)
+    with pytest.raises(InvalidInputError, match="attention over 0 tokens"):
+        attend(query, [], Visibility(1, 0), scaling=1.0)
