@@ -16,7 +16,7 @@ from quantpress.codecs.bounds import (
     shannon_distortion,
 )
 from quantpress.codecs.budget import ChannelGroup, split_channels
-from quantpress.codecs.codebook import Codebook, codebook, lloyd_max
+from quantpress.codecs.codebook import Codebook, lloyd_max
 from quantpress.codecs.rotation import Rotation
 from quantpress.codecs.spec import CodecSpec
 from quantpress.codecs.transform import ChannelTransform, key_statistics, value_statistics
@@ -27,7 +27,6 @@ __all__ = [
     "Codebook",
     "CodecSpec",
     "Rotation",
-    "codebook",
     "key_statistics",
     "lloyd_max",
     "lloyd_max_distortion",

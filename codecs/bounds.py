@@ -1,6 +1,6 @@
 """What a code of b bits per coordinate can reach: the limit, the paper's bounds, the exact scalar optimum.
 
-All are squared errors E|u - decode(u)|^2 of a unit vector u. Bits may be fractional where a formula allows it.
+All are squared errors E|u - decode(u)|^2 of a unit vector u. Bits may be fractional where a formula allows.
 """
 
 from __future__ import annotations

@@ -61,7 +61,7 @@ def check_head_dim(head_dim: int) -> None:
         )
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=256, typed=True)  # typed: 64.0 and True are not 64 and 1
 def split_channels(bits: float, head_dim: int) -> tuple[ChannelGroup, ...]:
     """Split head_dim channels into groups whose mean width is `bits`, or the nearest that whole words allow.
 

@@ -2,8 +2,8 @@
 
 Two forms. "lloyd_max" has the levels of least squared error under the exact coordinate density. "e4m3" has
 levels that an 8-bit float (torch.float8_e4m3fn) holds exactly up to one common factor, so that a kernel looks
-codes up straight into fp8 tensor-core operands; up to 4 bits that costs about one percent of distortion at
-most.
+codes up straight into fp8 tensor-core operands. That costs 0.01 % of distortion at 2 bits, 0.2 % at 3 and 1 %
+at 4 (1.6 % at D = 32).
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ class Codebook:
         return self.level_tensor(codes.device, dtype)[codes.long()]
 
 
-@lru_cache(maxsize=512)
+@lru_cache(maxsize=512, typed=True)  # typed: 4.0 and True are not 4 and 1
 def codebook(bits: int, head_dim: int, form: str = "e4m3") -> Codebook:
     """The codebook of a width, dimension and form; from the shipped table where it is there, else computed.
 
@@ -94,7 +94,7 @@ def codebook(bits: int, head_dim: int, form: str = "e4m3") -> Codebook:
         InvalidInputError: unknown `form`.
 
     >>> codebook(2, 128).scaled
-    (-13.0, -4.0, 4.0, 13.0)
+    (-10.0, -3.0, 3.0, 10.0)
     """
     _check(bits, form)
     row = _shipped().get(f"{form}/{bits}/{head_dim}")

@@ -68,7 +68,7 @@ class CoordinateDensity:
         """Exact E|u - decode(u)|^2 of a uniform unit vector u that is rounded to the nearest level.
 
         Args:
-            half: [n] float64, the positive levels, ascending, in units of the coordinate; the rest mirror them.
+            half: [n] float64, the positive levels, ascending, in units of the coordinate.
         """
         low, high = self.cells(half)
         second_moment = 1.0 / (2 * self.dim)  # of one positive half; all of it sums to 1 / D

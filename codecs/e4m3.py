@@ -9,24 +9,20 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+from scipy import optimize
 
 from quantpress.codecs.density import CoordinateDensity, Floats
 
-E4M3_MAX = 448.0
-E4M3_MIN_NORMAL = 2.0**-6
-
 _TOP_LEVEL = 8.0  # the largest scaled level lies in [8, 16): far from overflow, and the rest stay normal
 _SEARCH_STEPS = 1024
-_REFINE_STEPS = 50
 _LEAST_GAIN = 1e-12  # less is rounding noise between patterns that are multiples of each other
 
 
 def fit_e4m3(half: Floats, head_dim: int) -> tuple[Floats, float]:
     """The e4m3 pattern and unit with the least exact distortion near given levels.
 
-    Each of 1024 units in one octave gives a pattern, the levels divided by the unit and rounded. Each
-    pattern's own best unit then follows from the centroid condition, unit = E[x p] / E[p^2], iterated with
-    its thresholds.
+    Each of 1024 units in one octave gives a pattern, the levels divided by the unit and rounded. Then each
+    pattern's own best unit is found, with thresholds at the midpoints of its levels.
 
     Args:
         half: [n] float64, the positive levels to come close to, ascending, in units of the coordinate.
@@ -60,12 +56,11 @@ def round_to_e4m3(values: Floats) -> Floats:
 
 
 def _best_unit(density: CoordinateDensity, pattern: Floats, unit: float) -> float:
-    for _ in range(_REFINE_STEPS):
-        low, high = density.cells(pattern * unit)
-        moved = float(
-            np.dot(pattern, density.first_moment(low, high)) / np.dot(pattern**2, density.mass(low, high))
-        )
-        if abs(moved - unit) <= 1e-15 * unit:
-            break
-        unit = moved
-    return unit
+    """The unit near `unit` with the least distortion of pattern * unit, by Brent's method."""
+    found = optimize.minimize_scalar(
+        lambda trial: density.distortion(pattern * trial),
+        bounds=(unit * 0.9, unit * 1.1),
+        method="bounded",
+        options={"xatol": unit * 1e-10},
+    )
+    return float(found.x)

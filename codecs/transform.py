@@ -81,7 +81,7 @@ class ChannelTransform:
         return x if self.mean is None else x + _spread(self.mean, x)
 
     def query(self, q: Tensor) -> Tensor:
-        """Prepare queries: (q / weight)[order], so that q.x == query(q).apply(x) + bias(q).
+        """Prepare queries, (q / weight)[order], so that q.x is query(q).apply(x) + bias(q).
 
         Args:
             q: [B, Hkv, ..., D] floating, the query heads of a KV head among the middle dimensions.
