@@ -1,4 +1,4 @@
-"""TurboQuant as an object of its own: pack vectors, bring them back, or take inner products with the codes."""
+"""TurboQuant as an object of its own: pack vectors, bring them back, or take inner products with codes."""
 
 from dataclasses import dataclass
 from math import prod

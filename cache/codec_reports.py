@@ -103,7 +103,7 @@ def expected_distortion(spec: CodecSpec) -> tuple[float, float]:
         "norm_corrected"  distortion 2 - 2 sqrt(1 - d)   bias sqrt(1 - d) - 1
         "unbiased"        distortion d / (1 - d)         bias 0
 
-    A sketch puts an error of (pi / 2 - 1 / D) |r|^2 in place of the residual's |r|^2, and takes the bias away.
+    A sketch puts an error of (pi / 2 - 1 / D) |r|^2 in place of the residual's |r|^2 and takes the bias away.
 
     Returns:
         (distortion, bias), both relative to |x|^2.

@@ -82,7 +82,9 @@ def pack_pages(codes: Tensor, bits: int, role: str) -> Tensor:
         raise InvalidInputError(f"codes must be {wanted}, got {codes.dtype} {tuple(codes.shape)}")
     lead, channels = codes.shape[:-2], codes.shape[-1]
     size = _checked_size(bits, channels, role)
-    if codes.numel() and int(codes.max()) >= 1 << bits:
+    if not codes.numel():
+        return codes.new_empty(*lead, size)
+    if int(codes.max()) >= 1 << bits:
         raise InvalidInputError(f"code {int(codes.max())} does not fit into {bits} bits")
     rows = codes if role == "key" else codes.transpose(-1, -2)
     words = rows.contiguous().view(torch.int32)  # four lanes, one code a byte
