@@ -1,0 +1,65 @@
+"""Everything public is behind one import name."""
+
+import subprocess
+import sys
+
+import pytest
+
+import quantpress
+from quantpress import errors
+
+ERRORS = sorted(n for n, v in vars(errors).items() if isinstance(v, type) and issubclass(v, Exception))
+
+# What quantpress promises. A name that goes from here breaks somebody's program: say so in CHANGELOG.md.
+PUBLIC = sorted(
+    [
+        *ERRORS,
+        "Compose",
+        "PackedLayer",
+        "TextGenerationPipeline",
+        "TurboQuant",
+        "TurboQuantCodec",
+        "cache_memory",
+        "continue_inputs",
+    ]
+)
+
+
+def test_public_names_are_locked_and_sorted() -> None:
+    assert quantpress.__all__ == PUBLIC
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_public_name_resolves(name: str) -> None:
+    assert getattr(quantpress, name).__name__ == name
+    assert name in dir(quantpress)
+
+
+def test_every_press_can_be_imported_from_the_top() -> None:
+    from quantpress import presses
+
+    assert presses.__all__ == sorted(presses.__all__)
+    assert {"SnapKV", "StreamingLLM"} <= set(presses.__all__)
+    for name in presses.__all__:
+        assert getattr(quantpress, name) is getattr(presses, name)
+        assert name in dir(quantpress)
+
+
+@pytest.mark.parametrize("name", ["NoSuchPress", "no_such_name", "__wrapped__"])
+def test_unknown_name_is_an_attribute_error(name: str) -> None:
+    with pytest.raises(AttributeError, match=name):
+        getattr(quantpress, name)
+
+
+def test_naming_a_press_registers_the_pipeline() -> None:
+    code = (
+        "from quantpress import Compose, SnapKV, TurboQuant\n"
+        "from transformers.pipelines import PIPELINE_REGISTRY\n"
+        "print(PIPELINE_REGISTRY.check_task('kv-press-text-generation')[1]['impl'].__module__)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=240)
+    assert done.stdout.strip() == "quantpress.pipelines.text_generation", done.stderr
+
+
+def test_every_error_is_a_quantpress_error() -> None:
+    assert all(issubclass(getattr(errors, name), errors.QuantPressError) for name in ERRORS)
