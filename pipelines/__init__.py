@@ -1,0 +1,62 @@
+"""Wiring: presses and packed caches in transformers generation.
+
+text_generation.py  the pipeline class: arguments, order of work
+arguments.py        which arguments there are; the generation configuration
+prompt.py           context and questions as token ids, in chat form
+reading.py          one forward pass into a cache, under a press
+prefill.py          the same forward with small activations
+decoding.py         one answer with model.generate
+preserve.py         a cache unchanged by questions, a model unchanged by presses
+masks.py            layers that keep different numbers of tokens
+members.py          a composition is treated like the presses in it
+progress.py, stopwatch.py, report.py   what is shown while it works, and what it cost
+default_model/      the embedded default model
+haystack.py, demo.py   facts planted in a book, and who still knows them
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from quantpress.pipelines.prefill import chunked_prefill
+    from quantpress.pipelines.report import Report
+    from quantpress.pipelines.text_generation import TextGenerationPipeline
+
+__all__ = ["Report", "TASK", "TextGenerationPipeline", "chunked_prefill", "register"]
+
+TASK = "kv-press-text-generation"
+_LAZY = {
+    "Report": "quantpress.pipelines.report",
+    "TextGenerationPipeline": "quantpress.pipelines.text_generation",
+    "chunked_prefill": "quantpress.pipelines.prefill",
+}
+
+
+def register() -> None:
+    """Make `transformers.pipeline(TASK)` build our pipeline, with the default model; may be called again.
+
+    kvpress registers its own pipeline under the same name when it is imported, so it is imported before.
+    """
+    from transformers import AutoModelForCausalLM
+    from transformers.pipelines import PIPELINE_REGISTRY
+
+    from quantpress.pipelines.default_model import LazyDefault
+    from quantpress.pipelines.text_generation import TextGenerationPipeline  # imports kvpress
+
+    registered = PIPELINE_REGISTRY.supported_tasks.get(TASK)
+    if registered is not None and registered["impl"] is TextGenerationPipeline:
+        return
+    PIPELINE_REGISTRY.supported_tasks.pop(TASK, None)  # or it would log that it replaces it
+    PIPELINE_REGISTRY.register_pipeline(
+        TASK,
+        pipeline_class=TextGenerationPipeline,
+        pt_model=AutoModelForCausalLM,
+        default=LazyDefault(),
+        type="text",
+    )
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_LAZY[name]), name)

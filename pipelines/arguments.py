@@ -1,0 +1,127 @@
+"""Which arguments the pipeline takes, and what each wrong one is answered with.
+
+Nothing is ignored: an argument that would have no effect, or a wrong one, is an error before the context is
+read.
+"""
+
+import copy
+import difflib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from transformers import GenerationConfig, PreTrainedModel
+
+from quantpress.errors import InvalidInputError
+
+DEFAULT_NEW_TOKENS = 50  # kvpress's
+READING = ("answer_prefix", "enable_thinking", "max_context_length")
+RUNNING = ("cache", "chunk_tokens", "press", "progress", "report")
+LOADING = ("local_files_only",)  # transformers.pipeline leaves it among a pipeline's own arguments
+
+# Beside the fields of GenerationConfig, what model.generate itself takes and the pipeline hands on.
+GENERATE = (
+    "assistant_model",
+    "assistant_tokenizer",
+    "generation_config",
+    "logits_processor",
+    "prefix_allowed_tokens_fn",
+    "stopping_criteria",
+    "streamer",
+    "synced_gpus",
+)
+FIELDS = frozenset(name for name in vars(GenerationConfig()) if not name.startswith("_"))
+SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
+
+_CACHE_REMEDY = "the context is read into a DynamicCache; give another one as cache="
+_TEXT_REMEDY = "the pipeline returns text; call model.generate with quantpress.continue_inputs for more"
+REFUSED = {
+    "cache_config": _CACHE_REMEDY,
+    "cache_implementation": _CACHE_REMEDY,
+    "is_assistant": "it is transformers' own mark",
+    "max_length": "give max_new_tokens",
+    "min_length": "give min_new_tokens",
+    "num_return_sequences": "repeat the question in questions=",
+    "output_attentions": _TEXT_REMEDY,
+    "output_hidden_states": _TEXT_REMEDY,
+    "output_logits": _TEXT_REMEDY,
+    "output_scores": _TEXT_REMEDY,
+    "past_key_values": _CACHE_REMEDY,
+    "prefill_chunk_size": "give chunk_tokens, which stays exact with every press",
+    "return_dict_in_generate": _TEXT_REMEDY,
+    "seed": "call transformers.set_seed before",
+    "token_healing": "it would change the end of the question",
+    "use_cache": _CACHE_REMEDY,
+}
+NO_EFFECT = {"num_return_sequences": (None, 1), "use_cache": (None, True)}
+
+
+def asked(question: str | None, questions: Sequence[str] | None) -> list[str]:
+    """The questions as a list; none at all is one empty question, as kvpress has it.
+
+    Raises:
+        InvalidInputError: both are given, `questions` is a str or empty, or something is not a str.
+    """
+    if question is not None and questions is not None:
+        raise InvalidInputError("both question and questions are given; give one of them")
+    if isinstance(questions, str) or (questions is not None and not questions):
+        raise InvalidInputError(f"questions is {questions!r}; give a list of at least one str, or question=")
+    wanted = [question or ""] if questions is None else list(questions)
+    for one in wanted:
+        if not isinstance(one, str):
+            raise InvalidInputError(f"a question is of type {type(one).__name__}; give a str")
+    return wanted
+
+
+def check_generation_arguments(arguments: Mapping[str, Any]) -> None:
+    """Refuse names that neither the pipeline nor `model.generate` knows, or that can have no effect here.
+
+    Raises:
+        InvalidInputError: names the argument and the remedy, or the nearest name.
+    """
+    for name, value in arguments.items():
+        if name in REFUSED:
+            _refuse(name, value)
+        elif name not in FIELDS and name not in GENERATE:
+            known = sorted({*FIELDS, *GENERATE, *READING, *RUNNING, "question", "questions"} - set(REFUSED))
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else "see TextGenerationPipeline for those it takes"
+            raise InvalidInputError(f"unknown argument {name!r}; {hint}")
+
+
+def answer_config(model: PreTrainedModel, arguments: Mapping[str, Any]) -> GenerationConfig:
+    """The whole generation configuration of an answer.
+
+    Without sampling it is neutral: of the model's own configuration only the special tokens are taken, so
+    that a repetition penalty in it does not change greedy answers (kvpress's are a plain argmax). With
+    `do_sample=True` the model's own configuration fills in what is not given, as in `model.generate`.
+
+    Args:
+        model: its generation_config is read, not changed.
+        arguments: the generation arguments of the call; they win over a `generation_config` among them.
+
+    Raises:
+        InvalidInputError: a field of the given generation_config cannot have its effect here.
+    """
+    given = arguments.get("generation_config")
+    config = GenerationConfig() if given is None else copy.deepcopy(given)
+    config.update(**{name: value for name, value in arguments.items() if name in FIELDS})
+    for name in REFUSED:
+        _refuse(name, getattr(config, name, None))
+    own = model.generation_config
+    if config.max_new_tokens is None:
+        config.max_new_tokens = DEFAULT_NEW_TOKENS
+    if config.do_sample:
+        config.update(**own.to_dict(), defaults_only=True)
+        config.max_length = config.min_length = None
+    for name in SPECIAL_TOKENS:
+        if getattr(config, name) is None:
+            setattr(config, name, getattr(own, name))
+    if config.pad_token_id is None:  # generate would say so at every call
+        end = config.eos_token_id
+        config.pad_token_id = end[0] if isinstance(end, list) else end
+    return config
+
+
+def _refuse(name: str, value: Any) -> None:
+    if value not in NO_EFFECT.get(name, (None, False)):
+        raise InvalidInputError(f"{name}={value!r} cannot be used in this pipeline; {REFUSED[name]}")

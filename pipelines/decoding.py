@@ -1,0 +1,130 @@
+"""One answer: `model.generate` on top of a context that was read, and maybe evicted and packed, before."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from kvpress import BasePress
+from transformers import Cache, GenerationConfig, PreTrainedModel
+from transformers.generation.streamers import BaseStreamer
+
+from quantpress.cache import continue_inputs
+from quantpress.errors import InvalidInputError
+from quantpress.pipelines.arguments import GENERATE
+from quantpress.pipelines.members import decode_time_presses
+
+EXTRAS = ({*GENERATE} - {"generation_config"}) | {"tokenizer"}
+
+
+def generate_ids(
+    model: PreTrainedModel,
+    cache: Cache,
+    context_ids: torch.Tensor,
+    question_ids: torch.Tensor,
+    tokens_seen: int,
+    config: GenerationConfig,
+    arguments: Mapping[str, Any],
+) -> torch.Tensor:
+    """Answer one question. The cache grows (or, with beams, is repeated): put it back afterwards.
+
+    Args:
+        model: has read the context into `cache`.
+        cache: K tokens kept of it.
+        context_ids: [1, N] ids of the context; only assisted decoding looks at them.
+        question_ids: [1, Q].
+        tokens_seen: the position that the question starts at.
+        config: from `answer_config`.
+        arguments: what `model.generate` takes beside a configuration; other entries are left alone.
+
+    Returns:
+        [A] ids of the answer.
+
+    Raises:
+        InvalidInputError: a decoding method that cannot work on this cache.
+    """
+    extras = {name: arguments[name] for name in EXTRAS if name in arguments}
+    history = None
+    if is_assisted(config, arguments):
+        history = _last_ids(context_ids, uniform_length(cache))
+        if (streamer := extras.get("streamer")) is not None:
+            extras["streamer"] = _WithoutHistory(streamer, history.shape[1])
+    inputs = continue_inputs(cache, question_ids, tokens_seen=tokens_seen, history=history)
+    if (config.num_beams or 1) > 1:
+        cache.batch_repeat_interleave(config.num_beams)
+    with _no_other_configuration(model):
+        generate: Any = model.generate
+        ids: torch.Tensor = generate(**inputs, past_key_values=cache, generation_config=config, **extras)
+    return ids[0, inputs["input_ids"].shape[1] :]
+
+
+def check_decoding(config: GenerationConfig, arguments: Mapping[str, Any], press: BasePress | None) -> None:
+    """Refuse, before anything is read, what cannot work together.
+
+    Raises:
+        InvalidInputError: several sequences or guesses at once under a press that acts during decoding (it
+            keeps notes of one sequence, token by token), or a streamer for beams.
+    """
+    beams = (config.num_beams or 1) > 1
+    if beams and arguments.get("streamer") is not None:
+        raise InvalidInputError("a streamer cannot follow beam search; leave out streamer or num_beams")
+    acting = decode_time_presses(press)
+    if acting and (beams or is_assisted(config, arguments)):
+        raise InvalidInputError(
+            f"{type(acting[0]).__name__} acts during decoding, on one sequence, one token at a time; "
+            "leave out num_beams and assisted decoding"
+        )
+
+
+def is_assisted(config: GenerationConfig, arguments: Mapping[str, Any]) -> bool:
+    """Whether several tokens are guessed and checked at once."""
+    guesses = (arguments.get("assistant_model"), config.prompt_lookup_num_tokens, config.assistant_early_exit)
+    return any(guess is not None for guess in guesses)
+
+
+def uniform_length(cache: Cache) -> int:
+    """Tokens kept in every layer.
+
+    Raises:
+        InvalidInputError: layers keep different numbers of tokens, so no single length can be cropped to.
+    """
+    lengths = {layer.get_seq_length() for layer in cache.layers}
+    if len(lengths) != 1:
+        raise InvalidInputError(
+            f"layers keep {min(lengths)} to {max(lengths)} tokens; assisted and prompt-lookup decoding crop "
+            "them all to one length, so use a press that keeps the same number in every layer"
+        )
+    return lengths.pop()
+
+
+@contextmanager
+def _no_other_configuration(model: PreTrainedModel) -> Iterator[None]:
+    """`generate` would fill empty fields of a configuration, which `answer_config` has decided on."""
+    own = model.generation_config
+    model.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = own
+
+
+def _last_ids(context_ids: torch.Tensor, kept: int) -> torch.Tensor:
+    """[1, K] ids that stand for the kept tokens: guesses are copied from them, so real text serves best."""
+    missing = kept - context_ids.shape[1]
+    if missing > 0:  # presses that add tokens of their own
+        context_ids = torch.cat([context_ids[:, :1].expand(-1, missing), context_ids], dim=1)
+    return context_ids[:, context_ids.shape[1] - kept :]
+
+
+class _WithoutHistory(BaseStreamer):
+    """Hands on everything but the ids of the context, which come first with the question."""
+
+    def __init__(self, streamer: BaseStreamer, history: int) -> None:
+        self.streamer, self.history = streamer, history
+
+    def put(self, value: torch.Tensor) -> None:
+        self.streamer.put(value[..., self.history :])
+        self.history = 0
+
+    def end(self) -> None:
+        self.streamer.end()

@@ -1,0 +1,89 @@
+"""Leaving no trace: a cache that does not notice a question, a model that does not notice a press."""
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from kvpress import BasePress, DMSPress
+from transformers import Cache, PreTrainedModel
+
+from quantpress.pipelines.members import members
+from quantpress.presses.model_support import attention_modules
+from quantpress.presses.restore import left_as_found
+
+MASKS = "masked_key_indices"  # head-wise kvpress presses note there, on attention modules, what is evicted
+
+
+@contextmanager
+def preserved_context(cache: Cache, model: PreTrainedModel, press: BasePress | None = None) -> Iterator[None]:
+    """Undo on exit everything that a question, its answer or an exception did to the context.
+
+    Tensors are not copied: layers grow by making new ones, so the references are enough. Only layers that
+    write in place (static caches) are cloned.
+
+    Args:
+        cache: holds the context; any kind of layers.
+        model: whose attention modules hold the masks of head-wise presses.
+        press: one that acts during decoding keeps notes that are taken back too.
+    """
+    layers = list(cache.layers)
+    undo = [_remember(layer) for layer in layers]
+    modules = [module for module in attention_modules(model) if hasattr(module, MASKS)]
+    masks = [getattr(module, MASKS) for module in modules]
+    noting = [member for member in members(press) if isinstance(member, DMSPress)]
+    notes = [dict(member.scores_buffer) for member in noting]
+    try:
+        yield
+    finally:
+        cache.layers[:] = layers
+        for restore in undo:
+            restore()
+        for module, mask in zip(modules, masks, strict=True):
+            setattr(module, MASKS, mask)
+        for member, scores in zip(noting, notes, strict=True):
+            member.scores_buffer.clear()
+            member.scores_buffer.update(scores)
+
+
+@contextmanager
+def unchanged_model(model: PreTrainedModel, keep_masks: bool = False) -> Iterator[None]:
+    """Take away on exit, also after an exception, all that presses leave on a model.
+
+    `left_as_found` leaves the masks of head-wise presses; here they go too.
+
+    Args:
+        model: the model that presses will be applied to.
+        keep_masks: leave `masked_key_indices` after a success, for a caller who goes on with the cache.
+    """
+    modules = attention_modules(model)
+    masks = [getattr(module, MASKS, None) for module in modules]
+    with left_as_found(model):
+        yield
+    if not keep_masks:
+        for module, mask in zip(modules, masks, strict=True):
+            if mask is None:
+                vars(module).pop(MASKS, None)
+            else:
+                setattr(module, MASKS, mask)
+
+
+def _remember(layer: Any) -> Callable[[], None]:
+    if hasattr(layer, "snapshot"):
+        snapshot = layer.snapshot()
+        return lambda: layer.restore(snapshot)
+    in_place = layer.is_compileable
+    state = {name: _held(value, in_place) for name, value in vars(layer).items()}
+
+    def restore() -> None:
+        vars(layer).clear()
+        vars(layer).update(state)
+
+    return restore
+
+
+def _held(value: Any, in_place: bool) -> Any:
+    if isinstance(value, torch.Tensor):
+        return value.clone() if in_place else value
+    return copy.copy(value) if isinstance(value, (list, dict)) else value

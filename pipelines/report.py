@@ -1,0 +1,114 @@
+"""What a compressed context costs: measured from storage and clock, never computed from a nominal width."""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from quantpress.cache import CacheMemory
+
+
+@dataclass(frozen=True)
+class Report:
+    """The cost of one context and its answers.
+
+    Args:
+        tokens_seen: tokens of the context.
+        tokens_kept: tokens stored, the mean over layers. Head-wise kvpress presses only mask: what they store
+            counts.
+        bits_per_value: true bits per stored number: codes, scales, 16-bit sinks and recent tokens, all.
+        resident_bytes: bytes of every tensor that the cache keeps once the context is read.
+        bf16_bytes: what all tokens seen would take uncompressed, in 16 bits.
+        prefill_s: seconds of reading the context, without the presses.
+        compress_s: seconds in the presses' hooks and exits.
+        decode_s: seconds of all answers, their questions included.
+        new_tokens: tokens of all answers.
+    """
+
+    tokens_seen: int
+    tokens_kept: float
+    bits_per_value: float
+    resident_bytes: int
+    bf16_bytes: int
+    prefill_s: float
+    compress_s: float
+    decode_s: float
+    new_tokens: int
+
+    @classmethod
+    def measured(
+        cls, memory: CacheMemory, tokens_seen: int, seconds: dict[str, float], new_tokens: int
+    ) -> "Report":
+        """Put together what was measured.
+
+        Args:
+            memory: of the cache after reading, before any question.
+            tokens_seen: tokens of the context.
+            seconds: "prefill", "compress" and "decode", as a `Stopwatch` sums them.
+            new_tokens: tokens of all answers.
+        """
+        filled = [layer for layer in memory.layers if layer.tokens]
+        return cls(
+            tokens_seen=tokens_seen,
+            tokens_kept=sum(layer.tokens for layer in filled) / max(1, len(filled)),
+            bits_per_value=memory.bits_per_value,
+            resident_bytes=memory.total_bytes,
+            bf16_bytes=sum(layer.bf16_bytes * tokens_seen // layer.tokens for layer in filled),
+            prefill_s=seconds["prefill"],
+            compress_s=seconds["compress"],
+            decode_s=seconds["decode"],
+            new_tokens=new_tokens,
+        )
+
+    @property
+    def ratio(self) -> float:
+        """Uncompressed 16-bit bytes over resident bytes; 1.0 when nothing is stored."""
+        return self.bf16_bytes / self.resident_bytes if self.resident_bytes else 1.0
+
+    @property
+    def tokens_per_s(self) -> float:
+        """New tokens a second, the reading of the questions included."""
+        return self.new_tokens / self.decode_s if self.decode_s else 0.0
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain numbers, for JSON."""
+        return {**asdict(self), "ratio": self.ratio, "tokens_per_s": self.tokens_per_s}
+
+    def __rich__(self) -> Table:
+        table = Table(title="Context", show_header=False)
+        table.add_column()
+        table.add_column(justify="right")
+        table.add_row("tokens seen", f"{self.tokens_seen:,}")
+        table.add_row("tokens kept", f"{self.tokens_kept:,.0f}")
+        table.add_row("bits per value", f"{self.bits_per_value:.2f}")
+        table.add_row("resident", format_bytes(self.resident_bytes))
+        table.add_row("uncompressed, 16 bits", format_bytes(self.bf16_bytes))
+        table.add_row("ratio", f"{self.ratio:.2f}x")
+        table.add_row("prefill", f"{self.prefill_s:.2f} s")
+        table.add_row("compress", f"{self.compress_s:.2f} s")
+        table.add_row("decode", f"{self.decode_s:.2f} s")
+        table.add_row("new tokens", f"{self.new_tokens:,} ({self.tokens_per_s:.1f} a second)")
+        return table
+
+    def __str__(self) -> str:
+        console = Console(width=60, color_system=None, force_terminal=False)
+        with console.capture() as capture:
+            console.print(self)
+        return capture.get().rstrip()
+
+
+def format_bytes(count: int) -> str:
+    """Bytes for people.
+
+    Example:
+        >>> format_bytes(2048), format_bytes(3 * 2**20)
+        ('2.0 KiB', '3.0 MiB')
+    """
+    size, units = float(count), iter(("B", "KiB", "MiB", "GiB"))
+    unit = next(units)
+    for larger in units:
+        if size < 1024:
+            break
+        size, unit = size / 1024, larger
+    return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"

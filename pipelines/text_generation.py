@@ -1,0 +1,183 @@
+"""The task "kv-press-text-generation": read a context under a press, then answer questions about it."""
+
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from kvpress import BasePress, KVPressTextGenerationPipeline
+from transformers import Cache, DynamicCache
+
+from quantpress.cache import cache_memory
+from quantpress.errors import InvalidInputError
+from quantpress.pipelines import arguments as given
+from quantpress.pipelines.decoding import check_decoding, generate_ids
+from quantpress.pipelines.masks import fitted_masks
+from quantpress.pipelines.members import as_press, decode_time_presses
+from quantpress.pipelines.preserve import preserved_context, unchanged_model
+from quantpress.pipelines.prompt import chat_form, check_positions, cut_to, position_count, token_ids
+from quantpress.pipelines.reading import read_context
+from quantpress.pipelines.report import Report
+from quantpress.pipelines.stopwatch import Stopwatch
+
+
+class TextGenerationPipeline(KVPressTextGenerationPipeline):
+    """Answers questions about a context whose KV cache was compressed while it was read.
+
+    Everything that kvpress's own pipeline takes works and gives the same greedy answers. All arguments may be
+    given when the pipeline is made or when it is called; the call wins. Differences, each of them on purpose:
+
+    - Every question is answered as if it were asked first, with every kind of press and cache layer.
+    - A composition that contains a special press (decoding, rerotating, ...) is treated like that press.
+    - An answer ends when its first token is an end token; kvpress goes on.
+    - A context longer than the model's positions is an error; kvpress cuts it at the tokenizer's limit.
+    - An unknown argument is an error; kvpress ignores it.
+
+    Args:
+        model, tokenizer, device, ...: as for every transformers pipeline.
+        press: a press, a press class, or a list of them (`Compose`); None keeps the whole cache.
+        question: asked after the context. Without one the model goes on from the context.
+        questions: several of them, instead of `question`.
+        answer_prefix: how each answer begins.
+        max_context_length: tokens; a longer context is cut, with a warning. None never cuts.
+        enable_thinking: handed to the chat template.
+        cache: an empty transformers cache to use; it holds the compressed context afterwards. None: a
+            DynamicCache.
+        max_new_tokens: most tokens of an answer, 50 by default.
+        report: add what it cost, a `Report`, to the result.
+        progress: a bar over the layers while reading; None shows it in a terminal when that takes long.
+        chunk_tokens: see `chunked_prefill`; 0 never, None for contexts of more than 4096 tokens.
+        **generation: everything else that `model.generate` takes: do_sample, temperature, top_p, num_beams,
+            stop_strings, streamer, prompt_lookup_num_tokens, assistant_model, logits_processor, ... Greedy
+            decoding is the default, and starts from a neutral configuration: of the model's own only the
+            special tokens count. With do_sample=True the model's own configuration fills in the rest.
+            Processors see the question and the answer, not the context, which is no longer there as ids.
+            Beams repeat the cache, once for each.
+
+    Returns (of a call):
+        {"answer": str}, or {"answers": [str, ...]} with `questions`; with `report=True` also "report". A list
+        of contexts gives a list of these; each context is read alone, one after the other.
+
+    Raises (of a call):
+        EmptyContextError: the context, or a question with what the chat form adds, has no token.
+        ContextTooLongError: the context has more tokens than the model has positions.
+        CompositionError: a list of presses that do not go together.
+        InvalidInputError: any other argument that cannot be used.
+
+    Example:
+        >>> # pipe = pipeline("kv-press-text-generation", press=Compose([SnapKV, TurboQuant]))
+        >>> # pipe("A long text ...", question="What is it about?")["answer"]
+    """
+
+    def _sanitize_parameters(self, **parameters: Any) -> tuple[dict[str, Any], ...]:
+        rest = {name: value for name, value in parameters.items() if name not in given.LOADING}
+        reading = {name: rest.pop(name) for name in given.READING if name in rest}
+        running = {name: rest.pop(name) for name in given.RUNNING if name in rest}
+        shaping = {}
+        if "question" in rest or "questions" in rest:
+            shaping["single_question"] = rest.get("questions") is None
+            reading["questions"] = given.asked(rest.pop("question", None), rest.pop("questions", None))
+        if "press" in running:
+            running["press"] = as_press(running["press"])
+        given.check_generation_arguments(rest)
+        return reading, {**running, **rest}, shaping
+
+    def __call__(self, inputs: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """Answer questions about a context, or about each of a list of contexts. See the class."""
+        context = kwargs.pop("context", inputs)
+        batch_size = kwargs.get("batch_size", self._batch_size)
+        if batch_size not in (None, 1):
+            raise InvalidInputError(
+                f"batch_size is {batch_size}; contexts are read one at a time, since each keeps "
+                "tokens of its own: leave batch_size out"
+            )
+        if isinstance(context, (list, tuple, Iterator)):
+            return [self(one, *args, **kwargs) for one in context]
+        return super().__call__(context, *args, **kwargs)
+
+    def preprocess(
+        self,
+        context: str,
+        questions: Sequence[str] = ("",),
+        answer_prefix: str | None = None,
+        max_context_length: int | None = None,
+        enable_thinking: bool = False,
+    ) -> dict[str, Any]:
+        """Token ids of a context and of the questions that follow it.
+
+        Returns:
+            "context_ids" [1, T] and "questions_ids", a list of [1, Q], int64.
+        """
+        before, after = chat_form(self.tokenizer, context, enable_thinking=enable_thinking)
+        context_ids = cut_to(token_ids(self.tokenizer, before, "context"), max_context_length)
+        check_positions(self.model.config, context_ids.shape[1])
+        asked = [f"{question}{after}{answer_prefix or ''}" for question in questions]
+        return {
+            "context_ids": context_ids,
+            "questions_ids": [token_ids(self.tokenizer, one, "question") for one in asked],
+        }
+
+    def _forward(
+        self,
+        input_tensors: dict[str, Any],
+        press: BasePress | None = None,
+        cache: Cache | None = None,
+        report: bool = False,
+        progress: bool | None = None,
+        chunk_tokens: int | None = None,
+        **generation: Any,
+    ) -> dict[str, Any]:
+        config = given.answer_config(self.model, generation)
+        check_decoding(config, generation, press)
+        if config.stop_strings is not None or "assistant_tokenizer" in generation:
+            generation["tokenizer"] = self.tokenizer
+        context_ids, questions = input_tensors["context_ids"], input_tensors["questions_ids"]
+        self._warn_of_positions(context_ids, questions, config.max_new_tokens)
+        watch = Stopwatch(self.model.device) if report else None
+        kept = DynamicCache() if cache is None else cache
+        with unchanged_model(self.model, keep_masks=cache is not None):
+            how: dict[str, Any] = {"chunk_tokens": chunk_tokens, "progress": progress, "watch": watch}
+            position = read_context(self.model, context_ids, kept, press, **how)
+            memory = cache_memory(kept) if report else None
+            ids = []
+            for question in questions:
+                with self._asking(kept, press), nullcontext() if watch is None else watch.measure("decode"):
+                    where = (self.model, kept, context_ids, question, position)
+                    ids.append(generate_ids(*where, config, generation))
+        answers = [self.tokenizer.decode(one, skip_special_tokens=True) for one in ids]
+        result: dict[str, Any] = {"answers": answers}
+        if watch is not None and memory is not None:
+            new_tokens = sum(len(one) for one in ids)
+            result["report"] = Report.measured(memory, context_ids.shape[1], watch.seconds, new_tokens)
+        return result
+
+    def postprocess(self, model_outputs: dict[str, Any], single_question: bool = True) -> dict[str, Any]:
+        """Name the answers as kvpress does."""
+        if not single_question:
+            return model_outputs
+        return {"answer": model_outputs["answers"][0]} | {
+            k: v for k, v in model_outputs.items() if k != "answers"
+        }
+
+    @contextmanager
+    def _asking(self, cache: Cache, press: BasePress | None) -> Iterator[None]:
+        """One question: presses that act during decoding are on, and afterwards the context is as it was."""
+        with ExitStack() as stack:
+            stack.enter_context(preserved_context(cache, self.model, press))
+            stack.enter_context(fitted_masks(self.model, cache))
+            for member in decode_time_presses(press):
+                stack.enter_context(member(self.model))
+            yield
+
+    def _warn_of_positions(
+        self, context: torch.Tensor, questions: list[torch.Tensor], new_tokens: int
+    ) -> None:
+        positions = position_count(self.model.config)
+        needed = context.shape[1] + max(ids.shape[1] for ids in questions) + new_tokens
+        if positions is not None and needed > positions:
+            warnings.warn(
+                f"context, question and {new_tokens} new tokens need up to {needed} positions, the model has "
+                f"{positions}: the end of an answer may be noise; a smaller max_context_length makes room",
+                stacklevel=2,
+            )

@@ -1,0 +1,120 @@
+"""The pipeline's answers: those of kvpress, and each as if its question were asked first."""
+
+import kvpress
+import pytest
+import torch
+from transformers import DynamicCache
+
+from tests.pipelines.cases import ALL, CONTEXT, DECODING, LONG_CONTEXT, PRESSES, QUESTIONS, UNEQUAL
+from tests.pipelines.words import ours, text, theirs, word_tokenizer
+from tests.tiny_models import tiny_model
+
+
+@pytest.mark.parametrize("chat", [False, True], ids=["plain", "chat"])
+@pytest.mark.parametrize("name", PRESSES)
+def test_answers_are_those_of_kvpress(name, chat):
+    arguments = {"questions": QUESTIONS, "max_new_tokens": 12, "answer_prefix": "w3 "}
+    expected = theirs(chat=chat)(CONTEXT, press=PRESSES[name](), **arguments)
+    assert ours(chat=chat)(CONTEXT, press=PRESSES[name](), **arguments) == expected
+    single = {"question": QUESTIONS[0], "max_new_tokens": 12}
+    assert ours(chat=chat)(CONTEXT, press=PRESSES[name](), **single) == theirs(chat=chat)(
+        CONTEXT, press=PRESSES[name](), **single
+    )
+
+
+def test_the_press_changes_the_answer():
+    answers = [ours()(CONTEXT, question=QUESTIONS[0], press=make())["answer"] for make in PRESSES.values()]
+    assert len(set(answers)) > len(answers) / 2
+
+
+@pytest.mark.parametrize("name", DECODING)
+def test_presses_that_act_during_decoding_answer_as_in_kvpress(name):
+    arguments = {"question": QUESTIONS[0], "max_new_tokens": 20}
+    expected = theirs()(CONTEXT, press=DECODING[name](), **arguments)
+    assert ours()(CONTEXT, press=DECODING[name](), **arguments) == expected
+    assert ours()(CONTEXT, **arguments) != expected
+
+
+@pytest.mark.parametrize("family", ["mistral", "qwen2", "qwen3", "phi3", "gemma3"])
+def test_other_families_answer_as_in_kvpress(family):
+    arguments = {"questions": QUESTIONS, "max_new_tokens": 8, "press": kvpress.KnormPress(0.5)}
+    assert ours(family)(CONTEXT, **arguments) == theirs(family)(CONTEXT, **arguments)
+
+
+def test_thinking_reaches_the_chat_template():
+    arguments = {"question": QUESTIONS[0], "max_new_tokens": 8, "enable_thinking": True}
+    expected = theirs(chat=True)(CONTEXT, **arguments)
+    assert ours(chat=True)(CONTEXT, **arguments) == expected
+    assert ours(chat=True)(CONTEXT, **arguments | {"enable_thinking": False}) != expected
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_each_question_is_answered_as_if_asked_first(name):
+    make, context, arguments = ALL[name], LONG_CONTEXT, {"max_new_tokens": 10}
+    forth = ours()(context, questions=QUESTIONS, press=make(), **arguments)["answers"]
+    back = ours()(context, questions=QUESTIONS[::-1], press=make(), **arguments)["answers"]
+    alone = [ours()(context, question=one, press=make(), **arguments)["answer"] for one in QUESTIONS]
+    assert forth == back[::-1] == alone
+
+
+@pytest.mark.parametrize("name", [*UNEQUAL, "unequal_and_packed"])
+def test_layers_of_different_lengths_answer_a_question_of_several_tokens(name):
+    """One mask for all layers fails in attention; token by token there is no mask, and the answer is the same."""
+    cache, context, make = DynamicCache(), LONG_CONTEXT, ALL[name]
+    arguments = {"question": QUESTIONS[1], "max_new_tokens": 8}
+    answer = ours()(context, press=make(), cache=cache, **arguments)["answer"]
+    assert len({layer.get_seq_length() for layer in cache.layers}) > 1
+    inputs = ours().preprocess(context, questions=[QUESTIONS[1]])
+    (question_ids,) = inputs["questions_ids"]
+    position, asked = inputs["context_ids"].shape[1], question_ids.shape[1]
+    ids, model = question_ids[0].tolist(), tiny_model("llama")
+    with torch.no_grad():
+        for step in range(asked + 7):
+            token, place = torch.tensor([[ids[step]]]), torch.tensor([[position + step]])
+            logits = model(token, past_key_values=cache, position_ids=place).logits
+            if step >= asked - 1:
+                ids.append(int(logits[0, -1].argmax()))
+    assert answer == word_tokenizer().decode(ids[asked:], skip_special_tokens=True)
+
+
+@pytest.mark.parametrize("name", ["none", "snapkv", "adakv", "evict_and_pack"])
+def test_a_given_cache_holds_the_context_and_nothing_else_afterwards(name):
+    cache, unasked = DynamicCache(), DynamicCache()
+    pipe, context, make = ours(), LONG_CONTEXT, ALL[name]
+    given = pipe(context, questions=QUESTIONS, press=make(), cache=cache, max_new_tokens=6)
+    pipe(context, press=make(), cache=unasked, max_new_tokens=1)
+    assert given == pipe(context, questions=QUESTIONS, press=make(), max_new_tokens=6)
+    for layer, other in zip(cache.layers, unasked.layers, strict=True):
+        assert layer.get_seq_length() == other.get_seq_length() > 0
+        torch.testing.assert_close(_dense(layer.keys), _dense(other.keys), rtol=0, atol=0)
+        torch.testing.assert_close(_dense(layer.values), _dense(other.values), rtol=0, atol=0)
+
+
+def _dense(states):
+    return states.dense() if hasattr(states, "dense") else states
+
+
+def test_a_press_at_the_call_wins_over_the_one_at_construction():
+    pipe = ours(press=PRESSES["snapkv"](), max_new_tokens=8)
+    answer = {name: ours()(CONTEXT, press=PRESSES[name](), max_new_tokens=8)["answer"] for name in PRESSES}
+    assert pipe(CONTEXT)["answer"] == answer["snapkv"]
+    assert pipe(CONTEXT, press=PRESSES["knorm"]())["answer"] == answer["knorm"]
+    assert pipe(CONTEXT, press=None)["answer"] == answer["none"]
+    assert len({answer[name] for name in ("snapkv", "knorm", "none")}) == 3
+
+
+def test_every_argument_may_be_given_at_construction():
+    pipe = ours(questions=QUESTIONS, answer_prefix="w3 ", max_new_tokens=5, report=True)
+    result = pipe(CONTEXT)
+    assert set(result) == {"answers", "report"}
+    assert pipe(CONTEXT, question=QUESTIONS[2], report=False) == {"answer": result["answers"][2]}
+
+
+def test_a_list_of_contexts_reads_each_alone():
+    contexts = [text(100, seed=4), text(200, seed=5)]
+    arguments = {"question": QUESTIONS[0], "max_new_tokens": 6, "press": kvpress.KnormPress(0.5)}
+    pipe = ours()
+    each = [pipe(context, **arguments) for context in contexts]
+    assert pipe(contexts, **arguments) == pipe((one for one in contexts), **arguments) == each
+    assert pipe(context=contexts[1], **arguments) == each[1]
+    assert pipe([]) == []

@@ -1,0 +1,144 @@
+"""Wrong input is named, and nothing is left behind on the model or in the cache."""
+
+import logging
+
+import kvpress
+import pytest
+from transformers import DynamicCache, GenerationConfig, TextStreamer
+
+from quantpress.errors import ContextTooLongError, EmptyContextError, InvalidInputError
+from tests.pipelines.cases import CONTEXT, DECODING, PRESSES, QUESTIONS, SNAP, UNEQUAL
+from tests.pipelines.words import ours, text, theirs, word_tokenizer
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"question": "w1", "questions": ["w2"]}, "both question and questions"),
+        ({"questions": "w1"}, "give a list"),
+        ({"questions": []}, "at least one"),
+        ({"question": 3}, "type int"),
+        ({"press": "snapkv"}, "no press"),
+        ({"press": 0.5}, "no press"),
+        ({"temprature": 0.5}, "did you mean 'temperature'"),
+        ({"max_new_token": 5}, "did you mean 'max_new_tokens'"),
+        ({"nonsense_argument": 5}, "unknown argument"),
+        ({"seed": 5}, "set_seed"),
+        ({"num_return_sequences": 2}, "repeat the question"),
+        ({"use_cache": False}, "use_cache=False"),
+        ({"return_dict_in_generate": True}, "continue_inputs"),
+        ({"max_length": 100}, "max_new_tokens"),
+        ({"prefill_chunk_size": 100}, "chunk_tokens"),
+        ({"generation_config": GenerationConfig(num_return_sequences=2, num_beams=2)}, "repeat the question"),
+        ({"batch_size": 2}, "one at a time"),
+        ({"max_context_length": 0}, "max_context_length is 0"),
+        ({"chunk_tokens": -1}, "chunk_tokens is -1"),
+        ({"streamer": TextStreamer(word_tokenizer()), "num_beams": 2}, "beam search"),
+        ({"press": DECODING["decoding"](), "num_beams": 2}, "DecodingPress acts during decoding"),
+        ({"press": DECODING["dms"](), "prompt_lookup_num_tokens": 2}, "DMSPress acts during decoding"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else None,
+)
+def test_wrong_arguments_are_named(arguments, words):
+    with pytest.raises(InvalidInputError, match=words):
+        ours()(CONTEXT, **arguments)
+
+
+def test_harmless_values_of_refused_arguments_pass():
+    assert ours()(CONTEXT, num_return_sequences=1, use_cache=True, output_scores=False, max_new_tokens=2)[
+        "answer"
+    ]
+
+
+@pytest.mark.parametrize("context", ["", "  \n "], ids=["nothing", "white space"])
+def test_an_empty_context_is_refused(context):
+    with pytest.raises(EmptyContextError, match="context"):
+        ours()(context, question="w1")
+
+
+@pytest.mark.parametrize("context", [3, None, {"role": "user"}, [7]], ids=["int", "None", "dict", "list"])
+def test_a_context_that_is_no_text_is_refused(context):
+    with pytest.raises(InvalidInputError):
+        ours()(context, question="w1")
+
+
+def test_a_context_longer_than_the_model_names_both_numbers():
+    with pytest.raises(ContextTooLongError, match=r"4501 tokens.*4096 positions.*max_context_length=4096"):
+        ours()(text(4500), question="w1")
+
+
+def test_a_context_without_room_for_the_answer_warns():
+    with pytest.warns(UserWarning, match="need up to 4105 positions, the model has 4096"):
+        ours(max_new_tokens=10)(text(4093))
+
+
+def test_truncation_warns_and_reads_the_beginning(caplog):
+    pipe, arguments = ours(), {"question": QUESTIONS[0], "max_new_tokens": 6}
+    with caplog.at_level(logging.WARNING):
+        cut = pipe(CONTEXT, max_context_length=101, **arguments)
+    assert "truncated from 301 to 101 tokens" in caplog.text
+    assert cut == pipe(" ".join(CONTEXT.split()[:100]), **arguments)
+    assert cut == theirs()(CONTEXT, max_context_length=101, **arguments)
+
+
+def test_a_cache_that_holds_tokens_is_refused():
+    cache, pipe = DynamicCache(), ours(max_new_tokens=1)
+    pipe(CONTEXT, cache=cache)
+    with pytest.raises(InvalidInputError, match="already holds 301 tokens"):
+        pipe(CONTEXT, cache=cache)
+
+
+def test_unequal_layers_refuse_assisted_decoding():
+    with pytest.raises(InvalidInputError, match="crop"):
+        ours()(CONTEXT, press=UNEQUAL["pyramidkv"](), prompt_lookup_num_tokens=2)
+
+
+class _Failing(kvpress.KnormPress):
+    def compress(self, module, *args):
+        if module.layer_idx == self.layer:
+            raise RuntimeError("from inside")
+        return super().compress(module, *args)
+
+
+def _state(model):
+    state = [(name, sorted(vars(part)), sorted(part._modules)) for name, part in model.named_modules()]
+    hooks = [len(part._forward_hooks) + len(part._forward_pre_hooks) for part in model.modules()]
+    return (
+        state,
+        hooks,
+        model.generation_config,
+        {name: id(part.forward.__func__) for name, part in model.named_modules()},
+    )
+
+
+@pytest.mark.parametrize("layer", [0, 2, None], ids=["first layer", "last layer", "while answering"])
+def test_the_model_is_as_it_was_after_an_exception(layer):
+    pipe = ours()
+    pipe(CONTEXT, max_new_tokens=1)
+    before = _state(pipe.model)
+    arguments = {
+        "press": kvpress.AdaKVPress(kvpress.SnapKVPress(0.5, **SNAP)),
+        "report": True,
+        "chunk_tokens": 64,
+    }
+    if layer is not None:
+        arguments["press"] = _Failing(0.5)
+        arguments["press"].layer = layer
+    else:
+        arguments["logits_processor"] = [_fail]
+    with pytest.raises(RuntimeError, match="from inside"):
+        pipe(CONTEXT, **arguments)
+    assert _state(pipe.model) == before
+    pipe(CONTEXT, press=PRESSES["adakv"](), max_new_tokens=1)
+    assert _state(pipe.model) == before
+
+
+def _fail(ids, scores):
+    raise RuntimeError("from inside")
+
+
+def test_an_exception_while_answering_leaves_a_given_cache_with_the_context():
+    cache = DynamicCache()
+    with pytest.raises(RuntimeError, match="from inside"):
+        ours()(CONTEXT, question=QUESTIONS[0], cache=cache, logits_processor=[_fail])
+    assert cache.get_seq_length() == 301
