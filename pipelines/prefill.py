@@ -59,20 +59,29 @@ def chunked_prefill(model: PreTrainedModel, chunk_tokens: int = DEFAULT_CHUNK_TO
     """
     if chunk_tokens < 1:
         raise InvalidInputError(f"chunk_tokens is {chunk_tokens}; give 1 or more tokens a chunk")
-    layers = decoder_layers(model)
-    wide = [child for layer in layers for name, child in layer.named_children() if name in FEED_FORWARDS]
-    norms = [child for layer in layers for child in layer.children() if type(child).__name__.endswith("Norm")]
-    if not wide:
-        warnings.warn(
-            f"{type(model).__name__} has no feed-forward block known by name ({', '.join(FEED_FORWARDS)}); "
-            "its prefill runs whole, with activations for every token",
-            stacklevel=3,
+    modules = position_wise_modules(model)
+    if not modules:
+        _warn_whole(
+            f"{type(model).__name__} has no feed-forward block known by name ({', '.join(FEED_FORWARDS)})"
         )
-        norms = []
     with ExitStack() as stack:
-        for module in (*wide, *norms):
+        for module in modules:
             stack.enter_context(_forward_in_chunks(module, chunk_tokens))
         yield
+
+
+def position_wise_modules(model: PreTrainedModel) -> list[nn.Module]:
+    """Feed-forward blocks of the text decoder, and the norms beside them; empty when none is known by name."""
+    found = []
+    for layer in decoder_of(model).modules():
+        children = dict(layer.named_children())
+        if any(name in FEED_FORWARDS for name in children):
+            found += [child for name, child in children.items() if name in FEED_FORWARDS or _is_norm(child)]
+    return found
+
+
+def _is_norm(module: nn.Module) -> bool:
+    return type(module).__name__.endswith("Norm")
 
 
 @contextmanager
@@ -80,7 +89,7 @@ def _forward_in_chunks(module: nn.Module, chunk_tokens: int) -> Iterator[None]:
     """Hooks of the module still run once, around the whole: only what they surround is cut."""
     own = "forward" in vars(module)  # accelerate puts one there
     whole = module.forward
-    module.forward = _in_chunks(whole, chunk_tokens)
+    module.forward = _in_chunks(module, whole, chunk_tokens)
     try:
         yield
     finally:
@@ -90,10 +99,12 @@ def _forward_in_chunks(module: nn.Module, chunk_tokens: int) -> Iterator[None]:
             del module.forward
 
 
-def _in_chunks(forward: Callable[..., Any], chunk_tokens: int) -> Callable[..., Any]:
+def _in_chunks(owner: nn.Module, forward: Callable[..., Any], chunk_tokens: int) -> Callable[..., Any]:
     def chunked(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        # [B, T, H]; more arguments might go by position too (a mask, a routing), so such a call runs whole
-        if args or kwargs or hidden_states.dim() != 3 or hidden_states.shape[1] <= chunk_tokens:
+        if hidden_states.dim() != 3 or hidden_states.shape[1] <= chunk_tokens:  # [B, T, H]
+            return forward(hidden_states, *args, **kwargs)
+        if args or kwargs:  # they might go by position too: a residual, a mask, a routing
+            _warn_whole(f"{type(owner).__name__} takes more than hidden states")
             return forward(hidden_states, *args, **kwargs)
         first = forward(hidden_states[:, :chunk_tokens])
         if not isinstance(first, torch.Tensor):
@@ -106,6 +117,10 @@ def _in_chunks(forward: Callable[..., Any], chunk_tokens: int) -> Callable[..., 
         return result
 
     return chunked
+
+
+def _warn_whole(reason: str) -> None:
+    warnings.warn(f"{reason}: it is computed whole, with intermediate tensors for every token", stacklevel=3)
 
 
 def _joined(parts: list[Any], batch: int) -> Any:

@@ -59,7 +59,7 @@ def test_each_question_is_answered_as_if_asked_first(name):
 
 @pytest.mark.parametrize("name", [*UNEQUAL, "unequal_and_packed"])
 def test_layers_of_different_lengths_answer_a_question_of_several_tokens(name):
-    """One mask for all layers fails in attention; token by token there is no mask, and the answer is the same."""
+    """One mask for all layers fails in attention. Token by token there is no mask: the same answer."""
     cache, context, make = DynamicCache(), LONG_CONTEXT, ALL[name]
     arguments = {"question": QUESTIONS[1], "max_new_tokens": 8}
     answer = ours()(context, press=make(), cache=cache, **arguments)["answer"]
