@@ -10,9 +10,10 @@ from kvpress import BasePress, StreamingLLMPress, ThinKPress
 from torch import nn
 from transformers.modeling_utils import PreTrainedModel
 
-from quantpress.errors import CompositionError
+from quantpress.errors import CompositionError, InvalidInputError
 from quantpress.presses.composition import (
     AT_EXIT,
+    RATIO_FOLLOWS,
     checked_presses,
     decodes,
     name_of,
@@ -76,12 +77,17 @@ class Compose(Pipeable, BasePress):
         token (TurboQuant, ThinK) or do so only while decoding do not count.
 
         Raises:
-            AttributeError: assigned, and an evictor's ratio follows from something else (DMS, SimLayerKV,
-                ...).
+            InvalidInputError: an evictor's ratio is known only after a prefill, or the one assigned is wrong.
+            AttributeError: assigned, and there is no evictor, or its ratio follows from something else.
         """
         kept = 1.0
         for press in self._with_ratio():
-            kept *= 1 - press.compression_ratio
+            try:
+                kept *= 1 - press.compression_ratio
+            except (AssertionError, ValueError) as error:
+                raise InvalidInputError(
+                    f"the compression_ratio of {name_of(press)} is known only after a prefill"
+                ) from error
         return 1 - kept
 
     @compression_ratio.setter
@@ -90,6 +96,11 @@ class Compose(Pipeable, BasePress):
         evictors = self._with_ratio()
         if not evictors:
             raise AttributeError(f"{self!r} has no evictor whose compression_ratio could be set")
+        for press in evictors:
+            if isinstance(press, RATIO_FOLLOWS):
+                raise AttributeError(
+                    f"the compression_ratio of {name_of(press)} follows from its other settings; set those"
+                )
         for press in evictors:
             press.compression_ratio = 1 - (1 - value) ** (1 / len(evictors))
 

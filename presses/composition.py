@@ -29,6 +29,14 @@ AT_EXIT = (kvpress.KVzipPress, kvpress.FastKVzipPress, kvpress.KVComposePress)
 DECODING = (kvpress.DecodingPress, kvpress.PrefillDecodingPress)
 """DecodingPress's kind (CompressionRatioDecoding and CAM are subclasses of it)."""
 
+RATIO_FOLLOWS = (
+    kvpress.DMSPress,
+    kvpress.DuoAttentionPress,
+    kvpress.PerLayerCompressionPress,
+    kvpress.SimLayerKVPress,
+)
+"""Their compression_ratio follows from other settings, and often from the text: it cannot be set."""
+
 HEAD_WISE = (
     kvpress.AdaKVPress,
     kvpress.CriticalAdaKVPress,
@@ -38,6 +46,7 @@ HEAD_WISE = (
     kvpress.KVzipPress,
     kvpress.LUKVPress,
 )
+"""They name slots in the module's `masked_key_indices` and leave the cache as it is."""
 
 _INNER = ("press", "base_press", "prefilling_press", "decoding_press")
 

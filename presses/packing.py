@@ -11,7 +11,7 @@ from transformers.cache_utils import Cache
 
 from quantpress.cache.layer import PackedLayer
 from quantpress.presses.model_support import full_attention_modules, is_sliding
-from quantpress.presses.prefill import PrefillCall, check_states, plain_states, prefill_call
+from quantpress.presses.prefill import PrefillCall, check_fresh, check_states, plain_states, prefill_call
 from quantpress.presses.queries import UnknownAttentionError, query_moment, recomputed_keys
 from quantpress.presses.token_order import sort_by_position, survivor_positions
 
@@ -70,8 +70,12 @@ class Packer:
     def record(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
         """Forward hook: keep a reference to all keys and values of this layer until `pack`."""
         call = prefill_call(module, args, kwargs)
-        if call is not None and not self.at_exit:
-            self._originals[call.layer_idx] = plain_states(call.cache, call.layer_idx)
+        if call is None:
+            return
+        keys, values = plain_states(call.cache, call.layer_idx)
+        check_fresh(call, keys)
+        if not self.at_exit:
+            self._originals[call.layer_idx] = (keys, values)
 
     def pack(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
         """Forward hook: replace this layer of the cache by a packed one."""
@@ -90,6 +94,7 @@ class Packer:
             if self.at_exit:
                 self._wait(call, moment)
                 return
+            _set_masked_slots(module)
             if keys.shape[2] < call.tokens:
                 keys, values = self._in_order(call, keys, values, originals)
             call.cache.layers[call.layer_idx] = PackedLayer.from_states(
@@ -137,7 +142,7 @@ class Packer:
             positions = survivor_positions(before, None, keys, None)
         if positions is None:
             return keys, values
-        _move_masked_slots(call.module, positions)
+        _set_masked_slots(call.module, positions)
         return sort_by_position(keys, values, positions)
 
     def _wait(self, call: PrefillCall, moment: torch.Tensor | None) -> None:
@@ -191,13 +196,15 @@ def pack_cache(
         del keys, values
 
 
-def _move_masked_slots(module: nn.Module, positions: torch.Tensor) -> None:
-    """kvpress's head-wise presses name slots; sorting moves those."""
+def _set_masked_slots(module: nn.Module, positions: torch.Tensor | None = None) -> None:
+    """Head-wise presses name (batch, head, slot), in a tuple or a list; sorting by position moves slots."""
     masked: Any = getattr(module, "masked_key_indices", None)
     if masked is not None:
-        batch, head, slot = (index.to(positions.device) for index in masked)
-        moved = positions.argsort(dim=-1).argsort(dim=-1)[batch, head, slot]
-        module.masked_key_indices = (batch, head, moved)  # type: ignore[assignment]
+        batch, head, slot = masked
+        if positions is not None:
+            batch, head, slot = (index.to(positions.device) for index in masked)
+            slot = positions.argsort(dim=-1).argsort(dim=-1)[batch, head, slot]
+        module.masked_key_indices = (batch, head, slot)  # type: ignore[assignment]
 
 
 @contextmanager

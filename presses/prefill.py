@@ -79,6 +79,19 @@ def plain_states(cache: Cache, layer_idx: int) -> tuple[torch.Tensor, torch.Tens
     return layer.keys, layer.values
 
 
+def check_fresh(call: PrefillCall, keys: torch.Tensor) -> None:
+    """Refuse a cache that held tokens before this prefill.
+
+    Raises:
+        InvalidInputError: there are more keys [B, Hkv, T, D] than tokens.
+    """
+    if keys.shape[2] > call.tokens:
+        raise InvalidInputError(
+            f"the cache held {keys.shape[2] - call.tokens} tokens before this prefill of {call.tokens}; "
+            f"{_FRESH_CACHE}"
+        )
+
+
 def check_states(call: PrefillCall, keys: torch.Tensor, values: torch.Tensor) -> None:
     """Refuse keys and values that cannot be packed, or not safely.
 
@@ -87,11 +100,8 @@ def check_states(call: PrefillCall, keys: torch.Tensor, values: torch.Tensor) ->
         CompositionError: tokens were evicted from a padded batch.
         NonFiniteError: keys or values hold NaN or infinity.
     """
+    check_fresh(call, keys)
     kept, seen = keys.shape[2], call.tokens
-    if kept > seen:
-        raise InvalidInputError(
-            f"the cache held {kept - seen} tokens before this prefill of {seen}; {_FRESH_CACHE}"
-        )
     if kept < seen and _is_padded(call.attention_mask):
         raise CompositionError(
             f"a press evicted {seen - kept} of {seen} tokens from a padded batch, so that slots no longer "

@@ -11,7 +11,7 @@ from torch import nn
 from transformers.cache_utils import Cache
 from transformers.modeling_utils import PreTrainedModel
 
-from quantpress.cache.layer import LayerSettings
+from quantpress.cache.settings import LayerSettings
 from quantpress.codecs.spec import CodecSpec
 from quantpress.errors import InvalidInputError
 from quantpress.kernels.page_codec import PageCodec, ScalarPages

@@ -1,0 +1,208 @@
+"""What `Compose` refuses when it is made, and what it makes of what it is given."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import kvpress
+import pytest
+
+from quantpress.errors import CompositionError, InvalidInputError
+from quantpress.presses import (
+    DMS,
+    AdaKV,
+    Compose,
+    CompressionRatioDecoding,
+    Decoding,
+    DuoAttention,
+    Finch,
+    KeyRerotation,
+    Knorm,
+    KVCompose,
+    KVzip,
+    PrefillDecoding,
+    SimLayerKV,
+    SnapKV,
+    StreamingLLM,
+    ThinK,
+    TurboQuant,
+)
+from quantpress.presses.composition import decodes, masks_heads, rerotates
+
+SNAP = SnapKV()
+
+
+def decoding() -> Any:
+    return Decoding(kvpress.KnormPress())
+
+
+REFUSED = {
+    "empty": (list, "empty list"),
+    "no list": (lambda: SnapKV(), r"list of presses, got SnapKV"),
+    "a class": (lambda: SnapKV, "list of presses, got .*SnapKV"),
+    "a string": (lambda: "SnapKV", "list of presses, got 'SnapKV'"),
+    "no press": (lambda: [SnapKV(), "TurboQuant"], "'TurboQuant' is not a press"),
+    "another class": (lambda: [dict], "dict'> is not a press"),
+    "twice": (lambda: [SNAP, Knorm(), SNAP], "SnapKV is given twice; make a second instance"),
+    "no defaults": (
+        lambda: [kvpress.KeyRerotationPress],
+        "KeyRerotationPress has no defaults .*give an instance",
+    ),
+    "two quantizers": (
+        lambda: [TurboQuant(), TurboQuant(3)],
+        r"more than one quantizer \(TurboQuant, TurboQuant\)",
+    ),
+    "quantizer first": (lambda: [TurboQuant(), SnapKV()], "TurboQuant comes before SnapKV: evict first"),
+    "nested order": (lambda: [Compose([Knorm(), TurboQuant()]), SnapKV()], "TurboQuant comes before SnapKV"),
+    "wrapped quantizer": (
+        lambda: [PrefillDecoding(prefilling_press=TurboQuant(), decoding_press=decoding())],
+        "PrefillDecodingPress wraps a quantizer",
+    ),
+    "decoding": (
+        lambda: [decoding(), TurboQuant()],
+        "DecodingPress evicts while decoding.*without TurboQuant",
+    ),
+    "prefill decoding": (
+        lambda: [PrefillDecoding(SnapKV(), decoding()), TurboQuant()],
+        "PrefillDecodingPress evicts while decoding",
+    ),
+    "ratio decoding": (
+        lambda: [CompressionRatioDecoding(kvpress.KnormPress()), TurboQuant()],
+        "CompressionRatioDecodingPress evicts while decoding",
+    ),
+    "dms decoding": (lambda: [DMS(Knorm(), decoding=True), TurboQuant()], "DMSPress evicts while decoding"),
+    "at exit": (lambda: [SnapKV(), KVzip()], "KVzip acts on the complete cache.*only evictor"),
+    "at exit first": (lambda: [KVCompose(), SnapKV(), TurboQuant()], "KVCompose acts on the complete cache"),
+    "head-wise first": (lambda: [AdaKV(), Knorm()], "AdaKV names slots of the cache, and Knorm behind it"),
+    "two head-wise": (lambda: [AdaKV(), DuoAttention()], "AdaKV names slots of the cache, and DuoAttention"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refused_with_a_reason(case: str) -> None:
+    presses, message = REFUSED[case]
+    with pytest.raises(CompositionError, match=message):
+        Compose(presses())
+
+
+def test_a_bad_setting_of_a_class_is_not_hidden() -> None:
+    @dataclass
+    class Broken(SnapKV):
+        compression_ratio: float = 3
+
+    with pytest.raises(InvalidInputError, match="compression_ratio is 3"):
+        Compose([Broken])
+
+
+def test_kvpress_class_that_evicts_nothing_is_warned_about() -> None:
+    with pytest.warns(UserWarning, match="SnapKVPress by default has compression_ratio 0"):
+        Compose([kvpress.SnapKVPress, TurboQuant])
+
+
+def test_classes_mean_their_defaults() -> None:
+    press = Compose([StreamingLLM, TurboQuant])
+    assert press.evictors == (StreamingLLM(),) and press.quantizer == TurboQuant()
+    assert [type(member) for member in press] == [StreamingLLM, TurboQuant] and len(press) == 2
+
+
+def test_instances_are_kept() -> None:
+    snap, quantizer = SnapKV(0.25), TurboQuant(3)
+    press = Compose((snap, quantizer))
+    assert press.evictors[0] is snap and press.quantizer is quantizer
+
+
+def test_nested_compositions_are_flattened() -> None:
+    chained = kvpress.ComposedPress([kvpress.KnormPress(0.2), kvpress.ThinKPress(0.5)])
+    press = Compose([Compose([SnapKV(0.1)]), chained, Compose([Compose([TurboQuant(2)])])])
+    assert [type(member).__name__ for member in press] == ["SnapKV", "KnormPress", "ThinKPress", "TurboQuant"]
+
+
+def test_without_quantizer() -> None:
+    press = Compose([SnapKV, decoding()])
+    assert press.quantizer is None and len(press.evictors) == 2
+
+
+@pytest.mark.parametrize(
+    ("press", "text"),
+    [
+        (Compose([SnapKV(0.5), TurboQuant(4)]), "Compose(SnapKV(0.5) | TurboQuant(4))"),
+        (Compose([StreamingLLM(0.25, n_sink=8)]), "Compose(StreamingLLM(0.25, n_sink=8))"),
+        (
+            Compose([KeyRerotation, TurboQuant(3, seed=1)]),
+            "Compose(KeyRerotation(StreamingLLM(0.5)) | TurboQuant(3, seed=1))",
+        ),
+    ],
+    ids=["plain", "options", "wrapped"],
+)
+def test_repr_is_short(press: Compose, text: str) -> None:
+    assert repr(press) == text
+
+
+@pytest.mark.parametrize(
+    "piped",
+    [
+        lambda: SnapKV(0.5) | TurboQuant(4),
+        lambda: kvpress.SnapKVPress(0.5) | TurboQuant(4),
+        lambda: SnapKV(0.5) | TurboQuant,
+        lambda: SnapKV(0.5) | Compose([TurboQuant(4)]),
+    ],
+    ids=["ours", "kvpress left", "class right", "composed"],
+)
+def test_pipe(piped: Any) -> None:
+    press = piped()
+    assert isinstance(press, Compose) and press.quantizer == TurboQuant(4)
+    assert press.evictors[0].compression_ratio == 0.5
+
+
+def test_pipe_with_something_else() -> None:
+    with pytest.raises(TypeError):
+        SnapKV() | 3
+
+
+def test_contains_looks_inside() -> None:
+    press = Compose([KeyRerotation(StreamingLLM()), TurboQuant()])
+    assert press.contains(kvpress.KeyRerotationPress) and press.contains(kvpress.StreamingLLMPress)
+    assert press.contains((kvpress.SnapKVPress, TurboQuant)) and not press.contains(kvpress.SnapKVPress)
+    assert Compose([PrefillDecoding(SnapKV(), decoding())]).contains(kvpress.SnapKVPress)
+
+
+def test_compression_ratio_is_that_of_all_evictors_together() -> None:
+    assert Compose([TurboQuant]).compression_ratio == 0
+    assert Compose([SnapKV(0.3), TurboQuant]).compression_ratio == pytest.approx(0.3)
+    assert Compose([SnapKV(0.5), Knorm(0.2), ThinK(0.5), TurboQuant]).compression_ratio == pytest.approx(0.6)
+
+
+def test_setting_the_ratio_shares_it_among_the_evictors() -> None:
+    press = Compose([SnapKV, Knorm, ThinK, TurboQuant])
+    press.compression_ratio = 0.75
+    snap, knorm, think = press.evictors
+    assert snap.compression_ratio == knorm.compression_ratio == pytest.approx(0.5)
+    assert think.key_channel_compression_ratio == 0.5
+    assert press.compression_ratio == pytest.approx(0.75)
+
+
+@pytest.mark.parametrize("ratio", [1, -0.5, "x"])
+def test_setting_a_bad_ratio(ratio: Any) -> None:
+    press = Compose([SnapKV, TurboQuant])
+    with pytest.raises(InvalidInputError, match="0 <= compression_ratio < 1"):
+        press.compression_ratio = ratio
+    assert press.compression_ratio == 0.5
+
+
+def test_a_ratio_that_cannot_be_set() -> None:
+    with pytest.raises(AttributeError, match="no evictor"):
+        Compose([TurboQuant]).compression_ratio = 0.5
+    press = Compose([SnapKV, SimLayerKV, TurboQuant])
+    with pytest.raises(AttributeError, match="SimLayerKV follows from its other settings"):
+        press.compression_ratio = 0.25
+    assert press.evictors[0].compression_ratio == 0.5
+    with pytest.raises(InvalidInputError, match="SimLayerKV is known only after a prefill"):
+        _ = press.compression_ratio
+
+
+def test_what_presses_do_to_positions_and_slots() -> None:
+    finch = Finch()
+    assert rerotates(KeyRerotation()) and rerotates(finch) and not rerotates(SnapKV())
+    finch.rerotate_keys = False
+    assert not rerotates(finch)
+    assert masks_heads(AdaKV()) and masks_heads(KVCompose(structured=False)) and not masks_heads(KVCompose())
+    assert decodes(decoding()) and decodes(DMS(Knorm(), decoding=True)) and not decodes(DMS(Knorm()))

@@ -1,0 +1,364 @@
+"""`TurboQuant`: its settings, what it packs, and what it refuses."""
+
+import gc
+import weakref
+from typing import Any
+
+import kvpress
+import pytest
+import torch
+from transformers import DynamicCache, StaticCache
+from transformers.cache_utils import QuantizedLayer
+
+from quantpress.cache import PackedLayer
+from quantpress.codecs.spec import CodecSpec
+from quantpress.errors import (
+    CompositionError,
+    InvalidInputError,
+    NonFiniteError,
+    UnsupportedBitsError,
+)
+from quantpress.kernels.page_codec import RawPages, ScalarPages
+from quantpress.presses import Compose, Knorm, SnapKV, StreamingLLM, ThinK, TurboQuant
+from tests.presses.reading import answer, lossless, read
+from tests.tiny_models import HEAD_DIM, prompt, tiny_model
+
+IDS = prompt(420)
+
+
+def packed_layers(cache: DynamicCache) -> list[PackedLayer]:
+    assert all(isinstance(layer, PackedLayer) for layer in cache.layers)
+    return list(cache.layers)
+
+
+def spec_of(layer: Any, role: str) -> CodecSpec:
+    codec = layer.settings.key_codec if role == "key" else layer.settings.value_codec
+    assert isinstance(codec, ScalarPages)
+    return codec.spec
+
+
+# --- settings ---
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"bits": 5}, UnsupportedBitsError, "bits=5"),
+        ({"bits": 16}, UnsupportedBitsError, "bits=16"),
+        ({"key_bits": 0}, UnsupportedBitsError, "bits=0"),
+        ({"value_bits": 4.5}, UnsupportedBitsError, "bits=4.5"),
+        ({"bits": "4"}, UnsupportedBitsError, "bits='4'"),
+        ({"layer_bits": {0: 7}}, UnsupportedBitsError, "bits=7"),
+        ({"layer_bits": {0: (4, 16)}}, UnsupportedBitsError, "bits=16"),
+        ({"layer_bits": {"first": 4}}, InvalidInputError, "layer 'first'"),
+        ({"bits": 2.5, "estimator": "prod"}, UnsupportedBitsError, "prod"),
+        ({"sink_tokens": -1}, InvalidInputError, "sink_tokens is -1"),
+        ({"recent_tokens": 1.5}, InvalidInputError, "recent_tokens is 1.5"),
+        ({"balance_window": 0}, InvalidInputError, "balance_window is 0"),
+        ({"rotation": "dct"}, InvalidInputError, "rotation='dct'"),
+        ({"scale": "max"}, InvalidInputError, "scale='max'"),
+        ({"codebook": "nf4"}, InvalidInputError, "codebook='nf4'"),
+        ({"estimator": "qjl"}, InvalidInputError, "estimator='qjl'"),
+        ({"seed": -3}, InvalidInputError, "seed"),
+    ],
+    ids=lambda value: repr(value) if isinstance(value, dict) else "",
+)
+def test_bad_settings_are_named(options: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        TurboQuant(**options)
+
+
+def test_presets() -> None:
+    quality, balanced, small, paper = map(TurboQuant.preset, ("quality", "balanced", "small", "paper"))
+    assert (quality.key_bits, quality.value_bits) == (8, 4)
+    assert balanced == TurboQuant(4) == TurboQuant() and small == TurboQuant(3)
+    assert (paper.mean_key, paper.balance, paper.scale, paper.codebook) == (False, False, "norm", "lloyd_max")
+    assert TurboQuant.preset("paper", bits=2, seed=5).bits == 2
+    with pytest.raises(
+        InvalidInputError, match="no preset 'best'; use one of balanced, paper, quality, small"
+    ):
+        TurboQuant.preset("best")
+
+
+def test_true_bits_are_told() -> None:
+    assert TurboQuant(4).bits_per_value(128) == 4 + 16 / 128
+    assert TurboQuant(key_bits=4, value_bits=2).bits_per_value(64) == 3 + 16 / 64
+    assert TurboQuant(key_bits=3, value_bits=3, estimator="prod").bits_per_value(128) == 3 + 24 / 128
+    assert lossless().bits_per_value(64) == 32
+
+
+def test_it_evicts_nothing() -> None:
+    press = TurboQuant()
+    assert press.compression_ratio == 0
+    with pytest.raises(AttributeError, match="evicts nothing"):
+        press.compression_ratio = 0.5
+
+
+# --- what is packed, and how ---
+
+
+def test_widths_of_keys_values_and_layers() -> None:
+    press = TurboQuant(3, value_bits=2, layer_bits={0: 16, -1: (8, 4)}, recent_tokens=16)
+    first, middle, last = read(tiny_model("llama"), press, IDS).layers
+    assert not isinstance(first, PackedLayer)
+    assert (spec_of(middle, "key").bits, spec_of(middle, "value").bits) == (3, 2)
+    assert (spec_of(last, "key").bits, spec_of(last, "value").bits) == (8, 4)
+
+
+def test_a_layer_that_is_not_there() -> None:
+    with pytest.raises(InvalidInputError, match="names layer 3, but the model has 3 layers"):
+        read(tiny_model("llama"), TurboQuant(layer_bits={3: 8}), IDS)
+
+
+def test_settings_reach_the_codec() -> None:
+    press = TurboQuant(
+        4,
+        rotation="haar",
+        seed=9,
+        scale="norm",
+        codebook="lloyd_max",
+        estimator="prod",
+        sink_tokens=2,
+        recent_tokens=32,
+    )
+    layer = packed_layers(read(tiny_model("llama"), press, IDS))[1]
+    expected = CodecSpec(HEAD_DIM, 4, "key", "haar", 9, "norm", "lloyd_max", "prod")
+    assert spec_of(layer, "key") == expected
+    assert spec_of(layer, "value").estimator == "mse"
+    assert (layer.settings.sink_tokens, layer.settings.recent_tokens) == (2, 32)
+    assert layer.tokens_seen == 420 and layer.packed_tokens == 384
+
+
+def test_codec_factory_is_asked_per_layer() -> None:
+    asked = []
+
+    def factory(head_dim: int, role: str, layer_idx: int) -> RawPages:
+        asked.append((head_dim, role, layer_idx))
+        return RawPages(head_dim, 32)
+
+    read(tiny_model("llama"), TurboQuant(codec=factory), IDS)
+    assert set(asked) == {(HEAD_DIM, role, layer) for role in ("key", "value") for layer in range(3)}
+
+
+@pytest.mark.parametrize("mean_key", [False, True])
+@pytest.mark.parametrize("balance", [False, True])
+def test_statistics_are_taken_as_asked(mean_key: bool, balance: bool) -> None:
+    press = TurboQuant(4, mean_key=mean_key, balance=balance, recent_tokens=16)
+    for layer in packed_layers(read(tiny_model("qwen2"), press, IDS)):
+        assert layer.tokens is not None and layer.tokens.key_transform is not None
+        assert (layer.tokens.key_transform.mean is not None) == mean_key
+        assert (layer.tokens.key_transform.weight is not None) == balance
+
+
+def test_packed_numbers_are_close_to_the_exact_ones() -> None:
+    model = tiny_model("llama")
+    exact = read(model, None, IDS)
+    for bits, limit in ((8, 0.001), (4, 0.02), (2, 0.2)):
+        for layer, plain in zip(packed_layers(read(model, TurboQuant(bits), IDS)), exact.layers, strict=True):
+            for got, expected in ((layer.keys, plain.keys), (layer.values, plain.values)):
+                error = (got.dense() - expected).square().sum() / expected.square().sum()
+                assert 0 < error < limit, (bits, error)
+
+
+def test_raw_tensors_are_freed_layer_by_layer() -> None:
+    model, alive = tiny_model("llama"), []
+
+    def watch(module: Any, args: Any, kwargs: Any, output: Any) -> None:
+        layer = kwargs["past_key_values"].layers[module.layer_idx]
+        still = [earlier for earlier in references if earlier() is not None]
+        alive.append(len(still))
+        references.extend(weakref.ref(tensor) for tensor in (layer.keys, layer.values))
+
+    references: list[Any] = []
+    # Registered before the press: it sees each layer's own tensors before they are packed.
+    handles = [layer.self_attn.register_forward_hook(watch, with_kwargs=True) for layer in model.model.layers]
+    try:
+        cache = read(model, Compose([SnapKV(0.5), TurboQuant(recent_tokens=16)]), IDS)
+    finally:
+        for handle in handles:
+            handle.remove()
+    gc.collect()
+    assert alive == [0, 0, 0]
+    assert all(reference() is None for reference in references) and len(packed_layers(cache)) == 3
+
+
+def test_works_under_autograd() -> None:
+    model = tiny_model("llama")
+    cache = DynamicCache()
+    with TurboQuant(recent_tokens=16)(model):
+        output = model.model(input_ids=IDS, past_key_values=cache)
+    assert output.last_hidden_state.requires_grad
+    for layer in packed_layers(cache):
+        assert layer.tokens is not None and layer.packed_tokens > 0
+        kept = layer.tokens.sinks.keys, layer.tokens.recent.values, layer.keys.dense(), layer.values.dense()
+        assert not any(tensor.requires_grad for tensor in kept)
+
+
+def test_the_press_can_be_used_again() -> None:
+    model, press = tiny_model("llama"), Compose([SnapKV(0.5), TurboQuant(recent_tokens=16)])
+    first, second = read(model, press, IDS), read(model, press, IDS)
+    for one, other in zip(first.layers, second.layers, strict=True):
+        assert torch.equal(one.keys.dense(), other.keys.dense())
+
+
+def test_two_contexts_in_one_use() -> None:
+    model, press = tiny_model("llama"), lossless()
+    caches, contexts = (DynamicCache(), DynamicCache()), (IDS, prompt(300, seed=1))
+    with torch.inference_mode(), press(model):
+        for cache, ids in zip(caches, contexts, strict=True):
+            model.model(input_ids=ids, past_key_values=cache)
+    for cache, ids in zip(caches, contexts, strict=True):
+        assert answer(model, cache, ids.shape[1]) == answer(model, read(model, None, ids), ids.shape[1])
+
+
+def test_pack_a_filled_cache() -> None:
+    model = tiny_model("llama")
+    cache, inside = read(model, None, IDS), read(model, TurboQuant(balance=False), IDS)
+    TurboQuant(balance=False).pack_cache(model, cache, tokens_seen=500)
+    for one, other in zip(packed_layers(cache), inside.layers, strict=True):
+        assert torch.equal(one.keys.dense(), other.keys.dense()) and one.tokens_seen == 500
+
+
+def test_batch_with_padding_and_no_eviction() -> None:
+    model, ids = tiny_model("llama"), prompt(420, batch=2)
+    mask = torch.ones_like(ids)
+    mask[1, :60] = 0
+
+    def logits(press: Any) -> torch.Tensor:
+        cache = DynamicCache()
+        positions = (mask.cumsum(-1) - 1).clamp(min=0)
+        with torch.inference_mode(), press(model):
+            model.model(ids, attention_mask=mask, position_ids=positions, past_key_values=cache)
+        longer = torch.cat([mask, mask[:, :1] | 1], dim=1)
+        with torch.inference_mode():
+            step = model(
+                ids[:, :1], attention_mask=longer, position_ids=positions[:, -1:] + 1, past_key_values=cache
+            )
+        return step.logits
+
+    torch.testing.assert_close(logits(lossless()), logits(Compose([ThinK(0.0)])), rtol=1e-4, atol=1e-4)
+
+
+# --- order of tokens ---
+
+
+@pytest.mark.parametrize("way", ["Compose", "ComposedPress"])
+def test_survivors_are_packed_in_the_order_of_the_text(way: str) -> None:
+    model = tiny_model("llama")
+    exact = read(model, None, IDS).layers
+    evictor = kvpress.SnapKVPress(0.5)
+    press: Any = (
+        Compose([evictor, lossless()]) if way == "Compose" else kvpress.ComposedPress([evictor, lossless()])
+    )
+    for layer, plain in zip(packed_layers(read(model, press, IDS)), exact, strict=True):
+        found = (layer.keys.dense().unsqueeze(3) == plain.keys.unsqueeze(2)).all(-1)  # [B, Hkv, K, N]
+        assert torch.equal(found.sum(-1), torch.ones_like(found.sum(-1)))
+        positions = found.int().argmax(-1)
+        assert bool((positions.diff(dim=-1) > 0).all())
+        assert torch.equal(positions[..., -1], torch.full_like(positions[..., -1], 419))
+
+
+def test_sinks_of_streaming_llm_are_pinned() -> None:
+    """kvpress returns its survivors in no order; the first n_sink tokens of the text must stay exact."""
+    model = tiny_model("llama")
+    exact = read(model, None, IDS).layers
+    press = Compose([StreamingLLM(0.5, n_sink=8), TurboQuant(2, sink_tokens=4, recent_tokens=16)])
+    assert press.quantizer is not None and press.quantizer.sink_tokens == 4
+    for layer, plain in zip(packed_layers(read(model, press, IDS)), exact, strict=True):
+        assert layer.settings.sink_tokens == 8
+        for got, expected in ((layer.keys.dense(), plain.keys), (layer.values.dense(), plain.values)):
+            assert torch.equal(got[:, :, :8], expected[:, :, :8])
+            assert torch.equal(got[:, :, -16:], expected[:, :, -16:])
+            assert not torch.equal(got[:, :, 8:12], expected[:, :, -202:-198])
+
+
+def test_fewer_sinks_than_the_quantizer_pins() -> None:
+    press = Compose([StreamingLLM(0.5, n_sink=2), TurboQuant(2, sink_tokens=6, recent_tokens=16)])
+    layers = packed_layers(read(tiny_model("llama"), press, IDS))
+    assert [layer.settings.sink_tokens for layer in layers] == [6, 6, 6]
+
+
+# --- what is refused ---
+
+
+def test_cache_that_is_packed_already() -> None:
+    model = tiny_model("llama")
+    cache = read(model, TurboQuant(), IDS)
+    cache.reset()
+    with pytest.raises(InvalidInputError, match="layer 0 of the cache is packed already; pass a fresh"):
+        read(model, TurboQuant(), IDS, cache)
+
+
+def test_static_cache() -> None:
+    model = tiny_model("llama")
+    cache = StaticCache(config=model.config, max_cache_len=512)
+    with pytest.raises(InvalidInputError, match="StaticCache of StaticLayer cannot be packed; pass a fresh"):
+        read(model, TurboQuant(), IDS, cache)
+
+
+def test_cache_quantized_by_transformers() -> None:
+    class Quantized(QuantizedLayer):
+        def _quantize(self, tensor: torch.Tensor, axis: int) -> torch.Tensor:
+            return tensor
+
+        def _dequantize(self, q_tensor: torch.Tensor) -> torch.Tensor:
+            return q_tensor
+
+    cache = DynamicCache()
+    cache.layer_class_to_replicate = Quantized
+    with pytest.raises(InvalidInputError, match="of Quantized cannot be packed"):
+        read(tiny_model("llama"), TurboQuant(), IDS, cache)
+
+
+@pytest.mark.parametrize(
+    "press", [TurboQuant(), Compose([SnapKV(0.5), TurboQuant()])], ids=["alone", "composed"]
+)
+def test_cache_that_was_not_empty(press: Any) -> None:
+    model = tiny_model("llama")
+    cache = read(model, None, prompt(30))
+    with (
+        pytest.raises(InvalidInputError, match="held 30 tokens before this prefill of 420; pass a fresh"),
+        press(model),
+        torch.inference_mode(),
+    ):
+        model.model(input_ids=IDS, past_key_values=cache, cache_position=torch.arange(420))
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_eviction_from_a_padded_batch(attention: str) -> None:
+    model, ids = tiny_model("llama", attention), prompt(100, batch=2)
+    mask = torch.ones_like(ids)
+    press = Compose([Knorm(0.5), TurboQuant()])
+    with torch.inference_mode(), press(model):
+        model.model(ids, attention_mask=mask, past_key_values=DynamicCache())
+        mask[1, :10] = 0
+        with pytest.raises(CompositionError, match="evicted 50 of 100 tokens from a padded batch"):
+            model.model(ids, attention_mask=mask, past_key_values=DynamicCache())
+
+
+@pytest.mark.parametrize(("side", "value"), [("k_proj", float("nan")), ("v_proj", float("inf"))])
+def test_numbers_that_are_not_finite(side: str, value: float) -> None:
+    model = tiny_model("llama", seed=77)
+    weight = getattr(model.model.layers[1].self_attn, side).weight
+    kept = weight.detach().clone()
+    with torch.no_grad():
+        weight[0, 0] = value
+    try:
+        name = "keys" if side == "k_proj" else "values"
+        with pytest.raises(NonFiniteError, match=f"the {name} of layer 1 hold NaN or infinity"):
+            read(model, TurboQuant(), IDS)
+    finally:
+        with torch.no_grad():
+            weight.copy_(kept)
+
+
+def test_a_press_that_changes_keys_after_the_quantizer() -> None:
+    """kvpress's own composition does not check the order; the packed layer does."""
+    with pytest.raises(InvalidInputError, match="must come before TurboQuant"):
+        read(tiny_model("llama"), kvpress.ComposedPress([lossless(), kvpress.KnormPress(0.5)]), IDS)
+
+
+def test_without_a_cache_there_is_nothing_to_do() -> None:
+    model = tiny_model("llama")
+    with torch.inference_mode(), TurboQuant()(model):
+        model.model(input_ids=IDS, use_cache=False)
