@@ -29,24 +29,20 @@ def fit_e4m3(half: Floats, head_dim: int) -> tuple[Floats, float]:
         head_dim: dimension D of the unit vector.
 
     Returns:
-        (scaled [n] float64, each exactly representable in float8_e4m3fn, distinct, ascending and positive;
-        unit). The levels are scaled * unit.
+        (scaled [n] float64, each exactly representable in float8_e4m3fn, ascending and positive; unit). The
+        levels are scaled * unit. They stay apart: two that merge never have the least distortion.
     """
     density = CoordinateDensity(head_dim)
     units = half[-1] / _TOP_LEVEL * 2.0 ** (-np.arange(_SEARCH_STEPS) / _SEARCH_STEPS)
     patterns = {tuple(round_to_e4m3(half / unit).tolist()): float(unit) for unit in units}
-    best: tuple[float, Floats, float] | None = None
+    best_error, best = np.inf, (half, 1.0)
     for values, start in patterns.items():
-        if len(set(values)) < half.size:
-            continue
         pattern = np.array(values)
         unit = _best_unit(density, pattern, start)
         error = density.distortion(pattern * unit)
-        if best is None or error < best[0] * (1 - _LEAST_GAIN):
-            best = error, pattern, unit
-    if best is None:
-        raise ArithmeticError(f"no e4m3 pattern keeps {half.size} levels apart at dimension {head_dim}")
-    return best[1], best[2]
+        if error < best_error * (1 - _LEAST_GAIN):
+            best_error, best = error, (pattern, unit)
+    return best
 
 
 def round_to_e4m3(values: Floats) -> Floats:

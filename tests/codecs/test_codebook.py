@@ -5,7 +5,7 @@ import pytest
 import torch
 from scipy import integrate
 
-from quantpress.codecs.codebook import Codebook, codebook, compute_codebook, lloyd_max
+from quantpress.codecs.codebook import _shipped, codebook, compute_codebook, lloyd_max
 from quantpress.codecs.density import CoordinateDensity
 from quantpress.errors import InvalidInputError, UnsupportedBitsError, UnsupportedHeadDimError
 
@@ -157,9 +157,9 @@ def test_wrong_arguments_are_named(
         codebook(bits, dim, form)
 
 
-def test_computed_and_looked_up_codebooks_share_one_type() -> None:
-    assert isinstance(codebook(3, 128), Codebook)
-    assert compute_codebook(3, 52, "e4m3") == codebook(3, 52, "e4m3")  # 52 is not in the table
+def test_a_dimension_outside_the_table_is_computed() -> None:
+    assert "e4m3/3/1000" not in _shipped()
+    assert codebook(3, 1000) == compute_codebook(3, 1000, "e4m3")
 
 
 def test_a_cached_codebook_does_not_let_a_float_or_a_bool_through() -> None:
