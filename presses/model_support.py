@@ -56,7 +56,7 @@ def is_sliding(module: nn.Module) -> bool:
     The module and its config decide, not the cache: a `DynamicCache()` made without a config holds plain
     layers only. A window that spans every position of the model is none.
     """
-    config = module.config
+    config = getattr(module, "config", None)
     layer_types = getattr(config, "layer_types", None)
     if layer_types is not None:
         return layer_types[module.layer_idx] in _SLIDING_TYPES
@@ -117,7 +117,7 @@ def check_evictable(model: nn.Module) -> None:
 
 def _check_attention(name: str, module: nn.Module) -> None:
     attention = type(module).__name__
-    config = module.config
+    config = getattr(module, "config", None)
     if getattr(config, "model_type", None) in _CHANGED_AFTER_CACHE:
         raise UnsupportedModelError(
             f"{name} cannot be packed: {attention} changes or shares keys and values after the cache has "

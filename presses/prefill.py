@@ -9,7 +9,7 @@ from torch import nn
 from transformers.cache_utils import Cache, DynamicLayer, QuantizedLayer
 
 from quantpress.cache.layer import PackedLayer
-from quantpress.errors import CompositionError, InvalidInputError, NonFiniteError
+from quantpress.errors import CompositionError, InvalidInputError, NonFiniteError, UnsupportedModelError
 
 _FRESH_CACHE = "pass a fresh past_key_values=DynamicCache()"
 
@@ -44,11 +44,22 @@ class PrefillCall:
 
 
 def prefill_call(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> PrefillCall | None:
-    """Read the arguments of a forward hook; None when it is no prefill (kvpress's rule) or has no cache."""
+    """Read the arguments of a forward hook; None when it is no prefill (kvpress's rule) or has no cache.
+
+    Raises:
+        UnsupportedModelError: the model does not tell its attention where in the text it is.
+    """
     cache = next((value for value in (*kwargs.values(), *args) if isinstance(value, Cache)), None)
     hidden_states = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
     position = kwargs.get("cache_position")
-    if cache is None or position is None or not is_prefilling(position, hidden_states.shape[1]):
+    if cache is None:
+        return None
+    if position is None:
+        raise UnsupportedModelError(
+            f"{type(module).__name__} is given no cache_position: a prefill cannot be told from decoding; "
+            "use this model without presses"
+        )
+    if not is_prefilling(position, hidden_states.shape[1]):
         return None
     mask = kwargs.get("attention_mask")
     return PrefillCall(

@@ -80,8 +80,7 @@ def _rotated(
         raise UnknownAttentionError("its rotary embedding is not known")
     cos, sin = (table[:, -window:] for table in position_embeddings)
     try:
-        states = _projected(module, hidden_states[:, -window:], keys=keys)
-        result: torch.Tensor = rotate(states, states[:, :1], cos, sin)[0]
+        result = _rotate(rotate, _projected(module, hidden_states[:, -window:], keys=keys), cos, sin)
     except torch.OutOfMemoryError:
         raise
     except (AttributeError, NotImplementedError, RuntimeError, TypeError) as error:
@@ -89,15 +88,32 @@ def _rotated(
     return result
 
 
+def _rotate(rotate: Any, states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotate all channels, or the part that the tables are for: who cuts it out differs between models."""
+    part = cos.shape[-1]
+    try:
+        whole: torch.Tensor = rotate(states, states[:, :1], cos, sin)[0]
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError:
+        if part >= states.shape[-1]:
+            raise
+        turned = states[..., :part]
+        return torch.cat([rotate(turned, turned[:, :1], cos, sin)[0], states[..., part:]], dim=-1)
+    return whole
+
+
 def _projected(module: nn.Module, hidden_states: torch.Tensor, *, keys: bool) -> torch.Tensor:
     """Queries or keys before RoPE, [B, heads, W, D]."""
     project = get_prerope_key_states if keys else get_prerope_query_states
     states: torch.Tensor = project(module, hidden_states)
-    norm = getattr(module, "k_norm" if keys else "q_norm", None)
+    norm: Any = getattr(module, "k_norm" if keys else "q_norm", None)
     if norm is None or isinstance(module, (Gemma3Attention, Qwen3Attention)):
         return states  # kvpress has applied the norm of those two classes
-    normed: torch.Tensor = norm(states)
-    return normed
+    by_token = states.transpose(1, 2)  # [B, W, heads, D], as models apply it
+    all_heads = norm.weight.dim() == 1 and norm.weight.numel() != states.shape[-1]
+    normed: torch.Tensor = norm(by_token.flatten(2)).view(by_token.shape) if all_heads else norm(by_token)
+    return normed.transpose(1, 2)
 
 
 def _check_keys(

@@ -3,19 +3,25 @@
 from typing import Any
 
 import kvpress
+import numpy as np
 import pytest
 import torch
+from kvpress.presses.fastkvzip_press import FastKVzipGate
 from transformers import DynamicCache, PreTrainedModel
 
+from quantpress import presses
 from quantpress.cache import PackedLayer
 from quantpress.presses import (
     DMS,
+    LUKV,
     TOVA,
     AdaKV,
     ChunkKV,
     Compose,
     CriticalAdaKV,
     ExpectedAttention,
+    FastKVzip,
+    Finch,
     KeyDiff,
     KeyRerotation,
     Knorm,
@@ -124,6 +130,75 @@ def test_head_wise_presses_mask_the_same_slots(name: str) -> None:
     cache = read(model, Compose([*ours, lossless()]), IDS)
     assert packed(cache) == [True] * len(cache.layers)
     assert answer(model, cache, TOKENS) == expected != unpressed
+
+
+def test_budgets_per_head() -> None:
+    press, curves = LUKV(Knorm(), compression_ratio=0.5), np.full((99, 3, 2), 0.5)
+    curves[:, :, 1] = 0.9
+    press._budget_curves = (
+        curves  # measured for one model; what is tested here is only what follows from them
+    )
+    model = tiny_model("llama")
+    expected = answer(model, read(model, press, IDS), TOKENS)
+    assert answer(model, read(model, Compose([press, lossless()]), IDS), TOKENS) == expected
+    assert expected != answer(model, read(model, None, IDS), TOKENS)
+
+
+class Tokenizer:
+    """Just enough of a tokenizer for KVzip, which looks one up by the model's name."""
+
+    chat_template = None
+
+    @classmethod
+    def from_pretrained(cls, name: str) -> "Tokenizer":
+        return cls()
+
+    def encode(self, text: str, **options: Any) -> torch.Tensor:
+        return torch.tensor([[ord(letter) % 250 + 2 for letter in text]]).reshape(1, -1).long()
+
+
+@pytest.mark.parametrize("name", ["KVzip", "KVgrad"])
+def test_presses_that_read_the_context_again(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They score when their context ends and mask slots; the cache is packed after that."""
+    monkeypatch.setattr("kvpress.presses.kvzip_press.AutoTokenizer", Tokenizer)
+    ours, theirs = getattr(presses, name)(0.5), getattr(kvpress, name + "Press")(0.5)
+    model = tiny_model("llama")
+    unpressed = answer(model, read(model, None, IDS), TOKENS)
+    expected = answer(model, read(model, theirs, IDS), TOKENS)
+    for parameter in ("rotary_emb",):  # kvpress leaves those behind
+        for layer in model.model.layers:
+            delattr(layer.self_attn, parameter)
+    vars(model.model).pop("forward", None)
+    cache = read(model, Compose([ours, lossless()]), IDS)
+    assert packed(cache) == [True] * 3 and kept_tokens(cache) == [TOKENS] * 3
+    assert answer(model, cache, TOKENS) == expected != unpressed
+    assert "forward" not in vars(model.model) and not hasattr(model.model.layers[0].self_attn, "rotary_emb")
+
+
+def test_gates(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model("llama")
+    gates = [FastKVzipGate(layer, 128, 2, 2, torch.float32) for layer in range(3)]
+    ours, theirs = FastKVzip(0.5), kvpress.FastKVzipPress(0.5)
+    ours.gates, theirs.gates = gates, gates
+    expected = answer(model, read(model, theirs, IDS), TOKENS)
+    cache = read(model, Compose([ours, lossless()]), IDS)
+    assert packed(cache) == [True] * 3
+    assert answer(model, cache, TOKENS) == expected
+
+
+def test_finch_goes_on_at_the_number_of_survivors() -> None:
+    """The delimiter and the window behind it come with the context; the delimiter is taken out on the way."""
+    delimiter, model = 1, tiny_model("llama")
+    ids = torch.cat([IDS[:, :-21], torch.tensor([[delimiter]]), IDS[:, -20:]], dim=1)
+    caches = []
+    for press in (kvpress.FinchPress(0.5), Finch(0.5)):
+        press.delimiter_token_id = delimiter
+        caches.append(read(model, Compose([press, lossless()]) if caches else press, ids))
+    plain, cache = caches
+    kept = plain.get_seq_length()
+    assert kept_tokens(cache) == kept_tokens(plain) == [kept] * 3 and packed(cache) == [True] * 3
+    assert cache.layers[0].tokens_seen == kept < TOKENS
+    assert answer(model, cache, kept) == answer(model, plain, kept)
 
 
 def test_masked_slots_move_with_sorted_survivors() -> None:
