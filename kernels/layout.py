@@ -206,15 +206,16 @@ def _quad_indices(words: Tensor, bits: int, channels: int, role: str) -> Tensor:
 @lru_cache(maxsize=8)
 def _quad_codes(bits: int) -> Tensor:
     """[indices, 4] int64: the codes of the four lanes that an index from `_quad_indices` stands for."""
-    index = torch.arange(0x3334 if bits == 2 else 0x10000)
     half = (1 << (bits - 1)) - 1
     lanes = []
-    for lane, sign_bit in enumerate(_QUAD_SIGNS):
-        field = index >> (4 * lane)
-        negative = (index >> sign_bit) & 1
-        signed = ((field & half) ^ (negative * half)) + (1 - negative) * (half + 1)
-        lanes.append(field & 3 if bits == 2 else signed)
-    return torch.stack(lanes, dim=-1)
+    with torch.inference_mode(False):  # kept: must stay usable outside inference mode
+        index = torch.arange(0x3334 if bits == 2 else 0x10000)
+        for lane, sign_bit in enumerate(_QUAD_SIGNS):
+            field = index >> (4 * lane)
+            negative = (index >> sign_bit) & 1
+            signed = ((field & half) ^ (negative * half)) + (1 - negative) * (half + 1)
+            lanes.append(field & 3 if bits == 2 else signed)
+        return torch.stack(lanes, dim=-1)
 
 
 def _nibbles(words: Tensor) -> Tensor:

@@ -264,6 +264,28 @@ def test_any_codec_brings_vectors_back(
         assert relative_error(decoded, x) ** 2 < 2.2 * math.sqrt(3) * math.pi / 2 * 4.0**-narrow
 
 
+# On a device
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("role", ["key", "value"])
+@pytest.mark.parametrize(
+    ("bits", "estimator"),
+    [(1, "mse"), (2, "mse"), (3, "mse"), (4, "mse"), (8, "mse"), (2.5, "mse"), (3, "prod")],
+)
+def test_a_device_decodes_what_the_cpu_packed(bits: float, estimator: str, role: str) -> None:
+    spec = CodecSpec(80, bits, role, estimator=estimator)
+    x = torch.randn(2, 3, 2 * PAGE_TOKENS, 80)
+    planes = encode_pages(x, spec, IDENTITY)
+    moved = {name: plane.cuda() for name, plane in planes.items()}
+    got, expected = decode_code_space(moved, spec).cpu(), decode_code_space(planes, spec)
+    assert torch.equal(got, expected) if estimator == "mse" else relative_error(got, expected) < 1e-5
+    there = encode_pages(x.cuda(), spec, IDENTITY)
+    for name in planes:
+        assert (there[name].cpu() != planes[name]).float().mean() < 1e-3  # near ties, and scales' last bits
+    assert relative_error(decode_code_space(there, spec).cpu(), expected) < 2e-2
+
+
 # What it refuses
 
 
