@@ -71,7 +71,7 @@ def chunked_prefill(model: PreTrainedModel, chunk_tokens: int = DEFAULT_CHUNK_TO
 
 
 def position_wise_modules(model: PreTrainedModel) -> list[nn.Module]:
-    """Feed-forward blocks of the text decoder, and the norms beside them; empty when none is known by name."""
+    """Feed-forward blocks of the text decoder and the norms beside them; empty when no name is known."""
     found = []
     for layer in decoder_of(model).modules():
         children = dict(layer.named_children())
