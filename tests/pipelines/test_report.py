@@ -10,7 +10,7 @@ import torch
 from rich.console import Console
 from transformers import DynamicCache
 
-from quantpress.cache import PackedLayer, cache_memory
+from quantpress.cache import cache_memory
 from quantpress.pipelines.report import Report, format_bytes
 from quantpress.pipelines.stopwatch import Stopwatch
 from quantpress.presses import Compose, Knorm, SnapKV, TurboQuant
@@ -33,17 +33,24 @@ def _asked(press, **options):
     return ours()(CONTEXT, press=press, cache=cache, **arguments | options), cache
 
 
+def _tensors_in(held, seen):
+    """Every tensor that can be reached from an object."""
+    if isinstance(held, torch.Tensor):
+        yield held
+    elif id(held) not in seen and not isinstance(held, (str, type)):
+        seen.add(id(held))
+        parts = held.values() if isinstance(held, dict) else held if isinstance(held, (list, tuple)) else ()
+        for part in (*parts, *getattr(held, "__dict__", {}).values()):
+            yield from _tensors_in(part, seen)
+
+
 @pytest.mark.parametrize("name", PRESSES)
 def test_bytes_are_those_of_the_stored_tensors(name):
     result, cache = _asked(PRESSES[name]())
     report = result["report"]
     storages = {}
     for layer in cache.layers:
-        if isinstance(layer, PackedLayer):
-            tensors = [*layer.dense_tensors(), *layer.packed_tensors(), *layer.metadata_tensors()]
-        else:
-            tensors = [layer.keys, layer.values]
-        for tensor in tensors:
+        for tensor in _tensors_in(layer, set()):
             storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
     assert report.resident_bytes == sum(storages.values())
     config = tiny_model("llama").config
