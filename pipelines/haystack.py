@@ -21,9 +21,9 @@ from quantpress.errors import InvalidInputError
 BOOK = Path(__file__).parent / "data" / "pride_and_prejudice.txt.xz"
 ANSWER_PREFIX = "The special magic number is:"
 CITIES = (
-    "Lisbon Oslo Nairobi Toronto Kyoto Prague Havana Cairo Sydney Madrid "
-    "Vienna Jakarta Dublin Santiago Helsinki Mumbai Athens Seattle Warsaw Geneva"
-).split()
+    *("Lisbon", "Oslo", "Nairobi", "Toronto", "Kyoto", "Prague", "Havana", "Cairo", "Sydney", "Madrid"),
+    *("Vienna", "Jakarta", "Dublin", "Santiago", "Helsinki", "Mumbai", "Athens", "Seattle", "Warsaw", "Rome"),
+)
 SENTENCE_END = re.compile(r"(?<!\bMr)(?<!\bMrs)(?<!\bDr)(?<!\bSt)(?<!\b[A-Z])[.!?][\"')_]*(?=\s)")
 NUMBER = re.compile(r"\d+(?:,\d{3})*")
 LONGEST_TOKEN = 16  # characters; tokens of running prose average 4 to 6
