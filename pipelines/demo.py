@@ -1,0 +1,149 @@
+"""The main job in one table: a fact in a book, asked for over the whole cache and over compressed ones.
+
+A slice of Pride and Prejudice is read once for every depth and every press, with one fact at that depth.
+Presses that evict without knowing the question may drop it; the table shows what happened, and what each
+cache really takes.
+"""
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import transformers
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from quantpress.pipelines import TASK, register
+from quantpress.pipelines.default_model import DEFAULT_MODEL_NAME, ensure_default_model
+from quantpress.pipelines.report import format_bytes
+from quantpress.pipelines.text_generation import TextGenerationPipeline
+from quantpress.pipelines.trials import MakePress, Row, Trial, run
+from quantpress.presses import Compose, KeyDiff, SnapKV, StreamingLLM, TurboQuant
+
+TOKENS, DEPTHS = 4096, 5
+FAST_TOKENS, FAST_DEPTHS = 2048, 3
+PRESSES: tuple[MakePress, ...] = (
+    lambda: None,
+    TurboQuant,
+    lambda: Compose([KeyDiff, TurboQuant]),
+    lambda: Compose([SnapKV, TurboQuant]),
+    lambda: Compose([StreamingLLM, TurboQuant]),
+)
+FAST_PRESSES = PRESSES[:3]
+
+
+def main(tokens: int | None = None, json: bool = False, fast: bool = False) -> None:
+    """Run the demo on the default model and print its table.
+
+    Args:
+        tokens: length of the context; left out, 4096, or 2048 with `fast`.
+        json: print one JSON object instead, to stdout.
+        fast: a shorter context, fewer depths and fewer presses.
+
+    Raises:
+        InvalidInputError: there is no room for a fact, or the book has fewer tokens.
+        ModelFilesError: the default model could not be fetched.
+    """
+    begin = time.perf_counter()
+    pipe = default_pipeline()
+    tokens = tokens or (FAST_TOKENS if fast else TOKENS)
+    presses = FAST_PRESSES if fast else PRESSES
+    rows = run(pipe, tokens, FAST_DEPTHS if fast else DEPTHS, presses)
+    seconds = time.perf_counter() - begin
+    if json:
+        Console(soft_wrap=True).print_json(data=as_dict(rows, pipe, seconds))
+        return
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=120)
+    console.print(table(rows))
+    where = f"{str(pipe.model.dtype).removeprefix('torch.')} on {pipe.device.type}"
+    console.print(
+        f"{DEFAULT_MODEL_NAME} in {where}, {torch.get_num_threads()} threads, {seconds:.0f} s in all. "
+        "Bits, bytes and ratio are measured from what the cache keeps, scales, sinks and recent tokens "
+        "included; the ratio is to 16 bits for every token read.",
+        style="dim",
+    )
+
+
+def default_pipeline() -> TextGenerationPipeline:
+    """Our pipeline of the default model, in whichever of bf16 and float32 this machine is quicker with.
+
+    Raises:
+        ModelFilesError: the default model could not be fetched.
+    """
+    register()
+    folder = ensure_default_model()
+    bars = transformers.utils.logging.is_progress_bar_enabled()
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        make: Any = transformers.pipeline
+        pipe: TextGenerationPipeline = make(TASK, model=str(folder), dtype=quick_dtype())
+    finally:
+        if bars:
+            transformers.utils.logging.enable_progress_bar()
+    return pipe
+
+
+def quick_dtype() -> torch.dtype:
+    """bf16 on a GPU, and on a CPU where it multiplies faster than float32; else float32."""
+    if torch.cuda.is_available():
+        return torch.bfloat16
+    seconds = {}
+    for dtype in (torch.bfloat16, torch.float32):
+        left, right = torch.ones(512, 576, dtype=dtype), torch.ones(576, 1536, dtype=dtype)
+        left @ right  # the first one prepares
+        begin = time.perf_counter()
+        for _ in range(5):
+            left @ right
+        seconds[dtype] = time.perf_counter() - begin
+    return min(seconds, key=lambda dtype: seconds[dtype])
+
+
+def table(rows: Sequence[Row]) -> Table:
+    """The rows for people: answers by depth, then what the cache takes."""
+    first = rows[0]
+    shown = Table(
+        title=f"One number hidden in {first.mean('tokens_seen'):,.0f} tokens of Pride and Prejudice"
+    )
+    shown.add_column("cache", no_wrap=True)
+    for trial in first.trials:
+        shown.add_column(f"at {trial.needle.depth:.0%}\n  {trial.needle.number}", no_wrap=True)
+    for name in ("bits a\nvalue", "tokens\nkept", "resident", "ratio", "seconds"):
+        shown.add_column(name, justify="right")
+    for row in rows:
+        shown.add_row(
+            row.press,
+            *(_verdict(trial) for trial in row.trials),
+            f"{row.mean('bits_per_value'):.2f}",
+            f"{row.mean('tokens_kept'):,.0f}",
+            format_bytes(round(row.mean("resident_bytes"))),
+            f"{row.mean('ratio'):.2f}x",
+            f"{row.seconds:.1f}",
+        )
+    return shown
+
+
+def as_dict(rows: Sequence[Row], pipe: TextGenerationPipeline, seconds: float) -> dict[str, Any]:
+    """Everything measured, as plain values for JSON."""
+    return {
+        "model": DEFAULT_MODEL_NAME,
+        "dtype": str(pipe.model.dtype).removeprefix("torch."),
+        "device": pipe.device.type,
+        "threads": torch.get_num_threads(),
+        "seconds": seconds,
+        "rows": [
+            {"cache": row.press, "trials": [_trial_dict(trial) for trial in row.trials]} for row in rows
+        ],
+    }
+
+
+def _verdict(trial: Trial) -> Text:
+    return Text(f"{'✓' if trial.right else '✗'} {trial.said}", "green" if trial.right else "red")
+
+
+def _trial_dict(trial: Trial) -> dict[str, Any]:
+    asked = {"depth": trial.needle.depth, "city": trial.needle.city, "number": trial.needle.number}
+    return asked | {"answer": trial.answer, "right": trial.right, "report": trial.report.as_dict()}

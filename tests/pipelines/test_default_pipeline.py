@@ -1,0 +1,111 @@
+"""The line that a user types, on the default model."""
+
+import pytest
+import torch
+import transformers
+from transformers import TextStreamer
+
+import quantpress.pipelines
+from quantpress import Compose, SnapKV, TurboQuant
+from quantpress.pipelines.haystack import (
+    ANSWER_PREFIX,
+    book_text,
+    is_right,
+    needle_question,
+    plant,
+    random_needles,
+)
+from quantpress.pipelines.text_generation import TextGenerationPipeline
+
+
+@pytest.fixture(scope="module")
+def pipe(default_model, default_tokenizer):
+    return transformers.pipeline(quantpress.pipelines.TASK, model=default_model, tokenizer=default_tokenizer)
+
+
+@pytest.fixture(scope="module")
+def planted(default_tokenizer):
+    (needle,) = random_needles(1)
+    return needle, plant(book_text(), [needle], default_tokenizer, 1024)
+
+
+def test_registering_twice_is_registering_once(caplog):
+    quantpress.pipelines.register()
+    entry = transformers.pipelines.PIPELINE_REGISTRY.supported_tasks[quantpress.pipelines.TASK]
+    assert entry["impl"] is TextGenerationPipeline
+    quantpress.pipelines.register()
+    assert transformers.pipelines.PIPELINE_REGISTRY.supported_tasks[quantpress.pipelines.TASK] is entry
+    assert "Overwriting" not in caplog.text
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::UserWarning:transformers")
+def test_the_line_runs_word_for_word(default_model_path, planted):
+    from transformers import pipeline
+
+    pipe = pipeline("kv-press-text-generation", press=Compose([SnapKV, TurboQuant]))
+
+    assert isinstance(pipe, TextGenerationPipeline)
+    assert pipe.model.name_or_path == str(default_model_path)
+    needle, context = planted
+    result = pipe(context, question=needle_question(needle.city), max_new_tokens=5, report=True)
+    assert result["answer"].strip()
+    report = result["report"]
+    assert report.tokens_kept == report.tokens_seen // 2
+    assert report.bits_per_value < 16 * 0.6
+    assert report.ratio > 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("press", [None, TurboQuant, [TurboQuant(bits=4)]], ids=["none", "class", "list"])
+def test_the_default_model_answers(pipe, planted, press):
+    needle, context = planted
+    arguments = {
+        "question": needle_question(needle.city),
+        "answer_prefix": ANSWER_PREFIX,
+        "max_new_tokens": 8,
+    }
+    assert is_right(pipe(context, press=press, **arguments)["answer"], needle)
+
+
+@pytest.mark.slow
+def test_stop_strings_and_a_streamer_on_the_default_model(pipe, planted, capsys):
+    needle, context = planted
+    arguments = {
+        "question": needle_question(needle.city),
+        "answer_prefix": ANSWER_PREFIX,
+        "press": TurboQuant,
+    }
+    digits = str(needle.number)
+    streamer = TextStreamer(pipe.tokenizer, skip_prompt=True)
+    answer = pipe(context, stop_strings=[digits[2]], streamer=streamer, max_new_tokens=20, **arguments)[
+        "answer"
+    ]
+    assert answer.strip() == digits[:3]
+    assert capsys.readouterr().out.strip() == digits[:3]
+
+
+@pytest.mark.slow
+def test_packed_answers_of_generate_are_those_of_the_pipeline(pipe, planted):
+    """model.generate under a press, with the helper for positions after an eviction."""
+    from transformers import DynamicCache
+
+    from quantpress import continue_inputs
+
+    needle, context = planted
+    press = Compose([SnapKV, TurboQuant])
+    arguments = {
+        "question": needle_question(needle.city),
+        "answer_prefix": ANSWER_PREFIX,
+        "max_new_tokens": 8,
+    }
+    expected = pipe(context, press=press, **arguments)["answer"]
+    inputs = pipe.preprocess(context, [arguments["question"]], ANSWER_PREFIX)
+    cache = DynamicCache()
+    with torch.no_grad(), press(pipe.model):
+        pipe.model.model(inputs["context_ids"], past_key_values=cache)
+    (question_ids,) = inputs["questions_ids"]
+    ids = pipe.model.generate(
+        **continue_inputs(cache, question_ids), past_key_values=cache, max_new_tokens=8, do_sample=False
+    )
+    assert pipe.tokenizer.decode(ids[0, question_ids.shape[1] :], skip_special_tokens=True) == expected

@@ -1,0 +1,95 @@
+"""The demo: what its table says is what was measured."""
+
+import json
+
+import pytest
+import torch
+from rich.console import Console
+
+from quantpress.pipelines import demo
+from quantpress.pipelines.haystack import Needle
+from quantpress.pipelines.report import Report
+from quantpress.pipelines.trials import Row, Trial, name_of, run
+from quantpress.presses import Compose, SnapKV, TurboQuant
+from tests.pipelines.words import ours
+
+
+def _report(resident=2**20):
+    return Report(4000, 2000.0, 5.5, resident, 4 * 2**20, 1.0, 0.5, 0.25, 8)
+
+
+def _rows():
+    near, far = Needle("Oslo", 12345, 0.25), Needle("Cairo", 67890, 0.75)
+    right = Row(
+        "uncompressed", (Trial(near, " 12345.\n", _report()), Trial(far, " 67,890", _report(3 * 2**20)))
+    )
+    wrong = Row(
+        "SnapKV(0.5)", (Trial(near, " 12344.", _report()), Trial(far, "It is not mentioned.", _report()))
+    )
+    return [right, wrong]
+
+
+def test_the_table_shows_right_and_wrong_answers_and_measured_means():
+    console = Console(width=120, force_terminal=False)
+    with console.capture() as capture:
+        console.print(demo.table(_rows()))
+    shown = capture.get()
+    first, second = (line for line in shown.splitlines() if "uncompressed" in line or "SnapKV" in line)
+    assert first.count("✓") == 2
+    assert "✓ 12345" in first
+    assert "✗ 12344" in second
+    assert second.count("✗") == 2
+    for words in ("5.50", "2,000", "2.0 MiB", "2.67x", "3.5"):  # (4 / 1 + 4 / 3) / 2 = 2.67
+        assert words in first
+    assert "4,000 tokens" in shown
+
+
+def test_figures_are_json():
+    found = json.loads(json.dumps(demo.as_dict(_rows(), ours(), 1.5)))
+    assert [[trial["right"] for trial in row["trials"]] for row in found["rows"]] == [
+        [True, True],
+        [False, False],
+    ]
+    assert found["rows"][0]["trials"][1]["report"]["resident_bytes"] == 3 * 2**20
+    assert (found["seconds"], found["threads"]) == (1.5, torch.get_num_threads())
+
+
+def test_presses_are_named_as_they_are_written():
+    assert name_of(None) == "uncompressed"
+    assert name_of(TurboQuant(bits=3)) == "TurboQuant(3)"
+    assert name_of(Compose([SnapKV, TurboQuant(bits=3)])) == "SnapKV(0.5) | TurboQuant(3)"
+
+
+def test_every_depth_is_asked_for_over_every_press():
+    presses = (lambda: None, TurboQuant)
+    rows = run(ours(), 600, 3, presses)
+    assert [row.press for row in rows] == ["uncompressed", "TurboQuant(4)"]
+    for row in rows:
+        assert [trial.needle.depth for trial in row.trials] == pytest.approx([1 / 6, 1 / 2, 5 / 6])
+        assert 500 < row.mean("tokens_seen") <= 600
+        assert row.seconds == pytest.approx(
+            sum(one.report.prefill_s + one.report.compress_s + one.report.decode_s for one in row.trials)
+        )
+    assert rows[1].mean("ratio") > rows[0].mean("ratio")
+
+
+@pytest.mark.slow
+def test_the_main_job(capfd):
+    """On the default model nothing is lost uncompressed or by TurboQuant; the figures are those of 4 bits."""
+    demo.main(fast=True, json=True)
+    found = json.loads(capfd.readouterr().out)
+    rows = {row["cache"]: row["trials"] for row in found["rows"]}
+    assert len(rows) == len(demo.FAST_PRESSES)
+    for name in ("uncompressed", "TurboQuant(4)"):
+        assert all(trial["right"] for trial in rows[name]), rows[name]
+    packed = rows["TurboQuant(4)"][0]["report"]
+    assert 4.25 < packed["bits_per_value"] < 6
+    assert packed["tokens_seen"] == packed["tokens_kept"] == pytest.approx(demo.FAST_TOKENS, abs=64)
+
+
+@pytest.mark.slow
+def test_the_table_of_the_main_job(capsys):
+    demo.main(tokens=512, fast=True)
+    out = capsys.readouterr().out
+    assert "Pride and Prejudice" in out
+    assert "SmolLM2" in out
