@@ -2,7 +2,7 @@
 
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import MISSING, dataclass, fields, is_dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from quantpress.presses.composition import (
     decodes,
     name_of,
     rerotates,
+    short_repr,
     with_inner,
 )
 from quantpress.presses.model_support import attention_modules, check_evictable, is_sliding
@@ -143,6 +144,8 @@ class Compose(Pipeable, BasePress):
             packer.record(module, input, kwargs, output)
         for press in self.evictors:
             output = press.forward_hook(module, input, kwargs, output)
+            if packer is not None:
+                packer.follow(module, input, kwargs, output)
         if packer is not None:
             packer.pack(module, input, kwargs, output)
         return output
@@ -179,6 +182,8 @@ class Compose(Pipeable, BasePress):
             stack.enter_context(packer.recording(model))
         for press in self.evictors:
             stack.enter_context(_only_full_attention(press, model))
+            if packer is not None:
+                stack.enter_context(packer.following(model))
         if packer is not None:
             stack.enter_context(packer.packing(model))
 
@@ -193,22 +198,6 @@ class Compose(Pipeable, BasePress):
             rerotated=any(map(rerotates, inner)),
             at_exit=any(isinstance(press, AT_EXIT) for press in inner),
         )
-
-
-def short_repr(press: Any) -> str:
-    """A press as it would be written: its first argument, and those that differ from their defaults."""
-    if not is_dataclass(press) or isinstance(press, Compose):
-        return repr(press)
-    parts = []
-    for index, field in enumerate(field for field in fields(press) if field.init and field.repr):
-        value = getattr(press, field.name)
-        default = field.default_factory() if field.default_factory is not MISSING else field.default
-        shown = short_repr(value) if isinstance(value, BasePress) else repr(value)
-        if index == 0:
-            parts.append(shown)
-        elif value != default:
-            parts.append(f"{field.name}={shown}")
-    return f"{name_of(press)}({', '.join(parts)})"
 
 
 @contextmanager

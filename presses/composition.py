@@ -15,6 +15,7 @@ Head-wise presses (`HEAD_WISE`) remove nothing: they name slots that attention m
 import inspect
 import warnings
 from collections.abc import Iterable, Iterator
+from dataclasses import MISSING, fields, is_dataclass
 from typing import Any
 
 import kvpress
@@ -90,6 +91,22 @@ def with_inner(press: BasePress) -> Iterator[BasePress]:
 def name_of(press: BasePress) -> str:
     """Name of a press's class."""
     return type(press).__name__
+
+
+def short_repr(press: Any) -> str:
+    """A press as it would be written: its first argument, and those that differ from their defaults."""
+    if not is_dataclass(press) or getattr(press, "flattens", False):
+        return repr(press)
+    parts = []
+    for index, field in enumerate(field for field in fields(press) if field.init and field.repr):
+        value = getattr(press, field.name)
+        default = field.default_factory() if field.default_factory is not MISSING else field.default
+        shown = short_repr(value) if isinstance(value, BasePress) else repr(value)
+        if index == 0:
+            parts.append(shown)
+        elif value != default:
+            parts.append(f"{field.name}={shown}")
+    return f"{name_of(press)}({', '.join(parts)})"
 
 
 def decodes(press: BasePress) -> bool:

@@ -10,6 +10,7 @@ from torch import nn
 from transformers.cache_utils import Cache
 
 from quantpress.cache.layer import PackedLayer
+from quantpress.presses.filled_cache import pack_cache
 from quantpress.presses.model_support import full_attention_modules, is_sliding
 from quantpress.presses.prefill import PrefillCall, check_fresh, check_states, plain_states, prefill_call
 from quantpress.presses.queries import UnknownAttentionError, query_moment, recomputed_keys
@@ -24,8 +25,9 @@ States = tuple[torch.Tensor, torch.Tensor]
 class Packer:
     """What one use of a `TurboQuant` press remembers between its hooks.
 
-    `record` runs before the evictors of a layer and keeps a reference to what they start from; `pack` runs
-    after them, puts the survivors in the order of the text, packs them and lets everything else go.
+    `record` runs before the evictors of a layer and keeps a reference to what they start from, `follow`
+    behind each of them and finds out which tokens are left; `pack` runs last, puts the survivors in the
+    order of the text, packs them and lets everything else go.
 
     Args:
         press: the settings.
@@ -47,6 +49,7 @@ class Packer:
         self.rerotated = rerotated
         self.at_exit = at_exit
         self._originals: dict[int, States] = {}
+        self._positions: dict[int, torch.Tensor | None] = {}
         self._waiting: dict[int, tuple[Cache, int, dict[int, torch.Tensor]]] = {}
         self._warned = False
 
@@ -59,11 +62,18 @@ class Packer:
                 self._pack_waiting(model)
             finally:
                 self._originals.clear()
+                self._positions.clear()
                 self._waiting.clear()
 
     @contextmanager
+    def following(self, model: nn.Module) -> Iterator[None]:
+        """Enter behind each evictor."""
+        with _hooked(model, self.follow):
+            yield
+
+    @contextmanager
     def packing(self, model: nn.Module) -> Iterator[None]:
-        """Enter after the evictors."""
+        """Enter behind the last evictor."""
         with _hooked(model, self.pack):
             yield
 
@@ -77,12 +87,26 @@ class Packer:
         if not self.at_exit:
             self._originals[call.layer_idx] = (keys, values)
 
+    def follow(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+        """Forward hook: find the tokens that the evictors so far have left."""
+        call = prefill_call(module, args, kwargs)
+        if call is None or call.layer_idx not in self._originals:
+            return
+        keys, values = plain_states(call.cache, call.layer_idx)
+        if keys.shape[2] < call.tokens:
+            found = survivor_positions(*self._originals[call.layer_idx], keys, values)
+            before = self._positions.get(call.layer_idx)
+            if found is None and before is not None and before.shape[-1] == keys.shape[2]:
+                found = before  # none evicted since then: the numbers were changed where they stand
+            self._positions[call.layer_idx] = found
+
     def pack(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
         """Forward hook: replace this layer of the cache by a packed one."""
         call = prefill_call(module, args, kwargs)
         if call is None or is_sliding(module):
             return
         originals = self._originals.pop(call.layer_idx, None)
+        positions = self._positions.pop(call.layer_idx, None)
         keys, values = plain_states(call.cache, call.layer_idx)
         settings = self.press.layer_settings(module, keys.shape[-1], values.shape[-1], self.sink_tokens)
         if settings is None:
@@ -96,7 +120,11 @@ class Packer:
                 return
             _set_masked_slots(module)
             if keys.shape[2] < call.tokens:
-                keys, values = self._in_order(call, keys, values, originals)
+                if originals is None:
+                    positions = _positions_by_recomputing(call, keys)
+                if positions is not None:
+                    _set_masked_slots(module, positions)
+                    keys, values = sort_by_position(keys, values, positions)
             call.cache.layers[call.layer_idx] = PackedLayer.from_states(
                 keys.detach(),
                 values.detach(),
@@ -128,23 +156,6 @@ class Packer:
                 )
             return None
 
-    def _in_order(
-        self, call: PrefillCall, keys: torch.Tensor, values: torch.Tensor, originals: States | None
-    ) -> States:
-        """Survivors in the order of the text, or as they are when it cannot be found again."""
-        if originals is not None:
-            positions = survivor_positions(*originals, keys, values)
-        else:
-            try:
-                before = recomputed_keys(call.module, call.hidden_states, call.position_embeddings)
-            except UnknownAttentionError:
-                return keys, values
-            positions = survivor_positions(before, None, keys, None)
-        if positions is None:
-            return keys, values
-        _set_masked_slots(call.module, positions)
-        return sort_by_position(keys, values, positions)
-
     def _wait(self, call: PrefillCall, moment: torch.Tensor | None) -> None:
         _, _, moments = self._waiting.setdefault(id(call.cache), (call.cache, call.tokens, {}))
         if moment is not None:
@@ -155,45 +166,13 @@ class Packer:
             pack_cache(self.press, model, cache, moments, tokens, self.sink_tokens)
 
 
-def pack_cache(
-    press: "TurboQuant",
-    model: nn.Module,
-    cache: Cache,
-    query_moments: dict[int, torch.Tensor] | None = None,
-    tokens_seen: int | None = None,
-    sink_tokens: int | None = None,
-) -> None:
-    """Pack every full-attention layer of a cache that is filled already.
-
-    Args:
-        press: the settings.
-        model: the model that filled it.
-        cache: changed in place, layer by layer.
-        query_moments: E[q_j^2] per layer index, [B, Hkv, D] each, for channel balance.
-        tokens_seen: tokens read so far; a layer that keeps more counts its own. Left out, what each layer
-            keeps.
-        sink_tokens: pinned first tokens; the press's own when left out.
-
-    Raises:
-        InvalidInputError: a layer is not a plain `DynamicLayer`.
-        NonFiniteError: keys or values hold NaN or infinity.
-    """
-    sinks = press.sink_tokens if sink_tokens is None else sink_tokens
-    for module in full_attention_modules(model):
-        index = int(module.layer_idx)  # type: ignore[arg-type]
-        keys, values = plain_states(cache, index)
-        settings = press.layer_settings(module, keys.shape[-1], values.shape[-1], sinks)
-        if settings is None:
-            continue
-        with torch.no_grad():
-            cache.layers[index] = PackedLayer.from_states(
-                keys.detach(),
-                values.detach(),
-                settings,
-                query_moment=(query_moments or {}).get(index),
-                tokens_seen=max(keys.shape[2], tokens_seen or 0),
-            )
-        del keys, values
+def _positions_by_recomputing(call: PrefillCall, keys: torch.Tensor) -> torch.Tensor | None:
+    """Where nobody has recorded: the keys of all tokens follow from the hidden states, mostly bit for bit."""
+    try:
+        before = recomputed_keys(call.module, call.hidden_states, call.position_embeddings)
+    except UnknownAttentionError:
+        return None
+    return survivor_positions(before, None, keys, None)
 
 
 def _set_masked_slots(module: nn.Module, positions: torch.Tensor | None = None) -> None:

@@ -15,8 +15,9 @@ from quantpress.cache.settings import LayerSettings
 from quantpress.codecs.spec import CodecSpec
 from quantpress.errors import InvalidInputError
 from quantpress.kernels.page_codec import PageCodec, ScalarPages
+from quantpress.presses.filled_cache import pack_cache
 from quantpress.presses.model_support import attention_modules, check_packable, full_attention_modules
-from quantpress.presses.packing import Packer, pack_cache
+from quantpress.presses.packing import Packer
 from quantpress.presses.piping import Pipeable
 from quantpress.presses.presets import PRESETS
 from quantpress.presses.restore import left_as_found
@@ -176,7 +177,7 @@ class TurboQuant(Pipeable, BasePress):
         query_moments: dict[int, torch.Tensor] | None = None,
         tokens_seen: int | None = None,
     ) -> None:
-        """Pack a cache that is filled already; see `quantpress.presses.packing.pack_cache`."""
+        """Pack a cache that is filled already; see `quantpress.presses.filled_cache`."""
         self.post_init_from_model(model)
         pack_cache(self, model, cache, query_moments, tokens_seen)
 

@@ -7,19 +7,16 @@ from typing import Any
 import kvpress
 import pytest
 import torch
-from transformers import DynamicCache, StaticCache
-from transformers.cache_utils import QuantizedLayer
+from transformers import DynamicCache
 
 from quantpress.cache import PackedLayer
 from quantpress.codecs.spec import CodecSpec
 from quantpress.errors import (
-    CompositionError,
     InvalidInputError,
-    NonFiniteError,
     UnsupportedBitsError,
 )
 from quantpress.kernels.page_codec import RawPages, ScalarPages
-from quantpress.presses import Compose, Knorm, SnapKV, StreamingLLM, ThinK, TurboQuant
+from quantpress.presses import Compose, Knorm, Merging, SnapKV, StreamingLLM, ThinK, TurboQuant
 from tests.presses.reading import answer, lossless, read
 from tests.tiny_models import HEAD_DIM, prompt, tiny_model
 
@@ -258,6 +255,25 @@ def test_survivors_are_packed_in_the_order_of_the_text(way: str) -> None:
         assert torch.equal(positions[..., -1], torch.full_like(positions[..., -1], 419))
 
 
+@pytest.mark.parametrize(
+    ("evictors", "side"),
+    [([SnapKV(0.5), ThinK(0.5)], "values"), ([Merging(Knorm(0.5))], "keys")],
+    ids=["ThinK changes keys", "Merging changes values"],
+)
+def test_changed_survivors_are_put_in_order_too(evictors: list[Any], side: str) -> None:
+    model, press = tiny_model("llama"), Compose([*evictors, lossless()])
+    exact = read(model, None, IDS).layers
+    last = torch.arange(420)
+    for layer, plain in zip(packed_layers(read(model, press, IDS)), exact, strict=True):
+        kept, tokens = getattr(layer, side).dense(), getattr(plain, side)
+        same = (kept.unsqueeze(3) == tokens.unsqueeze(2)).all(-1)  # [B, Hkv, K, N]
+        assert bool(same.any(-1).all())
+        # In layer 0 the values of equal ids are equal: the first place that fits must not go back.
+        latest = torch.where(same, last, -1).amax(-1)
+        first = torch.where(same, last, 420).amin(-1)
+        assert bool((latest[..., 1:] > first[..., :-1]).all())
+
+
 def test_sinks_of_streaming_llm_are_pinned() -> None:
     """kvpress returns its survivors in no order; the first n_sink tokens of the text must stay exact."""
     model = tiny_model("llama")
@@ -276,89 +292,3 @@ def test_fewer_sinks_than_the_quantizer_pins() -> None:
     press = Compose([StreamingLLM(0.5, n_sink=2), TurboQuant(2, sink_tokens=6, recent_tokens=16)])
     layers = packed_layers(read(tiny_model("llama"), press, IDS))
     assert [layer.settings.sink_tokens for layer in layers] == [6, 6, 6]
-
-
-# --- what is refused ---
-
-
-def test_cache_that_is_packed_already() -> None:
-    model = tiny_model("llama")
-    cache = read(model, TurboQuant(), IDS)
-    cache.reset()
-    with pytest.raises(InvalidInputError, match="layer 0 of the cache is packed already; pass a fresh"):
-        read(model, TurboQuant(), IDS, cache)
-
-
-def test_static_cache() -> None:
-    model = tiny_model("llama")
-    cache = StaticCache(config=model.config, max_cache_len=512)
-    with pytest.raises(InvalidInputError, match="StaticCache of StaticLayer cannot be packed; pass a fresh"):
-        read(model, TurboQuant(), IDS, cache)
-
-
-def test_cache_quantized_by_transformers() -> None:
-    class Quantized(QuantizedLayer):
-        def _quantize(self, tensor: torch.Tensor, axis: int) -> torch.Tensor:
-            return tensor
-
-        def _dequantize(self, q_tensor: torch.Tensor) -> torch.Tensor:
-            return q_tensor
-
-    cache = DynamicCache()
-    cache.layer_class_to_replicate = Quantized
-    with pytest.raises(InvalidInputError, match="of Quantized cannot be packed"):
-        read(tiny_model("llama"), TurboQuant(), IDS, cache)
-
-
-@pytest.mark.parametrize(
-    "press", [TurboQuant(), Compose([SnapKV(0.5), TurboQuant()])], ids=["alone", "composed"]
-)
-def test_cache_that_was_not_empty(press: Any) -> None:
-    model = tiny_model("llama")
-    cache = read(model, None, prompt(30))
-    with (
-        pytest.raises(InvalidInputError, match="held 30 tokens before this prefill of 420; pass a fresh"),
-        press(model),
-        torch.inference_mode(),
-    ):
-        model.model(input_ids=IDS, past_key_values=cache, cache_position=torch.arange(420))
-
-
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_eviction_from_a_padded_batch(attention: str) -> None:
-    model, ids = tiny_model("llama", attention), prompt(100, batch=2)
-    mask = torch.ones_like(ids)
-    press = Compose([Knorm(0.5), TurboQuant()])
-    with torch.inference_mode(), press(model):
-        model.model(ids, attention_mask=mask, past_key_values=DynamicCache())
-        mask[1, :10] = 0
-        with pytest.raises(CompositionError, match="evicted 50 of 100 tokens from a padded batch"):
-            model.model(ids, attention_mask=mask, past_key_values=DynamicCache())
-
-
-@pytest.mark.parametrize(("side", "value"), [("k_proj", float("nan")), ("v_proj", float("inf"))])
-def test_numbers_that_are_not_finite(side: str, value: float) -> None:
-    model = tiny_model("llama", seed=77)
-    weight = getattr(model.model.layers[1].self_attn, side).weight
-    kept = weight.detach().clone()
-    with torch.no_grad():
-        weight[0, 0] = value
-    try:
-        name = "keys" if side == "k_proj" else "values"
-        with pytest.raises(NonFiniteError, match=f"the {name} of layer 1 hold NaN or infinity"):
-            read(model, TurboQuant(), IDS)
-    finally:
-        with torch.no_grad():
-            weight.copy_(kept)
-
-
-def test_a_press_that_changes_keys_after_the_quantizer() -> None:
-    """kvpress's own composition does not check the order; the packed layer does."""
-    with pytest.raises(InvalidInputError, match="must come before TurboQuant"):
-        read(tiny_model("llama"), kvpress.ComposedPress([lossless(), kvpress.KnormPress(0.5)]), IDS)
-
-
-def test_without_a_cache_there_is_nothing_to_do() -> None:
-    model = tiny_model("llama")
-    with torch.inference_mode(), TurboQuant()(model):
-        model.model(input_ids=IDS, use_cache=False)
