@@ -4,12 +4,11 @@ import platform
 import sys
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
-from pkgutil import iter_modules
+from pathlib import Path
 
 import quantpress.kernels
 
 PACKAGES = ("torch", "transformers", "kvpress", "triton")
-BACKENDS = ("reference", "triton")  # what a file in the folder of an operation is called
 
 
 @dataclass(frozen=True)
@@ -76,13 +75,14 @@ def _cuda() -> tuple[str | None, tuple[Device, ...]]:
 
 
 def _backends() -> dict[str, tuple[str, ...]]:
+    """Read off the files, so that a kernel shows up here without being registered anywhere."""
     found = {}
-    for operation in iter_modules(quantpress.kernels.__path__):
-        if operation.ispkg:
-            files = {
-                m.name for m in iter_modules([f"{p}/{operation.name}" for p in quantpress.kernels.__path__])
-            }
-            found[operation.name] = tuple(name for name in BACKENDS if name in files)
+    for root in map(Path, quantpress.kernels.__path__):
+        for folder in sorted(init.parent for init in root.glob("*/__init__.py")):
+            sources = [file.read_text(encoding="utf-8") for file in folder.glob("*.py")]
+            plain = ("reference",) if (folder / "reference.py").exists() else ()
+            fused = ("triton",) if any("\nimport triton\n" in source for source in sources) else ()
+            found[folder.name] = plain + fused
     return found
 
 
