@@ -239,14 +239,18 @@ def test_batch_with_padding_and_no_eviction() -> None:
 # --- order of tokens ---
 
 
-@pytest.mark.parametrize("way", ["Compose", "ComposedPress"])
+WAYS: dict[str, Any] = {
+    "Compose": Compose,
+    "ComposedPress": kvpress.ComposedPress,
+    "hooks of Compose": lambda presses: kvpress.PrefillDecodingPress(prefilling_press=Compose(presses)),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
 def test_survivors_are_packed_in_the_order_of_the_text(way: str) -> None:
     model = tiny_model("llama")
     exact = read(model, None, IDS).layers
-    evictor = kvpress.SnapKVPress(0.5)
-    press: Any = (
-        Compose([evictor, lossless()]) if way == "Compose" else kvpress.ComposedPress([evictor, lossless()])
-    )
+    press = WAYS[way]([kvpress.SnapKVPress(0.5), lossless()])
     for layer, plain in zip(packed_layers(read(model, press, IDS)), exact, strict=True):
         found = (layer.keys.dense().unsqueeze(3) == plain.keys.unsqueeze(2)).all(-1)  # [B, Hkv, K, N]
         assert torch.equal(found.sum(-1), torch.ones_like(found.sum(-1)))
@@ -260,8 +264,9 @@ def test_survivors_are_packed_in_the_order_of_the_text(way: str) -> None:
     [([SnapKV(0.5), ThinK(0.5)], "values"), ([Merging(Knorm(0.5))], "keys")],
     ids=["ThinK changes keys", "Merging changes values"],
 )
-def test_changed_survivors_are_put_in_order_too(evictors: list[Any], side: str) -> None:
-    model, press = tiny_model("llama"), Compose([*evictors, lossless()])
+@pytest.mark.parametrize("way", ["Compose", "hooks of Compose"])
+def test_changed_survivors_are_put_in_order_too(way: str, evictors: list[Any], side: str) -> None:
+    model, press = tiny_model("llama"), WAYS[way]([*evictors, lossless()])
     exact = read(model, None, IDS).layers
     last = torch.arange(420)
     for layer, plain in zip(packed_layers(read(model, press, IDS)), exact, strict=True):
