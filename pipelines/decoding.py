@@ -13,6 +13,8 @@ from quantpress.cache import continue_inputs
 from quantpress.errors import InvalidInputError
 from quantpress.pipelines.arguments import GENERATE
 from quantpress.pipelines.members import decode_time_presses
+from quantpress.pipelines.preserve import MASKS
+from quantpress.presses.model_support import attention_modules
 
 EXTRAS = ({*GENERATE} - {"generation_config"}) | {"tokenizer"}
 
@@ -51,7 +53,7 @@ def generate_ids(
             extras["streamer"] = _WithoutHistory(streamer, history.shape[1])
     inputs = continue_inputs(cache, question_ids, tokens_seen=tokens_seen, history=history)
     if (config.num_beams or 1) > 1:
-        cache.batch_repeat_interleave(config.num_beams)
+        _repeat(model, cache, config.num_beams)
     with _no_other_configuration(model):
         generate: Any = model.generate
         ids: torch.Tensor = generate(**inputs, past_key_values=cache, generation_config=config, **extras)
@@ -114,6 +116,18 @@ def _last_ids(context_ids: torch.Tensor, kept: int) -> torch.Tensor:
     if missing > 0:  # presses that add tokens of their own
         context_ids = torch.cat([context_ids[:, :1].expand(-1, missing), context_ids], dim=1)
     return context_ids[:, context_ids.shape[1] - kept :]
+
+
+def _repeat(model: PreTrainedModel, cache: Cache, beams: int) -> None:
+    """The context once for each beam: its tokens, and what head-wise presses masked."""
+    cache.batch_repeat_interleave(beams)
+    for module in attention_modules(model):
+        masks: Any = getattr(module, MASKS, None)
+        if masks is not None:
+            batch, *rest = masks
+            beam = torch.arange(beams, device=batch.device)
+            repeated = [index.repeat_interleave(beams) for index in rest]
+            setattr(module, MASKS, [(batch[:, None] * beams + beam).flatten(), *repeated])
 
 
 class _WithoutHistory(BaseStreamer):

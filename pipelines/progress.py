@@ -34,6 +34,7 @@ def layer_progress(model: PreTrainedModel, tokens: int, show: bool | None = None
         delay=0.0 if at_once else PATIENCE_S,
         disable=show is None and not sys.stderr.isatty(),
         leave=False,
+        mininterval=0,  # layers are few
     )
     hooks = [layer.register_forward_hook(lambda *_: bar.update() and None) for layer in layers]
     try:

@@ -13,7 +13,7 @@ from quantpress.presses.model_support import attention_modules
 
 
 class Stopwatch:
-    """Sums seconds by name. On a GPU it waits for the device at every reading, so use it only on request.
+    """Sums seconds by name. It waits for an accelerator at every reading: use it on request only.
 
     Args:
         device: where the work is done.
@@ -26,8 +26,8 @@ class Stopwatch:
 
     def now(self) -> float:
         """Seconds, once the device has done all that was asked of it."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+        if self.device.type != "cpu":
+            torch.accelerator.synchronize(self.device)
         return time.perf_counter()
 
     @contextmanager

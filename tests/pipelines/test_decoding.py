@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import GenerationConfig, TextStreamer, set_seed
+from transformers import DynamicCache, GenerationConfig, TextStreamer, set_seed
 from transformers.generation.logits_process import LogitsProcessorList, SuppressTokensLogitsProcessor
 
 from tests.pipelines.cases import ALL, CONTEXT, LONG_CONTEXT, QUESTIONS
@@ -69,6 +69,29 @@ def test_beams_over_the_whole_context_are_those_of_generate():
     found = pipe.model.generate(ids, num_beams=4, max_new_tokens=9, do_sample=False)[0, ids.shape[1] :]
     expected = pipe.tokenizer.decode(found, skip_special_tokens=True)
     assert pipe(CONTEXT, question=QUESTIONS[0], num_beams=4, max_new_tokens=9)["answer"] == expected
+
+
+def test_every_beam_has_the_masks_of_a_head_wise_press():
+    pipe, seen = ours(), []
+
+    def look(module, *_):
+        seen.append(getattr(module, "masked_key_indices", None))
+
+    hook = pipe.model.model.layers[1].self_attn.register_forward_hook(look)
+    try:
+        pipe(CONTEXT, question=QUESTIONS[0], press=ALL["adakv"](), num_beams=3, max_new_tokens=3)
+    finally:
+        hook.remove()
+    pipe(CONTEXT, press=ALL["adakv"](), cache=DynamicCache(), max_new_tokens=1)  # leaves the mask of one
+    attention = pipe.model.model.layers[1].self_attn
+    alone = torch.stack(list(attention.masked_key_indices), dim=1).tolist()
+    del attention.masked_key_indices
+    expected = sorted([beam, head, slot] for _, head, slot in alone for beam in range(3))
+    assert len(alone) > 100
+    during = [masks for masks in seen if masks is not None and len(masks[0]) > len(alone)]
+    assert len(during) == 3
+    for masks in during:
+        assert sorted(torch.stack(list(masks), dim=1).tolist()) == expected
 
 
 @pytest.mark.parametrize("name", ["none", "snapkv", "evict_and_pack_lossless"])
