@@ -21,6 +21,8 @@ from quantpress.kernels.attend import Visibility, attend
 
 AttentionFunction = Callable[..., tuple[torch.Tensor, torch.Tensor | None]]
 _MARK = "_quantpress_original"
+IGNORES_SOFTCAP = ("sdpa",)
+"""Implementations that leave out a model's softcap (Gemma 2): packed layers then leave it out too."""
 
 
 def install_packed_attention() -> None:
@@ -31,7 +33,7 @@ def install_packed_attention() -> None:
     for name in list(ALL_ATTENTION_FUNCTIONS.keys()):
         function = ALL_ATTENTION_FUNCTIONS[name]
         if not hasattr(function, _MARK) and "paged" not in name and name != "flex_attention":
-            ALL_ATTENTION_FUNCTIONS[name] = _dispatch(function)
+            ALL_ATTENTION_FUNCTIONS[name] = _dispatch(function, caps=name not in IGNORES_SOFTCAP)
     if "eager" not in ALL_ATTENTION_FUNCTIONS:
         ALL_ATTENTION_FUNCTIONS["eager"] = _dispatch(model_eager_attention)
 
@@ -63,7 +65,7 @@ def model_eager_attention(
     return result
 
 
-def _dispatch(original: AttentionFunction) -> AttentionFunction:
+def _dispatch(original: AttentionFunction, caps: bool = True) -> AttentionFunction:
     @functools.wraps(original)
     def packed_attention(
         module: torch.nn.Module,
@@ -81,6 +83,8 @@ def _dispatch(original: AttentionFunction) -> AttentionFunction:
             keys = key.dense() if isinstance(key, PackedStates) else key
             values = value.dense() if isinstance(value, PackedStates) else value
             return original(module, query, keys, values, attention_mask, *args, **kwargs)
+        if not caps:
+            kwargs.pop("softcap", None)
         return _attend_view(module, query, view, attention_mask, kwargs), None
 
     setattr(packed_attention, _MARK, original)
@@ -186,5 +190,5 @@ def _dropped(module: torch.nn.Module, shape: tuple[int, int, int]) -> torch.Tens
     if indices is None:
         return None
     dropped = torch.zeros(shape, dtype=torch.bool, device=indices[0].device)
-    dropped[indices] = True
+    dropped[tuple(indices)] = True
     return dropped

@@ -84,7 +84,8 @@ class PackedLayer(DynamicLayer):
         layer = cls(settings)
         layer.lazy_initialization(keys, values)
         tokens = PackedTokens(settings, keys, values)
-        tokens.flush(query_moment)
+        tokens.query_moment = query_moment
+        tokens.flush()
         tokens.own()
         layer._tokens = tokens
         layer.tokens_seen = keys.shape[2] if tokens_seen is None else tokens_seen

@@ -35,6 +35,7 @@ class PackedTokens:
     Attributes:
         sinks, recent: the tokens in 16 bits.
         key_pages, value_pages: the packed ones.
+        query_moment: [B, Hkv, D] mean square of the queries, if known before the first page is packed.
         key_transform, value_transform: what was done to channels before packing; None until then.
     """
 
@@ -46,6 +47,7 @@ class PackedTokens:
         self.key_pages, self.value_pages = PageStore(), PageStore()
         self.key_transform: ChannelTransform | None = None
         self.value_transform: ChannelTransform | None = None
+        self.query_moment: torch.Tensor | None = None
         self.append(keys, values)
 
     @property
@@ -65,11 +67,8 @@ class PackedTokens:
                 self.sinks, new = join(self.sinks, first(new, missing)), after(new, missing)
         self.recent = join(self.recent, new)
 
-    def flush(self, query_moment: torch.Tensor | None = None) -> bool:
+    def flush(self) -> bool:
         """Pack the oldest recent tokens as far as whole pages go.
-
-        Args:
-            query_moment: [B, Hkv, D] mean square of the queries, used if this packs the first page.
 
         Returns:
             Whether there were any.
@@ -82,26 +81,24 @@ class PackedTokens:
             return False
         old = first(self.recent, tokens)
         with torch.no_grad():
-            key_transform, value_transform = self._transforms(old, query_moment)
+            key_transform, value_transform = self._transforms(old)
             key_planes = self.settings.key_codec.encode(old.keys, key_transform)
             value_planes = self.settings.value_codec.encode(old.values, value_transform)
-        self.key_transform, self.value_transform = key_transform, value_transform
+        self.key_transform, self.value_transform, self.query_moment = key_transform, value_transform, None
         self.key_pages.append(key_planes)
         self.value_pages.append(value_planes)
         self.recent = after(self.recent, tokens)
         self.own()
         return True
 
-    def _transforms(
-        self, old: DenseSegment, query_moment: torch.Tensor | None
-    ) -> tuple[ChannelTransform, ChannelTransform]:
+    def _transforms(self, old: DenseSegment) -> tuple[ChannelTransform, ChannelTransform]:
         if self.key_transform is not None and self.value_transform is not None:
             return self.key_transform, self.value_transform
         settings, key_transform, value_transform = self.settings, ChannelTransform(), ChannelTransform()
         if settings.key_codec.wants_statistics:
             key_transform = key_statistics(
                 old.keys,
-                query_moment,
+                self.query_moment,
                 settings.key_codec.groups,
                 mean=settings.mean_key,
                 balance=settings.balance,
@@ -140,6 +137,8 @@ class PackedTokens:
         self.sinks = DenseSegment(change(self.sinks.keys), change(self.sinks.values))
         self.recent = DenseSegment(change(self.recent.keys), change(self.recent.values))
         self.key_pages, self.value_pages = self.key_pages.map(change), self.value_pages.map(change)
+        if self.query_moment is not None:
+            self.query_moment = change(self.query_moment)
         if self.key_transform is not None and self.value_transform is not None:
             self.key_transform = self.key_transform.map(change)
             self.value_transform = self.value_transform.map(change)
@@ -179,6 +178,7 @@ class PackedTokens:
         return self.key_pages.tensors + self.value_pages.tensors
 
     def metadata_tensors(self) -> list[torch.Tensor]:
-        """The channel transforms."""
+        """The channel transforms, and the query moment that the first is made of."""
         transforms = [t for t in (self.key_transform, self.value_transform) if t is not None]
-        return [tensor for transform in transforms for tensor in transform.tensors().values()]
+        tensors = [tensor for transform in transforms for tensor in transform.tensors().values()]
+        return tensors if self.query_moment is None else [*tensors, self.query_moment]

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import DynamicCache
+from transformers import DynamicCache, Gemma2Config, Gemma2ForCausalLM
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from quantpress.cache import PackedLayer, install_packed_attention, uninstall_packed_attention
@@ -108,3 +108,31 @@ def test_head_wise_eviction_hides_entries() -> None:
     dropped = visibility(module, 1, (1, 2, 8), None, {}).dropped
     assert dropped is not None
     assert dropped.nonzero().tolist() == [[0, 0, 3], [0, 1, 5]]
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_softcap_is_left_out_where_the_implementation_leaves_it_out(attention: str) -> None:
+    """transformers' sdpa ignores Gemma 2's softcap: a packed layer does as the unpacked one, not better."""
+    config = Gemma2Config(
+        vocab_size=64,
+        hidden_size=64,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=32,
+        attn_logit_softcapping=0.5,
+        sliding_window=4096,
+        layer_types=["full_attention"],
+        initializer_range=0.4,
+    )
+    model = Gemma2ForCausalLM._from_config(config, attn_implementation=attention).eval()
+    ids, plain, packed = prompt(300) % 64, DynamicCache(), DynamicCache()
+    packed.layers.append(PackedLayer(lossless(recent_tokens=16)))
+    install_packed_attention()
+    with torch.inference_mode():
+        for cache in (plain, packed):
+            model(ids, past_key_values=cache)
+        expected, got = (model(ids[:, :5], past_key_values=cache).logits for cache in (plain, packed))
+    uninstall_packed_attention()
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)

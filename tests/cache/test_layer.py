@@ -251,3 +251,15 @@ def test_different_dimensions_for_keys_and_values() -> None:
     assert (got_keys - keys).norm() < 0.02 * keys.norm() and (
         got_values - values
     ).norm() < 0.02 * values.norm()
+
+
+def test_queries_known_before_the_first_page_balance_it() -> None:
+    """A short prefill packs nothing; what it knew of the queries serves the page packed later."""
+    keys, values = states(100)
+    moment = torch.rand(2, 2, 32) + 0.1
+    layer = PackedLayer.from_states(keys, values, scalar(recent_tokens=16), query_moment=moment)
+    assert layer.packed_tokens == 0
+    layer.update(*states(100, seed=1))
+    assert layer.packed_tokens == 128 and layer.tokens is not None
+    assert layer.tokens.key_transform is not None and layer.tokens.key_transform.weight is not None
+    assert layer.tokens.query_moment is None

@@ -1,0 +1,37 @@
+"""Run by `test_triton_attend.py` in a process with Triton's interpreter on: prints relative errors."""
+
+import json
+import sys
+
+import torch
+
+from quantpress.kernels.attend import DenseSegment, PackedSegment, Segment, Visibility
+from quantpress.kernels.attend.triton_attend import attend_triton, supports
+from tests.kernels.test_attend import GROUP, KV_HEADS, PAGES, causal_limit, dense, exact, packed
+
+
+def error(key_bits: int, value_bits: int, dim: int, queries: int, dtype: str, extras: str) -> float:
+    """Relative error of one call against float64 attention on the decoded tokens."""
+    kind = getattr(torch, dtype)
+    pages = PackedSegment(packed(dim, dim, key_bits).keys, packed(dim, dim, value_bits).values)
+    segments: list[Segment] = [pages]
+    if "alone" not in extras:
+        tail = dense(37, dim, dim, kind)
+        segments = [dense(4, dim, dim, kind), pages, DenseSegment(tail.keys, tail.values)]
+    tokens = sum(segment.tokens for segment in segments)
+    query = torch.randn(2, KV_HEADS * GROUP, queries, dim).to(kind).float()
+    options = {
+        "scaling": dim**-0.5 * 3,
+        "softcap": 4.0 if "softcap" in extras else None,
+        "sinks": torch.randn(KV_HEADS * GROUP) if "sinks" in extras else None,
+    }
+    visibility = Visibility(queries, tokens)
+    assert supports(query, segments, visibility), "not covered"
+    got = attend_triton(query, segments, visibility, plain=True, **options)
+    expected = exact(query, segments, causal_limit(queries, tokens), **options)
+    assert got.shape == expected.shape and PAGES % 2  # an odd number of pages: the last pair is half empty
+    return float((got - expected).norm() / expected.norm())
+
+
+if __name__ == "__main__":
+    print(json.dumps([error(*case) for case in json.loads(sys.argv[1])]))

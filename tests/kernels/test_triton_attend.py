@@ -1,0 +1,232 @@
+"""The Triton attention kernels: in the interpreter, compiled without a GPU, and on one."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from quantpress.codecs.codebook import codebook
+from quantpress.codecs.spec import CodecSpec
+from quantpress.codecs.transform import ChannelTransform, key_statistics
+from quantpress.kernels.attend import (
+    DenseSegment,
+    PackedSegment,
+    PackedSide,
+    Segment,
+    Visibility,
+    attend,
+)
+from quantpress.kernels.attend.reference import attend_reference
+from quantpress.kernels.attend.triton_attend import (
+    IN_PAIRS,
+    SAME_FOUR,
+    pages_per_split,
+    split_settings,
+    supports,
+)
+from quantpress.kernels.page_codec import RawPages, ScalarPages
+from tests.kernels.test_attend import KV_HEADS, causal_limit, dense, exact, packed
+
+ROOT = Path(__file__).parents[2]
+INTERPRETED = [
+    [4, 4, 64, 1, "float32", ""],
+    [3, 3, 64, 1, "float32", ""],
+    [2, 2, 64, 1, "float32", "alone"],
+    [4, 2, 64, 1, "float32", "sinks"],
+    [2, 3, 64, 1, "float16", "softcap"],
+    [3, 4, 128, 3, "bfloat16", "sinks softcap"],
+    [4, 4, 64, 16, "float32", ""],
+]
+
+
+def test_interpreter() -> None:
+    """Every pair of layouts, several queries, all options, against float64."""
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)}
+    script = ROOT / "tests" / "kernels" / "interpret_attend.py"
+    run = subprocess.run(
+        [sys.executable, str(script), json.dumps(INTERPRETED)],
+        capture_output=True,
+        text=True,
+        env=environment,
+    )
+    assert run.returncode == 0, run.stderr
+    errors = json.loads(run.stdout.splitlines()[-1])
+    assert len(errors) == len(INTERPRETED)
+    assert max(errors) < 5e-6, dict(zip(map(str, INTERPRETED), errors, strict=True))
+
+
+def compiled(capability: int, key_bits: int, value_bits: int, dim: int) -> Any:
+    """The split kernel as machine code for a GPU that need not be here."""
+    triton = pytest.importorskip("triton")
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from quantpress.kernels.attend.lookup import lookup_assembly
+    from quantpress.kernels.attend.split_k import attend_split_kernel as kernel
+
+    plain = capability < 89
+    assembly = [
+        "" if plain else lookup_assembly(codebook(bits, dim, "e4m3")) for bits in (key_bits, value_bits)
+    ]
+    constants: dict[str, Any] = {"D": dim, "DV": dim, "R": 8, "K_BITS": key_bits, "V_BITS": value_bits}
+    constants |= {"K_ASM": assembly[0], "V_ASM": assembly[1]}
+    settings = split_settings(key_bits, value_bits, plain)
+    constants |= {"PLAIN": plain, "STAGES": settings.stages, "ACC": 64}
+    pointers = {"q_ptr": "*fp32" if plain else "*fp8e4nv", "k_ptr": "*u8", "v_ptr": "*u8"}
+    pointers |= {"ks_ptr": "*fp16", "vs_ptr": "*fp16"}
+    names = kernel.arg_names
+    signature = {
+        name: "constexpr"
+        if name in constants
+        else pointers.get(name, "*fp32" if name.endswith("_ptr") else "fp32" if name == "softcap" else "i32")
+        for name in names
+    }
+    aligned = [index for index, name in enumerate(names) if name.endswith(("_ptr", "_head", "_page"))]
+    source = ASTSource(
+        kernel,
+        signature,
+        {(names.index(name),): value for name, value in constants.items()},
+        {(index,): [["tt.divisibility", 16]] for index in aligned},
+    )
+    return triton.compile(
+        source, target=GPUTarget("cuda", capability, 32), options={"num_warps": settings.warps}
+    )
+
+
+@pytest.mark.parametrize(("key_bits", "value_bits"), [(4, 4), (3, 3), (2, 2), (4, 2), (3, 2)])
+@pytest.mark.parametrize("capability", [80, 90, 100])
+def test_compiles_without_a_gpu(capability: int, key_bits: int, value_bits: int) -> None:
+    kernel = compiled(capability, key_bits, value_bits, 128)
+    assert len(kernel.asm["cubin"]) > 0
+    assert kernel.metadata.shared <= 160 * 1024
+    assert ("e4m3" in kernel.asm["ptx"]) == (capability >= 89)
+
+
+def test_calls_that_are_covered() -> None:
+    pages, tail = packed(64, 64, 4), dense(20, 64, 64)
+    query = torch.randn(2, KV_HEADS * 3, 1, 64)
+    tokens = pages.tokens + 20
+
+    def covered(q: torch.Tensor, segments: list[Segment], visibility: Visibility) -> bool:
+        return supports(q, segments, visibility)
+
+    assert covered(query, [pages, tail], Visibility(1, tokens))
+    many = torch.randn(2, KV_HEADS * 3, 17, 64)
+    mask = torch.ones(1, 1, 1, tokens, dtype=torch.bool)
+    assert not covered(many, [pages, tail], Visibility(17, tokens))
+    assert not covered(query, [pages, tail], Visibility(1, tokens, mask=mask))
+    assert not covered(query, [tail], Visibility(1, 20))
+    assert not covered(query, [packed(64, 64, 2.5), tail], Visibility(1, tokens))
+    assert not covered(query, [packed(80, 80, 4), tail], Visibility(1, tokens))
+    raw = PackedSide(
+        RawPages(64), RawPages(64).encode(torch.randn(2, 2, 128, 64), ChannelTransform()), ChannelTransform()
+    )
+    assert not covered(query, [PackedSegment(raw, raw)], Visibility(1, 128))
+
+
+@pytest.mark.parametrize("settings", [SAME_FOUR, IN_PAIRS])
+@pytest.mark.parametrize("heads", [1, 8, 64, 1000])
+@pytest.mark.parametrize("pages", [1, 2, 7, 64, 1024])
+def test_splits_cover_all_pages(pages: int, heads: int, settings: Any) -> None:
+    per_split = pages_per_split(pages, heads, settings)
+    splits = math.ceil(pages / per_split)
+    assert per_split % 2 == 0 and per_split * (splits - 1) < pages <= per_split * splits
+    assert splits == 1 or splits * heads <= settings.programs
+
+
+def on_device(
+    batch: int, heads: int, tokens: int, dim: int, bits: tuple[int, int], size: float = 1.0
+) -> PackedSegment:
+    """Random packed pages with a mean key, weights, and values of any size, encoded on the GPU."""
+    codecs = [
+        ScalarPages(CodecSpec(head_dim=dim, bits=b, role=r))
+        for b, r in zip(bits, ("key", "value"), strict=True)
+    ]
+    keys = torch.randn(batch, heads, tokens, dim, device="cuda") + 2 * torch.randn(dim, device="cuda")
+    values = size * torch.randn(batch, heads, tokens, dim, device="cuda")
+    values[:, :, 5] = 0
+    transform = key_statistics(keys, torch.rand(batch, heads, dim, device="cuda") + 0.1, codecs[0].groups)
+    plain = ChannelTransform()
+    return PackedSegment(
+        PackedSide(codecs[0], codecs[0].encode(keys, transform), transform),
+        PackedSide(codecs[1], codecs[1].encode(values, plain), plain),
+    )
+
+
+def double_attention(
+    query: torch.Tensor, segments: list[Segment], scaling: float, **options: Any
+) -> torch.Tensor:
+    group = query.shape[1] // 2
+    tokens = sum(segment.tokens for segment in segments)
+    limit = causal_limit(query.shape[2], tokens).to(query.device)
+    repeated = [expand(segment, group) for segment in segments]
+    import tests.kernels.test_attend as oracle
+
+    old, oracle.GROUP = oracle.GROUP, 1
+    try:
+        return exact(query, repeated, limit, scaling, **options)
+    finally:
+        oracle.GROUP = old
+
+
+def expand(segment: Segment, group: int) -> DenseSegment:
+    """Decoded to float64, one KV head for each query head."""
+    if isinstance(segment, DenseSegment):
+        keys, values = segment.keys.double(), segment.values.double()
+    else:
+        sides = (segment.keys, segment.values)
+        keys, values = (s.codec.decode(s.planes, s.transform, torch.float64) for s in sides)
+    return DenseSegment(keys.repeat_interleave(group, 1), values.repeat_interleave(group, 1))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tokens", [128, 384, 8192, 131072])
+@pytest.mark.parametrize(
+    "bits", [(4, 4), (3, 3), (2, 2), (4, 2), (3, 2), (2, 4)], ids=lambda b: f"{b[0]}_{b[1]}"
+)
+@pytest.mark.parametrize("dim", [64, 128, 256])
+def test_error_on_a_gpu(dim: int, bits: tuple[int, int], tokens: int) -> None:
+    """Under 2e-3 of float64 attention on the decoded cache, 3e-3 after rounding to bfloat16."""
+    pages = on_device(1, 2, tokens, dim, bits)
+    dtypes = (torch.float32, torch.bfloat16)
+    for dtype, limit in zip(dtypes, (2e-3, 3e-3), strict=True):
+        query = (2 * torch.randn(1, 8, 1, dim, device="cuda")).to(dtype)
+        recent = torch.randn(1, 2, 130, dim, device="cuda").to(dtype)
+        segments: list[Segment] = [pages, DenseSegment(recent, recent)]
+        visibility = Visibility(1, tokens + 130)
+        assert supports(query, segments, visibility)
+        got = attend(query, segments, visibility, scaling=dim**-0.5)
+        expected = double_attention(query, segments, dim**-0.5)
+        assert got.dtype == dtype
+        assert float((got.double() - expected).norm() / expected.norm()) < limit
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("queries", [1, 2, 7, 16])
+@pytest.mark.parametrize("group", [1, 3, 4, 8, 32])
+def test_groups_and_query_tokens(group: int, queries: int) -> None:
+    pages = on_device(2, 2, 1024, 128, (4, 3))
+    query = torch.randn(2, 2 * group, queries, 128, device="cuda", dtype=torch.float16)
+    first, recent = (torch.randn(2, 2, n, 128, device="cuda", dtype=torch.float16) for n in (4, 150))
+    segments: list[Segment] = [DenseSegment(first, first), pages, DenseSegment(recent, recent)]
+    sinks = torch.randn(2 * group, device="cuda")
+    options: dict[str, Any] = {"softcap": 20.0, "sinks": sinks}
+    got = attend(query, segments, Visibility(queries, 1178), scaling=0.1, **options)
+    expected = double_attention(query, segments, 0.1, **options)
+    assert float((got.double() - expected).norm() / expected.norm()) < 2.5e-3
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("size", [1e-6, 1e-3, 300.0])
+def test_values_of_any_size(size: float) -> None:
+    pages = on_device(1, 2, 2048, 128, (4, 4), size)
+    query = torch.randn(1, 8, 1, 128, device="cuda")
+    got = attend(query, [pages], Visibility(1, 2048), scaling=0.1)
+    expected = attend_reference(query, [pages], Visibility(1, 2048), scaling=0.1)
+    assert float((got - expected).norm() / expected.norm()) < 2e-3

@@ -1,0 +1,113 @@
+"""On a CUDA device everything gives what it gives on the CPU, and memory really falls."""
+
+import copy
+
+import pytest
+import torch
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+
+from quantpress.cache import PackedLayer, cache_memory, install_packed_attention, uninstall_packed_attention
+from quantpress.codecs.spec import CodecSpec
+from quantpress.codecs.transform import key_statistics
+from quantpress.kernels.attend import DenseSegment, PackedSegment, PackedSide, Visibility, attend
+from quantpress.kernels.page_codec import ScalarPages
+from quantpress.presses import SnapKV, TurboQuant
+from tests.cache.caches import lossless, scalar
+from tests.tiny_models import prompt, tiny_model
+
+pytestmark = pytest.mark.gpu
+GIB = 1 << 30
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("bits", [1, 2, 2.5, 3, 3.5, 4, 8])
+@pytest.mark.parametrize("head_dim", [64, 80, 96, 128, 256])
+def test_codes_and_attention_match_the_cpu(head_dim: int, bits: float, dtype: torch.dtype) -> None:
+    """Codes equal but for ties (float32 sums differ in the last place), attention within rounding."""
+    keys, values = (torch.randn(2, 2, 512, head_dim).to(dtype) for _ in range(2))
+    query, recent = torch.randn(2, 8, 3, head_dim).to(dtype), torch.randn(2, 2, 40, head_dim).to(dtype)
+    codecs = [ScalarPages(CodecSpec(head_dim=head_dim, bits=bits, role=role)) for role in ("key", "value")]
+    transform = key_statistics(keys, torch.rand(2, 2, head_dim) + 0.1, codecs[0].groups)
+    outputs, planes = [], []
+    for device in ("cpu", "cuda"):
+        moved = transform.map(lambda tensor: tensor.to(device))  # noqa: B023
+        sides = []
+        for codec, states in zip(codecs, (keys, values), strict=True):
+            plain = type(moved)(order=moved.order)
+            used = moved if codec is codecs[0] else plain
+            sides.append(PackedSide(codec, codec.encode(states.to(device), used), used))
+        segments = [PackedSegment(*sides), DenseSegment(recent.to(device), recent.to(device))]
+        out = attend(query.to(device), segments, Visibility(3, 552), scaling=head_dim**-0.5)
+        outputs.append(out.cpu().double())
+        planes.append({name: plane.cpu() for name, plane in sides[0].planes.items()})
+    for name, plane in planes[0].items():
+        if plane.dtype == torch.uint8:
+            assert (plane != planes[1][name]).float().mean() < 1e-3
+        else:
+            torch.testing.assert_close(plane, planes[1][name], rtol=2e-3, atol=0)
+    tolerance = {torch.float32: 1e-3, torch.bfloat16: 8e-3, torch.float16: 2e-3}[dtype]
+    assert (outputs[0] - outputs[1]).norm() < tolerance * outputs[0].norm()
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_lossless_is_dynamic_cache(attention: str) -> None:
+    model, ids = copy.deepcopy(tiny_model("llama", attention)).cuda(), prompt(300, batch=2).cuda()
+    install_packed_attention()
+    cache = DynamicCache()
+    cache.layers.extend(PackedLayer(lossless(recent_tokens=16)) for _ in range(3))
+    arguments = {"max_new_tokens": 24, "do_sample": False, "attention_mask": torch.ones_like(ids)}
+    expected = model.generate(ids, **arguments)
+    assert torch.equal(model.generate(ids, past_key_values=cache, **arguments), expected)
+    uninstall_packed_attention()
+
+
+def test_offload_and_prefetch() -> None:
+    keys, values = torch.randn(2, 1, 2, 700, 32, device="cuda")
+    layer = PackedLayer.from_states(keys, values, scalar(recent_tokens=16))
+    before = layer.keys + 0
+    torch.cuda.synchronize()
+    resident = torch.cuda.memory_allocated()
+    layer.offload()
+    torch.cuda.synchronize()
+    assert layer.keys.device.type == "cpu" and torch.cuda.memory_allocated() < resident
+    layer.prefetch()
+    assert torch.equal(layer.keys + 0, before)
+
+
+@pytest.mark.parametrize("evict", [False, True], ids=["all_tokens", "half_of_them"])
+def test_prefill_frees_raw_states_layer_by_layer(evict: bool) -> None:
+    """The peak of a 16K prefill stays below what its 16-bit cache alone would take."""
+    config = LlamaConfig(
+        hidden_size=512,
+        intermediate_size=1024,
+        num_hidden_layers=24,
+        num_attention_heads=8,
+        num_key_value_heads=8,
+        head_dim=128,
+        vocab_size=512,
+        max_position_embeddings=1 << 15,
+    )
+    with torch.device("cuda"):
+        model = LlamaForCausalLM(config).to(torch.bfloat16).eval()
+    ids = prompt(1 << 14).cuda()
+    bf16_cache = 2 * 24 * 8 * 128 * (1 << 14) * 2
+    press = SnapKV(0.5) | TurboQuant(bits=3) if evict else TurboQuant(bits=3)
+    peaks = []
+    for packed in (False, True):
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        start, cache = torch.cuda.memory_allocated(), DynamicCache()
+        with torch.inference_mode():
+            if packed:
+                with press(model):
+                    model.model(ids, past_key_values=cache)
+            else:
+                model.model(ids, past_key_values=cache)
+        peaks.append(torch.cuda.max_memory_allocated() - start)
+        if packed:
+            resident = torch.cuda.memory_allocated() - start
+            assert resident < cache_memory(cache).total_bytes * 1.05 + (16 << 20)
+        del cache
+    print([f"{size / GIB:.2f} GiB" for size in (*peaks, bf16_cache)])
+    assert peaks[1] < bf16_cache < peaks[0]
