@@ -69,7 +69,8 @@ class MemoryReport:
         code_bytes: packed codes (and sketches).
         scale_bytes: scales (and residual norms).
         dense_bytes: 16-bit tokens.
-        metadata_bytes: mean key and channel weights per head, and channel orders where there are two groups.
+        metadata_bytes: mean key and channel weights per head, and channel orders where there are two groups;
+            before the first page the query moment that the weights will be made of.
         bf16_bytes: the same cache uncompressed.
     """
 
@@ -179,6 +180,7 @@ def memory_report(
         scalars += 1
     key_statistics = 2 * _STATISTIC_BYTES
     orders = 2 * _ORDER_BYTES if len(spec.groups) > 1 else 0
+    metadata = key_statistics + orders if pages else _STATISTIC_BYTES
     return MemoryReport(
         context=context,
         packed_tokens=pages * PAGE_TOKENS,
@@ -186,6 +188,6 @@ def memory_report(
         code_bytes=2 * heads * pages * code_page,
         scale_bytes=2 * heads * pages * PAGE_TOKENS * scalars * spec.torch_scale_dtype.itemsize,
         dense_bytes=2 * heads * dense_tokens * spec.head_dim * _DENSE_BYTES,
-        metadata_bytes=heads * spec.head_dim * (key_statistics + orders) if pages else 0,
+        metadata_bytes=heads * spec.head_dim * metadata,
         bf16_bytes=2 * heads * context * spec.head_dim * _DENSE_BYTES,
     )
