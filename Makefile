@@ -12,6 +12,7 @@ SET := pyproject.toml constraints.txt
 
 # The folder kernels/ must never be taken for Hugging Face's package of that name: keep this directory off sys.path.
 export PYTHONSAFEPATH := 1
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .PHONY: help demo test test-gpu check format clean
 .DEFAULT_GOAL := help
@@ -66,5 +67,6 @@ define install
 @"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "quantpress needs Python 3.10 or later," \
 	"and '$(PYTHON)' is $$("$(PYTHON)" --version 2>&1). Name another one: make PYTHON=python3.12 ..." >&2; exit 1; }
 @$(BIN)/python -m pip --version >/dev/null 2>&1 || "$(PYTHON)" -m venv --clear $(VENV)
-$(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt --editable "$(1)"
+$(BIN)/python -m pip install --quiet --constraint constraints.txt pip
+$(BIN)/python -m pip install --constraint constraints.txt --editable "$(1)"
 endef
