@@ -152,7 +152,8 @@ def test_the_memory_report_is_what_a_packed_layer_weighs(tokens: int, bits: floa
 def test_a_long_context_approaches_the_codec_ratio() -> None:
     codec = TurboQuantCodec(128, 3)
     ratios = [codec.memory_report(n, layers=32, kv_heads=8).ratio for n in (132, 1024, 8192, 131072)]
-    assert ratios[0] == 1.0 and ratios == sorted(ratios)
+    assert 0.99 < ratios[0] <= 1.0  # nothing packed yet, but one number a channel is known of the queries
+    assert ratios == sorted(ratios)
     assert ratios[-1] == pytest.approx(codec.compression_ratio, rel=0.01)
     assert max(ratios) < codec.compression_ratio
 
