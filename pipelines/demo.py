@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import transformers
+from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -20,14 +21,14 @@ from quantpress.pipelines.default_model import DEFAULT_MODEL_NAME, ensure_defaul
 from quantpress.pipelines.report import format_bytes
 from quantpress.pipelines.text_generation import TextGenerationPipeline
 from quantpress.pipelines.trials import MakePress, Row, Trial, run
-from quantpress.presses import Compose, KeyDiff, SnapKV, StreamingLLM, TurboQuant
+from quantpress.presses import Cap, Compose, SnapKV, StreamingLLM, TurboQuant
 
 TOKENS, DEPTHS = 4096, 5
 FAST_TOKENS, FAST_DEPTHS = 2048, 3
 PRESSES: tuple[MakePress, ...] = (
     lambda: None,
     TurboQuant,
-    lambda: Compose([KeyDiff, TurboQuant]),
+    lambda: Compose([Cap, TurboQuant]),
     lambda: Compose([SnapKV, TurboQuant]),
     lambda: Compose([StreamingLLM, TurboQuant]),
 )
@@ -38,7 +39,7 @@ def main(tokens: int | None = None, json: bool = False, fast: bool = False) -> N
     """Run the demo on the default model and print its table.
 
     Args:
-        tokens: length of the context; left out, 4096, or 2048 with `fast`.
+        tokens: length of the context; left out, 4096, or 2048 with `fast` or where bf16 is slow.
         json: print one JSON object instead, to stdout.
         fast: a shorter context, fewer depths and fewer presses.
 
@@ -48,7 +49,8 @@ def main(tokens: int | None = None, json: bool = False, fast: bool = False) -> N
     """
     begin = time.perf_counter()
     pipe = default_pipeline()
-    tokens = tokens or (FAST_TOKENS if fast else TOKENS)
+    short = fast or pipe.model.dtype == torch.float32
+    tokens = tokens or (FAST_TOKENS if short else TOKENS)
     presses = FAST_PRESSES if fast else PRESSES
     rows = run(pipe, tokens, FAST_DEPTHS if fast else DEPTHS, presses)
     seconds = time.perf_counter() - begin
@@ -57,7 +59,7 @@ def main(tokens: int | None = None, json: bool = False, fast: bool = False) -> N
         return
     console = Console()
     if not console.is_terminal:
-        console = Console(width=120)
+        console = Console(width=90)
     console.print(table(rows))
     where = f"{str(pipe.model.dtype).removeprefix('torch.')} on {pipe.device.type}"
     console.print(
@@ -106,19 +108,21 @@ def table(rows: Sequence[Row]) -> Table:
     """The rows for people: answers by depth, then what the cache takes."""
     first = rows[0]
     shown = Table(
-        title=f"One number hidden in {first.mean('tokens_seen'):,.0f} tokens of Pride and Prejudice"
+        title=f"A number hidden in {first.mean('tokens_seen'):,.0f} tokens of Pride and Prejudice",
+        box=box.SIMPLE_HEAD,
+        collapse_padding=True,
+        pad_edge=False,
     )
-    shown.add_column("cache", no_wrap=True)
+    shown.add_column("cache", overflow="fold")
     for trial in first.trials:
-        shown.add_column(f"at {trial.needle.depth:.0%}\n  {trial.needle.number}", no_wrap=True)
-    for name in ("bits a\nvalue", "tokens\nkept", "resident", "ratio", "seconds"):
-        shown.add_column(name, justify="right")
+        shown.add_column(f"at {trial.needle.depth:.0%}\n{trial.needle.number}", no_wrap=True)
+    for name in ("bits a\nvalue", "\nresident", "\nratio", "time\ns"):
+        shown.add_column(name, justify="right", no_wrap=True)
     for row in rows:
         shown.add_row(
-            row.press,
+            row.press.replace(" | ", "\n| "),
             *(_verdict(trial) for trial in row.trials),
             f"{row.mean('bits_per_value'):.2f}",
-            f"{row.mean('tokens_kept'):,.0f}",
             format_bytes(round(row.mean("resident_bytes"))),
             f"{row.mean('ratio'):.2f}x",
             f"{row.seconds:.1f}",
@@ -141,7 +145,7 @@ def as_dict(rows: Sequence[Row], pipe: TextGenerationPipeline, seconds: float) -
 
 
 def _verdict(trial: Trial) -> Text:
-    return Text(f"{'✓' if trial.right else '✗'} {trial.said}", "green" if trial.right else "red")
+    return Text(f"{'✓' if trial.right else '✗'}{trial.said}", "green" if trial.right else "red")
 
 
 def _trial_dict(trial: Trial) -> dict[str, Any]:

@@ -1,8 +1,10 @@
 """Facts planted in a book, one at a time, and asked for over caches compressed in different ways."""
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import torch
 from kvpress import BasePress
 from rich.console import Console
 from rich.progress import track
@@ -41,8 +43,9 @@ class Trial:
 
     @property
     def said(self) -> str:
-        """The beginning of the answer, short enough for a table."""
-        return " ".join(self.answer.split())[:9].rstrip(". ")
+        """The number in the answer, or its first word; short enough for a table."""
+        found = re.search(r"\d+|\S+", self.answer.replace(",", ""))
+        return found[0][:5] if found else ""
 
 
 @dataclass(frozen=True)
@@ -76,14 +79,16 @@ def run(pipe: TextGenerationPipeline, tokens: int, depths: int, presses: Sequenc
     jobs = [(press, place) for press in presses for place in range(depths)]
     trials: dict[MakePress, list[Trial]] = {press: [] for press in presses}
     for press, place in track(jobs, "asking", console=Console(stderr=True), transient=True):
-        result = pipe(
-            contexts[place],
-            question=needle_question(needles[place].city),
-            answer_prefix=ANSWER_PREFIX,
-            press=press(),
-            max_new_tokens=ANSWER_TOKENS,
-            report=True,
-        )
+        with torch.random.fork_rng():
+            torch.manual_seed(place)  # some presses draw random projections
+            result = pipe(
+                contexts[place],
+                question=needle_question(needles[place].city),
+                answer_prefix=ANSWER_PREFIX,
+                press=press(),
+                max_new_tokens=ANSWER_TOKENS,
+                report=True,
+            )
         trials[press].append(Trial(needles[place], result["answer"], result["report"]))
     return [Row(name_of(press()), tuple(trials[press])) for press in presses]
 

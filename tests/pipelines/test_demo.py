@@ -36,10 +36,10 @@ def test_the_table_shows_right_and_wrong_answers_and_measured_means():
     shown = capture.get()
     first, second = (line for line in shown.splitlines() if "uncompressed" in line or "SnapKV" in line)
     assert first.count("✓") == 2
-    assert "✓ 12345" in first
-    assert "✗ 12344" in second
+    assert "✓12345" in first
+    assert "✗12344" in second
     assert second.count("✗") == 2
-    for words in ("5.50", "2,000", "2.0 MiB", "2.67x", "3.5"):  # (4 / 1 + 4 / 3) / 2 = 2.67
+    for words in ("✓67890", "5.50", "2.0 MiB", "2.67x", "3.5"):  # (4 / 1 + 4 / 3) / 2 = 2.67
         assert words in first
     assert "4,000 tokens" in shown
 
