@@ -1,9 +1,9 @@
-"""What goes around the split kernel: preparing queries, attending 16-bit tokens, merging (Triton)."""
+"""What goes around the split kernel: preparing queries, and joining the splits (Triton)."""
 
 import triton
 import triton.language as tl
 
-from quantpress.kernels.attend.split_k import RESIDUAL, tanh
+from quantpress.kernels.attend.split_k import RESIDUAL
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 
@@ -59,83 +59,10 @@ def prepare_kernel(
 
 
 @triton.jit
-def dense_kernel(
-    query_ptr,
-    k_ptr,
-    v_ptr,
-    o_ptr,
-    m_ptr,
-    l_ptr,
-    tokens,
-    rows,
-    queries,
-    scale,
-    softcap,
-    k_head,
-    v_head,
-    D: tl.constexpr,
-    DV: tl.constexpr,
-    R: tl.constexpr,
-    TILE: tl.constexpr,
-    CAUSAL: tl.constexpr,
-    PLAIN: tl.constexpr,
-):
-    """Attention over tokens kept as they are, of one (batch, KV head), as partial sums.
-
-    query [BH, rows, D]; k [BH, tokens, D], v [BH, tokens, DV] contiguous but for the head stride; o [BH, R,
-    DV], m and l [BH, R] float32. With CAUSAL the last `queries` tokens are the queries' own; row r is query r
-    % queries.
-    """
-    head = tl.program_id(0).to(tl.int64)
-    column, row = tl.arange(0, 2 * R), tl.arange(0, R)
-    channel, value, token = tl.arange(0, D), tl.arange(0, DV), tl.arange(0, TILE)
-    used = column[None, :] < rows
-    q = tl.load(query_ptr + head * rows * D + column[None, :] * D + channel[:, None], mask=used, other=0.0)
-    if PLAIN:
-        q = q.to(tl.float32)
-    m = tl.full([R], -1e30, tl.float32)
-    total = tl.zeros([R], tl.float32)
-    acc = tl.zeros([DV, 2 * R], tl.float32)
-    for start in range(0, tokens, TILE):
-        at = start + token
-        live = at < tokens
-        k = tl.load(k_ptr + head * k_head + at[:, None] * D + channel[None, :], mask=live[:, None], other=0.0)
-        v = tl.load(v_ptr + head * v_head + at[None, :] * DV + value[:, None], mask=live[None, :], other=0.0)
-        if PLAIN:
-            k = k.to(tl.float32)
-            v = v.to(tl.float32)
-        both = tl.dot(k, q, input_precision="ieee")
-        s = tl.sum(tl.reshape(both, [TILE, 2, R]), 1) * scale
-        if softcap > 0:
-            s = softcap * tanh(s / softcap)
-        seen = live[:, None] & (row[None, :] >= 0)
-        if CAUSAL:
-            seen = seen & (at[:, None] <= tokens - queries + row[None, :] % queries)
-        s = tl.where(seen, s, float("-inf"))
-        new = tl.maximum(m, tl.max(s, 0))
-        p = tl.exp2(s - new[None, :])
-        decay = tl.exp2(m - new)
-        m = new
-        total = total * decay + tl.sum(p, 0)
-        acc = acc * tl.reshape(tl.broadcast_to(decay[None, :], [2, R]), [2 * R])[None, :]
-        twice = tl.reshape(tl.broadcast_to(p[:, None, :], [TILE, 2, R]), [TILE, 2 * R])
-        high = twice.to(v.dtype)
-        split = tl.where(column[None, :] < R, high.to(tl.float32), twice - high.to(tl.float32)).to(v.dtype)
-        acc = tl.dot(v, split, acc, input_precision="ieee")
-    out = tl.sum(tl.reshape(acc, [DV, 2, R]), 1)
-    tl.store(o_ptr + (head * R + row[None, :]) * DV + value[:, None], out)
-    tl.store(m_ptr + head * R + row, m)
-    tl.store(l_ptr + head * R + row, total)
-
-
-@triton.jit
 def merge_kernel(
     o_ptr,
     m_ptr,
     l_ptr,
-    dense_o_ptr,
-    dense_m_ptr,
-    dense_l_ptr,
     sinks_ptr,
     rotation_ptr,
     out_ptr,
@@ -164,7 +91,7 @@ def merge_kernel(
     for start in range(0, splits, BLOCK):
         split = start + block
         live = split < splits
-        slot = (head * splits + split) * R + row
+        slot = (head * (splits + HAS_DENSE) + split) * R + row
         part_m = tl.load(m_ptr + slot, mask=live, other=-1e30)
         part_l = tl.load(l_ptr + slot, mask=live, other=0.0)
         part_o = tl.load(o_ptr + slot[:, None] * DV + value[None, :], mask=live[:, None], other=0.0)
@@ -177,13 +104,13 @@ def merge_kernel(
     turn = tl.load(rotation_ptr + value[:, None] * DV + value[None, :])
     turned = tl.sum(turn * (y * unit)[:, None], 0)
     if HAS_DENSE:
-        slot = head * R + row
-        part_m = tl.load(dense_m_ptr + slot)
-        new = tl.maximum(m, part_m)
+        last = (head * (splits + 1) + splits) * R + row
+        own_m = tl.load(m_ptr + last)
+        new = tl.maximum(m, own_m)
         decay = tl.exp2(m - new)
-        weight = tl.exp2(part_m - new)
-        turned = turned * decay + tl.load(dense_o_ptr + slot * DV + value) * weight
-        total = total * decay + tl.load(dense_l_ptr + slot) * weight
+        own = tl.exp2(own_m - new)
+        turned = turned * decay + tl.load(o_ptr + last * DV + value) * own
+        total = total * decay + tl.load(l_ptr + last) * own
         m = new
     if HAS_SINKS:
         sink = tl.load(sinks_ptr + head % kv_heads * group + row // queries).to(tl.float32) * LOG2_E

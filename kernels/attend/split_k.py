@@ -18,18 +18,12 @@ keys and values both have 4 bits, else 32 of each of two pages.
 import triton
 import triton.language as tl
 
+from quantpress.kernels.attend.dense import attend_tokens, tanh
 from quantpress.kernels.attend.lookup import code_at, levels2, levels3, levels4
 
 RESIDUAL = tl.constexpr(16.0)
 _WEIGHT = tl.constexpr(256.0)  # p is at most 1, e4m3 goes to 448
 _LEAST_SCALE = tl.constexpr(2.0**-24)  # the least float16: a zero value scale would make log2 infinite
-
-
-@triton.jit
-def tanh(x):
-    """Hyperbolic tangent of a float32 tile, without libdevice."""
-    e = tl.exp(-2 * tl.abs(x))
-    return tl.where(x < 0, e - 1, 1 - e) / (1 + e)
 
 
 @triton.jit
@@ -202,7 +196,7 @@ def _halves(
 
 
 @triton.jit
-def attend_split_kernel(
+def _attend_pages(
     q_ptr,
     factor_ptr,
     bias_ptr,
@@ -212,18 +206,12 @@ def attend_split_kernel(
     vs_ptr,
     k_levels_ptr,
     v_levels_ptr,
-    o_ptr,
-    m_ptr,
-    l_ptr,
+    first,
+    last,
     pages,
-    per_split,
-    k_head,
     k_page,
-    ks_head,
     ks_page,
-    v_head,
     v_page,
-    vs_head,
     vs_page,
     softcap,
     D: tl.constexpr,
@@ -237,28 +225,18 @@ def attend_split_kernel(
     STAGES: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """Partial softmax sums of one split (axis 0) of one (batch, KV head) (axis 1).
-
-    q [BH, 2R, D] e4m3 (PLAIN: float32), factor and bias [BH, R]; o [BH, S, R, DV], m and l [BH, S, R]
-    float32.
-    """
-    split, head = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    """Running softmax over pages of one head: m and total [R], acc [DV, 2R] in code space."""
     PAIRS: tl.constexpr = K_BITS != 4 or V_BITS != 4
     STEP: tl.constexpr = 2 if PAIRS else 1
     column, row = tl.arange(0, 2 * R), tl.arange(0, R)
-    channel, value = tl.arange(0, D), tl.arange(0, DV)
-    q = tl.load(q_ptr + head * 2 * R * D + column[None, :] * D + channel[:, None])
-    factor = tl.load(factor_ptr + head * R + row)
-    bias = tl.load(bias_ptr + head * R + row)
-    k_ptr += head * k_head
-    ks_ptr += head * ks_head
-    v_ptr += head * v_head
-    vs_ptr += head * vs_head
+    channel = tl.arange(0, D)
+    q = tl.load(q_ptr + column[None, :] * D + channel[:, None])
+    factor = tl.load(factor_ptr + row)
+    bias = tl.load(bias_ptr + row)
     m = tl.full([R], -1e30, tl.float32)
     total = tl.zeros([R], tl.float32)
     acc = tl.zeros([DV, 2 * R], tl.float32)
-    first = split * per_split
-    for page in tl.range(first, tl.minimum(first + per_split, pages), STEP, num_stages=STAGES):
+    for page in tl.range(first, last, STEP, num_stages=STAGES):
         if PAIRS:
             k0, k1, k2, k3 = _quarters(
                 k_ptr, k_levels_ptr, k_page, page, pages, D, K_BITS, K_ASM, False, PLAIN
@@ -310,6 +288,115 @@ def attend_split_kernel(
             acc = _add(acc, v0, p0, R, PLAIN, ACC)
             acc = _add(acc, v1, p1, R, PLAIN, ACC)
     acc = acc * tl.where(column < R, 1.0 / _WEIGHT, 1.0 / (_WEIGHT * RESIDUAL))[None, :]
+    return m, total, acc
+
+
+@triton.jit
+def attend_split_kernel(
+    q_ptr,
+    factor_ptr,
+    bias_ptr,
+    k_ptr,
+    ks_ptr,
+    v_ptr,
+    vs_ptr,
+    k_levels_ptr,
+    v_levels_ptr,
+    query_ptr,
+    first_k_ptr,
+    first_v_ptr,
+    recent_k_ptr,
+    recent_v_ptr,
+    o_ptr,
+    m_ptr,
+    l_ptr,
+    pages,
+    per_split,
+    splits,
+    k_head,
+    k_page,
+    ks_head,
+    ks_page,
+    v_head,
+    v_page,
+    vs_head,
+    vs_page,
+    first_tokens,
+    recent_tokens,
+    hidden,
+    rows,
+    queries,
+    scale,
+    softcap,
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    R: tl.constexpr,
+    TILE: tl.constexpr,
+    K_BITS: tl.constexpr,
+    V_BITS: tl.constexpr,
+    K_ASM: tl.constexpr,
+    V_ASM: tl.constexpr,
+    PLAIN: tl.constexpr,
+    STAGES: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """Partial softmax sums of one split (axis 0) of one (batch, KV head) (axis 1).
+
+    Split `splits` is the 16-bit tokens. q [BH, 2R, D] e4m3 (PLAIN: float32), factor and bias [BH, R]; query
+    [BH, rows, D]; first and recent keys and values [BH, tokens, D] contiguous; o [BH, S, R, DV], m and l
+    [BH, S, R] float32, S the number of programs on axis 0.
+    """
+    split, head = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    column, row, value = tl.arange(0, 2 * R), tl.arange(0, R), tl.arange(0, DV)
+    if split < splits:
+        first = split * per_split
+        m, total, acc = _attend_pages(
+            q_ptr + head * 2 * R * D,
+            factor_ptr + head * R,
+            bias_ptr + head * R,
+            k_ptr + head * k_head,
+            ks_ptr + head * ks_head,
+            v_ptr + head * v_head,
+            vs_ptr + head * vs_head,
+            k_levels_ptr,
+            v_levels_ptr,
+            first,
+            tl.minimum(first + per_split, pages),
+            pages,
+            k_page,
+            ks_page,
+            v_page,
+            vs_page,
+            softcap,
+            D,
+            DV,
+            R,
+            K_BITS,
+            V_BITS,
+            K_ASM,
+            V_ASM,
+            PLAIN,
+            STAGES,
+            ACC,
+        )
+    else:
+        at = query_ptr + head * rows * D + column[None, :] * D + tl.arange(0, D)[:, None]
+        q = tl.load(at, mask=column[None, :] < rows, other=0.0)
+        if PLAIN:
+            q = q.to(tl.float32)
+        m = tl.full([R], -1e30, tl.float32)
+        total = tl.zeros([R], tl.float32)
+        acc = tl.zeros([DV, 2 * R], tl.float32)
+        k = first_k_ptr + head * first_tokens * D
+        v = first_v_ptr + head * first_tokens * DV
+        m, total, acc = attend_tokens(
+            q, k, v, first_tokens, 0, queries, scale, softcap, m, total, acc, D, DV, R, TILE, PLAIN
+        )
+        k = recent_k_ptr + head * recent_tokens * D
+        v = recent_v_ptr + head * recent_tokens * DV
+        m, total, acc = attend_tokens(
+            q, k, v, recent_tokens, hidden, queries, scale, softcap, m, total, acc, D, DV, R, TILE, PLAIN
+        )
     out = tl.sum(tl.reshape(acc, [DV, 2, R]), 1)
     slot = head * tl.num_programs(0) + split
     tl.store(o_ptr + (slot * R + row[None, :]) * DV + value[:, None], out)

@@ -1,7 +1,7 @@
 """Launches the Triton attention kernels: what they can do, their settings, their buffers.
 
-Four launches whatever the length: prepare the queries, attend the 16-bit tokens, attend the packed tokens in
-splits, merge. Nothing is tuned at run time; each head_dim and pair of widths compiles once.
+Three launches whatever the length: prepare the queries, attend in splits (one of them the 16-bit tokens),
+merge. Nothing is tuned at run time; each head_dim and pair of widths compiles once.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ MOST_QUERIES = 16
 MOST_ROWS = 32
 """Query heads of a group times query tokens that one program attends; more tokens take more launches."""
 
-DENSE_TILE_BYTES = 16384
+DENSE_TILE_BYTES = 8192
 """Most bytes of keys that the kernel for 16-bit tokens holds at a time."""
 
 LOG2_E = math.log2(math.e)
@@ -48,6 +48,9 @@ SAME_FOUR = SplitSettings(programs=528)
 IN_PAIRS = SplitSettings(programs=384)
 """Other widths hold twice the tokens at a time: about three."""
 
+WITH_THREE = SplitSettings(programs=792, stages=2)
+"""3 bits read two planes: one stage less leaves room for two programs."""
+
 WITHOUT_FP8 = SplitSettings(programs=264, stages=1)
 """float32 tiles: GPUs before Ada, and the interpreter."""
 
@@ -55,7 +58,8 @@ WITHOUT_FP8 = SplitSettings(programs=264, stages=1)
 def supports(query: torch.Tensor, segments: Sequence[Segment], visibility: Visibility) -> bool:
     """Whether the kernels cover this call: few queries, one packed segment, plain codes of 2 to 4 bits."""
     packed = [index for index, segment in enumerate(segments) if isinstance(segment, PackedSegment)]
-    if len(packed) != 1 or query.shape[2] > MOST_QUERIES or visibility.dropped is not None:
+    alone = len(packed) == 1 and packed[0] <= 1 and len(segments) - packed[0] <= 2
+    if not alone or query.shape[2] > MOST_QUERIES or visibility.dropped is not None:
         return False
     if visibility.mask is not None or not (visibility.causal or query.shape[2] == 1):
         return False
@@ -107,22 +111,20 @@ def attend_triton(
         [B, Hq, Tq, Dv] in the query's dtype.
     """
     packed = next(segment for segment in segments if isinstance(segment, PackedSegment))
-    dense = [segment for segment in segments if isinstance(segment, DenseSegment)]
-    keys = torch.cat([segment.keys for segment in dense], dim=2) if dense else None
-    values = torch.cat([segment.values for segment in dense], dim=2) if dense else None
+    at = list(segments).index(packed)
+    before = next(iter(segments[:at]), None)
+    after = next(iter(segments[at + 1 :]), None)
+    assert not isinstance(before, PackedSegment) and not isinstance(after, PackedSegment)
     queries, step = query.shape[2], MOST_ROWS * _kv_heads(packed) // query.shape[1]
     cap = 0.0 if softcap is None else softcap * LOG2_E
     outputs = []
     with torch.cuda.device(query.device) if query.is_cuda else contextlib.nullcontext():
         for start in range(0, queries, step):
             part = query[:, :, start : start + step]
-            hidden = queries - start - part.shape[2]  # newest tokens, which these queries do not see
             call = _Call(part, packed, scaling * LOG2_E, cap, plain)
-            others = None
-            if keys is not None and values is not None:
-                seen = keys.shape[2] - hidden
-                others = call.attend_dense(keys[:, :, :seen], values[:, :, :seen])
-            outputs.append(call.merge(call.attend_packed(*call.prepare()), others, sinks))
+            hidden = queries - 1 - start  # newest tokens that the first of these queries does not see
+            partial = call.attend(call.prepare(), before, after, hidden)
+            outputs.append(call.merge(partial, before is not None or after is not None, sinks))
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
 
 
@@ -172,70 +174,54 @@ class _Call:
         )
         return q, factor, bias
 
-    def attend_dense(self, keys: torch.Tensor, values: torch.Tensor) -> list[torch.Tensor]:
-        from quantpress.kernels.attend.ends import dense_kernel
-
-        tokens, dim, value_dim = keys.shape[2], keys.shape[3], values.shape[3]
-        out = self._new(self.heads, self.padded, value_dim)
-        maximum, total = (self._new(self.heads, self.padded) for _ in range(2))
-        dense_kernel[(self.heads,)](
-            self.query,
-            keys,
-            values,
-            out,
-            maximum,
-            total,
-            tokens,
-            self.rows,
-            self.queries,
-            self.scale,
-            self.softcap,
-            keys.stride(1),
-            values.stride(1),
-            D=dim,
-            DV=value_dim,
-            R=self.padded,
-            TILE=min(64, DENSE_TILE_BYTES // (max(dim, value_dim) * keys.element_size())),
-            CAUSAL=self.queries > 1,
-            PLAIN=self.plain,
-            num_warps=4,
-        )
-        return [out, maximum, total]
-
-    def attend_packed(self, q: torch.Tensor, factor: torch.Tensor, bias: torch.Tensor) -> list[torch.Tensor]:
+    def attend(
+        self,
+        prepared: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+        before: DenseSegment | None,
+        after: DenseSegment | None,
+        hidden: int,
+    ) -> list[torch.Tensor]:
         from quantpress.kernels.attend.lookup import lookup_assembly
         from quantpress.kernels.attend.split_k import attend_split_kernel
 
+        q = prepared[0]
         books = self.keys.codebook_of(0), self.values.codebook_of(0)
         assembly = ("", "") if self.plain else tuple(lookup_assembly(book) for book in books)
         settings = split_settings(books[0].bits, books[1].bits, self.plain)
-        pages = self.packed.keys.pages
+        pages, value_dim = self.packed.keys.pages, self.values.head_dim
         per_split = pages_per_split(pages, self.heads, settings)
         splits = -(-pages // per_split)
-        value_dim = self.values.head_dim
-        out = self._new(self.heads, splits, self.padded, value_dim)
-        maximum, total = (self._new(self.heads, splits, self.padded) for _ in range(2))
-        planes = [
-            side.planes[name]
-            for side in (self.packed.keys, self.packed.values)
-            for name in ("codes0", "scale0")
-        ]
-        attend_split_kernel[(splits, self.heads)](
-            q,
-            factor,
-            bias,
+        programs = splits + (before is not None or after is not None)
+        out = self._new(self.heads, programs, self.padded, value_dim)
+        maximum, total = (self._new(self.heads, programs, self.padded) for _ in range(2))
+        sides = (self.packed.keys, self.packed.values)
+        planes = [side.planes[name] for side in sides for name in ("codes0", "scale0")]
+        tails = [self._tail(segment) for segment in (before, after)]
+        attend_split_kernel[(programs, self.heads)](
+            *prepared,
             *planes,
             *(book.level_tensor(q.device) / book.unit if self.plain else q for book in books),
+            self.query,
+            *(states for keys, values, _ in tails for states in (keys, values)),
             out,
             maximum,
             total,
             pages,
             per_split,
+            splits,
             *(stride for plane in planes for stride in (plane.stride(1), plane.stride(2))),
+            *(tokens for _, _, tokens in tails),
+            hidden,
+            self.rows,
+            self.queries,
+            self.scale,
             self.softcap,
             D=self.keys.head_dim,
             DV=value_dim,
             R=self.padded,
+            TILE=min(
+                64, DENSE_TILE_BYTES // (max(self.keys.head_dim, value_dim) * self.query.element_size())
+            ),
             K_BITS=books[0].bits,
             V_BITS=books[1].bits,
             K_ASM=assembly[0],
@@ -247,20 +233,24 @@ class _Call:
         )
         return [out, maximum, total]
 
-    def merge(
-        self, parts: list[torch.Tensor], others: list[torch.Tensor] | None, sinks: torch.Tensor | None
-    ) -> torch.Tensor:
+    def _tail(self, segment: DenseSegment | None) -> tuple[torch.Tensor, torch.Tensor, int]:
+        """Keys, values and number of tokens kept as they are; the query stands in for none."""
+        if segment is None:
+            return self.query, self.query, 0
+        keys, values = (states.to(self.query.dtype).contiguous() for states in (segment.keys, segment.values))
+        return keys, values, segment.tokens
+
+    def merge(self, partial: list[torch.Tensor], has_tail: bool, sinks: torch.Tensor | None) -> torch.Tensor:
         from quantpress.kernels.attend.ends import merge_kernel
 
         value_dim = self.values.head_dim
         out = self._new(self.heads, self.rows, value_dim, dtype=self.query.dtype)
         merge_kernel[(self.rows, self.heads)](
-            *parts,
-            *(others or parts),
+            *partial,
             sinks,
             self.values.rotation_of(0).matrix(out.device, torch.float32),
             out,
-            parts[0].shape[1],
+            partial[0].shape[1] - has_tail,
             self.rows,
             self.queries,
             self.group,
@@ -268,7 +258,7 @@ class _Call:
             self.values.codebook_of(0).unit,
             DV=value_dim,
             R=self.padded,
-            HAS_DENSE=others is not None,
+            HAS_DENSE=has_tail,
             HAS_SINKS=sinks is not None,
             BLOCK=16,
             num_warps=16 if value_dim > 128 else 4,
@@ -280,6 +270,8 @@ def split_settings(key_bits: int, value_bits: int, plain: bool) -> SplitSettings
     """How to launch the split kernel for these widths."""
     if plain:
         return WITHOUT_FP8
+    if 3 in (key_bits, value_bits):
+        return WITH_THREE
     return SAME_FOUR if key_bits == value_bits == 4 else IN_PAIRS
 
 

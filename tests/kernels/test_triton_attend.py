@@ -74,17 +74,27 @@ def compiled(capability: int, key_bits: int, value_bits: int, dim: int) -> Any:
     assembly = [
         "" if plain else lookup_assembly(codebook(bits, dim, "e4m3")) for bits in (key_bits, value_bits)
     ]
-    constants: dict[str, Any] = {"D": dim, "DV": dim, "R": 8, "K_BITS": key_bits, "V_BITS": value_bits}
+    constants: dict[str, Any] = {
+        "D": dim,
+        "DV": dim,
+        "R": 8,
+        "TILE": 32,
+        "K_BITS": key_bits,
+        "V_BITS": value_bits,
+    }
     constants |= {"K_ASM": assembly[0], "V_ASM": assembly[1]}
     settings = split_settings(key_bits, value_bits, plain)
     constants |= {"PLAIN": plain, "STAGES": settings.stages, "ACC": 64}
     pointers = {"q_ptr": "*fp32" if plain else "*fp8e4nv", "k_ptr": "*u8", "v_ptr": "*u8"}
-    pointers |= {"ks_ptr": "*fp16", "vs_ptr": "*fp16"}
+    pointers |= {"ks_ptr": "*fp16", "vs_ptr": "*fp16", "query_ptr": "*bf16"}
+    pointers |= {f"{run}_{side}_ptr": "*bf16" for run in ("first", "recent") for side in "kv"}
     names = kernel.arg_names
     signature = {
         name: "constexpr"
         if name in constants
-        else pointers.get(name, "*fp32" if name.endswith("_ptr") else "fp32" if name == "softcap" else "i32")
+        else pointers.get(
+            name, "*fp32" if name.endswith("_ptr") else "fp32" if name in ("scale", "softcap") else "i32"
+        )
         for name in names
     }
     aligned = [index for index, name in enumerate(names) if name.endswith(("_ptr", "_head", "_page"))]
