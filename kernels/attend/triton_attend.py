@@ -219,9 +219,7 @@ class _Call:
             D=self.keys.head_dim,
             DV=value_dim,
             R=self.padded,
-            TILE=min(
-                64, DENSE_TILE_BYTES // (max(self.keys.head_dim, value_dim) * self.query.element_size())
-            ),
+            TILE=dense_tile(max(self.keys.head_dim, value_dim) * self.query.element_size()),
             K_BITS=books[0].bits,
             V_BITS=books[1].bits,
             K_ASM=assembly[0],
@@ -264,6 +262,11 @@ class _Call:
             num_warps=16 if value_dim > 128 else 4,
         )
         return out.view(self.batch, self.query_heads, self.queries, value_dim)
+
+
+def dense_tile(token_bytes: int) -> int:
+    """16-bit tokens that a program holds at a time, 16 or 32, for keys of `token_bytes` a token."""
+    return 32 if 32 * token_bytes <= DENSE_TILE_BYTES else 16
 
 
 def split_settings(key_bits: int, value_bits: int, plain: bool) -> SplitSettings:
