@@ -11,7 +11,7 @@ from tests.pipelines.words import text, word_tokenizer
 
 
 def _with(**attributes):
-    tokenizer = copy.copy(word_tokenizer())
+    tokenizer = copy.deepcopy(word_tokenizer())
     for name, value in attributes.items():
         setattr(tokenizer, name, value)
     return tokenizer
