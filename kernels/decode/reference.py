@@ -20,24 +20,9 @@ from quantpress.kernels.layout import PAGE_TOKENS, page_bytes, page_table, read_
 WORKSPACE_VALUES = 1 << 19  # coordinates decoded at a time
 
 
-def decode_code_space(planes: dict[str, Tensor], spec: CodecSpec) -> Tensor:
-    """Decode pages into code space, where q.x = to_code_space(query(q)) . y + bias(q).
-
-    Args:
-        planes: from `encode_pages` (views of whole pages will do), B x Hkv x P pages.
-        spec: the codec that made them.
-
-    Returns:
-        [B, Hkv, T, D] float32, T = 128 * P: scale times level, groups side by side; for the "prod" estimator
-        plus sqrt(pi / 2) / D * residual norm * (sketch signs @ sketch_matrix). Keys are contiguous, values
-        are the transpose of a contiguous [B, Hkv, D, T], as in their pages.
-
-    Raises:
-        InvalidInputError: the planes are not this codec's.
-
-    Source: TurboQuant, arXiv 2504.19874, Algorithms 1 and 2.
-    """
-    batch, heads, pages = _check_planes(planes, spec)
+def decode_code_space_reference(planes: dict[str, Tensor], spec: CodecSpec) -> Tensor:
+    """Decode pages into code space. See `quantpress.kernels.decode.decode_code_space`."""
+    batch, heads, pages = check_planes(planes, spec)
     device = planes["codes0"].device
     rows, dim = batch * heads, spec.head_dim
     if spec.role == "key":
@@ -70,24 +55,11 @@ def from_code_space(y: Tensor, spec: CodecSpec) -> Tensor:
     return _by_group(y, spec, lambda part, i: spec.rotation_of(i).inverse(part))
 
 
-def decode_pages(
+def decode_pages_reference(
     planes: dict[str, Tensor], spec: CodecSpec, transform: ChannelTransform, dtype: torch.dtype
 ) -> Tensor:
-    """Decode pages to the vectors they stand for.
-
-    Args:
-        planes: from `encode_pages`, B x Hkv x P pages.
-        spec: the codec that made them.
-        transform: the transform they were encoded with.
-        dtype: dtype of the result.
-
-    Returns:
-        [B, Hkv, 128 * P, D] `dtype`.
-
-    Raises:
-        InvalidInputError: the planes are not this codec's.
-    """
-    return transform.invert(from_code_space(decode_code_space(planes, spec), spec)).to(dtype)
+    """Decode pages to vectors. See `quantpress.kernels.decode.decode_pages`."""
+    return transform.invert(from_code_space(decode_code_space_reference(planes, spec), spec)).to(dtype)
 
 
 def _decode_plane(packed: Tensor, scale: Tensor, table: Tensor, bits: int, role: str, out: Tensor) -> None:
@@ -122,8 +94,15 @@ def _by_group(x: Tensor, spec: CodecSpec, turn: Callable[[Tensor, int], Tensor])
     return turned[0] if len(turned) == 1 else torch.cat(turned, dim=-1)
 
 
-def _check_planes(planes: dict[str, Tensor], spec: CodecSpec) -> tuple[int, int, int]:
-    """(B, Hkv, P) of planes that fit the codec."""
+def check_planes(planes: dict[str, Tensor], spec: CodecSpec) -> tuple[int, int, int]:
+    """Check that planes fit a codec.
+
+    Returns:
+        (B, Hkv, P).
+
+    Raises:
+        InvalidInputError: they do not.
+    """
     expected = {}
     for i, group in enumerate(spec.groups):
         expected[f"codes{i}"] = page_bytes(group.bits, group.channels)

@@ -4,7 +4,8 @@ from torch import Tensor
 
 from quantpress.codecs.spec import CodecSpec
 from quantpress.codecs.transform import ChannelTransform
-from quantpress.kernels.encode.reference import encode_pages_reference
+from quantpress.kernels.available import runs_triton
+from quantpress.kernels.encode.reference import check_vectors, encode_pages_reference
 
 __all__ = ["encode_pages"]
 
@@ -36,4 +37,10 @@ def encode_pages(x: Tensor, spec: CodecSpec, transform: ChannelTransform) -> dic
 
     Source: TurboQuant, arXiv 2504.19874, Algorithms 1 and 2.
     """
+    check_vectors(x, spec, transform)
+    if runs_triton(x.device):
+        from quantpress.kernels.encode.triton_encode import encode_pages_triton, supports_encode
+
+        if supports_encode(x, spec):
+            return encode_pages_triton(x, spec, transform)
     return encode_pages_reference(x, spec, transform)

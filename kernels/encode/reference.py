@@ -19,14 +19,23 @@ from quantpress.kernels.layout import PAGE_TOKENS, pack_pages
 WORKSPACE_VALUES = 1 << 20  # coordinates encoded at a time; about 24 bytes of workspace each
 
 
-@torch.no_grad()
-def encode_pages_reference(x: Tensor, spec: CodecSpec, transform: ChannelTransform) -> dict[str, Tensor]:
-    """Quantize vectors and pack their codes into pages. See `quantpress.kernels.encode.encode_pages`."""
+def check_vectors(x: Tensor, spec: CodecSpec, transform: ChannelTransform) -> None:
+    """Check what `encode_pages` is given.
+
+    Raises:
+        InvalidInputError: x is not floating [B, Hkv, T, D] of whole pages, or the transform is not for it.
+    """
     if x.dim() != 4 or x.shape[-1] != spec.head_dim or x.shape[2] % PAGE_TOKENS or not x.is_floating_point():
         raise InvalidInputError(
             f"encode needs floating [B, Hkv, T, {spec.head_dim}] with T a multiple of {PAGE_TOKENS}, "
             f"got {x.dtype} {tuple(x.shape)}"
         )
+    transform.apply(x[:, :, :0])  # for its checks
+
+
+@torch.no_grad()
+def encode_pages_reference(x: Tensor, spec: CodecSpec, transform: ChannelTransform) -> dict[str, Tensor]:
+    """Quantize vectors and pack their codes into pages. See `quantpress.kernels.encode.encode_pages`."""
     batch, heads, tokens, dim = x.shape
     pages = x.reshape(batch, heads, tokens // PAGE_TOKENS, PAGE_TOKENS, dim)
     planes: dict[str, Tensor] = {}

@@ -1,0 +1,25 @@
+"""Whether a device can run the Triton kernels."""
+
+import importlib.util
+import warnings
+from functools import lru_cache
+
+import torch
+
+LEAST_CAPABILITY = (8, 0)  # bfloat16 tensor cores
+
+
+@lru_cache(maxsize=16)
+def runs_triton(device: torch.device) -> bool:
+    """Whether Triton is installed and the device is an NVIDIA GPU of compute capability 8.0 or more.
+
+    Where only Triton is missing, one warning says so.
+    """
+    if device.type != "cuda" or torch.version.hip is not None:
+        return False
+    if torch.cuda.get_device_capability(device) < LEAST_CAPABILITY:
+        return False
+    found = importlib.util.find_spec("triton") is not None
+    if not found:
+        warnings.warn("triton is not installed: packing on CUDA runs in plain PyTorch, slowly", stacklevel=3)
+    return found

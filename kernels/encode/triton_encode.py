@@ -1,0 +1,246 @@
+"""Launching of the Triton encode kernel: what it supports, its settings and its operands."""
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from quantpress.codecs.codebook import Codebook
+from quantpress.codecs.spec import CodecSpec
+from quantpress.codecs.transform import ChannelTransform
+from quantpress.errors import NonFiniteError
+from quantpress.kernels.encode.assembly import rounding_assembly, squares_assembly, summand_unit
+from quantpress.kernels.encode.nearest import nearest_level
+from quantpress.kernels.encode.triton_kernel import CAREFUL, QUICK, QUICK_UNIT, RAW, encode_pages_kernel
+from quantpress.kernels.layout import PAGE_TOKENS, page_bytes
+from quantpress.kernels.rotation_matrix import RotationMatrix, padded, rotation_matrix
+
+MAX_CHANNELS = 256  # of one group: a tile's rows lie in the registers of one program
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+ASSEMBLED = (2, 3, 4)
+ROOMY_BYTES = 160 * 1024
+RAW_UNIT = 2.0**20  # of the matrix for raw bfloat16: squares then hold norms between 2**-80 and 2**30
+OUT_OF_RANGE = 2
+RULES = {"norm": 0, "norm_corrected": 1, "unbiased": 2}
+
+
+@dataclass(frozen=True)
+class EncodeSettings:
+    """How the kernel is launched.
+
+    Args:
+        warps: warps of a program.
+        stages: depth of the software pipeline over pages.
+        pages: pages of one program, which loads the rotation once for them.
+        block: channels that a rotation takes at a time.
+        registers: most registers of a thread; None for no limit.
+    """
+
+    warps: int
+    stages: int
+    pages: int
+    block: int
+    registers: int | None = None
+
+
+def encode_settings(x: Tensor, spec: CodecSpec, roomy: bool) -> EncodeSettings:
+    """Settings for vectors and a codec, as measured on an H100 at 128 channels.
+
+    Args:
+        x: the vectors.
+        spec: the codec.
+        roomy: whether a program may have 160 KB of shared memory (sm_80, sm_90, sm_100), so that the next
+            page's vectors are fetched while one is encoded.
+    """
+    if max(group.channels for group in spec.groups) > 128:
+        return EncodeSettings(warps=8, stages=1, pages=4, block=64)
+    ahead = roomy and len(spec.groups) == 1 and x.element_size() == 2 and spec.head_dim in (64, 128)
+    crowded = ahead and spec.role == "key" and spec.bits in (2, 4)  # three programs share a multiprocessor
+    return EncodeSettings(
+        warps=4, stages=2 if ahead else 1, pages=4, block=128, registers=168 if crowded else None
+    )
+
+
+def is_roomy(device: torch.device) -> bool:
+    """Whether a program may have 160 KB of shared memory."""
+    if device.type != "cuda":
+        return False
+    properties: Any = torch.cuda.get_device_properties(device)
+    return bool(properties.shared_memory_per_block_optin >= ROOMY_BYTES)
+
+
+def supports_encode(x: Tensor, spec: CodecSpec) -> bool:
+    """Whether the kernel can encode these vectors: no sketch, groups of up to 256 channels, 16 or 32 bits."""
+    fits = all(group.channels <= MAX_CHANNELS for group in spec.groups)
+    return spec.estimator == "mse" and fits and x.dtype in DTYPES and x.dim() == 4
+
+
+def encode_pages_triton(x: Tensor, spec: CodecSpec, transform: ChannelTransform) -> dict[str, Tensor]:
+    """Quantize vectors and pack their codes into pages. See `quantpress.kernels.encode.encode_pages`.
+
+    A coordinate at a threshold, up to float32 rounding, may get another code than the reference gives it.
+    """
+    planes, flag = launch_encode(x, spec, transform)
+    outcome = int(flag)
+    if outcome == OUT_OF_RANGE:
+        planes, flag = launch_encode(x, spec, transform, direct=False)
+        outcome = int(flag)
+    if outcome:
+        raise NonFiniteError("vectors to encode hold NaN or infinity, or overflow in the channel transform")
+    return planes
+
+
+@torch.no_grad()
+def launch_encode(
+    x: Tensor,
+    spec: CodecSpec,
+    transform: ChannelTransform,
+    settings: EncodeSettings | None = None,
+    direct: bool = True,
+) -> tuple[dict[str, Tensor], Tensor]:
+    """Encode without waiting for the device.
+
+    Args:
+        x: as for `encode_pages`, like the next two.
+        spec: the codec.
+        transform: the channel transform.
+        settings: how to launch; chosen for the shape when None.
+        direct: whether the modes for vectors of ordinary length may be used.
+
+    Returns:
+        The planes, valid if the flag [1] int32 becomes 0. 1: x is not finite; 2: encode again with
+        direct=False.
+    """
+    if x.stride(-1) != 1:
+        x = x.contiguous()
+    batch, heads, tokens, _ = x.shape
+    pages = tokens // PAGE_TOKENS
+    planes: dict[str, Tensor] = {}
+    for i, group in enumerate(spec.groups):
+        size = page_bytes(group.bits, group.channels)
+        planes[f"codes{i}"] = x.new_empty(batch, heads, pages, size, dtype=torch.uint8)
+        planes[f"scale{i}"] = x.new_empty(batch, heads, pages, PAGE_TOKENS, dtype=spec.torch_scale_dtype)
+    flag = torch.zeros(1, dtype=torch.int32, device=x.device)
+    if pages * batch * heads == 0:
+        return planes, flag
+    settings = settings or encode_settings(x, spec, is_roomy(x.device))
+    grid = (-(-pages // settings.pages), batch * heads)
+    arguments = encode_arguments(x, spec, transform, planes, flag, settings, x.is_cuda, direct)
+    if x.is_cuda:
+        with torch.cuda.device(x.device):
+            encode_pages_kernel[grid](**arguments, num_warps=settings.warps, maxnreg=settings.registers)
+    else:
+        encode_pages_kernel[grid](**arguments)
+    return planes, flag
+
+
+def encode_arguments(
+    x: Tensor,
+    spec: CodecSpec,
+    transform: ChannelTransform,
+    planes: dict[str, Tensor],
+    flag: Tensor,
+    settings: EncodeSettings,
+    device: bool,
+    direct: bool = True,
+) -> dict[str, Any]:
+    """The kernel's arguments by name; `device` for a GPU, else for the interpreter.
+
+    Of a channel group that is not there the first one's are repeated.
+    """
+    values = spec.role == "value"
+    parts = {name: part.contiguous() for name, part in transform.tensors().items()}
+    arguments: dict[str, Any] = {f"{name}_ptr": parts.get(name, flag) for name in ("mean", "weight", "order")}
+    matrices = [rotation_matrix(spec.rotation_of(i), x.device) for i in range(len(spec.groups))]
+    whole = (
+        all(len(matrix.halves) == 1 for matrix in matrices)
+        and transform.mean is None
+        and transform.weight is None
+    )
+    raw = direct and whole and x.dtype != torch.float32 and (device or x.dtype == torch.float16)
+    mode = (RAW if raw else QUICK).value if direct else CAREFUL.value
+    unit = RAW_UNIT if raw and x.dtype == torch.bfloat16 else 1.0
+    scaled = QUICK_UNIT.value if mode == QUICK.value else 1.0
+    for i in range(2):
+        at = min(i, len(spec.groups) - 1)
+        group, matrix, book = spec.groups[at], matrices[at], spec.codebook_of(at)
+        rounding, squares, sum_unit = _assembly(book, spec) if device else ("", "", 1.0)
+        size = padded(group.channels)
+        table, cells = _grid_table(book, x.device) if book.bits == 8 else (flag, 1)
+        arguments |= {
+            f"matrix{i}_ptr": _operand(matrix, values, x.dtype if raw else torch.float16, unit),
+            f"table{i}_ptr": table,
+            f"words{i}_ptr": planes[f"codes{at}"].view(torch.int32),
+            f"scale{i}_ptr": planes[f"scale{at}"],
+            f"cells{i}": cells,
+            f"factor{i}": matrix.factor / unit / scaled,
+            f"BOOK{i}": positive_book(book),
+            f"ASM{i}": rounding,
+            f"SQUARES{i}": squares,
+            f"UNIT{i}": sum_unit,
+            f"C{i}": group.channels if i < len(spec.groups) else 0,
+            f"CP{i}": size,
+            f"BK{i}": min(size, settings.block),
+            f"BITS{i}": group.bits,
+            f"HALVES{i}": matrix.halves.shape[0],
+        }
+    return arguments | {
+        "x_ptr": x,
+        "flag_ptr": flag,
+        "stride_b": x.stride(0),
+        "stride_h": x.stride(1),
+        "stride_t": x.stride(2),
+        "heads": x.shape[1],
+        "pages": x.shape[2] // PAGE_TOKENS,
+        "per": settings.pages,
+        "largest": torch.finfo(spec.torch_scale_dtype).max,
+        "RULE": RULES[spec.scale_rule],
+        "MODE": mode,
+        "VALUES": values,
+        "MEAN": transform.mean is not None,
+        "WEIGHT": transform.weight is not None,
+        "ORDER": transform.order is not None,
+        "STAGES": settings.stages,
+    }
+
+
+def positive_book(book: Codebook) -> tuple[float, ...]:
+    """The positive thresholds and levels of a codebook that the kernel holds as constants; none of 8 bits."""
+    if book.bits == 8:
+        return ()
+    half = len(book.levels) // 2
+    return book.thresholds[half:] + book.levels[half:]
+
+
+def _assembly(book: Codebook, spec: CodecSpec) -> tuple[str, str, float]:
+    """Assembly for rounding and for the sum of squared levels, empty for none, and the sum's unit."""
+    if book.bits not in ASSEMBLED:
+        return "", "", 1.0
+    if spec.role == "key" and spec.scale_rule == "norm_corrected":
+        squares, unit = squares_assembly(book)
+        if squares:
+            return rounding_assembly(book, "norm"), squares, unit
+    return rounding_assembly(book, spec.scale_rule), "", summand_unit(book, spec.scale_rule)
+
+
+@lru_cache(maxsize=16)
+def _grid_table(book: Codebook, device: torch.device) -> tuple[Tensor, int]:
+    with torch.inference_mode(False), torch.no_grad():
+        nearest = nearest_level(book, torch.device("cpu"))
+        ends = torch.tensor([nearest.origin, nearest.pitch])
+        table = torch.cat((nearest.thresholds, nearest.levels, ends, nearest.first.float()))
+        return table.to(device), len(nearest.first)
+
+
+@lru_cache(maxsize=128)
+def _operand(matrix: RotationMatrix, values: bool, dtype: torch.dtype, unit: float) -> Tensor:
+    """The matrix times `unit`, its columns in the order of the kernel's tiles; cached."""
+    with torch.inference_mode(False), torch.no_grad():
+        halves = (matrix.halves.float() * unit).to(dtype)
+        if values:
+            return halves
+        column = torch.arange(halves.shape[-1], device=halves.device)
+        channel = column // 16 * 16 + 4 * (column // 2 % 4) + 2 * (column // 8 % 2) + column % 2
+        return halves[..., channel].contiguous()

@@ -1,0 +1,595 @@
+# mypy: allow-untyped-defs
+"""Encoding of whole pages on a GPU (Triton): transform, rotate, round, scale and pack in one pass.
+
+A program takes `per` pages of one (batch, KV head) and works on tiles of 64 tokens. The rotation is a product
+on 16-bit tensor cores that is as good as float32: the matrix is +1 and -1 only (its factor drops out of
+y / |y|) or is split into two float16 parts, and so are the vectors. Three modes:
+
+    RAW      vectors in 16 bits that no transform touches go in as they are
+    QUICK    times 2**6: float16 parts are as good as float32 for norms from 2**-8, coordinates to 2**9
+    CAREFUL  times a power of two for each vector that brings its largest coordinate near 2**14: any length
+
+The first two say when a vector is out of their range; the pages are then encoded again with the third.
+
+Which token is which row of a tile, and which channel which column, is chosen so that the fields of one packed
+word meet in one thread as far as possible: bit by bit, row g1 g0 h v2 v1 v0 of tile q holds token
+
+    keys    q h g1 g0 v2 v1 v0      words join the parts (q and h, then g1) and four channels
+    values  q v1 v2 g1 g0 v0 h      words join the parts (q, v1, v2) and four tokens (v0 h)
+
+and column 16 g + 8 h + 2 t + s holds channel 16 g + 4 t + 2 h + s of a key.
+"""
+
+import triton
+import triton.language as tl
+
+_FLOAT32_MAX = tl.constexpr(3.4028234663852886e38)
+_LITTLE = tl.constexpr(2.0**-100)  # squared norms that RAW takes
+_LARGE = tl.constexpr(2.0**100)
+_SHORT = tl.constexpr(2.0**-8)  # a norm that QUICK keeps exact to float32
+STEEP = tl.constexpr(2.0**60)  # what the assembly multiplies comparisons by
+QUICK_UNIT = tl.constexpr(2.0**6)
+CAREFUL = tl.constexpr(0)
+QUICK = tl.constexpr(1)
+RAW = tl.constexpr(2)
+
+
+@triton.jit
+def tile_token(tile: tl.constexpr, VALUES: tl.constexpr):
+    """Tokens [64] in a page of the rows of a tile."""
+    row = tl.arange(0, 64)
+    if VALUES:
+        lane = 2 * (row & 1) + ((row >> 3) & 1)
+        token = 32 * ((row >> 1) & 1) + 16 * ((row >> 2) & 1) + 4 * (row >> 4) + lane
+    else:
+        token = 32 * ((row >> 3) & 1) + 8 * (row >> 4) + (row & 7)
+    return 64 * tile + token
+
+
+@triton.jit
+def tile_channel(CP: tl.constexpr, VALUES: tl.constexpr):
+    """Channels [CP] of the columns of a tile."""
+    column = tl.arange(0, CP)
+    if VALUES:
+        channel = column
+    else:
+        channel = (column // 16) * 16 + 4 * ((column >> 1) & 3) + 2 * ((column >> 3) & 1) + (column & 1)
+    return channel
+
+
+@triton.jit
+def _vectors(
+    x_ptr,
+    stride,
+    mean_ptr,
+    weight_ptr,
+    order_ptr,
+    token,
+    part: tl.constexpr,
+    START: tl.constexpr,
+    C: tl.constexpr,
+    BK: tl.constexpr,
+    MODE: tl.constexpr,
+    MEAN: tl.constexpr,
+    WEIGHT: tl.constexpr,
+    ORDER: tl.constexpr,
+):
+    """Channels part * BK onwards of a group, [64, BK], as stored (RAW) or transformed, float32."""
+    place = part * BK + tl.arange(0, BK)
+    inside = place < C
+    channel = START + place
+    if ORDER:
+        channel = tl.load(order_ptr + channel, mask=inside, other=0).to(tl.int32)
+    x = tl.load(x_ptr + token[:, None] * stride + channel[None, :], mask=inside[None, :], other=0.0)
+    if MODE != RAW:
+        x = x.to(tl.float32)
+        if MEAN:
+            x = x - tl.load(mean_ptr + channel, mask=inside, other=0.0)[None, :]
+        weight = tl.full([BK], 1.0, tl.float32)
+        if WEIGHT:
+            weight = tl.load(weight_ptr + channel, mask=inside, other=0.0)
+        if MODE == QUICK:
+            weight = weight * QUICK_UNIT
+        if WEIGHT or MODE == QUICK:
+            x = x * weight[None, :]
+    return x
+
+
+@triton.jit
+def load_matrix(matrix_ptr, half: tl.constexpr, part: tl.constexpr, BK: tl.constexpr, CP: tl.constexpr):
+    """Rows part * BK onwards of one half of the rotation, [BK, CP]."""
+    row = part * BK + tl.arange(0, BK)
+    return tl.load(matrix_ptr + (half * CP + row[:, None]) * CP + tl.arange(0, CP)[None, :])
+
+
+@triton.jit
+def _held(matrix_ptr, half: tl.constexpr, HALVES: tl.constexpr, BK: tl.constexpr, CP: tl.constexpr):
+    """One half of the rotation if the program keeps it, [CP, CP]; else something unused."""
+    if BK == CP and half < HALVES:  # noqa: SIM108
+        matrix = load_matrix(matrix_ptr, half, 0, CP, CP)
+    else:
+        matrix = 0
+    return matrix
+
+
+@triton.jit
+def split_dot(x, high, low, acc, HALVES: tl.constexpr):
+    """acc + x (high + low), x float32 in two float16 parts; the product of the small parts is left out."""
+    big = x.to(tl.float16)
+    small = (x - big.to(tl.float32)).to(tl.float16)
+    acc = tl.dot(small, high, acc)
+    if HALVES == 2:
+        acc = tl.dot(big, low, acc)
+    return tl.dot(big, high, acc)
+
+
+@triton.jit
+def _rotated(
+    x_ptr,
+    stride,
+    mean_ptr,
+    weight_ptr,
+    order_ptr,
+    matrix_ptr,
+    high,
+    low,
+    token,
+    START: tl.constexpr,
+    C: tl.constexpr,
+    CP: tl.constexpr,
+    BK: tl.constexpr,
+    HALVES: tl.constexpr,
+    MODE: tl.constexpr,
+    MEAN: tl.constexpr,
+    WEIGHT: tl.constexpr,
+    ORDER: tl.constexpr,
+):
+    """Rotated vectors [64, CP] float32, times a power of two where CAREFUL, and what undoes it, [64]."""
+    acc = tl.zeros([64, CP], tl.float32)
+    undo = tl.full([64], 1.0, tl.float32)
+    if MODE != CAREFUL:
+        for part in tl.static_range(CP // BK):
+            x = _vectors(
+                x_ptr,
+                stride,
+                mean_ptr,
+                weight_ptr,
+                order_ptr,
+                token,
+                part,
+                START,
+                C,
+                BK,
+                MODE,
+                MEAN,
+                WEIGHT,
+                ORDER,
+            )
+            if BK < CP:
+                high = load_matrix(matrix_ptr, 0, part, BK, CP)
+                low = high
+                if HALVES == 2:
+                    low = load_matrix(matrix_ptr, 1, part, BK, CP)
+            if MODE == RAW:  # noqa: SIM108
+                acc = tl.dot(x, high, acc)
+            else:
+                acc = split_dot(x, high, low, acc, HALVES)
+    else:
+        peak = tl.zeros([64], tl.float32)
+        for part in tl.static_range(CP // BK):
+            x = _vectors(
+                x_ptr,
+                stride,
+                mean_ptr,
+                weight_ptr,
+                order_ptr,
+                token,
+                part,
+                START,
+                C,
+                BK,
+                MODE,
+                MEAN,
+                WEIGHT,
+                ORDER,
+            )
+            peak = tl.maximum(peak, tl.max(tl.abs(x), 1))
+        exponent = tl.minimum(tl.maximum(peak.to(tl.int32, bitcast=True) >> 23, 15), 254)
+        factor = ((268 - exponent) << 23).to(tl.float32, bitcast=True)
+        undo = ((exponent - 14) << 23).to(tl.float32, bitcast=True)
+        for part in tl.static_range(CP // BK):
+            if BK < CP:
+                x = _vectors(
+                    x_ptr,
+                    stride,
+                    mean_ptr,
+                    weight_ptr,
+                    order_ptr,
+                    token,
+                    part,
+                    START,
+                    C,
+                    BK,
+                    MODE,
+                    MEAN,
+                    WEIGHT,
+                    ORDER,
+                )
+            if BK < CP:
+                high = load_matrix(matrix_ptr, 0, part, BK, CP)
+                low = high
+                if HALVES == 2:
+                    low = load_matrix(matrix_ptr, 1, part, BK, CP)
+            acc = split_dot(x * factor[:, None], high, low, acc, HALVES)
+    return acc, undo
+
+
+@triton.jit
+def _plain_fields(
+    u, shift, sign, byte, table_ptr, cells, BOOK: tl.constexpr, BITS: tl.constexpr, RULE: tl.constexpr
+):
+    """What `rounding_assembly` gives, for any width and without assembly.
+
+    BOOK: the positive thresholds, then the positive levels. 8 bits read them from `table_ptr`: 256
+    thresholds, 256 levels, origin and pitch of a grid, and for each cell how many thresholds lie below it.
+    """
+    a = tl.abs(u)
+    negative = u <= 0
+    signs = tl.where(negative, sign, 0)
+    field = tl.zeros(u.shape, tl.int32)
+    if BITS == 8:
+        at = (u - tl.load(table_ptr + 512)) * tl.load(table_ptr + 513)
+        cell = tl.minimum(tl.maximum(at, 0.0), cells - 1.0).to(tl.int32)
+        code = tl.load(table_ptr + 514 + cell).to(tl.int32)
+        code += (u > tl.load(table_ptr + code)).to(tl.int32)
+        level = tl.abs(tl.load(table_ptr + 256 + code))
+        field = code << (byte + field)
+    else:
+        HALF: tl.constexpr = 2 ** (BITS - 1)
+        level = tl.full(u.shape, BOOK[HALF - 1], tl.float32)
+        for i in tl.static_range(HALF - 1):
+            above = a > BOOK[i]
+            field += above.to(tl.int32)
+            level = tl.where(above, BOOK[HALF + i], level)
+        if BITS == 4:
+            field = (field << shift) + signs
+        elif BITS == 3:
+            field = field << shift
+        elif BITS == 2:
+            field = tl.where(negative, 1 - field, 2 + field) << shift
+        else:
+            field = signs
+    return field, signs, level * level if RULE == 1 else level * a
+
+
+@triton.jit
+def _join(field, CP: tl.constexpr, VALUES: tl.constexpr):
+    """Add up what meets in a thread: keys [64, CP] -> words [64, CP / 4], values -> [32, CP] of rows g v."""
+    if VALUES:
+        field = tl.reshape(tl.sum(tl.reshape(field, [4, 2, 8, CP]), 1), [32, CP])
+    else:
+        field = tl.sum(tl.reshape(field, [64, CP // 16, 2, 4, 2]), 4)
+        field = tl.reshape(tl.sum(field, 2), [64, CP // 4])
+    return field
+
+
+@triton.jit
+def _store(
+    words_ptr,
+    field,
+    tile: tl.constexpr,
+    C: tl.constexpr,
+    CP: tl.constexpr,
+    WIDTH: tl.constexpr,
+    VALUES: tl.constexpr,
+):
+    """Join the rest of a plane (of width 8: of one tile) and write its words."""
+    if VALUES:
+        ROWS: tl.constexpr = 16 if WIDTH >= 4 else 4 * WIDTH
+        word = tl.sum(tl.reshape(field, [ROWS, 32 // ROWS, CP]), 1)
+        row, channel = tl.arange(0, ROWS), tl.arange(0, CP)
+        if WIDTH == 8:
+            at = 16 * tile + 8 * (row & 1) + 4 * ((row >> 1) & 1) + (row >> 2)
+        elif WIDTH == 4:
+            at = 8 * (row & 1) + 4 * ((row >> 1) & 1) + (row >> 2)
+        elif WIDTH == 2:
+            at = 4 * (row & 1) + (row >> 1)
+        else:
+            at = row
+        tl.store(words_ptr + channel[None, :] * (4 * WIDTH) + at[:, None], word, mask=channel[None, :] < C)
+    else:
+        column = tl.arange(0, CP // 4)
+        if WIDTH >= 4:
+            word = field
+            row = tile_token(tile if WIDTH == 8 else 0, False)
+        elif WIDTH == 2:
+            word = tl.reshape(tl.sum(tl.reshape(field, [4, 2, 8, CP // 4]), 1), [32, CP // 4])
+            row = tl.arange(0, 32)
+        else:
+            word = tl.sum(tl.reshape(field, [2, 2, 2, 8, CP // 4]), 2)
+            word = tl.reshape(tl.sum(word, 0), [16, CP // 4])
+            row = tl.arange(0, 16)
+        tl.store(words_ptr + row[:, None] * (C // 4) + column[None, :], word, mask=column[None, :] < C // 4)
+
+
+@triton.jit
+def _encode_page(
+    x_ptr,
+    stride,
+    mean_ptr,
+    weight_ptr,
+    order_ptr,
+    matrix_ptr,
+    high,
+    low,
+    table_ptr,
+    cells,
+    words_ptr,
+    scale_ptr,
+    flag_ptr,
+    largest,
+    norm_factor,
+    BOOK: tl.constexpr,
+    ASM: tl.constexpr,
+    SQUARES: tl.constexpr,
+    UNIT: tl.constexpr,
+    START: tl.constexpr,
+    C: tl.constexpr,
+    CP: tl.constexpr,
+    BK: tl.constexpr,
+    BITS: tl.constexpr,
+    HALVES: tl.constexpr,
+    RULE: tl.constexpr,
+    MODE: tl.constexpr,
+    VALUES: tl.constexpr,
+    MEAN: tl.constexpr,
+    WEIGHT: tl.constexpr,
+    ORDER: tl.constexpr,
+):
+    """One page of one channel group, its pointers at the page's start."""
+    channel = tile_channel(CP, VALUES)
+    for tile in tl.static_range(2):
+        token = tile_token(tile, VALUES)
+        y, undo = _rotated(
+            x_ptr,
+            stride,
+            mean_ptr,
+            weight_ptr,
+            order_ptr,
+            matrix_ptr,
+            high,
+            low,
+            token,
+            START,
+            C,
+            CP,
+            BK,
+            HALVES,
+            MODE,
+            MEAN,
+            WEIGHT,
+            ORDER,
+        )
+        square = tl.sum(y * y, 1)
+        norm = tl.sqrt(square)
+        length = norm * norm_factor
+        in_range = square < float("inf")  # false for NaN too
+        if MODE != CAREFUL:
+            if MODE == RAW:
+                in_range = square < _LARGE
+                enough = square > _LITTLE
+            else:
+                enough = length > _SHORT
+            if scale_ptr.dtype.element_ty == tl.float16:  # what vanishes here has scale 0
+                enough = enough | (square == 0)
+            in_range = in_range & enough
+        tl.store(flag_ptr + 0 * token, 1 if MODE == CAREFUL else 2, mask=in_range == 0)
+        over = 1.0 / tl.where(square > 0, norm, 1.0)
+        lane = token[:, None] % 4 if VALUES else channel[None, :] % 4
+        part = token[:, None] // 16  # of a plane of width 1
+        if BITS == 4:
+            shift = 16 * tile + 4 * lane
+            sign = 1 << (8 * lane + 7 - 4 * tile)
+        else:
+            shift = 16 * (part // 4) + 4 * lane + 2 * ((part // 2) % 2)
+            sign = 1 << (8 * lane + 7 - part)
+        if ASM != "":
+            field, signs, each = tl.inline_asm_elementwise(
+                ASM,
+                "=&r,=&r,=&f,f,r,r,f",
+                [y, shift, sign, (over * STEEP)[:, None]],
+                dtype=(tl.int32, tl.int32, tl.float32),
+                is_pure=True,
+                pack=1,
+            )
+        else:
+            u = y * over[:, None]
+            field, signs, each = _plain_fields(u, shift, sign, 8 * lane, table_ptr, cells, BOOK, BITS, RULE)
+        word = _join(field, CP, VALUES)
+        if SQUARES != "":
+            first = 16 * (token // 64)
+            if BITS != 4:
+                first += 2 * ((token // 32) % 2)
+            each = tl.inline_asm_elementwise(
+                SQUARES,
+                "=r,r,r",
+                [word, tl.broadcast_to(first[:, None], word.shape)],
+                dtype=tl.int32,
+                is_pure=True,
+                pack=1,
+            )
+            column = tl.arange(0, CP // 4)
+            stretch = tl.sum(tl.where(column[None, :] < C // 4, each, 0), 1).to(tl.float32) * UNIT
+        elif CP != C:
+            stretch = tl.sum(tl.where(channel[None, :] < C, each, 0.0), 1) * UNIT
+        else:
+            stretch = tl.sum(each, 1) * UNIT
+        if RULE == 0:
+            stretch = tl.full([64], 1.0, tl.float32)
+        elif RULE == 1:
+            stretch = tl.sqrt(stretch)
+        elif ASM != "":
+            stretch = stretch * over
+        scale = tl.minimum(length * undo, _FLOAT32_MAX) / tl.where(stretch == 0, 1.0, stretch)
+        tl.store(scale_ptr + token, tl.minimum(scale, largest).to(scale_ptr.dtype.element_ty))
+        if BITS == 8:
+            _store(words_ptr, word, tile, C, CP, 8, VALUES)
+        else:
+            if tile == 0:
+                words = word
+                if BITS == 3:
+                    all_signs = _join(signs, CP, VALUES)
+            else:
+                words += word
+                if BITS == 3:
+                    all_signs += _join(signs, CP, VALUES)
+    if BITS == 4:
+        _store(words_ptr, words, 0, C, CP, 4, VALUES)
+    elif BITS == 1:
+        _store(words_ptr, words, 0, C, CP, 1, VALUES)
+    elif BITS != 8:
+        _store(words_ptr, words, 0, C, CP, 2, VALUES)
+        if BITS == 3:
+            _store(words_ptr + 8 * C, all_signs, 0, C, CP, 1, VALUES)
+
+
+@triton.jit
+def encode_pages_kernel(
+    x_ptr,
+    mean_ptr,
+    weight_ptr,
+    order_ptr,
+    flag_ptr,
+    matrix0_ptr,
+    table0_ptr,
+    words0_ptr,
+    scale0_ptr,
+    matrix1_ptr,
+    table1_ptr,
+    words1_ptr,
+    scale1_ptr,
+    stride_b,
+    stride_h,
+    stride_t,
+    heads,
+    pages,
+    per,
+    cells0,
+    cells1,
+    largest,
+    factor0,
+    factor1,
+    BOOK0: tl.constexpr,
+    BOOK1: tl.constexpr,
+    ASM0: tl.constexpr,
+    ASM1: tl.constexpr,
+    SQUARES0: tl.constexpr,
+    SQUARES1: tl.constexpr,
+    UNIT0: tl.constexpr,
+    UNIT1: tl.constexpr,
+    C0: tl.constexpr,
+    C1: tl.constexpr,
+    CP0: tl.constexpr,
+    CP1: tl.constexpr,
+    BK0: tl.constexpr,
+    BK1: tl.constexpr,
+    BITS0: tl.constexpr,
+    BITS1: tl.constexpr,
+    HALVES0: tl.constexpr,
+    HALVES1: tl.constexpr,
+    RULE: tl.constexpr,
+    MODE: tl.constexpr,
+    VALUES: tl.constexpr,
+    MEAN: tl.constexpr,
+    WEIGHT: tl.constexpr,
+    ORDER: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """Encode pages per * axis 0 onwards of one (batch, KV head), axis 1; C1 is 0 without a second group.
+
+    x: 16-bit or float32, channels contiguous. words [B, Hkv, P, bytes / 4] int32, scale [B, Hkv, P, 128].
+    largest: of the scale's dtype. factor: what one unit of the matrix stands for. flag [1] becomes 1 when
+    something is not finite, 2 when a vector is out of the range of a MODE other than CAREFUL.
+    RULE: 0 "norm", 1 "norm_corrected", 2 "unbiased".
+    """
+    head = tl.program_id(1).to(tl.int64)
+    x_ptr += head // heads * stride_b + head % heads * stride_h
+    mean_ptr += head * (C0 + C1)
+    weight_ptr += head * (C0 + C1)
+    order_ptr += head * (C0 + C1)
+    high0 = _held(matrix0_ptr, 0, HALVES0, BK0, CP0)
+    low0 = _held(matrix0_ptr, 1, HALVES0, BK0, CP0)
+    if C1 > 0:
+        high1 = _held(matrix1_ptr, 0, HALVES1, BK1, CP1)
+        low1 = _held(matrix1_ptr, 1, HALVES1, BK1, CP1)
+    first = tl.program_id(0) * per
+    for page in tl.range(first, tl.minimum(first + per, pages), num_stages=STAGES):
+        at = head * pages + page
+        vectors_ptr = x_ptr + (at - head * pages) * (128 * stride_t)
+        _encode_page(
+            vectors_ptr,
+            stride_t,
+            mean_ptr,
+            weight_ptr,
+            order_ptr,
+            matrix0_ptr,
+            high0,
+            low0,
+            table0_ptr,
+            cells0,
+            words0_ptr + at * (4 * BITS0 * C0),
+            scale0_ptr + at * 128,
+            flag_ptr,
+            largest,
+            factor0,
+            BOOK0,
+            ASM0,
+            SQUARES0,
+            UNIT0,
+            0,
+            C0,
+            CP0,
+            BK0,
+            BITS0,
+            HALVES0,
+            RULE,
+            MODE,
+            VALUES,
+            MEAN,
+            WEIGHT,
+            ORDER,
+        )
+        if C1 > 0:
+            _encode_page(
+                vectors_ptr,
+                stride_t,
+                mean_ptr,
+                weight_ptr,
+                order_ptr,
+                matrix1_ptr,
+                high1,
+                low1,
+                table1_ptr,
+                cells1,
+                words1_ptr + at * (4 * BITS1 * C1),
+                scale1_ptr + at * 128,
+                flag_ptr,
+                largest,
+                factor1,
+                BOOK1,
+                ASM1,
+                SQUARES1,
+                UNIT1,
+                C0,
+                C1,
+                CP1,
+                BK1,
+                BITS1,
+                HALVES1,
+                RULE,
+                MODE,
+                VALUES,
+                MEAN,
+                WEIGHT,
+                ORDER,
+            )

@@ -1,0 +1,51 @@
+"""Rotations as operands of 16-bit matrix products that keep float32's precision."""
+
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from quantpress.codecs.rotation import Rotation
+
+_SPLIT_SCALE = 2.0**12  # keeps the low halves of entries, at most 1, among float16's normal numbers
+
+
+@dataclass(frozen=True, eq=False)
+class RotationMatrix:
+    """A rotation as the sum of one or two float16 matrices.
+
+    Args:
+        halves: [1 or 2, CP, CP] float16, zero outside the rotation's own channels. One, of -1, 0 and 1, when
+            the rotation has no other entries but for a factor; else the high and low halves of its entries.
+        factor: rotation = factor * sum of the halves.
+    """
+
+    halves: Tensor
+    factor: float
+
+
+def padded(channels: int) -> int:
+    """The next power of two, at least 16: what a tile with this many channels is padded to."""
+    return max(16, 1 << (channels - 1).bit_length())
+
+
+@lru_cache(maxsize=128)
+def rotation_matrix(rotation: Rotation, device: torch.device, inverse: bool = False) -> RotationMatrix:
+    """R.T, for y = x @ R.T, or R, for x = y @ R, on a device; cached."""
+    with torch.inference_mode(False), torch.no_grad():  # kept: must stay usable outside inference mode
+        exact = rotation.matrix() if inverse else rotation.matrix().T
+        factor = 1.0 if rotation.kind == "identity" else 1 / math.sqrt(rotation.dim)
+        signs = (exact / factor).round()
+        if bool(signs.abs().max() <= 1) and bool((signs * factor - exact).abs().max() < 1e-12):
+            parts = [signs]
+        else:
+            factor = 1 / _SPLIT_SCALE
+            high = (exact / factor).half()
+            parts = [high, exact / factor - high.double()]
+        size = padded(rotation.dim)
+        halves = torch.zeros(len(parts), size, size, dtype=torch.float16)
+        for half, part in zip(halves, parts, strict=True):
+            half[: rotation.dim, : rotation.dim] = part.half()
+        return RotationMatrix(halves.to(device), factor)

@@ -1,0 +1,273 @@
+"""The Triton encode kernel against float64 and the reference: interpreted, compiled, and on a GPU."""
+
+import sys
+
+import pytest
+import torch
+
+from quantpress.codecs.spec import CodecSpec
+from quantpress.codecs.transform import ChannelTransform
+from quantpress.errors import InvalidInputError, NonFiniteError
+from quantpress.kernels.encode import encode_pages
+from quantpress.kernels.encode.assembly import rounding_assembly, squares_assembly
+from quantpress.kernels.encode.reference import encode_pages_reference
+from quantpress.kernels.layout import PAGE_TOKENS, unpack_pages
+from tests.kernels.triton_cases import (
+    HEADS,
+    NEAR_TIE,
+    case_specs,
+    compile_only,
+    interpret,
+    transform_of,
+    vectors,
+)
+
+pytest.importorskip("triton")
+
+SCALE_ROUNDING = {"float16": 2**-11, "bfloat16": 2**-8, "float32": 4e-6}
+SHAPES = [(128, bits) for bits in (1, 2, 3, 4, 8, 2.5, 3.5)]
+SHAPES += [(dim, bits) for dim in (64, 80, 96, 256) for bits in (2.5, 3, 4)]
+
+
+def check(
+    planes: dict[str, torch.Tensor], x: torch.Tensor, spec: CodecSpec, transform: ChannelTransform
+) -> int:
+    """Codes are the reference's but at ties, scales right for the codes; returns how many ties differ."""
+    expected = encode_pages_reference(x, spec, transform)
+    assert planes.keys() == expected.keys()
+    y = _apply(x, transform)
+    start = ties = 0
+    for i, group in enumerate(spec.groups):
+        part = y[..., start : start + group.channels] @ spec.rotation_of(i).matrix().T
+        start += group.channels
+        norm = part.norm(dim=-1)
+        unit = part / norm.masked_fill(norm == 0, 1).unsqueeze(-1)
+        book, name = spec.codebook_of(i), f"codes{i}"
+        assert planes[name].shape == expected[name].shape and planes[name].dtype == torch.uint8
+        codes, right = (
+            unpack_pages(p[name], group.bits, group.channels, spec.role).flatten(2, 3)
+            for p in (planes, expected)
+        )
+        apart = codes != right
+        nearest = (unit.unsqueeze(-1) - torch.tensor(book.thresholds, dtype=torch.float64)).abs().amin(-1)
+        assert (nearest[apart] < NEAR_TIE).all(), (spec, "a code is wrong and not at a tie")
+        ties += int(apart.sum())
+        levels = torch.tensor(book.levels, dtype=torch.float64)[codes.long()]
+        if spec.scale_rule == "norm":
+            ideal = norm
+        elif spec.scale_rule == "norm_corrected":
+            ideal = norm / levels.norm(dim=-1)
+        else:
+            along = (unit * levels).sum(-1)
+            ideal = norm / along.masked_fill(along == 0, 1)
+        scale = planes[f"scale{i}"]
+        assert scale.dtype == spec.torch_scale_dtype and scale.shape == expected[f"scale{i}"].shape
+        stored = scale.double().flatten(2, 3)
+        ideal = ideal.clamp(max=torch.finfo(scale.dtype).max)
+        assert ((stored - ideal).abs() <= (SCALE_ROUNDING[spec.scale_dtype] + 4e-6) * ideal + 2**-25).all(), (
+            spec
+        )
+    assert ties <= 1e-4 * x.numel() + 2
+    return ties
+
+
+def _apply(x: torch.Tensor, transform: ChannelTransform) -> torch.Tensor:
+    """The transform in float64."""
+    y = x.double()
+    if transform.mean is not None:
+        y = y - transform.mean.double()[:, :, None]
+    if transform.weight is not None:
+        y = y * transform.weight.double()[:, :, None]
+    if transform.order is not None:
+        y = y.gather(-1, transform.order.long()[:, :, None].expand_as(y))
+    return y
+
+
+@pytest.mark.parametrize("role", ["key", "value"])
+def test_interpreted(role: str) -> None:
+    lines = interpret(__file__, role).splitlines()
+    assert len(lines) == len(case_specs(role)) + 5
+
+
+def interpreted(role: str) -> None:
+    """What `test_interpreted` runs in a process of its own, a line for each check."""
+    from quantpress.kernels.encode.triton_encode import encode_pages_triton, launch_encode
+
+    for spec in case_specs(role):
+        x, transform = vectors(spec.head_dim, torch.float32), transform_of(spec)
+        print(spec, "ties:", check(encode_pages_triton(x, spec, transform), x, spec, transform))
+    spec, plain = CodecSpec(64, 3, role), ChannelTransform()
+    for dtype in (torch.float16, torch.bfloat16):
+        x = vectors(64, dtype)
+        print(dtype, "ties:", check(encode_pages_triton(x, spec, plain), x, spec, plain))
+    x = vectors(64, torch.float32) * 2.0**-130
+    even = torch.randn(1, 2, 128, 80)
+    for width in (3, 4):  # in the quick mode the lengths of `vectors` are out of range
+        odd = CodecSpec(80, width, role)
+        check(launch_encode(even, odd, plain)[0], even, odd, plain)
+    tiny = CodecSpec(64, 3, role, scale_dtype="float32")
+    codes = encode_pages_triton(x, tiny, plain)["codes0"]
+    same = codes == encode_pages_reference(x, tiny, plain)["codes0"]
+    assert same.float().mean() > 0.999
+    print("subnormal vectors")
+    for bad in (float("nan"), float("inf")):
+        x = vectors(64, torch.float32)
+        x[0, 1, 100, 63] = bad
+        try:
+            encode_pages_triton(x, spec, plain)
+        except NonFiniteError:
+            print("refused", bad)
+
+
+@pytest.mark.parametrize("capability", [80, 90, 100])
+@pytest.mark.parametrize(
+    ("spec", "dtype", "moved"),
+    [
+        (CodecSpec(128, 4, "key"), torch.bfloat16, True),
+        (CodecSpec(128, 3, "value"), torch.bfloat16, False),
+        (CodecSpec(64, 2.5, "key"), torch.float16, True),
+        (CodecSpec(80, 1, "value"), torch.float32, True),
+        (CodecSpec(256, 8, "key"), torch.float16, False),
+        (CodecSpec(96, 2, "value", scale="norm"), torch.bfloat16, False),
+    ],
+    ids=lambda x: f"{x.head_dim}-{x.bits}-{x.role}" if isinstance(x, CodecSpec) else str(x),
+)
+def test_compiles(spec: CodecSpec, dtype: torch.dtype, moved: bool, capability: int) -> None:
+    from quantpress.kernels.encode.triton_encode import (
+        ROOMY_BYTES,
+        encode_arguments,
+        encode_settings,
+        launch_encode,
+    )
+    from quantpress.kernels.encode.triton_kernel import encode_pages_kernel
+
+    x = torch.empty(1, 1, 0, spec.head_dim, dtype=dtype)
+    transform = transform_of(spec, heads=1) if moved else ChannelTransform()
+    planes, flag = launch_encode(x, spec, transform)
+    settings = encode_settings(x, spec, roomy=True)
+    arguments = encode_arguments(x, spec, transform, planes, flag, settings, device=True)
+    compiled = compile_only(encode_pages_kernel, arguments, capability, settings.warps)
+    assert compiled.asm["cubin"]
+    assert compiled.metadata.shared <= ROOMY_BYTES
+    narrow = encode_settings(x, spec, roomy=False)
+    arguments = encode_arguments(x, spec, transform, planes, flag, narrow, device=True)
+    assert compile_only(encode_pages_kernel, arguments, capability, narrow.warps).metadata.shared <= 99 * 1024
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_assembly_compares_with_every_threshold(bits: int) -> None:
+    book = CodecSpec(128, bits, "value").codebook_of(0)
+    assert rounding_assembly(book, "unbiased").count(".sat.") == 2 ** (bits - 1) - 1
+    assert rounding_assembly(book, "norm").count(".sat.") == bits - 1 + (bits == 3)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_squared_levels_are_whole_numbers_of_their_unit(bits: int) -> None:
+    book = CodecSpec(128, bits, "key").codebook_of(0)
+    text, unit = squares_assembly(book)
+    whole = torch.tensor(book.levels, dtype=torch.float64) / unit**0.5
+    assert "dp4a" in text and torch.allclose(whole, whole.round(), atol=1e-9) and whole.max() < 256
+    assert squares_assembly(CodecSpec(128, bits, "key", codebook="lloyd_max").codebook_of(0)) == ("", 0.0)
+
+
+gpu = pytest.mark.gpu
+
+
+def on_gpu(x: torch.Tensor, spec: CodecSpec, transform: ChannelTransform) -> dict[str, torch.Tensor]:
+    """Encode on the GPU; memory the planes may land in holds rubbish."""
+    for plane in encode_pages(x.cuda(), spec, transform.map(lambda t: t.cuda())).values():
+        plane.fill_(-1 if plane.is_floating_point() else 0xA5)
+    planes = encode_pages(x.cuda(), spec, transform.map(lambda t: t.cuda()))
+    return {name: plane.cpu() for name, plane in planes.items()}
+
+
+@gpu
+@pytest.mark.parametrize("role", ["key", "value"])
+@pytest.mark.parametrize(("dim", "bits"), SHAPES)
+def test_every_width_on_a_gpu(dim: int, bits: float, role: str) -> None:
+    spec = CodecSpec(dim, bits, role)
+    for dtype, moved in ((torch.bfloat16, True), (torch.bfloat16, False)):
+        x = vectors(dim, dtype, tokens=5 * PAGE_TOKENS, heads=3, batch=2)
+        transform = transform_of(spec, heads=3, batch=2) if moved else ChannelTransform()
+        print(spec, moved, "ties:", check(on_gpu(x, spec, transform), x, spec, transform))
+
+
+@gpu
+@pytest.mark.parametrize("role", ["key", "value"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("scale", ["norm", "norm_corrected", "unbiased"])
+def test_every_rule_and_dtype_on_a_gpu(scale: str, dtype: torch.dtype, role: str) -> None:
+    for form in ("e4m3", "lloyd_max"):
+        for bits in (2, 3, 4):
+            spec = CodecSpec(128, bits, role, scale=scale, codebook=form, scale_dtype="float32")
+            x = vectors(128, dtype)
+            for transform in (ChannelTransform(), transform_of(spec)):
+                check(on_gpu(x, spec, transform), x, spec, transform)
+
+
+@gpu
+@pytest.mark.parametrize("role", ["key", "value"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_ordinary_vectors_need_no_second_launch_on_a_gpu(bits: int, dtype: torch.dtype, role: str) -> None:
+    from quantpress.kernels.encode.triton_encode import launch_encode
+
+    spec, x = CodecSpec(128, bits, role), torch.randn(1, HEADS, 9 * PAGE_TOKENS, 128).to(dtype)
+    for transform in (ChannelTransform(), transform_of(spec)):
+        planes, flag = launch_encode(x.cuda(), spec, transform.map(lambda t: t.cuda()))
+        assert int(flag) == 0
+        check({name: plane.cpu() for name, plane in planes.items()}, x, spec, transform)
+
+
+@gpu
+@pytest.mark.parametrize("rotation", ["haar", "identity"])
+def test_every_rotation_on_a_gpu(rotation: str) -> None:
+    spec = CodecSpec(128, 4, "key", rotation=rotation, scale_dtype="bfloat16")
+    x = vectors(128, torch.bfloat16)
+    check(on_gpu(x, spec, ChannelTransform()), x, spec, ChannelTransform())
+
+
+@gpu
+@pytest.mark.parametrize("size", [1e20, 1e36])
+def test_vectors_longer_than_16_bit_products_hold_on_a_gpu(size: float) -> None:
+    spec = CodecSpec(128, 4, "value", scale_dtype="float32")
+    x = (torch.randn(1, 1, PAGE_TOKENS, 128) * size).to(torch.bfloat16)
+    check(on_gpu(x, spec, ChannelTransform()), x, spec, ChannelTransform())
+
+
+@gpu
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("bits", [3, 2.5])
+def test_what_is_not_finite_is_refused_on_a_gpu(bits: float, dtype: torch.dtype, bad: float) -> None:
+    spec = CodecSpec(64, bits, "value")
+    for channel in (0, 63):
+        x = vectors(64, dtype)
+        x[0, 1, 100, channel] = bad
+        for transform in (ChannelTransform(), transform_of(spec)):
+            with pytest.raises(NonFiniteError):
+                on_gpu(x, spec, transform)
+
+
+@gpu
+def test_any_strides_on_a_gpu() -> None:
+    spec = CodecSpec(128, 3, "key")
+    x = torch.randn(2, 3 * PAGE_TOKENS, 4, 128).transpose(1, 2)
+    check(on_gpu(x, spec, ChannelTransform()), x, spec, ChannelTransform())
+    wide = torch.randn(2, 4, 2 * PAGE_TOKENS, 256)[..., ::2]
+    check(on_gpu(wide, spec, ChannelTransform()), wide, spec, ChannelTransform())
+
+
+@gpu
+def test_what_the_kernel_does_not_do_is_still_done_on_a_gpu() -> None:
+    x = torch.randn(1, 1, PAGE_TOKENS, 576)
+    for spec in (CodecSpec(576, 4, "key"), CodecSpec(576, 3, "key", estimator="prod")):
+        assert all(plane.numel() for plane in on_gpu(x, spec, ChannelTransform()).values())
+    with pytest.raises(InvalidInputError):
+        on_gpu(x[:, :, :100], CodecSpec(576, 4, "key"), ChannelTransform())
+    empty = on_gpu(torch.empty(1, 2, 0, 64), CodecSpec(64, 4, "key"), ChannelTransform())
+    assert empty["codes0"].shape[:3] == (1, 2, 0)
+
+
+if __name__ == "__main__":
+    interpreted(sys.argv[1])

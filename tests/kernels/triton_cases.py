@@ -1,0 +1,87 @@
+"""What the tests of the Triton encode and decode kernels share: codecs, vectors, compiling without a GPU."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from quantpress.codecs.spec import CodecSpec
+from quantpress.codecs.transform import ChannelTransform
+
+BATCH, HEADS, TOKENS = 1, 2, 256
+NEAR_TIE = 2e-6  # float32 rotation of a unit vector moves a coordinate by less
+POINTERS = {
+    torch.float32: "*fp32",
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.int32: "*i32",
+    torch.int16: "*i16",
+}
+
+
+def transform_of(spec: CodecSpec, heads: int = HEADS, batch: int = BATCH) -> ChannelTransform:
+    """A transform with all its parts, the order among them for split codecs only."""
+    lead = (batch, heads, spec.head_dim)
+    order = torch.rand(lead).argsort(-1).to(torch.int16) if len(spec.groups) > 1 else None
+    return ChannelTransform(torch.randn(lead), torch.rand(lead).add(0.5), order)
+
+
+def vectors(
+    dim: int, dtype: torch.dtype, tokens: int = TOKENS, heads: int = HEADS, batch: int = BATCH
+) -> torch.Tensor:
+    """Uneven channels, lengths over ten binades, a zero vector; [B, Hkv, T, D], part of a larger tensor."""
+    shape = (batch, heads, tokens + 3, dim)
+    length = torch.rand(*shape[:3], 1).mul(10).sub(5).exp2()
+    x = torch.randn(shape) * torch.rand(dim).mul(3).exp2() * length
+    x[0, 0, 7] = 0
+    return x.to(dtype)[:, :, 3:]
+
+
+def case_specs(role: str) -> list[CodecSpec]:
+    """Every width, rotation and scale rule at least once, on small heads."""
+    specs = [CodecSpec(64, bits, role) for bits in (1, 2, 3, 4, 8, 2.5, 3.5)]
+    specs += [CodecSpec(80, bits, role) for bits in (2, 3, 3.5)]
+    specs += [CodecSpec(64, 4, role, scale=scale) for scale in ("norm", "norm_corrected", "unbiased")]
+    specs += [CodecSpec(64, 4, role, rotation=kind, codebook="lloyd_max") for kind in ("haar", "identity")]
+    return [*specs, CodecSpec(36, 3, role, scale_dtype="float32"), CodecSpec(160, 2, role)]
+
+
+def interpret(script: str, *arguments: str) -> str:
+    """Run a test file as a script under Triton's interpreter: it has to be chosen before a kernel is made."""
+    root = str(Path(__file__).resolve().parents[2])
+    env = os.environ | {
+        "TRITON_INTERPRET": "1",
+        "PYTHONPATH": root,
+        "PYTHONSAFEPATH": "1",
+        "OMP_NUM_THREADS": "1",
+    }
+    command = [sys.executable, script, *arguments]
+    run = subprocess.run(command, env=env, capture_output=True, text=True, timeout=280)
+    if run.returncode:
+        raise AssertionError(f"{run.stdout}\n{run.stderr}")
+    return run.stdout
+
+
+def compile_only(kernel: Any, arguments: dict[str, Any], capability: int, warps: int) -> Any:
+    """Compile a kernel for an NVIDIA GPU that need not be here, as these arguments would."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    constants = {param.name for param in kernel.params if param.is_constexpr}
+    signature, values, attributes = {}, {}, {}
+    for i, name in enumerate(kernel.arg_names):
+        value = arguments[name]
+        if name in constants:
+            signature[name] = "constexpr"
+            values[(i,)] = value
+        elif isinstance(value, torch.Tensor):
+            signature[name] = POINTERS[value.dtype]
+            attributes[(i,)] = [["tt.divisibility", 16]]
+        else:
+            signature[name] = "fp32" if isinstance(value, float) else "i32"
+    source = ASTSource(kernel, signature, values, attributes)
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps})
