@@ -5,6 +5,7 @@ import pytest
 import torch
 from transformers import DynamicCache
 
+from quantpress.presses import Compose, Knorm
 from tests.pipelines.cases import ALL, CONTEXT, DECODING, LONG_CONTEXT, PRESSES, QUESTIONS, UNEQUAL
 from tests.pipelines.words import ours, text, theirs, word_tokenizer
 from tests.tiny_models import tiny_model
@@ -33,6 +34,23 @@ def test_presses_that_act_during_decoding_answer_as_in_kvpress(name):
     expected = theirs()(CONTEXT, press=DECODING[name](), **arguments)
     assert ours()(CONTEXT, press=DECODING[name](), **arguments) == expected
     assert ours()(CONTEXT, **arguments) != expected
+
+
+@pytest.mark.parametrize(
+    "name", ["snapkv", "adakv", "key_rerotation", *(f"while_{name}" for name in DECODING)]
+)
+def test_a_composition_is_treated_like_the_press_in_it(name):
+    arguments = {"question": QUESTIONS[0], "max_new_tokens": 20}
+    expected = ours()(CONTEXT, press=ALL[name](), **arguments)
+    assert ours()(CONTEXT, press=Compose([ALL[name]()]), **arguments) == expected
+    assert ours()(CONTEXT, press=[ALL[name]()], **arguments) == expected
+
+
+def test_a_class_means_its_defaults():
+    arguments = {"question": QUESTIONS[0], "max_new_tokens": 8}
+    expected = ours()(CONTEXT, press=Knorm(0.5), **arguments)
+    assert ours()(CONTEXT, press=Knorm, **arguments) == expected
+    assert ours(press=[Knorm])(CONTEXT, **arguments) == expected
 
 
 @pytest.mark.parametrize("family", ["mistral", "qwen2", "qwen3", "phi3", "gemma3"])

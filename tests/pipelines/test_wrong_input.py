@@ -6,7 +6,8 @@ import kvpress
 import pytest
 from transformers import DynamicCache, GenerationConfig, TextStreamer
 
-from quantpress.errors import ContextTooLongError, EmptyContextError, InvalidInputError
+from quantpress.errors import CompositionError, ContextTooLongError, EmptyContextError, InvalidInputError
+from quantpress.presses import Knorm, TurboQuant
 from tests.pipelines.cases import CONTEXT, DECODING, PRESSES, QUESTIONS, SNAP, UNEQUAL
 from tests.pipelines.words import ours, text, theirs, word_tokenizer
 
@@ -42,6 +43,11 @@ from tests.pipelines.words import ours, text, theirs, word_tokenizer
 def test_wrong_arguments_are_named(arguments, words):
     with pytest.raises(InvalidInputError, match=words):
         ours()(CONTEXT, **arguments)
+
+
+def test_presses_that_do_not_go_together_are_refused_when_the_pipeline_is_made():
+    with pytest.raises(CompositionError):
+        ours(press=[TurboQuant, Knorm])
 
 
 def test_harmless_values_of_refused_arguments_pass():
