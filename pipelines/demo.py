@@ -23,7 +23,7 @@ from quantpress.pipelines.text_generation import TextGenerationPipeline
 from quantpress.pipelines.trials import MakePress, Row, Trial, run
 from quantpress.presses import Cap, Compose, SnapKV, StreamingLLM, TurboQuant
 
-TOKENS, DEPTHS = 4096, 5
+TOKENS, DEPTHS = 4096, 3
 FAST_TOKENS, FAST_DEPTHS = 2048, 3
 PRESSES: tuple[MakePress, ...] = (
     lambda: None,
