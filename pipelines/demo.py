@@ -21,14 +21,14 @@ from quantpress.pipelines.default_model import DEFAULT_MODEL_NAME, ensure_defaul
 from quantpress.pipelines.report import format_bytes
 from quantpress.pipelines.text_generation import TextGenerationPipeline
 from quantpress.pipelines.trials import MakePress, Row, Trial, run
-from quantpress.presses import Cap, Compose, SnapKV, StreamingLLM, TurboQuant
+from quantpress.presses import Compactor, Compose, SnapKV, StreamingLLM, TurboQuant
 
 TOKENS, DEPTHS = 4096, 3
 FAST_TOKENS, FAST_DEPTHS = 2048, 3
 PRESSES: tuple[MakePress, ...] = (
     lambda: None,
     TurboQuant,
-    lambda: Compose([Cap, TurboQuant]),
+    lambda: Compose([Compactor, TurboQuant]),
     lambda: Compose([SnapKV, TurboQuant]),
     lambda: Compose([StreamingLLM, TurboQuant]),
 )

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from kvpress import BasePress
@@ -24,6 +24,7 @@ from quantpress.presses import Compose
 
 CHAT_TOKENS = 64  # room for what the chat form adds to the book
 ANSWER_TOKENS = 8
+SHOWN = 6  # characters of an answer in a table: one more than a number has
 
 MakePress = Callable[[], BasePress | None]
 
@@ -44,8 +45,10 @@ class Trial:
     @property
     def said(self) -> str:
         """The number in the answer, or its first word; short enough for a table."""
-        found = re.search(r"\d+|\S+", self.answer.replace(",", ""))
-        return found[0][:5] if found else ""
+        answer = self.answer.replace(",", "")
+        found = re.search(r"\d+", answer) or re.search(r"\S+", answer)
+        shown = found[0] if found else ""
+        return shown if len(shown) <= SHOWN else f"{shown[:SHOWN]}…"
 
 
 @dataclass(frozen=True)
@@ -94,8 +97,8 @@ def run(pipe: TextGenerationPipeline, tokens: int, depths: int, presses: Sequenc
 
 
 def name_of(press: BasePress | None) -> str:
-    """A press as it is written, without the `Compose` around it."""
+    """The presses and the first setting of each: what they evict, or how many bits they keep."""
     if press is None:
         return "uncompressed"
-    composed = press if isinstance(press, Compose) else Compose([press])
-    return repr(composed).removeprefix("Compose(").removesuffix(")")
+    parts = press.presses if isinstance(press, Compose) else (press,)
+    return " | ".join(f"{type(part).__name__}({getattr(part, fields(part)[0].name)})" for part in parts)

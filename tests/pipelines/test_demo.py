@@ -44,6 +44,20 @@ def test_the_table_shows_right_and_wrong_answers_and_measured_means():
     assert "4,000 tokens" in shown
 
 
+@pytest.mark.parametrize(
+    ("answer", "said"),
+    [
+        (" 12,345.\n", "12345"),
+        (" 123456.", "123456"),
+        ("it is 1234567", "123456…"),
+        (" unmentioned", "unment…"),
+        ("", ""),
+    ],
+)
+def test_what_was_said_is_short(answer, said):
+    assert Trial(Needle("Oslo", 12345, 0.5), answer, _report()).said == said
+
+
 def test_figures_are_json():
     found = json.loads(json.dumps(demo.as_dict(_rows(), ours(), 1.5)))
     assert [[trial["right"] for trial in row["trials"]] for row in found["rows"]] == [
