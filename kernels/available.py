@@ -21,5 +21,8 @@ def runs_triton(device: torch.device) -> bool:
         return False
     found = importlib.util.find_spec("triton") is not None
     if not found:
-        warnings.warn("triton is not installed: packing on CUDA runs in plain PyTorch, slowly", stacklevel=3)
+        warnings.warn(
+            "triton is not installed: packing and attention on CUDA run in plain PyTorch, slowly",
+            stacklevel=3,
+        )
     return found

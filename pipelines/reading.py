@@ -1,6 +1,7 @@
 """Reading the context: one forward pass into a cache, under a press."""
 
-from contextlib import ExitStack, nullcontext
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 
 import torch
 from kvpress import BasePress
@@ -38,11 +39,39 @@ def read_context(
         The position of the next token, which is T unless a press numbers the kept tokens anew.
 
     Raises:
-        InvalidInputError: the cache already holds tokens.
+        InvalidInputError: the cache already holds tokens, or the press cannot compress this context.
     """
     held = max((layer.get_seq_length() for layer in cache.layers), default=0)
     if held:
         raise InvalidInputError(f"the cache already holds {held} tokens; give a new one for every context")
+    tokens = context_ids.shape[1]
+    with _named_failure(press, tokens):
+        return _read(model, context_ids, cache, press, chunk_tokens, progress, watch)
+
+
+@contextmanager
+def _named_failure(press: BasePress | None, tokens: int) -> Iterator[None]:
+    """kvpress asserts what a press needs of a context, mostly its length; name the press and the remedy."""
+    try:
+        yield
+    except AssertionError as error:
+        if press is None:
+            raise
+        raise InvalidInputError(
+            f"{press!r} cannot compress this context of {tokens} tokens: {error}. "
+            "Give a longer context, a press with smaller windows, or press=None"
+        ) from error
+
+
+def _read(
+    model: PreTrainedModel,
+    context_ids: torch.Tensor,
+    cache: Cache,
+    press: BasePress | None,
+    chunk_tokens: int | None,
+    progress: bool | None,
+    watch: Stopwatch | None,
+) -> int:
     tokens = context_ids.shape[1]
     chunk = chunk_length(tokens) if chunk_tokens is None else chunk_tokens
     timing = nullcontext() if watch is None else watch.measure("prefill")

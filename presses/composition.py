@@ -6,8 +6,7 @@ times, and that decides what may stand beside them:
 - in the hook of each layer, at the end of the prefill: most of them;
 - when their context ends, on the complete cache of the context: `AT_EXIT`;
 - again and again while decoding: `DECODING`. They take keys out of the cache and put others back, which a
-packed
-  cache does not allow.
+  packed cache does not allow.
 
 Head-wise presses (`HEAD_WISE`) remove nothing: they name slots that attention must not see.
 """

@@ -1,9 +1,7 @@
 """Attention over dense and packed segments: the public entry, and the seam where a device kernel goes in."""
 
-import importlib.util
-import warnings
 from collections.abc import Sequence
-from functools import lru_cache, partial
+from functools import partial
 
 import torch
 
@@ -11,6 +9,7 @@ from quantpress.errors import InvalidInputError
 from quantpress.kernels.attend.operands import DenseSegment, PackedSegment, PackedSide, Segment, Visibility
 from quantpress.kernels.attend.reference import attend_reference
 from quantpress.kernels.attend.triton_attend import attend_triton, supports
+from quantpress.kernels.available import runs_triton
 
 __all__ = ["DenseSegment", "PackedSegment", "PackedSide", "Segment", "Visibility", "attend"]
 
@@ -50,23 +49,11 @@ def attend(
         raise InvalidInputError(
             f"attention over {tokens} tokens, but the mask is for {visibility.tokens}; pass both alike"
         )
-    first = filled[0]
-    heads = (first.keys if isinstance(first, DenseSegment) else next(iter(first.keys.planes.values()))).shape[
-        1
-    ]
+    heads = filled[0].kv_heads
     if query.shape[1] % heads:
         raise InvalidInputError(f"{query.shape[1]} query heads are not a multiple of {heads} KV heads")
     run = attend_reference
-    if query.is_cuda and has_triton() and supports(query, filled, visibility):
+    if runs_triton(query.device) and supports(query, filled, visibility):
         plain = torch.cuda.get_device_capability(query.device) < FP8_CAPABILITY
         run = partial(attend_triton, plain=plain)
     return run(query, filled, visibility, scaling=scaling, softcap=softcap, sinks=sinks)
-
-
-@lru_cache(maxsize=1)
-def has_triton() -> bool:
-    """Whether Triton is installed; without it a CUDA device runs the reference, and one warning says so."""
-    found = importlib.util.find_spec("triton") is not None
-    if not found:
-        warnings.warn("triton is not installed: packed attention on CUDA runs in plain PyTorch", stacklevel=3)
-    return found

@@ -29,6 +29,10 @@ class DenseSegment:
     def tokens(self) -> int:
         return self.keys.shape[2]
 
+    @property
+    def kv_heads(self) -> int:
+        return self.keys.shape[1]
+
 
 @dataclass(frozen=True)
 class PackedSide:
@@ -68,6 +72,10 @@ class PackedSegment:
     @property
     def tokens(self) -> int:
         return self.keys.pages * PAGE_TOKENS
+
+    @property
+    def kv_heads(self) -> int:
+        return next(iter(self.keys.planes.values())).shape[1]
 
 
 Segment = DenseSegment | PackedSegment

@@ -37,10 +37,8 @@ class OnlineSoftmax:
         weights = scores.sub_(safe.unsqueeze(-1)).exp_()
         decay = torch.exp(self.maximum - safe)
         self.total = self.total * decay + weights.sum(-1)
-        weighted = torch.matmul(weights.flatten(2, 3), values).view_as(
-            self.sum
-        )  # heads of a group share one pass
-        self.sum = self.sum * decay.unsqueeze(-1) + weighted
+        weighted = torch.matmul(weights.flatten(2, 3), values)  # heads of a group share one pass
+        self.sum = self.sum * decay.unsqueeze(-1) + weighted.view_as(self.sum)
         self.maximum = maximum
 
 
@@ -84,10 +82,7 @@ def attend_reference(
 ) -> torch.Tensor:
     """softmax(scaling * q.k + mask) v over segments in order; see `quantpress.kernels.attend.attend`."""
     batch, query_heads, queries, dim = query.shape
-    first = segments[0]
-    kv_heads = (
-        first.keys if isinstance(first, DenseSegment) else next(iter(first.keys.planes.values()))
-    ).shape[1]
+    kv_heads = segments[0].kv_heads
     group = query_heads // kv_heads
     grouped = query.float().reshape(batch, kv_heads, group, queries, dim)
     states: list[OnlineSoftmax] = []

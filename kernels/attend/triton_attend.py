@@ -69,7 +69,7 @@ def supports(query: torch.Tensor, segments: Sequence[Segment], visibility: Visib
     if not _plain(segment.keys) or not _plain(segment.values):
         return False
     own = query.shape[2] == 1 or after >= query.shape[2]
-    return own and query.shape[1] // _kv_heads(segment) <= MOST_ROWS
+    return own and query.shape[1] // segment.kv_heads <= MOST_ROWS
 
 
 def _plain(side: PackedSide) -> bool:
@@ -110,12 +110,18 @@ def attend_triton(
     Returns:
         [B, Hq, Tq, Dv] in the query's dtype.
     """
-    packed = next(segment for segment in segments if isinstance(segment, PackedSegment))
-    at = list(segments).index(packed)
-    before = next(iter(segments[:at]), None)
-    after = next(iter(segments[at + 1 :]), None)
-    assert not isinstance(before, PackedSegment) and not isinstance(after, PackedSegment)
-    queries, step = query.shape[2], MOST_ROWS * _kv_heads(packed) // query.shape[1]
+    before: DenseSegment | None = None
+    after: DenseSegment | None = None
+    packed: PackedSegment | None = None
+    for segment in segments:
+        if isinstance(segment, PackedSegment):
+            packed = segment
+        elif packed is None:
+            before = segment
+        else:
+            after = segment
+    assert packed is not None
+    queries, step = query.shape[2], MOST_ROWS * packed.kv_heads // query.shape[1]
     cap = 0.0 if softcap is None else softcap * LOG2_E
     outputs = []
     with torch.cuda.device(query.device) if query.is_cuda else contextlib.nullcontext():
@@ -136,7 +142,7 @@ class _Call:
     ) -> None:
         self.packed, self.scale, self.softcap, self.plain = packed, scale, softcap, plain
         self.batch, self.query_heads, self.queries, dim = query.shape
-        self.kv_heads = _kv_heads(packed)
+        self.kv_heads = packed.kv_heads
         self.heads = self.batch * self.kv_heads
         self.group = self.query_heads // self.kv_heads
         self.rows = self.group * self.queries
@@ -288,10 +294,6 @@ def pages_per_split(pages: int, heads: int, settings: SplitSettings) -> int:
     """
     splits = max(1, settings.programs // heads)
     return max(2, 2 * math.ceil(pages / splits / 2))
-
-
-def _kv_heads(packed: PackedSegment) -> int:
-    return packed.keys.planes["codes0"].shape[1]
 
 
 def _spec(side: PackedSide) -> CodecSpec:

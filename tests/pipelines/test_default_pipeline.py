@@ -1,5 +1,7 @@
 """The line that a user types, on the default model."""
 
+from pathlib import Path
+
 import pytest
 import torch
 import transformers
@@ -109,3 +111,13 @@ def test_packed_answers_of_generate_are_those_of_the_pipeline(pipe, planted):
         **continue_inputs(cache, question_ids), past_key_values=cache, max_new_tokens=8, do_sample=False
     )
     assert pipe.tokenizer.decode(ids[0, question_ids.shape[1] :], skip_special_tokens=True) == expected
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::UserWarning:transformers")
+def test_the_snippet_of_the_readme_runs_as_printed(default_model_path, monkeypatch, capsys):
+    root = Path(__file__).parents[2]
+    snippet = (root / "README.md").read_text(encoding="utf-8").split("```python\n")[1].split("```")[0]
+    monkeypatch.chdir(root)
+    exec(compile(snippet, "README.md", "exec"), {})
+    assert "pipeline(" in snippet and capsys.readouterr().out.strip()

@@ -7,7 +7,7 @@ import pytest
 from transformers import DynamicCache, GenerationConfig, TextStreamer
 
 from quantpress.errors import CompositionError, ContextTooLongError, EmptyContextError, InvalidInputError
-from quantpress.presses import Knorm, TurboQuant
+from quantpress.presses import Knorm, SnapKV, TurboQuant
 from tests.pipelines.cases import CONTEXT, DECODING, PRESSES, QUESTIONS, SNAP, UNEQUAL
 from tests.pipelines.words import ours, text, theirs, word_tokenizer
 
@@ -148,3 +148,15 @@ def test_an_exception_while_answering_leaves_a_given_cache_with_the_context():
     with pytest.raises(RuntimeError, match="from inside"):
         ours()(CONTEXT, question=QUESTIONS[0], cache=cache, logits_processor=[_fail])
     assert cache.get_seq_length() == 301
+
+
+@pytest.mark.parametrize("press", [SnapKV(0.5), SnapKV(0.5) | TurboQuant(4)], ids=repr)
+def test_a_context_too_short_for_a_press_is_named(press):
+    pipe, cache = ours(), DynamicCache()
+    with pytest.raises(
+        InvalidInputError, match=r"SnapKV\(.*context of \d+ tokens: .*window size 64\. Give a longer"
+    ):
+        pipe(text(30), question="w1", press=press, cache=cache)
+    assert cache.get_seq_length() == 0
+    assert not any(module._forward_hooks for module in pipe.model.modules())
+    assert pipe(text(30), question="w1", press=None)["answer"]
