@@ -20,10 +20,13 @@ class DenseSegment:
     Args:
         keys: [B, Hkv, T, D] any float dtype.
         values: [B, Hkv, T, Dv] any float dtype.
+        lengths: [B, Hkv] int32 on the same device, tokens in use of each KV head, the first of T; None: all T.
+            What lies behind them may hold anything and is never read as a number.
     """
 
     keys: torch.Tensor
     values: torch.Tensor
+    lengths: torch.Tensor | None = None
 
     @property
     def tokens(self) -> int:
@@ -59,15 +62,18 @@ class PackedSide:
 
 @dataclass(frozen=True)
 class PackedSegment:
-    """Tokens in packed pages, `PAGE_TOKENS` to a page, all pages whole.
+    """Tokens in packed pages, `PAGE_TOKENS` to a page.
 
     Args:
         keys: the key side, P pages.
         values: the value side, P pages.
+        lengths: [B, Hkv] int32 on the same device, tokens in use of each KV head, the first of P * 128, any
+            number from 0 on; None: all. What lies behind them may hold anything.
     """
 
     keys: PackedSide
     values: PackedSide
+    lengths: torch.Tensor | None = None
 
     @property
     def tokens(self) -> int:
@@ -88,7 +94,8 @@ class Visibility:
     Args:
         queries: Tq.
         tokens: T over all segments.
-        causal: query i of Tq sees tokens up to T - Tq + i (aligned at the bottom right).
+        causal: query i of Tq sees tokens up to T - Tq + i (aligned at the bottom right). Where the last
+            segment has `lengths`, its end is the end of those: the last Tq - 1 - i tokens in use stay hidden.
         mask: [B or 1, 1 or Hq, Tq or 1, >= T] bool (True: seen) or float (added to scores), or None.
         dropped: [B, Hkv, T] bool, True where a KV head must not see a token, or None.
     """
