@@ -41,7 +41,7 @@ def attend(
 
     Raises:
         InvalidInputError: no token, or the segments' length is not what `visibility` says, or Hq is not a
-            multiple of Hkv.
+            multiple of Hkv, or `lengths` of a segment are not [B, Hkv] int32 on the query's device.
     """
     filled = [segment for segment in segments if segment.tokens > 0]
     tokens = sum(segment.tokens for segment in filled)
@@ -52,8 +52,20 @@ def attend(
     heads = filled[0].kv_heads
     if query.shape[1] % heads:
         raise InvalidInputError(f"{query.shape[1]} query heads are not a multiple of {heads} KV heads")
+    for segment in filled:
+        _check_lengths(segment.lengths, (query.shape[0], heads), query.device)
     run = attend_reference
     if runs_triton(query.device) and supports(query, filled, visibility):
         plain = torch.cuda.get_device_capability(query.device) < FP8_CAPABILITY
         run = partial(attend_triton, plain=plain)
     return run(query, filled, visibility, scaling=scaling, softcap=softcap, sinks=sinks)
+
+
+def _check_lengths(lengths: torch.Tensor | None, shape: tuple[int, int], device: torch.device) -> None:
+    if lengths is None:
+        return
+    if tuple(lengths.shape) != shape or lengths.dtype != torch.int32 or lengths.device != device:
+        raise InvalidInputError(
+            f"lengths of a segment are {tuple(lengths.shape)} {lengths.dtype} on {lengths.device}; "
+            f"give [B, Hkv] = {shape} torch.int32 on {device}"
+        )

@@ -118,4 +118,5 @@ def merge_kernel(
         decay = tl.exp2(m - new)
         turned = turned * decay
         total = total * decay + tl.exp2(sink - new)
+    total = tl.where(total == 0, 1.0, total)  # nothing in use
     tl.store(out_ptr + (head * rows + row) * DV + value, turned / total)

@@ -20,7 +20,7 @@ class DenseSegment:
     Args:
         keys: [B, Hkv, T, D] any float dtype.
         values: [B, Hkv, T, Dv] any float dtype.
-        lengths: [B, Hkv] int32 on the same device, tokens in use of each KV head, the first of T; None: all T.
+        lengths: [B, Hkv] int32 on the same device, tokens in use of each KV head, the first of T; None: all.
             What lies behind them may hold anything and is never read as a number.
     """
 
@@ -33,8 +33,17 @@ class DenseSegment:
         return self.keys.shape[2]
 
     @property
+    def used(self) -> torch.Tensor | int:
+        """Tokens in use: [B, Hkv] or all of them."""
+        return self.tokens if self.lengths is None else self.lengths
+
+    @property
     def kv_heads(self) -> int:
         return self.keys.shape[1]
+
+    @property
+    def device(self) -> torch.device:
+        return self.keys.device
 
 
 @dataclass(frozen=True)
@@ -80,8 +89,17 @@ class PackedSegment:
         return self.keys.pages * PAGE_TOKENS
 
     @property
+    def used(self) -> torch.Tensor | int:
+        """Tokens in use: [B, Hkv] or all of them."""
+        return self.tokens if self.lengths is None else self.lengths
+
+    @property
     def kv_heads(self) -> int:
         return next(iter(self.keys.planes.values())).shape[1]
+
+    @property
+    def device(self) -> torch.device:
+        return next(iter(self.keys.planes.values())).device
 
 
 Segment = DenseSegment | PackedSegment
@@ -93,9 +111,9 @@ class Visibility:
 
     Args:
         queries: Tq.
-        tokens: T over all segments.
-        causal: query i of Tq sees tokens up to T - Tq + i (aligned at the bottom right). Where the last
-            segment has `lengths`, its end is the end of those: the last Tq - 1 - i tokens in use stay hidden.
+        tokens: T over all segments, in use or not.
+        causal: query i of Tq sees tokens up to T - Tq + i (aligned at the bottom right). Where segments have
+            `lengths`, their end is the end of those: the last Tq - 1 - i tokens in use stay hidden.
         mask: [B or 1, 1 or Hq, Tq or 1, >= T] bool (True: seen) or float (added to scores), or None.
         dropped: [B, Hkv, T] bool, True where a KV head must not see a token, or None.
     """
@@ -109,7 +127,7 @@ class Visibility:
     def bias(
         self, start: int, stop: int, shape: tuple[int, int, int, int], device: torch.device
     ) -> torch.Tensor | None:
-        """What to add to the scores of tokens `start` to `stop`.
+        """What mask and dropped entries add to the scores of tokens `start` to `stop`.
 
         Args:
             start: first token.
@@ -129,15 +147,44 @@ class Visibility:
                 total = part.unsqueeze(1)  # [B or 1, 1, 1, Tq or 1, n]
             else:
                 total = part.reshape(part.shape[0], heads, group, part.shape[2], part.shape[3])
-        elif self.causal and self.queries > 1 and stop > self.tokens - self.queries + 1:
-            last = torch.arange(self.tokens - self.queries, self.tokens, device=device).unsqueeze(
-                1
-            )  # [Tq, 1]
-            total = additive(torch.arange(start, stop, device=device).unsqueeze(0) <= last)
         if self.dropped is not None:
             part = additive(~self.dropped[:, :, start:stop].to(device))[:, :, None, None]
             total = part if total is None else total + part
         return total
+
+    def unseen(
+        self, segment: Segment, low: int, high: int, behind: torch.Tensor | int
+    ) -> torch.Tensor | None:
+        """Where tokens `low` to `high` of a segment are not in use, or hidden by the causal rule.
+
+        Args:
+            segment: the tokens.
+            low: first token, counted in the segment.
+            high: one past the last.
+            behind: tokens in use in later segments, [B, Hkv] where they have lengths.
+
+        Returns:
+            bool broadcastable to [B, Hkv, G, Tq, high - low], or None where all of them are seen.
+        """
+        causal = self.causal and self.mask is None and self.queries > 1
+        if segment.lengths is None and isinstance(behind, int):
+            causal = causal and behind + segment.tokens - high < self.queries - 1
+        if segment.lengths is None and not causal:
+            return None
+        token = torch.arange(low, high, device=segment.device)
+        used = segment.used
+        used = used if isinstance(used, int) else used.unsqueeze(-1)
+        behind = behind if isinstance(behind, int) else behind.unsqueeze(-1)
+        unused = token >= used  # [n] or [B, Hkv, n]
+        unused = unused if unused.dim() == 1 else unused[:, :, None, None]
+        if not causal:
+            return unused
+        newer = behind + used - token  # tokens in use from this one on
+        waiting = torch.arange(
+            self.queries - 1, -1, -1, device=token.device
+        )  # newest that query i must not see
+        hidden = newer.unsqueeze(-2) <= waiting.unsqueeze(-1)
+        return unused | (hidden if hidden.dim() == 2 else hidden.unsqueeze(2))
 
 
 def additive(seen: torch.Tensor) -> torch.Tensor:

@@ -88,7 +88,13 @@ def attend_reference(
     states: list[OnlineSoftmax] = []
     sums: list[torch.Tensor] = []
 
-    def score(q: torch.Tensor, keys: torch.Tensor, start: int, bias: torch.Tensor | None) -> torch.Tensor:
+    def score(
+        q: torch.Tensor,
+        keys: torch.Tensor,
+        start: int,
+        unseen: torch.Tensor | None,
+        bias: torch.Tensor | None,
+    ) -> torch.Tensor:
         scores = torch.matmul(q.flatten(2, 3), keys.transpose(-1, -2)).view(
             batch, kv_heads, group, queries, -1
         )
@@ -98,20 +104,23 @@ def attend_reference(
         if softcap is not None:
             scores = softcap * torch.tanh(scores / softcap)
         limit = visibility.bias(start, start + keys.shape[2], (batch, kv_heads, group, queries), query.device)
-        return scores if limit is None else scores + limit
+        scores = scores if limit is None else scores + limit
+        return scores if unseen is None else scores.masked_fill_(unseen, float("-inf"))
 
     start = 0
-    for segment in segments:
+    for number, segment in enumerate(segments):
+        behind = sum((later.used for later in segments[number + 1 :]), 0)
         step = chunk_tokens(segment, batch * kv_heads, group * queries)
         if isinstance(segment, DenseSegment):
             state = OnlineSoftmax(grouped, segment.values.shape[-1])
             for low in range(0, segment.tokens, step):
-                keys = segment.keys[:, :, low : low + step].float()
-                values = segment.values[:, :, low : low + step].float()
-                state.add(score(grouped, keys, start + low, None), values)
+                keys = _in_use(segment, segment.keys[:, :, low : low + step].float(), low)
+                values = _in_use(segment, segment.values[:, :, low : low + step].float(), low)
+                unseen = visibility.unseen(segment, low, low + keys.shape[2], behind)
+                state.add(score(grouped, keys, start + low, unseen, None), values)
             sums.append(state.sum)
         else:
-            state = _attend_pages(grouped, segment, step, start, score)
+            state = _attend_pages(grouped, segment, step, start, visibility, behind, score)
             restored = segment.values.codec.from_code_space(state.sum)
             weight = state.total.unsqueeze(-1)  # sum of the weights, so that an affine inverse stays exact
             sums.append(_invert_values(segment, restored, weight))
@@ -121,21 +130,38 @@ def attend_reference(
     return out.reshape(batch, query_heads, queries, -1).to(query.dtype)
 
 
-Score = Callable[[torch.Tensor, torch.Tensor, int, torch.Tensor | None], torch.Tensor]
+def _in_use(segment: Segment, states: torch.Tensor, low: int) -> torch.Tensor:
+    """Keys or values [B, Hkv, n, D] from token `low` on, with zeros for tokens that are not in use."""
+    if segment.lengths is None:
+        return states
+    token = torch.arange(low, low + states.shape[2], device=states.device)
+    return states.masked_fill((token >= segment.lengths.unsqueeze(-1)).unsqueeze(-1), 0.0)
+
+
+Score = Callable[[torch.Tensor, torch.Tensor, int, torch.Tensor | None, torch.Tensor | None], torch.Tensor]
 
 
 def _attend_pages(
-    grouped: torch.Tensor, segment: PackedSegment, step: int, start: int, score: Score
+    grouped: torch.Tensor,
+    segment: PackedSegment,
+    step: int,
+    start: int,
+    visibility: Visibility,
+    behind: torch.Tensor | int,
+    score: Score,
 ) -> OnlineSoftmax:
     keys, values = segment.keys, segment.values
     query = keys.codec.to_code_space(keys.transform.query(grouped))
     bias = keys.transform.bias(grouped)
     state = OnlineSoftmax(grouped, values.codec.head_dim)
     pages = max(1, step // PAGE_TOKENS)
-    for low in range(0, keys.pages, pages):
-        decoded = keys.codec.decode_code_space(keys.narrow(low, low + pages))
-        scores = score(query, decoded, start + low * PAGE_TOKENS, bias)
-        state.add(scores, values.codec.decode_code_space(values.narrow(low, low + pages)))
+    for page in range(0, keys.pages, pages):
+        low = page * PAGE_TOKENS
+        decoded = _in_use(segment, keys.codec.decode_code_space(keys.narrow(page, page + pages)), low)
+        unseen = visibility.unseen(segment, low, low + decoded.shape[2], behind)
+        scores = score(query, decoded, start + low, unseen, bias)
+        values_here = values.codec.decode_code_space(values.narrow(page, page + pages))
+        state.add(scores, _in_use(segment, values_here, low))
     return state
 
 

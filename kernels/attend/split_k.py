@@ -22,6 +22,7 @@ from quantpress.kernels.attend.dense import attend_tokens, tanh
 from quantpress.kernels.attend.lookup import code_at, levels2, levels3, levels4
 
 RESIDUAL = tl.constexpr(16.0)
+PAGE_TOKENS = tl.constexpr(128)
 _WEIGHT = tl.constexpr(256.0)  # p is at most 1, e4m3 goes to 448
 _LEAST_SCALE = tl.constexpr(2.0**-24)  # the least float16: a zero value scale would make log2 infinite
 
@@ -69,10 +70,10 @@ def _tile(quarter: tl.constexpr, PAIRS: tl.constexpr):
 
 
 @triton.jit
-def _scale(scale_ptr, stride, page, pages, quarter: tl.constexpr, PAIRS: tl.constexpr):
-    """Scales [64] float32 of a tile, and which of its tokens are there."""
+def _scale(scale_ptr, stride, page, used, quarter: tl.constexpr, PAIRS: tl.constexpr):
+    """Scales [64] float32 of a tile, and which of its tokens are in use."""
     which, token = _tile(quarter, PAIRS)
-    live = page + which < pages
+    live = (page + which) * PAGE_TOKENS + token < used
     return tl.load(scale_ptr + (page + which) * stride + token, mask=live, other=0.0).to(tl.float32), live
 
 
@@ -209,6 +210,7 @@ def _attend_pages(
     first,
     last,
     pages,
+    used,
     k_page,
     ks_page,
     v_page,
@@ -225,7 +227,7 @@ def _attend_pages(
     STAGES: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """Running softmax over pages of one head: m and total [R], acc [DV, 2R] in code space."""
+    """Running softmax over pages of one head, `used` tokens in use: m and total [R], acc [DV, 2R]."""
     PAIRS: tl.constexpr = K_BITS != 4 or V_BITS != 4
     STEP: tl.constexpr = 2 if PAIRS else 1
     column, row = tl.arange(0, 2 * R), tl.arange(0, R)
@@ -241,33 +243,33 @@ def _attend_pages(
             k0, k1, k2, k3 = _quarters(
                 k_ptr, k_levels_ptr, k_page, page, pages, D, K_BITS, K_ASM, False, PLAIN
             )
-            ks0, live = _scale(ks_ptr, ks_page, page, pages, 0, True)
-            ks1, _ = _scale(ks_ptr, ks_page, page, pages, 1, True)
-            ks2, _ = _scale(ks_ptr, ks_page, page, pages, 2, True)
-            ks3, _ = _scale(ks_ptr, ks_page, page, pages, 3, True)
-            vs0, _ = _scale(vs_ptr, vs_page, page, pages, 0, True)
-            vs1, _ = _scale(vs_ptr, vs_page, page, pages, 1, True)
-            vs2, _ = _scale(vs_ptr, vs_page, page, pages, 2, True)
-            vs3, _ = _scale(vs_ptr, vs_page, page, pages, 3, True)
+            ks0, live0 = _scale(ks_ptr, ks_page, page, used, 0, True)
+            ks1, live1 = _scale(ks_ptr, ks_page, page, used, 1, True)
+            ks2, live2 = _scale(ks_ptr, ks_page, page, used, 2, True)
+            ks3, live3 = _scale(ks_ptr, ks_page, page, used, 3, True)
+            vs0, _ = _scale(vs_ptr, vs_page, page, used, 0, True)
+            vs1, _ = _scale(vs_ptr, vs_page, page, used, 1, True)
+            vs2, _ = _scale(vs_ptr, vs_page, page, used, 2, True)
+            vs3, _ = _scale(vs_ptr, vs_page, page, used, 3, True)
             vs0, vs1 = tl.maximum(vs0, _LEAST_SCALE), tl.maximum(vs1, _LEAST_SCALE)
             vs2, vs3 = tl.maximum(vs2, _LEAST_SCALE), tl.maximum(vs3, _LEAST_SCALE)
-            s0 = _scores(k0, q, factor, bias, ks0, live, softcap, R, PLAIN, ACC) + tl.log2(vs0)[:, None]
-            s1 = _scores(k1, q, factor, bias, ks1, live, softcap, R, PLAIN, ACC) + tl.log2(vs1)[:, None]
-            s2 = _scores(k2, q, factor, bias, ks2, live, softcap, R, PLAIN, ACC) + tl.log2(vs2)[:, None]
-            s3 = _scores(k3, q, factor, bias, ks3, live, softcap, R, PLAIN, ACC) + tl.log2(vs3)[:, None]
+            s0 = _scores(k0, q, factor, bias, ks0, live0, softcap, R, PLAIN, ACC) + tl.log2(vs0)[:, None]
+            s1 = _scores(k1, q, factor, bias, ks1, live1, softcap, R, PLAIN, ACC) + tl.log2(vs1)[:, None]
+            s2 = _scores(k2, q, factor, bias, ks2, live2, softcap, R, PLAIN, ACC) + tl.log2(vs2)[:, None]
+            s3 = _scores(k3, q, factor, bias, ks3, live3, softcap, R, PLAIN, ACC) + tl.log2(vs3)[:, None]
             new = tl.maximum(m, tl.max(tl.maximum(tl.maximum(s0, s1), tl.maximum(s2, s3)), 0))
             p0, p1 = tl.exp2(s0 - new[None, :]), tl.exp2(s1 - new[None, :])
             p2, p3 = tl.exp2(s2 - new[None, :]), tl.exp2(s3 - new[None, :])
             here = p0 / vs0[:, None] + p1 / vs1[:, None] + p2 / vs2[:, None] + p3 / vs3[:, None]
         else:
             k0, k1 = _halves(k_ptr, k_levels_ptr, k_page, page, pages, D, K_ASM, False, PLAIN)
-            ks0, live = _scale(ks_ptr, ks_page, page, pages, 0, False)
-            ks1, _ = _scale(ks_ptr, ks_page, page, pages, 1, False)
-            vs0, _ = _scale(vs_ptr, vs_page, page, pages, 0, False)
-            vs1, _ = _scale(vs_ptr, vs_page, page, pages, 1, False)
+            ks0, live0 = _scale(ks_ptr, ks_page, page, used, 0, False)
+            ks1, live1 = _scale(ks_ptr, ks_page, page, used, 1, False)
+            vs0, _ = _scale(vs_ptr, vs_page, page, used, 0, False)
+            vs1, _ = _scale(vs_ptr, vs_page, page, used, 1, False)
             vs0, vs1 = tl.maximum(vs0, _LEAST_SCALE), tl.maximum(vs1, _LEAST_SCALE)
-            s0 = _scores(k0, q, factor, bias, ks0, live, softcap, R, PLAIN, ACC) + tl.log2(vs0)[:, None]
-            s1 = _scores(k1, q, factor, bias, ks1, live, softcap, R, PLAIN, ACC) + tl.log2(vs1)[:, None]
+            s0 = _scores(k0, q, factor, bias, ks0, live0, softcap, R, PLAIN, ACC) + tl.log2(vs0)[:, None]
+            s1 = _scores(k1, q, factor, bias, ks1, live1, softcap, R, PLAIN, ACC) + tl.log2(vs1)[:, None]
             new = tl.maximum(m, tl.max(tl.maximum(s0, s1), 0))
             p0, p1 = tl.exp2(s0 - new[None, :]), tl.exp2(s1 - new[None, :])
             here = p0 / vs0[:, None] + p1 / vs1[:, None]
@@ -307,6 +309,9 @@ def attend_split_kernel(
     first_v_ptr,
     recent_k_ptr,
     recent_v_ptr,
+    used_ptr,
+    first_used_ptr,
+    recent_used_ptr,
     o_ptr,
     m_ptr,
     l_ptr,
@@ -339,17 +344,25 @@ def attend_split_kernel(
     PLAIN: tl.constexpr,
     STAGES: tl.constexpr,
     ACC: tl.constexpr,
+    USED: tl.constexpr,
+    FIRST_USED: tl.constexpr,
+    RECENT_USED: tl.constexpr,
 ):
     """Partial softmax sums of one split (axis 0) of one (batch, KV head) (axis 1).
 
     Split `splits` is the 16-bit tokens. q [BH, 2R, D] e4m3 (PLAIN: float32), factor and bias [BH, R]; query
     [BH, rows, D]; first and recent keys and values [BH, tokens, D] contiguous; o [BH, S, R, DV], m and l
-    [BH, S, R] float32, S the number of programs on axis 0.
+    [BH, S, R] float32, S the number of programs on axis 0; the three used [BH] int32, tokens in use, count
+    where their constant says so.
     """
     split, head = tl.program_id(0), tl.program_id(1).to(tl.int64)
     column, row, value = tl.arange(0, 2 * R), tl.arange(0, R), tl.arange(0, DV)
     if split < splits:
         first = split * per_split
+        used = pages * PAGE_TOKENS
+        if USED:
+            used = tl.minimum(tl.load(used_ptr + head), used)
+        there = tl.cdiv(used, PAGE_TOKENS)
         m, total, acc = _attend_pages(
             q_ptr + head * 2 * R * D,
             factor_ptr + head * R,
@@ -361,8 +374,9 @@ def attend_split_kernel(
             k_levels_ptr,
             v_levels_ptr,
             first,
-            tl.minimum(first + per_split, pages),
-            pages,
+            tl.minimum(first + per_split, there),
+            there,
+            used,
             k_page,
             ks_page,
             v_page,
@@ -389,13 +403,19 @@ def attend_split_kernel(
         acc = tl.zeros([DV, 2 * R], tl.float32)
         k = first_k_ptr + head * first_tokens * D
         v = first_v_ptr + head * first_tokens * DV
+        used = first_tokens
+        if FIRST_USED:
+            used = tl.minimum(tl.load(first_used_ptr + head), used)
         m, total, acc = attend_tokens(
-            q, k, v, first_tokens, 0, queries, scale, softcap, m, total, acc, D, DV, R, TILE, PLAIN
+            q, k, v, used, 0, queries, scale, softcap, m, total, acc, D, DV, R, TILE, PLAIN
         )
         k = recent_k_ptr + head * recent_tokens * D
         v = recent_v_ptr + head * recent_tokens * DV
+        used = recent_tokens
+        if RECENT_USED:
+            used = tl.minimum(tl.load(recent_used_ptr + head), used)
         m, total, acc = attend_tokens(
-            q, k, v, recent_tokens, hidden, queries, scale, softcap, m, total, acc, D, DV, R, TILE, PLAIN
+            q, k, v, used, hidden, queries, scale, softcap, m, total, acc, D, DV, R, TILE, PLAIN
         )
     out = tl.sum(tl.reshape(acc, [DV, 2, R]), 1)
     slot = head * tl.num_programs(0) + split

@@ -56,7 +56,10 @@ WITHOUT_FP8 = SplitSettings(programs=264, stages=1)
 
 
 def supports(query: torch.Tensor, segments: Sequence[Segment], visibility: Visibility) -> bool:
-    """Whether the kernels cover this call: few queries, one packed segment, plain codes of 2 to 4 bits."""
+    """Whether the kernels cover this call: few queries, one packed segment, plain codes of 2 to 4 bits.
+
+    Where the last segment has lengths, the tokens of several queries must be among its tokens in use.
+    """
     packed = [index for index, segment in enumerate(segments) if isinstance(segment, PackedSegment)]
     alone = len(packed) == 1 and packed[0] <= 1 and len(segments) - packed[0] <= 2
     if not alone or query.shape[2] > MOST_QUERIES or visibility.dropped is not None:
@@ -203,12 +206,14 @@ class _Call:
         sides = (self.packed.keys, self.packed.values)
         planes = [side.planes[name] for side in sides for name in ("codes0", "scale0")]
         tails = [self._tail(segment) for segment in (before, after)]
+        lengths = [_lengths(part) for part in (self.packed, before, after)]
         attend_split_kernel[(programs, self.heads)](
             *prepared,
             *planes,
             *(book.level_tensor(q.device) / book.unit if self.plain else q for book in books),
             self.query,
             *(states for keys, values, _ in tails for states in (keys, values)),
+            *lengths,
             out,
             maximum,
             total,
@@ -233,6 +238,9 @@ class _Call:
             PLAIN=self.plain,
             STAGES=settings.stages,
             ACC=64,
+            USED=lengths[0] is not None,
+            FIRST_USED=lengths[1] is not None,
+            RECENT_USED=lengths[2] is not None,
             num_warps=settings.warps,
         )
         return [out, maximum, total]
@@ -294,6 +302,10 @@ def pages_per_split(pages: int, heads: int, settings: SplitSettings) -> int:
     """
     splits = max(1, settings.programs // heads)
     return max(2, 2 * math.ceil(pages / splits / 2))
+
+
+def _lengths(segment: Segment | None) -> torch.Tensor | None:
+    return None if segment is None or segment.lengths is None else segment.lengths.contiguous()
 
 
 def _spec(side: PackedSide) -> CodecSpec:

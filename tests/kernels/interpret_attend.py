@@ -7,7 +7,17 @@ import torch
 
 from quantpress.kernels.attend import DenseSegment, PackedSegment, Segment, Visibility
 from quantpress.kernels.attend.triton_attend import attend_triton, supports
-from tests.kernels.test_attend import GROUP, KV_HEADS, PAGES, causal_limit, dense, exact, packed
+from tests.kernels.test_attend import (
+    GROUP,
+    KV_HEADS,
+    PAGES,
+    dense,
+    exact,
+    in_use,
+    limit_in_use,
+    packed,
+    some_lengths,
+)
 
 
 def error(key_bits: int, value_bits: int, dim: int, queries: int, dtype: str, extras: str) -> float:
@@ -18,6 +28,10 @@ def error(key_bits: int, value_bits: int, dim: int, queries: int, dtype: str, ex
     if "alone" not in extras:
         tail = dense(37, dim, dim, kind)
         segments = [dense(4, dim, dim, kind), pages, DenseSegment(tail.keys, tail.values)]
+    clean = segments
+    if "lengths" in extras:
+        pairs = [in_use(segment, some_lengths(segment.tokens, min(queries, 4))) for segment in segments]
+        segments, clean = [one for one, _ in pairs], [other for _, other in pairs]
     tokens = sum(segment.tokens for segment in segments)
     query = torch.randn(2, KV_HEADS * GROUP, queries, dim).to(kind).float()
     options = {
@@ -28,7 +42,7 @@ def error(key_bits: int, value_bits: int, dim: int, queries: int, dtype: str, ex
     visibility = Visibility(queries, tokens)
     assert supports(query, segments, visibility), "not covered"
     got = attend_triton(query, segments, visibility, plain=True, **options)
-    expected = exact(query, segments, causal_limit(queries, tokens), **options)
+    expected = exact(query, clean, limit_in_use(segments, queries), **options)
     assert got.shape == expected.shape and PAGES % 2  # an odd number of pages: the last pair is half empty
     return float((got - expected).norm() / expected.norm())
 

@@ -193,6 +193,88 @@ def test_lossless_pages_are_plain_attention() -> None:
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
 
 
+def in_use(segment: Segment, lengths: torch.Tensor) -> tuple[Segment, Segment]:
+    """The segment with NaN behind its lengths, and the same with zeros there and no lengths, to decode."""
+    behind = torch.arange(segment.tokens) >= lengths.unsqueeze(-1)  # [B, Hkv, T]
+    if isinstance(segment, DenseSegment):
+        both = [
+            (s.masked_fill(behind.unsqueeze(-1), x) for s in (segment.keys, segment.values))
+            for x in (math.nan, 0)
+        ]
+        return DenseSegment(*both[0], lengths), DenseSegment(*both[1])
+
+    def filled(side: PackedSide, number: float) -> PackedSide:
+        planes = dict(side.planes)
+        for name in planes:
+            if name.startswith("scale"):
+                planes[name] = planes[name].masked_fill(behind.view(planes[name].shape), number)
+        return PackedSide(side.codec, planes, side.transform)
+
+    poisoned = PackedSegment(filled(segment.keys, math.nan), filled(segment.values, math.nan), lengths)
+    return poisoned, PackedSegment(filled(segment.keys, 0), filled(segment.values, 0))
+
+
+def limit_in_use(segments: list[Segment], queries: int, group: int = GROUP) -> torch.Tensor:
+    """[B, Hq, Tq, T]: minus infinity for tokens not in use and for the newest that a query must not see."""
+    shape = (BATCH, KV_HEADS)
+    lengths = [torch.as_tensor(segment.used).expand(shape) for segment in segments]
+    used = [
+        torch.arange(segment.tokens) < length.unsqueeze(-1)
+        for segment, length in zip(segments, lengths, strict=True)
+    ]
+    seen = torch.cat(used, -1)  # [B, Hkv, T]
+    newer = seen.flip(-1).cumsum(-1).flip(-1)  # tokens in use from this one on
+    waiting = torch.arange(queries - 1, -1, -1).unsqueeze(-1)
+    seen = seen.unsqueeze(2) & (newer.unsqueeze(2) > waiting)
+    limit = torch.zeros(seen.shape, dtype=torch.float64).masked_fill(~seen, -math.inf)
+    return limit.repeat_interleave(group, dim=1)
+
+
+def some_lengths(most: int, least: int = 0) -> torch.Tensor:
+    """[B, Hkv] int32, none and all among them."""
+    lengths = torch.randint(least, most + 1, (BATCH, KV_HEADS), dtype=torch.int32)
+    lengths[0, 0], lengths[1, 1] = most, least
+    return lengths
+
+
+@pytest.mark.parametrize("queries", [1, 6])
+@pytest.mark.parametrize("which", ["packed", "last", "all", "all_and_few", "only_packed"])
+def test_lengths_of_segments(which: str, queries: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Garbage behind the lengths never shows, whatever the chunks; each head ends where its length says."""
+    monkeypatch.setattr(reference, "WORKSPACE_VALUES", 128 * 32 * 4)
+    whole: list[Segment] = [dense(4, 64, 64), packed(64, 64, 3), dense(37, 64, 64)]
+    if which == "only_packed":
+        whole = whole[1:2]
+    least = 0 if which == "all_and_few" else queries
+    pairs: list[tuple[Segment, Segment]] = []
+    for number, segment in enumerate(whole):
+        chosen = which not in ("packed", "last") or number == {"packed": 1, "last": 2}[which]
+        pairs.append(
+            in_use(segment, some_lengths(segment.tokens, min(least, 4))) if chosen else (segment, segment)
+        )
+    segments, clean = [one for one, _ in pairs], [other for _, other in pairs]
+    tokens = sum(segment.tokens for segment in segments)
+    query, sinks = torch.randn(BATCH, KV_HEADS * GROUP, queries, 64), torch.randn(KV_HEADS * GROUP)
+    got = attend(query, segments, Visibility(queries, tokens), scaling=0.3, sinks=sinks)
+    assert_close(got, exact(query, clean, limit_in_use(segments, queries), 0.3, sinks=sinks))
+
+
+def test_nothing_in_use_is_zero() -> None:
+    empty = torch.zeros(BATCH, KV_HEADS, dtype=torch.int32)
+    segments = [in_use(packed(64, 64, 4), empty)[0], in_use(dense(9, 64, 64), empty)[0]]
+    query = torch.randn(BATCH, KV_HEADS * GROUP, 2, 64)
+    got = attend(query, segments, Visibility(2, PAGES * 128 + 9), scaling=0.125)
+    assert (got == 0).all()
+
+
+def test_lengths_of_another_shape_are_refused() -> None:
+    query, tail = torch.randn(BATCH, KV_HEADS * GROUP, 1, 64), dense(9, 64, 64)
+    for lengths in (torch.zeros(BATCH, dtype=torch.int32), torch.zeros(BATCH, KV_HEADS)):
+        segment = DenseSegment(tail.keys, tail.values, lengths)
+        with pytest.raises(InvalidInputError, match="lengths of a segment"):
+            attend(query, [segment], Visibility(1, 9), scaling=1.0)
+
+
 def test_wrong_lengths_are_refused() -> None:
     query = torch.randn(BATCH, KV_HEADS * GROUP, 1, 64)
     with pytest.raises(InvalidInputError, match="attention over 9 tokens, but the mask is for 10"):

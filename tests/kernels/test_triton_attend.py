@@ -42,6 +42,9 @@ INTERPRETED = [
     [2, 3, 64, 1, "float16", "softcap"],
     [3, 4, 128, 3, "bfloat16", "sinks softcap"],
     [4, 4, 64, 16, "float32", ""],
+    [4, 4, 64, 1, "float32", "lengths"],
+    [3, 2, 64, 3, "bfloat16", "lengths sinks"],
+    [2, 2, 64, 1, "float32", "lengths alone"],
 ]
 
 
@@ -85,9 +88,11 @@ def compiled(capability: int, key_bits: int, value_bits: int, dim: int) -> Any:
     constants |= {"K_ASM": assembly[0], "V_ASM": assembly[1]}
     settings = split_settings(key_bits, value_bits, plain)
     constants |= {"PLAIN": plain, "STAGES": settings.stages, "ACC": 64}
+    constants |= {"USED": True, "FIRST_USED": False, "RECENT_USED": True}
     pointers = {"q_ptr": "*fp32" if plain else "*fp8e4nv", "k_ptr": "*u8", "v_ptr": "*u8"}
     pointers |= {"ks_ptr": "*fp16", "vs_ptr": "*fp16", "query_ptr": "*bf16"}
     pointers |= {f"{run}_{side}_ptr": "*bf16" for run in ("first", "recent") for side in "kv"}
+    pointers |= {f"{run}used_ptr": "*i32" for run in ("", "first_", "recent_")}
     names = kernel.arg_names
     signature = {
         name: "constexpr"
@@ -240,3 +245,41 @@ def test_values_of_any_size(size: float) -> None:
     got = attend(query, [pages], Visibility(1, 2048), scaling=0.1)
     expected = attend_reference(query, [pages], Visibility(1, 2048), scaling=0.1)
     assert float((got - expected).norm() / expected.norm()) < 2e-3
+
+
+@pytest.mark.gpu
+def test_one_graph_for_all_lengths() -> None:
+    """A captured call reads lengths from the device: what changes between replays counts."""
+    pages = on_device(1, 2, 2048, 128, (4, 4))
+    recent = torch.randn(1, 2, 256, 128, device="cuda", dtype=torch.bfloat16)
+    used, newest = (torch.zeros(1, 2, dtype=torch.int32, device="cuda") for _ in range(2))
+    query = torch.randn(1, 8, 1, 128, device="cuda", dtype=torch.bfloat16)
+    segments: list[Segment] = [
+        PackedSegment(pages.keys, pages.values, used),
+        DenseSegment(recent, recent, newest),
+    ]
+
+    def step() -> torch.Tensor:
+        return attend(query, segments, Visibility(1, 2048 + 256), scaling=0.1)
+
+    step()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = step()
+    for packed_tokens, recent_tokens in ((2048, 256), (256, 1), (300, 77), (2048, 0)):
+        used.fill_(packed_tokens)
+        newest.fill_(recent_tokens)
+        recent[:, :, recent_tokens:] = math.nan
+        graph.replay()
+        recent[:, :, recent_tokens:] = 0
+        keys, values = (
+            s.codec.decode(s.planes, s.transform, torch.float64) for s in (pages.keys, pages.values)
+        )
+        tail = recent[:, :, :recent_tokens].double()
+        whole = DenseSegment(
+            torch.cat([keys[:, :, :packed_tokens], tail], 2),
+            torch.cat([values[:, :, :packed_tokens], tail], 2),
+        )
+        expected = double_attention(query, [whole], 0.1)
+        assert float((out.double() - expected).norm() / expected.norm()) < 3e-3
+        recent.normal_()
