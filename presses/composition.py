@@ -18,7 +18,7 @@ from dataclasses import MISSING, fields, is_dataclass
 from typing import Any
 
 import kvpress
-from kvpress import BasePress
+from kvpress import BasePress, ScorerPress
 
 from quantpress.errors import CompositionError, QuantPressError
 from quantpress.presses.turboquant import TurboQuant
@@ -73,6 +73,8 @@ def checked_presses(presses: Any) -> tuple[BasePress, ...]:
             raise CompositionError(
                 f"{name_of(press)} is given twice; make a second instance, or leave one out"
             )
+    for press in flat:
+        _check_complete(press)
     _check_quantizer(flat)
     _check_evictors([press for press in flat if not isinstance(press, TurboQuant)])
     return flat
@@ -155,6 +157,22 @@ def _flattened(press: BasePress) -> Iterator[BasePress]:
             yield from _flattened(member)
     else:
         yield press
+
+
+def _check_complete(press: BasePress) -> None:
+    """Refuse kvpress's base classes, which fail only in the middle of a prefill."""
+    for inner in with_inner(press):
+        base, missing = (ScorerPress, "score") if isinstance(inner, ScorerPress) else (BasePress, "compress")
+        if not _has_own(inner, base, missing, "compress", "forward_hook", "__call__"):
+            raise CompositionError(
+                f"{name_of(inner)} has no {missing} of its own and cannot evict anything; give a press that "
+                "has, such as SnapKV"
+            )
+
+
+def _has_own(press: BasePress, base: type[BasePress], *names: str) -> bool:
+    own = vars(press)
+    return any(name in own or getattr(type(press), name) is not getattr(base, name) for name in names)
 
 
 def _check_quantizer(presses: tuple[BasePress, ...]) -> None:

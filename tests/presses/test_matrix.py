@@ -1,0 +1,184 @@
+"""Every press that kvpress exports: alone, in front of TurboQuant, and in pairs."""
+
+from typing import Any
+
+import kvpress
+import pytest
+import torch
+from transformers import DynamicCache, PreTrainedModel
+
+from quantpress.cache import PackedLayer, cache_memory
+from quantpress.errors import CompositionError
+from quantpress.presses import (
+    AdaKV,
+    ChunkKV,
+    Compose,
+    CriticalKV,
+    ExpectedAttention,
+    KeyDiff,
+    KeyRerotation,
+    Knorm,
+    KVzip,
+    LagKV,
+    Merging,
+    PerLayerCompression,
+    PyramidKV,
+    SnapKV,
+    StreamingLLM,
+    ThinK,
+    TurboQuant,
+)
+from tests.cache.test_memory import reachable_tensors
+from tests.pipelines.words import text
+from tests.presses.matrix import CONTEXT_TOKENS, catalogue, make, model_of, ours, refused, theirs
+from tests.presses.reading import lossless
+from tests.tiny_models import prompt
+
+NAMES = list(catalogue.CATALOGUE)
+WORKING = [name for name, entry in catalogue.CATALOGUE.items() if entry.kind != catalogue.BASE]
+STACKING = [name for name in NAMES if not refused(name)]
+REFUSED = {
+    "BasePress": "BasePress has no compress of its own and cannot evict anything; give a press that has",
+    "CAMPress": "CAMPress evicts while decoding, and a packed cache can only be appended to",
+    "CompressionRatioDecodingPress": "CompressionRatioDecodingPress evicts while decoding",
+    "DecodingPress": "DecodingPress evicts while decoding.*use it without TurboQuant, or evict",
+    "PrefillDecodingPress": "PrefillDecodingPress evicts while decoding",
+    "ScorerPress": "ScorerPress has no score of its own and cannot evict anything",
+}
+UNPRESSED = "KnormPress"  # whose model stands for all that have no adapter
+
+
+def test_every_press_is_classified() -> None:
+    """A press that a new kvpress exports has to be added to docs/catalogue.py."""
+    assert set(catalogue.exported()) == set(NAMES)
+    for name, press_class in catalogue.exported().items():
+        assert type(make(name)) is press_class
+
+
+def test_refused_are_those_named_here() -> None:
+    assert {name for name in NAMES if refused(name)} == set(REFUSED)
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused_with_the_reason(name: str) -> None:
+    with pytest.raises(CompositionError, match=REFUSED[name]):
+        Compose([make(name), TurboQuant()])
+
+
+@pytest.mark.parametrize("name", WORKING)
+def test_alone(name: str) -> None:
+    """In our pipeline a press answers as in kvpress's own."""
+    assert ours(name, make(name)) == theirs(name, make(name))
+
+
+@pytest.mark.parametrize("name", STACKING)
+def test_before_a_lossless_codec(name: str) -> None:
+    expected = theirs(name, make(name))
+    assert expected != theirs(name, None), (
+        "the press changes nothing here: the comparison would prove nothing"
+    )
+    cache = DynamicCache()
+    assert ours(name, Compose([make(name), lossless()]), cache=cache) == expected
+    assert all(isinstance(layer, PackedLayer) and layer.packed_tokens for layer in cache.layers)
+
+
+@pytest.mark.parametrize("name", STACKING)
+def test_resident_bytes(name: str) -> None:
+    """Codes and scales of whole pages, the model's own numbers for the rest, and little else."""
+    recent, sinks, bits = 16, 4, 4
+    model, quantizer = model_of(name), TurboQuant(bits, recent_tokens=recent, sink_tokens=sinks)
+    plain = prefilled(model, make(name))
+    cache = prefilled(model, Compose([make(name), quantizer]))
+    heads, dim = model.config.num_key_value_heads, model.config.head_dim
+    assert quantizer.bits_per_value(dim) == bits + 16 / dim
+    for layer, before in zip(cache.layers, plain.layers, strict=True):
+        kept = before.get_seq_length()
+        assert layer.get_seq_length() == kept
+        packed = (kept - sinks - recent) // 128 * 128
+        row = 2 * heads * dim  # numbers of a token
+        promised = row * (packed * quantizer.bits_per_value(dim) / 8 + (kept - packed) * 4)
+        found = reachable_tensors(vars(layer), {})
+        walked = sum(tensor.untyped_storage().nbytes() for tensor in found.values())
+        assert packed > 0
+        # The mean key, the channel weights and what follows from them: a few numbers a channel.
+        assert promised <= walked <= promised + 6 * row * 4
+    memory = cache_memory(cache)
+    walk = reachable_tensors([vars(layer) for layer in cache.layers], {})
+    assert memory.total_bytes == sum(tensor.untyped_storage().nbytes() for tensor in walk.values())
+
+
+def prefilled(model: PreTrainedModel, press: Any) -> DynamicCache:
+    ids = prompt(CONTEXT_TOKENS, seed=3)
+    ids[ids == catalogue.DELIMITER_ID] = catalogue.DELIMITER_ID + 1
+    ids[0, -catalogue.FINCH_WINDOW - 1] = catalogue.DELIMITER_ID
+    cache = DynamicCache()
+    with torch.no_grad(), press(model):
+        model.model(input_ids=ids, past_key_values=cache)
+    for layer in model.model.layers:
+        vars(layer.self_attn).pop("masked_key_indices", None)
+        layer.self_attn._modules.pop("rotary_emb", None)
+    vars(model.model).pop("forward", None)
+    return cache
+
+
+def snap(ratio: float = 0.3) -> SnapKV:
+    return SnapKV(ratio, window_size=16)
+
+
+# Those that kvpress's ComposedPress takes are compared with it, the others with the same without a quantizer.
+CHAINS = {
+    "SnapKV, Knorm": lambda: [snap(), Knorm(0.3)],
+    "StreamingLLM, KeyDiff": lambda: [StreamingLLM(0.3), KeyDiff(0.3)],
+    "SnapKV, ThinK": lambda: [snap(0.5), ThinK(0.5)],
+    "ThinK, SnapKV": lambda: [ThinK(0.5), snap(0.5)],
+    "ExpectedAttention, LagKV, Knorm": lambda: [ExpectedAttention(0.2), LagKV(0.2, lag_size=16), Knorm(0.2)],
+    "Merging, ThinK": lambda: [Merging(snap(0.5)), ThinK(0.5)],
+    "ChunkKV, CriticalKV": lambda: [ChunkKV(snap()), CriticalKV(Knorm(0.3))],
+}
+NOT_IN_KVPRESS = {
+    "SnapKV, AdaKV": lambda: [snap(), AdaKV(Knorm(0.3))],
+    "ThinK, AdaKV": lambda: [ThinK(0.5), AdaKV(snap(0.5))],
+    "StreamingLLM, DuoAttention": lambda: [StreamingLLM(0.3), make("DuoAttentionPress")],
+    "KeyRerotation, ThinK": lambda: [KeyRerotation(StreamingLLM(0.5)), ThinK(0.5)],
+    "Knorm, KeyRerotation": lambda: [Knorm(0.3), KeyRerotation(StreamingLLM(0.3))],
+    "KeyRerotation, AdaKV": lambda: [KeyRerotation(Knorm(0.3)), AdaKV(Knorm(0.3))],
+    "Knorm, PyramidKV": lambda: [Knorm(0.2), PyramidKV(0.3, window_size=8, beta=2)],
+    "PerLayerCompression, ThinK": lambda: [PerLayerCompression(Knorm(0), [0.3, 0.4, 0.5]), ThinK(0.5)],
+}
+
+
+@pytest.mark.parametrize("name", CHAINS)
+def test_chains_that_kvpress_knows(name: str) -> None:
+    expected = theirs(UNPRESSED, kvpress.ComposedPress(CHAINS[name]()))
+    assert expected != theirs(UNPRESSED, None)
+    assert ours(UNPRESSED, Compose([*CHAINS[name](), lossless()])) == expected
+
+
+@pytest.mark.parametrize("name", NOT_IN_KVPRESS)
+def test_chains_that_only_work_here(name: str) -> None:
+    expected = ours(UNPRESSED, Compose(NOT_IN_KVPRESS[name]()))
+    assert expected != ours(UNPRESSED, None)
+    cache = DynamicCache()
+    assert ours(UNPRESSED, Compose([*NOT_IN_KVPRESS[name](), lossless()]), cache=cache) == expected
+    assert all(layer.packed_tokens for layer in cache.layers)
+
+
+@pytest.mark.parametrize("press", [KVzip, AdaKV])
+def test_no_fake_keys_are_needed(press: Any) -> None:
+    """kvpress looks for one key that no query of a question attends to, and does not find it here."""
+    question = {"questions": [text(90, seed=4)]}
+    with pytest.raises(ValueError, match="Could not find fake keys"):
+        theirs(UNPRESSED, press(0.5) if press is KVzip else press(snap(0.5)), **question)
+    composed = Compose([press(0.5) if press is KVzip else press(snap(0.5)), lossless()])
+    assert ours(UNPRESSED, composed, **question)
+
+
+@pytest.mark.parametrize("name", [*CHAINS, *NOT_IN_KVPRESS])
+def test_chains_with_real_codes(name: str) -> None:
+    cache = DynamicCache()
+    chain = {**CHAINS, **NOT_IN_KVPRESS}[name]()
+    answer = ours(UNPRESSED, Compose([*chain, TurboQuant(4, recent_tokens=16)]), cache=cache)
+    assert len(answer.split()) > 3
+    memory = cache_memory(cache)
+    assert all(layer.packed_tokens for layer in memory.layers)
+    assert memory.total_bytes < 0.75 * 2 * memory.bf16_bytes  # float32 windows, and at most half of it packed
