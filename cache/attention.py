@@ -17,10 +17,11 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from quantpress.cache.states import PackedStates
 from quantpress.cache.view import PackedView
 from quantpress.errors import UnsupportedModelError
-from quantpress.kernels.attend import Visibility, attend
+from quantpress.kernels.attend import Segment, Visibility, attend
 
 AttentionFunction = Callable[..., tuple[torch.Tensor, torch.Tensor | None]]
 _MARK = "_quantpress_original"
+_MASKS = "masked_key_indices"
 IGNORES_SOFTCAP = ("sdpa",)
 """Implementations that leave out a model's softcap (Gemma 2): packed layers then leave it out too."""
 
@@ -115,15 +116,29 @@ def _attend_view(
     kwargs: dict[str, Any],
 ) -> torch.Tensor:
     scaling = kwargs.get("scaling")
+    segments = _step_segments(module, query, view, kwargs)
+    if segments is None:
+        segments = view.segments()
+        limits = visibility(module, query.shape[2], view.shape, attention_mask, kwargs)
+    else:
+        limits = Visibility(1, sum(segment.tokens for segment in segments))
     output = attend(
         query,
-        view.segments(),
-        visibility(module, query.shape[2], view.shape, attention_mask, kwargs),
+        segments,
+        limits,
         scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
         softcap=kwargs.get("softcap"),
         sinks=kwargs.get("s_aux"),
     )
     return output.transpose(1, 2).contiguous()
+
+
+def _step_segments(
+    module: torch.nn.Module, query: torch.Tensor, view: PackedView, kwargs: dict[str, Any]
+) -> list[Segment] | None:
+    """The segments of a step at fixed addresses, whose one query sees every token; None for other calls."""
+    limited = kwargs.get("sliding_window") is not None or getattr(module, _MASKS, None) is not None
+    return list(view.step) if view.step is not None and query.shape[2] == 1 and not limited else None
 
 
 def visibility(
@@ -186,7 +201,7 @@ def _is_causal(mask: torch.Tensor, queries: int) -> bool:
 
 def _dropped(module: torch.nn.Module, shape: tuple[int, int, int]) -> torch.Tensor | None:
     """kvpress's head-wise eviction: the (batch, head, slot) entries that must not be seen."""
-    indices = getattr(module, "masked_key_indices", None)
+    indices = getattr(module, _MASKS, None)
     if indices is None:
         return None
     dropped = torch.zeros(shape, dtype=torch.bool, device=indices[0].device)

@@ -1,12 +1,14 @@
 """`PackedLayer`: one layer of a transformers cache whose keys and values are packed."""
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from transformers.cache_utils import DynamicLayer
 
+from quantpress.cache.fixed import FixedTokens, Window
 from quantpress.cache.segments import join
 from quantpress.cache.settings import LayerSettings
 from quantpress.cache.states import PackedStates
@@ -34,6 +36,7 @@ class PackedLayer(DynamicLayer):
 
     Attributes:
         tokens_seen: positions used so far; more than the tokens kept after an eviction.
+        stepping: a single token that arrives now belongs to a step at fixed addresses; see `fix`.
 
     Example:
         >>> import torch
@@ -47,6 +50,7 @@ class PackedLayer(DynamicLayer):
     """
 
     is_sliding = False
+    stepping = False
     device: torch.device
     dtype: torch.dtype
 
@@ -113,11 +117,13 @@ class PackedLayer(DynamicLayer):
         """
         if self._tokens is None:
             self.lazy_initialization(key_states, value_states)
-        tokens = self._filled()
+        in_step = self.stepping and key_states.shape[2] == 1
+        tokens = self._filled() if in_step else self._growing()
         tokens.append(key_states, value_states)
         self.tokens_seen += key_states.shape[2]
         states = _states(tokens, "keys"), _states(tokens, "values")
-        tokens.flush()
+        if not in_step:
+            tokens.flush()
         return states
 
     def get_seq_length(self) -> int:
@@ -145,7 +151,7 @@ class PackedLayer(DynamicLayer):
                 f"crop({max_length}) of a layer with {length} tokens; drop at most {length}"
             )
         if keep < length:
-            self._filled().crop(keep)
+            self._growing().crop(keep)
             self.tokens_seen -= length - keep
 
     def reset(self) -> None:
@@ -158,23 +164,20 @@ class PackedLayer(DynamicLayer):
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat each batch entry `repeats` times."""
-        if self._tokens is not None:
-            self._tokens.map(lambda tensor: tensor.repeat_interleave(repeats, dim=0))
+        self._map(lambda tensor: tensor.repeat_interleave(repeats, dim=0))
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keep batch entries `indices` (int64 positions or a bool mask)."""
-        if self._tokens is not None:
-            self._tokens.map(lambda tensor: tensor[indices.to(tensor.device)])
+        self._map(lambda tensor: tensor[indices.to(tensor.device)])
 
     def offload(self) -> None:
         """Move everything to the CPU."""
-        if self._tokens is not None:
-            self._tokens.map(lambda tensor: tensor.to("cpu", non_blocking=True))
+        self._map(lambda tensor: tensor.to("cpu", non_blocking=True))
 
     def prefetch(self) -> None:
         """Bring everything back to the layer's device."""
         if self._tokens is not None and self._tokens.recent.keys.device != self.device:
-            self._tokens.map(lambda tensor: tensor.to(self.device, non_blocking=True))
+            self._map(lambda tensor: tensor.to(self.device, non_blocking=True))
 
     @property
     def keys(self) -> torch.Tensor | None:
@@ -182,7 +185,7 @@ class PackedLayer(DynamicLayer):
 
         Assigning a slice of the first tokens, as presses do to trim an answer, crops the layer.
         """
-        return None if self._tokens is None else _states(self._tokens, "keys")
+        return None if self._tokens is None else _states(self._lasting(), "keys")
 
     @keys.setter
     def keys(self, value: torch.Tensor | None) -> None:
@@ -191,7 +194,7 @@ class PackedLayer(DynamicLayer):
     @property
     def values(self) -> torch.Tensor | None:
         """All values [B, Hkv, T, Dv]; see `keys`."""
-        return None if self._tokens is None else _states(self._tokens, "values")
+        return None if self._tokens is None else _states(self._lasting(), "values")
 
     @values.setter
     def values(self, value: torch.Tensor | None) -> None:
@@ -211,7 +214,36 @@ class PackedLayer(DynamicLayer):
 
     def view(self) -> PackedView:
         """The tokens as they are now; see `PackedTokens.view`."""
-        return self._filled().view()
+        self._filled()
+        return self._lasting().view()
+
+    def reserve(self, tokens: int) -> None:
+        """Make room for `tokens` more tokens in the pages, so that they fill up in place."""
+        if self._tokens is not None:
+            self._growing().reserve(tokens)
+
+    def fix(self, window: Window) -> FixedTokens:
+        """Go over to fixed addresses, for steps under `stepping`; any other use of the layer goes back.
+
+        Args:
+            window: for the recent tokens; written over.
+
+        Raises:
+            InvalidInputError: no token is packed yet.
+        """
+        tokens = FixedTokens(self._growing(), window)
+        self._tokens = tokens
+        return tokens
+
+    @property
+    def fixed(self) -> FixedTokens | None:
+        """The tokens at fixed addresses; None while they grow."""
+        return self._tokens if isinstance(self._tokens, FixedTokens) else None
+
+    def release(self) -> None:
+        """Go back from fixed addresses to tokens that grow."""
+        if isinstance(self._tokens, FixedTokens):
+            self._tokens = self._tokens.release()
 
     def snapshot(self) -> LayerSnapshot:
         """The state to come back to with `restore`. Nothing is copied."""
@@ -227,7 +259,7 @@ class PackedLayer(DynamicLayer):
         other = copy.copy(self)
         memo[id(self)] = other
         if self._tokens is not None:
-            other._tokens = copy.copy(self._tokens)
+            other._tokens = self._tokens.share()
             other._tokens.map(torch.clone)
         return other
 
@@ -235,6 +267,19 @@ class PackedLayer(DynamicLayer):
         if self._tokens is None:
             raise InvalidInputError("this layer has seen no token yet; run the model on a context first")
         return self._tokens
+
+    def _growing(self) -> PackedTokens:
+        self.release()
+        return self._filled()
+
+    def _lasting(self) -> PackedTokens:
+        """Tokens whose views no later step writes to."""
+        tokens = self._filled()
+        return tokens.share() if isinstance(tokens, FixedTokens) else tokens
+
+    def _map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        if self._tokens is not None:
+            self._growing().map(change)
 
     def _assign(self, value: torch.Tensor | None) -> None:
         """What presses do: trim to the first tokens. Other numbers would be quantized a second time."""

@@ -6,7 +6,8 @@ The tokens, in order::
 
 New tokens join the recent ones. When there are `recent_tokens` + 128 of them the oldest 128 become a page.
 The channel transform (mean key, balanced channels) is taken once, from the first tokens that are packed, and
-never changes, since pages already packed depend on it.
+never changes, since pages already packed depend on it. `quantpress.cache.fixed` has the form of these tokens
+that a captured decode step reads and writes.
 """
 
 import copy
@@ -33,7 +34,7 @@ class PackedTokens:
         values: [B, Hkv, T, Dv].
 
     Attributes:
-        sinks, recent: the tokens in 16 bits.
+        sinks: the first tokens, in 16 bits.
         key_pages, value_pages: the packed ones.
         query_moment: [B, Hkv, D] mean square of the queries, if known before the first page is packed.
         key_transform, value_transform: what was done to channels before packing; None until then.
@@ -43,12 +44,17 @@ class PackedTokens:
         self.settings = settings
         self.dtype = keys.dtype
         empty = DenseSegment(keys[:, :, :0].clone(), values[:, :, :0].clone())
-        self.sinks, self.recent = empty, empty
+        self.sinks, self._recent = empty, empty
         self.key_pages, self.value_pages = PageStore(), PageStore()
         self.key_transform: ChannelTransform | None = None
         self.value_transform: ChannelTransform | None = None
         self.query_moment: torch.Tensor | None = None
         self.append(keys, values)
+
+    @property
+    def recent(self) -> DenseSegment:
+        """The last tokens, in 16 bits."""
+        return self._recent
 
     @property
     def packed(self) -> int:
@@ -65,7 +71,7 @@ class PackedTokens:
             missing = min(self.settings.sink_tokens - self.sinks.tokens, new.tokens)
             if missing > 0:
                 self.sinks, new = join(self.sinks, first(new, missing)), after(new, missing)
-        self.recent = join(self.recent, new)
+        self._recent = join(self._recent, new)
 
     def flush(self) -> bool:
         """Pack the oldest recent tokens as far as whole pages go.
@@ -79,7 +85,19 @@ class PackedTokens:
         tokens = max(0, self.recent.tokens - self.settings.recent_tokens) // PAGE_TOKENS * PAGE_TOKENS
         if tokens == 0:
             return False
-        old = first(self.recent, tokens)
+        self._pack(first(self.recent, tokens))
+        self._recent = after(self._recent, tokens)
+        self.own()
+        return True
+
+    def reserve(self, tokens: int) -> None:
+        """Make room for the pages that `tokens` more tokens will fill; nothing where none is packed yet."""
+        pages = (self.packed + self.recent.tokens + tokens) // PAGE_TOKENS
+        self.key_pages.reserve(pages)
+        self.value_pages.reserve(pages)
+
+    def _pack(self, old: DenseSegment) -> None:
+        """Put tokens behind the last page, a whole number of pages."""
         with torch.no_grad():
             key_transform, value_transform = self._transforms(old)
             key_planes = self.settings.key_codec.encode(old.keys, key_transform)
@@ -87,9 +105,6 @@ class PackedTokens:
         self.key_transform, self.value_transform, self.query_moment = key_transform, value_transform, None
         self.key_pages.append(key_planes)
         self.value_pages.append(value_planes)
-        self.recent = after(self.recent, tokens)
-        self.own()
-        return True
 
     def _transforms(self, old: DenseSegment) -> tuple[ChannelTransform, ChannelTransform]:
         if self.key_transform is not None and self.value_transform is not None:
@@ -111,14 +126,14 @@ class PackedTokens:
         """Keep the first `tokens`; what stays of a page is decoded, and packed again gives the same codes."""
         inside = tokens - self.sinks.tokens
         if inside >= self.packed:
-            self.recent = first(self.recent, inside - self.packed)
+            self._recent = first(self._recent, inside - self.packed)
         elif inside >= 0:
             whole, rest = divmod(inside, PAGE_TOKENS)
             view = self.view()
-            self.recent = first(decode_segment(view.pages(whole, whole + 1), self.dtype), rest)
+            self._recent = first(decode_segment(view.pages(whole, whole + 1), self.dtype), rest)
             self._crop_pages(whole)
         else:
-            self.sinks, self.recent = first(self.sinks, tokens), first(self.recent, 0)
+            self.sinks, self._recent = first(self.sinks, tokens), first(self._recent, 0)
             self._crop_pages(0)
         self.own()
         if tokens == 0:  # nothing depends on the statistics any more
@@ -130,12 +145,12 @@ class PackedTokens:
 
     def own(self) -> None:
         """Let go of larger storages that the 16-bit tokens are slices of."""
-        self.sinks, self.recent = compact(self.sinks), compact(self.recent)
+        self.sinks, self._recent = compact(self.sinks), compact(self._recent)
 
     def map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
         """Apply `change` to every tensor; each has the batch first (index the batch, move, clone)."""
         self.sinks = DenseSegment(change(self.sinks.keys), change(self.sinks.values))
-        self.recent = DenseSegment(change(self.recent.keys), change(self.recent.values))
+        self._recent = DenseSegment(change(self._recent.keys), change(self._recent.values))
         self.key_pages, self.value_pages = self.key_pages.map(change), self.value_pages.map(change)
         if self.query_moment is not None:
             self.query_moment = change(self.query_moment)
@@ -167,6 +182,7 @@ class PackedTokens:
             recent=self.recent,
             tokens=len(self),
             dtype=self.dtype,
+            held=(self.key_pages.share(), self.value_pages.share()),
         )
 
     def dense_tensors(self) -> list[torch.Tensor]:

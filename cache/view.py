@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from quantpress.cache.segments import first
+from quantpress.errors import UnsupportedModelError
 from quantpress.kernels.attend import DenseSegment, PackedSegment, PackedSide, Segment
 from quantpress.kernels.layout import PAGE_TOKENS
 
@@ -20,6 +21,9 @@ class PackedView:
         recent: the last tokens, 16 bits.
         tokens: how many of them are in view, counted from the first.
         dtype: of the model's keys and values.
+        held: what keeps the memory of the pages from being written over.
+        step: the same tokens as segments at fixed addresses, with lengths on the device; None outside of a
+            step (see `quantpress.cache.fixed`).
     """
 
     sinks: DenseSegment
@@ -27,6 +31,8 @@ class PackedView:
     recent: DenseSegment
     tokens: int
     dtype: torch.dtype
+    held: tuple[object, ...] = ()
+    step: tuple[Segment, ...] | None = None
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -35,10 +41,20 @@ class PackedView:
 
     def narrow(self, tokens: int) -> "PackedView":
         """The first `tokens` tokens."""
-        return replace(self, tokens=min(tokens, self.tokens))
+        return self if tokens >= self.tokens else replace(self, tokens=tokens, step=None)
 
     def segments(self) -> list[Segment]:
-        """The tokens in view as attention segments; a page that is cut is decoded."""
+        """The tokens in view as attention segments; a page that is cut is decoded.
+
+        Raises:
+            UnsupportedModelError: a step is being captured, which must not depend on how many tokens there
+                are now.
+        """
+        if self.step is not None and self.sinks.keys.is_cuda and torch.cuda.is_current_stream_capturing():
+            raise UnsupportedModelError(
+                "this model's attention decodes the packed keys and values as a whole; only attention that "
+                "reads them packed can be captured in a CUDA graph"
+            )
         sinks, pages = self.sinks.tokens, self.packed.tokens
         if self.tokens <= sinks:
             return [first(self.sinks, self.tokens)]
@@ -80,7 +96,8 @@ class PackedView:
             return PackedSide(packed.codec, planes, packed.transform.map(change))
 
         pages = PackedSegment(side(self.packed.keys), side(self.packed.values))
-        return replace(self, sinks=dense(self.sinks), packed=pages, recent=dense(self.recent))
+        sinks, recent = dense(self.sinks), dense(self.recent)
+        return replace(self, sinks=sinks, packed=pages, recent=recent, held=(), step=None)
 
 
 def decode_segment(segment: Segment, dtype: torch.dtype) -> DenseSegment:

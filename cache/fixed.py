@@ -1,0 +1,210 @@
+"""Packed tokens at fixed addresses: what a decode step can be captured over, and replayed.
+
+A step writes its token at an index that is read on the device, and attends all the room there is, limited by
+lengths on the device. So nothing in it depends on how many tokens there are::
+
+    [ sinks | pages, with room for more, `packed` tokens in use | window of recent tokens, `recent` in use ]
+
+Host integers mirror what the device counts: the host alone decides when a full window becomes a page, between
+steps, and never asks the device. Sinks, pages and transforms are those of the growing `PackedTokens`, shared,
+so going over to this form copies a window of recent tokens and nothing else, and going back likewise.
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+
+from quantpress.cache.segments import first
+from quantpress.cache.settings import LayerSettings
+from quantpress.cache.tokens import PackedTokens
+from quantpress.cache.view import PackedView
+from quantpress.errors import InvalidInputError
+from quantpress.kernels.attend import DenseSegment, PackedSegment, PackedSide, Segment
+from quantpress.kernels.layout import PAGE_TOKENS
+
+
+class StepCounters:
+    """Where each layer's next token goes, and how many are in use, on the device.
+
+    Args:
+        layers: how many.
+        shape: (B, Hkv) of each.
+        device: where.
+
+    Attributes:
+        place: [layers, 1] int64, index in the window of the newest token.
+        packed, recent: [layers, B, Hkv] int32, tokens in use.
+    """
+
+    def __init__(self, layers: int, shape: tuple[int, int], device: torch.device) -> None:
+        self.place = torch.zeros(layers, 1, dtype=torch.int64, device=device)
+        self.packed = torch.zeros(layers, *shape, dtype=torch.int32, device=device)
+        self.recent = torch.zeros(layers, *shape, dtype=torch.int32, device=device)
+
+    def advance(self) -> None:
+        """One more token in every layer; the layers then write it. Belongs to the captured step."""
+        self.place += 1
+        self.recent += 1
+
+
+@dataclass(frozen=True)
+class Window:
+    """The memory that steps of one layer write to.
+
+    Args:
+        keys: [B, Hkv, C, D], room for C recent tokens.
+        values: [B, Hkv, C, Dv].
+        place: [1] int64, index of the newest token.
+        packed: [B, Hkv] int32, tokens in use in pages.
+        recent: [B, Hkv] int32, tokens in use here.
+    """
+
+    keys: torch.Tensor
+    values: torch.Tensor
+    place: torch.Tensor
+    packed: torch.Tensor
+    recent: torch.Tensor
+
+    @classmethod
+    def like(cls, tokens: PackedTokens, counters: StepCounters, layer: int) -> "Window":
+        """An empty window for a layer's tokens."""
+        capacity = window_tokens(tokens.settings)
+        keys, values = (
+            states.new_zeros((*states.shape[:2], capacity, states.shape[-1]))
+            for states in (tokens.recent.keys, tokens.recent.values)
+        )
+        return cls(keys, values, counters.place[layer], counters.packed[layer], counters.recent[layer])
+
+    @property
+    def tensors(self) -> list[torch.Tensor]:
+        """Everything in it."""
+        return [self.keys, self.values, self.place, self.packed, self.recent]
+
+    def fits(self, tokens: PackedTokens) -> bool:
+        """Whether it was made for tokens of this shape and kind."""
+        pairs = ((self.keys, tokens.recent.keys), (self.values, tokens.recent.values))
+        return self.keys.shape[2] == window_tokens(tokens.settings) and all(
+            (*own.shape[:2], own.shape[3]) == (*other.shape[:2], other.shape[3])
+            and own.dtype == other.dtype
+            and own.device == other.device
+            for own, other in pairs
+        )
+
+    def fill(self, tokens: DenseSegment) -> None:
+        """Take recent tokens over."""
+        self.keys[:, :, : tokens.tokens] = tokens.keys
+        self.values[:, :, : tokens.tokens] = tokens.values
+
+    def drop(self, tokens: int, used: int) -> None:
+        """Let the oldest of `used` tokens go; the others move to the front."""
+        for states in (self.keys, self.values):
+            states[:, :, : used - tokens] = states[:, :, tokens:used].clone()
+
+    def count(self, packed: int, recent: int) -> None:
+        """Tell the device how many tokens are in use."""
+        self.place.fill_(recent - 1)
+        self.packed.fill_(packed)
+        self.recent.fill_(recent)
+
+
+def window_tokens(settings: LayerSettings) -> int:
+    """Recent tokens there are when the oldest become a page."""
+    return settings.recent_tokens + PAGE_TOKENS
+
+
+class FixedTokens(PackedTokens):
+    """`PackedTokens` whose recent tokens lie in a `Window`.
+
+    `append` takes one token, for which the device has been told to `advance`; a full window is packed by
+    `flush`, between steps. Whatever else is to be done with the tokens is done with `release()`.
+
+    Args:
+        tokens: some of them packed; not to be used any more.
+        window: for them; written over.
+
+    Raises:
+        InvalidInputError: nothing is packed yet.
+    """
+
+    def __init__(self, tokens: PackedTokens, window: Window) -> None:
+        tokens.flush()
+        if not tokens.packed:
+            raise InvalidInputError(
+                f"none of the {len(tokens)} tokens is packed yet; only packed tokens can be fixed"
+            )
+        vars(self).update(vars(tokens))
+        self.window, self.used = window, tokens.recent.tokens
+        window.fill(tokens.recent)
+        window.count(self.packed, self.used)
+        self._recent = first(tokens.recent, 0)
+
+    @property
+    def recent(self) -> DenseSegment:
+        """The last tokens, as views of the window: the next steps write there."""
+        return DenseSegment(self.window.keys[:, :, : self.used], self.window.values[:, :, : self.used])
+
+    @property
+    def full(self) -> bool:
+        """Whether the window must be flushed before the next step."""
+        return self.used == self.window.keys.shape[2]
+
+    def append(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Write one token, keys [B, Hkv, 1, D] and values [B, Hkv, 1, Dv], where the device says."""
+        self.window.keys.index_copy_(2, self.window.place, keys.to(self.window.keys.dtype))
+        self.window.values.index_copy_(2, self.window.place, values.to(self.window.values.dtype))
+        self.used += 1
+
+    def flush(self) -> bool:
+        """Pack the oldest recent tokens when the window is full.
+
+        Raises:
+            NonFiniteError: they hold NaN or infinity; nothing was changed.
+        """
+        if not self.full:
+            return False
+        self._pack(first(self.recent, PAGE_TOKENS))
+        self.window.drop(PAGE_TOKENS, self.used)
+        self.used -= PAGE_TOKENS
+        self.window.count(self.packed, self.used)
+        return True
+
+    def share(self) -> PackedTokens:
+        """See `release`."""
+        return self.release()
+
+    def release(self) -> PackedTokens:
+        """The same tokens in growing form: pages shared, recent tokens copied."""
+        other = PackedTokens.__new__(PackedTokens)
+        names = vars(self).keys() - {"window", "used"}
+        vars(other).update({name: getattr(self, name) for name in names})
+        other.key_pages, other.value_pages = self.key_pages.share(), self.value_pages.share()
+        other._recent = DenseSegment(self.recent.keys.clone(), self.recent.values.clone())
+        return other
+
+    def view(self) -> PackedView:
+        """The tokens as they are in this step; the next one writes to the same memory."""
+        return replace(super().view(), step=self.step_segments())
+
+    def step_segments(self) -> tuple[Segment, ...]:
+        """All the room there is, with lengths on the device."""
+        assert self.key_transform is not None and self.value_transform is not None
+        packed = PackedSegment(
+            PackedSide(self.settings.key_codec, self.key_pages.buffers, self.key_transform),
+            PackedSide(self.settings.value_codec, self.value_pages.buffers, self.value_transform),
+            self.window.packed,
+        )
+        recent = DenseSegment(self.window.keys, self.window.values, self.window.recent)
+        return (self.sinks, packed, recent) if self.sinks.tokens else (packed, recent)
+
+    def addresses(self) -> list[int]:
+        """Where everything lies that a step reads and writes."""
+        tensors = [*self.packed_tensors(), *self.dense_tensors(), *self.metadata_tensors()]
+        return [tensor.data_ptr() for tensor in tensors]
+
+    def dense_tensors(self) -> list[torch.Tensor]:
+        """The tensors kept in 16 bits: sinks and the window, room included."""
+        return [self.sinks.keys, self.sinks.values, self.window.keys, self.window.values]
+
+    def metadata_tensors(self) -> list[torch.Tensor]:
+        """Transforms and counters."""
+        return [*super().metadata_tensors(), self.window.place, self.window.packed, self.window.recent]
