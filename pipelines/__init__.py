@@ -6,6 +6,7 @@ prompt.py           context and questions as token ids, in chat form
 reading.py          one forward pass into a cache, under a press
 prefill.py          the same forward with small activations
 decoding.py         one answer with model.generate
+captured.py, single_token.py   decode steps as replays of one CUDA graph
 preserve.py         a cache unchanged by questions, a model unchanged by presses
 masks.py            layers that keep different numbers of tokens
 members.py          a composition is treated like the presses in it
@@ -18,16 +19,18 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from quantpress.pipelines.captured import captured_decoding
     from quantpress.pipelines.prefill import chunked_prefill
     from quantpress.pipelines.report import Report
     from quantpress.pipelines.text_generation import TextGenerationPipeline
 
-__all__ = ["Report", "TASK", "TextGenerationPipeline", "chunked_prefill", "register"]
+__all__ = ["Report", "TASK", "TextGenerationPipeline", "captured_decoding", "chunked_prefill", "register"]
 
 TASK = "kv-press-text-generation"
 _LAZY = {
     "Report": "quantpress.pipelines.report",
     "TextGenerationPipeline": "quantpress.pipelines.text_generation",
+    "captured_decoding": "quantpress.pipelines.captured",
     "chunked_prefill": "quantpress.pipelines.prefill",
 }
 

@@ -15,7 +15,7 @@ from quantpress.errors import InvalidInputError
 
 DEFAULT_NEW_TOKENS = 50  # kvpress's
 READING = ("answer_prefix", "enable_thinking", "max_context_length")
-RUNNING = ("cache", "chunk_tokens", "press", "progress", "report")
+RUNNING = ("cache", "chunk_tokens", "cuda_graph", "press", "progress", "report")
 LOADING = ("local_files_only",)  # transformers.pipeline leaves it among a pipeline's own arguments
 
 # Beside the fields of GenerationConfig, what model.generate itself takes and the pipeline hands on.

@@ -78,6 +78,51 @@ def check_decoding(config: GenerationConfig, arguments: Mapping[str, Any], press
         )
 
 
+def decides_capture(
+    model: PreTrainedModel,
+    config: GenerationConfig,
+    arguments: Mapping[str, Any],
+    press: BasePress | None,
+    wanted: bool | None,
+) -> bool:
+    """Whether answers may be decoded under `captured_decoding`.
+
+    Args:
+        model: of the call.
+        config: from `answer_config`.
+        arguments: the generation arguments.
+        press: of the call.
+        wanted: the pipeline's cuda_graph.
+
+    Raises:
+        InvalidInputError: `wanted` is True and something rules it out, or it is no bool.
+    """
+    if wanted not in (None, True, False):
+        raise InvalidInputError(f"cuda_graph is {wanted!r}; give True, False or None")
+    if wanted is False:
+        return False
+    reason = _rules_out_capture(model, config, arguments, press)
+    if wanted and reason is not None:
+        raise InvalidInputError(f"cuda_graph=True, but {reason}; leave cuda_graph out")
+    return reason is None
+
+
+def _rules_out_capture(
+    model: PreTrainedModel,
+    config: GenerationConfig,
+    arguments: Mapping[str, Any],
+    press: BasePress | None,
+) -> str | None:
+    if model.device.type != "cuda":
+        return f"the model is on {model.device}"
+    if (config.num_beams or 1) > 1:
+        return "beams reorder the cache between tokens"
+    if is_assisted(config, arguments):
+        return "assisted decoding checks several tokens at once"
+    acting = decode_time_presses(press)
+    return f"{type(acting[0]).__name__} acts during decoding" if acting else None
+
+
 def is_assisted(config: GenerationConfig, arguments: Mapping[str, Any]) -> bool:
     """Whether several tokens are guessed and checked at once."""
     guesses = (arguments.get("assistant_model"), config.prompt_lookup_num_tokens, config.assistant_early_exit)

@@ -9,16 +9,19 @@ import torch
 from kvpress import BasePress, KVPressTextGenerationPipeline
 from transformers import Cache, DynamicCache
 
-from quantpress.cache import cache_memory
+from quantpress.cache import PackedLayer, cache_memory
+from quantpress.cache.fixed_cache import unfixable
 from quantpress.errors import InvalidInputError
 from quantpress.pipelines import arguments as given
-from quantpress.pipelines.decoding import check_decoding, generate_ids
+from quantpress.pipelines.captured import captured_decoding
+from quantpress.pipelines.decoding import check_decoding, decides_capture, generate_ids
 from quantpress.pipelines.masks import fitted_masks
 from quantpress.pipelines.members import as_press, decode_time_presses
 from quantpress.pipelines.preserve import preserved_context, unchanged_model
 from quantpress.pipelines.prompt import chat_form, check_positions, cut_to, position_count, token_ids
 from quantpress.pipelines.reading import read_context
 from quantpress.pipelines.report import Report
+from quantpress.pipelines.single_token import uncapturable
 from quantpress.pipelines.stopwatch import Stopwatch
 
 
@@ -48,6 +51,10 @@ class TextGenerationPipeline(KVPressTextGenerationPipeline):
         report: add what it cost, a `Report`, to the result.
         progress: a bar over the layers while reading; None shows it in a terminal when that takes long.
         chunk_tokens: see `chunked_prefill`; 0 never, None for contexts of more than 4096 tokens.
+        cuda_graph: decode by replaying a CUDA graph (`captured_decoding`): None where it can be done, on a
+            CUDA device, over a cache that TurboQuant has packed; True to refuse what rules it out (the CPU,
+            beams, assisted decoding, a press that acts during decoding, layers that are not packed); False
+            never.
         **generation: everything else that `model.generate` takes: do_sample, temperature, top_p, num_beams,
             stop_strings, streamer, prompt_lookup_num_tokens, assistant_model, logits_processor, ... Greedy
             decoding is the default, and starts from a neutral configuration: of the model's own only the
@@ -126,10 +133,12 @@ class TextGenerationPipeline(KVPressTextGenerationPipeline):
         report: bool = False,
         progress: bool | None = None,
         chunk_tokens: int | None = None,
+        cuda_graph: bool | None = None,
         **generation: Any,
     ) -> dict[str, Any]:
         config = given.answer_config(self.model, generation)
         check_decoding(config, generation, press)
+        captures = decides_capture(self.model, config, generation, press, cuda_graph)
         if config.stop_strings is not None or "assistant_tokenizer" in generation:
             generation["tokenizer"] = self.tokenizer
         context_ids, questions = input_tensors["context_ids"], input_tensors["questions_ids"]
@@ -139,12 +148,20 @@ class TextGenerationPipeline(KVPressTextGenerationPipeline):
         with unchanged_model(self.model, keep_masks=cache is not None):
             how: dict[str, Any] = {"chunk_tokens": chunk_tokens, "progress": progress, "watch": watch}
             position = read_context(self.model, context_ids, kept, press, **how)
-            memory = cache_memory(kept) if report else None
-            ids = []
-            for question in questions:
-                with self._asking(kept, press), nullcontext() if watch is None else watch.measure("decode"):
-                    where = (self.model, kept, context_ids, question, position)
-                    ids.append(generate_ids(*where, config, generation))
+            reason = (unfixable(kept) or uncapturable(self.model)) if cuda_graph else None
+            if reason is not None:
+                raise InvalidInputError(f"cuda_graph=True, but {reason}; leave cuda_graph out")
+            room = max(question.shape[1] for question in questions) + config.max_new_tokens
+            with self._decoding(kept, room) if captures else nullcontext():
+                memory = cache_memory(kept) if report else None
+                ids = []
+                for question in questions:
+                    with (
+                        self._asking(kept, press),
+                        nullcontext() if watch is None else watch.measure("decode"),
+                    ):
+                        where = (self.model, kept, context_ids, question, position)
+                        ids.append(generate_ids(*where, config, generation))
         answers = [self.tokenizer.decode(one, skip_special_tokens=True) for one in ids]
         result: dict[str, Any] = {"answers": answers}
         if watch is not None and memory is not None:
@@ -159,6 +176,15 @@ class TextGenerationPipeline(KVPressTextGenerationPipeline):
         return {"answer": model_outputs["answers"][0]} | {
             k: v for k, v in model_outputs.items() if k != "answers"
         }
+
+    @contextmanager
+    def _decoding(self, cache: Cache, new_tokens: int) -> Iterator[None]:
+        """Room for one question and answer, made once for all of them, and the captured step."""
+        for layer in cache.layers:
+            if isinstance(layer, PackedLayer):
+                layer.reserve(new_tokens)
+        with captured_decoding(self.model, new_tokens=new_tokens):
+            yield
 
     @contextmanager
     def _asking(self, cache: Cache, press: BasePress | None) -> Iterator[None]:

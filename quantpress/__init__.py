@@ -28,6 +28,7 @@ from quantpress.errors import (
 if TYPE_CHECKING:
     from quantpress.cache import PackedLayer, cache_memory, continue_inputs
     from quantpress.cache.codec import TurboQuantCodec
+    from quantpress.pipelines.captured import captured_decoding
     from quantpress.pipelines.text_generation import TextGenerationPipeline
     from quantpress.presses import *  # noqa: F403
     from quantpress.presses import Compose, TurboQuant
@@ -49,6 +50,7 @@ __all__ = [
     "UnsupportedHeadDimError",
     "UnsupportedModelError",
     "cache_memory",
+    "captured_decoding",
     "continue_inputs",
 ]
 
@@ -65,6 +67,7 @@ _LAZY = {
     "TurboQuant": "quantpress.presses",
     "TurboQuantCodec": "quantpress.cache.codec",
     "cache_memory": "quantpress.cache",
+    "captured_decoding": "quantpress.pipelines.captured",
     "continue_inputs": "quantpress.cache",
 }
 

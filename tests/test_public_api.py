@@ -20,6 +20,7 @@ PUBLIC = sorted(
         "TurboQuant",
         "TurboQuantCodec",
         "cache_memory",
+        "captured_decoding",
         "continue_inputs",
     ]
 )

@@ -34,6 +34,8 @@ from tests.pipelines.words import ours, text, theirs, word_tokenizer
         ({"batch_size": 2}, "one at a time"),
         ({"max_context_length": 0}, "max_context_length is 0"),
         ({"chunk_tokens": -1}, "chunk_tokens is -1"),
+        ({"cuda_graph": "yes"}, "cuda_graph is 'yes'"),
+        ({"cuda_graph": True}, "cuda_graph=True, but the model is on cpu"),
         ({"streamer": TextStreamer(word_tokenizer()), "num_beams": 2}, "beam search"),
         ({"press": DECODING["decoding"](), "num_beams": 2}, "DecodingPress acts during decoding"),
         ({"press": DECODING["dms"](), "prompt_lookup_num_tokens": 2}, "DMSPress acts during decoding"),

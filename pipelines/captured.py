@@ -1,0 +1,261 @@
+"""Decoding without the host: single-token forwards replay one CUDA graph of the whole model.
+
+A decode step of transformers is a few thousand kernel launches from Python, which takes longer than the
+kernels do. Over a packed cache at fixed addresses (`quantpress.cache.fixed`) every step is the same launches
+over the same memory, so they are recorded once and replayed with one call.
+"""
+
+import functools
+import inspect
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+from transformers.utils.generic import ModelOutput
+
+from quantpress.cache.fixed_cache import FixedCache, unfixable
+from quantpress.cache.layer import PackedLayer
+from quantpress.errors import InvalidInputError
+from quantpress.pipelines.single_token import SingleToken, hides_nothing, uncapturable
+
+WARM_STEPS = 2
+"""Steps that run eagerly, at fixed addresses, before the first capture: libraries and kernels load in them,
+and short answers never pay for a capture."""
+
+MOST_LOSSES = 3
+"""Tokens in a row that find the cache changed since the last one before it is left alone."""
+
+
+@contextmanager
+def captured_decoding(
+    model: PreTrainedModel, *, new_tokens: int | None = None, cuda_graph: bool | None = None
+) -> Iterator["CapturedDecoding"]:
+    """While inside, single-token forwards of the model over a packed cache replay a CUDA graph.
+
+    Everything around them stays as it is: `model.generate` with sampling, stopping criteria, processors and
+    streamers. Logits are the caller's own copy. The first two tokens run as always, the third is captured
+    (about one forward's time), and so is the next after the cache outgrew its room. Other forwards run as
+    always too: several tokens at once, padded batches, caches with a layer that is not packed yet. Where a
+    user would expect the speed and cannot have it, one warning says why.
+
+    Hooks on parts of the model do not run in a replay; with any, nothing is captured. Do not change or move
+    weights inside.
+
+    Args:
+        model: decoder-only, on one CUDA device. On the CPU the same steps run eagerly.
+        new_tokens: room to make in the cache for that many tokens, when it is first used; more than that make
+            room again and capture again. None: a sixteenth more than there are, at least 1024.
+        cuda_graph: True: refuse a model that is not on a CUDA device; False: fixed addresses, never a graph.
+
+    Returns:
+        A `CapturedDecoding`, which counts what it did.
+
+    Raises:
+        InvalidInputError: cuda_graph is True and the model is not on CUDA, or new_tokens is below 0.
+
+    Example:
+        >>> # with press(model):
+        >>> #     model(context_ids, past_key_values=cache)
+        >>> # with captured_decoding(model):
+        >>> #     model.generate(**continue_inputs(cache, question_ids), past_key_values=cache)
+    """
+    if new_tokens is not None and new_tokens < 0:
+        raise InvalidInputError(f"new_tokens is {new_tokens}; give 0 or more, or None")
+    if cuda_graph and model.device.type != "cuda":
+        raise InvalidInputError(f"cuda_graph=True, but the model is on {model.device}; move it to CUDA")
+    own = "forward" in vars(model)
+    whole = model.forward
+    capture = model.device.type == "cuda" and cuda_graph is not False
+    steps = CapturedDecoding(model, whole, new_tokens, capture)
+
+    @functools.wraps(whole)
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        return steps(*args, **kwargs)
+
+    model.forward = forward
+    try:
+        yield steps
+    finally:
+        if own:
+            model.forward = whole
+        else:
+            del model.forward
+        steps.close()
+
+
+class CapturedDecoding:
+    """What `captured_decoding` puts in the place of a model's forward.
+
+    Args:
+        model: the model.
+        forward: its own forward.
+        new_tokens: see `captured_decoding`.
+        capture: False: never a graph.
+
+    Attributes:
+        replays: steps that were one launch of a graph.
+        captures: graphs made.
+        eager_steps: steps at fixed addresses without a graph.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        forward: Callable[..., Any],
+        new_tokens: int | None,
+        capture: bool,
+    ) -> None:
+        self.replays = self.captures = self.eager_steps = 0
+        self._model, self._forward, self._new_tokens, self._capture = model, forward, new_tokens, capture
+        self._signature = inspect.signature(forward)
+        self._cache: FixedCache | None = None
+        self._addresses: list[int] = []
+        self._static: SingleToken | None = None
+        self._graph: tuple[torch.cuda.CUDAGraph, Any] | None = None
+        self._cold = WARM_STEPS  # steps to run before the next capture
+        self._given_up = self._warned = self._was_step = False
+        self._losses = 0
+        self._unpadded = -1  # width of the last mask known to hide nothing
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's forward."""
+        step = SingleToken.read(self._signature, args, kwargs)
+        if step is None or self._given_up or torch.is_grad_enabled() or not self._ready(step):
+            self._was_step = False
+            if step is None:
+                self._unpadded = -1
+            return self._forward(*args, **kwargs)
+        self._was_step = True
+        try:
+            output = self._run(step)
+            if output is None:  # cannot be captured
+                return self._forward(*args, **kwargs)
+            if self._fixed().flush():
+                self._check_addresses()
+        except BaseException:
+            self._was_step = False
+            self._fixed().release()
+            raise
+        return output
+
+    def close(self) -> None:
+        """Let the cache grow again, and all memory go."""
+        if self._cache is not None:
+            self._cache.release()
+        self._cache = self._static = self._graph = None
+
+    def _fixed(self) -> FixedCache:
+        assert self._cache is not None
+        return self._cache
+
+    def _ready(self, step: SingleToken) -> bool:
+        """Whether this step can run at fixed addresses; enters them."""
+        ours = self._cache is not None and self._cache.cache is step.cache
+        if self._cache is not None and ours and self._cache.entered:
+            self._losses = 0
+            return self._sees_all(step.mask)
+        reason = unfixable(step.cache)
+        if reason is not None:
+            packs = [isinstance(layer, PackedLayer) for layer in step.cache.layers]
+            if any(packs) and (not all(packs) or step.cache.offloading):  # else it is packed in a while
+                self._warn(reason)
+            return False
+        if not self._sees_all(step.mask):
+            return False
+        self._losses += ours and self._was_step
+        if self._losses == MOST_LOSSES:
+            return self._give_up("the cache is changed between tokens, as beam search does")
+        reason = uncapturable(self._model)
+        if reason is not None:
+            return self._give_up(reason)
+        if self._cache is None or not self._cache.fits(step.cache):
+            if self._cache is not None:
+                self._cache.release()
+            self._graph = None
+            self._cache = FixedCache(step.cache)
+        self._cache.enter(self._new_tokens)
+        self._check_addresses()
+        return True
+
+    def _check_addresses(self) -> None:
+        addresses = self._fixed().addresses()
+        if addresses != self._addresses:
+            self._addresses, self._graph = addresses, None
+
+    def _sees_all(self, mask: torch.Tensor | None) -> bool:
+        """Whether a mask hides nothing: asks the device once, then trusts a mask that is one token wider."""
+        if mask is None:
+            return True
+        if mask.dim() != 2:
+            return False
+        if mask.shape[1] != self._unpadded + 1 and not hides_nothing(mask):
+            return False
+        self._unpadded = mask.shape[1]
+        return True
+
+    def _run(self, step: SingleToken) -> Any:
+        if self._static is None or not self._static.like(step):
+            self._static, self._graph = step.static(self._model), None
+        self._static.fill(step)
+        if self._graph is None and self._capture and self._cold <= 0:
+            try:
+                self._graph = self._record(self._static)
+            except Exception as error:  # whatever the model does that a graph cannot hold
+                self._give_up(f"{type(self._model).__name__} cannot be captured ({_first_line(error)})")
+                return None
+        elif self._graph is not None:
+            self._fixed().replayed()
+        if self._graph is None:
+            self._cold -= 1
+            self.eager_steps += 1
+            with self._fixed().step():
+                return self._forward(**self._static.arguments())
+        graph, output = self._graph
+        graph.replay()
+        self.replays += 1
+        return _copied(output)
+
+    def _record(self, static: SingleToken) -> tuple[torch.cuda.CUDAGraph, Any]:
+        """Capture a step. Nothing runs yet, but the host has counted it."""
+        fixed = self._fixed()
+        counts = fixed.counts()
+        graph = torch.cuda.CUDAGraph()
+        try:
+            recording = torch.cuda.graph(graph, capture_error_mode="thread_local")  # streamers have threads
+            with torch.cuda.device(self._model.device), recording, fixed.step():
+                output = self._forward(**static.arguments())
+        except BaseException:
+            fixed.recount(counts)
+            raise
+        self.captures += 1
+        self._cold = 1  # kernels for a cache that grew may still have to load
+        return graph, output
+
+    def _give_up(self, reason: str) -> bool:
+        self._given_up, self._graph = True, None
+        if self._cache is not None:
+            self._cache.release()
+        self._warn(reason)
+        return False
+
+    def _warn(self, reason: str) -> None:
+        if not self._warned:
+            self._warned = True
+            warnings.warn(f"decoding runs without a CUDA graph, which is slower: {reason}", stacklevel=2)
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0] if lines else ''}"
+
+
+def _copied(output: Any) -> Any:
+    """The tensors of a model's output in memory of their own: the next replay writes over them."""
+    if isinstance(output, ModelOutput):
+        return type(output)(**{name: _copied(value) for name, value in output.items()})
+    if isinstance(output, tuple):
+        return tuple(_copied(value) for value in output)
+    return output.clone() if isinstance(output, torch.Tensor) else output
