@@ -50,7 +50,7 @@ class Entry:
     def one_token(self) -> bool:
         """Whether kvpress itself may fail at a question of several tokens.
 
-        Its one mask does not fit layers of different lengths, and it may find no fake key to hide tokens with.
+        Its one mask does not fit layers of different lengths, and it may find no fake key to hide a token.
         """
         return self.kind in (UNEQUAL, HEAD_WISE, REREADS)
 

@@ -23,8 +23,9 @@ from quantpress.presses.composition import (
 )
 from quantpress.presses.model_support import attention_modules, check_evictable, is_sliding
 from quantpress.presses.names import check_ratio
-from quantpress.presses.packing import Packer
+from quantpress.presses.packing import Packer, hooked
 from quantpress.presses.piping import Pipeable
+from quantpress.presses.prefill import forget_attention_weights
 from quantpress.presses.restore import left_as_found
 from quantpress.presses.turboquant import TurboQuant
 
@@ -144,6 +145,8 @@ class Compose(Pipeable, BasePress):
             packer.record(module, input, kwargs, output)
         for press in self.evictors:
             output = press.forward_hook(module, input, kwargs, output)
+            if press is not self.evictors[-1]:
+                output = forget_attention_weights(module, input, kwargs, output)
             if packer is not None:
                 packer.follow(module, input, kwargs, output)
         if packer is not None:
@@ -182,6 +185,8 @@ class Compose(Pipeable, BasePress):
             stack.enter_context(packer.recording(model))
         for press in self.evictors:
             stack.enter_context(_only_full_attention(press, model))
+            if press is not self.evictors[-1]:
+                stack.enter_context(hooked(model, forget_attention_weights))
             if packer is not None:
                 stack.enter_context(packer.following(model))
         if packer is not None:

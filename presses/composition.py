@@ -48,6 +48,18 @@ HEAD_WISE = (
 )
 """They name slots in the module's `masked_key_indices` and leave the cache as it is."""
 
+WHOLE_CONTEXT = (
+    kvpress.BlockPress,
+    kvpress.ChunkPress,
+    kvpress.CompactorPress,
+    kvpress.DMSPress,
+    kvpress.KVzapPress,
+    kvpress.LeverageScorePress,
+    kvpress.NonCausalAttnPress,
+    kvpress.ObservedAttentionPress,
+)
+"""They pair each key with the hidden state, or the attention, of its token: no token may be missing."""
+
 _INNER = ("press", "base_press", "prefilling_press", "decoding_press")
 
 
@@ -202,7 +214,16 @@ def _check_quantizer(presses: tuple[BasePress, ...]) -> None:
 
 
 def _check_evictors(evictors: list[BasePress]) -> None:
+    shortened_by = None
     for index, press in enumerate(evictors):
+        pairing = next((inner for inner in with_inner(press) if isinstance(inner, WHOLE_CONTEXT)), None)
+        if shortened_by is not None and pairing is not None and not isinstance(press, kvpress.DecodingPress):
+            raise CompositionError(
+                f"{name_of(pairing)} scores each key with the hidden state of its token, and "
+                f"{name_of(shortened_by)} before it evicts some; put {name_of(pairing)} first"
+            )
+        if not isinstance(press, (kvpress.ThinKPress, kvpress.DecodingPress)):
+            shortened_by = press
         if isinstance(press, AT_EXIT) and len(evictors) > 1:
             raise CompositionError(
                 f"{name_of(press)} acts on the complete cache of its context; use it as the only evictor"

@@ -56,7 +56,7 @@ class Packer:
     @contextmanager
     def recording(self, model: nn.Module) -> Iterator[None]:
         """Enter before the evictors: their hooks run in the order in which they were registered."""
-        with _hooked(model, self.record):
+        with hooked(model, self.record):
             try:
                 yield
                 self._pack_waiting(model)
@@ -68,13 +68,13 @@ class Packer:
     @contextmanager
     def following(self, model: nn.Module) -> Iterator[None]:
         """Enter behind each evictor."""
-        with _hooked(model, self.follow):
+        with hooked(model, self.follow):
             yield
 
     @contextmanager
     def packing(self, model: nn.Module) -> Iterator[None]:
         """Enter behind the last evictor."""
-        with _hooked(model, self.pack):
+        with hooked(model, self.pack):
             yield
 
     def record(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
@@ -187,7 +187,8 @@ def _set_masked_slots(module: nn.Module, positions: torch.Tensor | None = None) 
 
 
 @contextmanager
-def _hooked(model: nn.Module, hook: Any) -> Iterator[None]:
+def hooked(model: nn.Module, hook: Any) -> Iterator[None]:
+    """A forward hook on every attention module that sees the whole context."""
     handles = [
         module.register_forward_hook(hook, with_kwargs=True) for module in full_attention_modules(model)
     ]

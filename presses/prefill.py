@@ -71,6 +71,18 @@ def prefill_call(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Prefil
     )
 
 
+def forget_attention_weights(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
+    """Forward hook between evictors: "eager" attention returns weights of tokens that are gone by now.
+
+    Presses prefer those weights where there are any; without them they compute their own.
+    """
+    weights = output[1] if isinstance(output, tuple) and len(output) > 1 else None
+    call = None if weights is None else prefill_call(module, args, kwargs)
+    if weights is None or call is None or call.cache.get_seq_length(call.layer_idx) == weights.shape[-1]:
+        return output
+    return (output[0], None, *output[2:])
+
+
 def plain_states(cache: Cache, layer_idx: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Keys [B, Hkv, T, D] and values [B, Hkv, T, Dv] of one layer of a cache, when they can be packed.
 

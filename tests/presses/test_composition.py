@@ -10,6 +10,7 @@ from quantpress.errors import CompositionError, InvalidInputError
 from quantpress.presses import (
     DMS,
     AdaKV,
+    Block,
     Compose,
     CompressionRatioDecoding,
     Decoding,
@@ -19,6 +20,7 @@ from quantpress.presses import (
     Knorm,
     KVCompose,
     KVzip,
+    LeverageScore,
     PrefillDecoding,
     SimLayerKV,
     SnapKV,
@@ -73,6 +75,15 @@ REFUSED = {
     "at exit": (lambda: [SnapKV(), KVzip()], "KVzip acts on the complete cache.*only evictor"),
     "at exit first": (lambda: [KVCompose(), SnapKV(), TurboQuant()], "KVCompose acts on the complete cache"),
     "head-wise first": (lambda: [AdaKV(), Knorm()], "AdaKV names slots of the cache, and Knorm behind it"),
+    "base class": (lambda: [kvpress.BasePress()], "BasePress has no compress of its own"),
+    "base scorer": (lambda: [kvpress.ScorerPress(0.5), TurboQuant()], "ScorerPress has no score of its own"),
+    "base scorer inside": (lambda: [AdaKV(kvpress.ScorerPress(0.5))], "ScorerPress has no score of its own"),
+    "whole context": (
+        lambda: [SnapKV(), LeverageScore(), TurboQuant()],
+        "LeverageScore scores each key with .*SnapKV before it evicts.*put LeverageScore first",
+    ),
+    "whole context inside": (lambda: [Knorm(), AdaKV(kvpress.KVzapPress())], "KVzapPress scores each key"),
+    "blocks": (lambda: [Knorm(), Block()], "Block scores each key"),
     "two head-wise": (lambda: [AdaKV(), DuoAttention()], "AdaKV names slots of the cache, and DuoAttention"),
 }
 
@@ -114,6 +125,17 @@ def test_nested_compositions_are_flattened() -> None:
     chained = kvpress.ComposedPress([kvpress.KnormPress(0.2), kvpress.ThinKPress(0.5)])
     press = Compose([Compose([SnapKV(0.1)]), chained, Compose([Compose([TurboQuant(2)])])])
     assert [type(member).__name__ for member in press] == ["SnapKV", "KnormPress", "ThinKPress", "TurboQuant"]
+
+
+def test_a_press_that_needs_the_whole_context_may_follow_one_that_evicts_nothing() -> None:
+    for first in (ThinK(), decoding()):
+        assert len(Compose([first, LeverageScore(), SnapKV()])) == 3
+
+
+def test_a_score_may_be_given_to_an_instance() -> None:
+    press = kvpress.ScorerPress(0.5)
+    press.score = lambda module, hidden_states, keys, *rest: keys.norm(dim=-1)
+    assert Compose([press, TurboQuant()]).evictors == (press,)
 
 
 def test_without_quantizer() -> None:

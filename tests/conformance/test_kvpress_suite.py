@@ -1,0 +1,110 @@
+"""kvpress's own tests, run twice: as they are, and with every press in front of a quantizer.
+
+Nothing of kvpress is kept here. The source distribution of the installed version is fetched from the package
+index, once for the user; its tests run in processes of their own (`wrapped_presses.py`) on tiny models
+(`hub.py`).
+"""
+
+import importlib.metadata
+import json
+import os
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from quantpress.pipelines.default_model import cache_folder
+from tests.conformance.hub import write_hub
+
+HERE = Path(__file__).parent
+VERSION = importlib.metadata.version("kvpress")
+REFUSED = "evicts while decoding, and a packed cache can only be appended to"
+"""Why a press is refused in front of TurboQuant; a test that fails with this shows a refusal, not a fault."""
+DIFFERENT_ON_PURPOSE = {
+    "tests/test_press_call.py::test_context_manager_adds_and_removes_hook": "Compose adds hooks",
+}
+# They download, whatever the model, or need a GPU and a real model.
+LEFT_OUT = ("tests/integration", "tests/presses/test_duo_attention_press.py")
+LEAST_PASSING = 600
+LEAST_PACKED = 700
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+
+
+@pytest.fixture(scope="module")
+def sources() -> Path:
+    """kvpress's source distribution; skips when it cannot be fetched."""
+    folder = cache_folder() / "kvpress-sources"
+    archive = folder / f"kvpress-{VERSION}.tar.gz"
+    if not archive.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-binary", "kvpress"]
+        command += [
+            "--retries",
+            "1",
+            "--disable-pip-version-check",
+            "--dest",
+            str(folder),
+            f"kvpress=={VERSION}",
+        ]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+        if done.returncode or not archive.exists():
+            said = (done.stderr or done.stdout).strip().splitlines()[-1:]
+            pytest.skip(f"the sources of kvpress {VERSION} could not be fetched: {' '.join(said)}")
+    return archive
+
+
+@pytest.fixture(scope="module")
+def suite(sources: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with kvpress's tests and what they import beside kvpress itself, and a hub for them."""
+    folder = tmp_path_factory.mktemp("kvpress")
+    with tarfile.open(sources) as archive:
+        for member in archive.getmembers():
+            member.name = member.name.partition("/")[2]
+            if member.isfile() and member.name.startswith(("tests/", "evaluation/")):
+                archive.extract(member, folder, filter="data")
+    (folder / "pytest.ini").write_text("[pytest]\n")  # not ours, where warnings are errors
+    write_hub(folder / "hf")
+    return folder
+
+
+def run(suite: Path, mode: str) -> dict[str, Any]:
+    """Outcomes by test, "plain" or "wrapped"."""
+    results = suite / f"{mode}.json"
+    settings = {
+        "CUDA_VISIBLE_DEVICES": "",
+        "HF_HOME": str(suite / "hf"),
+        "HF_HUB_CACHE": str(suite / "hf" / "hub"),
+        "HF_HUB_OFFLINE": "1",
+        "PYTHONPATH": os.pathsep.join(map(str, (suite, HERE))),
+        "QUANTPRESS_CONFORMANCE": mode,
+        "QUANTPRESS_CONFORMANCE_RESULTS": str(results),
+    }
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST")}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "wrapped_presses"]
+    command += ["-p", "no:xdist", "--tb=no", "tests", *(f"--ignore={path}" for path in LEFT_OUT)]
+    done = subprocess.run(
+        command, cwd=suite, env={**clean, **settings}, capture_output=True, text=True, timeout=600
+    )
+    assert results.exists(), done.stdout[-4000:] + done.stderr[-4000:]
+    read: dict[str, Any] = json.loads(results.read_text(encoding="utf-8"))
+    return read
+
+
+def test_no_test_fails_because_of_the_quantizer(suite: Path) -> None:
+    plain, wrapped = (run(suite, mode) for mode in ("plain", "wrapped"))
+    passed = [test for test, result in plain["outcomes"].items() if result["outcome"] == "passed"]
+    assert len(passed) >= LEAST_PASSING, plain
+    failed = {
+        test: wrapped["outcomes"].get(test, {"reason": "did not run"})["reason"]
+        for test in passed
+        if wrapped["outcomes"].get(test, {"outcome": ""})["outcome"] != "passed"
+    }
+    refused = [test for test, reason in failed.items() if REFUSED in reason]
+    print(f"{len(passed)} pass without us, {len(passed) - len(failed)} with us, {len(refused)} are refused")
+    assert all("decoding" in test or "dms" in test for test in refused)
+    assert set(failed) - set(refused) == set(DIFFERENT_ON_PURPOSE), failed
+    assert wrapped["packed"]["with pages"] >= LEAST_PACKED, wrapped["packed"]
