@@ -2,6 +2,7 @@
 
 compose.py        Compose: several presses as one
 composition.py    which presses go together
+guard.py          a press's context, with errors that say what is wrong
 turboquant.py     TurboQuant: packs what is left in 2 to 4 bits
 presets.py        its settings by name
 names.py          kvpress's evicting presses under short names, with defaults that evict

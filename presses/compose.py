@@ -21,7 +21,8 @@ from quantpress.presses.composition import (
     short_repr,
     with_inner,
 )
-from quantpress.presses.model_support import attention_modules, check_evictable, is_sliding
+from quantpress.presses.guard import guarded
+from quantpress.presses.model_support import check_evictable
 from quantpress.presses.names import check_ratio
 from quantpress.presses.packing import Packer, hooked
 from quantpress.presses.piping import Pipeable
@@ -184,7 +185,7 @@ class Compose(Pipeable, BasePress):
         if packer is not None:
             stack.enter_context(packer.recording(model))
         for press in self.evictors:
-            stack.enter_context(_only_full_attention(press, model))
+            stack.enter_context(guarded(press, model))
             if press is not self.evictors[-1]:
                 stack.enter_context(hooked(model, forget_attention_weights))
             if packer is not None:
@@ -203,16 +204,3 @@ class Compose(Pipeable, BasePress):
             rerotated=any(map(rerotates, inner)),
             at_exit=any(isinstance(press, AT_EXIT) for press in inner),
         )
-
-
-@contextmanager
-def _only_full_attention(press: BasePress, model: PreTrainedModel) -> Iterator[None]:
-    """A press's context without hooks on sliding-window layers, which kvpress skips in one model only."""
-    sliding = [module for module in attention_modules(model) if is_sliding(module)]
-    before = [set(module._forward_hooks) for module in sliding]
-    with press(model):
-        for module, known in zip(sliding, before, strict=True):
-            for hook_id in set(module._forward_hooks) - known:
-                del module._forward_hooks[hook_id]
-                module._forward_hooks_with_kwargs.pop(hook_id, None)
-        yield

@@ -13,13 +13,10 @@ SUPPORTED_ATTENTION = ("eager", "flash_attention_2", "flash_attention_3", "sdpa"
 # attention does not see the cache's own.
 _CHANGED_AFTER_CACHE = frozenset(
     {
-        "deepseek_v2",
-        "deepseek_v3",
         "diffllama",
         "doge",
         "gemma3n",
         "gemma3n_text",
-        "glm4_moe_lite",
         "glm_moe_dsa",
         "idefics",
         "jetmoe",
@@ -99,19 +96,26 @@ def check_packable(model: nn.Module) -> None:
 
 
 def check_evictable(model: nn.Module) -> None:
-    """Refuse a model in which kvpress finds no layers.
+    """Refuse a model in which kvpress finds no layers that it could evict from.
 
     Raises:
         UnsupportedModelError: `model.model.layers[i].self_attn` (or the same below
-            `model.model.language_model`) is not there.
+            `model.model.language_model`) is not there, or every layer is a sliding window.
     """
     inner = getattr(model, "model", None)
     inner = getattr(inner, "language_model", inner)
     layers = getattr(inner, "layers", None)
-    if layers is None or not all(hasattr(layer, "self_attn") for layer in layers):
+    if layers is None or any(getattr(layer, "self_attn", None) is None for layer in layers):
         raise UnsupportedModelError(
             f"kvpress finds no model.model.layers[i].self_attn in {type(model).__name__}; give the model "
             "with its language-model head (...ForCausalLM), or use a quantizer alone"
+        )
+    modules = attention_modules(model)
+    if modules and all(is_sliding(module) for module in modules):
+        raise UnsupportedModelError(
+            f"every layer of {type(model).__name__} is a sliding window, and presses leave those to the "
+            "model: nothing would be evicted; use it without presses, or set config.sliding_window=None if "
+            "the context fits the window"
         )
 
 
@@ -127,6 +131,11 @@ def _check_attention(name: str, module: nn.Module) -> None:
         raise UnsupportedModelError(
             f"{name} cannot be packed: {attention} does not call attention through transformers' "
             "ALL_ATTENTION_FUNCTIONS; use an eviction press without TurboQuant"
+        )
+    if config is None:
+        raise UnsupportedModelError(
+            f"{name} cannot be packed: {attention} is not attention over a cache of keys and values; use it "
+            "without TurboQuant"
         )
     implementation = getattr(config, "_attn_implementation", None) or "eager"
     if implementation not in SUPPORTED_ATTENTION:

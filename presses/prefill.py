@@ -11,6 +11,7 @@ from transformers.cache_utils import Cache, DynamicLayer, QuantizedLayer
 from quantpress.cache.layer import PackedLayer
 from quantpress.errors import CompositionError, InvalidInputError, NonFiniteError, UnsupportedModelError
 
+_CACHE_ARGUMENTS = ("past_key_values", "past_key_value", "layer_past")
 _FRESH_CACHE = "pass a fresh past_key_values=DynamicCache()"
 
 
@@ -47,9 +48,16 @@ def prefill_call(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Prefil
     """Read the arguments of a forward hook; None when it is no prefill (kvpress's rule) or has no cache.
 
     Raises:
-        UnsupportedModelError: the model does not tell its attention where in the text it is.
+        UnsupportedModelError: the model does not tell its attention where in the text it is, or has a cache
+            of another kind.
     """
     cache = next((value for value in (*kwargs.values(), *args) if isinstance(value, Cache)), None)
+    other = next((kwargs[name] for name in _CACHE_ARGUMENTS if kwargs.get(name) is not None), None)
+    if cache is None and other is not None:
+        raise UnsupportedModelError(
+            f"{type(module).__name__} keeps keys and values in a {type(other).__name__}, not in layers of a "
+            "transformers Cache; use this model without presses"
+        )
     hidden_states = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
     position = kwargs.get("cache_position")
     if cache is None:
@@ -124,18 +132,32 @@ def check_states(call: PrefillCall, keys: torch.Tensor, values: torch.Tensor) ->
         NonFiniteError: keys or values hold NaN or infinity.
     """
     check_fresh(call, keys)
-    kept, seen = keys.shape[2], call.tokens
-    if kept < seen and _is_padded(call.attention_mask):
-        raise CompositionError(
-            f"a press evicted {seen - kept} of {seen} tokens from a padded batch, so that slots no longer "
-            "match the attention mask; give contexts one at a time, or of equal length, or evict nothing"
-        )
+    check_padding(call, keys.shape[2])
     for name, states in (("keys", keys), ("values", values)):
         if states.numel() and not bool(torch.stack(torch.aminmax(states)).isfinite().all()):
             raise NonFiniteError(
                 f"the {name} of layer {call.layer_idx} hold NaN or infinity; load the model in bfloat16 or "
                 f"float32, or leave this layer unpacked with layer_bits={{{call.layer_idx}: 16}}"
             )
+
+
+def check_padding(call: PrefillCall, kept: int) -> None:
+    """Refuse an eviction from a padded batch.
+
+    Args:
+        call: the prefill.
+        kept: tokens left of it; 0 when a press goes on to read the context again.
+
+    Raises:
+        CompositionError: fewer tokens than were read.
+    """
+    seen = call.tokens
+    if kept < seen and _is_padded(call.attention_mask):
+        what = f"evicted {seen - kept} of {seen} tokens from" if kept else "reads again, without its mask,"
+        raise CompositionError(
+            f"a press {what} a padded batch, so that slots no longer match the attention mask; give contexts "
+            "one at a time, or of equal length, or evict nothing"
+        )
 
 
 def _is_padded(mask: torch.Tensor | None) -> bool:

@@ -1,4 +1,4 @@
-"""Tiny random models of the families that the suite covers.
+"""Tiny random models: `FAMILIES`, which the whole suite covers, and others for single tests.
 
 Their weights are drawn wide, so that greedy tokens change when the cache is off by a little: a test that
 compares tokens on a model that always says the same thing proves nothing (`test_tokens_depend_on_the_cache`
@@ -12,10 +12,22 @@ import torch
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    BloomConfig,
+    DeepseekV2Config,
+    DeepseekV3Config,
+    FalconH1Config,
+    Gemma2Config,
     Gemma3TextConfig,
+    GPT2Config,
+    GPTNeoXConfig,
+    GptOssConfig,
+    JambaConfig,
+    Lfm2Config,
     LlamaConfig,
     MistralConfig,
+    NemotronConfig,
     Phi3Config,
+    PhiConfig,
     PreTrainedModel,
     Qwen2Config,
     Qwen3Config,
@@ -56,6 +68,56 @@ _CONFIGS: dict[str, tuple[type, dict[str, Any]]] = {
     ),
 }
 FAMILIES = tuple(_CONFIGS)
+
+_SLIDING = {
+    "sliding_window": 64,
+    "layer_types": ["sliding_attention", "full_attention", "full_attention"],
+}
+_LATENT = {  # keys of 32 channels, values of 16
+    "num_key_value_heads": 4,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 16,
+    "v_head_dim": 16,
+    "kv_lora_rank": 16,
+    "q_lora_rank": 16,
+    "n_routed_experts": 2,
+    "num_experts_per_tok": 1,
+    "n_group": 1,
+    "topk_group": 1,
+    "first_k_dense_replace": 3,
+}
+_EXPERTS = {"num_local_experts": 2, "num_experts_per_tok": 1}
+_OTHERS: dict[str, tuple[type, dict[str, Any]]] = {
+    # Sliding-window layers beside full ones; all of them sliding.
+    "gemma2": (Gemma2Config, {"head_dim": HEAD_DIM, "query_pre_attn_scalar": HEAD_DIM, **_SLIDING}),
+    "gpt_oss": (GptOssConfig, {"head_dim": HEAD_DIM, **_EXPERTS, **_SLIDING}),
+    "qwen2_sliding": (Qwen2Config, {"use_sliding_window": True, **_SLIDING}),
+    "qwen3_sliding": (Qwen3Config, {"head_dim": HEAD_DIM, "use_sliding_window": True, **_SLIDING}),
+    "mistral_sliding": (MistralConfig, {"head_dim": HEAD_DIM, "sliding_window": 64}),
+    # Heads: one KV head for all, as many as query heads, keys and values of different head_dim.
+    "multi_query": (LlamaConfig, {"num_key_value_heads": 1}),
+    "multi_head": (LlamaConfig, {"num_key_value_heads": 4}),
+    "deepseek_v2": (DeepseekV2Config, {**_LATENT, "head_dim": 16}),
+    "deepseek_v3": (DeepseekV3Config, _LATENT),
+    # Another way to rotate, no rotation, another place for attention.
+    "phi": (PhiConfig, {}),
+    "gpt2": (GPT2Config, {"n_embd": 128, "n_layer": 3, "n_head": 4, "n_positions": 4096}),
+    "gpt_neox": (GPTNeoXConfig, {}),
+    # Attention beside other layers, in a cache of their own.
+    "jamba": (
+        JambaConfig,
+        {"attn_layer_period": 2, "attn_layer_offset": 1, "num_experts": 2, "use_mamba_kernels": False},
+    ),
+    "falcon_h1": (
+        FalconH1Config,
+        {"head_dim": HEAD_DIM, "mamba_d_ssm": 64, "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8},
+    ),
+    "lfm2": (Lfm2Config, {"layer_types": ["conv", "full_attention", "full_attention"]}),
+    # Attention that does not go through transformers' table of functions.
+    "bloom": (BloomConfig, {"n_head": 4, "n_layer": 3}),
+    "nemotron": (NemotronConfig, {}),
+}
+_CONFIGS.update(_OTHERS)
 
 
 @functools.cache

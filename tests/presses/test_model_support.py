@@ -7,12 +7,12 @@ import torch
 from transformers import (
     AutoModelForCausalLM,
     BloomConfig,
-    DeepseekV3Config,
     DiffLlamaConfig,
     DogeConfig,
     DynamicCache,
     LlamaModel,
     MambaConfig,
+    MiniMaxConfig,
     MistralConfig,
     PreTrainedModel,
     Qwen2Config,
@@ -43,17 +43,10 @@ def build(config_class: Any, **changes: Any) -> PreTrainedModel:
     return AutoModelForCausalLM.from_config(config_class(**{**SIZES, **changes}))
 
 
-DEEPSEEK = {
-    "v_head_dim": 16,
-    "kv_lora_rank": 16,
-    "q_lora_rank": 16,
-    "qk_rope_head_dim": 16,
-    "qk_nope_head_dim": 16,
-}
 UNSUPPORTED = {
-    "DeepSeek": (
-        lambda: build(DeepseekV3Config, **DEEPSEEK),
-        "DeepseekV3Attention changes or shares",
+    "MiniMax": (
+        lambda: build(MiniMaxConfig, layer_types=["linear_attention", "full_attention"], num_local_experts=2),
+        "MiniMaxLightningAttention is not attention over a cache",
     ),
     "DiffLlama": (lambda: build(DiffLlamaConfig), "changes or shares keys and values"),
     "Doge": (lambda: build(DogeConfig), "DogeAttention changes or shares"),

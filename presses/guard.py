@@ -1,0 +1,95 @@
+"""A press's context as `Compose` enters it: hooks where they belong, and errors that say what is wrong.
+
+kvpress skips sliding-window layers in one model only, takes padded batches without a word although its slots
+no longer match the mask, and fails in many ways in the middle of a prefill of a model that it does not
+support.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from kvpress import SUPPORTED_MODELS, BasePress
+from torch import nn
+from transformers.modeling_utils import PreTrainedModel
+
+from quantpress.errors import QuantPressError, UnsupportedModelError
+from quantpress.presses.composition import AT_EXIT, name_of
+from quantpress.presses.model_support import attention_modules, is_sliding
+from quantpress.presses.packing import hooked
+from quantpress.presses.prefill import check_padding, prefill_call
+
+Hook = Callable[..., Any]
+
+_UNEXPLAINED = (
+    AttributeError,
+    IndexError,
+    KeyError,
+    NotImplementedError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
+
+
+@contextmanager
+def guarded(press: BasePress, model: PreTrainedModel) -> Iterator[None]:
+    """Enter a press's context without its hooks on sliding-window layers.
+
+    Raises (from inside, at a prefill):
+        CompositionError: it evicts from a padded batch.
+        UnsupportedModelError: kvpress does not support the model, and the press failed in it.
+    """
+    modules = attention_modules(model)
+    before = [set(module._forward_hooks) for module in modules]
+    supported = isinstance(model, SUPPORTED_MODELS)
+    with press(model):
+        for module, known in zip(modules, before, strict=True):
+            for hook_id in set(module._forward_hooks) - known:
+                if is_sliding(module):
+                    del module._forward_hooks[hook_id]
+                    module._forward_hooks_with_kwargs.pop(hook_id, None)
+                elif not supported:
+                    module._forward_hooks[hook_id] = _explained(press, module._forward_hooks[hook_id])
+        with hooked(model, _padding_check(press)):
+            yield
+
+
+def _padding_check(press: BasePress) -> Hook:
+    def check(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+        call = prefill_call(module, args, kwargs)
+        if call is not None:
+            reads_again = isinstance(press, AT_EXIT)
+            check_padding(call, 0 if reads_again else call.cache.get_seq_length(call.layer_idx))
+
+    return check
+
+
+def _explained(press: BasePress, hook: Hook) -> Hook:
+    def explained(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
+        call = prefill_call(module, args, kwargs)
+        before = None if call is None else _head_dims(call.cache.layers[call.layer_idx])
+        try:
+            result = hook(module, args, kwargs, output)
+        except (QuantPressError, torch.OutOfMemoryError):
+            raise
+        except _UNEXPLAINED as error:
+            raise _unsupported(press, module, str(error)) from error
+        if call is not None and _head_dims(call.cache.layers[call.layer_idx]) != before:
+            raise _unsupported(press, module, "it cut the channels of keys or values")
+        return result
+
+    return explained
+
+
+def _head_dims(layer: Any) -> tuple[int, ...]:
+    return tuple(states.shape[-1] for states in (layer.keys, layer.values) if states is not None)
+
+
+def _unsupported(press: BasePress, module: nn.Module, reason: str) -> UnsupportedModelError:
+    models = ", ".join(sorted(model.__name__ for model in SUPPORTED_MODELS))
+    return UnsupportedModelError(
+        f"{name_of(press)} does not work with {type(module).__name__}: {reason}. kvpress supports {models}; "
+        "with other models use another press, or TurboQuant alone"
+    )
