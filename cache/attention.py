@@ -22,6 +22,7 @@ from quantpress.kernels.attend import Segment, Visibility, attend
 AttentionFunction = Callable[..., tuple[torch.Tensor, torch.Tensor | None]]
 _MARK = "_quantpress_original"
 _MASKS = "masked_key_indices"
+_CAUSAL = "_quantpress_causal"
 IGNORES_SOFTCAP = ("sdpa",)
 """Implementations that leave out a model's softcap (Gemma 2): packed layers then leave it out too."""
 
@@ -177,6 +178,8 @@ def visibility(
                 "batch is padded; use a press that keeps as many tokens in every layer, or one context a time"
             )
         mask, causal = None, True
+    elif mask is not None and mask.dim() == 4 and window is None and _is_causal(mask, queries):
+        mask, causal = None, True  # no padding: kernels know this rule
     if mask is not None and mask.dim() == 2:
         mask = mask[:, -tokens:].bool()[:, None, None]
         if causal and queries > 1:
@@ -195,8 +198,17 @@ def causal_mask(queries: int, tokens: int, window: int | None, device: torch.dev
 
 
 def _is_causal(mask: torch.Tensor, queries: int) -> bool:
-    seen = mask if mask.dtype == torch.bool else mask == 0
-    return bool((seen == causal_mask(queries, mask.shape[-1], None, mask.device)).all())
+    """Whether a mask hides the later queries' tokens and no others. Waits for the device once a mask."""
+    known: bool | None = getattr(mask, _CAUSAL, None)
+    if known is None:
+        seen = mask if mask.dtype == torch.bool else mask == 0
+        known = bool((seen == causal_mask(queries, mask.shape[-1], None, mask.device)).all())
+        if mask.dtype != torch.bool:  # what is not hidden must not be weighted either
+            known = known and bool(
+                (mask.isneginf() | (mask <= torch.finfo(mask.dtype).min) | (mask == 0)).all()
+            )
+        setattr(mask, _CAUSAL, known)  # a model gives all its layers the same one
+    return known
 
 
 def _dropped(module: torch.nn.Module, shape: tuple[int, int, int]) -> torch.Tensor | None:

@@ -1,0 +1,233 @@
+"""Generation end to end with a packed cache against DynamicCache and sdpa, in one run, with random weights.
+
+    python benchmarks/generate.py             Llama-3.1-8B's shape, 131072 tokens of context, 3/3 bits
+    python benchmarks/generate.py --tokens 32768 --bits 4 4 --new-tokens 128
+    python benchmarks/generate.py --json out.json
+
+Both sides read the same random ids in the same way (`read_context`: one exact forward, feed-forwards in
+chunks), once without a press into a DynamicCache and once under TurboQuant. Time to first token runs from
+there to the first id on the host, prefill, packing and the first forward of the question included. Then
+`model.generate` decodes greedily; tokens a second count from the id after `--skip` to the last, peak memory
+is `torch.cuda.max_memory_allocated` over the whole decode phase, weights included. A short run of each side
+goes before, so that kernels are compiled. The weights are random: the text means nothing, the times do.
+"""
+
+import argparse
+import gc
+import json
+import platform
+import time
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import transformers
+import triton
+from rich.console import Console
+from rich.table import Table
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers.generation.streamers import BaseStreamer
+
+from quantpress.cache import PackedLayer, cache_memory, continue_inputs
+from quantpress.pipelines.captured import captured_decoding
+from quantpress.pipelines.reading import read_context
+from quantpress.presses import TurboQuant
+
+GB = 1e9
+QUESTION = 16  # tokens after the context
+WARM_UP = 8192  # tokens of context of the short run
+
+
+@dataclass(frozen=True)
+class Result:
+    """What one side took.
+
+    Args:
+        name: the side.
+        first_token_s: seconds from nothing to the first new id.
+        tokens_per_s: after the first `skip` new ids.
+        all_tokens_per_s: of all new ids after the first, capturing included.
+        decode_peak_bytes: most memory allocated while decoding.
+        prefill_peak_bytes: most while reading.
+        cache_bytes: of the cache after reading.
+        replays: decode steps that were one launch of a graph.
+    """
+
+    name: str
+    first_token_s: float
+    tokens_per_s: float
+    all_tokens_per_s: float
+    decode_peak_bytes: int
+    prefill_peak_bytes: int
+    cache_bytes: int
+    replays: int
+
+
+class Clock(BaseStreamer):
+    """The host's time at each new id; the first call hands in the prompt."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def put(self, value: torch.Tensor) -> None:
+        self.times.append(time.perf_counter())
+
+    def end(self) -> None:
+        pass
+
+
+def build(arguments: argparse.Namespace) -> PreTrainedModel:
+    """The model with random weights, made on the GPU."""
+    config = LlamaConfig(
+        vocab_size=arguments.vocab,
+        hidden_size=arguments.hidden,
+        intermediate_size=arguments.intermediate,
+        num_hidden_layers=arguments.layers,
+        num_attention_heads=arguments.heads,
+        num_key_value_heads=arguments.kv_heads,
+        head_dim=arguments.head_dim,
+        max_position_embeddings=max(arguments.tokens, WARM_UP) + arguments.new_tokens + QUESTION,
+    )
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device("cuda"):
+            model = LlamaForCausalLM(config)
+    finally:
+        torch.set_default_dtype(before)
+    model.generation_config.eos_token_id = None
+    model.generation_config.pad_token_id = 0
+    return model.eval()
+
+
+def measure(
+    name: str, model: PreTrainedModel, ids: torch.Tensor, press: TurboQuant | None, new_tokens: int, skip: int
+) -> Result:
+    """Read a context and generate after it, once."""
+    _settle()
+    clock = Clock()
+    context, question = ids[:, :-QUESTION], ids[:, -QUESTION:]
+    start = time.perf_counter()
+    cache = DynamicCache()
+    with torch.no_grad():
+        position = read_context(model, context, cache, press, progress=False)
+    prefill_peak = torch.cuda.max_memory_allocated()
+    room = QUESTION + new_tokens
+    for layer in cache.layers:
+        if isinstance(layer, PackedLayer):
+            layer.reserve(room)
+    cache_bytes = cache_memory(cache).total_bytes
+    inputs = continue_inputs(cache, question, tokens_seen=position)
+    torch.cuda.reset_peak_memory_stats()
+    with nullcontext() if press is None else captured_decoding(model, new_tokens=room) as steps:
+        model.generate(
+            **inputs, past_key_values=cache, max_new_tokens=new_tokens, do_sample=False, streamer=clock
+        )
+    times = clock.times[1:]  # without the prompt's
+    return Result(
+        name=name,
+        first_token_s=times[0] - start,
+        tokens_per_s=(len(times) - 1 - skip) / (times[-1] - times[skip]),
+        all_tokens_per_s=(len(times) - 1) / (times[-1] - times[0]),
+        decode_peak_bytes=torch.cuda.max_memory_allocated(),
+        prefill_peak_bytes=prefill_peak,
+        cache_bytes=cache_bytes,
+        replays=0 if steps is None else steps.replays,
+    )
+
+
+def _settle() -> None:
+    gc.collect()
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+
+
+def show(arguments: argparse.Namespace, weights: int, results: Sequence[Result]) -> None:
+    """Print the table."""
+    plain = results[0]
+    device = torch.cuda.get_device_properties(0)
+    table = Table(
+        title=f"{arguments.tokens} tokens of context, {arguments.new_tokens} new; weights are random: "
+        "the text means nothing",
+        caption=f"{device.name}, Python {platform.python_version()}, torch {torch.__version__}, triton "
+        f"{triton.__version__}, transformers {transformers.__version__}; weights {weights / GB:.2f} GB "
+        "(10^9 bytes)",
+    )
+    names = (
+        "cache",
+        "tokens/s",
+        "",
+        "first token s",
+        "",
+        "decode peak GB",
+        "over weights",
+        "cache GB",
+        "replays",
+    )
+    for name in names:
+        table.add_column(name, justify="left" if name == "cache" else "right")
+    for one in results:
+        over = one.decode_peak_bytes - weights
+        table.add_row(
+            one.name,
+            f"{one.tokens_per_s:.1f}",
+            f"{one.tokens_per_s / plain.tokens_per_s:.2f}x",
+            f"{one.first_token_s:.2f}",
+            f"{one.first_token_s / plain.first_token_s:.3f}x",
+            f"{one.decode_peak_bytes / GB:.2f}",
+            f"{over / GB:.2f} = {over / plain.cache_bytes:.3f} x bf16 cache",
+            f"{one.cache_bytes / GB:.2f}",
+            str(one.replays),
+        )
+    Console(width=150).print(table)
+
+
+def main() -> None:
+    """Parse arguments, measure, print."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    shape = {
+        "layers": 32,
+        "hidden": 4096,
+        "heads": 32,
+        "kv-heads": 8,
+        "head-dim": 128,
+        "intermediate": 14336,
+        "vocab": 128256,
+    }
+    for name, default in shape.items():
+        parser.add_argument(f"--{name}", type=int, default=default, help=f"{default}")
+    parser.add_argument("--tokens", type=int, default=131072, help="of context, question included")
+    parser.add_argument("--new-tokens", type=int, default=64)
+    parser.add_argument("--skip", type=int, default=8, help="new tokens before counting")
+    parser.add_argument("--bits", type=float, nargs=2, default=(3, 3), metavar=("KEY", "VALUE"))
+    parser.add_argument("--json", type=Path, help="also write the results here")
+    arguments = parser.parse_args()
+    if not torch.cuda.is_available():
+        raise SystemExit("benchmarks/generate.py needs a CUDA device; there is none here")
+    torch.manual_seed(0)
+    model = build(arguments)
+    weights = sum(parameter.nbytes for parameter in model.parameters())
+    ids = torch.randint(arguments.vocab, (1, arguments.tokens), device="cuda")
+    press = TurboQuant(key_bits=arguments.bits[0], value_bits=arguments.bits[1])
+    sides = {"DynamicCache, sdpa": None, f"TurboQuant {arguments.bits[0]:g}/{arguments.bits[1]:g}": press}
+    results = []
+    for name, one in sides.items():
+        measure(name, model, ids[:, :WARM_UP], one, 12, 4)
+        results.append(measure(name, model, ids, one, arguments.new_tokens, arguments.skip))
+        show(arguments, weights, results)
+    if arguments.json:
+        rows = {
+            "weights_bytes": weights,
+            "arguments": vars(arguments),
+            "results": [asdict(one) for one in results],
+        }
+        arguments.json.write_text(json.dumps(rows, indent=1, default=str))
+
+
+if __name__ == "__main__":
+    main()

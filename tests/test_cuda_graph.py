@@ -1,0 +1,234 @@
+"""On a CUDA device a captured decode step gives the tokens of the same step without a graph."""
+
+import copy
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, PreTrainedModel
+
+from quantpress.cache import continue_inputs, install_packed_attention
+from quantpress.kernels.page_codec import RawPages
+from quantpress.pipelines.captured import WARM_STEPS, CapturedDecoding, captured_decoding
+from quantpress.presses import Compose, PyramidKV, SnapKV, TurboQuant
+from tests.pipelines.words import ours, text
+from tests.tiny_models import VOCABULARY, prompt
+
+pytestmark = pytest.mark.gpu
+NEW_TOKENS = 300  # several flushes
+
+
+@functools.cache
+def model_on_cuda(head_dim: int = 64, dtype: torch.dtype = torch.bfloat16) -> PreTrainedModel:
+    """Four layers with wide random weights, so that tokens depend on the cache."""
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=512,
+        intermediate_size=1024,
+        num_hidden_layers=4,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+        head_dim=head_dim,
+        max_position_embeddings=8192,
+        initializer_range=0.1,
+    )
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).to("cuda", dtype).eval()
+    model.generation_config.eos_token_id = None
+    model.generation_config.pad_token_id = 0
+    return model
+
+
+def read(model: PreTrainedModel, press: Any, tokens: int = 1000) -> DynamicCache:
+    cache = DynamicCache()
+    ids = prompt(tokens).cuda()
+    with torch.no_grad():
+        if press is None:
+            model.model(input_ids=ids, past_key_values=cache)
+        else:
+            with press(model):
+                model.model(input_ids=ids, past_key_values=cache)
+    return cache
+
+
+def answer(model: PreTrainedModel, cache: DynamicCache, **arguments: Any) -> torch.Tensor:
+    torch.manual_seed(5)
+    inputs = continue_inputs(cache, prompt(7, seed=3).cuda())
+    arguments = {"max_new_tokens": NEW_TOKENS, "do_sample": False, **arguments}
+    tokens: torch.Tensor = model.generate(**inputs, past_key_values=cache, **arguments)
+    return tokens
+
+
+def lossless(head_dim: int, role: str, layer_idx: int) -> RawPages:
+    return RawPages(head_dim)
+
+
+PRESSES: dict[str, Callable[[], Any]] = {
+    "4_bits": lambda: TurboQuant(bits=4),
+    "3_bits": lambda: TurboQuant(bits=3),
+    "half_bits": lambda: TurboQuant(bits=2.5),
+    "evicted": lambda: Compose([SnapKV(0.5), TurboQuant(bits=2)]),
+    "unequal": lambda: Compose([PyramidKV(0.3), TurboQuant(bits=4)]),
+    "lossless": lambda: TurboQuant(codec=lossless),
+}
+
+
+@pytest.mark.parametrize("head_dim", [64, 80, 128])
+@pytest.mark.parametrize("name", PRESSES)
+def test_graph_tokens_are_eager_tokens(name: str, head_dim: int) -> None:
+    model = model_on_cuda(head_dim)
+    with captured_decoding(model, cuda_graph=False, new_tokens=NEW_TOKENS) as eager:
+        expected = answer(model, read(model, PRESSES[name]()))
+    with captured_decoding(model, cuda_graph=True, new_tokens=NEW_TOKENS) as steps:
+        got = answer(model, read(model, PRESSES[name]()))
+    assert torch.equal(got, expected) and got.unique().numel() > 20
+    assert eager.eager_steps == NEW_TOKENS - 1 and eager.replays == 0
+    assert (steps.captures, steps.eager_steps) == (1, WARM_STEPS)
+    assert steps.replays == NEW_TOKENS - 1 - WARM_STEPS
+    assert "forward" not in vars(model)
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_lossless_is_dynamic_cache(head_dim: int) -> None:
+    model = model_on_cuda(head_dim, torch.float32)
+    expected = answer(model, read(model, None))
+    with captured_decoding(model, cuda_graph=True):
+        got = answer(model, read(model, PRESSES["lossless"]()))
+    assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_sampling_and_batches(attention: str) -> None:
+    model = model_on_cuda()
+    model.set_attn_implementation(attention)
+    install_packed_attention()
+    tokens = []
+    for graph in (False, True):
+        cache, ids = DynamicCache(), prompt(500, batch=3).cuda()
+        with torch.no_grad(), TurboQuant(bits=4)(model):
+            model.model(input_ids=ids, past_key_values=cache)
+        inputs = continue_inputs(cache, prompt(5, batch=3, seed=1).cuda())
+        torch.manual_seed(11)
+        with captured_decoding(model, cuda_graph=graph) as steps:
+            tokens.append(
+                model.generate(**inputs, past_key_values=cache, max_new_tokens=200, do_sample=True, top_k=20)
+            )
+    model.set_attn_implementation("sdpa")
+    assert torch.equal(*tokens) and steps.replays == 197
+
+
+def test_several_questions_use_one_graph() -> None:
+    model = model_on_cuda()
+    cache = read(model, TurboQuant(bits=3))
+    for layer in cache.layers:
+        layer.reserve(2 * NEW_TOKENS)
+    expected = answer(model, copy.deepcopy(cache))
+    with captured_decoding(model, new_tokens=2 * NEW_TOKENS) as steps:
+        answers = []
+        for _ in range(3):
+            snapshots = [layer.snapshot() for layer in cache.layers]
+            answers.append(answer(model, cache))
+            for layer, snapshot in zip(cache.layers, snapshots, strict=True):
+                layer.restore(snapshot)
+        assert torch.equal(answers[0], answers[1]) and torch.equal(answers[0], answers[2])
+        assert steps.captures == 1 and steps.replays == 3 * (NEW_TOKENS - 1) - WARM_STEPS
+    assert (answers[0] == expected).float().mean() > 0.5  # another split of the sums: tokens part in the end
+
+
+def test_a_cache_that_outgrows_its_room_is_captured_again() -> None:
+    model = model_on_cuda()
+    with captured_decoding(model, cuda_graph=False, new_tokens=0):
+        expected = answer(model, read(model, TurboQuant(bits=4)))
+    with captured_decoding(model, new_tokens=0) as steps:
+        got = answer(model, read(model, TurboQuant(bits=4)))
+    assert torch.equal(got, expected) and steps.captures > 1
+    assert steps.replays > NEW_TOKENS - 10
+
+
+def test_replays_take_no_memory() -> None:
+    model, token = model_on_cuda(), prompt(1, seed=2).cuda()
+    cache = read(model, TurboQuant(bits=4))
+    sizes = []
+    with torch.no_grad(), captured_decoding(model, new_tokens=1000) as steps:
+        for number in range(600):
+            token = model(token, past_key_values=cache).logits[:, -1:].argmax(-1)
+            if number in (150, 599):
+                torch.cuda.synchronize()
+                sizes.append(torch.cuda.memory_allocated())
+    assert steps.replays == 598 and sizes[0] == sizes[1]
+
+
+def test_steps_do_not_wait_for_the_device() -> None:
+    """Only a flush does, once in 128 tokens; the first is 28 tokens away."""
+    model, token = model_on_cuda(), prompt(1, seed=2).cuda()
+    cache = read(model, TurboQuant(bits=4))
+    with torch.no_grad(), captured_decoding(model, new_tokens=1000) as steps:
+        for _ in range(5):
+            token = model(token, past_key_values=cache).logits[:, -1:].argmax(-1)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            for _ in range(15):
+                token = model(token, past_key_values=cache).logits[:, -1:].argmax(-1)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert steps.replays == 18
+
+
+def test_an_exception_restores_everything() -> None:
+    model = model_on_cuda()
+    cache = read(model, TurboQuant(bits=4))
+
+    class StopError(Exception):
+        pass
+
+    def stop(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        if ids.shape[1] == 60:
+            raise StopError
+        return scores
+
+    with pytest.raises(StopError), captured_decoding(model):
+        answer(model, cache, logits_processor=[stop])
+    assert "forward" not in vars(model) and all(layer.fixed is None for layer in cache.layers)
+    assert cache.get_seq_length() == 1000 + 60
+    assert answer(model, cache).shape[1] == NEW_TOKENS + 7
+
+
+def test_a_model_that_cannot_be_captured_goes_on_with_a_warning() -> None:
+    model = copy.deepcopy(model_on_cuda())
+    whole = model.model.layers[1].mlp.forward
+    model.model.layers[1].mlp.forward = lambda x: whole(x) if float(x.float().sum()) < 1e30 else x
+    expected = answer(model, read(model, TurboQuant(bits=4)), max_new_tokens=100)
+    with captured_decoding(model) as steps, pytest.warns(UserWarning, match="cannot be captured"):
+        got = answer(model, read(model, TurboQuant(bits=4)), max_new_tokens=100)
+    assert steps.captures == steps.replays == 0
+    assert (got == expected).float().mean() > 0.5
+    good = model_on_cuda()
+    with captured_decoding(good) as steps:
+        answer(good, read(good, TurboQuant(bits=4)), max_new_tokens=100)
+    assert steps.replays == 97
+
+
+@pytest.mark.parametrize("press", [TurboQuant(bits=4), Compose([SnapKV(0.5), TurboQuant(bits=4)])])
+def test_the_pipeline_captures_once_for_all_questions(press: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[CapturedDecoding] = []
+    start = CapturedDecoding.__init__
+
+    def note(self: CapturedDecoding, *arguments: Any) -> None:
+        start(self, *arguments)
+        made.append(self)
+
+    monkeypatch.setattr(CapturedDecoding, "__init__", note)
+    pipe = ours()
+    pipe.model = copy.deepcopy(pipe.model).cuda()
+    pipe.device = pipe.model.device
+    arguments = {"press": press, "questions": [text(5, seed=1), text(9, seed=2), text(1, seed=3)]}
+    answers = [
+        pipe(text(900), max_new_tokens=200, cuda_graph=graph, report=True, **arguments)
+        for graph in (False, None, True)
+    ]
+    assert answers[1]["answers"] == answers[2]["answers"]
+    assert [steps.captures for steps in made] == [1, 1]
+    assert all(steps.replays == 3 * 199 - WARM_STEPS for steps in made)
+    print([one["report"] for one in answers])
