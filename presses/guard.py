@@ -39,11 +39,12 @@ def guarded(press: BasePress, model: PreTrainedModel) -> Iterator[None]:
 
     Raises (from inside, at a prefill):
         CompositionError: it evicts from a padded batch.
-        UnsupportedModelError: kvpress does not support the model, and the press failed in it.
+        UnsupportedModelError: the press failed, in a model that kvpress does not support or whose weights are
+            offloaded.
     """
     modules = attention_modules(model)
     before = [set(module._forward_hooks) for module in modules]
-    supported = isinstance(model, SUPPORTED_MODELS)
+    supported = isinstance(model, SUPPORTED_MODELS) and not _offloaded(modules)
     with press(model):
         for module, known in zip(modules, before, strict=True):
             for hook_id in set(module._forward_hooks) - known:
@@ -87,9 +88,18 @@ def _head_dims(layer: Any) -> tuple[int, ...]:
     return tuple(states.shape[-1] for states in (layer.keys, layer.values) if states is not None)
 
 
+def _offloaded(modules: list[nn.Module]) -> bool:
+    """Whether `device_map` keeps weights elsewhere until a module is called."""
+    return any(parameter.is_meta for module in modules for parameter in module.parameters())
+
+
 def _unsupported(press: BasePress, module: nn.Module, reason: str) -> UnsupportedModelError:
-    models = ", ".join(sorted(model.__name__ for model in SUPPORTED_MODELS))
+    if _offloaded([module]):
+        advice = "The device_map keeps its weights elsewhere until they are called; leave room for them, or "
+    else:
+        models = ", ".join(sorted(model.__name__ for model in SUPPORTED_MODELS))
+        advice = f"kvpress supports {models}; with other models "
     return UnsupportedModelError(
-        f"{name_of(press)} does not work with {type(module).__name__}: {reason}. kvpress supports {models}; "
-        "with other models use another press, or TurboQuant alone"
+        f"{name_of(press)} does not work with {type(module).__name__}: {reason}. {advice}"
+        "use another press, or TurboQuant alone"
     )
