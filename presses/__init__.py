@@ -11,6 +11,7 @@ packing.py        from prefilled layers to packed layers, inside the forward pas
 filled_cache.py   the same for a cache that is filled already
 prefill.py        what a hook finds out about a prefill
 queries.py        queries computed again from hidden states, for channel balance
+sinks.py          attention sinks wherever they are
 token_order.py    which tokens survived an eviction
 model_support.py  which models can be packed, and where their attention is
 restore.py        a model left as it was found

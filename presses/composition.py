@@ -206,6 +206,10 @@ def _check_quantizer(presses: tuple[BasePress, ...]) -> None:
             "quantize last. Move the quantizer to the end"
         )
     for press in presses[:-1]:
+        if isinstance(press, AT_EXIT) and quantizers[0].detect_sinks:
+            raise CompositionError(
+                f"{name_of(press)} acts after the prefill, where sinks are detected; use detect_sinks=0"
+            )
         if decodes(press):
             raise CompositionError(
                 f"{name_of(press)} evicts while decoding, and a packed cache can only be appended to or cut "

@@ -14,7 +14,7 @@ from kvpress import SUPPORTED_MODELS, BasePress
 from torch import nn
 from transformers.modeling_utils import PreTrainedModel
 
-from quantpress.errors import QuantPressError, UnsupportedModelError
+from quantpress.errors import CompositionError, QuantPressError, UnsupportedModelError
 from quantpress.presses.composition import AT_EXIT, name_of
 from quantpress.presses.model_support import attention_modules, is_sliding
 from quantpress.presses.packing import hooked
@@ -38,7 +38,8 @@ def guarded(press: BasePress, model: PreTrainedModel) -> Iterator[None]:
     """Enter a press's context without its hooks on sliding-window layers.
 
     Raises (from inside, at a prefill):
-        CompositionError: it evicts from a padded batch.
+        CompositionError: it evicts from a padded batch, or evicts only when its context ends and is used
+            around `generate`.
         UnsupportedModelError: the press failed, in a model that kvpress does not support or whose weights are
             offloaded.
     """
@@ -53,16 +54,22 @@ def guarded(press: BasePress, model: PreTrainedModel) -> Iterator[None]:
                     module._forward_hooks_with_kwargs.pop(hook_id, None)
                 elif not supported:
                     module._forward_hooks[hook_id] = _explained(press, module._forward_hooks[hook_id])
-        with hooked(model, _padding_check(press)):
+        with hooked(model, _check(press)):
             yield
 
 
-def _padding_check(press: BasePress) -> Hook:
+def _check(press: BasePress) -> Hook:
     def check(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
         call = prefill_call(module, args, kwargs)
-        if call is not None:
-            reads_again = isinstance(press, AT_EXIT)
-            check_padding(call, 0 if reads_again else call.cache.get_seq_length(call.layer_idx))
+        if call is None:
+            return
+        kept = call.cache.get_seq_length(call.layer_idx)
+        if isinstance(press, AT_EXIT) and kept > call.tokens:
+            raise CompositionError(
+                f"{name_of(press)} reads the context again and evicts when its `with` block ends: inside, "
+                "only read, model.model(input_ids=ids, past_key_values=DynamicCache()); generate afterwards"
+            )
+        check_padding(call, 0 if isinstance(press, AT_EXIT) else kept)
 
     return check
 

@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,10 +11,21 @@ from torch import nn
 from transformers.cache_utils import Cache
 
 from quantpress.cache.layer import PackedLayer
+from quantpress.cache.settings import LayerSettings
+from quantpress.errors import InvalidInputError
+from quantpress.kernels.layout import PAGE_TOKENS
 from quantpress.presses.filled_cache import pack_cache
 from quantpress.presses.model_support import full_attention_modules, is_sliding
-from quantpress.presses.prefill import PrefillCall, check_fresh, check_states, plain_states, prefill_call
+from quantpress.presses.prefill import (
+    PrefillCall,
+    check_fresh,
+    check_states,
+    is_padded,
+    plain_states,
+    prefill_call,
+)
 from quantpress.presses.queries import UnknownAttentionError, query_moment, recomputed_keys
+from quantpress.presses.sinks import places_with_sinks_first
 from quantpress.presses.token_order import sort_by_position, survivor_positions
 
 if TYPE_CHECKING:
@@ -83,8 +95,8 @@ class Packer:
         if call is None:
             return
         keys, values = plain_states(call.cache, call.layer_idx)
-        check_fresh(call, keys)
         if not self.at_exit:
+            check_fresh(call, keys)
             self._originals[call.layer_idx] = (keys, values)
 
     def follow(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
@@ -125,12 +137,42 @@ class Packer:
                 if positions is not None:
                     _set_masked_slots(module, positions)
                     keys, values = sort_by_position(keys, values, positions)
+            places = self._places(call, keys, settings)
+            if places is not None:
+                _set_masked_slots(module, places)
+                keys, values = sort_by_position(keys, values, places)
+                settings = replace(settings, sink_tokens=settings.sink_tokens + self.press.detect_sinks)
             call.cache.layers[call.layer_idx] = PackedLayer.from_states(
                 keys.detach(),
                 values.detach(),
                 settings,
                 query_moment=moment,
                 tokens_seen=keys.shape[2] if self.rerotated else call.tokens,
+            )
+
+    def _places(self, call: PrefillCall, keys: torch.Tensor, settings: LayerSettings) -> torch.Tensor | None:
+        """Where tokens go so that detected sinks are pinned; None when there is nothing to detect."""
+        count, first, recent = self.press.detect_sinks, settings.sink_tokens, settings.recent_tokens
+        if not count or keys.shape[2] < first + count + recent + PAGE_TOKENS:
+            return None
+        if is_padded(call.attention_mask):
+            raise InvalidInputError(
+                "sinks cannot be detected in a padded batch, whose mask goes by slot; give contexts one at a "
+                "time, or of equal length, or detect_sinks=0"
+            )
+        try:
+            return places_with_sinks_first(call, keys, first, recent, count)
+        except UnknownAttentionError as reason:
+            self._warn_of_queries(call, reason, "without detected sinks", "detect_sinks=0")
+            return None
+
+    def _warn_of_queries(self, call: PrefillCall, reason: Exception, effect: str, remedy: str) -> None:
+        if not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"the queries of {type(call.module).__name__} are not known ({reason}): its keys are packed "
+                f"{effect}, which costs accuracy; TurboQuant({remedy}) is the same without this warning",
+                stacklevel=3,
             )
 
     def _moment(self, call: PrefillCall, keys: torch.Tensor, originals: States | None) -> torch.Tensor | None:
@@ -146,14 +188,7 @@ class Packer:
                 known,
             )
         except UnknownAttentionError as reason:
-            if not self._warned:
-                self._warned = True
-                warnings.warn(
-                    f"the queries of {type(call.module).__name__} are not known ({reason}): its keys are "
-                    "packed without balanced channels, which costs accuracy; TurboQuant(balance=False) is "
-                    "the same without this warning",
-                    stacklevel=2,
-                )
+            self._warn_of_queries(call, reason, "without balanced channels", "balance=False")
             return None
 
     def _wait(self, call: PrefillCall, moment: torch.Tensor | None) -> None:

@@ -152,7 +152,7 @@ def check_padding(call: PrefillCall, kept: int) -> None:
         CompositionError: fewer tokens than were read.
     """
     seen = call.tokens
-    if kept < seen and _is_padded(call.attention_mask):
+    if kept < seen and is_padded(call.attention_mask):
         what = f"evicted {seen - kept} of {seen} tokens from" if kept else "reads again, without its mask,"
         raise CompositionError(
             f"a press {what} a padded batch, so that slots no longer match the attention mask; give contexts "
@@ -160,7 +160,7 @@ def check_padding(call: PrefillCall, kept: int) -> None:
         )
 
 
-def _is_padded(mask: torch.Tensor | None) -> bool:
+def is_padded(mask: torch.Tensor | None) -> bool:
     """Whether the last query cannot see every token: mask [B, N] 0/1, or [B, 1, N, N] bool or additive."""
     if mask is None:
         return False

@@ -50,10 +50,24 @@ def query_moment(
     """
     if last_keys is not None:
         _check_keys(module, hidden_states, position_embeddings, last_keys[:, :, -_CHECKED_TOKENS:])
-    queries = _rotated(module, hidden_states, position_embeddings, window, keys=False).float()
+    queries = last_queries(module, hidden_states, position_embeddings, window).float()
     batch, _, tokens, dim = queries.shape
     grouped = queries.reshape(batch, kv_heads, -1, tokens, dim)  # [B, Hkv, G, W, D]
     return grouped.square().mean(dim=(2, 3))
+
+
+def last_queries(
+    module: nn.Module,
+    hidden_states: torch.Tensor,
+    position_embeddings: PositionEmbeddings | None,
+    window: int,
+) -> torch.Tensor:
+    """The last queries of a prefill, after RoPE: [B, Hq, <= window, D] in the model's dtype.
+
+    Raises:
+        UnknownAttentionError: the class projects or rotates in a way that is not known.
+    """
+    return _rotated(module, hidden_states, position_embeddings, window, keys=False)
 
 
 def recomputed_keys(

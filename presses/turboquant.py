@@ -58,6 +58,9 @@ class TurboQuant(Pipeable, BasePress):
             unpacked. Negative indices count from the last layer.
         balance_window: how many of the last queries of the prefill the balance looks at.
         codec: makes the codec of (head_dim, "key" or "value", layer index), instead of all of the above.
+        detect_sinks: so many more tokens of each head are kept in 16 bits: those that the last queries of the
+            prefill attend to most, wherever they are. Cutting such a layer short into its context drops
+            tokens in the order in which they are stored.
 
     Raises:
         UnsupportedBitsError: a width cannot be stored.
@@ -88,9 +91,10 @@ class TurboQuant(Pipeable, BasePress):
     layer_bits: LayerBits | None = None
     balance_window: int = 256
     codec: CodecFactory | None = None
+    detect_sinks: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("sink_tokens", "recent_tokens", "balance_window"):
+        for name in ("sink_tokens", "recent_tokens", "balance_window", "detect_sinks"):
             value, least = getattr(self, name), int(name == "balance_window")
             if not isinstance(value, int) or value < least:
                 raise InvalidInputError(f"{name} is {value!r}; give a whole number, {least} or more")

@@ -9,7 +9,7 @@ from transformers import DynamicCache, StaticCache
 from transformers.cache_utils import QuantizedLayer
 
 from quantpress.errors import CompositionError, InvalidInputError, NonFiniteError
-from quantpress.presses import Compose, Knorm, SnapKV, TurboQuant
+from quantpress.presses import Compose, Knorm, KVCompose, SnapKV, TurboQuant
 from tests.presses.reading import lossless, read
 from tests.tiny_models import prompt, tiny_model
 
@@ -57,6 +57,18 @@ def test_cache_that_was_not_empty(press: Any) -> None:
         torch.inference_mode(),
     ):
         model.model(input_ids=IDS, past_key_values=cache, cache_position=torch.arange(420))
+
+
+@pytest.mark.parametrize("quantizer", [[], [TurboQuant()]], ids=["alone", "quantized"])
+def test_generate_inside_the_context_of_a_press_that_acts_when_it_ends(quantizer: list[Any]) -> None:
+    """kvpress's KVCompose leaves one token in each layer then."""
+    model = tiny_model("llama")
+    with (
+        pytest.raises(CompositionError, match="KVCompose reads the context again and evicts when its `with`"),
+        Compose([KVCompose(0.5), *quantizer])(model),
+    ):
+        model.generate(IDS, max_new_tokens=4, do_sample=False)
+    assert "forward" not in vars(model.model)
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
