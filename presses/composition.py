@@ -167,6 +167,8 @@ def _flattened(press: BasePress) -> Iterator[BasePress]:
     if getattr(press, "flattens", False) or type(press) is kvpress.ComposedPress:
         for member in press.presses:
             yield from _flattened(member)
+    elif type(press) is kvpress.PrefillDecodingPress and press.prefilling_press and not press.decoding_press:
+        yield from _flattened(press.prefilling_press)  # nothing happens while decoding
     else:
         yield press
 

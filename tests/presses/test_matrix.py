@@ -154,6 +154,15 @@ def test_chains_that_kvpress_knows(name: str) -> None:
     assert ours(UNPRESSED, Compose([*CHAINS[name](), lossless()])) == expected
 
 
+def test_prefill_decoding_without_a_decoding_press() -> None:
+    """Then it is its prefilling press."""
+    expected = theirs(UNPRESSED, kvpress.PrefillDecodingPress(snap(0.5)))
+    assert expected != theirs(UNPRESSED, None)
+    composed = Compose([kvpress.PrefillDecodingPress(snap(0.5)), lossless()])
+    assert composed.compression_ratio == 0.5
+    assert ours(UNPRESSED, composed) == expected
+
+
 @pytest.mark.parametrize("name", NOT_IN_KVPRESS)
 def test_chains_that_only_work_here(name: str) -> None:
     expected = ours(UNPRESSED, Compose(NOT_IN_KVPRESS[name]()))
