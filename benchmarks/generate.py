@@ -103,7 +103,13 @@ def build(arguments: argparse.Namespace) -> PreTrainedModel:
 
 
 def measure(
-    name: str, model: PreTrainedModel, ids: torch.Tensor, press: TurboQuant | None, new_tokens: int, skip: int
+    name: str,
+    model: PreTrainedModel,
+    ids: torch.Tensor,
+    press: TurboQuant | None,
+    new_tokens: int,
+    skip: int,
+    compiled: bool = False,
 ) -> Result:
     """Read a context and generate after it, once."""
     _settle()
@@ -121,7 +127,8 @@ def measure(
     cache_bytes = cache_memory(cache).total_bytes
     inputs = continue_inputs(cache, question, tokens_seen=position)
     torch.cuda.reset_peak_memory_stats()
-    with nullcontext() if press is None else captured_decoding(model, new_tokens=room) as steps:
+    captured = captured_decoding(model, new_tokens=room, compile=compiled)
+    with nullcontext() if press is None else captured as steps:
         model.generate(
             **inputs, past_key_values=cache, max_new_tokens=new_tokens, do_sample=False, streamer=clock
         )
@@ -205,6 +212,7 @@ def main() -> None:
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--skip", type=int, default=8, help="new tokens before counting")
     parser.add_argument("--bits", type=float, nargs=2, default=(3, 3), metavar=("KEY", "VALUE"))
+    parser.add_argument("--compile", action="store_true", help="a third side: steps through torch.compile")
     parser.add_argument("--json", type=Path, help="also write the results here")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
@@ -214,11 +222,17 @@ def main() -> None:
     weights = sum(parameter.nbytes for parameter in model.parameters())
     ids = torch.randint(arguments.vocab, (1, arguments.tokens), device="cuda")
     press = TurboQuant(key_bits=arguments.bits[0], value_bits=arguments.bits[1])
-    sides = {"DynamicCache, sdpa": None, f"TurboQuant {arguments.bits[0]:g}/{arguments.bits[1]:g}": press}
+    packed = f"TurboQuant {arguments.bits[0]:g}/{arguments.bits[1]:g}"
+    sides: list[tuple[str, TurboQuant | None, bool]] = [
+        ("DynamicCache, sdpa", None, False),
+        (packed, press, False),
+    ]
+    if arguments.compile:
+        sides.append((f"{packed}, compiled", press, True))
     results = []
-    for name, one in sides.items():
-        measure(name, model, ids[:, :WARM_UP], one, 12, 4)
-        results.append(measure(name, model, ids, one, arguments.new_tokens, arguments.skip))
+    for name, one, compiled in sides:
+        measure(name, model, ids[:, :WARM_UP], one, 12, 4, compiled)
+        results.append(measure(name, model, ids, one, arguments.new_tokens, arguments.skip, compiled))
         show(arguments, weights, results)
     if arguments.json:
         rows = {

@@ -8,12 +8,13 @@ they are. An implementation registered later, or one that is not wrapped, still 
 
 import functools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from quantpress.cache import compiled_step
 from quantpress.cache.states import PackedStates
 from quantpress.cache.view import PackedView
 from quantpress.errors import UnsupportedModelError
@@ -78,6 +79,8 @@ def _dispatch(original: AttentionFunction, caps: bool = True) -> AttentionFuncti
         *args: Any,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        if compiled_step.is_compiled_step():
+            return _traced(module, query, key, value, kwargs, caps), None
         if not isinstance(key, PackedStates) and not isinstance(value, PackedStates):
             return original(module, query, key, value, attention_mask, *args, **kwargs)
         view = _same_view(key, value)
@@ -117,21 +120,50 @@ def _attend_view(
     kwargs: dict[str, Any],
 ) -> torch.Tensor:
     scaling = kwargs.get("scaling")
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    softcap, sinks = kwargs.get("softcap"), kwargs.get("s_aux")
     segments = _step_segments(module, query, view, kwargs)
-    if segments is None:
-        segments = view.segments()
-        limits = visibility(module, query.shape[2], view.shape, attention_mask, kwargs)
-    else:
-        limits = Visibility(1, sum(segment.tokens for segment in segments))
+    if segments is not None:
+        return attend_step(query, segments, scaling, softcap, sinks)
     output = attend(
         query,
-        segments,
-        limits,
-        scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
-        softcap=kwargs.get("softcap"),
-        sinks=kwargs.get("s_aux"),
+        view.segments(),
+        visibility(module, query.shape[2], view.shape, attention_mask, kwargs),
+        scaling=scaling,
+        softcap=softcap,
+        sinks=sinks,
     )
     return output.transpose(1, 2).contiguous()
+
+
+def attend_step(
+    query: torch.Tensor,
+    segments: Sequence[Segment],
+    scaling: float,
+    softcap: float | None,
+    sinks: torch.Tensor | None,
+) -> torch.Tensor:
+    """One query over all the room of a layer at fixed addresses: [B, 1, Hq, Dv]."""
+    limits = Visibility(1, sum(segment.tokens for segment in segments))
+    output = attend(query, segments, limits, scaling=scaling, softcap=softcap, sinks=sinks)
+    return output.transpose(1, 2).contiguous()
+
+
+def _traced(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    kwargs: dict[str, Any],
+    caps: bool,
+) -> torch.Tensor:
+    scaling = kwargs.get("scaling")
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    softcap = kwargs.get("softcap") if caps else None
+    layer: Any = module.layer_idx
+    sinks = kwargs.get("s_aux")
+    output: torch.Tensor = compiled_step.step_attention(query, key, value, layer, scaling, softcap, sinks)
+    return output
 
 
 def _step_segments(

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 import torch
 from transformers.cache_utils import Cache
 
+from quantpress.cache.compiled_step import layers_of_a_step
 from quantpress.cache.fixed import FixedTokens, StepCounters, Window
 from quantpress.cache.layer import PackedLayer
 from quantpress.errors import InvalidInputError
@@ -103,7 +104,8 @@ class FixedCache:
         for layer in self.layers:
             layer.stepping = True
         try:
-            yield
+            with layers_of_a_step(self.layers):
+                yield
         finally:
             for layer in self.layers:
                 layer.stepping = False

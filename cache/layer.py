@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from transformers.cache_utils import DynamicLayer
 
+from quantpress.cache import compiled_step
 from quantpress.cache.fixed import FixedTokens, Window
 from quantpress.cache.segments import join
 from quantpress.cache.settings import LayerSettings
@@ -115,6 +116,8 @@ class PackedLayer(DynamicLayer):
         Returns:
             Keys and values of every token: plain tensors while nothing is packed, `PackedStates` afterwards.
         """
+        if self.stepping and compiled_step.is_compiled_step():
+            return key_states, value_states  # `step_attention` appends them
         if self._tokens is None:
             self.lazy_initialization(key_states, value_states)
         in_step = self.stepping and key_states.shape[2] == 1

@@ -31,7 +31,11 @@ MOST_LOSSES = 3
 
 @contextmanager
 def captured_decoding(
-    model: PreTrainedModel, *, new_tokens: int | None = None, cuda_graph: bool | None = None
+    model: PreTrainedModel,
+    *,
+    new_tokens: int | None = None,
+    cuda_graph: bool | None = None,
+    compile: bool = False,
 ) -> Iterator["CapturedDecoding"]:
     """While inside, single-token forwards of the model over a packed cache replay a CUDA graph.
 
@@ -49,6 +53,8 @@ def captured_decoding(
         new_tokens: room to make in the cache for that many tokens, when it is first used; more than that make
             room again and capture again. None: a sixteenth more than there are, at least 1024.
         cuda_graph: True: refuse a model that is not on a CUDA device; False: fixed addresses, never a graph.
+        compile: run the steps through torch.compile(fullgraph=True) first, which joins the small kernels. It
+            takes a minute or so, once for a model and shape; what it raises is handed on.
 
     Returns:
         A `CapturedDecoding`, which counts what it did.
@@ -69,7 +75,7 @@ def captured_decoding(
     own = "forward" in vars(model)
     whole = model.forward
     capture = model.device.type == "cuda" and cuda_graph is not False
-    steps = CapturedDecoding(model, whole, new_tokens, capture)
+    steps = CapturedDecoding(model, whole, new_tokens, capture, compile)
 
     @functools.wraps(whole)
     def forward(*args: Any, **kwargs: Any) -> Any:
@@ -94,6 +100,7 @@ class CapturedDecoding:
         forward: its own forward.
         new_tokens: see `captured_decoding`.
         capture: False: never a graph.
+        compile: run the steps through torch.compile.
 
     Attributes:
         replays: steps that were one launch of a graph.
@@ -107,9 +114,11 @@ class CapturedDecoding:
         forward: Callable[..., Any],
         new_tokens: int | None,
         capture: bool,
+        compile: bool = False,
     ) -> None:
         self.replays = self.captures = self.eager_steps = 0
         self._model, self._forward, self._new_tokens, self._capture = model, forward, new_tokens, capture
+        self._step_forward = torch.compile(forward, fullgraph=True, dynamic=False) if compile else forward
         self._signature = inspect.signature(forward)
         self._cache: FixedCache | None = None
         self._addresses: list[int] = []
@@ -212,7 +221,7 @@ class CapturedDecoding:
             self._cold -= 1
             self.eager_steps += 1
             with self._fixed().step():
-                return self._forward(**self._static.arguments())
+                return self._step_forward(**self._static.arguments())
         graph, output = self._graph
         graph.replay()
         self.replays += 1
@@ -226,7 +235,7 @@ class CapturedDecoding:
         try:
             recording = torch.cuda.graph(graph, capture_error_mode="thread_local")  # streamers have threads
             with torch.cuda.device(self._model.device), recording, fixed.step():
-                output = self._forward(**static.arguments())
+                output = self._step_forward(**static.arguments())
         except BaseException:
             fixed.recount(counts)
             raise

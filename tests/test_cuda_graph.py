@@ -137,6 +137,17 @@ def test_several_questions_use_one_graph() -> None:
     assert (answers[0] == expected).float().mean() > 0.5  # another split of the sums: tokens part in the end
 
 
+def test_a_compiled_step_is_captured_too() -> None:
+    model = model_on_cuda(128, torch.float32)
+    with captured_decoding(model, cuda_graph=False, new_tokens=NEW_TOKENS):
+        expected = answer(model, read(model, TurboQuant(bits=4)))
+    with captured_decoding(model, compile=True, new_tokens=NEW_TOKENS) as steps:
+        got = answer(model, read(model, TurboQuant(bits=4)))
+    assert (steps.captures, steps.replays) == (1, NEW_TOKENS - 1 - WARM_STEPS)
+    assert (got == expected).float().mean() > 0.5  # fused kernels round otherwise: tokens part in the end
+    assert torch.equal(got[:, :20], expected[:, :20])
+
+
 def test_a_cache_that_outgrows_its_room_is_captured_again() -> None:
     model = model_on_cuda()
     with captured_decoding(model, cuda_graph=False, new_tokens=0):

@@ -146,6 +146,24 @@ def test_a_short_context_is_fixed_once_it_is_packed() -> None:
     assert 100 < steps.eager_steps < 250
 
 
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2"])
+def test_a_step_compiles_as_one_graph(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch.compile(fullgraph=True) sees the step whole, once for all caches of a shape."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    torch._dynamo.reset()
+    counters = torch._dynamo.utils.counters
+    counters.clear()
+    model, settings = model_of(family), scalar(bits=3, recent_tokens=16)
+    for seed in (0, 1):
+        ids = prompt(300, seed=seed)
+        expected = generate(model, ids, packed_cache(model, settings))
+        with captured_decoding(model, compile=True) as steps:
+            assert torch.equal(generate(model, ids, packed_cache(model, settings)), expected)
+        assert steps.eager_steps == NEW_TOKENS - 1
+    assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
+    torch._dynamo.reset()
+
+
 PRESSES: dict[str, Any] = {
     "turboquant": lambda: TurboQuant(bits=3, recent_tokens=16),
     "snapkv": lambda: Compose([SnapKV(0.4, window_size=16), TurboQuant(bits=4, recent_tokens=16)]),
