@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from quantpress.codecs.budget import ChannelGroup, split_channels
-from quantpress.codecs.codebook import CODEBOOK_FORMS, MAX_E4M3_BITS, Codebook, codebook
+from quantpress.codecs.codebook import CODEBOOK_FORMS, MAX_INT8_BITS, Codebook, codebook
 from quantpress.codecs.qjl import sketch_matrix
 from quantpress.codecs.rotation import ROTATION_KINDS, Rotation
 from quantpress.errors import InvalidInputError, UnsupportedBitsError
@@ -40,7 +40,7 @@ class CodecSpec:
             "norm_corrected": |y| / |l|, so that the decoded norm is exact. "unbiased": |y|^2 / <y, l>, so
             that the decoded vector projects onto y exactly. "auto": norm_corrected for keys, unbiased for
             values, norm for "prod".
-        codebook: "e4m3" or "lloyd_max". An 8-bit group uses lloyd_max either way.
+        codebook: "int8" or "lloyd_max". An 8-bit group uses lloyd_max either way.
         estimator: "mse", or "prod": a (bits - 1)-bit code and a 1-bit QJL sketch of what it leaves over.
         scale_dtype: "float16", "bfloat16" or "float32", for scales and residual norms.
 
@@ -61,7 +61,7 @@ class CodecSpec:
     rotation: str = "hadamard"
     seed: int = 0
     scale: str = "auto"
-    codebook: str = "e4m3"
+    codebook: str = "int8"
     estimator: str = "mse"
     scale_dtype: str = "float16"
 
@@ -118,7 +118,7 @@ class CodecSpec:
     def codebook_of(self, group: int) -> Codebook:
         """The codebook of one group, for the dimension and width of that group."""
         channels, bits = self.groups[group].channels, self.groups[group].bits
-        return codebook(bits, channels, self.codebook if bits <= MAX_E4M3_BITS else "lloyd_max")
+        return codebook(bits, channels, self.codebook if bits <= MAX_INT8_BITS else "lloyd_max")
 
     def sketch_matrix(
         self, device: torch.device | str | None = None, dtype: torch.dtype = torch.float64

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from quantpress.codecs.budget import WHOLE_BITS, split_channels
-from quantpress.codecs.codebook import CODEBOOK_FORMS, MAX_E4M3_BITS, compute_codebook
+from quantpress.codecs.codebook import CODEBOOK_FORMS, MAX_INT8_BITS, compute_codebook
 
 HEAD_DIMS = (32, 40, 48, 64, 80, 96, 112, 128, 160, 192, 256)
 """Head dimensions of published models."""
@@ -35,9 +35,9 @@ def build_table() -> dict[str, dict[str, Any]]:
     rows: dict[str, dict[str, Any]] = {}
     for form in CODEBOOK_FORMS:
         for bits in WHOLE_BITS:
-            if form == "e4m3" and bits > MAX_E4M3_BITS:
+            if form == "int8" and bits > MAX_INT8_BITS:
                 continue
-            for dim in group_dims() if bits <= MAX_E4M3_BITS else HEAD_DIMS:
+            for dim in group_dims() if bits <= MAX_INT8_BITS else HEAD_DIMS:
                 book = compute_codebook(bits, dim, form)
                 half = book.scaled[len(book.scaled) // 2 :]
                 rows[f"{form}/{bits}/{dim}"] = {

@@ -51,7 +51,7 @@ class TurboQuant(Pipeable, BasePress):
         rotation: "hadamard", "haar" or "identity".
         seed: of the rotation.
         scale: the stored scale: "auto", "norm_corrected", "unbiased" or "norm"; see `CodecSpec`.
-        codebook: "e4m3" or "lloyd_max".
+        codebook: "int8" or "lloyd_max".
         estimator: of keys: "mse", or "prod" for the paper's 1-bit sketch of the residual. Values are always
             "mse".
         layer_bits: other widths for single layers, as bits or (key bits, value bits); 16 leaves them
@@ -86,7 +86,7 @@ class TurboQuant(Pipeable, BasePress):
     rotation: str = "hadamard"
     seed: int = 0
     scale: str = "auto"
-    codebook: str = "e4m3"
+    codebook: str = "int8"
     estimator: str = "mse"
     layer_bits: LayerBits | None = None
     balance_window: int = 256

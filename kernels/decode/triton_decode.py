@@ -84,7 +84,7 @@ def decode_arguments(
             "factor": matrix.factor * book.unit,
             "BK": min(padded(group.channels), BLOCK),
             "HALVES": len(matrix.halves),
-            "WHOLE": book.form == "e4m3",
+            "WHOLE": book.form == "int8",
             "MEAN": transform.mean is not None,
             "WEIGHT": transform.weight is not None,
             "ORDER": transform.order is not None,

@@ -3,7 +3,7 @@
 
 A program decodes one channel group of 64 tokens. Fields are read by the layout's definition, one word load
 each, tiles of values transposed so that neighbours share words. The inverse rotation is a product on 16-bit
-tensor cores as good as float32 (see `quantpress.kernels.rotation_matrix`); e4m3 levels are exact in float16,
+tensor cores as good as float32 (see `quantpress.kernels.rotation_matrix`); int8 levels are exact in float16,
 others are split in two.
 """
 

@@ -9,7 +9,7 @@ from quantpress.codecs.codebook import _shipped, codebook, compute_codebook, llo
 from quantpress.codecs.density import CoordinateDensity
 from quantpress.errors import InvalidInputError, UnsupportedBitsError, UnsupportedHeadDimError
 
-FORMS = ["e4m3", "lloyd_max"]
+FORMS = ["int8", "lloyd_max"]
 EXACT = {  # mean squared error of a unit vector on the exact sphere, 1 to 5 bits
     64: [0.358387, 0.114526, 0.033391, 0.009132, 0.002399],
     128: [0.360889, 0.116000, 0.033966, 0.009315, 0.002452],
@@ -82,33 +82,48 @@ def test_the_stated_distortion_is_the_integral(form: str, bits: int, dim: int) -
 
 @pytest.mark.parametrize("dim", [4, 48, 64, 80, 96, 128, 256])
 @pytest.mark.parametrize("bits", [1, 2, 3, 4])
-def test_e4m3_levels_pass_through_float8_unchanged(bits: int, dim: int) -> None:
-    book = codebook(bits, dim, "e4m3")
+def test_int8_levels_are_odd_and_pass_through_a_signed_byte_unchanged(bits: int, dim: int) -> None:
+    book = codebook(bits, dim, "int8")
     scaled = torch.tensor(book.scaled, dtype=torch.float64)
-    assert torch.equal(scaled.to(torch.float8_e4m3fn).double(), scaled)
-    assert scaled.abs().min() >= 2.0**-6 and scaled.abs().max() <= 16.0
+    stored = ((scaled - 1) / 2).to(torch.int8)
+    assert torch.equal(2 * stored.double() + 1, scaled)
+    assert 64 <= scaled.max() <= 255
 
 
 @pytest.mark.parametrize("dim", [32, 64, 80, 128, 256])
-@pytest.mark.parametrize(("bits", "cost"), [(1, 1e-12), (2, 1e-4), (3, 0.002), (4, 0.016)])
-def test_e4m3_costs_almost_nothing(bits: int, cost: float, dim: int) -> None:
+@pytest.mark.parametrize(("bits", "cost"), [(1, 1e-12), (2, 1e-6), (3, 5e-5), (4, 6e-4)])
+def test_int8_costs_almost_nothing(bits: int, cost: float, dim: int) -> None:
     optimum = codebook(bits, dim, "lloyd_max").distortion
-    assert optimum * (1 - 1e-12) <= codebook(bits, dim, "e4m3").distortion <= optimum * (1 + cost)
+    assert optimum * (1 - 1e-12) <= codebook(bits, dim, "int8").distortion <= optimum * (1 + cost)
 
 
 @pytest.mark.parametrize("dim", [64, 128])
 @pytest.mark.parametrize("bits", [2, 3, 4])
-def test_no_unit_of_a_finer_search_beats_the_e4m3_unit(bits: int, dim: int) -> None:
+def test_no_unit_of_a_finer_search_beats_the_int8_unit(bits: int, dim: int) -> None:
     half = lloyd_max(bits, dim).numpy()[2 ** (bits - 1) :] / dim**0.5
     density = CoordinateDensity(dim)
     best = np.inf
-    for unit in half[-1] / 8 * 2.0 ** -np.linspace(0, 1, 5003):
-        rounded = torch.from_numpy(half / unit).to(torch.float8_e4m3fn).double().numpy()
-        best = min(best, density.distortion(rounded * unit))
-    assert codebook(bits, dim, "e4m3").distortion <= best * (1 + 1e-9)
+    for top in np.geomspace(64, 255, 15013):
+        unit = half[-1] / top
+        odd = 2 * np.floor(half / unit / 2) + 1
+        best = min(best, density.distortion(odd * unit))
+    assert codebook(bits, dim, "int8").distortion <= best * (1 + 1e-9)
 
 
-@pytest.mark.parametrize(("form", "limit"), [("lloyd_max", 0.01), ("e4m3", 0.02)])
+@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_no_neighbour_of_the_int8_pattern_is_better(bits: int, dim: int) -> None:
+    book, density = codebook(bits, dim, "int8"), CoordinateDensity(dim)
+    half = np.array(book.scaled[2 ** (bits - 1) :])
+    for place in range(len(half)):
+        for step in (-2.0, 2.0):
+            moved = half.copy()
+            moved[place] += step
+            for unit in book.unit * np.linspace(0.98, 1.02, 41):
+                assert moved.max() > 255 or density.distortion(moved * unit) >= book.distortion
+
+
+@pytest.mark.parametrize(("form", "limit"), [("lloyd_max", 0.01), ("int8", 0.011)])
 @pytest.mark.parametrize("dim", [64, 128, 256])
 @pytest.mark.parametrize("bits", [1, 2, 3, 4])
 def test_random_unit_vectors_have_the_optimal_distortion(
@@ -142,12 +157,12 @@ def test_a_value_on_a_threshold_takes_the_lower_code() -> None:
 @pytest.mark.parametrize(
     ("bits", "dim", "form", "error", "message"),
     [
-        (8, 64, "e4m3", UnsupportedBitsError, "got 8; use form='lloyd_max'"),
+        (8, 64, "int8", UnsupportedBitsError, "got 8; use form='lloyd_max'"),
         (9, 64, "lloyd_max", UnsupportedBitsError, "1 to 8 bits, got 9"),
-        (0, 64, "e4m3", UnsupportedBitsError, "1 to 8 bits, got 0"),
-        (2.5, 64, "e4m3", UnsupportedBitsError, "got 2.5"),
+        (0, 64, "int8", UnsupportedBitsError, "1 to 8 bits, got 0"),
+        (2.5, 64, "int8", UnsupportedBitsError, "got 2.5"),
         (4, 1, "lloyd_max", UnsupportedHeadDimError, "at least 2, got 1"),
-        (4, 64, "nf4", InvalidInputError, "'nf4'; use one of e4m3, lloyd_max"),
+        (4, 64, "nf4", InvalidInputError, "'nf4'; use one of int8, lloyd_max"),
     ],
 )
 def test_wrong_arguments_are_named(
@@ -158,8 +173,8 @@ def test_wrong_arguments_are_named(
 
 
 def test_a_dimension_outside_the_table_is_computed() -> None:
-    assert "e4m3/3/1000" not in _shipped()
-    assert codebook(3, 1000) == compute_codebook(3, 1000, "e4m3")
+    assert "int8/3/1000" not in _shipped()
+    assert codebook(3, 1000) == compute_codebook(3, 1000, "int8")
 
 
 def test_a_cached_codebook_does_not_let_a_float_or_a_bool_through() -> None:

@@ -83,7 +83,7 @@ def test_rotations_and_codebooks_fit_their_group() -> None:
 
 def test_eight_bits_use_lloyd_max_levels() -> None:
     assert spec(bits=8).codebook_of(0).form == "lloyd_max"
-    assert spec(bits=4).codebook_of(0).form == "e4m3"
+    assert spec(bits=4).codebook_of(0).form == "int8"
     assert spec(bits=4, codebook="lloyd_max").codebook_of(0).form == "lloyd_max"
 
 
@@ -105,7 +105,7 @@ specs = st.builds(
     rotation=st.sampled_from(["hadamard", "haar", "identity"]),
     seed=st.integers(0, 2**32 - 1),
     scale=st.sampled_from(["auto", "norm_corrected", "unbiased", "norm"]),
-    codebook=st.sampled_from(["e4m3", "lloyd_max"]),
+    codebook=st.sampled_from(["int8", "lloyd_max"]),
     scale_dtype=st.sampled_from(["float16", "bfloat16", "float32"]),
 )
 
@@ -144,7 +144,7 @@ def test_json_of_another_version_is_refused(data: dict[str, Any], message: str) 
         ({"role": "query"}, InvalidInputError, "role='query' is unknown; use one of key, value"),
         ({"rotation": "dct"}, InvalidInputError, "rotation='dct' is unknown; use one of hadamard"),
         ({"scale": "max"}, InvalidInputError, "scale='max' is unknown; use one of auto"),
-        ({"codebook": "nf4"}, InvalidInputError, "codebook='nf4' is unknown; use one of e4m3"),
+        ({"codebook": "nf4"}, InvalidInputError, "codebook='nf4' is unknown; use one of int8"),
         ({"estimator": "qjl"}, InvalidInputError, "estimator='qjl' is unknown; use one of mse, prod"),
         ({"scale_dtype": "float8"}, InvalidInputError, "scale_dtype='float8' is unknown; use one of float16"),
         ({"seed": -1}, InvalidInputError, "0 to 2\\*\\*32 - 1, got -1"),

@@ -9,7 +9,7 @@ from quantpress.codecs import tables
 from quantpress.codecs.codebook import _shipped, codebook, compute_codebook
 
 
-@pytest.mark.parametrize("form", ["e4m3", "lloyd_max"])
+@pytest.mark.parametrize("form", ["int8", "lloyd_max"])
 @pytest.mark.parametrize(("bits", "dim"), [(1, 32), (2, 64), (3, 64), (4, 128), (3, 40), (4, 80), (2, 256)])
 def test_rows_are_what_is_computed(form: str, bits: int, dim: int) -> None:
     assert f"{form}/{bits}/{dim}" in _shipped()
@@ -31,7 +31,7 @@ def test_every_group_of_every_common_split_is_there() -> None:
     for dim in tables.HEAD_DIMS:
         for bits in (1, 2, 3, 4, 1.5, 2.25, 2.5, 2.75, 3.25, 3.5, 3.75):
             for group in split_channels(bits, dim):
-                assert f"e4m3/{group.bits}/{group.channels}" in _shipped()
+                assert f"int8/{group.bits}/{group.channels}" in _shipped()
 
 
 def test_the_command_writes_a_table_that_reads_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -40,16 +40,16 @@ def test_the_command_writes_a_table_that_reads_back(tmp_path: Path, monkeypatch:
     tables.main()
     rows = json.loads((tmp_path / "codebooks.json").read_text(encoding="utf-8"))
     assert rows["lloyd_max/8/32"]["scaled"] == pytest.approx(_shipped()["lloyd_max/8/32"]["scaled"], rel=1e-8)
-    assert {name: row["scaled"] for name, row in rows.items() if name.startswith("e4m3/")} == {
-        name: _shipped()[name]["scaled"] for name in rows if name.startswith("e4m3/")
+    assert {name: row["scaled"] for name, row in rows.items() if name.startswith("int8/")} == {
+        name: _shipped()[name]["scaled"] for name in rows if name.startswith("int8/")
     }
 
 
 def test_a_codebook_outside_the_table_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
-    expected = codebook(3, 64, "e4m3")
+    expected = codebook(3, 64, "int8")
     monkeypatch.setattr("quantpress.codecs.codebook._shipped", dict)
     codebook.cache_clear()
     try:
-        assert codebook(3, 64, "e4m3").levels == pytest.approx(expected.levels, rel=1e-6)
+        assert codebook(3, 64, "int8").levels == pytest.approx(expected.levels, rel=1e-6)
     finally:
         codebook.cache_clear()

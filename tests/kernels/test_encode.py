@@ -100,7 +100,7 @@ def test_every_head_dim(dim: int, bits: float) -> None:
 
 
 @pytest.mark.parametrize("scale_dtype", ["float16", "bfloat16", "float32"])
-@pytest.mark.parametrize("form", ["e4m3", "lloyd_max"])
+@pytest.mark.parametrize("form", ["int8", "lloyd_max"])
 @pytest.mark.parametrize("rotation", ["hadamard", "haar", "identity"])
 def test_every_rotation_codebook_and_scale_dtype(rotation: str, form: str, scale_dtype: str) -> None:
     spec = CodecSpec(80, 4, "value", rotation=rotation, codebook=form, scale_dtype=scale_dtype)
@@ -240,11 +240,11 @@ def test_encoding_keeps_no_graph_and_leaves_no_inference_tensors() -> None:
     assert q.grad is not None
 
 
-@pytest.mark.parametrize("form", ["e4m3", "lloyd_max"])
+@pytest.mark.parametrize("form", ["int8", "lloyd_max"])
 @pytest.mark.parametrize("dim", [8, 64, 128, 1024])
 @pytest.mark.parametrize("bits", [1, 2, 3, 4, 8])
 def test_nearest_level_is_the_binary_search(bits: int, dim: int, form: str) -> None:
-    if form == "e4m3" and bits == 8:
+    if form == "int8" and bits == 8:
         form = "lloyd_max"
     book = codebook(bits, dim, form)
     thresholds = book.threshold_tensor()
