@@ -2,8 +2,8 @@
 
 A kernel keeps the byte (level - 1) / 2, in -128 to 127, and 8-bit integer tensor cores multiply it without
 error: x . levels = unit * (2 * x . bytes + sum(x)). Odd levels are exactly symmetric and have no zero.
-Divided by the right unit, up to 16 levels come close to odd integers; which unit is right is found by a search
-over all that make the largest level 64 to 255.
+Divided by the right unit, up to 16 levels come close to odd integers; a search over all units that make the
+largest level 64 to 255 finds it.
 """
 
 from __future__ import annotations

@@ -1,31 +1,31 @@
 """The page layout: where each code of a page lives, bit by bit. Every kernel reads this one definition.
 
 A page holds the codes of `PAGE_TOKENS` consecutive tokens of one KV head for a group of C channels, and takes
-exactly 16 * bits * C bytes. A code indexes an ascending symmetric codebook. It is stored as one field or two:
+16 * bits * C bytes. A code indexes an ascending symmetric codebook. The tokens are cut into parts of R
+consecutive ones, token = p * R + row, and a little-endian 32-bit word holds lanes i = 0 to 3 of every part p:
 
-    bits  fields (width)                field value
-    1     sign (1)                      1 for the negative level
-    2     code (2)                      the code itself
-    3     magnitude (2), then sign (1)  place among the ascending positive levels; 1 for the negative half
-    4     magnitude and sign (4)        the same, with a magnitude of 3 bits
-    8     code (8)                      the code itself
+    bits  parts  R    where the code of part p, lane i, is in a word
+    1     8      16   bit 8 * i + 7 - p: 1 for the negative level
+    2     4      32   two bits from 16 * (p // 2) + 4 * i + 2 * (p % 2): the code itself
+    3     8      16   the code itself, in three planes of words, k = 0 to 2
+                        p = 2 * k + h:  three bits from 16 * h + 4 * i of plane k
+                        p = 6 + h:      bit 16 * h + 4 * i + 3 of plane k is bit k of the code
+    4     2      64   three bits from 16 * p + 4 * i: magnitude, the place among the ascending positive levels
+                      bit 8 * i + 7 - 4 * p: 1 for the negative half
+    8     1      128  eight bits from 8 * i: the code itself
 
-All fields of width f form a plane of 16 * f * C bytes; the planes of a page follow each other. A plane is a
-matrix of little-endian 32-bit words, and a word holds lanes i = 0 to 3 of parts p = 0 to 8 / f - 1:
+Only 3 bits have more than one plane; planes follow each other. The lanes of a word are four neighbours along
+the axis that attention sums over, channels of a key and tokens of a value, and the words of a plane are
 
-    keys    [16 * f rows, C / 4 words]  row r, word w:  token p * 16 * f + r,          channel 4 * w + i
-    values  [C rows, 4 * f words]       row c, word w:  token p * 16 * f + 4 * w + i,  channel c
+    keys    [C / W blocks, R rows, W / 4]   (b, r, w): token p * R + r, channel W * b + 4 * w + i
+    values  [R / 4 quads, C]                (q, c): token p * R + 4 * q + i, channel c
 
-so that four neighbours along the axis that attention sums over (channels of a key, tokens of a value) share a
-word. Bits in the word, chosen so that one byte permutation on a GPU looks up four values at once:
+with W = 64 where that divides C, else W = C. So a tile of neighbouring words is an operand of a product, and
+the bits in a word let a few operations on whole words, or one byte permutation, look up four values at once.
 
-    f = 4   magnitude at 16 * p + 4 * i (3 bits), sign at 8 * i + 7 - 4 * p
-    f = 2   16 * (p // 2) + 4 * i + 2 * (p % 2)
-    f = 1   8 * i + 7 - p
-    f = 8   8 * i
-
-Reading goes by quads: shifts and masks make a 16-bit index of the four lanes of a part, and one table lookup
-makes four values of the index, whatever they stand for (codes, or levels of a codebook).
+Reading in PyTorch goes by quads: shifts and masks make a 16-bit index of the four lanes of a part, and one
+table lookup makes four values of the index, whatever they stand for (codes, or levels of a codebook). It is
+the packed words that are brought into the order to read in, for they are few.
 """
 
 from functools import lru_cache
@@ -38,10 +38,12 @@ from quantpress.errors import InvalidInputError, UnsupportedBitsError
 
 PAGE_TOKENS = 128
 ROLES = ("key", "value")
-FIELD_WIDTHS = {1: (1,), 2: (2,), 3: (2, 1), 4: (4,), 8: (8,)}
+PARTS = {1: 8, 2: 4, 3: 8, 4: 2, 8: 1}
+BLOCK_CHANNELS = 64  # W, where it divides the channels of a key
 
 _BYTE_FEET = 0x01010101  # the lowest bit of each byte of a word
-_QUAD_SIGNS = (7, 15, 3, 11)  # the sign of each lane in a quad's index; its magnitude is at 4 * lane
+_QUAD_SIGNS = (7, 15, 3, 11)  # the sign of each lane in a quad's index; what is no sign is at 4 * lane
+_QUAD_INDICES = {1: 0x10000, 2: 0x3334, 3: 0x7778, 4: 0x10000}
 _WIDE = {1: torch.int32, 4: torch.complex128}  # bytes of an entry -> dtype as wide as four of them
 
 
@@ -55,8 +57,8 @@ def page_bytes(bits: int, channels: int) -> int:
     >>> page_bytes(3, 128)
     6144
     """
-    if bits not in FIELD_WIDTHS:
-        raise UnsupportedBitsError(f"cannot pack codes of {bits!r} bits; use one of {tuple(FIELD_WIDTHS)}")
+    if bits not in PARTS:
+        raise UnsupportedBitsError(f"cannot pack codes of {bits!r} bits; use one of {tuple(PARTS)}")
     if channels <= 0 or channels % 4:
         raise InvalidInputError(f"a page needs a positive multiple of 4 channels, got {channels}")
     return PAGE_TOKENS // 8 * bits * channels
@@ -88,33 +90,43 @@ def pack_pages(codes: Tensor, bits: int, role: str) -> Tensor:
         raise InvalidInputError(f"code {int(codes.max())} does not fit into {bits} bits")
     rows = codes if role == "key" else codes.transpose(-1, -2)
     words = rows.contiguous().view(torch.int32)  # four lanes, one code a byte
-    half = (1 << (bits - 1)) - 1
-    negative = (~words >> (bits - 1)) & _BYTE_FEET
-    magnitude = (words ^ (negative * half)) & (half * _BYTE_FEET)
-    planes = []
-    for width in FIELD_WIDTHS[bits]:
-        run = 4 * width * (channels if role == "key" else 1)  # words of one part that follow each other
-        grid = (words.numel() * width // 8 // run, 8 // width, run)
-        field = words if bits in (2, 8) else magnitude
-        plane = _pack_plane(field.reshape(grid), negative.reshape(grid), width)
-        planes.append(plane.view(*lead, 4 * width * channels))
-    return torch.cat(planes, dim=-1).view(torch.uint8).view(*lead, size)
+    parts, pages = PARTS[bits], prod(lead)
+    run = PAGE_TOKENS // parts // 4 * (channels if role == "key" else 1)  # words of one part in a row
+    packed = _pack_parts(words.view(-1, parts, run), bits)  # [planes, ..., run]
+    if role == "key":
+        width = block_channels(channels)
+        planes = packed.view(-1, pages, PAGE_TOKENS // parts, channels // width, width // 4)
+    else:
+        planes = packed.view(-1, pages, channels, run)
+    stored = planes.transpose(2, 3).transpose(0, 1)
+    return stored.reshape(*lead, -1).view(torch.uint8)
 
 
-def _pack_plane(magnitude: Tensor, negative: Tensor, width: int) -> Tensor:
-    """Fields of one width, one a byte, [rows, parts, words] int32 twice -> the words of their plane."""
-    plane = torch.zeros_like(magnitude[:, 0])
-    for part in range(8 // width):
-        size, sign = magnitude[:, part], negative[:, part]
-        if width == 8:
-            plane |= size
-        elif width == 4:
-            plane |= (_nibbles(size) << (16 * part)) | (sign << (7 - 4 * part))
-        elif width == 2:
-            plane |= _nibbles(size) << (16 * (part // 2) + 2 * (part % 2))
+def block_channels(channels: int) -> int:
+    """W: how many neighbouring channels of a key lie together."""
+    return BLOCK_CHANNELS if channels % BLOCK_CHANNELS == 0 else channels
+
+
+def _pack_parts(codes: Tensor, bits: int) -> Tensor:
+    """Codes [N, parts, words] int32, one lane a byte -> packed words [planes, N, words]."""
+    parts = codes.unbind(1)
+    if bits == 8:
+        return codes.transpose(0, 1)
+    packed = codes.new_zeros(3 if bits == 3 else 1, *parts[0].shape)
+    for p, code in enumerate(parts):
+        if bits == 2:
+            packed[0] |= _nibbles(code) << (16 * (p // 2) + 2 * (p % 2))
+        elif bits == 3 and p < 6:
+            packed[p // 2] |= _nibbles(code) << (16 * (p % 2))
+        elif bits == 3:
+            for k, plane in enumerate(packed):
+                plane |= _nibbles((code >> k) & _BYTE_FEET) << (16 * (p - 6) + 3)
         else:
-            plane |= sign << (7 - part)
-    return plane
+            negative = (~code >> (bits - 1)) & _BYTE_FEET
+            packed[0] |= negative << (7 - (4 * p if bits == 4 else p))
+            if bits == 4:
+                packed[0] |= _nibbles((code ^ (negative * 7)) & (7 * _BYTE_FEET)) << (16 * p)
+    return packed
 
 
 def unpack_pages(packed: Tensor, bits: int, channels: int, role: str) -> Tensor:
@@ -168,13 +180,13 @@ def read_pages(packed: Tensor, table: Tensor, bits: int, channels: int, role: st
     if packed.dtype != torch.uint8 or packed.dim() < 1 or packed.shape[-1] != size:
         wanted = f"uint8 [..., {size}] for {bits} bits and {channels} channels"
         raise InvalidInputError(f"pages must be {wanted}, got {packed.dtype} {tuple(packed.shape)}")
-    lead, pages = packed.shape[:-1], packed.reshape(-1, size)
-    index = pages.int() if bits == 8 else _quad_indices(pages.view(torch.int32), bits, channels, role)
+    lead, parts = packed.shape[:-1], PARTS[bits]
+    tokens = PAGE_TOKENS // parts
+    words = _in_order(packed.reshape(-1, size).view(torch.int32), bits, channels, role)
+    index = words.view(-1).view(torch.uint8).int() if bits == 8 else _quad_indices(words, bits)
     found = table.index_select(0, index.view(-1))
     if bits < 8:
         found = found.view(torch.uint8 if table.dtype == torch.int32 else torch.float32)
-    parts = 8 // FIELD_WIDTHS[bits][-1]
-    tokens = PAGE_TOKENS // parts
     if role == "key":
         found = found.view(parts, prod(lead), tokens, channels)
     else:
@@ -182,24 +194,36 @@ def read_pages(packed: Tensor, table: Tensor, bits: int, channels: int, role: st
     return found.transpose(0, 1).view(*lead, parts, tokens, channels)
 
 
-def _quad_indices(words: Tensor, bits: int, channels: int, role: str) -> Tensor:
-    """[N, words of a page] int32 -> [parts, N, words of the last plane] int32 indices of quads."""
-    parts = 8 // FIELD_WIDTHS[bits][-1]
-    part = torch.arange(parts, dtype=torch.int32, device=words.device).view(-1, 1, 1)
+def _in_order(words: Tensor, bits: int, channels: int, role: str) -> Tensor:
+    """Stored words [N, words] -> [planes, N, ...], each plane of keys [R, C / 4], of values [C, R / 4]."""
+    planes, rows = 3 if bits == 3 else 1, PAGE_TOKENS // PARTS[bits]
+    if role == "value":
+        stored = words.view(len(words), planes, rows // 4, channels)
+    else:
+        width = block_channels(channels)
+        stored = words.view(len(words), planes, channels // width, rows, width // 4)
+    return stored.transpose(2, 3).transpose(0, 1).contiguous()
+
+
+def _quad_indices(words: Tensor, bits: int) -> Tensor:
+    """[planes, ...] int32 words -> [parts, ...] int32 indices of quads."""
     if bits == 4:
-        first = (words & 0xF7F7).bitwise_or_((words >> 20).bitwise_and_(0x0808))
-        second = ((words >> 16).bitwise_and_(0x7F7F)).bitwise_or_((words << 4).bitwise_and_(0x8080))
+        word = words[0]
+        first = (word & 0xF7F7).bitwise_or_((word >> 20).bitwise_and_(0x0808))
+        second = ((word >> 16).bitwise_and_(0x7F7F)).bitwise_or_((word << 4).bitwise_and_(0x8080))
         return torch.stack((first, second))
+    part = torch.arange(PARTS[bits], dtype=torch.int32, device=words.device)
+    part = part.view(-1, *[1] * (words.dim() - 1))
     if bits == 2:
-        return (words >> (part // 2 * 16 + part % 2 * 2)).bitwise_and_(0x3333)
-    signs = words[:, -4 * channels :]
-    index = (signs << part).bitwise_and_(0x8080)
-    index |= (signs >> (20 - part)).bitwise_and_(0x0808)
-    if bits == 3:  # a row of the magnitude plane is as long as two rows of the sign plane
-        run = 4 * channels if role == "key" else 4
-        halves = words[:, : 8 * channels].reshape(-1, 2, run).transpose(0, 1).reshape(1, 2, -1)
-        shift = part[:4] // 2 * 16 + part[:4] % 2 * 2
-        index |= (halves >> shift).bitwise_and_(0x3333).view_as(index)
+        return words.bitwise_right_shift(part // 2 * 16 + part % 2 * 2).bitwise_and_(0x3333)
+    if bits == 1:
+        first, second = words.bitwise_left_shift(part), words.bitwise_right_shift(20 - part)
+        return first.bitwise_and_(0x8080).bitwise_or_(second.bitwise_and_(0x0808))
+    index = words.new_empty(8, *words.shape[1:])
+    index[0:6:2], index[1:6:2] = words & 0x7777, (words >> 16).bitwise_and_(0x7777)
+    for half in range(2):
+        spare = (words >> (16 * half + 3)).bitwise_and_(0x1111)
+        index[6 + half] = spare[0] | (spare[1] << 1) | (spare[2] << 2)
     return index
 
 
@@ -209,12 +233,12 @@ def _quad_codes(bits: int) -> Tensor:
     half = (1 << (bits - 1)) - 1
     lanes = []
     with torch.inference_mode(False):  # kept: must stay usable outside inference mode
-        index = torch.arange(0x3334 if bits == 2 else 0x10000)
+        index = torch.arange(_QUAD_INDICES[bits])
         for lane, sign_bit in enumerate(_QUAD_SIGNS):
             field = index >> (4 * lane)
             negative = (index >> sign_bit) & 1
             signed = ((field & half) ^ (negative * half)) + (1 - negative) * (half + 1)
-            lanes.append(field & 3 if bits == 2 else signed)
+            lanes.append(field & (2 * half + 1) if bits in (2, 3) else signed)
         return torch.stack(lanes, dim=-1)
 
 

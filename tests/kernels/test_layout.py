@@ -26,43 +26,37 @@ def random_codes(*shape: int, bits: int) -> torch.Tensor:
     return torch.randint(0, 1 << bits, shape).to(torch.uint8)
 
 
-def field_bits(width: int, channels: int, role: str, token: int, channel: int) -> tuple[int, int, int]:
-    """(first bit of the word in the plane, part, lane) of one field, from the definition."""
-    part, rest = divmod(token, 16 * width)
+def word_of(bits: int, channels: int, role: str, token: int, channel: int) -> tuple[int, int, int, int]:
+    """(word in its plane, words of a plane, part, lane) of one code, from the definition."""
+    rows = {1: 16, 2: 32, 3: 16, 4: 64, 8: 128}[bits]
+    part, row = divmod(token, rows)
     if role == "key":
-        word, lane = divmod(channel, 4)
-        word += rest * (channels // 4)
+        width = 64 if channels % 64 == 0 else channels
+        block, inside = divmod(channel, width)
+        word, lane = divmod(inside, 4)
+        word += (block * rows + row) * (width // 4)
     else:
-        word, lane = divmod(rest, 4)
-        word += channel * 4 * width
-    return word * WORD_BITS, part, lane
+        quad, lane = divmod(row, 4)
+        word = quad * channels + channel
+    return word, rows * channels // 4, part, lane
 
 
 def code_bits(bits: int, channels: int, role: str, token: int, channel: int) -> tuple[list[int], int | None]:
     """(bits of the magnitude or code, lowest first; bit of the sign or None) of one code in its page."""
-
-    def at(width: int) -> tuple[int, int, int]:
-        return field_bits(width, channels, role, token, channel)
-
-    def sign_plane(offset: int) -> int:
-        word, p, i = at(1)
-        return offset + word + 8 * i + 7 - p
-
-    def two_bits() -> list[int]:
-        word, p, i = at(2)
-        return [word + 16 * (p >> 1) + 4 * i + 2 * (p & 1) + k for k in range(2)]
-
+    word, plane, p, i = word_of(bits, channels, role, token, channel)
+    start = word * WORD_BITS
     if bits == 1:
-        return [], sign_plane(0)
+        return [], start + 8 * i + 7 - p
     if bits == 2:
-        return two_bits(), None
+        return [start + 16 * (p >> 1) + 4 * i + 2 * (p & 1) + k for k in range(2)], None
+    if bits == 3 and p >= 6:
+        return [start + k * plane * WORD_BITS + 16 * (p - 6) + 4 * i + 3 for k in range(3)], None
     if bits == 3:
-        return two_bits(), sign_plane(8 * 32 * channels)
+        k, h = divmod(p, 2)
+        return [start + k * plane * WORD_BITS + 16 * h + 4 * i + bit for bit in range(3)], None
     if bits == 4:
-        word, p, i = at(4)
-        return [word + 16 * p + 4 * i + k for k in range(3)], word + 8 * i + 7 - 4 * p
-    word, _, i = at(8)
-    return [word + 8 * i + k for k in range(8)], None
+        return [start + 16 * p + 4 * i + k for k in range(3)], start + 8 * i + 7 - 4 * p
+    return [start + 8 * i + k for k in range(8)], None
 
 
 def oracle(page: torch.Tensor, bits: int, channels: int, role: str) -> torch.Tensor:
@@ -95,7 +89,7 @@ def test_unpack_undoes_pack(channels: int, bits: int, role: str) -> None:
 
 @pytest.mark.parametrize("role", ROLES)
 @pytest.mark.parametrize("bits", WIDTHS)
-@pytest.mark.parametrize("channels", [4, 20, 64])
+@pytest.mark.parametrize("channels", [4, 20, 64, 192])
 def test_every_bit_is_where_the_definition_says(channels: int, bits: int, role: str) -> None:
     codes = random_codes(2, PAGE_TOKENS, channels, bits=bits)
     page = pack_pages(codes, bits, role)[1]
@@ -104,7 +98,7 @@ def test_every_bit_is_where_the_definition_says(channels: int, bits: int, role: 
 
 @pytest.mark.parametrize("role", ROLES)
 @pytest.mark.parametrize("bits", WIDTHS)
-@pytest.mark.parametrize("channels", [4, 40])
+@pytest.mark.parametrize("channels", [4, 40, 128])
 def test_the_definition_uses_every_bit_of_a_page_once(channels: int, bits: int, role: str) -> None:
     used = []
     for token in range(PAGE_TOKENS):
