@@ -1,41 +1,41 @@
-"""What goes around the split kernel: preparing queries, and joining the splits (Triton)."""
+"""What goes around the split kernel (Triton): preparing queries and the 16-bit tokens, and joining it all."""
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from quantpress.kernels.attend.split_k import RESIDUAL
+from quantpress.kernels.attend.dense import attend_tile
 
 LOG2_E = tl.constexpr(1.4426950408889634)
+MOST = tl.constexpr(32512.0)
+"""Query coordinates are counted in units of their largest over 127 * 256: the high byte stays below 128."""
 
 
 @triton.jit
-def prepare_kernel(
+def _prepare(
     query_ptr,
     weight_ptr,
     mean_ptr,
     rotation_ptr,
     q_ptr,
     factor_ptr,
+    start_ptr,
     bias_ptr,
     scale,
     unit,
     rows,
+    block,
+    head,
+    local,
+    row,
     D: tl.constexpr,
     R: tl.constexpr,
     HAS_WEIGHT: tl.constexpr,
     HAS_MEAN: tl.constexpr,
-    PLAIN: tl.constexpr,
 ):
-    """Queries to code space, split into e4m3 parts. Program (row, head): one row of one (batch, KV head).
-
-    query [BH, rows, D]; weight and mean [BH, D]; rotation [D, D]; q [BH, 2R, D] e4m3 (PLAIN: float32) with
-    row r in the high half and its residual in the low one; factor [BH, R] undoes their scaling and the
-    levels' unit, bias [BH, R] is q . mean.
-    """
-    row, head = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    """One row to code space, in whole numbers n = 256 * high + low of 16 bits."""
     channel = tl.arange(0, D)
-    live = row < rows
-    x = tl.load(query_ptr + (head * rows + row) * D + channel, mask=live, other=0.0).to(tl.float32)
+    x = tl.load(query_ptr + (head * rows + row) * D + channel, mask=row < rows, other=0.0).to(tl.float32)
     bias = 0.0
     if HAS_MEAN:
         bias = tl.sum(x * tl.load(mean_ptr + head * D + channel), 0) * scale
@@ -44,54 +44,159 @@ def prepare_kernel(
     turn = tl.load(rotation_ptr + channel[:, None] * D + channel[None, :])
     y = tl.sum(turn * x[None, :], 1)
     largest = tl.maximum(tl.max(tl.abs(y), 0), 1e-30)
-    y = y * (256.0 / largest)  # e4m3 goes to 448
-    if PLAIN:
-        high = y
-        low = 0.0 * y
-    else:
-        near = y.to(tl.float8e4nv)
-        low = ((y - near.to(tl.float32)) * RESIDUAL).to(tl.float8e4nv)
-        high = near
-    tl.store(q_ptr + (head * 2 * R + row) * D + channel, high)
-    tl.store(q_ptr + (head * 2 * R + R + row) * D + channel, low)
-    tl.store(factor_ptr + head * R + row, largest / 256.0 * scale * unit)
-    tl.store(bias_ptr + head * R + row, bias)
+    n = tl.floor(y * (MOST / largest) + 0.5).to(tl.int32)
+    high = (n + 128) >> 8
+    at = block * 2 * R + local // 8 * 16 + local % 8
+    tl.store(q_ptr + at * D + channel, high.to(tl.int8))
+    tl.store(q_ptr + (at + 8) * D + channel, (n - 256 * high).to(tl.int8))
+    tl.store(start_ptr + at, 0)
+    tl.store(start_ptr + at + 8, tl.sum(n, 0) >> 1)  # a level is 2 * b + 1
+    tl.store(factor_ptr + block * R + local, 2.0 * largest / MOST * scale * unit)
+    tl.store(bias_ptr + block * R + local, bias)
 
 
-@triton.jit
-def merge_kernel(
+_VARYING = ["rows", "queries", "blocks", "first_tokens", "recent_tokens", "first_tiles", "tiles", "hidden"]
+"""Numbers for which no kernel is compiled anew."""
+
+
+@triton.jit(do_not_specialize=_VARYING)
+def first_kernel(
+    query_ptr,
+    weight_ptr,
+    mean_ptr,
+    rotation_ptr,
+    q_ptr,
+    factor_ptr,
+    start_ptr,
+    bias_ptr,
+    first_k_ptr,
+    first_v_ptr,
+    recent_k_ptr,
+    recent_v_ptr,
+    first_used_ptr,
+    recent_used_ptr,
     o_ptr,
     m_ptr,
     l_ptr,
-    sinks_ptr,
-    rotation_ptr,
-    out_ptr,
-    splits,
+    scale,
+    unit,
     rows,
     queries,
-    group,
-    kv_heads,
-    unit,
+    blocks,
+    first_tokens,
+    recent_tokens,
+    first_tiles,
+    tiles,
+    hidden,
+    softcap,
+    D: tl.constexpr,
     DV: tl.constexpr,
     R: tl.constexpr,
-    HAS_DENSE: tl.constexpr,
-    HAS_SINKS: tl.constexpr,
-    BLOCK: tl.constexpr,
+    TILE: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr,
+    HAS_MEAN: tl.constexpr,
+    FIRST_USED: tl.constexpr,
+    RECENT_USED: tl.constexpr,
+    PLAIN: tl.constexpr,
+    CHAINED: tl.constexpr,
 ):
-    """Join the splits of one row of one (batch, KV head), rotate back once, join the 16-bit tokens.
+    """Prepare queries (axis 0 below R: one row each) and attend 16-bit tokens (beyond: one tile each).
 
-    o [BH, S, R, DV], m and l [BH, S, R]; dense_* the same without S; sinks [Hkv * G] logits; out [BH, rows,
-    DV].
+    Axis 1 is a (batch, KV head, block of R rows), N in all. query [BH, rows, D]; weight and mean [BH, D];
+    rotation [D, D]; q [N, 2R, D] int8, row r at 16 * (r // 8) + r % 8 and, its low part, 8 rows later; factor
+    [N, R] undoes their scaling and the levels' unit; start [N, 2R] int32 is what a sum over bytes b lacks for
+    levels 2 * b + 1; bias [N, R] is q . mean. first and recent keys and values [BH, tokens, D] contiguous; o
+    [N, tiles, R, DV], m and l [N, tiles, R] float32; the two used [BH] int32, tokens in use, count where
+    their constant says so. CHAINED: the next kernel may start, it waits by itself.
     """
-    row, head = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    value, block = tl.arange(0, DV), tl.arange(0, BLOCK)
-    m = tl.full([1], -1e30, tl.float32)
-    total = tl.zeros([1], tl.float32)
-    y = tl.zeros([DV], tl.float32)
-    for start in range(0, splits, BLOCK):
-        split = start + block
-        live = split < splits
-        slot = (head * (splits + HAS_DENSE) + split) * R + row
+    place, block = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    head, skipped = block // blocks, block % blocks * R
+    if CHAINED:
+        gdc_launch_dependents()
+    if place < R:
+        _prepare(
+            query_ptr,
+            weight_ptr,
+            mean_ptr,
+            rotation_ptr,
+            q_ptr,
+            factor_ptr,
+            start_ptr,
+            bias_ptr,
+            scale,
+            unit,
+            rows,
+            block,
+            head,
+            place,
+            skipped + place,
+            D,
+            R,
+            HAS_WEIGHT,
+            HAS_MEAN,
+        )
+    else:
+        tile = place - R
+        column, row, value = tl.arange(0, 2 * R), tl.arange(0, R), tl.arange(0, DV)
+        live = (column < R) & (skipped + column < rows)
+        at = (head * rows + skipped + column[None, :]) * D + tl.arange(0, D)[:, None]
+        q = tl.load(query_ptr + at, mask=live[None, :], other=0.0)
+        if PLAIN:
+            q = q.to(tl.float32)
+        if tile < first_tiles:
+            from_token, used, unseen = tile * TILE, first_tokens, 0
+            k_ptr, v_ptr = first_k_ptr + head * first_tokens * D, first_v_ptr + head * first_tokens * DV
+            if FIRST_USED:
+                used = tl.minimum(used, tl.load(first_used_ptr + head))
+        else:
+            from_token, used, unseen = (tile - first_tiles) * TILE, recent_tokens, hidden
+            k_ptr, v_ptr = recent_k_ptr + head * recent_tokens * D, recent_v_ptr + head * recent_tokens * DV
+            if RECENT_USED:
+                used = tl.minimum(used, tl.load(recent_used_ptr + head))
+        m, total, out = attend_tile(
+            q,
+            (skipped + row) % queries,
+            k_ptr,
+            v_ptr,
+            from_token,
+            used,
+            unseen,
+            scale,
+            softcap,
+            D,
+            DV,
+            R,
+            TILE,
+            PLAIN,
+        )
+        slot = block * tiles + tile
+        kept = skipped + row < rows
+        tl.store(o_ptr + (slot * R + row[None, :]) * DV + value[:, None], out, mask=kept[None, :])
+        tl.store(m_ptr + slot * R + row, m)
+        tl.store(l_ptr + slot * R + row, total)
+
+
+@triton.jit
+def _join(
+    m,
+    total,
+    y,
+    o_ptr,
+    m_ptr,
+    l_ptr,
+    count,
+    block,
+    local,
+    DV: tl.constexpr,
+    R: tl.constexpr,
+    SIZE: tl.constexpr,
+):
+    """Take `count` partial sums of one row into m, total [1] and y [DV]."""
+    value, part = tl.arange(0, DV), tl.arange(0, SIZE)
+    for start in range(0, count, SIZE):
+        split = start + part
+        live = split < count
+        slot = (block * count + split) * R + local
         part_m = tl.load(m_ptr + slot, mask=live, other=-1e30)
         part_l = tl.load(l_ptr + slot, mask=live, other=0.0)
         part_o = tl.load(o_ptr + slot[:, None] * DV + value[None, :], mask=live[:, None], other=0.0)
@@ -101,17 +206,53 @@ def merge_kernel(
         y = y * decay + tl.sum(part_o * weight[:, None], 0)
         total = total * decay + tl.sum(part_l * weight, 0)
         m = new
+    return m, total, y
+
+
+@triton.jit(do_not_specialize=["splits", "tiles", "rows", "queries", "group", "kv_heads", "blocks"])
+def merge_kernel(
+    o_ptr,
+    m_ptr,
+    l_ptr,
+    dense_o_ptr,
+    dense_m_ptr,
+    dense_l_ptr,
+    sinks_ptr,
+    rotation_ptr,
+    out_ptr,
+    splits,
+    tiles,
+    rows,
+    queries,
+    group,
+    kv_heads,
+    blocks,
+    unit,
+    DV: tl.constexpr,
+    R: tl.constexpr,
+    HAS_SINKS: tl.constexpr,
+    SIZE: tl.constexpr,
+    CHAINED: tl.constexpr,
+):
+    """Join the splits of one row of one (batch, KV head), rotate back once, join the 16-bit tokens.
+
+    o [N, splits, R, DV], m and l [N, splits, R]; dense_o, dense_m, dense_l the same with tiles; sinks [Hkv *
+    G] logits; out [BH, rows, DV].
+    """
+    row, head = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    block, local = head * blocks + row // R, row % R
+    value = tl.arange(0, DV)
     turn = tl.load(rotation_ptr + value[:, None] * DV + value[None, :])
+    if CHAINED:
+        gdc_wait()
+    m = tl.full([1], -1e30, tl.float32)
+    total = tl.zeros([1], tl.float32)
+    y = tl.zeros([DV], tl.float32)
+    m, total, y = _join(m, total, y, o_ptr, m_ptr, l_ptr, splits, block, local, DV, R, SIZE)
     turned = tl.sum(turn * (y * unit)[:, None], 0)
-    if HAS_DENSE:
-        last = (head * (splits + 1) + splits) * R + row
-        own_m = tl.load(m_ptr + last)
-        new = tl.maximum(m, own_m)
-        decay = tl.exp2(m - new)
-        own = tl.exp2(own_m - new)
-        turned = turned * decay + tl.load(o_ptr + last * DV + value) * own
-        total = total * decay + tl.load(l_ptr + last) * own
-        m = new
+    m, total, turned = _join(
+        m, total, turned, dense_o_ptr, dense_m_ptr, dense_l_ptr, tiles, block, local, DV, R, 16
+    )
     if HAS_SINKS:
         sink = tl.load(sinks_ptr + head % kv_heads * group + row // queries).to(tl.float32) * LOG2_E
         new = tl.maximum(m, sink)

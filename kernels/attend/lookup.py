@@ -1,9 +1,8 @@
-"""Packed codes to fp8 levels inside a Triton kernel: byte permutations on a GPU, plain loads elsewhere.
+"""Packed codes to int8 levels inside a kernel: byte permutations on a GPU, plain loads elsewhere.
 
 The layout of `quantpress.kernels.layout` puts the fields of four neighbouring values where one `prmt.b32`
-wants its selectors, so that a codebook of up to eight magnitudes is a lookup in two registers. Each function
-below takes a tile of packed bytes and returns one tile of float8e4nv levels per part. The assembly is made
-per codebook, since the levels are immediates in it.
+wants its selectors, so that a codebook of up to eight levels (or eight magnitudes and a sign) is a lookup in
+two registers. A level 2 * b + 1 is held as the byte b: its negative, -2 * b - 1, is the complement of b.
 """
 
 from functools import lru_cache
@@ -14,148 +13,116 @@ import triton.language as tl
 
 from quantpress.codecs.codebook import Codebook
 
+LANES = 32
+
 
 @lru_cache(maxsize=64)
-def lookup_assembly(book: Codebook) -> str:
-    """PTX that turns packed words into words of four e4m3 levels.
+def lookup_table(keys: Codebook, values: Codebook, device: torch.device) -> torch.Tensor:
+    """The registers that `LOOKUPS` look levels up in: [4, 32] int32, one row a register, one column a lane.
 
     Args:
-        book: an e4m3 codebook of 2, 3 or 4 bits.
-
-    Returns:
-        For 4 bits: one word in, two out. For 2 bits: one in, four out. For 3 bits: the magnitude word, the
-        sign word and a mask (all ones where the sign word belongs to an odd part) in, four out.
+        keys: an int8 codebook of 2, 3 or 4 bits.
+        values: the same for values.
+        device: where.
     """
-    levels = torch.tensor(book.scaled, dtype=torch.float32).to(torch.float8_e4m3fn).view(torch.uint8).tolist()
-    table = levels if book.bits == 2 else levels[len(levels) // 2 :]
-    low, high = (sum(byte << (8 * i) for i, byte in enumerate(table[at : at + 4])) for at in (0, 4))
-    body = {2: _two_bits, 3: _three_bits, 4: _four_bits}[book.bits]()
-    return f"{{ .reg .b32 a, b, t, u, s; mov.b32 a, {low:#x}; mov.b32 b, {high:#x};\n{body}}}"
+    rows = []
+    with torch.inference_mode(False):  # kept: must stay usable outside inference mode
+        for book in (keys, values):
+            levels = [int(level) for level in book.scaled]
+            if book.bits == 4:  # magnitudes only
+                levels = levels[len(levels) // 2 :]
+            held = [(level - 1) // 2 & 0xFF for level in levels] + [0] * (8 - len(levels))
+            rows += [sum(byte << (8 * i) for i, byte in enumerate(held[at : at + 4])) for at in (0, 4)]
+        words = torch.tensor(rows, dtype=torch.int64).to(torch.int32)  # wraps to the same bits
+        return words[:, None].expand(-1, LANES).contiguous().to(device)
 
 
-def _four_bits() -> str:
-    return """
-    and.b32 t, $2, 0x77777777;
-    prmt.b32 u, a, b, t;
-    and.b32 s, $2, 0x80808080;
-    or.b32 $0, u, s;
-    shr.u32 t, t, 16;
-    prmt.b32 u, a, b, t;
-    shl.b32 s, $2, 4;
-    and.b32 s, s, 0x80808080;
-    or.b32 $1, u, s;
-    """
+# Operands: outputs first, then each packed word four times (once for each lane of the tile of bytes that
+# comes out), then the two registers of the table, again four times each.
+LOOKUP_4 = tl.constexpr("""{ .reg .b32 t, u, s;
+and.b32 t, $2, 0x77777777;
+prmt.b32 u, $6, $10, t;
+prmt.b32 s, $2, $2, 0xba98;
+xor.b32 $0, u, s;
+shr.u32 t, t, 16;
+prmt.b32 u, $6, $10, t;
+shl.b32 s, $2, 4;
+prmt.b32 s, s, s, 0xba98;
+xor.b32 $1, u, s; }""")
+"""4 bits: one word in, parts 0 and 1 out. `prmt` 0xba98 repeats the sign of each byte over the byte."""
 
+LOOKUP_2 = tl.constexpr("""{ .reg .b32 t, u;
+and.b32 t, $4, 0x33333333;
+shr.u32 u, $4, 2;
+and.b32 u, u, 0x33333333;
+prmt.b32 $0, $8, $8, t;
+prmt.b32 $1, $8, $8, u;
+shr.u32 t, t, 16;
+shr.u32 u, u, 16;
+prmt.b32 $2, $8, $8, t;
+prmt.b32 $3, $8, $8, u; }""")
+"""2 bits: one word in, parts 0 to 3 out."""
 
-def _two_bits() -> str:
-    return """
-    and.b32 t, $4, 0x33333333;
-    shr.u32 u, $4, 2;
-    and.b32 u, u, 0x33333333;
-    prmt.b32 $0, a, a, t;
-    prmt.b32 $1, a, a, u;
-    shr.u32 t, t, 16;
-    shr.u32 u, u, 16;
-    prmt.b32 $2, a, a, t;
-    prmt.b32 $3, a, a, u;
-    """
-
-
-def _three_bits() -> str:
-    lines = ["shl.b32 s, $5, 1;", "xor.b32 s, s, $5;", "and.b32 s, s, $6;", "xor.b32 s, s, $5;"]
-    for part in range(4):  # the sign of part p is at bit 7 - 2 * p of each byte of s
-        lines += [
-            f"shr.u32 t, $4, {16 * (part // 2) + 2 * (part % 2)};",
-            "and.b32 t, t, 0x3333;",
-            "prmt.b32 u, a, a, t;",
-            f"shl.b32 t, s, {2 * part};",
-            "and.b32 t, t, 0x80808080;",
-            f"or.b32 ${part}, u, t;",
-        ]
-    return "\n".join(lines)
-
-
-@triton.jit
-def levels4(x, ASM: tl.constexpr):
-    """[R, C] uint8 -> two [R, C] float8e4nv, parts 0 and 1."""
-    a, b = tl.inline_asm_elementwise(ASM, "=&r,=&r,r", [x], dtype=(tl.int8, tl.int8), is_pure=True, pack=4)
-    return a.to(tl.float8e4nv, bitcast=True), b.to(tl.float8e4nv, bitcast=True)
-
-
-@triton.jit
-def levels2(x, ASM: tl.constexpr):
-    """[R, C] uint8 -> four [R, C] float8e4nv, parts 0 to 3."""
-    a, b, c, d = tl.inline_asm_elementwise(
-        ASM, "=&r,=&r,=&r,=&r,r", [x], dtype=(tl.int8, tl.int8, tl.int8, tl.int8), is_pure=True, pack=4
-    )
-    return (
-        a.to(tl.float8e4nv, bitcast=True),
-        b.to(tl.float8e4nv, bitcast=True),
-        c.to(tl.float8e4nv, bitcast=True),
-        d.to(tl.float8e4nv, bitcast=True),
-    )
-
-
-@triton.jit
-def levels3(x, sign, odd, ASM: tl.constexpr):
-    """[R, C] uint8 magnitudes, signs, 255 where a sign is an odd part's -> four [R, C] float8e4nv."""
-    a, b, c, d = tl.inline_asm_elementwise(
-        ASM,
-        "=&r,=&r,=&r,=&r,r,r,r",
-        [x, sign, odd],
-        dtype=(tl.int8, tl.int8, tl.int8, tl.int8),
-        is_pure=True,
-        pack=4,
-    )
-    return (
-        a.to(tl.float8e4nv, bitcast=True),
-        b.to(tl.float8e4nv, bitcast=True),
-        c.to(tl.float8e4nv, bitcast=True),
-        d.to(tl.float8e4nv, bitcast=True),
-    )
+LOOKUP_3 = tl.constexpr("""{ .reg .b32 t, u;
+and.b32 t, $8, 0x77777777;
+prmt.b32 $0, $20, $24, t;
+shr.u32 t, t, 16;
+prmt.b32 $1, $20, $24, t;
+and.b32 t, $12, 0x77777777;
+prmt.b32 $2, $20, $24, t;
+shr.u32 t, t, 16;
+prmt.b32 $3, $20, $24, t;
+and.b32 t, $16, 0x77777777;
+prmt.b32 $4, $20, $24, t;
+shr.u32 t, t, 16;
+prmt.b32 $5, $20, $24, t;
+shr.u32 t, $8, 3;
+and.b32 t, t, 0x11111111;
+shr.u32 u, $12, 2;
+and.b32 u, u, 0x22222222;
+or.b32 t, t, u;
+shr.u32 u, $16, 1;
+and.b32 u, u, 0x44444444;
+or.b32 t, t, u;
+prmt.b32 $6, $20, $24, t;
+shr.u32 t, t, 16;
+prmt.b32 $7, $20, $24, t; }""")
+"""3 bits: the words of three planes in, parts 0 to 7 out."""
 
 
 @triton.jit
 def code_at(page_ptr, token, channel, C: tl.constexpr, BITS: tl.constexpr, VALUES: tl.constexpr, mask):
-    """Codes of a page, one by one, for any width: the layout's definition in plain loads.
+    """Codes of a page, one by one, for 2, 3 and 4 bits: the layout's definition in plain loads.
 
     page_ptr: uint8 pointer (or tile of pointers) to the start of a page; token, channel: broadcastable int32
     tiles.
     """
-    if BITS == 3:
-        magnitude = _field(page_ptr, token, channel, C, 2, VALUES, mask)
-        negative = _field(page_ptr + 32 * C, token, channel, C, 1, VALUES, mask)
-        code = tl.where(negative == 1, 3 - magnitude, 4 + magnitude)
-    elif BITS == 4:
-        field = _field(page_ptr, token, channel, C, 4, VALUES, mask)
-        code = tl.where(field >= 8, 7 - (field & 7), 8 + (field & 7))
-    elif BITS == 1:
-        code = 1 - _field(page_ptr, token, channel, C, 1, VALUES, mask)
-    else:
-        code = _field(page_ptr, token, channel, C, BITS, VALUES, mask)
-    return code
-
-
-@triton.jit
-def _field(plane_ptr, token, channel, C: tl.constexpr, WIDTH: tl.constexpr, VALUES: tl.constexpr, mask):
-    rows: tl.constexpr = 16 * WIDTH
-    part = token // rows
-    inside = token % rows
+    ROWS: tl.constexpr = 16 if BITS == 3 else 16 * BITS
+    part = token // ROWS
+    row = token % ROWS
     if VALUES:
-        word = channel * rows + inside // 4 * 4
-        lane = inside % 4 + 0 * channel
+        word = (row // 4 * C + channel) * 4
+        lane = row % 4 + 0 * channel
     else:
-        word = inside * C + channel // 4 * 4
-        lane = channel % 4 + 0 * inside
-    if WIDTH == 4:
-        low = tl.load(plane_ptr + word + 2 * part + lane // 2, mask=mask, other=0).to(tl.int32)
-        sign = tl.load(plane_ptr + word + lane, mask=mask, other=0).to(tl.int32)
-        field = ((low >> (4 * (lane % 2))) & 7) + 8 * ((sign >> (7 - 4 * part)) & 1)
-    elif WIDTH == 2:
-        byte = tl.load(plane_ptr + word + 2 * (part // 2) + lane // 2, mask=mask, other=0).to(tl.int32)
-        field = (byte >> (4 * (lane % 2) + 2 * (part % 2))) & 3
-    elif WIDTH == 1:
-        field = (tl.load(plane_ptr + word + lane, mask=mask, other=0).to(tl.int32) >> (7 - part)) & 1
+        W: tl.constexpr = 64 if C % 64 == 0 else C
+        word = channel // W * (ROWS * W) + row * W + channel % W // 4 * 4
+        lane = channel % 4 + 0 * row
+    if BITS == 4:
+        low = tl.load(page_ptr + word + 2 * part + lane // 2, mask=mask, other=0).to(tl.int32)
+        sign = tl.load(page_ptr + word + lane, mask=mask, other=0).to(tl.int32)
+        magnitude = (low >> (4 * (lane % 2))) & 7
+        code = tl.where(((sign >> (7 - 4 * part)) & 1) == 1, 7 - magnitude, 8 + magnitude)
+    elif BITS == 3:
+        half = part % 2
+        own = tl.minimum(part // 2, 2)
+        at = page_ptr + word + 2 * half + lane // 2
+        nibble = tl.load(at + own * (16 * C), mask=mask, other=0).to(tl.int32) >> (4 * (lane % 2))
+        first = tl.load(at, mask=mask, other=0).to(tl.int32) >> (4 * (lane % 2) + 3)
+        second = tl.load(at + 16 * C, mask=mask, other=0).to(tl.int32) >> (4 * (lane % 2) + 3)
+        third = tl.load(at + 32 * C, mask=mask, other=0).to(tl.int32) >> (4 * (lane % 2) + 3)
+        spare = (first & 1) + 2 * (second & 1) + 4 * (third & 1)
+        code = tl.where(part < 6, nibble & 7, spare)
     else:
-        field = tl.load(plane_ptr + word + lane, mask=mask, other=0).to(tl.int32)
-    return field
+        byte = tl.load(page_ptr + word + 2 * (part // 2) + lane // 2, mask=mask, other=0).to(tl.int32)
+        code = (byte >> (4 * (lane % 2) + 2 * (part % 2))) & 3
+    return code

@@ -1,13 +1,14 @@
 """Launches the Triton attention kernels: what they can do, their settings, their buffers.
 
-Three launches whatever the length: prepare the queries, attend in splits (one of them the 16-bit tokens),
-merge. Nothing is tuned at run time; each head_dim and pair of widths compiles once.
+Three launches whatever the length: prepare the queries and attend the 16-bit tokens; attend the packed tokens
+in splits; join it all. Nothing is tuned at run time; each head_dim and pair of widths compiles once.
 """
 
 import contextlib
+import importlib.util
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 
@@ -17,42 +18,22 @@ from quantpress.kernels.page_codec import ScalarPages
 
 HEAD_DIMS = (64, 128, 256)
 WIDTHS = (2, 3, 4)
-MOST_QUERIES = 16
-MOST_ROWS = 32
-"""Query heads of a group times query tokens that one program attends; more tokens take more launches."""
+MOST_QUERIES = 128
+"""Query tokens of one call; 8 or 16 rows (query heads of a group times tokens) share a pass over codes."""
 
-DENSE_TILE_BYTES = 8192
-"""Most bytes of keys that the kernel for 16-bit tokens holds at a time."""
+DENSE_TILE = 32
+"""16-bit tokens of one program."""
+
+PROGRAMS = 8
+"""Programs of the split kernel, of one warp each, that a multiprocessor holds: 255 registers a thread."""
+
+PLAIN_PROGRAMS = 16
+"""Programs in all of the plain kernel."""
+
+CHAINS = (9, 0)
+"""First compute capability whose kernels can start before the one before them has ended."""
 
 LOG2_E = math.log2(math.e)
-
-
-@dataclass(frozen=True)
-class SplitSettings:
-    """How the split kernel is launched.
-
-    Args:
-        programs: programs to aim for, about what the GPU holds at once.
-        warps: warps of a program.
-        stages: depth of the software pipeline over pages.
-    """
-
-    programs: int
-    warps: int = 4
-    stages: int = 3
-
-
-SAME_FOUR = SplitSettings(programs=528)
-"""Keys and values of 4 bits: four programs on each of an H100's 132 multiprocessors."""
-
-IN_PAIRS = SplitSettings(programs=384)
-"""Other widths hold twice the tokens at a time: about three."""
-
-WITH_THREE = SplitSettings(programs=792, stages=2)
-"""3 bits read two planes: one stage less leaves room for two programs."""
-
-WITHOUT_FP8 = SplitSettings(programs=264, stages=1)
-"""float32 tiles: GPUs before Ada, and the interpreter."""
 
 
 def supports(query: torch.Tensor, segments: Sequence[Segment], visibility: Visibility) -> bool:
@@ -71,8 +52,7 @@ def supports(query: torch.Tensor, segments: Sequence[Segment], visibility: Visib
     assert isinstance(segment, PackedSegment)
     if not _plain(segment.keys) or not _plain(segment.values):
         return False
-    own = query.shape[2] == 1 or after >= query.shape[2]
-    return own and query.shape[1] // segment.kv_heads <= MOST_ROWS
+    return query.shape[2] == 1 or after >= query.shape[2]
 
 
 def _plain(side: PackedSide) -> bool:
@@ -84,7 +64,7 @@ def _plain(side: PackedSide) -> bool:
         spec.estimator == "mse"
         and len(spec.groups) == 1
         and spec.groups[0].bits in WIDTHS
-        and spec.codebook_of(0).form == "e4m3"
+        and spec.codebook_of(0).form == "int8"
         and spec.head_dim in HEAD_DIMS
     )
 
@@ -124,21 +104,19 @@ def attend_triton(
         else:
             after = segment
     assert packed is not None
-    queries, step = query.shape[2], MOST_ROWS * packed.kv_heads // query.shape[1]
     cap = 0.0 if softcap is None else softcap * LOG2_E
-    outputs = []
+    plain = plain or not has_gluon()
     with torch.cuda.device(query.device) if query.is_cuda else contextlib.nullcontext():
-        for start in range(0, queries, step):
-            part = query[:, :, start : start + step]
-            call = _Call(part, packed, scaling * LOG2_E, cap, plain)
-            hidden = queries - 1 - start  # newest tokens that the first of these queries does not see
-            partial = call.attend(call.prepare(), before, after, hidden)
-            outputs.append(call.merge(partial, before is not None or after is not None, sinks))
-    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
+        call = _Call(query, packed, scaling * LOG2_E, cap, plain)
+        prepared, dense = call.first(before, after)
+        return call.merge(call.attend(prepared), dense, sinks)
 
 
 class _Call:
-    """Shapes and buffers of one call. Rows are (query head of the group, query token) pairs of a KV head."""
+    """Shapes and buffers of one call.
+
+    Rows are (query head of the group, query token) pairs of a KV head; a block of them shares its programs.
+    """
 
     def __init__(
         self, query: torch.Tensor, packed: PackedSegment, scale: float, softcap: float, plain: bool
@@ -149,101 +127,133 @@ class _Call:
         self.heads = self.batch * self.kv_heads
         self.group = self.query_heads // self.kv_heads
         self.rows = self.group * self.queries
-        self.padded = max(8, 1 << (self.rows - 1).bit_length())
+        self.block = block_rows(self.rows, dim)
+        self.blocks = -(-self.rows // self.block)
         self.query = query.reshape(self.heads, self.rows, dim).contiguous()
         self.keys, self.values = _spec(packed.keys), _spec(packed.values)
+        self.chained = {"launch_pdl": True} if not plain and chains(query.device) else {}
 
     def _new(self, *shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device=self.query.device)
 
-    def prepare(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        from quantpress.kernels.attend.ends import prepare_kernel
+    def _sums(self, parts: int, value_dim: int) -> list[torch.Tensor]:
+        """Room for weighted sums, largest scores and totals of `parts` programs a block."""
+        count, rows = self.heads * self.blocks, self.block
+        return [
+            self._new(count, parts, rows, value_dim),
+            *(self._new(count, parts, rows) for _ in range(2)),
+        ]
 
-        dim, transform = self.keys.head_dim, self.packed.keys.transform
-        dtype = torch.float32 if self.plain else torch.float8_e4m3fn
-        q = self._new(self.heads, 2 * self.padded, dim, dtype=dtype)
-        factor, bias = (self._new(self.heads, self.padded) for _ in range(2))
-        prepare_kernel[(self.padded, self.heads)](
+    def first(
+        self, before: DenseSegment | None, after: DenseSegment | None
+    ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """Queries in code space, and the sums over the 16-bit tokens."""
+        from quantpress.kernels.attend.ends import first_kernel
+
+        dim, value_dim, transform = self.keys.head_dim, self.values.head_dim, self.packed.keys.transform
+        count = self.heads * self.blocks
+        q = self._new(count, 2 * self.block, dim, dtype=torch.int8)
+        factor, bias = (self._new(count, self.block) for _ in range(2))
+        start = self._new(count, 2 * self.block, dtype=torch.int32)
+        tails = [self._tail(segment) for segment in (before, after)]
+        lengths = [_lengths(segment) for segment in (before, after)]
+        tiles = [-(-tokens // DENSE_TILE) for _, _, tokens in tails]
+        sums = self._sums(sum(tiles), value_dim)
+        first_kernel[(self.block + sum(tiles), count)](
             self.query,
             transform.weight,
             transform.mean,
             self.keys.rotation_of(0).matrix(self.query.device, torch.float32),
             q,
             factor,
+            start,
             bias,
+            *(states for keys, values, _ in tails for states in (keys, values)),
+            *lengths,
+            *sums,
             self.scale,
             self.keys.codebook_of(0).unit,
             self.rows,
+            self.queries,
+            self.blocks,
+            *(tokens for _, _, tokens in tails),
+            tiles[0],
+            sum(tiles),
+            self.queries - 1,
+            self.softcap,
             D=dim,
-            R=self.padded,
+            DV=value_dim,
+            R=self.block,
+            TILE=DENSE_TILE,
             HAS_WEIGHT=transform.weight is not None,
             HAS_MEAN=transform.mean is not None,
+            FIRST_USED=lengths[0] is not None,
+            RECENT_USED=lengths[1] is not None,
             PLAIN=self.plain,
-            num_warps=16 if dim > 128 else 4,
+            CHAINED=bool(self.chained),
+            num_warps=8 if max(dim, value_dim) > 128 else 4,
         )
-        return q, factor, bias
+        return [q, factor, start, bias], sums
 
-    def attend(
-        self,
-        prepared: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
-        before: DenseSegment | None,
-        after: DenseSegment | None,
-        hidden: int,
-    ) -> list[torch.Tensor]:
-        from quantpress.kernels.attend.lookup import lookup_assembly
-        from quantpress.kernels.attend.split_k import attend_split_kernel
-
-        q = prepared[0]
+    def attend(self, prepared: list[torch.Tensor]) -> list[torch.Tensor]:
+        """Sums over the packed tokens, in code space."""
+        q, factor, start, bias = prepared
         books = self.keys.codebook_of(0), self.values.codebook_of(0)
-        assembly = ("", "") if self.plain else tuple(lookup_assembly(book) for book in books)
-        settings = split_settings(books[0].bits, books[1].bits, self.plain)
-        pages, value_dim = self.packed.keys.pages, self.values.head_dim
-        per_split = pages_per_split(pages, self.heads, settings)
-        splits = -(-pages // per_split)
-        programs = splits + (before is not None or after is not None)
-        out = self._new(self.heads, programs, self.padded, value_dim)
-        maximum, total = (self._new(self.heads, programs, self.padded) for _ in range(2))
         sides = (self.packed.keys, self.packed.values)
-        planes = [side.planes[name] for side in sides for name in ("codes0", "scale0")]
-        tails = [self._tail(segment) for segment in (before, after)]
-        lengths = [_lengths(part) for part in (self.packed, before, after)]
-        attend_split_kernel[(programs, self.heads)](
-            *prepared,
-            *planes,
-            *(book.level_tensor(q.device) / book.unit if self.plain else q for book in books),
-            self.query,
-            *(states for keys, values, _ in tails for states in (keys, values)),
-            *lengths,
-            out,
-            maximum,
-            total,
-            pages,
-            per_split,
-            splits,
-            *(stride for plane in planes for stride in (plane.stride(1), plane.stride(2))),
-            *(tokens for _, _, tokens in tails),
-            hidden,
-            self.rows,
-            self.queries,
-            self.scale,
-            self.softcap,
-            D=self.keys.head_dim,
-            DV=value_dim,
-            R=self.padded,
-            TILE=dense_tile(max(self.keys.head_dim, value_dim) * self.query.element_size()),
-            K_BITS=books[0].bits,
-            V_BITS=books[1].bits,
-            K_ASM=assembly[0],
-            V_ASM=assembly[1],
-            PLAIN=self.plain,
-            STAGES=settings.stages,
-            ACC=64,
-            USED=lengths[0] is not None,
-            FIRST_USED=lengths[1] is not None,
-            RECENT_USED=lengths[2] is not None,
-            num_warps=settings.warps,
-        )
-        return [out, maximum, total]
+        codes = [side.planes["codes0"] for side in sides]
+        scales = [side.planes["scale0"] for side in sides]
+        used = _lengths(self.packed)
+        pages, count, value_dim = self.packed.keys.pages, self.heads * self.blocks, self.values.head_dim
+        splits = split_count(pages, count, self._programs())
+        sums = self._sums(splits, value_dim)
+        if not self.plain:
+            codes = [plane.view(torch.int32) for plane in codes]
+        planes = [codes[0], scales[0], codes[1], scales[1]]
+        strides = [stride for plane in planes for stride in (plane.stride(1), plane.stride(2))]
+        numbers = [*sums, pages, self.blocks, *strides, self.rows, self.softcap]
+        constants = {
+            "D": self.keys.head_dim,
+            "DV": value_dim,
+            "R": self.block,
+            "K_BITS": books[0].bits,
+            "V_BITS": books[1].bits,
+            "USED": used is not None,
+        }
+        if self.plain:
+            from quantpress.kernels.attend.split_plain import split_plain_kernel
+
+            levels = [torch.tensor(book.scaled, dtype=torch.float32, device=q.device) for book in books]
+            split_plain_kernel[(splits, count)](
+                q, factor, bias, *planes, *levels, used, *numbers, **constants
+            )
+        else:
+            from quantpress.kernels.attend.lookup import lookup_table
+            from quantpress.kernels.attend.split_mma import split_mma_kernel
+
+            table = lookup_table(*books, q.device)
+            split_mma_kernel[(splits, count)](
+                table,
+                q,
+                factor,
+                start,
+                bias,
+                *planes,
+                used,
+                *numbers,
+                **constants,
+                HALVES=steps_of_page(books[0].bits, books[1].bits),
+                CAPPED=self.softcap > 0,
+                CHAINED=bool(self.chained),
+                num_warps=1,
+                **self.chained,
+            )
+        return sums
+
+    def _programs(self) -> int:
+        """Programs of the split kernel that run at a time."""
+        if self.plain:
+            return PLAIN_PROGRAMS
+        return PROGRAMS * torch.cuda.get_device_properties(self.query.device).multi_processor_count
 
     def _tail(self, segment: DenseSegment | None) -> tuple[torch.Tensor, torch.Tensor, int]:
         """Keys, values and number of tokens kept as they are; the query stands in for none."""
@@ -252,56 +262,76 @@ class _Call:
         keys, values = (states.to(self.query.dtype).contiguous() for states in (segment.keys, segment.values))
         return keys, values, segment.tokens
 
-    def merge(self, partial: list[torch.Tensor], has_tail: bool, sinks: torch.Tensor | None) -> torch.Tensor:
+    def merge(
+        self, sums: list[torch.Tensor], dense: list[torch.Tensor], sinks: torch.Tensor | None
+    ) -> torch.Tensor:
+        """The output: all sums joined, those of packed tokens rotated back."""
         from quantpress.kernels.attend.ends import merge_kernel
 
         value_dim = self.values.head_dim
         out = self._new(self.heads, self.rows, value_dim, dtype=self.query.dtype)
         merge_kernel[(self.rows, self.heads)](
-            *partial,
+            *sums,
+            *dense,
             sinks,
             self.values.rotation_of(0).matrix(out.device, torch.float32),
             out,
-            partial[0].shape[1] - has_tail,
+            sums[0].shape[1],
+            dense[0].shape[1],
             self.rows,
             self.queries,
             self.group,
             self.kv_heads,
+            self.blocks,
             self.values.codebook_of(0).unit,
             DV=value_dim,
-            R=self.padded,
-            HAS_DENSE=has_tail,
+            R=self.block,
             HAS_SINKS=sinks is not None,
-            BLOCK=16,
-            num_warps=16 if value_dim > 128 else 4,
+            SIZE=64 if value_dim <= 128 else 16,
+            CHAINED=bool(self.chained),
+            num_warps=16 if value_dim > 128 else 8,
+            **self.chained,
         )
         return out.view(self.batch, self.query_heads, self.queries, value_dim)
 
 
-def dense_tile(token_bytes: int) -> int:
-    """16-bit tokens that a program holds at a time, 16 or 32, for keys of `token_bytes` a token."""
-    return 32 if 32 * token_bytes <= DENSE_TILE_BYTES else 16
+def block_rows(rows: int, head_dim: int) -> int:
+    """Rows that share a program, 8 or 16; a head_dim of 256 leaves registers for 8 only."""
+    return 8 if rows <= 8 or head_dim > 128 else 16
 
 
-def split_settings(key_bits: int, value_bits: int, plain: bool) -> SplitSettings:
-    """How to launch the split kernel for these widths."""
-    if plain:
-        return WITHOUT_FP8
-    if 3 in (key_bits, value_bits):
-        return WITH_THREE
-    return SAME_FOUR if key_bits == value_bits == 4 else IN_PAIRS
+def steps_of_page(key_bits: int, value_bits: int) -> int:
+    """Steps in which a page is taken: two where a whole one would not fit into registers.
+
+    3 bits have no half pages, since parts 6 and 7 are spread over the words of all others.
+    """
+    return 2 if 4 in (key_bits, value_bits) and 3 not in (key_bits, value_bits) else 1
 
 
-def pages_per_split(pages: int, heads: int, settings: SplitSettings) -> int:
-    """Pages that one program reads, an even number, so that all programs together fill the GPU once.
+def split_count(pages: int, blocks: int, programs: int) -> int:
+    """Programs for each block of rows, so that all of them together fill the GPU once.
 
     Args:
         pages: P of one KV head.
-        heads: B * Hkv.
-        settings: how many programs to aim for.
+        blocks: B * Hkv * blocks of rows.
+        programs: that run at a time.
     """
-    splits = max(1, settings.programs // heads)
-    return max(2, 2 * math.ceil(pages / splits / 2))
+    return max(1, min(pages, programs // blocks))
+
+
+@lru_cache(maxsize=1)
+def has_gluon() -> bool:
+    """Whether Triton has the language of the tensor-core kernel (3.6 and later)."""
+    try:
+        return importlib.util.find_spec("triton.experimental.gluon.language.nvidia.ampere") is not None
+    except ModuleNotFoundError:
+        return False
+
+
+@lru_cache(maxsize=16)
+def chains(device: torch.device) -> bool:
+    """Whether a kernel can start on this GPU before the one before it has ended."""
+    return torch.cuda.get_device_capability(device) >= CHAINS
 
 
 def _lengths(segment: Segment | None) -> torch.Tensor | None:

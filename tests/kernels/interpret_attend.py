@@ -10,7 +10,6 @@ from quantpress.kernels.attend.triton_attend import attend_triton, supports
 from tests.kernels.test_attend import (
     GROUP,
     KV_HEADS,
-    PAGES,
     dense,
     exact,
     in_use,
@@ -43,7 +42,7 @@ def error(key_bits: int, value_bits: int, dim: int, queries: int, dtype: str, ex
     assert supports(query, segments, visibility), "not covered"
     got = attend_triton(query, segments, visibility, plain=True, **options)
     expected = exact(query, clean, limit_in_use(segments, queries), **options)
-    assert got.shape == expected.shape and PAGES % 2  # an odd number of pages: the last pair is half empty
+    assert got.shape == expected.shape
     return float((got - expected).norm() / expected.norm())
 
 

@@ -5,13 +5,13 @@ import math
 import os
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from quantpress.codecs.codebook import codebook
 from quantpress.codecs.spec import CodecSpec
 from quantpress.codecs.transform import ChannelTransform, key_statistics
 from quantpress.kernels.attend import (
@@ -24,10 +24,10 @@ from quantpress.kernels.attend import (
 )
 from quantpress.kernels.attend.reference import attend_reference
 from quantpress.kernels.attend.triton_attend import (
-    IN_PAIRS,
-    SAME_FOUR,
-    pages_per_split,
-    split_settings,
+    DENSE_TILE,
+    block_rows,
+    split_count,
+    steps_of_page,
     supports,
 )
 from quantpress.kernels.page_codec import RawPages, ScalarPages
@@ -61,66 +61,98 @@ def test_interpreter() -> None:
     assert run.returncode == 0, run.stderr
     errors = json.loads(run.stdout.splitlines()[-1])
     assert len(errors) == len(INTERPRETED)
-    assert max(errors) < 5e-6, dict(zip(map(str, INTERPRETED), errors, strict=True))
+    assert max(errors) < 1e-4, dict(zip(map(str, INTERPRETED), errors, strict=True))
 
 
-def compiled(capability: int, key_bits: int, value_bits: int, dim: int) -> Any:
-    """The split kernel as machine code for a GPU that need not be here."""
-    triton = pytest.importorskip("triton")
+FLOATS = {"scale", "softcap", "unit"}
+POINTERS = {
+    "table_ptr": "*i32",
+    "start_ptr": "*i32",
+    "q_ptr": "*i8",
+    "k_ptr": "*i32",
+    "v_ptr": "*i32",
+    "ks_ptr": "*fp16",
+    "vs_ptr": "*fp16",
+    "query_ptr": "*bf16",
+    "out_ptr": "*bf16",
+    **{f"{run}used_ptr": "*i32" for run in ("", "first_", "recent_")},
+    **{f"{run}_{side}_ptr": "*bf16" for run in ("first", "recent") for side in "kv"},
+}
+
+
+def compiled(kernel: Any, constants: dict[str, Any], capability: int, warps: int) -> Any:
+    """A kernel as machine code for a GPU that need not be here."""
+    import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from quantpress.kernels.attend.lookup import lookup_assembly
-    from quantpress.kernels.attend.split_k import attend_split_kernel as kernel
+    source_type: Any = ASTSource
+    if kernel.is_gluon():
+        from triton.experimental.gluon import _runtime
 
-    plain = capability < 89
-    assembly = [
-        "" if plain else lookup_assembly(codebook(bits, dim, "e4m3")) for bits in (key_bits, value_bits)
-    ]
-    constants: dict[str, Any] = {
-        "D": dim,
-        "DV": dim,
-        "R": 8,
-        "TILE": 32,
-        "K_BITS": key_bits,
-        "V_BITS": value_bits,
-    }
-    constants |= {"K_ASM": assembly[0], "V_ASM": assembly[1]}
-    settings = split_settings(key_bits, value_bits, plain)
-    constants |= {"PLAIN": plain, "STAGES": settings.stages, "ACC": 64}
-    constants |= {"USED": True, "FIRST_USED": False, "RECENT_USED": True}
-    pointers = {"q_ptr": "*fp32" if plain else "*fp8e4nv", "k_ptr": "*u8", "v_ptr": "*u8"}
-    pointers |= {"ks_ptr": "*fp16", "vs_ptr": "*fp16", "query_ptr": "*bf16"}
-    pointers |= {f"{run}_{side}_ptr": "*bf16" for run in ("first", "recent") for side in "kv"}
-    pointers |= {f"{run}used_ptr": "*i32" for run in ("", "first_", "recent_")}
+        source_type = _runtime.GluonASTSource
     names = kernel.arg_names
     signature = {
         name: "constexpr"
         if name in constants
-        else pointers.get(
-            name, "*fp32" if name.endswith("_ptr") else "fp32" if name in ("scale", "softcap") else "i32"
-        )
+        else POINTERS.get(name, "*fp32" if name.endswith("_ptr") else "fp32" if name in FLOATS else "i32")
         for name in names
     }
     aligned = [index for index, name in enumerate(names) if name.endswith(("_ptr", "_head", "_page"))]
-    source = ASTSource(
+    source = source_type(
         kernel,
         signature,
         {(names.index(name),): value for name, value in constants.items()},
         {(index,): [["tt.divisibility", 16]] for index in aligned},
     )
-    return triton.compile(
-        source, target=GPUTarget("cuda", capability, 32), options={"num_warps": settings.warps}
-    )
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps})
 
 
-@pytest.mark.parametrize(("key_bits", "value_bits"), [(4, 4), (3, 3), (2, 2), (4, 2), (3, 2)])
+@pytest.mark.parametrize(
+    ("key_bits", "value_bits", "dim", "rows"),
+    [
+        (4, 4, 128, 8),
+        (3, 3, 128, 8),
+        (2, 2, 128, 8),
+        (4, 2, 128, 8),
+        (3, 2, 128, 8),
+        (4, 3, 128, 16),
+        (2, 4, 64, 16),
+        (3, 3, 256, 8),
+    ],
+)
 @pytest.mark.parametrize("capability", [80, 90, 100])
-def test_compiles_without_a_gpu(capability: int, key_bits: int, value_bits: int) -> None:
-    kernel = compiled(capability, key_bits, value_bits, 128)
+def test_split_kernel_compiles_without_a_gpu(
+    capability: int, key_bits: int, value_bits: int, dim: int, rows: int
+) -> None:
+    """On int8 tensor cores, and every code goes from memory to registers without shared memory."""
+    pytest.importorskip("triton")
+    from quantpress.kernels.attend.split_mma import split_mma_kernel
+
+    constants = {"D": dim, "DV": dim, "R": rows, "K_BITS": key_bits, "V_BITS": value_bits}
+    constants |= {"HALVES": steps_of_page(key_bits, value_bits), "USED": True}
+    constants |= {"CAPPED": capability == 80, "CHAINED": capability >= 90}
+    kernel = compiled(split_mma_kernel, constants, capability, 1)
+    assert "mma.sync.aligned.m16n8k32.row.col.satfinite.s32.s8.s8.s32" in kernel.asm["ptx"]
+    assert ("griddepcontrol.wait" in kernel.asm["ptx"]) == (capability >= 90)
+    assert kernel.metadata.shared <= 8 * 1024  # the output's way out
     assert len(kernel.asm["cubin"]) > 0
-    assert kernel.metadata.shared <= 160 * 1024
-    assert ("e4m3" in kernel.asm["ptx"]) == (capability >= 89)
+
+
+@pytest.mark.parametrize("dim", [64, 128, 256])
+@pytest.mark.parametrize("capability", [80, 90, 100])
+def test_kernels_around_it_compile_without_a_gpu(capability: int, dim: int) -> None:
+    pytest.importorskip("triton")
+    from quantpress.kernels.attend.ends import first_kernel, merge_kernel
+
+    chained = {"CHAINED": capability >= 90, "R": 8, "DV": dim}
+    first = chained | {"D": dim, "TILE": DENSE_TILE, "HAS_WEIGHT": True, "HAS_MEAN": True}
+    first |= {"FIRST_USED": True, "RECENT_USED": True, "PLAIN": False}
+    merge = chained | {"HAS_SINKS": True, "SIZE": 64 if dim <= 128 else 16}
+    for kernel, constants in ((first_kernel, first), (merge_kernel, merge)):
+        binary = compiled(kernel, constants, capability, 16 if dim > 128 else 8)
+        assert len(binary.asm["cubin"]) > 0
+        assert binary.metadata.shared <= 99 * 1024  # of consumer GPUs
 
 
 def test_calls_that_are_covered() -> None:
@@ -132,9 +164,9 @@ def test_calls_that_are_covered() -> None:
         return supports(q, segments, visibility)
 
     assert covered(query, [pages, tail], Visibility(1, tokens))
-    many = torch.randn(2, KV_HEADS * 3, 17, 64)
+    many = torch.randn(2, KV_HEADS * 3, 129, 64)
     mask = torch.ones(1, 1, 1, tokens, dtype=torch.bool)
-    assert not covered(many, [pages, tail], Visibility(17, tokens))
+    assert not covered(many, [pages, tail], Visibility(129, tokens))
     assert not covered(query, [pages, tail], Visibility(1, tokens, mask=mask))
     assert not covered(query, [tail], Visibility(1, 20))
     assert not covered(query, [packed(64, 64, 2.5), tail], Visibility(1, tokens))
@@ -145,14 +177,20 @@ def test_calls_that_are_covered() -> None:
     assert not covered(query, [PackedSegment(raw, raw)], Visibility(1, 128))
 
 
-@pytest.mark.parametrize("settings", [SAME_FOUR, IN_PAIRS])
-@pytest.mark.parametrize("heads", [1, 8, 64, 1000])
+@pytest.mark.parametrize("blocks", [1, 8, 64, 5000])
 @pytest.mark.parametrize("pages", [1, 2, 7, 64, 1024])
-def test_splits_cover_all_pages(pages: int, heads: int, settings: Any) -> None:
-    per_split = pages_per_split(pages, heads, settings)
-    splits = math.ceil(pages / per_split)
-    assert per_split % 2 == 0 and per_split * (splits - 1) < pages <= per_split * splits
-    assert splits == 1 or splits * heads <= settings.programs
+def test_splits_fill_the_gpu_once(pages: int, blocks: int) -> None:
+    splits = split_count(pages, blocks, 1056)
+    assert 1 <= splits <= pages
+    assert splits == 1 or splits * blocks <= 1056
+    bounds = [split * pages // splits for split in range(splits + 1)]  # as the kernels have it
+    sizes = {high - low for low, high in pairwise(bounds)}
+    assert bounds[-1] == pages and max(sizes) - min(sizes) <= 1
+
+
+@pytest.mark.parametrize(("rows", "dim", "expected"), [(1, 128, 8), (8, 64, 8), (9, 128, 16), (64, 256, 8)])
+def test_rows_of_a_program(rows: int, dim: int, expected: int) -> None:
+    assert block_rows(rows, dim) == expected
 
 
 def on_device(
@@ -203,7 +241,7 @@ def expand(segment: Segment, group: int) -> DenseSegment:
 @pytest.mark.gpu
 @pytest.mark.parametrize("tokens", [128, 384, 8192, 131072])
 @pytest.mark.parametrize(
-    "bits", [(4, 4), (3, 3), (2, 2), (4, 2), (3, 2), (2, 4)], ids=lambda b: f"{b[0]}_{b[1]}"
+    "bits", [(4, 4), (3, 3), (2, 2), (4, 2), (3, 2), (2, 4), (4, 3)], ids=lambda b: f"{b[0]}_{b[1]}"
 )
 @pytest.mark.parametrize("dim", [64, 128, 256])
 def test_error_on_a_gpu(dim: int, bits: tuple[int, int], tokens: int) -> None:
@@ -223,7 +261,7 @@ def test_error_on_a_gpu(dim: int, bits: tuple[int, int], tokens: int) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("queries", [1, 2, 7, 16])
+@pytest.mark.parametrize("queries", [1, 2, 7, 16, 100])
 @pytest.mark.parametrize("group", [1, 3, 4, 8, 32])
 def test_groups_and_query_tokens(group: int, queries: int) -> None:
     pages = on_device(2, 2, 1024, 128, (4, 3))

@@ -1,0 +1,511 @@
+"""Decode attention straight from the codes, on int8 tensor cores (Gluon), for NVIDIA GPUs from Ampere on.
+
+One program is one warp; it reads the packed tokens of one split of one KV head, a page at a time, and keeps
+everything in registers. For token t and row r (a query head of the group and a query token), in units of
+log 2, with b the signed bytes of a codebook's odd levels:
+
+    s[t, r] = k_scale[t] factor[r] sum_c (2 b[t, c] + 1) q[c, r],    p[t, r] = exp2(s[t, r] - m[r])
+    o[r] += sum_t p[t, r] v_scale[t] (2 b[t, :] + 1),                l[r] += sum_t p[t, r]
+
+Queries (by `first_kernel`) and weights p * v_scale (here, relative to the largest of the page) are whole
+numbers of 16 bits, split into a high and a low byte: rows r and r + 8 of one `mma.m16n8k32`, which one thread
+holds and adds up. Products of bytes are exact, so 2 ** -16 of the largest query coordinate, or weight, is all
+that is lost.
+
+A packed word goes from memory to the tensor core without leaving its thread: `prmt` makes bytes of its codes
+(see `lookup`), and rows and columns of the products are counted so that each thread loads 16 bytes at a time:
+
+    K operand    thread 4 * g + t, column g of tile b: token 16 * x + 4 * (g // 2) + 2 * b + g % 2,
+                 row 64 * v + 32 * u + 16 * h + 4 * t + i: channel 64 * v + 16 * t + 8 * u + 4 * h + i
+    V operand    row 16 * h + 4 * t + i: token 16 * x[h] + 4 * t + i, column 32 * c + 8 * u + g: channel
+                 32 * c + 4 * g + u
+
+The scores of tokens 4 t .. 4 t + 3 then lie in the thread that needs their weights as the left operand of the
+second product. A tile is 32 tokens, two groups x of 16.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import mma_v2
+
+from quantpress.kernels.attend.lookup import LOOKUP_2, LOOKUP_3, LOOKUP_4
+
+PAGE_TOKENS = gl.constexpr(128)
+MOST = gl.constexpr(32512.0)
+"""Weights are counted in units of their largest over 127 * 256, so that the high byte stays below 128."""
+
+_SPLIT = gl.constexpr("""{ .reg .f32 a, b, c, d; .reg .b32 u, v, w, x;
+add.f32 a, $2, 0f4B400080;
+add.f32 b, $3, 0f4B400080;
+add.f32 c, $4, 0f4B400080;
+add.f32 d, $5, 0f4B400080;
+mov.b32 u, a;
+mov.b32 v, b;
+mov.b32 w, c;
+mov.b32 x, d;
+prmt.b32 u, u, v, 0x5140;
+prmt.b32 w, w, x, 0x5140;
+prmt.b32 v, u, w, 0x5410;
+prmt.b32 $0, u, w, 0x7632;
+xor.b32 $1, v, 0x80808080; }""")
+"""Four weights n -> their high bytes and low bytes, n = 256 * high + low with low from -128 to 127: adding
+1.5 * 2 ** 23 + 128 leaves n + 128 in the low bits of a float32."""
+
+
+@gluon.constexpr_function
+def _bytes_layout(VECTORS):
+    """[VECTORS, 32 lanes, 4 words, 4 bytes]: each lane holds its own words."""
+    return gl.BlockedLayout([VECTORS, 1, 4, 4], [1, 32, 1, 1], [1, 1, 1, 1], [3, 2, 1, 0])
+
+
+@gluon.jit
+def _load_keys(ptr, GAP: gl.constexpr, VECTORS: gl.constexpr, D: gl.constexpr, ROWS: gl.constexpr):
+    """16 or 32 rows of packed keys: [VECTORS, 32, 4] words; groups of 16 rows are GAP rows apart."""
+    layout: gl.constexpr = gl.SliceLayout(3, _bytes_layout(VECTORS))
+    vector = gl.arange(0, VECTORS, layout=gl.SliceLayout(1, gl.SliceLayout(2, layout)))
+    lane = gl.arange(0, 32, layout=gl.SliceLayout(0, gl.SliceLayout(2, layout)))
+    word = gl.arange(0, 4, layout=gl.SliceLayout(0, gl.SliceLayout(1, layout)))
+    blocks: gl.constexpr = D // 64
+    row = vector // blocks % 2 * 2 + vector // (2 * blocks) * GAP
+    own = (lane // 4 % 2 + lane // 8 * 4) * 16 + lane % 4 * 4
+    at = (row * 16 + vector % blocks * (16 * ROWS))[:, None, None] + own[None, :, None] + word[None, None, :]
+    return gl.load(ptr + at)
+
+
+@gluon.jit
+def _load_values(ptr, GAP: gl.constexpr, VECTORS: gl.constexpr, C: gl.constexpr):
+    """4 or 8 rows of packed values: [VECTORS, 32, 4] words; groups of 4 rows are GAP rows apart."""
+    layout: gl.constexpr = gl.SliceLayout(3, _bytes_layout(VECTORS))
+    vector = gl.arange(0, VECTORS, layout=gl.SliceLayout(1, gl.SliceLayout(2, layout)))
+    lane = gl.arange(0, 32, layout=gl.SliceLayout(0, gl.SliceLayout(2, layout)))
+    word = gl.arange(0, 4, layout=gl.SliceLayout(0, gl.SliceLayout(1, layout)))
+    columns: gl.constexpr = C // 32
+    at = vector // columns * (GAP * C) + vector % columns * 32
+    own = lane % 4 * C + lane // 4 * 4
+    return gl.load(ptr + at[:, None, None] + own[None, :, None] + word[None, None, :])
+
+
+@gluon.jit
+def _key_words(ptr, step, D: gl.constexpr, BITS: gl.constexpr, HALVES: gl.constexpr):
+    """The words of keys of a page, or of one half of it: three tensors, not all of them used."""
+    if HALVES == 2:
+        half = step % 2 * (16 * 16)
+        if BITS == 4:
+            a = _load_keys(ptr + half, 32, D // 16, D, 64)
+        else:
+            a = _load_keys(ptr + half, 0, D // 32, D, 32)
+        b, c = a, a
+    elif BITS == 4:
+        a = _load_keys(ptr, 16, D // 16, D, 64)
+        b = _load_keys(ptr + 32 * 16, 16, D // 16, D, 64)
+        c = a
+    elif BITS == 3:
+        a = _load_keys(ptr, 0, D // 32, D, 16)
+        b = _load_keys(ptr + 4 * D, 0, D // 32, D, 16)
+        c = _load_keys(ptr + 8 * D, 0, D // 32, D, 16)
+    else:
+        a = _load_keys(ptr, 16, D // 16, D, 32)
+        b, c = a, a
+    return a, b, c
+
+
+@gluon.jit
+def _value_words(ptr, step, C: gl.constexpr, BITS: gl.constexpr, HALVES: gl.constexpr):
+    """The same of values."""
+    if HALVES == 2:
+        half = step % 2 * (4 * C)
+        if BITS == 4:  # noqa: SIM108 (a compile-time branch)
+            a = _load_values(ptr + half, 8, C // 16, C)
+        else:
+            a = _load_values(ptr + half, 0, C // 32, C)
+        b, c = a, a
+    elif BITS == 4:
+        a = _load_values(ptr, 4, C // 16, C)
+        b = _load_values(ptr + 8 * C, 4, C // 16, C)
+        c = a
+    elif BITS == 3:
+        a = _load_values(ptr, 0, C // 32, C)
+        b = _load_values(ptr + 4 * C, 0, C // 32, C)
+        c = _load_values(ptr + 8 * C, 0, C // 32, C)
+    else:
+        a = _load_values(ptr, 4, C // 16, C)
+        b, c = a, a
+    return a, b, c
+
+
+@gluon.jit
+def _repeat(words, VECTORS: gl.constexpr):
+    """[VECTORS, 32, 4] -> [VECTORS, 32, 4, 4], the same register four times."""
+    return words[:, :, :, None] + gl.full([VECTORS, 32, 4, 4], 0, gl.int32, _bytes_layout(VECTORS))
+
+
+@gluon.jit
+def _register(tables, ROW: gl.constexpr, VECTORS: gl.constexpr):
+    """One register of the lookup table, out of shared memory."""
+    layout: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(2, gl.SliceLayout(3, _bytes_layout(VECTORS))))
+    return tables.index(ROW).load(layout)[None, :][:, :, None][:, :, :, None]
+
+
+@gluon.jit
+def _pair(a, b, VECTORS: gl.constexpr):
+    """Two groups of 16 tokens -> a tile."""
+    return gl.join(a, b).permute([4, 0, 1, 2, 3]).reshape([2 * VECTORS, 32, 4, 4])
+
+
+@gluon.jit
+def _levels(a, b, c, tables, SIDE: gl.constexpr, D: gl.constexpr, BITS: gl.constexpr, HALVES: gl.constexpr):
+    """int8 levels of the tiles: [D / 16, 32, 4, 4] each; four of a page, two (twice) of a half."""
+    N: gl.constexpr = D // 16 if BITS == 4 or (BITS == 2 and HALVES == 1) else D // 32
+    low = _register(tables, 2 * SIDE, N)
+    if BITS != 2:
+        high = _register(tables, 2 * SIDE + 1, N)
+    if BITS == 4:
+        w, x = gl.inline_asm_elementwise(
+            LOOKUP_4,
+            "=&r,=&r,r,r,r,r,r,r,r,r,r,r,r,r",
+            [_repeat(a, N), low, high],
+            dtype=(gl.int8, gl.int8),
+            is_pure=True,
+            pack=4,
+        )
+        if HALVES == 2:
+            y, z = w, x
+        else:
+            y = x
+            x, z = gl.inline_asm_elementwise(
+                LOOKUP_4,
+                "=&r,=&r,r,r,r,r,r,r,r,r,r,r,r,r",
+                [_repeat(b, N), low, high],
+                dtype=(gl.int8, gl.int8),
+                is_pure=True,
+                pack=4,
+            )
+    elif BITS == 3:
+        w0, w1, x0, x1, y0, y1, z0, z1 = gl.inline_asm_elementwise(
+            LOOKUP_3,
+            "=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r",
+            [_repeat(a, N), _repeat(b, N), _repeat(c, N), low, high],
+            dtype=(gl.int8, gl.int8, gl.int8, gl.int8, gl.int8, gl.int8, gl.int8, gl.int8),
+            is_pure=True,
+            pack=4,
+        )
+        w, x, y, z = _pair(w0, w1, N), _pair(x0, x1, N), _pair(y0, y1, N), _pair(z0, z1, N)
+    else:
+        w, x, y, z = gl.inline_asm_elementwise(
+            LOOKUP_2,
+            "=&r,=&r,=&r,=&r,r,r,r,r,r,r,r,r",
+            [_repeat(a, N), low],
+            dtype=(gl.int8, gl.int8, gl.int8, gl.int8),
+            is_pure=True,
+            pack=4,
+        )
+        if HALVES == 2:
+            w = _pair(w, x, N)
+            x = _pair(y, z, N)
+            y, z = w, x
+    return w, x, y, z
+
+
+@gluon.jit
+def _key_operand(levels, D: gl.constexpr, mma: gl.constexpr):
+    """[D / 16, 32, 4, 4] int8 -> [D, 32], the right operand of the scores."""
+    x = levels.reshape([2, 2, D // 64, 4, 2, 4, 2, 2, 4])  # x b v | n e t | u h i
+    x = x.permute([2, 6, 7, 5, 8, 0, 1, 3, 4]).reshape([D, 32])
+    return gl.convert_layout(x, gl.DotOperandLayout(1, mma, 4), assert_trivial=True)
+
+
+@gluon.jit
+def _value_operand(levels, C: gl.constexpr, mma: gl.constexpr):
+    """[C / 16, 32, 4, 4] int8 -> [32, C], the right operand of the sum."""
+    x = levels.reshape([2, C // 32, 8, 4, 4, 4])  # h c | g t | u i
+    x = x.permute([0, 3, 5, 1, 4, 2]).reshape([32, C])
+    return gl.convert_layout(x, gl.DotOperandLayout(1, mma, 4), assert_trivial=True)
+
+
+@gluon.jit
+def _load_scales(ptr, step, HALVES: gl.constexpr):
+    """float16 scales of the tokens of a page (or half) in the order of `_tiles`."""
+    if HALVES == 2:
+        half: gl.constexpr = gl.DistributedLinearLayout(
+            [[1], [2], [16], [32]], [[4], [8], [0], [0], [0]], [], [], [64]
+        )
+        at = gl.arange(0, 64, layout=half)
+        x = gl.load(ptr + step % 2 * 16 + at // 16 * 32 + at % 16)
+    else:
+        whole: gl.constexpr = gl.DistributedLinearLayout(
+            [[1], [2], [16], [32], [64]], [[4], [8], [0], [0], [0]], [], [], [128]
+        )
+        x = gl.load(ptr + gl.arange(0, 128, layout=whole))
+    return x
+
+
+@gluon.jit
+def _tiles(x, HALVES: gl.constexpr):
+    """[64 or 128], token 32 j + 16 x + 4 n + 2 b + e -> [32] of tile j, columns 16 x + 8 b + 2 n + e."""
+    x = x.to(gl.float32)
+    if HALVES == 2:
+        x = x.reshape([2, 2, 4, 2, 2]).permute([1, 3, 2, 4, 0])
+        a, b = gl.split(x)
+        c, d = a, b
+    else:
+        x = x.reshape([2, 2, 2, 4, 2, 2]).permute([2, 4, 3, 5, 0, 1])
+        even, odd = gl.split(x)
+        a, c = gl.split(even)
+        b, d = gl.split(odd)
+    return a.reshape([32]), b.reshape([32]), c.reshape([32]), d.reshape([32])
+
+
+@gluon.jit
+def _halves(x, R: gl.constexpr, N: gl.constexpr):
+    """[2 R, N], rows 16 m + 8 * (high, low) + r -> high and low parts [R, N]."""
+    high, low = gl.split(x.reshape([R // 8, 2, 8, N]).permute([0, 2, 3, 1]))
+    return high.reshape([R, N]), low.reshape([R, N])
+
+
+@gluon.jit
+def _scores(q, k, ks, start, R: gl.constexpr, D: gl.constexpr, mma: gl.constexpr):
+    """k_scale * sum_c (b + 1 / 2) q: [R, 32] float32."""
+    high, low = _halves(mma_v2(q, _key_operand(k, D, mma), start), R, 32)
+    x = (high * 256 + low).to(gl.float32)
+    return x * gl.convert_layout(ks, gl.SliceLayout(0, x.type.layout), assert_trivial=True)[None, :]
+
+
+@gluon.jit
+def _capped(s, factor, bias, softcap):
+    """softcap * tanh(score / softcap)."""
+    x = (s * factor + bias) / softcap
+    e = gl.exp2(-2.8853900817779268 * gl.abs(x))
+    t = (1.0 - e) / (1.0 + e)
+    return softcap * gl.where(x < 0, -t, t)
+
+
+@gluon.jit
+def _exp2(x):
+    return gl.inline_asm_elementwise(
+        "ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=gl.float32, is_pure=True, pack=1
+    )
+
+
+@gluon.jit
+def _weigh(s, factor, top, vs):
+    """p = exp2(factor * s - top), and p * v_scale."""
+    p = _exp2(s * factor - top)
+    return p, p * gl.convert_layout(vs, gl.SliceLayout(0, p.type.layout), assert_trivial=True)[None, :]
+
+
+@gluon.jit
+def _weight_operand(w, scale, R: gl.constexpr, mma: gl.constexpr):
+    """w * scale, from 0 to 32512: [R, 32] float32 -> [2 R, 32] int8, the left operand of the sum."""
+    high, low = gl.inline_asm_elementwise(
+        _SPLIT, "=&r,=&r,f,f,f,f", [w * scale], dtype=(gl.int8, gl.int8), is_pure=True, pack=4
+    )
+    x = gl.join(high, low).reshape([R // 8, 8, 2, 2, 4, 2, 2])  # m r x b n e part
+    x = x.permute([0, 6, 1, 2, 4, 3, 5]).reshape([2 * R, 32])
+    return gl.convert_layout(x, gl.DotOperandLayout(0, mma, 4), assert_trivial=True)
+
+
+@gluon.jit
+def _order(x):
+    """Loads before this are issued before anything that needs a value read from shared memory behind it.
+
+    Without, the assembler puts loads off until they are needed.
+    """
+    gl.inline_asm_elementwise(
+        "bar.sync 0; mov.b32 $0, 0;", "=r,r,~{memory}", [x], dtype=gl.int32, is_pure=False, pack=1
+    )
+
+
+@gluon.jit
+def _wait_for_queries():
+    """Go on when the kernel before this one is done, and let the next one start (Hopper and later)."""
+    gl.inline_asm_elementwise(
+        "griddepcontrol.wait; griddepcontrol.launch_dependents; // $0",
+        "=r,~{memory}",
+        [],
+        dtype=gl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@gluon.jit(do_not_specialize=["pages", "blocks", "rows"])
+def split_mma_kernel(
+    table_ptr,
+    q_ptr,
+    factor_ptr,
+    start_ptr,
+    bias_ptr,
+    k_ptr,
+    ks_ptr,
+    v_ptr,
+    vs_ptr,
+    used_ptr,
+    o_ptr,
+    m_ptr,
+    l_ptr,
+    pages,
+    blocks,
+    k_head,
+    k_page,
+    ks_head,
+    ks_page,
+    v_head,
+    v_page,
+    vs_head,
+    vs_page,
+    rows,
+    softcap,
+    D: gl.constexpr,
+    DV: gl.constexpr,
+    R: gl.constexpr,
+    K_BITS: gl.constexpr,
+    V_BITS: gl.constexpr,
+    HALVES: gl.constexpr,
+    USED: gl.constexpr,
+    CAPPED: gl.constexpr,
+    CHAINED: gl.constexpr,
+):
+    """Partial softmax sums of one split (axis 0) of one (batch, KV head, block of R rows) (axis 1).
+
+    table [4, 32] int32 of `lookup_table`; q [N, 2R, D] int8, factor and bias [N, R] float32, start [N, 2R]
+    int32, from `first_kernel`, N = heads * blocks; k and v: pages of words, int32, their strides in words;
+    scales float16; used [heads] int32, tokens in use, if USED; o [N, S, R, DV], of which rows up to the last
+    of a head's `rows` are written, m and l [N, S, R] float32, S the number of programs on axis 0. `softcap`
+    counts if CAPPED. HALVES is 2 to take a page in two steps, for widths of 2 and 4 bits. CHAINED: started
+    before `first_kernel` has ended.
+    """
+    mma: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [1, 1], [16, 8])
+    left: gl.constexpr = gl.DotOperandLayout(0, mma, 4)
+    split = gl.program_id(0)
+    splits = gl.num_programs(0)
+    block = gl.program_id(1).to(gl.int64)
+    head = block // blocks
+    used = pages * PAGE_TOKENS
+    if USED:
+        used = gl.minimum(gl.load(used_ptr + head), used)
+    there = (used + PAGE_TOKENS - 1) // PAGE_TOKENS
+    first = split * there // splits
+    last = (split + 1) * there // splits
+    k_ptr += head * k_head
+    v_ptr += head * v_head
+    ks_ptr += head * ks_head
+    vs_ptr += head * vs_head
+    # An empty split reads the first page all the same, and throws it away.
+    safe = gl.minimum(first, pages - 1).to(gl.int64)
+    ka, kb, kc = _key_words(k_ptr + safe * k_page, 0, D, K_BITS, HALVES)
+    ks = _load_scales(ks_ptr + safe * ks_page, 0, HALVES)
+    if CHAINED:
+        _wait_for_queries()
+    at = gl.arange(0, D, layout=gl.SliceLayout(0, left))
+    channel = at // 64 * 64 + at // 4 % 4 * 16 + at // 16 % 4 * 4 + at % 4
+    q_row = gl.arange(0, 2 * R, layout=gl.SliceLayout(1, left))
+    q = gl.load(q_ptr + (block * (2 * R) + q_row[:, None]) * D + channel[None, :])
+    s_row = gl.arange(0, 2 * R, layout=gl.SliceLayout(1, mma))
+    start = gl.load(start_ptr + block * (2 * R) + s_row)[:, None] + gl.full([2 * R, 32], 0, gl.int32, mma)
+    lanes: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
+    tables = gl.allocate_shared_memory(gl.int32, [4, 32], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    for i in gl.static_range(4):
+        tables.index(i).store(gl.load(table_ptr + i * 32 + gl.arange(0, 32, layout=lanes)))
+
+    blank, _ = _halves(gl.full([2 * R, 32], 0.0, gl.float32, mma), R, 32)
+    scored: gl.constexpr = blank.type.layout
+    by_row: gl.constexpr = gl.SliceLayout(1, scored)
+    row = gl.arange(0, R, layout=by_row)
+    factor = gl.load(factor_ptr + block * R + row)
+    bias = gl.load(bias_ptr + block * R + row)
+    m = gl.full([R], -1e30, gl.float32, by_row)
+    total = gl.full([R], 0.0, gl.float32, by_row)
+    weight = gl.full([R], 0.0, gl.float32, by_row)
+    acc, _ = _halves(gl.full([2 * R, DV], 0.0, gl.float32, mma), R, DV)
+    summed: gl.constexpr = gl.SliceLayout(1, acc.type.layout)
+    for step in range(HALVES * first, HALVES * last):
+        page = (step // HALVES).to(gl.int64)
+        va, vb, vc = _value_words(v_ptr + page * v_page, step, DV, V_BITS, HALVES)
+        vs = _load_scales(vs_ptr + page * vs_page, step, HALVES)
+        _order(step)
+        ks0, ks1, ks2, ks3 = _tiles(ks, HALVES)
+        k0, k1, k2, k3 = _levels(ka, kb, kc, tables, 0, D, K_BITS, HALVES)
+        s0 = _scores(q, k0, ks0, start, R, D, mma)
+        s1 = _scores(q, k1, ks1, start, R, D, mma)
+        if HALVES == 1:
+            s2 = _scores(q, k2, ks2, start, R, D, mma)
+            s3 = _scores(q, k3, ks3, start, R, D, mma)
+        ahead = gl.minimum(step + 1, HALVES * last - 1)
+        page = (ahead // HALVES).to(gl.int64)
+        ka, kb, kc = _key_words(k_ptr + page * k_page, ahead, D, K_BITS, HALVES)
+        ks = _load_scales(ks_ptr + page * ks_page, ahead, HALVES)
+        _order(step)
+
+        if CAPPED:
+            s0 = _capped(s0, factor[:, None], bias[:, None], softcap)
+            s1 = _capped(s1, factor[:, None], bias[:, None], softcap)
+            if HALVES == 1:
+                s2 = _capped(s2, factor[:, None], bias[:, None], softcap)
+                s3 = _capped(s3, factor[:, None], bias[:, None], softcap)
+            scale = gl.full([R], 1.0, gl.float32, by_row)
+        else:
+            scale = factor
+        if USED:  # noqa: SIM102 (a compile-time branch)
+            if (step // HALVES + 1) * PAGE_TOKENS > used:
+                column = gl.arange(0, 32, layout=gl.SliceLayout(0, scored))
+                inside = column % 8 // 2 * 4 + column // 8 % 2 * 2 + column % 2  # of a group of 16
+                if HALVES == 2:
+                    token = step // 2 * PAGE_TOKENS + step % 2 * 16 + column // 16 * 32 + inside
+                    s0 = gl.where((token < used)[None, :], s0, float("-inf"))
+                    s1 = gl.where((token + 64 < used)[None, :], s1, float("-inf"))
+                else:
+                    token = step * PAGE_TOKENS + column // 16 * 16 + inside
+                    s0 = gl.where((token < used)[None, :], s0, float("-inf"))
+                    s1 = gl.where((token + 32 < used)[None, :], s1, float("-inf"))
+                    s2 = gl.where((token + 64 < used)[None, :], s2, float("-inf"))
+                    s3 = gl.where((token + 96 < used)[None, :], s3, float("-inf"))
+
+        largest = gl.maximum(s0, s1)
+        if HALVES == 1:
+            largest = gl.maximum(largest, gl.maximum(s2, s3))
+        top = gl.maximum(gl.max(largest, 1) * scale, -1e30)
+        vs0, vs1, vs2, vs3 = _tiles(vs, HALVES)
+        p0, w0 = _weigh(s0, scale[:, None], top[:, None], vs0)
+        p1, w1 = _weigh(s1, scale[:, None], top[:, None], vs1)
+        p, w, heaviest = p0 + p1, w0 + w1, gl.maximum(w0, w1)
+        if HALVES == 1:
+            p2, w2 = _weigh(s2, scale[:, None], top[:, None], vs2)
+            p3, w3 = _weigh(s3, scale[:, None], top[:, None], vs3)
+            p, w = p + p2 + p3, w + w2 + w3
+            heaviest = gl.maximum(heaviest, gl.maximum(w2, w3))
+        most = gl.maximum(gl.max(heaviest, 1), 1e-30)
+        new = gl.maximum(m, top)
+        decay, gain = _exp2(m - new), _exp2(top - new)
+        m = new
+        total = total * decay + gl.sum(p, 1) * gain
+        weight = weight * decay + gl.sum(w, 1) * gain
+
+        units = (MOST / most)[:, None]
+        v0, v1, v2, v3 = _levels(va, vb, vc, tables, 1, DV, V_BITS, HALVES)
+        o = gl.full([2 * R, DV], 0, gl.int32, mma)
+        o = mma_v2(_weight_operand(w0, units, R, mma), _value_operand(v0, DV, mma), o)
+        o = mma_v2(_weight_operand(w1, units, R, mma), _value_operand(v1, DV, mma), o)
+        if HALVES == 1:
+            o = mma_v2(_weight_operand(w2, units, R, mma), _value_operand(v2, DV, mma), o)
+            o = mma_v2(_weight_operand(w3, units, R, mma), _value_operand(v3, DV, mma), o)
+        high, low = _halves(o, R, DV)
+        part = (high * 256 + low).to(gl.float32)
+        fade = gl.convert_layout(decay, summed)[:, None]
+        grow = gl.convert_layout(gain * most * (1.0 / MOST), summed)[:, None]
+        acc = acc * fade + part * grow
+
+    if not CAPPED:
+        m += bias
+    out = 2.0 * acc + gl.convert_layout(weight, summed)[:, None]
+    out = out.reshape([R, DV // 32, 4, 4, 2]).permute([0, 1, 3, 4, 2]).reshape([R, DV])  # c u t e -> c t e u
+    written: gl.constexpr = gl.BlockedLayout(
+        [1, 4], [32 * 4 // DV, DV // 4] if DV < 128 else [1, 32], [1, 1], [1, 0]
+    )
+    out = gl.convert_layout(out, written)
+    o_row = gl.arange(0, R, layout=gl.SliceLayout(1, written))
+    value = gl.arange(0, DV, layout=gl.SliceLayout(0, written))
+    slot = block * splits + split
+    kept = block % blocks * R + o_row < rows
+    gl.store(o_ptr + (slot * R + o_row[:, None]) * DV + value[None, :], out, mask=kept[:, None])
+    gl.store(m_ptr + slot * R + row, m)
+    gl.store(l_ptr + slot * R + row, total)

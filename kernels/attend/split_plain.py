@@ -1,0 +1,111 @@
+"""The split kernel in float32 and plain loads (Triton): for the interpreter, and where Gluon is missing.
+
+It computes what `quantpress.kernels.attend.split_mma` computes, from the same buffers, without its tricks.
+"""
+
+import triton
+import triton.language as tl
+
+from quantpress.kernels.attend.dense import tanh
+from quantpress.kernels.attend.lookup import code_at
+
+PAGE_TOKENS = tl.constexpr(128)
+TILE = tl.constexpr(32)
+
+
+@triton.jit(do_not_specialize=["pages", "blocks", "rows"])
+def split_plain_kernel(
+    q_ptr,
+    factor_ptr,
+    bias_ptr,
+    k_ptr,
+    ks_ptr,
+    v_ptr,
+    vs_ptr,
+    k_levels_ptr,
+    v_levels_ptr,
+    used_ptr,
+    o_ptr,
+    m_ptr,
+    l_ptr,
+    pages,
+    blocks,
+    k_head,
+    k_page,
+    ks_head,
+    ks_page,
+    v_head,
+    v_page,
+    vs_head,
+    vs_page,
+    rows,
+    softcap,
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    R: tl.constexpr,
+    K_BITS: tl.constexpr,
+    V_BITS: tl.constexpr,
+    USED: tl.constexpr,
+):
+    """Partial softmax sums of one split (axis 0) of one (batch, KV head, block of rows) (axis 1).
+
+    Buffers as in `split_mma_kernel`, except k_levels, v_levels: [2**bits] float32 odd levels.
+    """
+    split, splits = tl.program_id(0), tl.num_programs(0)
+    block = tl.program_id(1).to(tl.int64)
+    head = block // blocks
+    used = pages * PAGE_TOKENS
+    if USED:
+        used = tl.minimum(tl.load(used_ptr + head), used)
+    there = tl.cdiv(used, PAGE_TOKENS)
+    first, last = split * there // splits, (split + 1) * there // splits
+    row, token = tl.arange(0, R), tl.arange(0, TILE)
+    channel, value = tl.arange(0, D), tl.arange(0, DV)
+    at = q_ptr + (block * 2 * R + row[None, :] // 8 * 16 + row[None, :] % 8) * D + channel[:, None]
+    q = tl.load(at).to(tl.float32) * 256.0 + tl.load(at + 8 * D).to(tl.float32)
+    factor = tl.load(factor_ptr + block * R + row) * 0.5  # levels are 2 * b + 1 here, b there
+    bias = tl.load(bias_ptr + block * R + row)
+    m = tl.full([R], -1e30, tl.float32)
+    total = tl.zeros([R], tl.float32)
+    acc = tl.zeros([DV, R], tl.float32)
+    for step in range(first * 4, last * 4):
+        page = head * 0 + step // 4  # int64 like head
+        inside = step % 4 * TILE + token
+        live = page * PAGE_TOKENS + inside < used
+        codes = code_at(
+            k_ptr + head * k_head + page * k_page,
+            inside[:, None],
+            channel[None, :],
+            D,
+            K_BITS,
+            False,
+            live[:, None],
+        )
+        k = tl.load(k_levels_ptr + codes)
+        ks = tl.load(ks_ptr + head * ks_head + page * ks_page + inside, mask=live, other=0.0).to(tl.float32)
+        s = tl.dot(k, q, input_precision="ieee") * factor[None, :] * ks[:, None] + bias[None, :]
+        if softcap > 0:
+            s = softcap * tanh(s / softcap)
+        s = tl.where(live[:, None], s, float("-inf"))
+        new = tl.maximum(m, tl.max(s, 0))
+        p = tl.exp2(s - new[None, :])
+        decay = tl.exp2(m - new)
+        m = new
+        total = total * decay + tl.sum(p, 0)
+        codes = code_at(
+            v_ptr + head * v_head + page * v_page,
+            inside[None, :],
+            value[:, None],
+            DV,
+            V_BITS,
+            True,
+            live[None, :],
+        )
+        v = tl.load(v_levels_ptr + codes)
+        vs = tl.load(vs_ptr + head * vs_head + page * vs_page + inside, mask=live, other=0.0).to(tl.float32)
+        acc = tl.dot(v, p * vs[:, None], acc * decay[None, :], input_precision="ieee")
+    slot = block * splits + split
+    kept = block % blocks * R + row < rows
+    tl.store(o_ptr + (slot * R + row[None, :]) * DV + value[:, None], acc, mask=kept[None, :])
+    tl.store(m_ptr + slot * R + row, m)
+    tl.store(l_ptr + slot * R + row, total)
