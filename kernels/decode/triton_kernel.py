@@ -1,10 +1,10 @@
 # mypy: allow-untyped-defs
 """Decoding of pages on a GPU (Triton): to code space, or all the way back in one pass.
 
-A program decodes one channel group of 64 tokens. Fields are read by the layout's definition, one word load
-each, tiles of values transposed so that neighbours share words. The inverse rotation is a product on 16-bit
-tensor cores as good as float32 (see `quantpress.kernels.rotation_matrix`); int8 levels are exact in float16,
-others are split in two.
+A program decodes one channel group of 64 tokens. Each word of the layout is loaded once for the four lanes of
+a part, four channels of a key or four tokens of a value, which are taken apart in registers. The inverse
+rotation is a product on 16-bit tensor cores as good as float32 (see `quantpress.kernels.rotation_matrix`);
+int8 levels are exact in float16, others are split in two.
 """
 
 import triton
@@ -12,40 +12,45 @@ import triton.language as tl
 
 
 @triton.jit
-def _word(plane_ptr, token, channel, C: tl.constexpr, WIDTH: tl.constexpr, VALUES: tl.constexpr, mask):
-    """The word that holds a field, its part and its lane."""
-    rows: tl.constexpr = 16 * WIDTH
-    inside = token % rows
+def _word_at(token, word, C: tl.constexpr, R: tl.constexpr, VALUES: tl.constexpr):
+    """Places in a plane of the words of a token and a column of words, for parts of R tokens."""
+    row = token % R
     if VALUES:
-        at = channel * (4 * WIDTH) + inside // 4
-        lane = token % 4
+        at = row // 4 * C + word
+    elif C % 64 == 0:
+        at = word // 16 * (16 * R) + row * 16 + word % 16
     else:
-        at = inside * (C // 4) + channel // 4
-        lane = channel % 4
-    return tl.load(plane_ptr + at, mask=mask, other=0), token // rows, lane
+        at = row * (C // 4) + word
+    return at
 
 
 @triton.jit
-def _codes(words_ptr, token, channel, C: tl.constexpr, BITS: tl.constexpr, VALUES: tl.constexpr, mask):
-    """Codes of a page, whose int32 words start at `words_ptr`, for tokens and channels that broadcast."""
+def _fields(words_ptr, token, word, lane, C: tl.constexpr, BITS: tl.constexpr, VALUES: tl.constexpr, mask):
+    """Codes of a page, whose int32 words start at `words_ptr`, of four lanes.
+
+    token, word, mask: tiles with an axis of length 1 where `lane` has its four.
+    """
+    R: tl.constexpr = 16 * (1 if BITS == 3 else BITS)
+    part = token // R
+    at = words_ptr + _word_at(token, word, C, R, VALUES)
     if BITS == 4:
-        word, part, lane = _word(words_ptr, token, channel, C, 4, VALUES, mask)
-        size = (word >> (16 * part + 4 * lane)) & 7
-        code = tl.where(((word >> (8 * lane + 7 - 4 * part)) & 1) == 1, 7 - size, 8 + size)
+        field = tl.load(at, mask=mask, other=0)
+        size = (field >> (16 * part + 4 * lane)) & 7
+        code = tl.where(((field >> (8 * lane + 7 - 4 * part)) & 1) == 1, 7 - size, 8 + size)
     elif BITS == 3:
-        word, part, lane = _word(words_ptr, token, channel, C, 2, VALUES, mask)
-        size = (word >> (16 * (part // 2) + 4 * lane + 2 * (part % 2))) & 3
-        word, part, lane = _word(words_ptr + 8 * C, token, channel, C, 1, VALUES, mask)
-        code = tl.where(((word >> (8 * lane + 7 - part)) & 1) == 1, 3 - size, 4 + size)
+        spare = part >= 6  # a bit from each plane
+        shift = 16 * (part % 2) + 4 * lane
+        field = tl.load(at + tl.where(spare, 0, part // 2) * (4 * C), mask=mask, other=0) >> shift
+        second = tl.load(at + 4 * C, mask=mask & spare, other=0) >> shift
+        third = tl.load(at + 8 * C, mask=mask & spare, other=0) >> shift
+        bits = ((field >> 3) & 1) + ((second >> 2) & 2) + ((third >> 1) & 4)
+        code = tl.where(spare, bits, field & 7)
     elif BITS == 2:
-        word, part, lane = _word(words_ptr, token, channel, C, 2, VALUES, mask)
-        code = (word >> (16 * (part // 2) + 4 * lane + 2 * (part % 2))) & 3
+        code = (tl.load(at, mask=mask, other=0) >> (16 * (part // 2) + 4 * lane + 2 * (part % 2))) & 3
     elif BITS == 1:
-        word, part, lane = _word(words_ptr, token, channel, C, 1, VALUES, mask)
-        code = 1 - ((word >> (8 * lane + 7 - part)) & 1)
+        code = 1 - ((tl.load(at, mask=mask, other=0) >> (8 * lane + 7 - part)) & 1)
     else:
-        word, part, lane = _word(words_ptr, token, channel, C, 8, VALUES, mask)
-        code = (word >> (8 * lane + 0 * part)) & 255
+        code = (tl.load(at, mask=mask, other=0) >> (8 * lane + 0 * part)) & 255
     return code
 
 
@@ -53,22 +58,25 @@ def _codes(words_ptr, token, channel, C: tl.constexpr, BITS: tl.constexpr, VALUE
 def _levels(
     words_ptr,
     levels_ptr,
-    token,
+    first,
     part: tl.constexpr,
     C: tl.constexpr,
     BK: tl.constexpr,
     BITS: tl.constexpr,
     VALUES: tl.constexpr,
 ):
-    """Levels of channels part * BK onwards: keys [64, BK], values [BK, 64]; zero beyond the group."""
-    channel = part * BK + tl.arange(0, BK)
+    """Levels [64, BK] of tokens `first` onwards, channels part * BK onwards; zero beyond the group."""
+    lane = tl.arange(0, 4)
     if VALUES:
-        mask = channel[:, None] < C
-        code = _codes(words_ptr, token[None, :], channel[:, None], C, BITS, True, mask)
+        token = first + 4 * tl.arange(0, 16)[:, None, None]
+        word = part * BK + tl.arange(0, BK)[None, None, :]
+        code = _fields(words_ptr, token, word, lane[None, :, None], C, BITS, True, word < C)
     else:
-        mask = channel[None, :] < C
-        code = _codes(words_ptr, token[:, None], channel[None, :], C, BITS, False, mask)
-    return tl.load(levels_ptr + code, mask=mask, other=0.0)
+        token = first + tl.arange(0, 64)[:, None, None]
+        word = part * (BK // 4) + tl.arange(0, BK // 4)[None, :, None]
+        code = _fields(words_ptr, token, word, lane[None, None, :], C, BITS, False, word < C // 4)
+    inside = part * BK + tl.arange(0, BK) < C
+    return tl.load(levels_ptr + tl.reshape(code, [64, BK]), mask=inside[None, :], other=0.0)
 
 
 @triton.jit
@@ -91,18 +99,19 @@ def decode_code_space_kernel(
     [B, Hkv, P, 128].
     """
     page, head = tl.program_id(0) // 2, tl.program_id(1).to(tl.int64)
-    token = tl.program_id(0) % 2 * 64 + tl.arange(0, 64)
+    first = tl.program_id(0) % 2 * 64
+    token = first + tl.arange(0, 64)
     channel = tl.arange(0, CP)
     at = head * pages + page
-    levels = _levels(words_ptr + at * (4 * BITS * C), levels_ptr, token, 0, C, CP, BITS, VALUES)
+    levels = _levels(words_ptr + at * (4 * BITS * C), levels_ptr, first, 0, C, CP, BITS, VALUES)
     scale = tl.load(scale_ptr + at * 128 + token).to(tl.float32)
+    inside = channel[None, :] < C
     if VALUES:
         out_ptr += (head * D + START) * pages * 128 + page * 128
-        place = out_ptr + channel[:, None].to(tl.int64) * (pages * 128) + token[None, :]
-        tl.store(place, levels * scale[None, :], mask=channel[:, None] < C)
+        place = out_ptr + channel[None, :].to(tl.int64) * (pages * 128) + token[:, None]
     else:
         place = out_ptr + at * (128 * D) + START + token[:, None] * D + channel[None, :]
-        tl.store(place, levels * scale[:, None], mask=channel[None, :] < C)
+    tl.store(place, levels * scale[:, None], mask=inside)
 
 
 @triton.jit
@@ -135,14 +144,13 @@ def decode_pages_kernel(
     WHOLE: levels are exact in float16. factor: what a level times a unit of the matrix stands for.
     """
     page, head = tl.program_id(0) // 2, tl.program_id(1).to(tl.int64)
-    token = tl.program_id(0) % 2 * 64 + tl.arange(0, 64)
+    first = tl.program_id(0) % 2 * 64
+    token = first + tl.arange(0, 64)
     place = tl.arange(0, CP)
     at = head * pages + page
     acc = tl.zeros([64, CP], tl.float32)
     for part in tl.static_range(CP // BK):
-        levels = _levels(words_ptr + at * (4 * BITS * C), levels_ptr, token, part, C, BK, BITS, VALUES)
-        if VALUES:
-            levels = tl.trans(levels)
+        levels = _levels(words_ptr + at * (4 * BITS * C), levels_ptr, first, part, C, BK, BITS, VALUES)
         row = part * BK + tl.arange(0, BK)
         matrix_at = matrix_ptr + row[:, None] * CP + place[None, :]
         high = tl.load(matrix_at)

@@ -13,7 +13,7 @@ from quantpress.codecs.codebook import Codebook
 _STEEP = 2.0**60  # makes the least difference of a coordinate and a threshold more than 1
 _WHOLE = 2.0**23  # a float32 from here on holds a whole number in its last bits
 _TOP = 2**19  # the largest level, in steps of 8 that leave three bits for the magnitude
-_LANES = {2: 0x3333, 3: 0x3333, 4: 0x7777}
+_LANES = {2: 0x3333, 3: 0x7777, 4: 0x7777}
 
 
 @lru_cache(maxsize=64)
@@ -26,13 +26,12 @@ def rounding_assembly(book: Codebook, rule: str) -> str:
             level * |u|, "norm" 0. Levels are good to 2**-19 of the largest.
 
     Returns:
-        u times any factor, the shift of the field, the sign's bit, and 2**60 over the factor in; the field in
-        place, the sign in place (in the field itself for 4 bits, part of the code for 2), the rule's summand
-        (times the factor, if it has u) out.
+        u times any factor, the shift of the field, the sign's bit (for 4 bits; else ignored), and 2**60 over
+        the factor in; the field in place, the rule's summand (times the factor, if it has u) out.
     """
     half = 1 << (book.bits - 1)
     t, levels = book.thresholds[half:], book.levels[half:]
-    lines = ["abs.f32 a, $3;", "setp.le.f32 n, $3, 0f00000000;"]
+    lines = ["abs.f32 a, $2;", "setp.le.f32 n, $2, 0f00000000;"]
     if rule == "norm" and book.bits == 4:  # a search by halves: fewer steps where nobody needs the level
         lines += [_above("p", _hex(-t[3] * _STEEP)), _mad("w", "p", t[1] - t[5], -t[1]), _above("q", "w")]
         lines += [_mad("w", "p", t[0] - t[4], -t[0]), _mad("v", "p", t[2] - t[6] - t[0] + t[4], t[0] - t[2])]
@@ -46,16 +45,14 @@ def rounding_assembly(book: Codebook, rule: str) -> str:
             lines += [f"fma.rn.f32 v, p, {_hex(marked[i + 1] - marked[i])}, v;"]
         lines += ["mov.b32 m, v;", "and.b32 m, m, 7;"]
     if book.bits == 4:
-        lines += ["shl.b32 m, m, $4;", "@n or.b32 m, m, $5;", "mov.b32 $0, m;", "mov.b32 $1, 0;"]
-    elif book.bits == 3:
-        lines += ["shl.b32 $0, m, $4;", "selp.b32 $1, $5, 0, n;"]
-    else:  # codes 2 + m and 1 - m
-        lines += ["xor.b32 m, m, 2;", "@n xor.b32 m, m, 3;", "shl.b32 $0, m, $4;", "mov.b32 $1, 0;"]
+        lines += ["shl.b32 m, m, $3;", "@n or.b32 m, m, $4;", "mov.b32 $0, m;"]
+    else:  # codes half + m and half - 1 - m
+        lines += [f"xor.b32 m, m, {half};", f"@n xor.b32 m, m, {2 * half - 1};", "shl.b32 $0, m, $3;"]
     if rule == "norm":
-        lines += ["mov.f32 $2, 0f00000000;"]
+        lines += ["mov.f32 $1, 0f00000000;"]
     else:
         factor = "v" if rule == "norm_corrected" else "a"
-        lines += [f"sub.f32 v, v, {_hex(_WHOLE)};", f"mul.f32 $2, v, {factor};"]
+        lines += [f"sub.f32 v, v, {_hex(_WHOLE)};", f"mul.f32 $1, v, {factor};"]
     registers = ".reg .pred n; .reg .f32 a, p, q, r, v, w; .reg .b32 m;"
     return "{ " + registers + "\n" + "\n".join(lines) + "\n}"
 
@@ -71,29 +68,23 @@ def squares_assembly(book: Codebook) -> tuple[str, float]:
     """PTX that adds up the squared levels of four fields of a key's word, and the unit of the sum.
 
     Returns:
-        Word and shift of its first field in, sum out; empty where no common unit makes the levels whole
-        numbers below 256.
+        Word and shift of its first field in, sum out; empty for levels that are not bytes times one unit.
     """
-    half = 1 << (book.bits - 1)
-    for exponent in range(12):
-        sizes = [level * 2.0**exponent for level in book.scaled[half:]]
-        if all(size.is_integer() for size in sizes):
-            break
-    if book.bits not in _LANES or sizes[-1] > 255 or not all(size.is_integer() for size in sizes):
+    if book.form != "int8" or book.bits not in _LANES:
         return "", 0.0
-    table = [int(size) for size in sizes]
-    if book.bits == 2:  # a field is the code itself
+    table = [int(level) for level in book.scaled[len(book.scaled) // 2 :]]
+    if book.bits < 4:  # a field is the code itself
         table = [*reversed(table), *table]
     table += [0] * (8 - len(table))
     low, high = (sum(size << (8 * i) for i, size in enumerate(table[at : at + 4])) for at in (0, 4))
     lines = [f"mov.b32 a, {low:#x};", f"mov.b32 b, {high:#x};", "shr.u32 t, $1, $2;"]
     lines += [f"and.b32 t, t, {_LANES[book.bits]:#x};", "prmt.b32 t, a, b, t;", "dp4a.u32.u32 $0, t, t, 0;"]
-    return "{ .reg .b32 a, b, t;\n" + "\n".join(lines) + "\n}", (book.unit / 2.0**exponent) ** 2
+    return "{ .reg .b32 a, b, t;\n" + "\n".join(lines) + "\n}", book.unit**2
 
 
 def _above(result: str, negated: str) -> str:
     """1 where a is above a threshold, given as -threshold * 2**60, else 0."""
-    return f"fma.rn.sat.f32 {result}, a, $6, {negated};"
+    return f"fma.rn.sat.f32 {result}, a, $5, {negated};"
 
 
 def _mad(result: str, switch: str, slope: float, offset: float) -> str:

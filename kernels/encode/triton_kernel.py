@@ -14,10 +14,11 @@ The first two say when a vector is out of their range; the pages are then encode
 Which token is which row of a tile, and which channel which column, is chosen so that the fields of one packed
 word meet in one thread as far as possible: bit by bit, row g1 g0 h v2 v1 v0 of tile q holds token
 
-    keys    q h g1 g0 v2 v1 v0      words join the parts (q and h, then g1) and four channels
+    keys    q h v2 g1 g0 v1 v0      words join the parts (q and h, then v2) and four channels
     values  q v1 v2 g1 g0 v0 h      words join the parts (q, v1, v2) and four tokens (v0 h)
 
-and column 16 g + 8 h + 2 t + s holds channel 16 g + 4 t + 2 h + s of a key.
+and column 16 g + 8 h + 2 t + s holds channel 16 g + 4 t + 2 h + s of a key. Of 3 bits, q and the next bit say
+which plane holds the two parts that the third tells apart; parts 6 and 7 are spread over the planes at last.
 """
 
 import triton
@@ -42,7 +43,7 @@ def tile_token(tile: tl.constexpr, VALUES: tl.constexpr):
         lane = 2 * (row & 1) + ((row >> 3) & 1)
         token = 32 * ((row >> 1) & 1) + 16 * ((row >> 2) & 1) + 4 * (row >> 4) + lane
     else:
-        token = 32 * ((row >> 3) & 1) + 8 * (row >> 4) + (row & 7)
+        token = 32 * ((row >> 3) & 1) + 16 * ((row >> 2) & 1) + 4 * (row >> 4) + (row & 3)
     return 64 * tile + token
 
 
@@ -226,7 +227,7 @@ def _rotated(
 
 @triton.jit
 def _plain_fields(
-    u, shift, sign, byte, table_ptr, cells, BOOK: tl.constexpr, BITS: tl.constexpr, RULE: tl.constexpr
+    u, shift, sign, table_ptr, cells, BOOK: tl.constexpr, BITS: tl.constexpr, RULE: tl.constexpr
 ):
     """What `rounding_assembly` gives, for any width and without assembly.
 
@@ -243,7 +244,7 @@ def _plain_fields(
         code = tl.load(table_ptr + 514 + cell).to(tl.int32)
         code += (u > tl.load(table_ptr + code)).to(tl.int32)
         level = tl.abs(tl.load(table_ptr + 256 + code))
-        field = code << (byte + field)
+        field = code << (shift + field)
     else:
         HALF: tl.constexpr = 2 ** (BITS - 1)
         level = tl.full(u.shape, BOOK[HALF - 1], tl.float32)
@@ -253,13 +254,11 @@ def _plain_fields(
             level = tl.where(above, BOOK[HALF + i], level)
         if BITS == 4:
             field = (field << shift) + signs
-        elif BITS == 3:
-            field = field << shift
-        elif BITS == 2:
-            field = tl.where(negative, 1 - field, 2 + field) << shift
-        else:
+        elif BITS == 1:
             field = signs
-    return field, signs, level * level if RULE == 1 else level * a
+        else:
+            field = tl.where(negative, HALF - 1 - field, HALF + field) << shift
+    return field, level * level if RULE == 1 else level * a
 
 
 @triton.jit
@@ -274,6 +273,27 @@ def _join(field, CP: tl.constexpr, VALUES: tl.constexpr):
 
 
 @triton.jit
+def _word_at(row, C: tl.constexpr, CP: tl.constexpr, R: tl.constexpr, VALUES: tl.constexpr):
+    """Places in a plane of words of rows (keys) or quads (values), parts of R tokens: [n] -> [n, words]."""
+    if VALUES:
+        at = row[:, None] * C + tl.arange(0, CP)[None, :]
+    else:
+        WORDS: tl.constexpr = 16 if C % 64 == 0 else C // 4  # of a block
+        word = tl.arange(0, CP // 4)
+        if C % 64 == 0:
+            word = word // WORDS * (R * WORDS) + word % WORDS
+        at = row[:, None] * WORDS + word[None, :]
+    return at
+
+
+@triton.jit
+def _inside(C: tl.constexpr, CP: tl.constexpr, VALUES: tl.constexpr):
+    """Whether a column of words belongs to the group, [1, words]."""
+    word = tl.arange(0, CP if VALUES else CP // 4)
+    return (word < (C if VALUES else C // 4))[None, :]
+
+
+@triton.jit
 def _store(
     words_ptr,
     field,
@@ -283,33 +303,59 @@ def _store(
     WIDTH: tl.constexpr,
     VALUES: tl.constexpr,
 ):
-    """Join the rest of a plane (of width 8: of one tile) and write its words."""
+    """Join the rest of a plane (of width 8: of one tile) and write its words; any width but 3."""
     if VALUES:
         ROWS: tl.constexpr = 16 if WIDTH >= 4 else 4 * WIDTH
         word = tl.sum(tl.reshape(field, [ROWS, 32 // ROWS, CP]), 1)
-        row, channel = tl.arange(0, ROWS), tl.arange(0, CP)
+        row = tl.arange(0, ROWS)
         if WIDTH == 8:
-            at = 16 * tile + 8 * (row & 1) + 4 * ((row >> 1) & 1) + (row >> 2)
+            row = 16 * tile + 8 * (row & 1) + 4 * ((row >> 1) & 1) + (row >> 2)
         elif WIDTH == 4:
-            at = 8 * (row & 1) + 4 * ((row >> 1) & 1) + (row >> 2)
+            row = 8 * (row & 1) + 4 * ((row >> 1) & 1) + (row >> 2)
         elif WIDTH == 2:
-            at = 4 * (row & 1) + (row >> 1)
-        else:
-            at = row
-        tl.store(words_ptr + channel[None, :] * (4 * WIDTH) + at[:, None], word, mask=channel[None, :] < C)
+            row = 4 * (row & 1) + (row >> 1)
+    elif WIDTH >= 4:
+        word = field
+        row = tile_token(tile if WIDTH == 8 else 0, False)
+    elif WIDTH == 2:
+        word = tl.reshape(tl.sum(tl.reshape(field, [4, 2, 8, CP // 4]), 1), [32, CP // 4])
+        row = tl.arange(0, 32)
+        row = 16 * ((row >> 2) & 1) + 4 * (row >> 3) + (row & 3)
     else:
-        column = tl.arange(0, CP // 4)
-        if WIDTH >= 4:
-            word = field
-            row = tile_token(tile if WIDTH == 8 else 0, False)
-        elif WIDTH == 2:
-            word = tl.reshape(tl.sum(tl.reshape(field, [4, 2, 8, CP // 4]), 1), [32, CP // 4])
-            row = tl.arange(0, 32)
-        else:
-            word = tl.sum(tl.reshape(field, [2, 2, 2, 8, CP // 4]), 2)
-            word = tl.reshape(tl.sum(word, 0), [16, CP // 4])
-            row = tl.arange(0, 16)
-        tl.store(words_ptr + row[:, None] * (C // 4) + column[None, :], word, mask=column[None, :] < C // 4)
+        word = tl.sum(tl.reshape(field, [4, 2, 2, 4, CP // 4]), 2)
+        word = tl.reshape(tl.sum(word, 1), [16, CP // 4])
+        row = tl.arange(0, 16)
+    place = words_ptr + _word_at(row, C, CP, 16 * WIDTH, VALUES)
+    tl.store(place, word, mask=_inside(C, CP, VALUES))
+
+
+@triton.jit
+def _join_pairs(field, CP: tl.constexpr, VALUES: tl.constexpr):
+    """3 bits: words of one tile with the parts 2 k and 2 k + 1 of two k -> [4, 2, n, words], k the second."""
+    if VALUES:
+        word = tl.sum(tl.reshape(field, [4, 2, 2, 2, CP]), 3)
+        word = tl.reshape(tl.sum(word, 1), [4, 2, 1, CP])
+    else:
+        word = tl.sum(tl.reshape(field, [4, 2, 2, 4, CP // 4]), 2)
+    return word
+
+
+@triton.jit
+def _store_planes(words_ptr, first, second, C: tl.constexpr, CP: tl.constexpr, VALUES: tl.constexpr):
+    """3 bits: spread the last two parts over the words of all others, from `_join_pairs`, and write them."""
+    ROWS: tl.constexpr = 1 if VALUES else 4
+    WORDS: tl.constexpr = CP if VALUES else CP // 4
+    pair = tl.arange(0, 2)[None, :, None, None]
+    last = tl.sum(tl.where(pair == 1, second, 0), 1)[:, None]
+    first += ((last >> pair) & 0x11111111) << 3
+    second += ((last >> 2) & 0x11111111) << 3
+    row = tl.arange(0, 8 * ROWS)
+    plane = row // ROWS % 2
+    place = words_ptr + _word_at(row // (2 * ROWS) * ROWS + row % ROWS, C, CP, 16, VALUES)
+    inside = _inside(C, CP, VALUES)
+    tl.store(place + plane[:, None] * (4 * C), tl.reshape(first, [8 * ROWS, WORDS]), mask=inside)
+    inside = inside & (plane == 0)[:, None]
+    tl.store(place + 8 * C, tl.reshape(second, [8 * ROWS, WORDS]), mask=inside)
 
 
 @triton.jit
@@ -386,30 +432,33 @@ def _encode_page(
         tl.store(flag_ptr + 0 * token, 1 if MODE == CAREFUL else 2, mask=in_range == 0)
         over = 1.0 / tl.where(square > 0, norm, 1.0)
         lane = token[:, None] % 4 if VALUES else channel[None, :] % 4
-        part = token[:, None] // 16  # of a plane of width 1
         if BITS == 4:
-            shift = 16 * tile + 4 * lane
-            sign = 1 << (8 * lane + 7 - 4 * tile)
+            first = 16 * (token // 64)
+        elif BITS == 3:
+            first = 16 * (token // 16 % 2)
         else:
-            shift = 16 * (part // 4) + 4 * lane + 2 * ((part // 2) % 2)
-            sign = 1 << (8 * lane + 7 - part)
+            first = 16 * (token // 64) + 2 * (token // 32 % 2)
+        shift = 8 * lane if BITS == 8 else first[:, None] + 4 * lane
+        if BITS == 4:
+            sign = 1 << (8 * lane + 7 - 4 * tile)
+        elif BITS == 1:
+            sign = 1 << (8 * lane + 7 - token[:, None] // 16)
+        else:
+            sign = shift
         if ASM != "":
-            field, signs, each = tl.inline_asm_elementwise(
+            field, each = tl.inline_asm_elementwise(
                 ASM,
-                "=&r,=&r,=&f,f,r,r,f",
+                "=&r,=&f,f,r,r,f",
                 [y, shift, sign, (over * STEEP)[:, None]],
-                dtype=(tl.int32, tl.int32, tl.float32),
+                dtype=(tl.int32, tl.float32),
                 is_pure=True,
                 pack=1,
             )
         else:
             u = y * over[:, None]
-            field, signs, each = _plain_fields(u, shift, sign, 8 * lane, table_ptr, cells, BOOK, BITS, RULE)
+            field, each = _plain_fields(u, shift, sign, table_ptr, cells, BOOK, BITS, RULE)
         word = _join(field, CP, VALUES)
         if SQUARES != "":
-            first = 16 * (token // 64)
-            if BITS != 4:
-                first += 2 * ((token // 32) % 2)
             each = tl.inline_asm_elementwise(
                 SQUARES,
                 "=r,r,r",
@@ -434,23 +483,14 @@ def _encode_page(
         tl.store(scale_ptr + token, tl.minimum(scale, largest).to(scale_ptr.dtype.element_ty))
         if BITS == 8:
             _store(words_ptr, word, tile, C, CP, 8, VALUES)
+        elif BITS == 3 and tile == 0:
+            words = _join_pairs(word, CP, VALUES)
+        elif BITS == 3:
+            _store_planes(words_ptr, words, _join_pairs(word, CP, VALUES), C, CP, VALUES)
+        elif tile == 0:
+            words = word
         else:
-            if tile == 0:
-                words = word
-                if BITS == 3:
-                    all_signs = _join(signs, CP, VALUES)
-            else:
-                words += word
-                if BITS == 3:
-                    all_signs += _join(signs, CP, VALUES)
-    if BITS == 4:
-        _store(words_ptr, words, 0, C, CP, 4, VALUES)
-    elif BITS == 1:
-        _store(words_ptr, words, 0, C, CP, 1, VALUES)
-    elif BITS != 8:
-        _store(words_ptr, words, 0, C, CP, 2, VALUES)
-        if BITS == 3:
-            _store(words_ptr + 8 * C, all_signs, 0, C, CP, 1, VALUES)
+            _store(words_ptr, words + word, 0, C, CP, BITS, VALUES)
 
 
 @triton.jit
