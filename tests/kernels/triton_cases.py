@@ -46,6 +46,7 @@ def case_specs(role: str) -> list[CodecSpec]:
     specs += [CodecSpec(80, bits, role) for bits in (2, 3, 3.5)]
     specs += [CodecSpec(64, 4, role, scale=scale) for scale in ("norm", "norm_corrected", "unbiased")]
     specs += [CodecSpec(64, 4, role, rotation=kind, codebook="lloyd_max") for kind in ("haar", "identity")]
+    specs += [CodecSpec(128, bits, role) for bits in (1, 2, 3, 4, 8)]  # keys of two blocks of channels
     return [*specs, CodecSpec(36, 3, role, scale_dtype="float32"), CodecSpec(160, 2, role)]
 
 
