@@ -7,6 +7,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from quantpress.kernels.attend.dense import attend_tile
 
 LOG2_E = tl.constexpr(1.4426950408889634)
+TILES = tl.constexpr(16)
 MOST = tl.constexpr(32512.0)
 """Query coordinates are counted in units of their largest over 127 * 256: the high byte stays below 128."""
 
@@ -177,36 +178,25 @@ def first_kernel(
 
 
 @triton.jit
-def _join(
-    m,
-    total,
-    y,
-    o_ptr,
-    m_ptr,
-    l_ptr,
-    count,
-    block,
-    local,
-    DV: tl.constexpr,
-    R: tl.constexpr,
-    SIZE: tl.constexpr,
+def _load(
+    o_ptr, m_ptr, l_ptr, start, count, block, local, DV: tl.constexpr, R: tl.constexpr, SIZE: tl.constexpr
 ):
-    """Take `count` partial sums of one row into m, total [1] and y [DV]."""
-    value, part = tl.arange(0, DV), tl.arange(0, SIZE)
-    for start in range(0, count, SIZE):
-        split = start + part
-        live = split < count
-        slot = (block * count + split) * R + local
-        part_m = tl.load(m_ptr + slot, mask=live, other=-1e30)
-        part_l = tl.load(l_ptr + slot, mask=live, other=0.0)
-        part_o = tl.load(o_ptr + slot[:, None] * DV + value[None, :], mask=live[:, None], other=0.0)
-        new = tl.maximum(m, tl.max(part_m, 0))
-        decay = tl.exp2(m - new)
-        weight = tl.exp2(part_m - new)
-        y = y * decay + tl.sum(part_o * weight[:, None], 0)
-        total = total * decay + tl.sum(part_l * weight, 0)
-        m = new
-    return m, total, y
+    """Partial sums of one row from `start` on: o [SIZE, DV], m and l [SIZE]."""
+    split = start + tl.arange(0, SIZE)
+    live = split < count
+    slot = (block * count + split) * R + local
+    o = tl.load(o_ptr + slot[:, None] * DV + tl.arange(0, DV)[None, :], mask=live[:, None], other=0.0)
+    m = tl.load(m_ptr + slot, mask=live, other=-1e30)
+    return o, m, tl.load(l_ptr + slot, mask=live, other=0.0)
+
+
+@triton.jit
+def _join(m, total, y, part_o, part_m, part_l):
+    """Take partial sums into m, total [1] and y [DV]."""
+    new = tl.maximum(m, tl.max(part_m, 0))
+    decay, weight = tl.exp2(m - new), tl.exp2(part_m - new)
+    y = y * decay + tl.sum(part_o * weight[:, None], 0)
+    return new, total * decay + tl.sum(part_l * weight, 0), y
 
 
 @triton.jit(do_not_specialize=["splits", "tiles", "rows", "queries", "group", "kv_heads", "blocks"])
@@ -242,17 +232,31 @@ def merge_kernel(
     row, head = tl.program_id(0), tl.program_id(1).to(tl.int64)
     block, local = head * blocks + row // R, row % R
     value = tl.arange(0, DV)
-    turn = tl.load(rotation_ptr + value[:, None] * DV + value[None, :])
+    EARLY: tl.constexpr = DV <= 128  # a larger matrix does not fit into registers beside the rest
+    if EARLY:
+        turn = tl.load(rotation_ptr + value[:, None] * DV + value[None, :])
     if CHAINED:
         gdc_wait()
     m = tl.full([1], -1e30, tl.float32)
     total = tl.zeros([1], tl.float32)
     y = tl.zeros([DV], tl.float32)
-    m, total, y = _join(m, total, y, o_ptr, m_ptr, l_ptr, splits, block, local, DV, R, SIZE)
-    turned = tl.sum(turn * (y * unit)[:, None], 0)
-    m, total, turned = _join(
-        m, total, turned, dense_o_ptr, dense_m_ptr, dense_l_ptr, tiles, block, local, DV, R, 16
+    o, ms, ls = _load(o_ptr, m_ptr, l_ptr, 0, splits, block, local, DV, R, SIZE)
+    dense_o, dense_ms, dense_ls = _load(
+        dense_o_ptr, dense_m_ptr, dense_l_ptr, 0, tiles, block, local, DV, R, TILES
     )
+    m, total, y = _join(m, total, y, o, ms, ls)
+    for start in range(SIZE, splits, SIZE):
+        o, ms, ls = _load(o_ptr, m_ptr, l_ptr, start, splits, block, local, DV, R, SIZE)
+        m, total, y = _join(m, total, y, o, ms, ls)
+    if not EARLY:
+        turn = tl.load(rotation_ptr + value[:, None] * DV + value[None, :])
+    turned = tl.sum(turn * (y * unit)[:, None], 0)
+    m, total, turned = _join(m, total, turned, dense_o, dense_ms, dense_ls)
+    for start in range(TILES, tiles, TILES):
+        dense_o, dense_ms, dense_ls = _load(
+            dense_o_ptr, dense_m_ptr, dense_l_ptr, start, tiles, block, local, DV, R, TILES
+        )
+        m, total, turned = _join(m, total, turned, dense_o, dense_ms, dense_ls)
     if HAS_SINKS:
         sink = tl.load(sinks_ptr + head % kv_heads * group + row // queries).to(tl.float32) * LOG2_E
         new = tl.maximum(m, sink)

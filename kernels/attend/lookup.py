@@ -90,6 +90,28 @@ prmt.b32 $7, $20, $24, t; }""")
 """3 bits: the words of three planes in, parts 0 to 7 out."""
 
 
+LOOKUP_3_HALF = tl.constexpr("""{ .reg .b32 s, t, u;
+shr.u32 s, $4, $24;
+and.b32 t, s, 0x7777;
+prmt.b32 $0, $16, $20, t;
+shr.u32 s, s, 3;
+and.b32 s, s, 0x1111;
+shr.u32 u, $8, $24;
+and.b32 t, u, 0x7777;
+prmt.b32 $1, $16, $20, t;
+shr.u32 u, u, 2;
+and.b32 u, u, 0x2222;
+or.b32 s, s, u;
+shr.u32 u, $12, $24;
+and.b32 t, u, 0x7777;
+prmt.b32 $2, $16, $20, t;
+shr.u32 u, u, 1;
+and.b32 u, u, 0x4444;
+or.b32 s, s, u;
+prmt.b32 $3, $16, $20, s; }""")
+"""3 bits: the words of three planes, the table and a shift, 0 or 16, in; the even or the odd parts out."""
+
+
 @triton.jit
 def code_at(page_ptr, token, channel, C: tl.constexpr, BITS: tl.constexpr, VALUES: tl.constexpr, mask):
     """Codes of a page, one by one, for 2, 3 and 4 bits: the layout's definition in plain loads.

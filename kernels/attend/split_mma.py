@@ -28,7 +28,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 
-from quantpress.kernels.attend.lookup import LOOKUP_2, LOOKUP_3, LOOKUP_4
+from quantpress.kernels.attend.lookup import LOOKUP_2, LOOKUP_3, LOOKUP_3_HALF, LOOKUP_4
 
 PAGE_TOKENS = gl.constexpr(128)
 MOST = gl.constexpr(32512.0)
@@ -114,11 +114,16 @@ def _value_words(ptr, step, C: gl.constexpr, BITS: gl.constexpr, HALVES: gl.cons
     """The same of values."""
     if HALVES == 2:
         half = step % 2 * (4 * C)
-        if BITS == 4:  # noqa: SIM108 (a compile-time branch)
-            a = _load_values(ptr + half, 8, C // 16, C)
+        if BITS == 3:
+            a = _load_values(ptr, 0, C // 32, C)
+            b = _load_values(ptr + 4 * C, 0, C // 32, C)
+            c = _load_values(ptr + 8 * C, 0, C // 32, C)
         else:
-            a = _load_values(ptr + half, 0, C // 32, C)
-        b, c = a, a
+            if BITS == 4:
+                a = _load_values(ptr + half, 8, C // 16, C)
+            else:
+                a = _load_values(ptr + half, 0, C // 32, C)
+            b, c = a, a
     elif BITS == 4:
         a = _load_values(ptr, 4, C // 16, C)
         b = _load_values(ptr + 8 * C, 4, C // 16, C)
@@ -153,7 +158,9 @@ def _pair(a, b, VECTORS: gl.constexpr):
 
 
 @gluon.jit
-def _levels(a, b, c, tables, SIDE: gl.constexpr, D: gl.constexpr, BITS: gl.constexpr, HALVES: gl.constexpr):
+def _levels(
+    a, b, c, step, tables, SIDE: gl.constexpr, D: gl.constexpr, BITS: gl.constexpr, HALVES: gl.constexpr
+):
     """int8 levels of the tiles: [D / 16, 32, 4, 4] each; four of a page, two (twice) of a half."""
     N: gl.constexpr = D // 16 if BITS == 4 or (BITS == 2 and HALVES == 1) else D // 32
     low = _register(tables, 2 * SIDE, N)
@@ -180,6 +187,17 @@ def _levels(a, b, c, tables, SIDE: gl.constexpr, D: gl.constexpr, BITS: gl.const
                 is_pure=True,
                 pack=4,
             )
+    elif BITS == 3 and HALVES == 2:
+        w0, w1, x0, x1 = gl.inline_asm_elementwise(
+            LOOKUP_3_HALF,
+            "=&r,=&r,=&r,=&r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r",
+            [_repeat(a, N), _repeat(b, N), _repeat(c, N), low, high, step % 2 * 16],
+            dtype=(gl.int8, gl.int8, gl.int8, gl.int8),
+            is_pure=True,
+            pack=4,
+        )
+        w, x = _pair(w0, w1, N), _pair(x0, x1, N)
+        y, z = w, x
     elif BITS == 3:
         w0, w1, x0, x1, y0, y1, z0, z1 = gl.inline_asm_elementwise(
             LOOKUP_3,
@@ -263,11 +281,16 @@ def _halves(x, R: gl.constexpr, N: gl.constexpr):
 
 
 @gluon.jit
-def _scores(q, k, ks, start, R: gl.constexpr, D: gl.constexpr, mma: gl.constexpr):
-    """k_scale * sum_c (b + 1 / 2) q: [R, 32] float32."""
+def _sums(q, k, start, R: gl.constexpr, D: gl.constexpr, mma: gl.constexpr):
+    """sum_c (b + 1 / 2) q: [R, 32] float32."""
     high, low = _halves(mma_v2(q, _key_operand(k, D, mma), start), R, 32)
-    x = (high * 256 + low).to(gl.float32)
-    return x * gl.convert_layout(ks, gl.SliceLayout(0, x.type.layout), assert_trivial=True)[None, :]
+    return (high * 256 + low).to(gl.float32)
+
+
+@gluon.jit
+def _scaled(x, scales):
+    """x [R, 32] times one scale a column."""
+    return x * gl.convert_layout(scales, gl.SliceLayout(0, x.type.layout), assert_trivial=True)[None, :]
 
 
 @gluon.jit
@@ -290,7 +313,7 @@ def _exp2(x):
 def _weigh(s, factor, top, vs):
     """p = exp2(factor * s - top), and p * v_scale."""
     p = _exp2(s * factor - top)
-    return p, p * gl.convert_layout(vs, gl.SliceLayout(0, p.type.layout), assert_trivial=True)[None, :]
+    return p, _scaled(p, vs)
 
 
 @gluon.jit
@@ -371,8 +394,8 @@ def split_mma_kernel(
     int32, from `first_kernel`, N = heads * blocks; k and v: pages of words, int32, their strides in words;
     scales float16; used [heads] int32, tokens in use, if USED; o [N, S, R, DV], of which rows up to the last
     of a head's `rows` are written, m and l [N, S, R] float32, S the number of programs on axis 0. `softcap`
-    counts if CAPPED. HALVES is 2 to take a page in two steps, for widths of 2 and 4 bits. CHAINED: started
-    before `first_kernel` has ended.
+    counts if CAPPED. HALVES is 2 to take a page in two steps, groups of tokens 0, 2, 4, 6 before 1, 3, 5, 7.
+    CHAINED: started before `first_kernel` has ended.
     """
     mma: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [1, 1], [16, 8])
     left: gl.constexpr = gl.DotOperandLayout(0, mma, 4)
@@ -393,7 +416,6 @@ def split_mma_kernel(
     # An empty split reads the first page all the same, and throws it away.
     safe = gl.minimum(first, pages - 1).to(gl.int64)
     ka, kb, kc = _key_words(k_ptr + safe * k_page, 0, D, K_BITS, HALVES)
-    ks = _load_scales(ks_ptr + safe * ks_page, 0, HALVES)
     if CHAINED:
         _wait_for_queries()
     at = gl.arange(0, D, layout=gl.SliceLayout(0, left))
@@ -421,21 +443,24 @@ def split_mma_kernel(
     for step in range(HALVES * first, HALVES * last):
         page = (step // HALVES).to(gl.int64)
         va, vb, vc = _value_words(v_ptr + page * v_page, step, DV, V_BITS, HALVES)
+        ks = _load_scales(ks_ptr + page * ks_page, step, HALVES)
         vs = _load_scales(vs_ptr + page * vs_page, step, HALVES)
         _order(step)
-        ks0, ks1, ks2, ks3 = _tiles(ks, HALVES)
-        k0, k1, k2, k3 = _levels(ka, kb, kc, tables, 0, D, K_BITS, HALVES)
-        s0 = _scores(q, k0, ks0, start, R, D, mma)
-        s1 = _scores(q, k1, ks1, start, R, D, mma)
+        k0, k1, k2, k3 = _levels(ka, kb, kc, step, tables, 0, D, K_BITS, HALVES)
+        s0 = _sums(q, k0, start, R, D, mma)
+        s1 = _sums(q, k1, start, R, D, mma)
         if HALVES == 1:
-            s2 = _scores(q, k2, ks2, start, R, D, mma)
-            s3 = _scores(q, k3, ks3, start, R, D, mma)
+            s2 = _sums(q, k2, start, R, D, mma)
+            s3 = _sums(q, k3, start, R, D, mma)
         ahead = gl.minimum(step + 1, HALVES * last - 1)
         page = (ahead // HALVES).to(gl.int64)
         ka, kb, kc = _key_words(k_ptr + page * k_page, ahead, D, K_BITS, HALVES)
-        ks = _load_scales(ks_ptr + page * ks_page, ahead, HALVES)
         _order(step)
 
+        ks0, ks1, ks2, ks3 = _tiles(ks, HALVES)
+        s0, s1 = _scaled(s0, ks0), _scaled(s1, ks1)
+        if HALVES == 1:
+            s2, s3 = _scaled(s2, ks2), _scaled(s3, ks3)
         if CAPPED:
             s0 = _capped(s0, factor[:, None], bias[:, None], softcap)
             s1 = _capped(s1, factor[:, None], bias[:, None], softcap)
@@ -481,7 +506,7 @@ def split_mma_kernel(
         weight = weight * decay + gl.sum(w, 1) * gain
 
         units = (MOST / most)[:, None]
-        v0, v1, v2, v3 = _levels(va, vb, vc, tables, 1, DV, V_BITS, HALVES)
+        v0, v1, v2, v3 = _levels(va, vb, vc, step, tables, 1, DV, V_BITS, HALVES)
         o = gl.full([2 * R, DV], 0, gl.int32, mma)
         o = mma_v2(_weight_operand(w0, units, R, mma), _value_operand(v0, DV, mma), o)
         o = mma_v2(_weight_operand(w1, units, R, mma), _value_operand(v1, DV, mma), o)

@@ -27,6 +27,9 @@ DENSE_TILE = 32
 PROGRAMS = 8
 """Programs of the split kernel, of one warp each, that a multiprocessor holds: 255 registers a thread."""
 
+MOST_SPLITS = 128
+"""More programs for one block of rows would cost more in the merge than they save."""
+
 PLAIN_PROGRAMS = 16
 """Programs in all of the plain kernel."""
 
@@ -241,7 +244,7 @@ class _Call:
                 used,
                 *numbers,
                 **constants,
-                HALVES=steps_of_page(books[0].bits, books[1].bits),
+                HALVES=steps_of_page(books[0].bits, books[1].bits, value_dim, self.block),
                 CAPPED=self.softcap > 0,
                 CHAINED=bool(self.chained),
                 num_warps=1,
@@ -287,9 +290,9 @@ class _Call:
             DV=value_dim,
             R=self.block,
             HAS_SINKS=sinks is not None,
-            SIZE=64 if value_dim <= 128 else 16,
+            SIZE=MOST_SPLITS if value_dim <= 128 else 32,
             CHAINED=bool(self.chained),
-            num_warps=16 if value_dim > 128 else 8,
+            num_warps=16,
             **self.chained,
         )
         return out.view(self.batch, self.query_heads, self.queries, value_dim)
@@ -300,12 +303,9 @@ def block_rows(rows: int, head_dim: int) -> int:
     return 8 if rows <= 8 or head_dim > 128 else 16
 
 
-def steps_of_page(key_bits: int, value_bits: int) -> int:
-    """Steps in which a page is taken: two where a whole one would not fit into registers.
-
-    3 bits have no half pages, since parts 6 and 7 are spread over the words of all others.
-    """
-    return 2 if 4 in (key_bits, value_bits) and 3 not in (key_bits, value_bits) else 1
+def steps_of_page(key_bits: int, value_bits: int, head_dim: int, rows: int) -> int:
+    """Steps in which a page is taken: two where a whole one would not fit into registers."""
+    return 2 if 4 in (key_bits, value_bits) or head_dim > 128 or rows > 8 else 1
 
 
 def split_count(pages: int, blocks: int, programs: int) -> int:
@@ -316,7 +316,7 @@ def split_count(pages: int, blocks: int, programs: int) -> int:
         blocks: B * Hkv * blocks of rows.
         programs: that run at a time.
     """
-    return max(1, min(pages, programs // blocks))
+    return max(1, min(pages, programs // blocks, MOST_SPLITS))
 
 
 @lru_cache(maxsize=1)

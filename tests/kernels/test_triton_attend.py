@@ -25,6 +25,7 @@ from quantpress.kernels.attend import (
 from quantpress.kernels.attend.reference import attend_reference
 from quantpress.kernels.attend.triton_attend import (
     DENSE_TILE,
+    MOST_SPLITS,
     block_rows,
     split_count,
     steps_of_page,
@@ -130,7 +131,7 @@ def test_split_kernel_compiles_without_a_gpu(
     from quantpress.kernels.attend.split_mma import split_mma_kernel
 
     constants = {"D": dim, "DV": dim, "R": rows, "K_BITS": key_bits, "V_BITS": value_bits}
-    constants |= {"HALVES": steps_of_page(key_bits, value_bits), "USED": True}
+    constants |= {"HALVES": steps_of_page(key_bits, value_bits, dim, rows), "USED": True}
     constants |= {"CAPPED": capability == 80, "CHAINED": capability >= 90}
     kernel = compiled(split_mma_kernel, constants, capability, 1)
     assert "mma.sync.aligned.m16n8k32.row.col.satfinite.s32.s8.s8.s32" in kernel.asm["ptx"]
@@ -148,9 +149,9 @@ def test_kernels_around_it_compile_without_a_gpu(capability: int, dim: int) -> N
     chained = {"CHAINED": capability >= 90, "R": 8, "DV": dim}
     first = chained | {"D": dim, "TILE": DENSE_TILE, "HAS_WEIGHT": True, "HAS_MEAN": True}
     first |= {"FIRST_USED": True, "RECENT_USED": True, "PLAIN": False}
-    merge = chained | {"HAS_SINKS": True, "SIZE": 64 if dim <= 128 else 16}
+    merge = chained | {"HAS_SINKS": True, "SIZE": MOST_SPLITS if dim <= 128 else 32}
     for kernel, constants in ((first_kernel, first), (merge_kernel, merge)):
-        binary = compiled(kernel, constants, capability, 16 if dim > 128 else 8)
+        binary = compiled(kernel, constants, capability, 16)
         assert len(binary.asm["cubin"]) > 0
         assert binary.metadata.shared <= 99 * 1024  # of consumer GPUs
 
