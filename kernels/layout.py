@@ -208,10 +208,10 @@ def _in_order(words: Tensor, bits: int, channels: int, role: str) -> Tensor:
 def _quad_indices(words: Tensor, bits: int) -> Tensor:
     """[planes, ...] int32 words -> [parts, ...] int32 indices of quads."""
     if bits == 4:
-        word = words[0]
-        first = (word & 0xF7F7).bitwise_or_((word >> 20).bitwise_and_(0x0808))
-        second = ((word >> 16).bitwise_and_(0x7F7F)).bitwise_or_((word << 4).bitwise_and_(0x8080))
-        return torch.stack((first, second))
+        word, index = words[0], words.new_empty(2, *words.shape[1:])
+        torch.bitwise_and(word, 0xF7F7, out=index[0]).bitwise_or_((word >> 20).bitwise_and_(0x0808))
+        torch.bitwise_and(word >> 16, 0x7F7F, out=index[1]).bitwise_or_((word << 4).bitwise_and_(0x8080))
+        return index
     part = torch.arange(PARTS[bits], dtype=torch.int32, device=words.device)
     part = part.view(-1, *[1] * (words.dim() - 1))
     if bits == 2:
