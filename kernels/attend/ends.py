@@ -107,7 +107,7 @@ def first_kernel(
     rotation [D, D]; q [N, 2R, D] int8, row r at 16 * (r // 8) + r % 8 and, its low part, 8 rows later; factor
     [N, R] undoes their scaling and the levels' unit; start [N, 2R] int32 is what a sum over bytes b lacks for
     levels 2 * b + 1; bias [N, R] is q . mean. first and recent keys and values [BH, tokens, D] contiguous; o
-    [N, tiles, R, DV], m and l [N, tiles, R] float32; the two used [BH] int32, tokens in use, count where
+    [N, tiles, R, DV], m and l [N, R, tiles] float32; the two used [BH] int32, tokens in use, count where
     their constant says so. CHAINED: the next kernel may start, it waits by itself.
     """
     place, block = tl.program_id(0), tl.program_id(1).to(tl.int64)
@@ -173,8 +173,9 @@ def first_kernel(
         slot = block * tiles + tile
         kept = skipped + row < rows
         tl.store(o_ptr + (slot * R + row[None, :]) * DV + value[:, None], out, mask=kept[None, :])
-        tl.store(m_ptr + slot * R + row, m)
-        tl.store(l_ptr + slot * R + row, total)
+        at = (block * R + row) * tiles + tile
+        tl.store(m_ptr + at, m)
+        tl.store(l_ptr + at, total)
 
 
 @triton.jit
@@ -186,8 +187,9 @@ def _load(
     live = split < count
     slot = (block * count + split) * R + local
     o = tl.load(o_ptr + slot[:, None] * DV + tl.arange(0, DV)[None, :], mask=live[:, None], other=0.0)
-    m = tl.load(m_ptr + slot, mask=live, other=-1e30)
-    return o, m, tl.load(l_ptr + slot, mask=live, other=0.0)
+    at = (block * R + local) * count + split
+    m = tl.load(m_ptr + at, mask=live, other=-1e30)
+    return o, m, tl.load(l_ptr + at, mask=live, other=0.0)
 
 
 @triton.jit
@@ -222,17 +224,17 @@ def merge_kernel(
     R: tl.constexpr,
     HAS_SINKS: tl.constexpr,
     SIZE: tl.constexpr,
+    EARLY: tl.constexpr,
     CHAINED: tl.constexpr,
 ):
     """Join the splits of one row of one (batch, KV head), rotate back once, join the 16-bit tokens.
 
-    o [N, splits, R, DV], m and l [N, splits, R]; dense_o, dense_m, dense_l the same with tiles; sinks [Hkv *
-    G] logits; out [BH, rows, DV].
+    o [N, splits, R, DV], m and l [N, R, splits]; dense_o, dense_m, dense_l the same with tiles; sinks [Hkv *
+    G] logits; out [BH, rows, DV]. EARLY: the rotation fits into registers beside the first of them.
     """
     row, head = tl.program_id(0), tl.program_id(1).to(tl.int64)
     block, local = head * blocks + row // R, row % R
     value = tl.arange(0, DV)
-    EARLY: tl.constexpr = DV <= 128  # a larger matrix does not fit into registers beside the rest
     if EARLY:
         turn = tl.load(rotation_ptr + value[:, None] * DV + value[None, :])
     if CHAINED:

@@ -90,11 +90,16 @@ def _key_words(ptr, step, D: gl.constexpr, BITS: gl.constexpr, HALVES: gl.conste
     """The words of keys of a page, or of one half of it: three tensors, not all of them used."""
     if HALVES == 2:
         half = step % 2 * (16 * 16)
-        if BITS == 4:
-            a = _load_keys(ptr + half, 32, D // 16, D, 64)
+        if BITS == 3:  # both halves lie in each word
+            a = _load_keys(ptr, 0, D // 32, D, 16)
+            b = _load_keys(ptr + 4 * D, 0, D // 32, D, 16)
+            c = _load_keys(ptr + 8 * D, 0, D // 32, D, 16)
         else:
-            a = _load_keys(ptr + half, 0, D // 32, D, 32)
-        b, c = a, a
+            if BITS == 4:
+                a = _load_keys(ptr + half, 32, D // 16, D, 64)
+            else:
+                a = _load_keys(ptr + half, 0, D // 32, D, 32)
+            b, c = a, a
     elif BITS == 4:
         a = _load_keys(ptr, 16, D // 16, D, 64)
         b = _load_keys(ptr + 32 * 16, 16, D // 16, D, 64)
@@ -393,7 +398,7 @@ def split_mma_kernel(
     table [4, 32] int32 of `lookup_table`; q [N, 2R, D] int8, factor and bias [N, R] float32, start [N, 2R]
     int32, from `first_kernel`, N = heads * blocks; k and v: pages of words, int32, their strides in words;
     scales float16; used [heads] int32, tokens in use, if USED; o [N, S, R, DV], of which rows up to the last
-    of a head's `rows` are written, m and l [N, S, R] float32, S the number of programs on axis 0. `softcap`
+    of a head's `rows` are written, m and l [N, R, S] float32, S the number of programs on axis 0. `softcap`
     counts if CAPPED. HALVES is 2 to take a page in two steps, groups of tokens 0, 2, 4, 6 before 1, 3, 5, 7.
     CHAINED: started before `first_kernel` has ended.
     """
@@ -532,5 +537,6 @@ def split_mma_kernel(
     slot = block * splits + split
     kept = block % blocks * R + o_row < rows
     gl.store(o_ptr + (slot * R + o_row[:, None]) * DV + value[None, :], out, mask=kept[:, None])
-    gl.store(m_ptr + slot * R + row, m)
-    gl.store(l_ptr + slot * R + row, total)
+    at = (block * R + row) * splits + split
+    gl.store(m_ptr + at, m)
+    gl.store(l_ptr + at, total)

@@ -107,5 +107,6 @@ def split_plain_kernel(
     slot = block * splits + split
     kept = block % blocks * R + row < rows
     tl.store(o_ptr + (slot * R + row[None, :]) * DV + value[:, None], acc, mask=kept[None, :])
-    tl.store(m_ptr + slot * R + row, m)
-    tl.store(l_ptr + slot * R + row, total)
+    at = (block * R + row) * splits + split
+    tl.store(m_ptr + at, m)
+    tl.store(l_ptr + at, total)

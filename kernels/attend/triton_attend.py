@@ -144,7 +144,7 @@ class _Call:
         count, rows = self.heads * self.blocks, self.block
         return [
             self._new(count, parts, rows, value_dim),
-            *(self._new(count, parts, rows) for _ in range(2)),
+            *(self._new(count, rows, parts) for _ in range(2)),
         ]
 
     def first(
@@ -290,9 +290,10 @@ class _Call:
             DV=value_dim,
             R=self.block,
             HAS_SINKS=sinks is not None,
-            SIZE=MOST_SPLITS if value_dim <= 128 else 32,
+            SIZE=64 if value_dim <= 128 else 32,
+            EARLY=value_dim <= 128,
             CHAINED=bool(self.chained),
-            num_warps=16,
+            num_warps=4 if value_dim <= 128 else 16,
             **self.chained,
         )
         return out.view(self.batch, self.query_heads, self.queries, value_dim)
