@@ -224,19 +224,17 @@ def merge_kernel(
     R: tl.constexpr,
     HAS_SINKS: tl.constexpr,
     SIZE: tl.constexpr,
-    EARLY: tl.constexpr,
     CHAINED: tl.constexpr,
 ):
     """Join the splits of one row of one (batch, KV head), rotate back once, join the 16-bit tokens.
 
     o [N, splits, R, DV], m and l [N, R, splits]; dense_o, dense_m, dense_l the same with tiles; sinks [Hkv *
-    G] logits; out [BH, rows, DV]. EARLY: the rotation fits into registers beside the first of them.
+    G] logits; out [BH, rows, DV].
     """
     row, head = tl.program_id(0), tl.program_id(1).to(tl.int64)
     block, local = head * blocks + row // R, row % R
     value = tl.arange(0, DV)
-    if EARLY:
-        turn = tl.load(rotation_ptr + value[:, None] * DV + value[None, :])
+    turn = tl.load(rotation_ptr + value[:, None] * DV + value[None, :])
     if CHAINED:
         gdc_wait()
     m = tl.full([1], -1e30, tl.float32)
@@ -250,8 +248,6 @@ def merge_kernel(
     for start in range(SIZE, splits, SIZE):
         o, ms, ls = _load(o_ptr, m_ptr, l_ptr, start, splits, block, local, DV, R, SIZE)
         m, total, y = _join(m, total, y, o, ms, ls)
-    if not EARLY:
-        turn = tl.load(rotation_ptr + value[:, None] * DV + value[None, :])
     turned = tl.sum(turn * (y * unit)[:, None], 0)
     m, total, turned = _join(m, total, turned, dense_o, dense_ms, dense_ls)
     for start in range(TILES, tiles, TILES):

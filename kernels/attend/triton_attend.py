@@ -30,6 +30,9 @@ PROGRAMS = 8
 MOST_SPLITS = 128
 """More programs for one block of rows would cost more in the merge than they save."""
 
+MERGED = 64
+"""Partial sums that the merge takes at a time."""
+
 PLAIN_PROGRAMS = 16
 """Programs in all of the plain kernel."""
 
@@ -290,10 +293,9 @@ class _Call:
             DV=value_dim,
             R=self.block,
             HAS_SINKS=sinks is not None,
-            SIZE=64 if value_dim <= 128 else 32,
-            EARLY=value_dim <= 128,
+            SIZE=MERGED,
             CHAINED=bool(self.chained),
-            num_warps=4 if value_dim <= 128 else 16,
+            num_warps=4 if value_dim <= 128 else 8,
             **self.chained,
         )
         return out.view(self.batch, self.query_heads, self.queries, value_dim)

@@ -25,6 +25,7 @@ from quantpress.kernels.attend import (
 from quantpress.kernels.attend.reference import attend_reference
 from quantpress.kernels.attend.triton_attend import (
     DENSE_TILE,
+    MERGED,
     block_rows,
     split_count,
     steps_of_page,
@@ -148,9 +149,9 @@ def test_kernels_around_it_compile_without_a_gpu(capability: int, dim: int) -> N
     chained = {"CHAINED": capability >= 90, "R": 8, "DV": dim}
     first = chained | {"D": dim, "TILE": DENSE_TILE, "HAS_WEIGHT": True, "HAS_MEAN": True}
     first |= {"FIRST_USED": True, "RECENT_USED": True, "PLAIN": False}
-    merge = chained | {"HAS_SINKS": True, "SIZE": 64 if dim <= 128 else 32, "EARLY": dim <= 128}
+    merge = chained | {"HAS_SINKS": True, "SIZE": MERGED}
     for kernel, constants in ((first_kernel, first), (merge_kernel, merge)):
-        binary = compiled(kernel, constants, capability, 16 if dim > 128 else 4)
+        binary = compiled(kernel, constants, capability, 8 if dim > 128 else 4)
         assert len(binary.asm["cubin"]) > 0
         assert binary.metadata.shared <= 99 * 1024  # of consumer GPUs
 
