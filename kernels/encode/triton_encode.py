@@ -17,10 +17,9 @@ from quantpress.kernels.encode.triton_kernel import CAREFUL, QUICK, QUICK_UNIT, 
 from quantpress.kernels.layout import PAGE_TOKENS, page_bytes
 from quantpress.kernels.rotation_matrix import RotationMatrix, padded, rotation_matrix
 
-PROVEN_CHANNELS = 128
-"""Wider groups go to the reference: the kernel passes in the interpreter, but no GPU has run it on these pages."""
+MAX_CHANNELS = 128
+"""Of one group. Wider ones go to the reference: only the interpreter has run the kernel on their pages."""
 
-MAX_CHANNELS = 256  # of one group: a tile's rows lie in the registers of one program
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 ASSEMBLED = (2, 3, 4)
 ROOMY_BYTES = 160 * 1024
@@ -75,8 +74,8 @@ def is_roomy(device: torch.device) -> bool:
 
 
 def supports_encode(x: Tensor, spec: CodecSpec) -> bool:
-    """Whether the kernel is used for these vectors: no sketch, groups of up to 128 channels, 16 or 32 bits."""
-    fits = all(group.channels <= PROVEN_CHANNELS for group in spec.groups)
+    """Whether the kernel is used: no sketch, groups of up to 128 channels, vectors of 16 or 32 bits."""
+    fits = all(group.channels <= MAX_CHANNELS for group in spec.groups)
     return spec.estimator == "mse" and fits and x.dtype in DTYPES and x.dim() == 4
 
 
