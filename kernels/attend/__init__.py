@@ -1,7 +1,6 @@
 """Attention over dense and packed segments: the public entry, and the seam where a device kernel goes in."""
 
 from collections.abc import Sequence
-from functools import partial
 
 import torch
 
@@ -12,9 +11,6 @@ from quantpress.kernels.attend.triton_attend import attend_triton, supports
 from quantpress.kernels.available import runs_triton
 
 __all__ = ["DenseSegment", "PackedSegment", "PackedSide", "Segment", "Visibility", "attend"]
-
-FP8_CAPABILITY = (8, 9)
-"""First compute capability with fp8 tensor cores; older GPUs take the kernels' float32 path."""
 
 
 def attend(
@@ -54,10 +50,8 @@ def attend(
         raise InvalidInputError(f"{query.shape[1]} query heads are not a multiple of {heads} KV heads")
     for segment in filled:
         _check_lengths(segment.lengths, (query.shape[0], heads), query.device)
-    run = attend_reference
-    if runs_triton(query.device) and supports(query, filled, visibility):
-        plain = torch.cuda.get_device_capability(query.device) < FP8_CAPABILITY
-        run = partial(attend_triton, plain=plain)
+    fast = runs_triton(query.device) and supports(query, filled, visibility)
+    run = attend_triton if fast else attend_reference
     return run(query, filled, visibility, scaling=scaling, softcap=softcap, sinks=sinks)
 
 

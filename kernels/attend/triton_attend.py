@@ -94,7 +94,7 @@ def attend_triton(
         scaling: factor on q.k.
         softcap: as there.
         sinks: as there.
-        plain: float32 arithmetic without assembly or fp8, for Triton's interpreter.
+        plain: float32 arithmetic and plain loads, for Triton's interpreter.
 
     Returns:
         [B, Hq, Tq, Dv] in the query's dtype.
