@@ -22,6 +22,7 @@ def entries() -> dict[str, Any]:
 
 
 def test_install_and_uninstall_leave_no_trace() -> None:
+    uninstall_packed_attention()  # presses of other tests leave it in place
     before = entries()
     install_packed_attention()
     once = entries()
