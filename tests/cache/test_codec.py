@@ -35,7 +35,7 @@ def test_any_shape_comes_back(shape: tuple[int, ...], role: str) -> None:
     if x.numel():
         assert relative_error(decoded, x) < (
             0.13 if packed.vectors > 9 else 0.25
-        )  # one vector may be unlucky
+        )  # one may be unlucky
 
 
 @pytest.mark.parametrize("shape", [(2, 3, 64), (2, 3, 130, 64), (2, 3, 4, 5, 64)], ids=str)
