@@ -1,4 +1,4 @@
-"""The split kernel in float32 and plain loads (Triton): for the interpreter, and where Gluon is missing.
+"""The split kernel in float32 and plain loads (Triton): for the interpreter, which does not know Gluon.
 
 It computes what `quantpress.kernels.attend.split_mma` computes, from the same buffers, without its tricks.
 """

@@ -5,7 +5,6 @@ in splits; join it all. Nothing is tuned at run time; each head_dim and pair of 
 """
 
 import contextlib
-import importlib.util
 import math
 from collections.abc import Sequence
 from functools import lru_cache
@@ -111,7 +110,6 @@ def attend_triton(
             after = segment
     assert packed is not None
     cap = 0.0 if softcap is None else softcap * LOG2_E
-    plain = plain or not has_gluon()
     with torch.cuda.device(query.device) if query.is_cuda else contextlib.nullcontext():
         call = _Call(query, packed, scaling * LOG2_E, cap, plain)
         prepared, dense = call.first(before, after)
@@ -320,15 +318,6 @@ def split_count(pages: int, blocks: int, programs: int) -> int:
         programs: that run at a time.
     """
     return max(1, min(pages, programs // blocks, MOST_SPLITS))
-
-
-@lru_cache(maxsize=1)
-def has_gluon() -> bool:
-    """Whether Triton has the language of the tensor-core kernel (3.6 and later)."""
-    try:
-        return importlib.util.find_spec("triton.experimental.gluon.language.nvidia.ampere") is not None
-    except ModuleNotFoundError:
-        return False
 
 
 @lru_cache(maxsize=16)
