@@ -307,15 +307,17 @@ class PackedLayer(DynamicLayer):
         if isinstance(value, PackedStates) and kept is not None and self._assign_kept(value, kept, side):
             return
         trims = value is not None and value.shape[2] <= length
-        if trims and (self.packed_tokens or isinstance(value, PackedStates)):
-            trims = isinstance(value, PackedStates) and value.leading
+        if isinstance(value, PackedStates):
+            trims = trims and value.leading
+        elif trims and value is not None:
+            trims = not self.packed_tokens and _starts(_readable(self._filled(), side).dense(), value)
         if not trims or value is None:
             shape = None if value is None else tuple(value.shape)
             raise InvalidInputError(
                 f"a packed layer of {length} tokens was assigned keys or values of shape {shape}; it can "
-                "only be cut short (`keys[:, :, :n]`, `crop(n)`) or keep some tokens (the same `gather` of keys "
-                "and values, `keep`). A press that changes keys or values must come before TurboQuant in "
-                "Compose"
+                "only be cut short (`keys[:, :, :n]`, `crop(n)`) or keep some tokens (the same `gather` of "
+                "keys and values, `keep`). A press that changes keys or values must come before TurboQuant "
+                "in Compose"
             )
         self.crop(value.shape[2])
 
@@ -338,6 +340,11 @@ def _states(tokens: PackedTokens, side: str) -> torch.Tensor:
     both = join(tokens.sinks, tokens.recent)
     states: torch.Tensor = getattr(both, side)
     return states
+
+
+def _starts(states: torch.Tensor, part: torch.Tensor) -> bool:
+    """Whether a plain tensor holds the first of some tokens."""
+    return states.dtype == part.dtype and torch.equal(states[:, :, : part.shape[2]], part)
 
 
 def _readable(tokens: PackedTokens, side: str) -> PackedStates:

@@ -36,4 +36,5 @@ def gather_tokens(
 def gather_rows(pages: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
     """Rows of pages [B, Hkv, P, 128, C] at tokens [B, Hkv, N] -> [B, Hkv, N / 128, 128, C]."""
     index = tokens.unsqueeze(-1).expand(-1, -1, -1, pages.shape[-1])
-    return pages.flatten(2, 3).gather(2, index).unflatten(2, (-1, PAGE_TOKENS))
+    rows = pages.flatten(2, 3).gather(2, index)
+    return rows.view(*rows.shape[:2], -1, PAGE_TOKENS, rows.shape[-1])
