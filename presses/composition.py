@@ -5,9 +5,9 @@ times, and that decides what may stand beside them:
 
 - in the hook of each layer, at the end of the prefill: most of them;
 - when their context ends, on the complete cache of the context: `AT_EXIT`;
-- again and again while decoding: `DECODING`. They assign a gather of what they keep to the
-  cache, and a packed layer moves the codes of it (`PackedLayer.keep`). One that changes values on the way
-  (CAM) would have them quantized a second time.
+- again and again while decoding: `DECODING`. They assign a gather of what they keep to the cache, and a
+  packed layer moves its codes (`PackedLayer.keep`). One that changes values on the way (CAM) would have them
+  quantized a second time.
 
 Head-wise presses (`HEAD_WISE`) remove nothing: they name slots that attention must not see.
 """
@@ -28,7 +28,12 @@ AT_EXIT = (kvpress.KVzipPress, kvpress.FastKVzipPress, kvpress.KVComposePress)
 """KVzip's kind (KVgrad and RestoreKV are subclasses of it) and KVCompose."""
 
 DECODING = (kvpress.DecodingPress, kvpress.PrefillDecodingPress)
-"""DecodingPress's kind (CompressionRatioDecoding and CAM are subclasses of it)."""
+"""DecodingPress's kind (CompressionRatioDecoding and CAM are subclasses of it).
+
+Over packed layers the tokens stay in the order of the text, where kvpress leaves its unsorted top-k. So
+scorers that go by place (SnapKV's window, StreamingLLM) see the recent tokens last, and equal scores may be
+decided otherwise.
+"""
 
 RATIO_FOLLOWS = (
     kvpress.DMSPress,

@@ -5,6 +5,7 @@ no longer match the mask, and fails in many ways in the middle of a prefill of a
 support.
 """
 
+import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -15,7 +16,7 @@ from torch import nn
 from transformers.modeling_utils import PreTrainedModel
 
 from quantpress.errors import CompositionError, QuantPressError, UnsupportedModelError
-from quantpress.presses.composition import AT_EXIT, name_of
+from quantpress.presses.composition import AT_EXIT, decodes, name_of
 from quantpress.presses.model_support import attention_modules, is_sliding
 from quantpress.presses.packing import hooked
 from quantpress.presses.prefill import check_padding, prefill_call
@@ -88,7 +89,8 @@ def _explained(press: BasePress, hook: Hook) -> Hook:
             raise _unsupported(press, module, "it cut the channels of keys or values")
         return result
 
-    return explained
+    # Under its own name, a hook that acts while decoding is known to be one (`captured_decoding`).
+    return functools.wraps(hook)(explained) if decodes(press) else explained
 
 
 def _head_dims(layer: Any) -> tuple[int, ...]:

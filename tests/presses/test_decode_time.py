@@ -14,6 +14,7 @@ from quantpress.cache.tokens import PackedTokens
 from quantpress.errors import InvalidInputError
 from quantpress.kernels.attend import DenseSegment
 from quantpress.kernels.layout import unpack_pages
+from quantpress.pipelines.single_token import uncapturable
 from quantpress.pipelines.text_generation import TextGenerationPipeline
 from quantpress.presses import DMS, AdaKV, Compose, Decoding, PrefillDecoding, SnapKV, TurboQuant
 from tests.cache.test_memory import reachable_tensors
@@ -201,3 +202,23 @@ def test_a_long_generation_stays_within_its_bytes() -> None:
     everything = config.num_hidden_layers * row * 4 * 2600
     assert max(sizes) <= budget < 0.25 * everything
     assert max(sizes[len(sizes) // 2 :]) <= max(sizes[: len(sizes) // 2])
+
+
+def test_sliding_window_layers_are_left_to_the_model() -> None:
+    pipe = TextGenerationPipeline(model=tiny_model("gemma3"), tokenizer=word_tokenizer())
+    asked = {"question": text(5, seed=1), "max_new_tokens": 12}
+    expected = pipe(CONTEXT, press=keydiff(200), **asked)["answer"]
+    assert expected != pipe(CONTEXT, **asked)["answer"]
+    with watched() as calls:
+        assert pipe(CONTEXT, press=Compose([keydiff(200), lossless()]), **asked)["answer"] == expected
+    assert calls
+
+
+@pytest.mark.parametrize("family", ["llama", "phi"])
+def test_a_graph_would_not_run_the_eviction(family: str) -> None:
+    """Also in a model that kvpress does not support, where the hook is wrapped."""
+    model = tiny_model(family)
+    with Compose([keydiff(), lossless()])(model):
+        assert "forward hook" in str(uncapturable(model))
+    with Compose([lossless()])(model):
+        assert uncapturable(model) is None
