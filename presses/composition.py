@@ -230,7 +230,7 @@ def _check_decoding(evictors: tuple[BasePress, ...], quantizer: TurboQuant) -> N
             f"{name_of(merging)} merges values while decoding, which a packed cache would quantize a second "
             f"time; use it without {name_of(quantizer)}, or DecodingPress, which only evicts"
         )
-    moving = next((press for press in inner if _moves_slots(press)), None)
+    moving = next((press for press in inner if moves_slots(press)), None)
     masking = next((press for press in _at_prefill(evictors) if masks_heads(press)), None)
     if moving is not None and masking is not None:
         raise CompositionError(
@@ -245,7 +245,7 @@ def _check_decoding(evictors: tuple[BasePress, ...], quantizer: TurboQuant) -> N
         )
 
 
-def _moves_slots(press: BasePress) -> bool:
+def moves_slots(press: BasePress) -> bool:
     """Whether a press removes tokens while decoding; around AdaKV it names slots instead."""
     return isinstance(press, kvpress.DecodingPress) and not isinstance(press.base_press, kvpress.AdaKVPress)
 

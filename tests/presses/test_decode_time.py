@@ -11,7 +11,7 @@ from transformers import DynamicCache
 
 from quantpress.cache import cache_memory
 from quantpress.cache.tokens import PackedTokens
-from quantpress.errors import InvalidInputError
+from quantpress.errors import CompositionError, InvalidInputError
 from quantpress.kernels.attend import DenseSegment
 from quantpress.kernels.layout import unpack_pages
 from quantpress.pipelines.single_token import uncapturable
@@ -222,3 +222,26 @@ def test_a_graph_would_not_run_the_eviction(family: str) -> None:
         assert "forward hook" in str(uncapturable(model))
     with Compose([lossless()])(model):
         assert uncapturable(model) is None
+
+
+@pytest.mark.parametrize("quantizers", [[], [lossless()]], ids=["alone", "packed"])
+def test_padded_batches_are_refused(quantizers: list[TurboQuant]) -> None:
+    model, mask = tiny_model("llama"), torch.ones(2, 200, dtype=torch.int64)
+    mask[0, :9] = 0
+    with (
+        torch.inference_mode(),
+        Compose([keydiff(), *quantizers])(model),
+        pytest.raises(CompositionError, match=r"DecodingPress evicts while decoding.*of a padded batch"),
+    ):
+        model(input_ids=prompt(200).expand(2, -1), attention_mask=mask, past_key_values=DynamicCache())
+
+
+def test_batches_without_padding() -> None:
+    """Each text for itself; `generate` counts positions on."""
+    model, ids = tiny_model("llama"), torch.cat([prompt(300, seed=1), prompt(300, seed=2)])
+    how: dict[str, Any] = {"max_new_tokens": 12, "do_sample": False}
+    with torch.inference_mode(), keydiff(200)(model):
+        expected = model.generate(ids, **how)
+    with torch.inference_mode(), Compose([keydiff(200), lossless()])(model), watched() as calls:
+        assert torch.equal(model.generate(ids, **how), expected)
+    assert calls
