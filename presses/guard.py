@@ -72,8 +72,8 @@ def _check(press: BasePress) -> Hook:
             )
         if is_padded(call.attention_mask) and any(map(moves_slots, with_inner(press))):
             raise CompositionError(
-                f"{name_of(press)} evicts while decoding, and slots of a padded batch would no longer match the "
-                "attention mask; give contexts one at a time, or of equal length"
+                f"{name_of(press)} evicts while decoding, and slots of a padded batch would no longer match "
+                "the attention mask; give contexts one at a time, or of equal length"
             )
         check_padding(call, 0 if isinstance(press, AT_EXIT) else kept)
 
