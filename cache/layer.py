@@ -14,7 +14,7 @@ from quantpress.cache.segments import join
 from quantpress.cache.settings import LayerSettings
 from quantpress.cache.states import PackedStates
 from quantpress.cache.tokens import PackedTokens
-from quantpress.cache.view import PackedView
+from quantpress.cache.view import DenseView, PackedView
 from quantpress.errors import InvalidInputError
 
 
@@ -59,6 +59,7 @@ class PackedLayer(DynamicLayer):
         self.settings = settings
         self.tokens_seen = 0
         self._tokens: PackedTokens | None = None
+        self._half: tuple[str, torch.Tensor] | None = None
         super().__init__()
 
     @classmethod
@@ -118,6 +119,7 @@ class PackedLayer(DynamicLayer):
         """
         if self.stepping and compiled_step.is_compiled_step():
             return key_states, value_states  # `step_attention` appends them
+        self._half = None
         if self._tokens is None:
             self.lazy_initialization(key_states, value_states)
         in_step = self.stepping and key_states.shape[2] == 1
@@ -184,24 +186,25 @@ class PackedLayer(DynamicLayer):
 
     @property
     def keys(self) -> torch.Tensor | None:
-        """All keys [B, Hkv, T, D], `PackedStates` when some are packed.
+        """All keys [B, Hkv, T, D], as `PackedStates`.
 
-        Assigning a slice of the first tokens, as presses do to trim an answer, crops the layer.
+        Assigning a slice of the first tokens, as presses do to trim an answer, crops the layer. Assigning a
+        gather of whole tokens, and the same gather of `values`, keeps these; see `keep`.
         """
-        return None if self._tokens is None else _states(self._lasting(), "keys")
+        return None if self._tokens is None else _readable(self._lasting(), "keys")
 
     @keys.setter
     def keys(self, value: torch.Tensor | None) -> None:
-        self._assign(value)
+        self._assign(value, "keys")
 
     @property
     def values(self) -> torch.Tensor | None:
         """All values [B, Hkv, T, Dv]; see `keys`."""
-        return None if self._tokens is None else _states(self._lasting(), "values")
+        return None if self._tokens is None else _readable(self._lasting(), "values")
 
     @values.setter
     def values(self, value: torch.Tensor | None) -> None:
-        self._assign(value)
+        self._assign(value, "values")
 
     # Ours
 
@@ -219,6 +222,17 @@ class PackedLayer(DynamicLayer):
         """The tokens as they are now; see `PackedTokens.view`."""
         self._filled()
         return self._lasting().view()
+
+    def keep(self, kept: torch.Tensor) -> None:
+        """Keep selected tokens and forget the others; nothing is quantized. `tokens_seen` stays.
+
+        Args:
+            kept: [B, Hkv, K] int64, places among the tokens; see `PackedTokens.keep`.
+
+        Raises:
+            InvalidInputError: not distinct places of tokens of this layer.
+        """
+        self._growing().keep(kept)
 
     def reserve(self, tokens: int) -> None:
         """Make room for `tokens` more tokens in the pages, so that they fill up in place."""
@@ -255,7 +269,7 @@ class PackedLayer(DynamicLayer):
     def restore(self, snapshot: LayerSnapshot) -> None:
         """Go back to a snapshot of this layer; tokens that came later are gone. May be repeated."""
         self._tokens = snapshot.tokens.share() if snapshot.tokens is not None else None
-        self.tokens_seen = snapshot.tokens_seen
+        self.tokens_seen, self._half = snapshot.tokens_seen, None
         self.is_initialized = self._tokens is not None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "PackedLayer":
@@ -284,27 +298,57 @@ class PackedLayer(DynamicLayer):
         if self._tokens is not None:
             self._growing().map(change)
 
-    def _assign(self, value: torch.Tensor | None) -> None:
-        """What presses do: trim to the first tokens. Other numbers would be quantized a second time."""
+    def _assign(self, value: torch.Tensor | None, side: str) -> None:
+        """What presses do: trim, or keep some tokens. Other numbers would be quantized a second time."""
         if value is None and self._tokens is None:
             return
         length = self.get_seq_length()
+        kept = value.kept if isinstance(value, PackedStates) else None
+        if isinstance(value, PackedStates) and kept is not None and self._assign_kept(value, kept, side):
+            return
         trims = value is not None and value.shape[2] <= length
-        if trims and self.packed_tokens:
-            trims = isinstance(value, PackedStates) and value.packed is not None
+        if isinstance(value, PackedStates):
+            trims = trims and value.leading
+        elif trims and value is not None:
+            trims = not self.packed_tokens and _starts(_readable(self._filled(), side).dense(), value)
         if not trims or value is None:
             shape = None if value is None else tuple(value.shape)
             raise InvalidInputError(
                 f"a packed layer of {length} tokens was assigned keys or values of shape {shape}; it can "
-                "only be cut short (`keys[:, :, :n]`, `crop(n)`). A press that changes keys must come "
-                "before TurboQuant in Compose"
+                "only be cut short (`keys[:, :, :n]`, `crop(n)`) or keep some tokens (the same `gather` of "
+                "keys and values, `keep`). A press that changes keys or values must come before TurboQuant "
+                "in Compose"
             )
         self.crop(value.shape[2])
 
+    def _assign_kept(self, value: PackedStates, kept: torch.Tensor, side: str) -> bool:
+        """Keep what a press has gathered; its second assignment, of the other side, finds it done."""
+        if self._half is not None and self._half[0] != side:
+            (_, done), self._half = self._half, None
+            return torch.equal(done, kept)
+        if value.view_of_layer.tokens != self.get_seq_length():
+            return False
+        self.keep(kept)
+        self._half = side, kept
+        return True
+
 
 def _states(tokens: PackedTokens, side: str) -> torch.Tensor:
+    """What attention gets."""
     if tokens.packed:
         return PackedStates(tokens.view(), side)
     both = join(tokens.sinks, tokens.recent)
     states: torch.Tensor = getattr(both, side)
     return states
+
+
+def _starts(states: torch.Tensor, part: torch.Tensor) -> bool:
+    """Whether a plain tensor holds the first of some tokens."""
+    return states.dtype == part.dtype and torch.equal(states[:, :, : part.shape[2]], part)
+
+
+def _readable(tokens: PackedTokens, side: str) -> PackedStates:
+    """What anyone else gets, who may give a part of it back."""
+    if tokens.packed:
+        return PackedStates(tokens.view(), side)
+    return PackedStates(DenseView(join(tokens.sinks, tokens.recent), len(tokens), tokens.dtype), side)

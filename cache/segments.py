@@ -24,6 +24,11 @@ def join(segment: DenseSegment, more: DenseSegment) -> DenseSegment:
     )
 
 
+def take(states: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+    """Tokens of [B, Hkv, T, D] at places [B, Hkv, N]: [B, Hkv, N, D]."""
+    return states.gather(2, places.unsqueeze(-1).expand(-1, -1, -1, states.shape[-1]))
+
+
 def compact(segment: DenseSegment) -> DenseSegment:
     """The same tokens in memory of their own, unless they have that already."""
     return DenseSegment(_compact(segment.keys), _compact(segment.values))

@@ -16,13 +16,14 @@ from collections.abc import Callable
 import torch
 
 from quantpress.cache.pages import PageStore
-from quantpress.cache.segments import after, compact, first, join
+from quantpress.cache.segments import after, compact, first, join, take
 from quantpress.cache.settings import LayerSettings
 from quantpress.cache.view import PackedView, decode_segment
 from quantpress.codecs.transform import ChannelTransform, key_statistics, value_statistics
 from quantpress.errors import InvalidInputError
 from quantpress.kernels.attend import DenseSegment, PackedSegment, PackedSide
 from quantpress.kernels.layout import PAGE_TOKENS
+from quantpress.kernels.page_codec import PageCodec
 
 
 class PackedTokens:
@@ -139,6 +140,64 @@ class PackedTokens:
         if tokens == 0:  # nothing depends on the statistics any more
             self.key_transform = self.value_transform = None
 
+    def keep(self, kept: torch.Tensor) -> None:
+        """Keep selected tokens, in the order in which they are stored; codes and scales move as they are.
+
+        Heads may keep different numbers of sinks, packed and recent tokens. Pages hold what is packed in all
+        of them, as far as whole pages go; other packed tokens are decoded, and packed again give the same
+        codes, as after `crop`.
+
+        Args:
+            kept: [B, Hkv, K] int64, places among the tokens, distinct within a head, in any order.
+
+        Raises:
+            InvalidInputError: wrong dtype or shape, a place twice, or one where no token is.
+        """
+        kept = self._checked_places(kept)
+        sinks, dense_from = self.sinks.tokens, self.sinks.tokens + self.packed
+        start = int((kept < sinks).sum(-1).amax()) if kept.numel() else 0
+        stop = int((kept < dense_from).sum(-1).amin()) if kept.numel() else 0
+        end = start + max(0, stop - start) // PAGE_TOKENS * PAGE_TOKENS
+        front, back = self._taken(kept[..., :start]), self._taken(kept[..., end:])
+        inside = kept[..., start:end] - sinks
+        self.key_pages = _gathered(self.settings.key_codec, self.key_pages, inside)
+        self.value_pages = _gathered(self.settings.value_codec, self.value_pages, inside)
+        self.sinks, self._recent = front, back
+        self.own()
+
+    def _checked_places(self, kept: torch.Tensor) -> torch.Tensor:
+        heads = self.sinks.keys.shape[:2]
+        if kept.dtype != torch.int64 or kept.dim() != 3 or kept.shape[:2] != heads:
+            wanted = f"int64 [{heads[0]}, {heads[1]}, K]"
+            raise InvalidInputError(f"tokens to keep must be {wanted}, got {kept.dtype} {tuple(kept.shape)}")
+        ordered = kept.sort(dim=-1).values
+        inside = bool(((ordered >= 0) & (ordered < len(self))).all())
+        if not inside or not bool((ordered.diff(dim=-1) > 0).all()):
+            raise InvalidInputError(f"tokens to keep must be distinct places from 0 to {len(self) - 1}")
+        return ordered
+
+    def _taken(self, places: torch.Tensor) -> DenseSegment:
+        """The tokens at places [B, Hkv, N] in 16 bits; packed ones are decoded."""
+        sinks, packed, tokens = self.sinks.tokens, self.packed, places.shape[2]
+        is_packed = (places >= sinks) & (places < sinks + packed)
+        inside = (places - sinks).clamp(0, max(0, packed - 1))
+        dense, place = join(self.sinks, self._recent), torch.where(places < sinks, places, places - packed)
+        taken = dense
+        if dense.tokens:
+            place = place.clamp(0, dense.tokens - 1)
+            taken = DenseSegment(take(dense.keys, place), take(dense.values, place))
+        if not tokens or not bool(is_packed.any()):
+            return first(taken, tokens)
+        inside = torch.nn.functional.pad(inside, (0, -tokens % PAGE_TOKENS))
+        view = self.view().gather(inside)
+        decoded = first(decode_segment(view, self.dtype), tokens)
+        if not dense.tokens:
+            return decoded
+        mask = is_packed.unsqueeze(-1)
+        return DenseSegment(
+            torch.where(mask, decoded.keys, taken.keys), torch.where(mask, decoded.values, taken.values)
+        )
+
     def _crop_pages(self, pages: int) -> None:
         self.key_pages.crop(pages)
         self.value_pages.crop(pages)
@@ -198,3 +257,8 @@ class PackedTokens:
         transforms = [t for t in (self.key_transform, self.value_transform) if t is not None]
         tensors = [tensor for transform in transforms for tensor in transform.tensors().values()]
         return tensors if self.query_moment is None else [*tensors, self.query_moment]
+
+
+def _gathered(codec: PageCodec, pages: PageStore, tokens: torch.Tensor) -> PageStore:
+    """A new store of the tokens [B, Hkv, N], a whole number of pages; views of the old one stay."""
+    return PageStore(codec.gather(pages.planes, tokens) if tokens.shape[2] else None)

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from quantpress.cache.segments import first
+from quantpress.cache.segments import after, first
 from quantpress.errors import UnsupportedModelError
 from quantpress.kernels.attend import DenseSegment, PackedSegment, PackedSide, Segment
 from quantpress.kernels.layout import PAGE_TOKENS
@@ -77,6 +77,20 @@ class PackedView:
             replace(keys, planes=keys.narrow(start, stop)), replace(values, planes=values.narrow(start, stop))
         )
 
+    def gather(self, tokens: torch.Tensor) -> PackedSegment:
+        """Packed tokens [B, Hkv, N], counted from the first packed one, as pages; N a multiple of 128."""
+        keys, values = self.packed.keys, self.packed.values
+        return PackedSegment(
+            replace(keys, planes=keys.codec.gather(keys.planes, tokens)),
+            replace(values, planes=values.codec.gather(values.planes, tokens)),
+        )
+
+    def newest(self, tokens: int) -> DenseSegment | None:
+        """The last tokens, when all of them are recent ones; else None."""
+        recent = self.recent.tokens
+        whole = self.tokens == self.sinks.tokens + self.packed.tokens + recent
+        return after(self.recent, recent - tokens) if whole and 0 < tokens <= recent else None
+
     def dense_keys(self) -> torch.Tensor:
         """Every key in view, decoded: [B, Hkv, tokens, D]."""
         return torch.cat([_keys(segment, self.dtype) for segment in self.segments()], dim=2)
@@ -98,6 +112,46 @@ class PackedView:
         pages = PackedSegment(side(self.packed.keys), side(self.packed.values))
         sinks, recent = dense(self.sinks), dense(self.recent)
         return replace(self, sinks=sinks, packed=pages, recent=recent, held=(), step=None)
+
+
+@dataclass(frozen=True)
+class DenseView:
+    """The same for tokens of which none is packed yet.
+
+    Args:
+        sinks: all tokens, 16 bits.
+        tokens: how many of them are in view, counted from the first.
+        dtype: of the model's keys and values.
+    """
+
+    sinks: DenseSegment
+    tokens: int
+    dtype: torch.dtype
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(B, Hkv, tokens in view)."""
+        return (*self.sinks.keys.shape[:2], self.tokens)
+
+    def narrow(self, tokens: int) -> "DenseView":
+        """The first `tokens` tokens."""
+        return replace(self, tokens=min(tokens, self.tokens))
+
+    def newest(self, tokens: int) -> DenseSegment | None:
+        """None: reading any token costs nothing here."""
+        return None
+
+    def dense_keys(self) -> torch.Tensor:
+        """Every key in view: [B, Hkv, tokens, D]."""
+        return self.sinks.keys[:, :, : self.tokens]
+
+    def dense_values(self) -> torch.Tensor:
+        """Every value in view: [B, Hkv, tokens, Dv]."""
+        return self.sinks.values[:, :, : self.tokens]
+
+    def map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "DenseView":
+        """A view with `change` applied to both tensors (each has the batch first)."""
+        return replace(self, sinks=DenseSegment(change(self.sinks.keys), change(self.sinks.values)))
 
 
 def decode_segment(segment: Segment, dtype: torch.dtype) -> DenseSegment:

@@ -21,6 +21,7 @@ from quantpress.codecs.spec import CodecSpec
 from quantpress.codecs.transform import ChannelTransform
 from quantpress.kernels.decode import decode_code_space, decode_pages, from_code_space, to_code_space
 from quantpress.kernels.encode import encode_pages
+from quantpress.kernels.gather_tokens import gather_rows, gather_tokens
 from quantpress.kernels.layout import PAGE_TOKENS
 
 Planes = dict[str, torch.Tensor]
@@ -52,6 +53,10 @@ class PageCodec(Protocol):
 
     def decode(self, planes: Planes, transform: ChannelTransform, dtype: torch.dtype) -> torch.Tensor:
         """Bring planes back to [B, Hkv, T, D] in `dtype`."""
+        ...
+
+    def gather(self, planes: Planes, tokens: torch.Tensor) -> Planes:
+        """Make pages of the tokens [B, Hkv, N] int64, N a multiple of `PAGE_TOKENS`, as they are stored."""
         ...
 
     def decode_code_space(self, planes: Planes) -> torch.Tensor:
@@ -99,6 +104,9 @@ class ScalarPages:
     def decode(self, planes: Planes, transform: ChannelTransform, dtype: torch.dtype) -> torch.Tensor:
         return decode_pages(planes, self.spec, transform, dtype)
 
+    def gather(self, planes: Planes, tokens: torch.Tensor) -> Planes:
+        return gather_tokens(planes, self.spec, tokens)
+
     def decode_code_space(self, planes: Planes) -> torch.Tensor:
         return decode_code_space(planes, self.spec)
 
@@ -139,6 +147,9 @@ class RawPages:
 
     def decode(self, planes: Planes, transform: ChannelTransform, dtype: torch.dtype) -> torch.Tensor:
         return planes["raw"].flatten(2, 3).to(dtype)
+
+    def gather(self, planes: Planes, tokens: torch.Tensor) -> Planes:
+        return {"raw": gather_rows(planes["raw"], tokens)}
 
     def decode_code_space(self, planes: Planes) -> torch.Tensor:
         return planes["raw"].flatten(2, 3).float()

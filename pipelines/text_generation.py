@@ -23,6 +23,7 @@ from quantpress.pipelines.reading import read_context
 from quantpress.pipelines.report import Report
 from quantpress.pipelines.single_token import uncapturable
 from quantpress.pipelines.stopwatch import Stopwatch
+from quantpress.presses.guard import guarded
 
 
 class TextGenerationPipeline(KVPressTextGenerationPipeline):
@@ -193,7 +194,7 @@ class TextGenerationPipeline(KVPressTextGenerationPipeline):
             stack.enter_context(preserved_context(cache, self.model, press))
             stack.enter_context(fitted_masks(self.model, cache))
             for member in decode_time_presses(press):
-                stack.enter_context(member(self.model))
+                stack.enter_context(guarded(member, self.model))
             yield
 
     def _warn_of_positions(

@@ -5,8 +5,9 @@ times, and that decides what may stand beside them:
 
 - in the hook of each layer, at the end of the prefill: most of them;
 - when their context ends, on the complete cache of the context: `AT_EXIT`;
-- again and again while decoding: `DECODING`. They take keys out of the cache and put others back, which a
-  packed cache does not allow.
+- again and again while decoding: `DECODING`. They assign a gather of what they keep to the cache, and a
+  packed layer moves its codes (`PackedLayer.keep`). One that changes values on the way (CAM) would have them
+  quantized a second time.
 
 Head-wise presses (`HEAD_WISE`) remove nothing: they name slots that attention must not see.
 """
@@ -27,7 +28,12 @@ AT_EXIT = (kvpress.KVzipPress, kvpress.FastKVzipPress, kvpress.KVComposePress)
 """KVzip's kind (KVgrad and RestoreKV are subclasses of it) and KVCompose."""
 
 DECODING = (kvpress.DecodingPress, kvpress.PrefillDecodingPress)
-"""DecodingPress's kind (CompressionRatioDecoding and CAM are subclasses of it)."""
+"""DecodingPress's kind (CompressionRatioDecoding and CAM are subclasses of it).
+
+Over packed layers the tokens stay in the order of the text, where kvpress leaves its unsorted top-k. So
+scorers that go by place (SnapKV's window, StreamingLLM) see the recent tokens last, and equal scores may be
+decided otherwise.
+"""
 
 RATIO_FOLLOWS = (
     kvpress.DMSPress,
@@ -212,11 +218,45 @@ def _check_quantizer(presses: tuple[BasePress, ...]) -> None:
             raise CompositionError(
                 f"{name_of(press)} acts after the prefill, where sinks are detected; use detect_sinks=0"
             )
-        if decodes(press):
-            raise CompositionError(
-                f"{name_of(press)} evicts while decoding, and a packed cache can only be appended to or cut "
-                f"short; use it without {name_of(presses[-1])}, or evict at the prefill, say with SnapKV"
-            )
+    _check_decoding(presses[:-1], quantizers[0])
+
+
+def _check_decoding(evictors: tuple[BasePress, ...], quantizer: TurboQuant) -> None:
+    """What presses that act while decoding cannot do over a packed cache."""
+    inner = [member for press in evictors for member in with_inner(press)]
+    merging = next((press for press in inner if isinstance(press, kvpress.CAMPress)), None)
+    if merging is not None:
+        raise CompositionError(
+            f"{name_of(merging)} merges values while decoding, which a packed cache would quantize a second "
+            f"time; use it without {name_of(quantizer)}, or DecodingPress, which only evicts"
+        )
+    moving = next((press for press in inner if moves_slots(press)), None)
+    masking = next((press for press in _at_prefill(evictors) if masks_heads(press)), None)
+    if moving is not None and masking is not None:
+        raise CompositionError(
+            f"{name_of(masking)} names slots of the cache, and {name_of(moving)} would move them while "
+            "decoding; use one of the two"
+        )
+    if quantizer.detect_sinks and any(
+        isinstance(press, kvpress.DMSPress) and press.decoding for press in inner
+    ):
+        raise CompositionError(
+            "DMSPress counts slots on while decoding, and detected sinks move them; use detect_sinks=0"
+        )
+
+
+def moves_slots(press: BasePress) -> bool:
+    """Whether a press removes tokens while decoding; around AdaKV it names slots instead."""
+    return isinstance(press, kvpress.DecodingPress) and not isinstance(press.base_press, kvpress.AdaKVPress)
+
+
+def _at_prefill(evictors: tuple[BasePress, ...]) -> Iterator[BasePress]:
+    """The presses, and those inside them, that see the prefill."""
+    for press in evictors:
+        if isinstance(press, kvpress.PrefillDecodingPress):
+            yield from with_inner(press.prefilling_press) if press.prefilling_press is not None else ()
+        elif not isinstance(press, kvpress.DecodingPress):
+            yield from with_inner(press)
 
 
 def _check_evictors(evictors: list[BasePress]) -> None:

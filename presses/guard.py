@@ -5,6 +5,7 @@ no longer match the mask, and fails in many ways in the middle of a prefill of a
 support.
 """
 
+import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -15,10 +16,10 @@ from torch import nn
 from transformers.modeling_utils import PreTrainedModel
 
 from quantpress.errors import CompositionError, QuantPressError, UnsupportedModelError
-from quantpress.presses.composition import AT_EXIT, name_of
+from quantpress.presses.composition import AT_EXIT, decodes, moves_slots, name_of, with_inner
 from quantpress.presses.model_support import attention_modules, is_sliding
 from quantpress.presses.packing import hooked
-from quantpress.presses.prefill import check_padding, prefill_call
+from quantpress.presses.prefill import check_padding, is_padded, prefill_call
 
 Hook = Callable[..., Any]
 
@@ -38,8 +39,8 @@ def guarded(press: BasePress, model: PreTrainedModel) -> Iterator[None]:
     """Enter a press's context without its hooks on sliding-window layers.
 
     Raises (from inside, at a prefill):
-        CompositionError: it evicts from a padded batch, or evicts only when its context ends and is used
-            around `generate`.
+        CompositionError: it evicts from a padded batch, at once or while decoding, or evicts only when its
+            context ends and is used around `generate`.
         UnsupportedModelError: the press failed, in a model that kvpress does not support or whose weights are
             offloaded.
     """
@@ -69,6 +70,11 @@ def _check(press: BasePress) -> Hook:
                 f"{name_of(press)} reads the context again and evicts when its `with` block ends: inside, "
                 "only read, model.model(input_ids=ids, past_key_values=DynamicCache()); generate afterwards"
             )
+        if is_padded(call.attention_mask) and any(map(moves_slots, with_inner(press))):
+            raise CompositionError(
+                f"{name_of(press)} evicts while decoding, and slots of a padded batch would no longer match "
+                "the attention mask; give contexts one at a time, or of equal length"
+            )
         check_padding(call, 0 if isinstance(press, AT_EXIT) else kept)
 
     return check
@@ -88,7 +94,8 @@ def _explained(press: BasePress, hook: Hook) -> Hook:
             raise _unsupported(press, module, "it cut the channels of keys or values")
         return result
 
-    return explained
+    # Under its own name, a hook that acts while decoding is known to be one (`captured_decoding`).
+    return functools.wraps(hook)(explained) if decodes(press) else explained
 
 
 def _head_dims(layer: Any) -> tuple[int, ...]:

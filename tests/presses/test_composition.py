@@ -8,6 +8,7 @@ import pytest
 
 from quantpress.errors import CompositionError, InvalidInputError
 from quantpress.presses import (
+    CAM,
     DMS,
     AdaKV,
     Block,
@@ -59,19 +60,26 @@ REFUSED = {
         lambda: [PrefillDecoding(prefilling_press=TurboQuant(), decoding_press=decoding())],
         "PrefillDecodingPress wraps a quantizer",
     ),
-    "decoding": (
-        lambda: [decoding(), TurboQuant()],
-        "DecodingPress evicts while decoding.*without TurboQuant",
+    "merging while decoding": (
+        lambda: [CAM(kvpress.KnormPress()), TurboQuant()],
+        "CAMPress merges values while decoding.*without TurboQuant, or DecodingPress",
     ),
-    "prefill decoding": (
-        lambda: [PrefillDecoding(SnapKV(), decoding()), TurboQuant()],
-        "PrefillDecodingPress evicts while decoding",
+    "merging while decoding, inside": (
+        lambda: [PrefillDecoding(SnapKV(), CAM(kvpress.KnormPress())), TurboQuant()],
+        "CAMPress merges values while decoding",
     ),
-    "ratio decoding": (
-        lambda: [CompressionRatioDecoding(kvpress.KnormPress()), TurboQuant()],
-        "CompressionRatioDecodingPress evicts while decoding",
+    "head-wise, then decoding": (
+        lambda: [PrefillDecoding(AdaKV(), decoding()), TurboQuant()],
+        "AdaKV names slots of the cache, and DecodingPress would move them while decoding",
     ),
-    "dms decoding": (lambda: [DMS(Knorm(), decoding=True), TurboQuant()], "DMSPress evicts while decoding"),
+    "decoding, then head-wise": (
+        lambda: [decoding(), AdaKV(), TurboQuant()],
+        "AdaKV names slots of the cache, and DecodingPress would move them",
+    ),
+    "dms decoding, detected sinks": (
+        lambda: [DMS(Knorm(), decoding=True), TurboQuant(detect_sinks=4)],
+        "DMSPress counts slots on while decoding.*detect_sinks=0",
+    ),
     "at exit": (lambda: [SnapKV(), KVzip()], "KVzip acts on the complete cache.*only evictor"),
     "at exit first": (lambda: [KVCompose(), SnapKV(), TurboQuant()], "KVCompose acts on the complete cache"),
     "head-wise first": (lambda: [AdaKV(), Knorm()], "AdaKV names slots of the cache, and Knorm behind it"),
@@ -130,6 +138,21 @@ def test_nested_compositions_are_flattened() -> None:
 def test_a_press_that_needs_the_whole_context_may_follow_one_that_evicts_nothing() -> None:
     for first in (ThinK(), decoding()):
         assert len(Compose([first, LeverageScore(), SnapKV()])) == 3
+
+
+@pytest.mark.parametrize(
+    "press",
+    [
+        decoding(),
+        PrefillDecoding(SnapKV(), decoding()),
+        PrefillDecoding(AdaKV(), Decoding(AdaKV())),
+        CompressionRatioDecoding(kvpress.KnormPress()),
+        DMS(Knorm(), decoding=True),
+    ],
+    ids=lambda press: repr(press)[:40],
+)
+def test_what_evicts_while_decoding_stacks(press: Any) -> None:
+    assert Compose([press, TurboQuant()]).evictors == (press,)
 
 
 def test_a_score_may_be_given_to_an_instance() -> None:

@@ -39,10 +39,7 @@ WORKING = [name for name, entry in catalogue.CATALOGUE.items() if entry.kind != 
 STACKING = [name for name in NAMES if not refused(name)]
 REFUSED = {
     "BasePress": "BasePress has no compress of its own and cannot evict anything; give a press that has",
-    "CAMPress": "CAMPress evicts while decoding, and a packed cache can only be appended to",
-    "CompressionRatioDecodingPress": "CompressionRatioDecodingPress evicts while decoding",
-    "DecodingPress": "DecodingPress evicts while decoding.*use it without TurboQuant, or evict",
-    "PrefillDecodingPress": "PrefillDecodingPress evicts while decoding",
+    "CAMPress": "CAMPress merges values while decoding.*a second time; use it without TurboQuant, or Deco",
     "ScorerPress": "ScorerPress has no score of its own and cannot evict anything",
 }
 UNPRESSED = "KnormPress"  # whose model stands for all that have no adapter

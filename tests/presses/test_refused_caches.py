@@ -102,7 +102,18 @@ def test_numbers_that_are_not_finite(side: str, value: float) -> None:
 def test_a_press_that_changes_keys_after_the_quantizer() -> None:
     """kvpress's own composition does not check the order; the packed layer does."""
     with pytest.raises(InvalidInputError, match="must come before TurboQuant"):
-        read(tiny_model("llama"), kvpress.ComposedPress([lossless(), kvpress.KnormPress(0.5)]), IDS)
+        read(tiny_model("llama"), kvpress.ComposedPress([lossless(), kvpress.ThinKPress(0.5)]), IDS)
+
+
+def test_a_press_that_only_evicts_after_the_quantizer() -> None:
+    """Then codes move, as while decoding; sorted by the text, where kvpress leaves its top-k."""
+    model, evictor = tiny_model("llama"), kvpress.KeyDiffPress(0.5)
+    cache = read(model, kvpress.ComposedPress([lossless(), evictor]), IDS)
+    plain = read(model, evictor, IDS)
+    for layer, other in zip(cache.layers, plain.layers, strict=True):
+        assert layer.packed_tokens >= 128 and layer.get_seq_length() == other.get_seq_length() == 210
+        assert torch.equal((layer.keys + 0).sort(dim=2).values, other.keys.sort(dim=2).values)
+        assert torch.equal((layer.values + 0).sort(dim=2).values, other.values.sort(dim=2).values)
 
 
 def test_without_a_cache_there_is_nothing_to_do() -> None:
