@@ -10,6 +10,7 @@ from quantpress.cache import PackedLayer, cache_memory, install_packed_attention
 from quantpress.codecs.spec import CodecSpec
 from quantpress.codecs.transform import key_statistics
 from quantpress.kernels.attend import DenseSegment, PackedSegment, PackedSide, Visibility, attend
+from quantpress.kernels.layout import unpack_pages
 from quantpress.kernels.page_codec import ScalarPages
 from quantpress.presses import SnapKV, TurboQuant
 from tests.cache.caches import lossless, scalar
@@ -44,11 +45,13 @@ def test_codes_and_attention_match_the_cpu(head_dim: int, bits: float, dtype: to
         segments = [PackedSegment(*same), DenseSegment(recent.to(device), recent.to(device))]
         out = attend(query.to(device), segments, Visibility(3, 552), scaling=head_dim**-0.5)
         outputs.append(out.cpu().double())
-    for name, plane in planes[0].items():
-        if plane.dtype == torch.uint8:
-            assert (plane != planes[1][name]).float().mean() < 1e-3
-        else:
-            torch.testing.assert_close(plane, planes[1][name], rtol=2e-3, atol=0)
+    for i, group in enumerate(codecs[0].spec.groups):
+        codes = [unpack_pages(p[f"codes{i}"], group.bits, group.channels, "key") for p in planes]
+        assert (codes[0] != codes[1]).float().mean() < 1e-4
+        apart = (codes[0] != codes[1]).any(-1)  # a code at a tie moves the scale of its vector with it
+        assert apart.float().mean() < 0.01
+        scales = [p[f"scale{i}"].masked_fill(apart, 1) for p in planes]
+        torch.testing.assert_close(*scales, rtol=2e-3, atol=0)
     tolerance = {torch.float32: 2e-3, torch.bfloat16: 8e-3, torch.float16: 2.5e-3}[dtype]
     assert (outputs[0] - outputs[1]).norm() < tolerance * outputs[0].norm()
 

@@ -128,6 +128,8 @@ def interpreted(role: str) -> None:
         (CodecSpec(64, 2.5, "key"), torch.float16, True),
         (CodecSpec(80, 1, "value"), torch.float32, True),
         (CodecSpec(256, 8, "key"), torch.float16, False),
+        (CodecSpec(128, 8, "key"), torch.bfloat16, True),
+        (CodecSpec(64, 8, "value"), torch.float16, False),
         (CodecSpec(96, 2, "value", scale="norm"), torch.bfloat16, False),
     ],
     ids=lambda x: f"{x.head_dim}-{x.bits}-{x.role}" if isinstance(x, CodecSpec) else str(x),
