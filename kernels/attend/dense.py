@@ -18,7 +18,8 @@ def attend_tile(
     k_ptr,
     v_ptr,
     start,
-    tokens,
+    begin,
+    end,
     hidden,
     scale,
     softcap,
@@ -28,7 +29,7 @@ def attend_tile(
     TILE: tl.constexpr,
     PLAIN: tl.constexpr,
 ):
-    """Softmax sums over `TILE` tokens from `start` of a run of `tokens`: m and l [R], o [DV, R].
+    """Softmax sums over `TILE` tokens from `start`, of those from `begin` to `end`: m and l [R], o [DV, R].
 
     q [D, 2R], its second half zero, and query [R], the query token of each row; k [tokens, D] and v [tokens,
     DV] contiguous. The weights are split into a high part and a residual in the values' own dtype. Query i
@@ -36,7 +37,7 @@ def attend_tile(
     """
     at = start + tl.arange(0, TILE)
     channel, value = tl.arange(0, D), tl.arange(0, DV)
-    live = at < tokens
+    live = (at >= begin) & (at < end)
     k = tl.load(k_ptr + at[:, None] * D + channel[None, :], mask=live[:, None], other=0.0)
     v = tl.load(v_ptr + at[None, :] * DV + value[:, None], mask=live[None, :], other=0.0)
     if PLAIN:
@@ -46,7 +47,7 @@ def attend_tile(
     s = tl.sum(tl.reshape(both, [TILE, 2, R]), 1) * scale
     if softcap > 0:
         s = softcap * tanh(s / softcap)
-    seen = live[:, None] & (at[:, None] < tokens - tl.maximum(hidden - query[None, :], 0))
+    seen = live[:, None] & (at[:, None] < end - tl.maximum(hidden - query[None, :], 0))
     s = tl.where(seen, s, float("-inf"))
     m = tl.maximum(tl.max(s, 0), -1e30)
     p = tl.exp2(s - m[None, :])

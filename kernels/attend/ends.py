@@ -76,6 +76,8 @@ def first_kernel(
     recent_v_ptr,
     first_used_ptr,
     recent_used_ptr,
+    first_starts_ptr,
+    recent_starts_ptr,
     o_ptr,
     m_ptr,
     l_ptr,
@@ -98,6 +100,8 @@ def first_kernel(
     HAS_MEAN: tl.constexpr,
     FIRST_USED: tl.constexpr,
     RECENT_USED: tl.constexpr,
+    FIRST_STARTS: tl.constexpr,
+    RECENT_STARTS: tl.constexpr,
     PLAIN: tl.constexpr,
     CHAINED: tl.constexpr,
 ):
@@ -107,8 +111,8 @@ def first_kernel(
     rotation [D, D]; q [N, 2R, D] int8, row r at 16 * (r // 8) + r % 8 and, its low part, 8 rows later; factor
     [N, R] undoes their scaling and the levels' unit; start [N, 2R] int32 is what a sum over bytes b lacks for
     levels 2 * b + 1; bias [N, R] is q . mean. first and recent keys and values [BH, tokens, D] contiguous; o
-    [N, tiles, R, DV], m and l [N, R, tiles] float32; the two used [BH] int32, tokens in use, count where
-    their constant says so. CHAINED: the next kernel may start, it waits by itself.
+    [N, tiles, R, DV], m and l [N, R, tiles] float32; the two used and starts [BH] int32, number of tokens in
+    use and the first of them, count where their constant says so. CHAINED: the next kernel may start, it waits by itself.
     """
     place, block = tl.program_id(0), tl.program_id(1).to(tl.int64)
     head, skipped = block // blocks, block % blocks * R
@@ -145,22 +149,27 @@ def first_kernel(
         if PLAIN:
             q = q.to(tl.float32)
         if tile < first_tiles:
-            from_token, used, unseen = tile * TILE, first_tokens, 0
+            from_token, begin, end, unseen = tile * TILE, 0, first_tokens, 0
             k_ptr, v_ptr = first_k_ptr + head * first_tokens * D, first_v_ptr + head * first_tokens * DV
+            if FIRST_STARTS:
+                begin = tl.load(first_starts_ptr + head)
             if FIRST_USED:
-                used = tl.minimum(used, tl.load(first_used_ptr + head))
+                end = tl.minimum(end, begin + tl.load(first_used_ptr + head))
         else:
-            from_token, used, unseen = (tile - first_tiles) * TILE, recent_tokens, hidden
+            from_token, begin, end, unseen = (tile - first_tiles) * TILE, 0, recent_tokens, hidden
             k_ptr, v_ptr = recent_k_ptr + head * recent_tokens * D, recent_v_ptr + head * recent_tokens * DV
+            if RECENT_STARTS:
+                begin = tl.load(recent_starts_ptr + head)
             if RECENT_USED:
-                used = tl.minimum(used, tl.load(recent_used_ptr + head))
+                end = tl.minimum(end, begin + tl.load(recent_used_ptr + head))
         m, total, out = attend_tile(
             q,
             (skipped + row) % queries,
             k_ptr,
             v_ptr,
             from_token,
-            used,
+            begin,
+            end,
             unseen,
             scale,
             softcap,
@@ -179,12 +188,30 @@ def first_kernel(
 
 
 @triton.jit
-def _load(
-    o_ptr, m_ptr, l_ptr, start, count, block, local, DV: tl.constexpr, R: tl.constexpr, SIZE: tl.constexpr
+def chunks_of_heads(
+    used_ptr, starts_ptr, heads, pages, programs, HEADS: tl.constexpr, STARTS: tl.constexpr, TOKENS: tl.constexpr
 ):
-    """Partial sums of one row from `start` on: o [SIZE, DV], m and l [SIZE]."""
+    """How a number of programs is shared out over heads by the pages that each has in use.
+
+    Returns: pages of a chunk, the pages of each head in use [HEADS], and its chunks [HEADS], one to a
+    program. Heads follow each other. At most `programs` chunks, if that is more than `heads`.
+    """
+    head = tl.arange(0, HEADS)
+    end = tl.load(used_ptr + head, mask=head < heads, other=0)
+    if STARTS:
+        end += tl.load(starts_ptr + head, mask=head < heads, other=0)
+    there = tl.cdiv(tl.minimum(end, pages * TOKENS), TOKENS)
+    size = tl.maximum(tl.cdiv(tl.sum(there, 0), programs - heads), 1)
+    return size, there, tl.cdiv(there, size)
+
+
+@triton.jit
+def _load(
+    o_ptr, m_ptr, l_ptr, start, end, count, block, local, DV: tl.constexpr, R: tl.constexpr, SIZE: tl.constexpr
+):
+    """Partial sums of one row from `start` of `count` on, up to `end`: o [SIZE, DV], m and l [SIZE]."""
     split = start + tl.arange(0, SIZE)
-    live = split < count
+    live = split < end
     slot = (block * count + split) * R + local
     o = tl.load(o_ptr + slot[:, None] * DV + tl.arange(0, DV)[None, :], mask=live[:, None], other=0.0)
     at = (block * R + local) * count + split
@@ -201,7 +228,10 @@ def _join(m, total, y, part_o, part_m, part_l):
     return new, total * decay + tl.sum(part_l * weight, 0), y
 
 
-@triton.jit(do_not_specialize=["splits", "tiles", "rows", "queries", "group", "kv_heads", "blocks"])
+_NUMBERS = ["splits", "tiles", "rows", "queries", "group", "kv_heads", "blocks", "heads", "pages"]
+
+
+@triton.jit(do_not_specialize=_NUMBERS)
 def merge_kernel(
     o_ptr,
     m_ptr,
@@ -212,6 +242,8 @@ def merge_kernel(
     sinks_ptr,
     rotation_ptr,
     out_ptr,
+    used_ptr,
+    starts_ptr,
     splits,
     tiles,
     rows,
@@ -219,20 +251,32 @@ def merge_kernel(
     group,
     kv_heads,
     blocks,
+    heads,
+    pages,
     unit,
     DV: tl.constexpr,
     R: tl.constexpr,
     HAS_SINKS: tl.constexpr,
     SIZE: tl.constexpr,
+    HEADS: tl.constexpr,
+    STARTS: tl.constexpr,
     CHAINED: tl.constexpr,
 ):
     """Join the splits of one row of one (batch, KV head), rotate back once, join the 16-bit tokens.
 
     o [N, splits, R, DV], m and l [N, R, splits]; dense_o, dense_m, dense_l the same with tiles; sinks [Hkv *
-    G] logits; out [BH, rows, DV].
+    G] logits; out [BH, rows, DV]. Where HEADS is not 0, o, m and l are [blocks, splits, ...], the splits
+    shared out over the heads by `chunks_of_heads`.
     """
     row, head = tl.program_id(0), tl.program_id(1).to(tl.int64)
     block, local = head * blocks + row // R, row % R
+    holder, begin, end = block, 0, splits
+    if HEADS:
+        holder = head * 0 + row // R
+        _, _, chunks = chunks_of_heads(used_ptr, starts_ptr, heads, pages, splits, HEADS, STARTS, 128)
+        index = tl.arange(0, HEADS)
+        begin = tl.sum(tl.where(index < head, chunks, 0), 0)
+        end = begin + tl.sum(tl.where(index == head, chunks, 0), 0)
     value = tl.arange(0, DV)
     turn = tl.load(rotation_ptr + value[:, None] * DV + value[None, :])
     if CHAINED:
@@ -240,19 +284,19 @@ def merge_kernel(
     m = tl.full([1], -1e30, tl.float32)
     total = tl.zeros([1], tl.float32)
     y = tl.zeros([DV], tl.float32)
-    o, ms, ls = _load(o_ptr, m_ptr, l_ptr, 0, splits, block, local, DV, R, SIZE)
+    o, ms, ls = _load(o_ptr, m_ptr, l_ptr, begin, end, splits, holder, local, DV, R, SIZE)
     dense_o, dense_ms, dense_ls = _load(
-        dense_o_ptr, dense_m_ptr, dense_l_ptr, 0, tiles, block, local, DV, R, TILES
+        dense_o_ptr, dense_m_ptr, dense_l_ptr, 0, tiles, tiles, block, local, DV, R, TILES
     )
     m, total, y = _join(m, total, y, o, ms, ls)
-    for start in range(SIZE, splits, SIZE):
-        o, ms, ls = _load(o_ptr, m_ptr, l_ptr, start, splits, block, local, DV, R, SIZE)
+    for start in range(begin + SIZE, end, SIZE):
+        o, ms, ls = _load(o_ptr, m_ptr, l_ptr, start, end, splits, holder, local, DV, R, SIZE)
         m, total, y = _join(m, total, y, o, ms, ls)
     turned = tl.sum(turn * (y * unit)[:, None], 0)
     m, total, turned = _join(m, total, turned, dense_o, dense_ms, dense_ls)
     for start in range(TILES, tiles, TILES):
         dense_o, dense_ms, dense_ls = _load(
-            dense_o_ptr, dense_m_ptr, dense_l_ptr, start, tiles, block, local, DV, R, TILES
+            dense_o_ptr, dense_m_ptr, dense_l_ptr, start, tiles, tiles, block, local, DV, R, TILES
         )
         m, total, turned = _join(m, total, turned, dense_o, dense_ms, dense_ls)
     if HAS_SINKS:

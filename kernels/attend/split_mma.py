@@ -315,6 +315,12 @@ def _exp2(x):
 
 
 @gluon.jit
+def _seen(s, token, first, end):
+    """Scores [R, 32] of tokens `first` to `end`, minus infinity elsewhere."""
+    return gl.where(((token >= first) & (token < end))[None, :], s, float("-inf"))
+
+
+@gluon.jit
 def _weigh(s, factor, top, vs):
     """p = exp2(factor * s - top), and p * v_scale."""
     p = _exp2(s * factor - top)
@@ -356,7 +362,52 @@ def _wait_for_queries():
     )
 
 
-@gluon.jit(do_not_specialize=["pages", "blocks", "rows"])
+@gluon.constexpr_function
+def _heads_layout(HEADS):
+    return gl.BlockedLayout([max(HEADS // 32, 1)], [32], [1], [0])
+
+
+@gluon.constexpr_function
+def _log2(n):
+    return n.bit_length() - 1
+
+
+@gluon.jit
+def _share(used_ptr, starts_ptr, heads, pages, HEADS: gl.constexpr, STARTS: gl.constexpr):
+    """With a page table: this program's head, the first and last page of its chunk, or a head of -1.
+
+    As `chunks_of_heads` of `ends` has it: heads get as many programs as their pages need, in order.
+    """
+    lanes: gl.constexpr = _heads_layout(HEADS)
+    head = gl.arange(0, HEADS, layout=lanes)
+    end = gl.load(used_ptr + head, mask=head < heads, other=0)
+    if STARTS:
+        end += gl.load(starts_ptr + head, mask=head < heads, other=0)
+    there = (gl.minimum(end, pages * PAGE_TOKENS) + PAGE_TOKENS - 1) // PAGE_TOKENS
+    room = gl.num_programs(0) - heads
+    size = gl.maximum((gl.sum(there, 0) + room - 1) // room, 1)
+    chunks = (there + size - 1) // size
+    program = gl.program_id(0)
+    mine = 0
+    for bit in gl.static_range(_log2(HEADS)):
+        tried = mine + (HEADS >> (bit + 1))
+        mine = gl.where(gl.sum(gl.where(head < tried, chunks, 0), 0) <= program, tried, mine)
+    first = (program - gl.sum(gl.where(head < mine, chunks, 0), 0)) * size
+    last = gl.minimum(first + size, gl.sum(gl.where(head == mine, there, 0), 0))
+    return mine, first, last
+
+
+@gluon.jit
+def _place(table_ptr, page, PAGED: gl.constexpr):
+    """Where a page of the head lies among the pages there are."""
+    if PAGED:
+        place = gl.load(table_ptr + page).to(gl.int64)
+    else:
+        place = page.to(gl.int64)
+    return place
+
+
+@gluon.jit(do_not_specialize=["pages", "heads", "blocks", "rows"])
 def split_mma_kernel(
     table_ptr,
     q_ptr,
@@ -368,10 +419,13 @@ def split_mma_kernel(
     v_ptr,
     vs_ptr,
     used_ptr,
+    starts_ptr,
+    places_ptr,
     o_ptr,
     m_ptr,
     l_ptr,
     pages,
+    heads,
     blocks,
     k_head,
     k_page,
@@ -390,6 +444,8 @@ def split_mma_kernel(
     V_BITS: gl.constexpr,
     HALVES: gl.constexpr,
     USED: gl.constexpr,
+    STARTS: gl.constexpr,
+    HEADS: gl.constexpr,
     CAPPED: gl.constexpr,
     CHAINED: gl.constexpr,
 ):
@@ -397,30 +453,47 @@ def split_mma_kernel(
 
     table [4, 32] int32 of `lookup_table`; q [N, 2R, D] int8, factor and bias [N, R] float32, start [N, 2R]
     int32, from `first_kernel`, N = heads * blocks; k and v: pages of words, int32, their strides in words;
-    scales float16; used [heads] int32, tokens in use, if USED; o [N, S, R, DV], of which rows up to the last
-    of a head's `rows` are written, m and l [N, R, S] float32, S the number of programs on axis 0. `softcap`
-    counts if CAPPED. HALVES is 2 to take a page in two steps, groups of tokens 0, 2, 4, 6 before 1, 3, 5, 7.
+    scales float16; used [heads] int32, tokens in use, if USED, from token starts [heads] int32 on, if STARTS;
+    o [A, S, R, DV], of which rows up to the last of a head's `rows` are written, m and l [A, R, S] float32,
+    S and A the numbers of programs on the axes. `softcap` counts if CAPPED.
+    Where HEADS, a power of two of at least `heads`, is not 0, page p of a head is page places[head, p] of
+    [pages there are], places [heads, pages] int32, axis 0 is shared out over the heads by how many pages
+    each has in use, and axis 1 counts blocks of rows of a head. HALVES is 2 to take a page in two steps, groups of tokens 0, 2, 4, 6 before 1, 3, 5, 7.
     CHAINED: started before `first_kernel` has ended.
     """
     mma: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [1, 1], [16, 8])
     left: gl.constexpr = gl.DotOperandLayout(0, mma, 4)
     split = gl.program_id(0)
     splits = gl.num_programs(0)
-    block = gl.program_id(1).to(gl.int64)
-    head = block // blocks
+    slot = gl.program_id(1).to(gl.int64) * splits + split
+    if HEADS:
+        mine, first, last = _share(used_ptr, starts_ptr, heads, pages, HEADS, STARTS)
+        if first >= last:
+            return
+        head = mine.to(gl.int64)
+        block = head * blocks + gl.program_id(1)
+        places_ptr += head * pages
+    else:
+        block = gl.program_id(1).to(gl.int64)
+        head = block // blocks
     used = pages * PAGE_TOKENS
+    unused = 0
     if USED:
         used = gl.minimum(gl.load(used_ptr + head), used)
-    there = (used + PAGE_TOKENS - 1) // PAGE_TOKENS
-    first = split * there // splits
-    last = (split + 1) * there // splits
-    k_ptr += head * k_head
-    v_ptr += head * v_head
-    ks_ptr += head * ks_head
-    vs_ptr += head * vs_head
+    if STARTS:
+        unused = gl.load(starts_ptr + head)
+        used = gl.minimum(used + unused, pages * PAGE_TOKENS)
+    if not HEADS:
+        there = (used + PAGE_TOKENS - 1) // PAGE_TOKENS
+        first = split * there // splits
+        last = (split + 1) * there // splits
+        k_ptr += head * k_head
+        v_ptr += head * v_head
+        ks_ptr += head * ks_head
+        vs_ptr += head * vs_head
     # An empty split reads the first page all the same, and throws it away.
-    safe = gl.minimum(first, pages - 1).to(gl.int64)
-    ka, kb, kc = _key_words(k_ptr + safe * k_page, 0, D, K_BITS, HALVES)
+    place = _place(places_ptr, gl.minimum(first, pages - 1), HEADS > 0)
+    ka, kb, kc = _key_words(k_ptr + place * k_page, 0, D, K_BITS, HALVES)
     if CHAINED:
         _wait_for_queries()
     at = gl.arange(0, D, layout=gl.SliceLayout(0, left))
@@ -446,10 +519,11 @@ def split_mma_kernel(
     acc, _ = _halves(gl.full([2 * R, DV], 0.0, gl.float32, mma), R, DV)
     summed: gl.constexpr = gl.SliceLayout(1, acc.type.layout)
     for step in range(HALVES * first, HALVES * last):
-        page = (step // HALVES).to(gl.int64)
-        va, vb, vc = _value_words(v_ptr + page * v_page, step, DV, V_BITS, HALVES)
-        ks = _load_scales(ks_ptr + page * ks_page, step, HALVES)
-        vs = _load_scales(vs_ptr + page * vs_page, step, HALVES)
+        ahead = gl.minimum(step + 1, HALVES * last - 1)
+        next_place = _place(places_ptr, ahead // HALVES, HEADS > 0)
+        va, vb, vc = _value_words(v_ptr + place * v_page, step, DV, V_BITS, HALVES)
+        ks = _load_scales(ks_ptr + place * ks_page, step, HALVES)
+        vs = _load_scales(vs_ptr + place * vs_page, step, HALVES)
         _order(step)
         k0, k1, k2, k3 = _levels(ka, kb, kc, step, tables, 0, D, K_BITS, HALVES)
         s0 = _sums(q, k0, start, R, D, mma)
@@ -457,9 +531,8 @@ def split_mma_kernel(
         if HALVES == 1:
             s2 = _sums(q, k2, start, R, D, mma)
             s3 = _sums(q, k3, start, R, D, mma)
-        ahead = gl.minimum(step + 1, HALVES * last - 1)
-        page = (ahead // HALVES).to(gl.int64)
-        ka, kb, kc = _key_words(k_ptr + page * k_page, ahead, D, K_BITS, HALVES)
+        place = next_place
+        ka, kb, kc = _key_words(k_ptr + place * k_page, ahead, D, K_BITS, HALVES)
         _order(step)
 
         ks0, ks1, ks2, ks3 = _tiles(ks, HALVES)
@@ -475,20 +548,21 @@ def split_mma_kernel(
             scale = gl.full([R], 1.0, gl.float32, by_row)
         else:
             scale = factor
-        if USED:  # noqa: SIM102 (a compile-time branch)
-            if (step // HALVES + 1) * PAGE_TOKENS > used:
+        if USED or STARTS:
+            page = step // HALVES
+            if ((page + 1) * PAGE_TOKENS > used) | (page * PAGE_TOKENS < unused):
                 column = gl.arange(0, 32, layout=gl.SliceLayout(0, scored))
                 inside = column % 8 // 2 * 4 + column // 8 % 2 * 2 + column % 2  # of a group of 16
                 if HALVES == 2:
-                    token = step // 2 * PAGE_TOKENS + step % 2 * 16 + column // 16 * 32 + inside
-                    s0 = gl.where((token < used)[None, :], s0, float("-inf"))
-                    s1 = gl.where((token + 64 < used)[None, :], s1, float("-inf"))
+                    token = page * PAGE_TOKENS + step % 2 * 16 + column // 16 * 32 + inside
+                    s0 = _seen(s0, token, unused, used)
+                    s1 = _seen(s1, token + 64, unused, used)
                 else:
-                    token = step * PAGE_TOKENS + column // 16 * 16 + inside
-                    s0 = gl.where((token < used)[None, :], s0, float("-inf"))
-                    s1 = gl.where((token + 32 < used)[None, :], s1, float("-inf"))
-                    s2 = gl.where((token + 64 < used)[None, :], s2, float("-inf"))
-                    s3 = gl.where((token + 96 < used)[None, :], s3, float("-inf"))
+                    token = page * PAGE_TOKENS + column // 16 * 16 + inside
+                    s0 = _seen(s0, token, unused, used)
+                    s1 = _seen(s1, token + 32, unused, used)
+                    s2 = _seen(s2, token + 64, unused, used)
+                    s3 = _seen(s3, token + 96, unused, used)
 
         largest = gl.maximum(s0, s1)
         if HALVES == 1:
@@ -534,9 +608,8 @@ def split_mma_kernel(
     out = gl.convert_layout(out, written)
     o_row = gl.arange(0, R, layout=gl.SliceLayout(1, written))
     value = gl.arange(0, DV, layout=gl.SliceLayout(0, written))
-    slot = block * splits + split
     kept = block % blocks * R + o_row < rows
     gl.store(o_ptr + (slot * R + o_row[:, None]) * DV + value[None, :], out, mask=kept[:, None])
-    at = (block * R + row) * splits + split
+    at = (gl.program_id(1).to(gl.int64) * R + row) * splits + split
     gl.store(m_ptr + at, m)
     gl.store(l_ptr + at, total)

@@ -7,13 +7,14 @@ import triton
 import triton.language as tl
 
 from quantpress.kernels.attend.dense import tanh
+from quantpress.kernels.attend.ends import chunks_of_heads
 from quantpress.kernels.attend.lookup import code_at
 
 PAGE_TOKENS = tl.constexpr(128)
 TILE = tl.constexpr(32)
 
 
-@triton.jit(do_not_specialize=["pages", "blocks", "rows"])
+@triton.jit(do_not_specialize=["pages", "heads", "blocks", "rows"])
 def split_plain_kernel(
     q_ptr,
     factor_ptr,
@@ -25,10 +26,13 @@ def split_plain_kernel(
     k_levels_ptr,
     v_levels_ptr,
     used_ptr,
+    starts_ptr,
+    places_ptr,
     o_ptr,
     m_ptr,
     l_ptr,
     pages,
+    heads,
     blocks,
     k_head,
     k_page,
@@ -46,19 +50,45 @@ def split_plain_kernel(
     K_BITS: tl.constexpr,
     V_BITS: tl.constexpr,
     USED: tl.constexpr,
+    STARTS: tl.constexpr,
+    HEADS: tl.constexpr,
 ):
     """Partial softmax sums of one split (axis 0) of one (batch, KV head, block of rows) (axis 1).
 
     Buffers as in `split_mma_kernel`, except k_levels, v_levels: [2**bits] float32 odd levels.
     """
     split, splits = tl.program_id(0), tl.num_programs(0)
-    block = tl.program_id(1).to(tl.int64)
-    head = block // blocks
+    slot = tl.program_id(1).to(tl.int64) * splits + split
+    if HEADS:
+        size, in_use, chunks = chunks_of_heads(
+            used_ptr, starts_ptr, heads, pages, splits, HEADS, STARTS, PAGE_TOKENS
+        )
+        index = tl.arange(0, HEADS)
+        ends = tl.cumsum(chunks, 0)
+        mine = tl.sum((ends <= split).to(tl.int32), 0)
+        if mine >= heads:
+            return
+        first = (split - tl.sum(tl.where(index < mine, chunks, 0), 0)) * size
+        last = tl.minimum(first + size, tl.sum(tl.where(index == mine, in_use, 0), 0))
+        head = mine.to(tl.int64)
+        block = head * blocks + tl.program_id(1)
+    else:
+        block = tl.program_id(1).to(tl.int64)
+        head = block // blocks
     used = pages * PAGE_TOKENS
+    unused = 0
     if USED:
         used = tl.minimum(tl.load(used_ptr + head), used)
-    there = tl.cdiv(used, PAGE_TOKENS)
-    first, last = split * there // splits, (split + 1) * there // splits
+    if STARTS:
+        unused = tl.load(starts_ptr + head)
+        used = tl.minimum(used + unused, pages * PAGE_TOKENS)
+    if not HEADS:
+        there = tl.cdiv(used, PAGE_TOKENS)
+        first, last = split * there // splits, (split + 1) * there // splits
+        k_ptr += head * k_head
+        v_ptr += head * v_head
+        ks_ptr += head * ks_head
+        vs_ptr += head * vs_head
     row, token = tl.arange(0, R), tl.arange(0, TILE)
     channel, value = tl.arange(0, D), tl.arange(0, DV)
     at = q_ptr + (block * 2 * R + row[None, :] // 8 * 16 + row[None, :] % 8) * D + channel[:, None]
@@ -71,9 +101,12 @@ def split_plain_kernel(
     for step in range(first * 4, last * 4):
         page = head * 0 + step // 4  # int64 like head
         inside = step % 4 * TILE + token
-        live = page * PAGE_TOKENS + inside < used
+        at = page * PAGE_TOKENS + inside
+        live = (at >= unused) & (at < used)
+        if HEADS:
+            page = tl.load(places_ptr + head * pages + page).to(tl.int64)
         codes = code_at(
-            k_ptr + head * k_head + page * k_page,
+            k_ptr + page * k_page,
             inside[:, None],
             channel[None, :],
             D,
@@ -82,7 +115,7 @@ def split_plain_kernel(
             live[:, None],
         )
         k = tl.load(k_levels_ptr + codes)
-        ks = tl.load(ks_ptr + head * ks_head + page * ks_page + inside, mask=live, other=0.0).to(tl.float32)
+        ks = tl.load(ks_ptr + page * ks_page + inside, mask=live, other=0.0).to(tl.float32)
         s = tl.dot(k, q, input_precision="ieee") * factor[None, :] * ks[:, None] + bias[None, :]
         if softcap > 0:
             s = softcap * tanh(s / softcap)
@@ -93,7 +126,7 @@ def split_plain_kernel(
         m = new
         total = total * decay + tl.sum(p, 0)
         codes = code_at(
-            v_ptr + head * v_head + page * v_page,
+            v_ptr + page * v_page,
             inside[None, :],
             value[:, None],
             DV,
@@ -102,11 +135,10 @@ def split_plain_kernel(
             live[None, :],
         )
         v = tl.load(v_levels_ptr + codes)
-        vs = tl.load(vs_ptr + head * vs_head + page * vs_page + inside, mask=live, other=0.0).to(tl.float32)
+        vs = tl.load(vs_ptr + page * vs_page + inside, mask=live, other=0.0).to(tl.float32)
         acc = tl.dot(v, p * vs[:, None], acc * decay[None, :], input_precision="ieee")
-    slot = block * splits + split
     kept = block % blocks * R + row < rows
     tl.store(o_ptr + (slot * R + row[None, :]) * DV + value[:, None], acc, mask=kept[None, :])
-    at = (block * R + row) * splits + split
+    at = (tl.program_id(1).to(tl.int64) * R + row) * splits + split
     tl.store(m_ptr + at, m)
     tl.store(l_ptr + at, total)

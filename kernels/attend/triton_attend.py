@@ -38,6 +38,9 @@ PLAIN_PROGRAMS = 16
 CHAINS = (9, 0)
 """First compute capability whose kernels can start before the one before them has ended."""
 
+LANES = 32
+"""Of a warp, which holds the numbers of pages of all heads."""
+
 LOG2_E = math.log2(math.e)
 
 
@@ -135,14 +138,19 @@ class _Call:
         self.blocks = -(-self.rows // self.block)
         self.query = query.reshape(self.heads, self.rows, dim).contiguous()
         self.keys, self.values = _spec(packed.keys), _spec(packed.values)
+        self.used, self.starts, self.table = (
+            _numbers(numbers) for numbers in (packed.lengths, packed.starts, packed.table)
+        )
+        self.pages = packed.pages
+        self.padded = 0 if self.table is None else max(1 << (self.heads - 1).bit_length(), LANES)
         self.chained = {"launch_pdl": True} if not plain and chains(query.device) else {}
 
     def _new(self, *shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device=self.query.device)
 
-    def _sums(self, parts: int, value_dim: int) -> list[torch.Tensor]:
-        """Room for weighted sums, largest scores and totals of `parts` programs a block."""
-        count, rows = self.heads * self.blocks, self.block
+    def _sums(self, count: int, parts: int, value_dim: int) -> list[torch.Tensor]:
+        """Room for weighted sums, largest scores and totals of `parts` programs for each of `count`."""
+        rows = self.block
         return [
             self._new(count, parts, rows, value_dim),
             *(self._new(count, rows, parts) for _ in range(2)),
@@ -160,9 +168,10 @@ class _Call:
         factor, bias = (self._new(count, self.block) for _ in range(2))
         start = self._new(count, 2 * self.block, dtype=torch.int32)
         tails = [self._tail(segment) for segment in (before, after)]
-        lengths = [_lengths(segment) for segment in (before, after)]
+        lengths = [_numbers(segment and segment.lengths) for segment in (before, after)]
+        starts = [_numbers(segment and segment.starts) for segment in (before, after)]
         tiles = [-(-tokens // DENSE_TILE) for _, _, tokens in tails]
-        sums = self._sums(sum(tiles), value_dim)
+        sums = self._sums(count, sum(tiles), value_dim)
         first_kernel[(self.block + sum(tiles), count)](
             self.query,
             transform.weight,
@@ -174,6 +183,7 @@ class _Call:
             bias,
             *(states for keys, values, _ in tails for states in (keys, values)),
             *lengths,
+            *starts,
             *sums,
             self.scale,
             self.keys.codebook_of(0).unit,
@@ -193,6 +203,8 @@ class _Call:
             HAS_MEAN=transform.mean is not None,
             FIRST_USED=lengths[0] is not None,
             RECENT_USED=lengths[1] is not None,
+            FIRST_STARTS=starts[0] is not None,
+            RECENT_STARTS=starts[1] is not None,
             PLAIN=self.plain,
             CHAINED=bool(self.chained),
             num_warps=8 if max(dim, value_dim) > 128 else 4,
@@ -206,43 +218,57 @@ class _Call:
         sides = (self.packed.keys, self.packed.values)
         codes = [side.planes["codes0"] for side in sides]
         scales = [side.planes["scale0"] for side in sides]
-        used = _lengths(self.packed)
-        pages, count, value_dim = self.packed.keys.pages, self.heads * self.blocks, self.values.head_dim
-        splits = split_count(pages, count, self._programs())
-        sums = self._sums(splits, value_dim)
+        count, value_dim = self.heads * self.blocks, self.values.head_dim
+        if self.table is None:
+            grid = (split_count(self.pages, count, self._programs()), count)
+        else:
+            grid = (shared_programs(self.pages, self.heads, self._programs() // self.blocks), self.blocks)
+        sums = self._sums(grid[1], grid[0], value_dim)
         if not self.plain:
             codes = [plane.view(torch.int32) for plane in codes]
         planes = [codes[0], scales[0], codes[1], scales[1]]
-        strides = [stride for plane in planes for stride in (plane.stride(1), plane.stride(2))]
-        numbers = [*sums, pages, self.blocks, *strides, self.rows, self.softcap]
+        strides = [stride for plane in planes for stride in _strides(plane)]
+        numbers = [*sums, self.pages, self.heads, self.blocks, *strides, self.rows, self.softcap]
         constants = {
             "D": self.keys.head_dim,
             "DV": value_dim,
             "R": self.block,
             "K_BITS": books[0].bits,
             "V_BITS": books[1].bits,
-            "USED": used is not None,
+            "USED": self.used is not None,
+            "STARTS": self.starts is not None,
+            "HEADS": self.padded,
         }
         if self.plain:
             from quantpress.kernels.attend.split_plain import split_plain_kernel
 
             levels = [torch.tensor(book.scaled, dtype=torch.float32, device=q.device) for book in books]
-            split_plain_kernel[(splits, count)](
-                q, factor, bias, *planes, *levels, used, *numbers, **constants
+            split_plain_kernel[grid](
+                q,
+                factor,
+                bias,
+                *planes,
+                *levels,
+                self.used,
+                self.starts,
+                self.table,
+                *numbers,
+                **constants,
             )
         else:
             from quantpress.kernels.attend.lookup import lookup_table
             from quantpress.kernels.attend.split_mma import split_mma_kernel
 
-            table = lookup_table(*books, q.device)
-            split_mma_kernel[(splits, count)](
-                table,
+            split_mma_kernel[grid](
+                lookup_table(*books, q.device),
                 q,
                 factor,
                 start,
                 bias,
                 *planes,
-                used,
+                self.used,
+                self.starts,
+                self.table,
                 *numbers,
                 **constants,
                 HALVES=steps_of_page(books[0].bits, books[1].bits, value_dim, self.block),
@@ -280,6 +306,8 @@ class _Call:
             sinks,
             self.values.rotation_of(0).matrix(out.device, torch.float32),
             out,
+            self.used,
+            self.starts,
             sums[0].shape[1],
             dense[0].shape[1],
             self.rows,
@@ -287,11 +315,15 @@ class _Call:
             self.group,
             self.kv_heads,
             self.blocks,
+            self.heads,
+            self.pages,
             self.values.codebook_of(0).unit,
             DV=value_dim,
             R=self.block,
             HAS_SINKS=sinks is not None,
             SIZE=MERGED,
+            HEADS=self.padded,
+            STARTS=self.starts is not None,
             CHAINED=bool(self.chained),
             num_warps=4 if value_dim <= 128 else 8,
             **self.chained,
@@ -326,8 +358,24 @@ def chains(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device) >= CHAINS
 
 
-def _lengths(segment: Segment | None) -> torch.Tensor | None:
-    return None if segment is None or segment.lengths is None else segment.lengths.contiguous()
+def shared_programs(pages: int, heads: int, programs: int) -> int:
+    """Programs that heads with page tables share, by how many pages each has in use.
+
+    Args:
+        pages: P, the most pages of a head.
+        heads: B * Hkv.
+        programs: that run at a time for each block of rows.
+    """
+    return min(max(programs, 2 * heads), (pages + 1) * heads)
+
+
+def _numbers(tensor: torch.Tensor | None) -> torch.Tensor | None:
+    return None if tensor is None else tensor.contiguous()
+
+
+def _strides(plane: torch.Tensor) -> tuple[int, int]:
+    """From head to head (0 in a pool [N, ...] of pages) and from page to page."""
+    return (plane.stride(1) if plane.dim() == 4 else 0), plane.stride(-2)
 
 
 def _spec(side: PackedSide) -> CodecSpec:

@@ -77,6 +77,8 @@ POINTERS = {
     "query_ptr": "*bf16",
     "out_ptr": "*bf16",
     **{f"{run}used_ptr": "*i32" for run in ("", "first_", "recent_")},
+    **{f"{run}starts_ptr": "*i32" for run in ("", "first_", "recent_")},
+    "places_ptr": "*i32",
     **{f"{run}_{side}_ptr": "*bf16" for run in ("first", "recent") for side in "kv"},
 }
 
@@ -123,8 +125,9 @@ def compiled(kernel: Any, constants: dict[str, Any], capability: int, warps: int
     ],
 )
 @pytest.mark.parametrize("capability", [80, 90, 100])
+@pytest.mark.parametrize("heads", [0, 64])
 def test_split_kernel_compiles_without_a_gpu(
-    capability: int, key_bits: int, value_bits: int, dim: int, rows: int
+    heads: int, capability: int, key_bits: int, value_bits: int, dim: int, rows: int
 ) -> None:
     """On int8 tensor cores, and every code goes from memory to registers without shared memory."""
     pytest.importorskip("triton")
@@ -132,7 +135,7 @@ def test_split_kernel_compiles_without_a_gpu(
 
     constants = {"D": dim, "DV": dim, "R": rows, "K_BITS": key_bits, "V_BITS": value_bits}
     constants |= {"HALVES": steps_of_page(key_bits, value_bits, dim, rows), "USED": True}
-    constants |= {"CAPPED": capability == 80, "CHAINED": capability >= 90}
+    constants |= {"CAPPED": capability == 80, "CHAINED": capability >= 90, "HEADS": heads, "STARTS": heads > 0}
     kernel = compiled(split_mma_kernel, constants, capability, 1)
     assert "mma.sync.aligned.m16n8k32.row.col.satfinite.s32.s8.s8.s32" in kernel.asm["ptx"]
     assert ("griddepcontrol.wait" in kernel.asm["ptx"]) == (capability >= 90)
@@ -141,15 +144,16 @@ def test_split_kernel_compiles_without_a_gpu(
 
 
 @pytest.mark.parametrize("dim", [64, 128, 256])
-@pytest.mark.parametrize("capability", [80, 90, 100])
-def test_kernels_around_it_compile_without_a_gpu(capability: int, dim: int) -> None:
+@pytest.mark.parametrize(("capability", "heads"), [(80, 0), (90, 0), (90, 64), (100, 32)])
+def test_kernels_around_it_compile_without_a_gpu(capability: int, heads: int, dim: int) -> None:
     pytest.importorskip("triton")
     from quantpress.kernels.attend.ends import first_kernel, merge_kernel
 
     chained = {"CHAINED": capability >= 90, "R": 8, "DV": dim}
     first = chained | {"D": dim, "TILE": DENSE_TILE, "HAS_WEIGHT": True, "HAS_MEAN": True}
     first |= {"FIRST_USED": True, "RECENT_USED": True, "PLAIN": False}
-    merge = chained | {"HAS_SINKS": True, "SIZE": MERGED}
+    first |= {"FIRST_STARTS": heads == 0, "RECENT_STARTS": True}
+    merge = chained | {"HAS_SINKS": True, "SIZE": MERGED, "HEADS": heads, "STARTS": heads > 0}
     for kernel, constants in ((first_kernel, first), (merge_kernel, merge)):
         binary = compiled(kernel, constants, capability, 8 if dim > 128 else 4)
         assert len(binary.asm["cubin"]) > 0
