@@ -55,6 +55,8 @@ def supports(query: torch.Tensor, segments: Sequence[Segment], visibility: Visib
     after = sum(segment.tokens for segment in segments[packed[0] + 1 :])
     segment = segments[packed[0]]
     assert isinstance(segment, PackedSegment)
+    if segment.table is not None or any(one.starts is not None for one in segments):
+        return False
     if not _plain(segment.keys) or not _plain(segment.values):
         return False
     return query.shape[2] == 1 or after >= query.shape[2]
@@ -207,7 +209,7 @@ class _Call:
         codes = [side.planes["codes0"] for side in sides]
         scales = [side.planes["scale0"] for side in sides]
         used = _lengths(self.packed)
-        pages, count, value_dim = self.packed.keys.pages, self.heads * self.blocks, self.values.head_dim
+        pages, count, value_dim = self.packed.pages, self.heads * self.blocks, self.values.head_dim
         splits = split_count(pages, count, self._programs())
         sums = self._sums(splits, value_dim)
         if not self.plain:
