@@ -2,11 +2,12 @@
 
     python benchmarks/attention.py            the shapes of the README
     python benchmarks/attention.py --full     every combination of batch, length, head_dim, group and width
+    python benchmarks/attention.py --paged    pages read through a table, and heads of different lengths
     python benchmarks/attention.py --json out.json
 
 Both sides are replayed as CUDA graphs. The time is of the whole call: preparing the query, packed tokens,
 4 sinks and 128 recent tokens in 16 bits, and the merge. The baseline is the fastest of torch's backends.
-Correctness is checked first, against float64 attention on the decoded cache.
+Correctness is checked first, against float64 attention on the decoded cache of the first and the last head.
 """
 
 import argparse
@@ -28,6 +29,9 @@ from quantpress.codecs.transform import ChannelTransform, key_statistics
 from quantpress.kernels.attend import DenseSegment, PackedSegment, PackedSide, Segment, Visibility, attend
 from quantpress.kernels.page_codec import ScalarPages
 
+LAYOUTS = ("contiguous", "table", "uneven")
+"""Pages in a row; shuffled, read through a table; the same with heads of 0.25 to 1.75 times the length."""
+
 WIDTHS = [(4, 4), (3, 3), (2, 2), (4, 2), (3, 2)]
 BACKENDS = (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION)
 SINKS, RECENT = 4, 128
@@ -42,6 +46,7 @@ class Shape:
     group: int
     tokens: int
     head_dim: int
+    layout: str = "contiguous"
 
 
 @dataclass(frozen=True)
@@ -103,7 +108,7 @@ def baseline(shape: Shape) -> float:
 
 
 def packed(shape: Shape, key_bits: int, value_bits: int) -> list[Segment]:
-    """Random tokens: sinks, packed pages, recent tokens; about `shape.tokens` in all."""
+    """Random tokens: sinks, packed pages, recent tokens; about `shape.tokens` in all for each head."""
     pages = (shape.tokens - SINKS - RECENT) // 128 * 128
     sides = []
     for bits, role in ((key_bits, "key"), (value_bits, "value")):
@@ -118,26 +123,51 @@ def packed(shape: Shape, key_bits: int, value_bits: int) -> list[Segment]:
         torch.randn(shape.batch, shape.kv_heads, n, shape.head_dim, device="cuda", dtype=torch.bfloat16)
         for n in (SINKS, shape.tokens - SINKS - pages)
     ]
-    return [DenseSegment(tail[0], tail[0]), PackedSegment(*sides), DenseSegment(tail[1], tail[1])]
+    middle = PackedSegment(*sides)
+    if shape.layout != "contiguous":
+        middle = by_table(middle, uneven=shape.layout == "uneven")
+    return [DenseSegment(tail[0], tail[0]), middle, DenseSegment(tail[1], tail[1])]
 
 
-def exact(query: torch.Tensor, segments: list[Segment], group: int) -> torch.Tensor:
-    """float64 attention on the decoded tokens, head by head."""
-    keys, values = [], []
-    for segment in segments:
-        if isinstance(segment, DenseSegment):
-            keys.append(segment.keys)
-            values.append(segment.values)
-        else:
-            for side, into in ((segment.keys, keys), (segment.values, values)):
-                into.append(side.codec.decode(side.planes, side.transform, torch.float32))
+def by_table(pages: PackedSegment, uneven: bool) -> PackedSegment:
+    """The same pages shuffled into a pool; if uneven, dealt to the heads anew, tokens in use to the right."""
+    shape = next(iter(pages.keys.planes.values())).shape[:3]
+    total = shape[0] * shape[1] * shape[2]
+    share = torch.full(shape[:2], float(shape[2]))
+    if uneven:
+        share = share * torch.linspace(0.25, 1.75, shape[1])
+    held = share.floor().int()
+    rows, table = torch.randperm(total).int(), torch.zeros(*shape[:2], int(held.max()), dtype=torch.int32)
+    inside = torch.arange(table.shape[2]) < held.unsqueeze(-1)
+    table[inside] = rows[: int(held.sum())]
+    starts = torch.randint(0, 128, shape[:2], dtype=torch.int32) if uneven else torch.zeros_like(held)
+    sides = []
+    for side in (pages.keys, pages.values):
+        planes = {name: plane.flatten(0, 2) for name, plane in side.planes.items()}
+        sides.append(PackedSide(side.codec, planes, side.transform))
+    lengths, starts, table = ((held * 128 - starts).cuda(), starts.cuda(), table.cuda())
+    return PackedSegment(*sides, lengths, table, starts if uneven else None)
+
+
+def exact(query: torch.Tensor, segments: list[Segment], group: int, head: int) -> torch.Tensor:
+    """float64 attention on the decoded tokens of one KV head: [B, G, 1, D]."""
+    first, middle, last = segments
+    assert isinstance(middle, PackedSegment)
     outputs = []
-    for head in range(keys[0].shape[1]):
-        k = torch.cat([part[:, head].double() for part in keys], dim=1)
-        v = torch.cat([part[:, head].double() for part in values], dim=1)
-        q = query[:, head * group : (head + 1) * group, 0].double()
-        outputs.append(torch.softmax(q @ k.transpose(1, 2) * query.shape[-1] ** -0.5, -1) @ v)
-    return torch.cat(outputs, dim=1).unsqueeze(2)
+    for entry in range(query.shape[0]):
+        parts = []
+        for side, dense in zip(middle.narrow(0, middle.pages), ("keys", "values"), strict=True):
+            planes = {name: plane[entry, head][None, None] for name, plane in side.planes.items()}
+            at = slice(entry, entry + 1), slice(head, head + 1)
+            transform = side.transform.map(lambda part: part[at])  # noqa: B023
+            decoded = side.codec.decode(planes, transform, torch.float32)[0, 0].double()
+            start = 0 if middle.starts is None else int(middle.starts[entry, head])
+            count = len(decoded) if middle.lengths is None else int(middle.lengths[entry, head])
+            ends = [getattr(segment, dense)[entry, head].double() for segment in (first, last)]
+            parts.append(torch.cat([ends[0], decoded[start : start + count], ends[1]]))
+        q = query[entry, head * group : (head + 1) * group, 0].double()
+        outputs.append(torch.softmax(q @ parts[0].T * query.shape[-1] ** -0.5, -1) @ parts[1])
+    return torch.stack(outputs).unsqueeze(2)
 
 
 def measure(shape: Shape, key_bits: int, value_bits: int, dense_us: float) -> Row:
@@ -146,11 +176,14 @@ def measure(shape: Shape, key_bits: int, value_bits: int, dense_us: float) -> Ro
     query = torch.randn(
         shape.batch, shape.kv_heads * shape.group, 1, shape.head_dim, device="cuda", dtype=torch.bfloat16
     )
-    visibility = Visibility(1, shape.tokens)
+    visibility = Visibility(1, sum(segment.tokens for segment in segments))
     scaling = shape.head_dim**-0.5
     got = attend(query, segments, visibility, scaling=scaling).double()
-    expected = exact(query, segments, shape.group)
-    error = float((got - expected).norm() / expected.norm())
+    error = 0.0
+    for head in (0, shape.kv_heads - 1):
+        expected = exact(query, segments, shape.group, head)
+        part = got[:, head * shape.group : (head + 1) * shape.group]
+        error = max(error, float((part - expected).norm() / expected.norm()))
     time = microseconds(lambda: attend(query, segments, visibility, scaling=scaling))
     pages = segments[1]
     assert isinstance(pages, PackedSegment)
@@ -170,6 +203,7 @@ def show(rows: list[Row]) -> None:
         "Hkv",
         "d",
         "N",
+        "pages",
         "K/V bits",
         "bf16 us",
         "packed us",
@@ -184,6 +218,7 @@ def show(rows: list[Row]) -> None:
         table.add_row(
             *(str(n) for n in (shape.batch, shape.kv_heads * shape.group, shape.kv_heads, shape.head_dim)),
             str(shape.tokens),
+            shape.layout,
             f"{row.key_bits}/{row.value_bits}",
             f"{row.dense_us:.1f}",
             f"{row.packed_us:.1f}",
@@ -192,7 +227,7 @@ def show(rows: list[Row]) -> None:
             f"{row.terabytes_per_s:.2f}",
             f"{row.error:.1e}",
         )
-    Console(width=110).print(table)
+    Console(width=120).print(table)
 
 
 def main() -> None:
@@ -201,6 +236,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--full", action="store_true", help="every combination")
+    parser.add_argument("--paged", action="store_true", help="pages in a row against pages by table")
     parser.add_argument("--json", type=Path, help="also write the rows here")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
@@ -209,6 +245,9 @@ def main() -> None:
     if arguments.full:
         every = itertools.product((1, 8), (1, 4, 8), (8192, 32768, 131072), (64, 128, 256))
         shapes = [Shape(batch, 8, group, tokens, dim) for batch, group, tokens, dim in every]
+    if arguments.paged:
+        few = ((1, 8192), (1, 131072), (8, 32768))
+        shapes = [Shape(batch, 8, 4, tokens, 128, layout) for batch, tokens in few for layout in LAYOUTS]
     rows = []
     for shape in shapes:
         dense_us = baseline(shape)

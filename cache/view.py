@@ -72,10 +72,7 @@ class PackedView:
 
     def pages(self, start: int, stop: int) -> PackedSegment:
         """Pages `start` to `stop` alone."""
-        keys, values = self.packed.keys, self.packed.values
-        return PackedSegment(
-            replace(keys, planes=keys.narrow(start, stop)), replace(values, planes=values.narrow(start, stop))
-        )
+        return PackedSegment(*self.packed.narrow(start, stop))
 
     def gather(self, tokens: torch.Tensor) -> PackedSegment:
         """Packed tokens [B, Hkv, N], counted from the first packed one, as pages; N a multiple of 128."""

@@ -37,7 +37,8 @@ def attend(
 
     Raises:
         InvalidInputError: no token, or the segments' length is not what `visibility` says, or Hq is not a
-            multiple of Hkv, or `lengths` of a segment are not [B, Hkv] int32 on the query's device.
+            multiple of Hkv, or `lengths`, `starts` or the table of a segment are not [B, Hkv] or [B, Hkv, P]
+            int32 on the query's device, or lengths are missing beside one of the others.
     """
     filled = [segment for segment in segments if segment.tokens > 0]
     tokens = sum(segment.tokens for segment in filled)
@@ -49,17 +50,25 @@ def attend(
     if query.shape[1] % heads:
         raise InvalidInputError(f"{query.shape[1]} query heads are not a multiple of {heads} KV heads")
     for segment in filled:
-        _check_lengths(segment.lengths, (query.shape[0], heads), query.device)
+        _check_lengths(segment, (query.shape[0], heads), query.device)
     fast = runs_triton(query.device) and supports(query, filled, visibility)
     run = attend_triton if fast else attend_reference
     return run(query, filled, visibility, scaling=scaling, softcap=softcap, sinks=sinks)
 
 
-def _check_lengths(lengths: torch.Tensor | None, shape: tuple[int, int], device: torch.device) -> None:
-    if lengths is None:
-        return
-    if tuple(lengths.shape) != shape or lengths.dtype != torch.int32 or lengths.device != device:
+def _check_lengths(segment: Segment, shape: tuple[int, int], device: torch.device) -> None:
+    for name, counts in (("lengths", segment.lengths), ("starts", segment.starts)):
+        wrong = counts is not None and (
+            tuple(counts.shape) != shape or counts.dtype != torch.int32 or counts.device != device
+        )
+        if counts is not None and wrong:
+            raise InvalidInputError(
+                f"{name} of a segment are {tuple(counts.shape)} {counts.dtype} on {counts.device}; "
+                f"give [B, Hkv] = {shape} torch.int32 on {device}"
+            )
+    table = segment.table if isinstance(segment, PackedSegment) else None
+    if table is not None and (tuple(table.shape[:2]) != shape or table.device != device):
         raise InvalidInputError(
-            f"lengths of a segment are {tuple(lengths.shape)} {lengths.dtype} on {lengths.device}; "
-            f"give [B, Hkv] = {shape} torch.int32 on {device}"
+            f"the table of a segment is {tuple(table.shape)} on {table.device}; "
+            f"give [B, Hkv, P] = [{shape[0]}, {shape[1]}, P] on {device}"
         )

@@ -112,7 +112,8 @@ def first_kernel(
     [N, R] undoes their scaling and the levels' unit; start [N, 2R] int32 is what a sum over bytes b lacks for
     levels 2 * b + 1; bias [N, R] is q . mean. first and recent keys and values [BH, tokens, D] contiguous; o
     [N, tiles, R, DV], m and l [N, R, tiles] float32; the two used and starts [BH] int32, number of tokens in
-    use and the first of them, count where their constant says so. CHAINED: the next kernel may start, it waits by itself.
+    use and the first of them, count where their constant says so. CHAINED: the next kernel may start, it
+    waits by itself.
     """
     place, block = tl.program_id(0), tl.program_id(1).to(tl.int64)
     head, skipped = block // blocks, block % blocks * R
@@ -189,7 +190,14 @@ def first_kernel(
 
 @triton.jit
 def chunks_of_heads(
-    used_ptr, starts_ptr, heads, pages, programs, HEADS: tl.constexpr, STARTS: tl.constexpr, TOKENS: tl.constexpr
+    used_ptr,
+    starts_ptr,
+    heads,
+    pages,
+    programs,
+    HEADS: tl.constexpr,
+    STARTS: tl.constexpr,
+    TOKENS: tl.constexpr,
 ):
     """How a number of programs is shared out over heads by the pages that each has in use.
 
@@ -207,7 +215,17 @@ def chunks_of_heads(
 
 @triton.jit
 def _load(
-    o_ptr, m_ptr, l_ptr, start, end, count, block, local, DV: tl.constexpr, R: tl.constexpr, SIZE: tl.constexpr
+    o_ptr,
+    m_ptr,
+    l_ptr,
+    start,
+    end,
+    count,
+    block,
+    local,
+    DV: tl.constexpr,
+    R: tl.constexpr,
+    SIZE: tl.constexpr,
 ):
     """Partial sums of one row from `start` of `count` on, up to `end`: o [SIZE, DV], m and l [SIZE]."""
     split = start + tl.arange(0, SIZE)

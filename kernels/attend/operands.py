@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from quantpress.codecs.transform import ChannelTransform
+from quantpress.errors import InvalidInputError
 from quantpress.kernels.layout import PAGE_TOKENS
 from quantpress.kernels.page_codec import PageCodec, Planes
 
@@ -20,13 +21,22 @@ class DenseSegment:
     Args:
         keys: [B, Hkv, T, D] any float dtype.
         values: [B, Hkv, T, Dv] any float dtype.
-        lengths: [B, Hkv] int32 on the same device, tokens in use of each KV head, the first of T; None: all.
-            What lies behind them may hold anything and is never read as a number.
+        lengths: [B, Hkv] int32 on the same device, tokens in use of each KV head; None: all. The others may
+            hold anything and are never read as numbers.
+        starts: [B, Hkv] int32 on the same device, the first token in use of each KV head: those in use are
+            starts <= t < starts + lengths; None: 0. Comes with `lengths`.
+
+    Raises:
+        InvalidInputError: starts without lengths.
     """
 
     keys: torch.Tensor
     values: torch.Tensor
     lengths: torch.Tensor | None = None
+    starts: torch.Tensor | None = None
+
+    def __post_init__(self) -> None:
+        _check_counted(self.lengths, self.starts, None)
 
     @property
     def tokens(self) -> int:
@@ -52,7 +62,8 @@ class PackedSide:
 
     Args:
         codec: what packed them.
-        planes: tensors [B, Hkv, P, ...] of the codec.
+        planes: tensors [B, Hkv, P, ...] of the codec; [N, ...], pages of single heads, where the segment has
+            a table.
         transform: the channel transform of these planes, per [B, Hkv].
     """
 
@@ -60,33 +71,46 @@ class PackedSide:
     planes: Planes
     transform: ChannelTransform
 
-    @property
-    def pages(self) -> int:
-        return next(iter(self.planes.values())).shape[2]
-
-    def narrow(self, start: int, stop: int) -> Planes:
-        """The planes of pages `start` to `stop`, as views."""
-        return {name: plane[:, :, start:stop] for name, plane in self.planes.items()}
-
 
 @dataclass(frozen=True)
 class PackedSegment:
     """Tokens in packed pages, `PAGE_TOKENS` to a page.
 
+    Without a table every head has P pages of its own. With one the planes are a pool, each row of which is a
+    page of one head of one batch entry; heads and batch entries may share rows. A serving engine's blocks
+    [blocks, Hkv, ...] are such a pool: row block * Hkv + head.
+
     Args:
-        keys: the key side, P pages.
-        values: the value side, P pages.
-        lengths: [B, Hkv] int32 on the same device, tokens in use of each KV head, the first of P * 128, any
-            number from 0 on; None: all. What lies behind them may hold anything.
+        keys: the key side.
+        values: the value side, with the same pages.
+        lengths: [B, Hkv] int32 on the same device, tokens in use of each KV head, any number from 0 on; None:
+            all. The others may hold anything. A table comes with lengths.
+        table: [B, Hkv, P] int32 on the same device: page p of head (b, h) is row table[b, h, p] of the pool.
+            Where no token is in use any row that there is will do.
+        starts: [B, Hkv] int32 on the same device: the tokens in use are starts <= t < starts + lengths of
+            the P * 128; None: 0. Whole pages may lie before a start. Comes with `lengths`.
+
+    Raises:
+        InvalidInputError: a table that is not int32 [B, Hkv, P], or a table or starts without lengths.
     """
 
     keys: PackedSide
     values: PackedSide
     lengths: torch.Tensor | None = None
+    table: torch.Tensor | None = None
+    starts: torch.Tensor | None = None
+
+    def __post_init__(self) -> None:
+        _check_counted(self.lengths, self.starts, self.table)
+
+    @property
+    def pages(self) -> int:
+        """P, of the longest head."""
+        return self._shape[2]
 
     @property
     def tokens(self) -> int:
-        return self.keys.pages * PAGE_TOKENS
+        return self.pages * PAGE_TOKENS
 
     @property
     def used(self) -> torch.Tensor | int:
@@ -95,14 +119,50 @@ class PackedSegment:
 
     @property
     def kv_heads(self) -> int:
-        return next(iter(self.keys.planes.values())).shape[1]
+        return self._shape[1]
 
     @property
     def device(self) -> torch.device:
-        return next(iter(self.keys.planes.values())).device
+        return self._first.device
+
+    def narrow(self, start: int, stop: int) -> tuple[PackedSide, PackedSide]:
+        """Keys and values of pages `start` to `stop` of every head, planes [B, Hkv, n, ...].
+
+        Views, or copies of these pages where there is a table.
+        """
+        rows = None if self.table is None else self.table[:, :, start:stop].long()
+
+        def pages(side: PackedSide) -> PackedSide:
+            planes = {
+                name: plane[:, :, start:stop] if rows is None else plane[rows]
+                for name, plane in side.planes.items()
+            }
+            return PackedSide(side.codec, planes, side.transform)
+
+        return pages(self.keys), pages(self.values)
+
+    @property
+    def _first(self) -> torch.Tensor:
+        """What has B, Hkv and P in front."""
+        return next(iter(self.keys.planes.values())) if self.table is None else self.table
+
+    @property
+    def _shape(self) -> torch.Size:
+        return self._first.shape
 
 
 Segment = DenseSegment | PackedSegment
+
+
+def _check_counted(
+    lengths: torch.Tensor | None, starts: torch.Tensor | None, table: torch.Tensor | None
+) -> None:
+    if lengths is None and (starts is not None or table is not None):
+        raise InvalidInputError("a segment has a table or starts, but no lengths; give them too")
+    if table is not None and (table.dim() != 3 or table.dtype != torch.int32):
+        raise InvalidInputError(
+            f"the table of a segment is {table.dtype} {tuple(table.shape)}; give torch.int32 [B, Hkv, P]"
+        )
 
 
 @dataclass(frozen=True)
@@ -172,10 +232,12 @@ class Visibility:
         if segment.lengths is None and not causal:
             return None
         token = torch.arange(low, high, device=segment.device)
+        if segment.starts is not None:
+            token = token - segment.starts.unsqueeze(-1)  # [B, Hkv, n], counted from the first in use
         used = segment.used
         used = used if isinstance(used, int) else used.unsqueeze(-1)
         behind = behind if isinstance(behind, int) else behind.unsqueeze(-1)
-        unused = token >= used  # [n] or [B, Hkv, n]
+        unused = (token < 0) | (token >= used)  # [n] or [B, Hkv, n]
         unused = unused if unused.dim() == 1 else unused[:, :, None, None]
         if not causal:
             return unused

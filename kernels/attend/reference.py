@@ -135,7 +135,10 @@ def _in_use(segment: Segment, states: torch.Tensor, low: int) -> torch.Tensor:
     if segment.lengths is None:
         return states
     token = torch.arange(low, low + states.shape[2], device=states.device)
-    return states.masked_fill((token >= segment.lengths.unsqueeze(-1)).unsqueeze(-1), 0.0)
+    if segment.starts is not None:
+        token = token - segment.starts.unsqueeze(-1)
+    unused = (token < 0) | (token >= segment.lengths.unsqueeze(-1))
+    return states.masked_fill(unused.unsqueeze(-1), 0.0)
 
 
 Score = Callable[[torch.Tensor, torch.Tensor, int, torch.Tensor | None, torch.Tensor | None], torch.Tensor]
@@ -155,12 +158,13 @@ def _attend_pages(
     bias = keys.transform.bias(grouped)
     state = OnlineSoftmax(grouped, values.codec.head_dim)
     pages = max(1, step // PAGE_TOKENS)
-    for page in range(0, keys.pages, pages):
+    for page in range(0, segment.pages, pages):
         low = page * PAGE_TOKENS
-        decoded = _in_use(segment, keys.codec.decode_code_space(keys.narrow(page, page + pages)), low)
+        key_pages, value_pages = segment.narrow(page, page + pages)
+        decoded = _in_use(segment, keys.codec.decode_code_space(key_pages.planes), low)
         unseen = visibility.unseen(segment, low, low + decoded.shape[2], behind)
         scores = score(query, decoded, start + low, unseen, bias)
-        values_here = values.codec.decode_code_space(values.narrow(page, page + pages))
+        values_here = values.codec.decode_code_space(value_pages.planes)
         state.add(scores, _in_use(segment, values_here, low))
     return state
 

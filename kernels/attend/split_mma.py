@@ -401,10 +401,8 @@ def _share(used_ptr, starts_ptr, heads, pages, HEADS: gl.constexpr, STARTS: gl.c
 def _place(table_ptr, page, PAGED: gl.constexpr):
     """Where a page of the head lies among the pages there are."""
     if PAGED:
-        place = gl.load(table_ptr + page).to(gl.int64)
-    else:
-        place = page.to(gl.int64)
-    return place
+        page = gl.load(table_ptr + page)
+    return page.to(gl.int64)
 
 
 @gluon.jit(do_not_specialize=["pages", "heads", "blocks", "rows"])
@@ -458,7 +456,8 @@ def split_mma_kernel(
     S and A the numbers of programs on the axes. `softcap` counts if CAPPED.
     Where HEADS, a power of two of at least `heads`, is not 0, page p of a head is page places[head, p] of
     [pages there are], places [heads, pages] int32, axis 0 is shared out over the heads by how many pages
-    each has in use, and axis 1 counts blocks of rows of a head. HALVES is 2 to take a page in two steps, groups of tokens 0, 2, 4, 6 before 1, 3, 5, 7.
+    each has in use, and axis 1 counts blocks of rows of a head.
+    HALVES is 2 to take a page in two steps, groups of tokens 0, 2, 4, 6 before 1, 3, 5, 7.
     CHAINED: started before `first_kernel` has ended.
     """
     mma: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [1, 1], [16, 8])

@@ -167,9 +167,10 @@ class _Call:
         q = self._new(count, 2 * self.block, dim, dtype=torch.int8)
         factor, bias = (self._new(count, self.block) for _ in range(2))
         start = self._new(count, 2 * self.block, dtype=torch.int32)
-        tails = [self._tail(segment) for segment in (before, after)]
-        lengths = [_numbers(segment and segment.lengths) for segment in (before, after)]
-        starts = [_numbers(segment and segment.starts) for segment in (before, after)]
+        ends = (before, after)
+        lengths = [None if segment is None else _numbers(segment.lengths) for segment in ends]
+        tails = [self._tail(segment) for segment in ends]
+        starts = [None if segment is None else _numbers(segment.starts) for segment in ends]
         tiles = [-(-tokens // DENSE_TILE) for _, _, tokens in tails]
         sums = self._sums(count, sum(tiles), value_dim)
         first_kernel[(self.block + sum(tiles), count)](

@@ -5,7 +5,8 @@ import sys
 
 import torch
 
-from quantpress.kernels.attend import DenseSegment, PackedSegment, Segment, Visibility
+from quantpress.kernels.attend import DenseSegment, PackedSegment, Segment, Visibility, triton_attend
+from quantpress.kernels.attend.reference import attend_reference
 from quantpress.kernels.attend.triton_attend import attend_triton, supports
 from tests.kernels.test_attend import (
     GROUP,
@@ -15,6 +16,7 @@ from tests.kernels.test_attend import (
     in_use,
     limit_in_use,
     packed,
+    pooled,
     some_lengths,
 )
 
@@ -28,6 +30,8 @@ def error(key_bits: int, value_bits: int, dim: int, queries: int, dtype: str, ex
         tail = dense(37, dim, dim, kind)
         segments = [dense(4, dim, dim, kind), pages, DenseSegment(tail.keys, tail.values)]
     clean = segments
+    if "pool" in extras:
+        return pool_error(segments, torch.randn(2, KV_HEADS * GROUP, queries, dim).to(kind).float(), extras)
     if "lengths" in extras:
         pairs = [in_use(segment, some_lengths(segment.tokens, min(queries, 4))) for segment in segments]
         segments, clean = [one for one, _ in pairs], [other for _, other in pairs]
@@ -43,6 +47,26 @@ def error(key_bits: int, value_bits: int, dim: int, queries: int, dtype: str, ex
     got = attend_triton(query, segments, visibility, plain=True, **options)
     expected = exact(query, clean, limit_in_use(segments, queries), **options)
     assert got.shape == expected.shape
+    return float((got - expected).norm() / expected.norm())
+
+
+def pool_error(segments: list[Segment], query: torch.Tensor, extras: str) -> float:
+    """The same where pages lie in a pool and tokens in use begin anywhere."""
+    queries, changed = query.shape[2], list[Segment]()
+    triton_attend.PLAIN_PROGRAMS = 8 if "few" in extras else 16
+    for segment in segments:
+        lengths = some_lengths(segment.tokens, min(queries, segment.tokens))
+        starts = (torch.rand(lengths.shape) * (segment.tokens - lengths + 1)).int()
+        if "right" in extras:
+            starts = segment.tokens - lengths
+        if isinstance(segment, PackedSegment):
+            changed.append(pooled(segment, lengths, starts))
+        else:
+            changed.append(DenseSegment(segment.keys, segment.values, lengths, starts))
+    visibility = Visibility(queries, sum(segment.tokens for segment in segments))
+    assert supports(query, changed, visibility), "not covered"
+    got = attend_triton(query, changed, visibility, scaling=0.2, plain=True)
+    expected = attend_reference(query.double(), changed, visibility, scaling=0.2)
     return float((got - expected).norm() / expected.norm())
 
 

@@ -267,6 +267,110 @@ def test_nothing_in_use_is_zero() -> None:
     assert (got == 0).all()
 
 
+def pooled(segment: PackedSegment, lengths: torch.Tensor, starts: torch.Tensor) -> PackedSegment:
+    """The same pages as rows of a pool, in any order, with rows of noise; only those in use have a row."""
+    first, last = starts // 128, (starts + lengths + 127) // 128
+    page = torch.arange(segment.pages, device=segment.device)
+    held = (page >= first.unsqueeze(-1)) & (page < last.unsqueeze(-1))  # [B, Hkv, P]
+    rows = torch.randperm(int(held.sum()) + 5, device=segment.device)
+    table = torch.zeros(held.shape, dtype=torch.int32, device=segment.device)
+    table[held] = rows[: int(held.sum())].int()
+
+    def side(one: PackedSide) -> PackedSide:
+        planes = {}
+        for name, plane in one.planes.items():
+            noise = torch.randint(0, 100, (len(rows), *plane.shape[3:]), device=segment.device)
+            pool = noise.to(plane.dtype)
+            pool[table[held].long()] = plane[held]
+            planes[name] = pool
+        return PackedSide(one.codec, planes, one.transform)
+
+    return PackedSegment(side(segment.keys), side(segment.values), lengths, table, starts)
+
+
+@pytest.mark.parametrize("queries", [1, 6])
+@pytest.mark.parametrize("which", ["pages", "right", "recent", "no_starts"])
+def test_pages_by_table(which: str, queries: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Single pages anywhere in a pool, tokens in use from any place on, against each head on its own."""
+    monkeypatch.setattr(reference, "WORKSPACE_VALUES", 128 * 32 * 4)
+    pages, recent = packed(64, 64, 3), dense(150, 64, 64)
+    lengths = some_lengths(pages.tokens)
+    starts = (torch.rand(BATCH, KV_HEADS) * (pages.tokens - lengths + 1)).int()
+    if which == "right":
+        starts = pages.tokens - lengths
+    if which == "no_starts":
+        starts = torch.zeros_like(starts)
+    table = pooled(pages, lengths, starts)
+    if which == "no_starts":
+        table = PackedSegment(table.keys, table.values, lengths, table.table)
+    absent = some_lengths(100, 0) if which == "recent" else torch.zeros(BATCH, KV_HEADS, dtype=torch.int32)
+    end = DenseSegment(
+        *(
+            states.masked_fill((torch.arange(150) < absent.unsqueeze(-1)).unsqueeze(-1), math.nan)
+            for states in (recent.keys, recent.values)
+        ),
+        150 - absent,
+        absent,
+    )
+    query = torch.randn(BATCH, KV_HEADS * GROUP, queries, 64)
+    got = attend(query, [table, end], Visibility(queries, pages.tokens + 150), scaling=0.3)
+    keys, values = decoded([pages, recent])
+    for b in range(BATCH):
+        for h in range(KV_HEADS):
+            low, high = int(starts[b, h]), int(starts[b, h] + lengths[b, h])
+            kept = [*range(low, high), *range(pages.tokens + int(absent[b, h]), pages.tokens + 150)]
+            seen = torch.ones(queries, len(kept), dtype=torch.bool).tril(len(kept) - queries)
+            expected = torch.nn.functional.scaled_dot_product_attention(
+                query[b, GROUP * h : GROUP * (h + 1)].double(),
+                keys[b, h, kept].expand(GROUP, -1, -1),
+                values[b, h, kept].expand(GROUP, -1, -1),
+                attn_mask=seen,
+                scale=0.3,
+            )
+            assert_close(got[b, GROUP * h : GROUP * (h + 1)], expected)
+
+
+def test_heads_may_share_pages() -> None:
+    """As beams share a context, and sequences a common prefix."""
+    pages = packed(64, 64, 4)
+    one = {name: plane[:1] for name, plane in pages.keys.planes.items()}
+    both = {name: plane[:1] for name, plane in pages.values.planes.items()}
+    transforms = [
+        side.transform.map(lambda part: part[:1].expand(BATCH, -1, -1)) for side in (pages.keys, pages.values)
+    ]
+    table = torch.arange(KV_HEADS * PAGES, dtype=torch.int32).view(1, KV_HEADS, PAGES).expand(BATCH, -1, -1)
+    lengths = torch.full((BATCH, KV_HEADS), pages.tokens, dtype=torch.int32)
+    sides = [
+        PackedSide(side.codec, {name: plane.flatten(0, 2) for name, plane in planes.items()}, transform)
+        for side, planes, transform in zip((pages.keys, pages.values), (one, both), transforms, strict=True)
+    ]
+    query = torch.randn(BATCH, KV_HEADS * GROUP, 1, 64)
+    got = attend(query, [PackedSegment(*sides, lengths, table)], Visibility(1, pages.tokens), scaling=0.125)
+    whole = [
+        PackedSide(side.codec, {n: p.expand(BATCH, *p.shape[1:]) for n, p in planes.items()}, transform)
+        for side, planes, transform in zip((pages.keys, pages.values), (one, both), transforms, strict=True)
+    ]
+    assert_close(got, exact(query, [PackedSegment(*whole)], torch.zeros(1), 0.125))
+
+
+def test_a_bad_table_is_refused() -> None:
+    query, pages = torch.randn(BATCH, KV_HEADS * GROUP, 1, 64), packed(64, 64, 4)
+    lengths = torch.full((BATCH, KV_HEADS), pages.tokens, dtype=torch.int32)
+    good = pooled(pages, lengths, torch.zeros_like(lengths))
+    assert good.table is not None
+    for table in (good.table.long(), good.table[:1], good.table[..., 0]):
+        with pytest.raises(InvalidInputError, match="the table of a segment is"):
+            bad = PackedSegment(good.keys, good.values, lengths, table)
+            attend(query, [bad], Visibility(1, bad.tokens), scaling=1.0)
+    for made in (
+        lambda: PackedSegment(good.keys, good.values, None, good.table),
+        lambda: PackedSegment(pages.keys, pages.values, None, None, lengths),
+        lambda: DenseSegment(query, query, starts=lengths),
+    ):
+        with pytest.raises(InvalidInputError, match="no lengths"):
+            made()
+
+
 def test_lengths_of_another_shape_are_refused() -> None:
     query, tail = torch.randn(BATCH, KV_HEADS * GROUP, 1, 64), dense(9, 64, 64)
     for lengths in (torch.zeros(BATCH, dtype=torch.int32), torch.zeros(BATCH, KV_HEADS)):

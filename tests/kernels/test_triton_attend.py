@@ -32,7 +32,7 @@ from quantpress.kernels.attend.triton_attend import (
     supports,
 )
 from quantpress.kernels.page_codec import RawPages, ScalarPages
-from tests.kernels.test_attend import KV_HEADS, causal_limit, dense, exact, packed
+from tests.kernels.test_attend import KV_HEADS, causal_limit, dense, exact, packed, pooled
 
 ROOT = Path(__file__).parents[2]
 INTERPRETED = [
@@ -46,6 +46,10 @@ INTERPRETED = [
     [4, 4, 64, 1, "float32", "lengths"],
     [3, 2, 64, 3, "bfloat16", "lengths sinks"],
     [2, 2, 64, 1, "float32", "lengths alone"],
+    [4, 4, 64, 1, "float32", "pool"],
+    [3, 2, 64, 5, "float32", "pool right"],
+    [2, 3, 64, 1, "float32", "pool right alone few"],
+    [4, 3, 64, 20, "float32", "pool few"],
 ]
 
 
@@ -135,7 +139,12 @@ def test_split_kernel_compiles_without_a_gpu(
 
     constants = {"D": dim, "DV": dim, "R": rows, "K_BITS": key_bits, "V_BITS": value_bits}
     constants |= {"HALVES": steps_of_page(key_bits, value_bits, dim, rows), "USED": True}
-    constants |= {"CAPPED": capability == 80, "CHAINED": capability >= 90, "HEADS": heads, "STARTS": heads > 0}
+    constants |= {
+        "CAPPED": capability == 80,
+        "CHAINED": capability >= 90,
+        "HEADS": heads,
+        "STARTS": heads > 0,
+    }
     kernel = compiled(split_mma_kernel, constants, capability, 1)
     assert "mma.sync.aligned.m16n8k32.row.col.satfinite.s32.s8.s8.s32" in kernel.asm["ptx"]
     assert ("griddepcontrol.wait" in kernel.asm["ptx"]) == (capability >= 90)
@@ -277,6 +286,38 @@ def test_groups_and_query_tokens(group: int, queries: int) -> None:
     options: dict[str, Any] = {"softcap": 20.0, "sinks": sinks}
     got = attend(query, segments, Visibility(queries, 1178), scaling=0.1, **options)
     expected = double_attention(query, segments, 0.1, **options)
+    assert float((got.double() - expected).norm() / expected.norm()) < 2.5e-3
+
+
+def unused(tokens: int, starts: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+    """Which tokens are not in use: [B, Hkv, tokens]."""
+    token = torch.arange(tokens, device=starts.device)
+    return (token < starts.unsqueeze(-1)) | (token >= (starts + lengths).unsqueeze(-1))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("queries", [1, 7])
+@pytest.mark.parametrize("bits", [(4, 4), (3, 3), (2, 2), (4, 2)], ids=lambda b: f"{b[0]}_{b[1]}")
+@pytest.mark.parametrize("dim", [64, 128, 256])
+def test_pages_by_table_on_a_gpu(dim: int, bits: tuple[int, int], queries: int) -> None:
+    """Single pages anywhere in a pool, heads of very different lengths, tokens in use from any place on."""
+    pages = on_device(2, 3, 64 * 128, dim, bits)
+    recent = torch.randn(2, 3, 200, dim, device="cuda", dtype=torch.float16)
+    lengths = torch.tensor([[5000, 128, 0], [1, 8192, 3333]], dtype=torch.int32, device="cuda")
+    begins = torch.tensor([[0, 77, 3], [150, 1, 193]], dtype=torch.int32, device="cuda")
+    starts = -lengths % 128
+    query = torch.randn(2, 12, queries, dim, device="cuda", dtype=torch.float16)
+    dropped = torch.cat([unused(64 * 128, starts, lengths), unused(200, begins, 200 - begins)], -1)
+    segments: list[Segment] = [
+        pooled(pages, lengths, starts),
+        DenseSegment(recent, recent, 200 - begins, begins),
+    ]
+    visibility = Visibility(queries, 64 * 128 + 200)
+    assert supports(query, segments, visibility)
+    got = attend(query, segments, visibility, scaling=dim**-0.5)
+    whole = Visibility(queries, 64 * 128 + 200, dropped=dropped)
+    plain: list[Segment] = [pages, DenseSegment(recent, recent)]
+    expected = attend_reference(query.double(), plain, whole, scaling=dim**-0.5)
     assert float((got.double() - expected).norm() / expected.norm()) < 2.5e-3
 
 
