@@ -13,17 +13,29 @@ MOST = tl.constexpr(32512.0)
 
 
 @triton.jit
+def _rotation(halves_ptr, C: tl.constexpr, HALVES: tl.constexpr):
+    """A rotation [C, C] but for its factor, from its float16 halves [HALVES, C, C], rows in code space."""
+    channel = tl.arange(0, C)
+    at = halves_ptr + channel[:, None] * C + channel[None, :]
+    turn = tl.load(at).to(tl.float32)
+    if HALVES == 2:
+        turn += tl.load(at + C * C).to(tl.float32)
+    return turn
+
+
+@triton.jit
 def _prepare(
     query_ptr,
     weight_ptr,
     mean_ptr,
-    rotation_ptr,
+    halves_ptr,
     q_ptr,
     factor_ptr,
     start_ptr,
     bias_ptr,
     scale,
     unit,
+    turn_factor,
     rows,
     block,
     head,
@@ -31,19 +43,19 @@ def _prepare(
     row,
     D: tl.constexpr,
     R: tl.constexpr,
+    HALVES: tl.constexpr,
     HAS_WEIGHT: tl.constexpr,
     HAS_MEAN: tl.constexpr,
 ):
     """One row to code space, in whole numbers n = 256 * high + low of 16 bits."""
     channel = tl.arange(0, D)
-    x = tl.load(query_ptr + (head * rows + row) * D + channel, mask=row < rows, other=0.0).to(tl.float32)
+    x = tl.load(query_ptr + (head * rows + row) * D + channel).to(tl.float32)
     bias = 0.0
     if HAS_MEAN:
         bias = tl.sum(x * tl.load(mean_ptr + head * D + channel), 0) * scale
     if HAS_WEIGHT:
         x = x / tl.load(weight_ptr + head * D + channel)
-    turn = tl.load(rotation_ptr + channel[:, None] * D + channel[None, :])
-    y = tl.sum(turn * x[None, :], 1)
+    y = tl.sum(_rotation(halves_ptr, D, HALVES) * (x * turn_factor)[None, :], 1)
     largest = tl.maximum(tl.max(tl.abs(y), 0), 1e-30)
     n = tl.floor(y * (MOST / largest) + 0.5).to(tl.int32)
     high = (n + 128) >> 8
@@ -65,7 +77,7 @@ def first_kernel(
     query_ptr,
     weight_ptr,
     mean_ptr,
-    rotation_ptr,
+    halves_ptr,
     q_ptr,
     factor_ptr,
     start_ptr,
@@ -83,6 +95,7 @@ def first_kernel(
     l_ptr,
     scale,
     unit,
+    turn_factor,
     rows,
     queries,
     blocks,
@@ -96,6 +109,7 @@ def first_kernel(
     DV: tl.constexpr,
     R: tl.constexpr,
     TILE: tl.constexpr,
+    HALVES: tl.constexpr,
     HAS_WEIGHT: tl.constexpr,
     HAS_MEAN: tl.constexpr,
     FIRST_USED: tl.constexpr,
@@ -108,39 +122,42 @@ def first_kernel(
     """Prepare queries (axis 0 below R: one row each) and attend 16-bit tokens (beyond: one tile each).
 
     Axis 1 is a (batch, KV head, block of R rows), N in all. query [BH, rows, D]; weight and mean [BH, D];
-    rotation [D, D]; q [N, 2R, D] int8, row r at 16 * (r // 8) + r % 8 and, its low part, 8 rows later; factor
-    [N, R] undoes their scaling and the levels' unit; start [N, 2R] int32 is what a sum over bytes b lacks for
-    levels 2 * b + 1; bias [N, R] is q . mean. first and recent keys and values [BH, tokens, D] contiguous; o
-    [N, tiles, R, DV], m and l [N, R, tiles] float32; the two used and starts [BH] int32, number of tokens in
-    use and the first of them, count where their constant says so. CHAINED: the next kernel may start, it
-    waits by itself.
+    halves [HALVES, D, D] float16 of the rotation, times turn_factor; q [N, 2R, D] int8, row r at 16 * (r //
+    8) + r % 8 and, its low part, 8 rows later; factor [N, R] undoes their scaling and the levels' unit; start
+    [N, 2R] int32 is what a sum over bytes b lacks for levels 2 * b + 1; bias [N, R] is q . mean. first and
+    recent keys and values [BH, tokens, D] contiguous; o [N, tiles, R, DV], m and l [N, R, tiles] float32; the
+    two used and starts [BH] int32, number of tokens in use and the first of them, count where their constant
+    says so. CHAINED: the next kernel may start, it waits by itself.
     """
     place, block = tl.program_id(0), tl.program_id(1).to(tl.int64)
     head, skipped = block // blocks, block % blocks * R
     if CHAINED:
         gdc_launch_dependents()
     if place < R:
-        _prepare(
-            query_ptr,
-            weight_ptr,
-            mean_ptr,
-            rotation_ptr,
-            q_ptr,
-            factor_ptr,
-            start_ptr,
-            bias_ptr,
-            scale,
-            unit,
-            rows,
-            block,
-            head,
-            place,
-            skipped + place,
-            D,
-            R,
-            HAS_WEIGHT,
-            HAS_MEAN,
-        )
+        if skipped + place < rows:
+            _prepare(
+                query_ptr,
+                weight_ptr,
+                mean_ptr,
+                halves_ptr,
+                q_ptr,
+                factor_ptr,
+                start_ptr,
+                bias_ptr,
+                scale,
+                unit,
+                turn_factor,
+                rows,
+                block,
+                head,
+                place,
+                skipped + place,
+                D,
+                R,
+                HALVES,
+                HAS_WEIGHT,
+                HAS_MEAN,
+            )
     else:
         tile = place - R
         column, row, value = tl.arange(0, 2 * R), tl.arange(0, R), tl.arange(0, DV)
@@ -283,8 +300,8 @@ def merge_kernel(
     """Join the splits of one row of one (batch, KV head), rotate back once, join the 16-bit tokens.
 
     o [N, splits, R, DV], m and l [N, R, splits]; dense_o, dense_m, dense_l the same with tiles; sinks [Hkv *
-    G] logits; out [BH, rows, DV]. Where HEADS is not 0, o, m and l are [blocks, splits, ...], the splits
-    shared out over the heads by `chunks_of_heads`.
+    G] logits; rotation [DV, DV]; out [BH, rows, DV]. Where HEADS is not 0,
+    o, m and l are [blocks, splits, ...], the splits shared out over the heads by `chunks_of_heads`.
     """
     row, head = tl.program_id(0), tl.program_id(1).to(tl.int64)
     block, local = head * blocks + row // R, row % R
@@ -296,7 +313,7 @@ def merge_kernel(
         begin = tl.sum(tl.where(index < head, chunks, 0), 0)
         end = begin + tl.sum(tl.where(index == head, chunks, 0), 0)
     value = tl.arange(0, DV)
-    turn = tl.load(rotation_ptr + value[:, None] * DV + value[None, :])
+    turn = tl.load(rotation_ptr + value[:, None] * DV + value[None, :])  # float32: to convert it takes 0.5 us
     if CHAINED:
         gdc_wait()
     m = tl.full([1], -1e30, tl.float32)

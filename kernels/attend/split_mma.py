@@ -315,9 +315,9 @@ def _exp2(x):
 
 
 @gluon.jit
-def _seen(s, token, first, end):
-    """Scores [R, 32] of tokens `first` to `end`, minus infinity elsewhere."""
-    return gl.where(((token >= first) & (token < end))[None, :], s, float("-inf"))
+def _seen(x, token, first, end, other: gl.constexpr):
+    """x [R, 32] where the token of its column is one from `first` to `end`, `other` elsewhere."""
+    return gl.where(((token >= first) & (token < end))[None, :], x, other)
 
 
 @gluon.jit
@@ -405,6 +405,145 @@ def _place(table_ptr, page, PAGED: gl.constexpr):
     return page.to(gl.int64)
 
 
+@gluon.jit
+def _page(index, turn, first, last, STARTS: gl.constexpr):
+    """The page that comes at `index` of those from `first` to `last`: they begin at `turn` and go round."""
+    page = turn + index
+    if STARTS:
+        page = gl.where(page >= last, page - (last - first), page)
+    return page
+
+
+@gluon.jit
+def _step(
+    step,
+    place,
+    ka,
+    kb,
+    kc,
+    m,
+    total,
+    weight,
+    acc,
+    q,
+    start,
+    factor,
+    bias,
+    tables,
+    places_ptr,
+    k_ptr,
+    ks_ptr,
+    v_ptr,
+    vs_ptr,
+    k_page,
+    ks_page,
+    v_page,
+    vs_page,
+    turn,
+    first,
+    last,
+    unused,
+    used,
+    softcap,
+    mma: gl.constexpr,
+    D: gl.constexpr,
+    DV: gl.constexpr,
+    R: gl.constexpr,
+    K_BITS: gl.constexpr,
+    V_BITS: gl.constexpr,
+    HALVES: gl.constexpr,
+    MASKED: gl.constexpr,
+    STARTS: gl.constexpr,
+    PAGED: gl.constexpr,
+    CAPPED: gl.constexpr,
+):
+    """Take a page, or one half of it, into the sums; its keys are there, those of the next are fetched.
+
+    MASKED: not all of its tokens need be in use.
+    """
+    ahead = gl.minimum(step + 1, HALVES * (last - first) - 1)
+    next_place = _place(places_ptr, _page(ahead // HALVES, turn, first, last, STARTS), PAGED)
+    va, vb, vc = _value_words(v_ptr + place * v_page, step, DV, V_BITS, HALVES)
+    ks = _load_scales(ks_ptr + place * ks_page, step, HALVES)
+    vs = _load_scales(vs_ptr + place * vs_page, step, HALVES)
+    _order(step)
+    k0, k1, k2, k3 = _levels(ka, kb, kc, step, tables, 0, D, K_BITS, HALVES)
+    s0 = _sums(q, k0, start, R, D, mma)
+    s1 = _sums(q, k1, start, R, D, mma)
+    if HALVES == 1:
+        s2 = _sums(q, k2, start, R, D, mma)
+        s3 = _sums(q, k3, start, R, D, mma)
+    place = next_place
+    ka, kb, kc = _key_words(k_ptr + place * k_page, ahead, D, K_BITS, HALVES)
+    _order(step)
+
+    ks0, ks1, ks2, ks3 = _tiles(ks, HALVES)
+    s0, s1 = _scaled(s0, ks0), _scaled(s1, ks1)
+    if HALVES == 1:
+        s2, s3 = _scaled(s2, ks2), _scaled(s3, ks3)
+    if CAPPED:
+        s0 = _capped(s0, factor[:, None], bias[:, None], softcap)
+        s1 = _capped(s1, factor[:, None], bias[:, None], softcap)
+        if HALVES == 1:
+            s2 = _capped(s2, factor[:, None], bias[:, None], softcap)
+            s3 = _capped(s3, factor[:, None], bias[:, None], softcap)
+        scale = gl.full([R], 1.0, gl.float32, m.type.layout)
+    else:
+        scale = factor
+    if MASKED:
+        column = gl.arange(0, 32, layout=gl.SliceLayout(0, s0.type.layout))
+        token = _page(step // HALVES, turn, first, last, STARTS) * PAGE_TOKENS
+        token += column // 16 * (16 * HALVES) + column % 8 // 2 * 4 + column // 8 % 2 * 2 + column % 2
+        if HALVES == 2:
+            token += step % 2 * 16
+        s0 = _seen(s0, token, unused, used, float("-inf"))
+        s1 = _seen(s1, token + 32 * HALVES, unused, used, float("-inf"))
+        if HALVES == 1:
+            s2 = _seen(s2, token + 64, unused, used, float("-inf"))
+            s3 = _seen(s3, token + 96, unused, used, float("-inf"))
+
+    largest = gl.maximum(s0, s1)
+    if HALVES == 1:
+        largest = gl.maximum(largest, gl.maximum(s2, s3))
+    top = gl.maximum(gl.max(largest, 1) * scale, -1e30)
+    vs0, vs1, vs2, vs3 = _tiles(vs, HALVES)
+    p0, w0 = _weigh(s0, scale[:, None], top[:, None], vs0)
+    p1, w1 = _weigh(s1, scale[:, None], top[:, None], vs1)
+    if MASKED:  # a value scale may be NaN
+        w0 = _seen(w0, token, unused, used, 0.0)
+        w1 = _seen(w1, token + 32 * HALVES, unused, used, 0.0)
+    p, w, heaviest = p0 + p1, w0 + w1, gl.maximum(w0, w1)
+    if HALVES == 1:
+        p2, w2 = _weigh(s2, scale[:, None], top[:, None], vs2)
+        p3, w3 = _weigh(s3, scale[:, None], top[:, None], vs3)
+        if MASKED:
+            w2 = _seen(w2, token + 64, unused, used, 0.0)
+            w3 = _seen(w3, token + 96, unused, used, 0.0)
+        p, w = p + p2 + p3, w + w2 + w3
+        heaviest = gl.maximum(heaviest, gl.maximum(w2, w3))
+    most = gl.maximum(gl.max(heaviest, 1), 1e-30)
+    new = gl.maximum(m, top)
+    decay, gain = _exp2(m - new), _exp2(top - new)
+    m = new
+    total = total * decay + gl.sum(p, 1) * gain
+    weight = weight * decay + gl.sum(w, 1) * gain
+
+    units = (MOST / most)[:, None]
+    v0, v1, v2, v3 = _levels(va, vb, vc, step, tables, 1, DV, V_BITS, HALVES)
+    o = gl.full([2 * R, DV], 0, gl.int32, mma)
+    o = mma_v2(_weight_operand(w0, units, R, mma), _value_operand(v0, DV, mma), o)
+    o = mma_v2(_weight_operand(w1, units, R, mma), _value_operand(v1, DV, mma), o)
+    if HALVES == 1:
+        o = mma_v2(_weight_operand(w2, units, R, mma), _value_operand(v2, DV, mma), o)
+        o = mma_v2(_weight_operand(w3, units, R, mma), _value_operand(v3, DV, mma), o)
+    high, low = _halves(o, R, DV)
+    part = (high * 256 + low).to(gl.float32)
+    fade = gl.convert_layout(decay, gl.SliceLayout(1, acc.type.layout))[:, None]
+    grow = gl.convert_layout(gain * most * (1.0 / MOST), gl.SliceLayout(1, acc.type.layout))[:, None]
+    acc = acc * fade + part * grow
+    return place, ka, kb, kc, m, total, weight, acc
+
+
 @gluon.jit(do_not_specialize=["pages", "heads", "blocks", "rows"])
 def split_mma_kernel(
     table_ptr,
@@ -490,8 +629,14 @@ def split_mma_kernel(
         v_ptr += head * v_head
         ks_ptr += head * ks_head
         vs_ptr += head * vs_head
+    turn = first
+    if STARTS:  # pages whose tokens are not all in use come last
+        turn = gl.minimum(gl.maximum((unused + PAGE_TOKENS - 1) // PAGE_TOKENS, first), last)
+    clean = HALVES * (last - first)
+    if USED:
+        clean = HALVES * (gl.minimum(gl.maximum(used // PAGE_TOKENS, turn), last) - turn)
     # An empty split reads the first page all the same, and throws it away.
-    place = _place(places_ptr, gl.minimum(first, pages - 1), HEADS > 0)
+    place = _place(places_ptr, gl.minimum(_page(0, turn, first, last, STARTS), pages - 1), HEADS > 0)
     ka, kb, kc = _key_words(k_ptr + place * k_page, 0, D, K_BITS, HALVES)
     if CHAINED:
         _wait_for_queries()
@@ -517,85 +662,93 @@ def split_mma_kernel(
     weight = gl.full([R], 0.0, gl.float32, by_row)
     acc, _ = _halves(gl.full([2 * R, DV], 0.0, gl.float32, mma), R, DV)
     summed: gl.constexpr = gl.SliceLayout(1, acc.type.layout)
-    for step in range(HALVES * first, HALVES * last):
-        ahead = gl.minimum(step + 1, HALVES * last - 1)
-        next_place = _place(places_ptr, ahead // HALVES, HEADS > 0)
-        va, vb, vc = _value_words(v_ptr + place * v_page, step, DV, V_BITS, HALVES)
-        ks = _load_scales(ks_ptr + place * ks_page, step, HALVES)
-        vs = _load_scales(vs_ptr + place * vs_page, step, HALVES)
-        _order(step)
-        k0, k1, k2, k3 = _levels(ka, kb, kc, step, tables, 0, D, K_BITS, HALVES)
-        s0 = _sums(q, k0, start, R, D, mma)
-        s1 = _sums(q, k1, start, R, D, mma)
-        if HALVES == 1:
-            s2 = _sums(q, k2, start, R, D, mma)
-            s3 = _sums(q, k3, start, R, D, mma)
-        place = next_place
-        ka, kb, kc = _key_words(k_ptr + place * k_page, ahead, D, K_BITS, HALVES)
-        _order(step)
-
-        ks0, ks1, ks2, ks3 = _tiles(ks, HALVES)
-        s0, s1 = _scaled(s0, ks0), _scaled(s1, ks1)
-        if HALVES == 1:
-            s2, s3 = _scaled(s2, ks2), _scaled(s3, ks3)
-        if CAPPED:
-            s0 = _capped(s0, factor[:, None], bias[:, None], softcap)
-            s1 = _capped(s1, factor[:, None], bias[:, None], softcap)
-            if HALVES == 1:
-                s2 = _capped(s2, factor[:, None], bias[:, None], softcap)
-                s3 = _capped(s3, factor[:, None], bias[:, None], softcap)
-            scale = gl.full([R], 1.0, gl.float32, by_row)
-        else:
-            scale = factor
-        if USED or STARTS:
-            page = step // HALVES
-            if ((page + 1) * PAGE_TOKENS > used) | (page * PAGE_TOKENS < unused):
-                column = gl.arange(0, 32, layout=gl.SliceLayout(0, scored))
-                inside = column % 8 // 2 * 4 + column // 8 % 2 * 2 + column % 2  # of a group of 16
-                if HALVES == 2:
-                    token = page * PAGE_TOKENS + step % 2 * 16 + column // 16 * 32 + inside
-                    s0 = _seen(s0, token, unused, used)
-                    s1 = _seen(s1, token + 64, unused, used)
-                else:
-                    token = page * PAGE_TOKENS + column // 16 * 16 + inside
-                    s0 = _seen(s0, token, unused, used)
-                    s1 = _seen(s1, token + 32, unused, used)
-                    s2 = _seen(s2, token + 64, unused, used)
-                    s3 = _seen(s3, token + 96, unused, used)
-
-        largest = gl.maximum(s0, s1)
-        if HALVES == 1:
-            largest = gl.maximum(largest, gl.maximum(s2, s3))
-        top = gl.maximum(gl.max(largest, 1) * scale, -1e30)
-        vs0, vs1, vs2, vs3 = _tiles(vs, HALVES)
-        p0, w0 = _weigh(s0, scale[:, None], top[:, None], vs0)
-        p1, w1 = _weigh(s1, scale[:, None], top[:, None], vs1)
-        p, w, heaviest = p0 + p1, w0 + w1, gl.maximum(w0, w1)
-        if HALVES == 1:
-            p2, w2 = _weigh(s2, scale[:, None], top[:, None], vs2)
-            p3, w3 = _weigh(s3, scale[:, None], top[:, None], vs3)
-            p, w = p + p2 + p3, w + w2 + w3
-            heaviest = gl.maximum(heaviest, gl.maximum(w2, w3))
-        most = gl.maximum(gl.max(heaviest, 1), 1e-30)
-        new = gl.maximum(m, top)
-        decay, gain = _exp2(m - new), _exp2(top - new)
-        m = new
-        total = total * decay + gl.sum(p, 1) * gain
-        weight = weight * decay + gl.sum(w, 1) * gain
-
-        units = (MOST / most)[:, None]
-        v0, v1, v2, v3 = _levels(va, vb, vc, step, tables, 1, DV, V_BITS, HALVES)
-        o = gl.full([2 * R, DV], 0, gl.int32, mma)
-        o = mma_v2(_weight_operand(w0, units, R, mma), _value_operand(v0, DV, mma), o)
-        o = mma_v2(_weight_operand(w1, units, R, mma), _value_operand(v1, DV, mma), o)
-        if HALVES == 1:
-            o = mma_v2(_weight_operand(w2, units, R, mma), _value_operand(v2, DV, mma), o)
-            o = mma_v2(_weight_operand(w3, units, R, mma), _value_operand(v3, DV, mma), o)
-        high, low = _halves(o, R, DV)
-        part = (high * 256 + low).to(gl.float32)
-        fade = gl.convert_layout(decay, summed)[:, None]
-        grow = gl.convert_layout(gain * most * (1.0 / MOST), summed)[:, None]
-        acc = acc * fade + part * grow
+    for step in range(clean):
+        place, ka, kb, kc, m, total, weight, acc = _step(
+            step,
+            place,
+            ka,
+            kb,
+            kc,
+            m,
+            total,
+            weight,
+            acc,
+            q,
+            start,
+            factor,
+            bias,
+            tables,
+            places_ptr,
+            k_ptr,
+            ks_ptr,
+            v_ptr,
+            vs_ptr,
+            k_page,
+            ks_page,
+            v_page,
+            vs_page,
+            turn,
+            first,
+            last,
+            unused,
+            used,
+            softcap,
+            mma,
+            D,
+            DV,
+            R,
+            K_BITS,
+            V_BITS,
+            HALVES,
+            False,
+            STARTS,
+            HEADS > 0,
+            CAPPED,
+        )
+    if USED or STARTS:
+        for step in range(clean, HALVES * (last - first)):
+            place, ka, kb, kc, m, total, weight, acc = _step(
+                step,
+                place,
+                ka,
+                kb,
+                kc,
+                m,
+                total,
+                weight,
+                acc,
+                q,
+                start,
+                factor,
+                bias,
+                tables,
+                places_ptr,
+                k_ptr,
+                ks_ptr,
+                v_ptr,
+                vs_ptr,
+                k_page,
+                ks_page,
+                v_page,
+                vs_page,
+                turn,
+                first,
+                last,
+                unused,
+                used,
+                softcap,
+                mma,
+                D,
+                DV,
+                R,
+                K_BITS,
+                V_BITS,
+                HALVES,
+                True,
+                STARTS,
+                HEADS > 0,
+                CAPPED,
+            )
 
     if not CAPPED:
         m += bias

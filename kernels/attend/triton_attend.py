@@ -14,6 +14,7 @@ import torch
 from quantpress.codecs.spec import CodecSpec
 from quantpress.kernels.attend.operands import DenseSegment, PackedSegment, PackedSide, Segment, Visibility
 from quantpress.kernels.page_codec import ScalarPages
+from quantpress.kernels.rotation_matrix import rotation_matrix
 
 HEAD_DIMS = (64, 128, 256)
 WIDTHS = (2, 3, 4)
@@ -37,9 +38,6 @@ PLAIN_PROGRAMS = 16
 
 CHAINS = (9, 0)
 """First compute capability whose kernels can start before the one before them has ended."""
-
-LANES = 32
-"""Of a warp, which holds the numbers of pages of all heads."""
 
 LOG2_E = math.log2(math.e)
 
@@ -142,7 +140,7 @@ class _Call:
             _numbers(numbers) for numbers in (packed.lengths, packed.starts, packed.table)
         )
         self.pages = packed.pages
-        self.padded = 0 if self.table is None else max(1 << (self.heads - 1).bit_length(), LANES)
+        self.padded = 0 if self.table is None else max(1 << (self.heads - 1).bit_length(), 2)
         self.chained = {"launch_pdl": True} if not plain and chains(query.device) else {}
 
     def _new(self, *shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -163,6 +161,7 @@ class _Call:
         from quantpress.kernels.attend.ends import first_kernel
 
         dim, value_dim, transform = self.keys.head_dim, self.values.head_dim, self.packed.keys.transform
+        turn = rotation_matrix(self.keys.rotation_of(0), self.query.device, inverse=True)
         count = self.heads * self.blocks
         q = self._new(count, 2 * self.block, dim, dtype=torch.int8)
         factor, bias = (self._new(count, self.block) for _ in range(2))
@@ -177,7 +176,7 @@ class _Call:
             self.query,
             transform.weight,
             transform.mean,
-            self.keys.rotation_of(0).matrix(self.query.device, torch.float32),
+            turn.halves,
             q,
             factor,
             start,
@@ -188,6 +187,7 @@ class _Call:
             *sums,
             self.scale,
             self.keys.codebook_of(0).unit,
+            turn.factor,
             self.rows,
             self.queries,
             self.blocks,
@@ -200,6 +200,7 @@ class _Call:
             DV=value_dim,
             R=self.block,
             TILE=DENSE_TILE,
+            HALVES=len(turn.halves),
             HAS_WEIGHT=transform.weight is not None,
             HAS_MEAN=transform.mean is not None,
             FIRST_USED=lengths[0] is not None,

@@ -69,7 +69,7 @@ def test_interpreter() -> None:
     assert max(errors) < 1e-4, dict(zip(map(str, INTERPRETED), errors, strict=True))
 
 
-FLOATS = {"scale", "softcap", "unit"}
+FLOATS = {"scale", "softcap", "unit", "turn_factor"}
 POINTERS = {
     "table_ptr": "*i32",
     "start_ptr": "*i32",
@@ -78,6 +78,7 @@ POINTERS = {
     "v_ptr": "*i32",
     "ks_ptr": "*fp16",
     "vs_ptr": "*fp16",
+    "halves_ptr": "*fp16",
     "query_ptr": "*bf16",
     "out_ptr": "*bf16",
     **{f"{run}used_ptr": "*i32" for run in ("", "first_", "recent_")},
@@ -161,6 +162,7 @@ def test_kernels_around_it_compile_without_a_gpu(capability: int, heads: int, di
     chained = {"CHAINED": capability >= 90, "R": 8, "DV": dim}
     first = chained | {"D": dim, "TILE": DENSE_TILE, "HAS_WEIGHT": True, "HAS_MEAN": True}
     first |= {"FIRST_USED": True, "RECENT_USED": True, "PLAIN": False}
+    first |= {"HALVES": 2 if dim == 64 else 1}
     first |= {"FIRST_STARTS": heads == 0, "RECENT_STARTS": True}
     merge = chained | {"HAS_SINKS": True, "SIZE": MERGED, "HEADS": heads, "STARTS": heads > 0}
     for kernel, constants in ((first_kernel, first), (merge_kernel, merge)):
