@@ -218,16 +218,20 @@ def chunks_of_heads(
 ):
     """How a number of programs is shared out over heads by the pages that each has in use.
 
-    Returns: pages of a chunk, the pages of each head in use [HEADS], and its chunks [HEADS], one to a
-    program. Heads follow each other. At most `programs` chunks, if that is more than `heads`.
+    Returns: pages of a chunk, the first page of each head in use, how many are [HEADS], and its chunks
+    [HEADS], one to a program. Heads follow each other. At most `programs` chunks, if that is more than
+    `heads`.
     """
     head = tl.arange(0, HEADS)
-    end = tl.load(used_ptr + head, mask=head < heads, other=0)
+    used = tl.load(used_ptr + head, mask=head < heads, other=0)
+    start = 0 * used
     if STARTS:
-        end += tl.load(starts_ptr + head, mask=head < heads, other=0)
-    there = tl.cdiv(tl.minimum(end, pages * TOKENS), TOKENS)
+        start = tl.load(starts_ptr + head, mask=head < heads, other=0)
+    begin = start // TOKENS
+    end = tl.minimum(start + used, pages * TOKENS)
+    there = tl.where(used > 0, tl.cdiv(end, TOKENS) - begin, 0)
     size = tl.maximum(tl.cdiv(tl.sum(there, 0), programs - heads), 1)
-    return size, there, tl.cdiv(there, size)
+    return size, begin, there, tl.cdiv(there, size)
 
 
 @triton.jit
@@ -308,7 +312,7 @@ def merge_kernel(
     holder, begin, end = block, 0, splits
     if HEADS:
         holder = head * 0 + row // R
-        _, _, chunks = chunks_of_heads(used_ptr, starts_ptr, heads, pages, splits, HEADS, STARTS, 128)
+        _, _, _, chunks = chunks_of_heads(used_ptr, starts_ptr, heads, pages, splits, HEADS, STARTS, 128)
         index = tl.arange(0, HEADS)
         begin = tl.sum(tl.where(index < head, chunks, 0), 0)
         end = begin + tl.sum(tl.where(index == head, chunks, 0), 0)

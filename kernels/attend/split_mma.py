@@ -380,10 +380,13 @@ def _share(used_ptr, starts_ptr, heads, pages, HEADS: gl.constexpr, STARTS: gl.c
     """
     lanes: gl.constexpr = _heads_layout(HEADS)
     head = gl.arange(0, HEADS, layout=lanes)
-    end = gl.load(used_ptr + head, mask=head < heads, other=0)
+    used = gl.load(used_ptr + head, mask=head < heads, other=0)
+    start = 0 * used
     if STARTS:
-        end += gl.load(starts_ptr + head, mask=head < heads, other=0)
-    there = (gl.minimum(end, pages * PAGE_TOKENS) + PAGE_TOKENS - 1) // PAGE_TOKENS
+        start = gl.load(starts_ptr + head, mask=head < heads, other=0)
+    end = gl.minimum(start + used, pages * PAGE_TOKENS)
+    begin = start // PAGE_TOKENS
+    there = gl.where(used > 0, (end + PAGE_TOKENS - 1) // PAGE_TOKENS - begin, 0)
     room = gl.num_programs(0) - heads
     size = gl.maximum((gl.sum(there, 0) + room - 1) // room, 1)
     chunks = (there + size - 1) // size
@@ -394,7 +397,8 @@ def _share(used_ptr, starts_ptr, heads, pages, HEADS: gl.constexpr, STARTS: gl.c
         mine = gl.where(gl.sum(gl.where(head < tried, chunks, 0), 0) <= program, tried, mine)
     first = (program - gl.sum(gl.where(head < mine, chunks, 0), 0)) * size
     last = gl.minimum(first + size, gl.sum(gl.where(head == mine, there, 0), 0))
-    return mine, first, last
+    skipped = gl.sum(gl.where(head == mine, begin, 0), 0)
+    return mine, skipped + first, skipped + last
 
 
 @gluon.jit
@@ -622,9 +626,10 @@ def split_mma_kernel(
         unused = gl.load(starts_ptr + head)
         used = gl.minimum(used + unused, pages * PAGE_TOKENS)
     if not HEADS:
-        there = (used + PAGE_TOKENS - 1) // PAGE_TOKENS
-        first = split * there // splits
-        last = (split + 1) * there // splits
+        begin = unused // PAGE_TOKENS
+        there = (used + PAGE_TOKENS - 1) // PAGE_TOKENS - begin
+        first = begin + split * there // splits
+        last = begin + (split + 1) * there // splits
         k_ptr += head * k_head
         v_ptr += head * v_head
         ks_ptr += head * ks_head

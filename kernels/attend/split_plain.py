@@ -60,7 +60,7 @@ def split_plain_kernel(
     split, splits = tl.program_id(0), tl.num_programs(0)
     slot = tl.program_id(1).to(tl.int64) * splits + split
     if HEADS:
-        size, in_use, chunks = chunks_of_heads(
+        size, begin, in_use, chunks = chunks_of_heads(
             used_ptr, starts_ptr, heads, pages, splits, HEADS, STARTS, PAGE_TOKENS
         )
         index = tl.arange(0, HEADS)
@@ -70,6 +70,8 @@ def split_plain_kernel(
             return
         first = (split - tl.sum(tl.where(index < mine, chunks, 0), 0)) * size
         last = tl.minimum(first + size, tl.sum(tl.where(index == mine, in_use, 0), 0))
+        skipped = tl.sum(tl.where(index == mine, begin, 0), 0)
+        first, last = first + skipped, last + skipped
         head = mine.to(tl.int64)
         block = head * blocks + tl.program_id(1)
     else:

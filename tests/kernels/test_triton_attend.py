@@ -138,7 +138,7 @@ def test_split_kernel_compiles_without_a_gpu(
     from quantpress.kernels.attend.split_mma import split_mma_kernel
 
     constants = {"D": dim, "DV": dim, "R": rows, "K_BITS": key_bits, "V_BITS": value_bits}
-    constants |= {"HALVES": steps_of_page(key_bits, value_bits, dim, rows), "USED": True}
+    constants |= {"HALVES": steps_of_page(key_bits, value_bits, dim, rows), "USED": heads > 0}
     constants |= {
         "CAPPED": capability == 80,
         "CHAINED": capability >= 90,
@@ -306,7 +306,7 @@ def test_pages_by_table_on_a_gpu(dim: int, bits: tuple[int, int], queries: int) 
     recent = torch.randn(2, 3, 200, dim, device="cuda", dtype=torch.float16)
     lengths = torch.tensor([[5000, 128, 0], [1, 8192, 3333]], dtype=torch.int32, device="cuda")
     begins = torch.tensor([[0, 77, 3], [150, 1, 193]], dtype=torch.int32, device="cuda")
-    starts = -lengths % 128
+    starts = 64 * 128 - lengths
     query = torch.randn(2, 12, queries, dim, device="cuda", dtype=torch.float16)
     dropped = torch.cat([unused(64 * 128, starts, lengths), unused(200, begins, 200 - begins)], -1)
     segments: list[Segment] = [
