@@ -24,6 +24,9 @@ def unfixable(cache: Cache) -> str | None:
     if plain or not layers:
         names = ", ".join(map(str, plain[:8])) + (", ..." if len(plain) > 8 else "")
         return f"layers {names} of the cache are not packed" if layers else "the cache has no layers"
+    ragged = [index for index, layer in enumerate(layers) if layer.tokens is not None and layer.tokens.heads]
+    if ragged:
+        return f"heads of layer {ragged[0]} of the cache keep different tokens"
     empty = [index for index, layer in enumerate(layers) if not layer.packed_tokens]
     if empty:
         return f"layer {empty[0]} of the cache has too few tokens to pack any"

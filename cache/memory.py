@@ -17,12 +17,12 @@ class LayerMemory:
     """The bytes of one cache layer.
 
     Args:
-        tokens: tokens kept (the longest head).
-        packed_tokens: how many of them are in packed pages.
+        tokens: tokens the layer counts, those included that single heads have evicted.
+        packed_tokens: how many of them are in packed pages (the head with most).
         packed_bytes: codes, scales and room to grow.
         dense_bytes: tokens kept in 16 bits (or the model's dtype).
-        metadata_bytes: mean keys, channel weights and orders.
-        bf16_bytes: what the same tokens take in 16 bits.
+        metadata_bytes: mean keys, channel weights and orders, page tables and counts of heads.
+        bf16_bytes: what the tokens that heads keep take in 16 bits.
     """
 
     tokens: int
@@ -63,7 +63,7 @@ class CacheMemory:
 
     @property
     def metadata_bytes(self) -> int:
-        """Mean keys, channel weights and orders."""
+        """Mean keys, channel weights and orders, page tables and counts of heads."""
         return self._sum("metadata_bytes")
 
     @property
@@ -134,15 +134,24 @@ def _layer_memory(layer: Any, seen: set[int]) -> LayerMemory:
 
 def _packed_memory(tokens: PackedTokens, seen: set[int]) -> LayerMemory:
     keys, values = tokens.sinks.keys, tokens.sinks.values
-    numbers = keys.shape[0] * keys.shape[1] * len(tokens) * (keys.shape[-1] + values.shape[-1])
+    numbers = kept_tokens(tokens) * (keys.shape[-1] + values.shape[-1])
     return LayerMemory(
         tokens=len(tokens),
-        packed_tokens=tokens.packed,
+        packed_tokens=tokens.packed_tokens,
         packed_bytes=storage_bytes(tokens.packed_tensors(), seen),
         dense_bytes=storage_bytes(tokens.dense_tensors(), seen),
         metadata_bytes=storage_bytes(tokens.metadata_tensors(), seen),
         bf16_bytes=numbers * BYTES_16_BIT,
     )
+
+
+def kept_tokens(tokens: PackedTokens) -> int:
+    """Tokens kept, summed over batch and KV heads. Waits for the device after a head-wise eviction."""
+    batch, heads = tokens.sinks.keys.shape[:2]
+    if tokens.heads is None:
+        return batch * heads * len(tokens)
+    rest = batch * heads * (tokens.places - tokens.sinks.tokens)
+    return int(tokens.heads.sinks.sum()) + rest - int(tokens.heads.absent.sum())
 
 
 def storage_bytes(tensors: list[torch.Tensor], seen: set[int] | None = None) -> int:
