@@ -10,7 +10,7 @@ evicted ones included, as models and presses do; slots and places are the same c
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -37,7 +37,6 @@ class HeadCounts:
     fewest_sinks: int
     least_absent: int
     most_absent: int
-    _spans: dict[tuple[int, int], Span] = field(default_factory=dict, repr=False)
 
     @classmethod
     def of(cls, sinks: torch.Tensor, absent: torch.Tensor, evicted: int, whole_from: int) -> "HeadCounts":
@@ -47,11 +46,8 @@ class HeadCounts:
 
     def span(self, start: int, stop: int) -> Span:
         """Lengths and starts of the tokens in use from place `start` to `stop` of pages and recent tokens."""
-        if (start, stop) not in self._spans:
-            self._spans.clear()
-            starts = (self.absent - start).clamp(0, stop - start)
-            self._spans[start, stop] = stop - start - starts, starts
-        return self._spans[start, stop]
+        starts = (self.absent - start).clamp(0, stop - start)
+        return stop - start - starts, starts
 
     def in_use(self, start: int, stop: int) -> torch.Tensor:
         """[B, Hkv, stop - start] bool: which places of pages and recent tokens hold a token."""
@@ -75,8 +71,8 @@ class HeadCounts:
 
     def tensors(self) -> list[torch.Tensor]:
         """Every tensor held."""
-        return [self.sinks, self.absent, *(tensor for span in self._spans.values() for tensor in span)]
+        return [self.sinks, self.absent]
 
     def map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "HeadCounts":
         """The same with both tensors moved, copied or indexed in the batch."""
-        return replace(self, sinks=change(self.sinks), absent=change(self.absent), _spans={})
+        return replace(self, sinks=change(self.sinks), absent=change(self.absent))
