@@ -9,6 +9,7 @@ they are. An implementation registered later, or one that is not wrapped, still 
 import functools
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,15 +18,18 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from quantpress.cache import compiled_step
 from quantpress.cache.states import PackedStates
 from quantpress.cache.view import PackedView
+from quantpress.cache.visibility import MASKS, visibility, visibility_by_place, whole_mask
 from quantpress.errors import UnsupportedModelError
 from quantpress.kernels.attend import Segment, Visibility, attend
 
 AttentionFunction = Callable[..., tuple[torch.Tensor, torch.Tensor | None]]
 _MARK = "_quantpress_original"
-_MASKS = "masked_key_indices"
-_CAUSAL = "_quantpress_causal"
 IGNORES_SOFTCAP = ("sdpa",)
 """Implementations that leave out a model's softcap (Gemma 2): packed layers then leave it out too."""
+
+
+TAKES_MASKS = ("sdpa", "eager")
+"""Implementations that take a mask [B, Hq, Tq, T]; in the place of others the model's eager one does."""
 
 
 def install_packed_attention() -> None:
@@ -36,7 +40,9 @@ def install_packed_attention() -> None:
     for name in list(ALL_ATTENTION_FUNCTIONS.keys()):
         function = ALL_ATTENTION_FUNCTIONS[name]
         if not hasattr(function, _MARK) and "paged" not in name and name != "flex_attention":
-            ALL_ATTENTION_FUNCTIONS[name] = _dispatch(function, caps=name not in IGNORES_SOFTCAP)
+            ALL_ATTENTION_FUNCTIONS[name] = _dispatch(
+                function, caps=name not in IGNORES_SOFTCAP, masks=name in TAKES_MASKS
+            )
     if "eager" not in ALL_ATTENTION_FUNCTIONS:
         ALL_ATTENTION_FUNCTIONS["eager"] = _dispatch(model_eager_attention)
 
@@ -68,7 +74,7 @@ def model_eager_attention(
     return result
 
 
-def _dispatch(original: AttentionFunction, caps: bool = True) -> AttentionFunction:
+def _dispatch(original: AttentionFunction, caps: bool = True, masks: bool = True) -> AttentionFunction:
     @functools.wraps(original)
     def packed_attention(
         module: torch.nn.Module,
@@ -84,6 +90,9 @@ def _dispatch(original: AttentionFunction, caps: bool = True) -> AttentionFuncti
         if not isinstance(key, PackedStates) and not isinstance(value, PackedStates):
             return original(module, query, key, value, attention_mask, *args, **kwargs)
         view = _same_view(key, value)
+        if view is not None and view.heads is not None and _needs_dense(module, query, kwargs):
+            dense = original if masks else model_eager_attention
+            return _attend_dense(dense, module, query, view, attention_mask, args, kwargs)
         if view is None or _needs_dense(module, query, kwargs):
             keys = key.dense() if isinstance(key, PackedStates) else key
             values = value.dense() if isinstance(value, PackedStates) else value
@@ -112,6 +121,31 @@ def _needs_dense(module: torch.nn.Module, query: torch.Tensor, kwargs: dict[str,
     return bool(weights or dropout or (torch.is_grad_enabled() and query.requires_grad))
 
 
+def _attend_dense(
+    original: AttentionFunction,
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    view: PackedView,
+    attention_mask: torch.Tensor | None,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The original function on decoded keys and values, what single heads have evicted masked for them."""
+    hidden = view.evicted()
+    rule = visibility(module, query.shape[2], view.shape, attention_mask, kwargs)
+    dropped = hidden if rule.dropped is None or hidden is None else hidden | rule.dropped
+    mask = whole_mask(replace(rule, dropped=dropped), query)
+    named = getattr(module, MASKS, None)
+    if named is not None:
+        module.masked_key_indices = None  # type: ignore[assignment]
+    try:
+        whole = replace(view, for_attention=False)
+        return original(module, query, whole.dense_keys(), whole.dense_values(), mask, *args, **kwargs)
+    finally:
+        if named is not None:
+            module.masked_key_indices = named
+
+
 def _attend_view(
     module: torch.nn.Module,
     query: torch.Tensor,
@@ -125,10 +159,11 @@ def _attend_view(
     segments = _step_segments(module, query, view, kwargs)
     if segments is not None:
         return attend_step(query, segments, scaling, softcap, sinks)
+    rule = visibility(module, query.shape[2], view.shape, attention_mask, kwargs)
     output = attend(
         query,
         view.segments(),
-        visibility(module, query.shape[2], view.shape, attention_mask, kwargs),
+        rule if view.heads is None else visibility_by_place(rule, view.tokens, view.heads),
         scaling=scaling,
         softcap=softcap,
         sinks=sinks,
@@ -170,84 +205,5 @@ def _step_segments(
     module: torch.nn.Module, query: torch.Tensor, view: PackedView, kwargs: dict[str, Any]
 ) -> list[Segment] | None:
     """The segments of a step at fixed addresses, whose one query sees every token; None for other calls."""
-    limited = kwargs.get("sliding_window") is not None or getattr(module, _MASKS, None) is not None
+    limited = kwargs.get("sliding_window") is not None or getattr(module, MASKS, None) is not None
     return list(view.step) if view.step is not None and query.shape[2] == 1 and not limited else None
-
-
-def visibility(
-    module: torch.nn.Module,
-    queries: int,
-    shape: tuple[int, int, int],
-    attention_mask: torch.Tensor | None,
-    kwargs: dict[str, Any],
-) -> Visibility:
-    """Who sees what, from what a model passes to its attention function.
-
-    Args:
-        module: the attention module; `is_causal` and kvpress's `masked_key_indices` are read.
-        queries: Tq.
-        shape: (B, Hkv, T).
-        attention_mask: [B, T] (flash attention), [B or 1, 1 or Hq, Tq, >= T] bool or float, or None.
-        kwargs: the attention function's keyword arguments; `is_causal` and `sliding_window` are read.
-
-    Returns:
-        The same rule for T tokens.
-
-    Raises:
-        UnsupportedModelError: a mask made for another length that is not simply causal (a padded batch whose
-        layers
-            keep different numbers of tokens).
-    """
-    tokens = shape[2]
-    causal = kwargs.get("is_causal")
-    causal = getattr(module, "is_causal", True) if causal is None else causal
-    window = kwargs.get("sliding_window")
-    mask = attention_mask
-    if mask is not None and mask.dim() == 4 and mask.shape[-1] != tokens:
-        if not _is_causal(mask, queries):
-            raise UnsupportedModelError(
-                f"the attention mask is for {mask.shape[-1]} tokens, this layer keeps {tokens}, and the "
-                "batch is padded; use a press that keeps as many tokens in every layer, or one context a time"
-            )
-        mask, causal = None, True
-    elif mask is not None and mask.dim() == 4 and window is None and _is_causal(mask, queries):
-        mask, causal = None, True  # no padding: kernels know this rule
-    if mask is not None and mask.dim() == 2:
-        mask = mask[:, -tokens:].bool()[:, None, None]
-        if causal and queries > 1:
-            mask = mask & causal_mask(queries, tokens, None, mask.device)
-    if mask is None and window is not None and causal and tokens > window:
-        mask = causal_mask(queries, tokens, window, torch.device("cpu"))[None, None]
-    return Visibility(queries, tokens, causal=bool(causal), mask=mask, dropped=_dropped(module, shape))
-
-
-def causal_mask(queries: int, tokens: int, window: int | None, device: torch.device) -> torch.Tensor:
-    """[Tq, T] bool: query i sees tokens up to T - Tq + i, the last `window` of them when it is given."""
-    last = torch.arange(tokens - queries, tokens, device=device).unsqueeze(1)
-    token = torch.arange(tokens, device=device).unsqueeze(0)
-    seen = token <= last
-    return seen if window is None else seen & (token > last - window)
-
-
-def _is_causal(mask: torch.Tensor, queries: int) -> bool:
-    """Whether a mask hides the later queries' tokens and no others. Waits for the device once a mask."""
-    known: bool | None = getattr(mask, _CAUSAL, None)
-    if known is None:
-        seen = mask if mask.dtype == torch.bool else mask == 0
-        known = bool((seen == causal_mask(queries, mask.shape[-1], None, mask.device)).all())
-        if mask.dtype != torch.bool:  # what is not hidden must not be weighted either
-            known = known and bool(
-                (mask.isneginf() | (mask <= torch.finfo(mask.dtype).min) | (mask == 0)).all()
-            )
-        setattr(mask, _CAUSAL, known)  # a model gives all its layers the same one
-    return known
-
-
-def _dropped(module: torch.nn.Module, shape: tuple[int, int, int]) -> torch.Tensor | None:
-    """kvpress's head-wise eviction: the (batch, head, slot) entries that must not be seen."""
-    indices = getattr(module, _MASKS, None)
-    if indices is None:
-        return None
-    dropped = torch.zeros(shape, dtype=torch.bool, device=indices[0].device)
-    dropped[tuple(indices)] = True
-    return dropped

@@ -177,7 +177,7 @@ class FixedTokens(PackedTokens):
         other = PackedTokens.__new__(PackedTokens)
         names = vars(self).keys() - {"window", "used"}
         vars(other).update({name: getattr(self, name) for name in names})
-        other.key_pages, other.value_pages = self.key_pages.share(), self.value_pages.share()
+        other.pages = self.pages.share()
         other._recent = DenseSegment(self.recent.keys.clone(), self.recent.values.clone())
         return other
 

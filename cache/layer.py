@@ -2,14 +2,16 @@
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from transformers.cache_utils import DynamicLayer
 
 from quantpress.cache import compiled_step
+from quantpress.cache.eviction import evict, pack_by_head
 from quantpress.cache.fixed import FixedTokens, Window
+from quantpress.cache.keeping import keep
 from quantpress.cache.segments import join
 from quantpress.cache.settings import LayerSettings
 from quantpress.cache.states import PackedStates
@@ -71,6 +73,7 @@ class PackedLayer(DynamicLayer):
         *,
         query_moment: torch.Tensor | None = None,
         tokens_seen: int | None = None,
+        hidden: torch.Tensor | None = None,
     ) -> "PackedLayer":
         """Pack the keys and values of a prefill.
 
@@ -80,20 +83,26 @@ class PackedLayer(DynamicLayer):
             settings: codecs and windows.
             query_moment: [B, Hkv, D] mean square of the queries that will read these keys, for balance.
             tokens_seen: positions used so far, more than T after an eviction; T when left out.
+            hidden: [B, Hkv, T] bool, tokens that single heads do not keep: the layer counts T tokens as
+                before, and has no memory of these. None: every head keeps all.
 
         Returns:
             A layer that shares no storage with `keys` and `values`.
 
         Raises:
             NonFiniteError: keys or values hold NaN or infinity.
+            InvalidInputError: `hidden` has another shape or dtype.
         """
         layer = cls(settings)
         layer.lazy_initialization(keys, values)
-        tokens = PackedTokens(settings, keys, values)
-        tokens.query_moment = query_moment
-        tokens.flush()
-        tokens.own()
-        layer._tokens = tokens
+        if hidden is not None:
+            layer._tokens = pack_by_head(settings, keys, values, hidden, query_moment)
+        else:
+            tokens = PackedTokens(settings, keys, values)
+            tokens.query_moment = query_moment
+            tokens.flush()
+            tokens.own()
+            layer._tokens = tokens
         layer.tokens_seen = keys.shape[2] if tokens_seen is None else tokens_seen
         return layer
 
@@ -169,11 +178,16 @@ class PackedLayer(DynamicLayer):
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat each batch entry `repeats` times."""
-        self._map(lambda tensor: tensor.repeat_interleave(repeats, dim=0))
+        if self._tokens is not None:
+            entries = torch.arange(len(self._tokens.sinks.keys), device=self._tokens.sinks.keys.device)
+            self._growing().select(entries.repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keep batch entries `indices` (int64 positions or a bool mask)."""
-        self._map(lambda tensor: tensor[indices.to(tensor.device)])
+        if self._tokens is not None:
+            device = self._tokens.sinks.keys.device
+            entries = torch.arange(len(self._tokens.sinks.keys), device=device)
+            self._growing().select(entries[indices.to(device)])
 
     def offload(self) -> None:
         """Move everything to the CPU."""
@@ -215,8 +229,8 @@ class PackedLayer(DynamicLayer):
 
     @property
     def packed_tokens(self) -> int:
-        """Tokens in packed pages."""
-        return 0 if self._tokens is None else self._tokens.packed
+        """Tokens in packed pages, of the head with most of them."""
+        return 0 if self._tokens is None else self._tokens.packed_tokens
 
     def view(self) -> PackedView:
         """The tokens as they are now; see `PackedTokens.view`."""
@@ -227,12 +241,30 @@ class PackedLayer(DynamicLayer):
         """Keep selected tokens and forget the others; nothing is quantized. `tokens_seen` stays.
 
         Args:
-            kept: [B, Hkv, K] int64, places among the tokens; see `PackedTokens.keep`.
+            kept: [B, Hkv, K] int64, places among the tokens; see `quantpress.cache.keeping`.
 
         Raises:
             InvalidInputError: not distinct places of tokens of this layer.
         """
-        self._growing().keep(kept)
+        keep(self._growing(), kept)
+
+    def evict(self, hidden: torch.Tensor) -> None:
+        """Let single heads forget tokens, and free their memory; nothing is quantized.
+
+        The layer counts as many tokens as before.
+
+        Args:
+            hidden: [B, Hkv, T] bool, T = `get_seq_length()`, True where a head is to forget a token.
+
+        Raises:
+            InvalidInputError: another shape or dtype.
+        """
+        tokens = self._growing()
+        wanted = (*tokens.sinks.keys.shape[:2], len(tokens))
+        if hidden.dtype != torch.bool or tuple(hidden.shape) != wanted:
+            given = f"{hidden.dtype} {tuple(hidden.shape)}"
+            raise InvalidInputError(f"hidden must be bool {wanted}, got {given}")
+        evict(tokens, hidden)
 
     def reserve(self, tokens: int) -> None:
         """Make room for `tokens` more tokens in the pages, so that they fill up in place."""
@@ -335,8 +367,8 @@ class PackedLayer(DynamicLayer):
 
 def _states(tokens: PackedTokens, side: str) -> torch.Tensor:
     """What attention gets."""
-    if tokens.packed:
-        return PackedStates(tokens.view(), side)
+    if tokens.readable:
+        return PackedStates(replace(tokens.view(), for_attention=True), side)
     both = join(tokens.sinks, tokens.recent)
     states: torch.Tensor = getattr(both, side)
     return states
@@ -349,6 +381,6 @@ def _starts(states: torch.Tensor, part: torch.Tensor) -> bool:
 
 def _readable(tokens: PackedTokens, side: str) -> PackedStates:
     """What anyone else gets, who may give a part of it back."""
-    if tokens.packed:
+    if tokens.readable:
         return PackedStates(tokens.view(), side)
     return PackedStates(DenseView(join(tokens.sinks, tokens.recent), len(tokens), tokens.dtype), side)

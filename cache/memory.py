@@ -17,12 +17,13 @@ class LayerMemory:
     """The bytes of one cache layer.
 
     Args:
-        tokens: tokens kept (the longest head).
-        packed_tokens: how many of them are in packed pages.
+        tokens: tokens the layer counts, those included that single heads have evicted.
+        packed_tokens: how many of them are in packed pages (the head with most).
         packed_bytes: codes, scales and room to grow.
         dense_bytes: tokens kept in 16 bits (or the model's dtype).
-        metadata_bytes: mean keys, channel weights and orders.
-        bf16_bytes: what the same tokens take in 16 bits.
+        metadata_bytes: mean keys, channel weights and orders, page tables and counts of heads.
+        bf16_bytes: what the tokens that heads keep take in 16 bits.
+        token_bytes: what one token takes in 16 bits, in every head.
     """
 
     tokens: int
@@ -31,11 +32,17 @@ class LayerMemory:
     dense_bytes: int
     metadata_bytes: int
     bf16_bytes: int
+    token_bytes: int
 
     @property
     def total_bytes(self) -> int:
         """All bytes kept."""
         return self.packed_bytes + self.dense_bytes + self.metadata_bytes
+
+    @property
+    def tokens_kept(self) -> float:
+        """Tokens kept, the mean over heads: fewer than `tokens` where single heads have evicted some."""
+        return self.bf16_bytes / self.token_bytes if self.token_bytes else 0.0
 
 
 @dataclass(frozen=True)
@@ -63,7 +70,7 @@ class CacheMemory:
 
     @property
     def metadata_bytes(self) -> int:
-        """Mean keys, channel weights and orders."""
+        """Mean keys, channel weights and orders, page tables and counts of heads."""
         return self._sum("metadata_bytes")
 
     @property
@@ -119,30 +126,45 @@ def cache_memory(cache: Cache) -> CacheMemory:
 
 def _layer_memory(layer: Any, seen: set[int]) -> LayerMemory:
     if isinstance(layer, PackedLayer):
-        return LayerMemory(0, 0, 0, 0, 0, 0) if layer.tokens is None else _packed_memory(layer.tokens, seen)
+        return (
+            LayerMemory(0, 0, 0, 0, 0, 0, 0) if layer.tokens is None else _packed_memory(layer.tokens, seen)
+        )
     tensors = [t for t in vars(layer).values() if isinstance(t, torch.Tensor)]
     states = [t for t in (layer.keys, layer.values) if isinstance(t, torch.Tensor)]
+    tokens = states[0].shape[-2] if states and states[0].dim() == 4 else 0
+    numbers = sum(t.numel() for t in states)
     return LayerMemory(
-        tokens=states[0].shape[-2] if states and states[0].dim() == 4 else 0,
+        tokens=tokens,
         packed_tokens=0,
         packed_bytes=0,
         dense_bytes=storage_bytes(states, seen),
         metadata_bytes=storage_bytes(tensors, seen),
-        bf16_bytes=sum(t.numel() for t in states) * BYTES_16_BIT,
+        bf16_bytes=numbers * BYTES_16_BIT,
+        token_bytes=numbers // tokens * BYTES_16_BIT if tokens else 0,
     )
 
 
 def _packed_memory(tokens: PackedTokens, seen: set[int]) -> LayerMemory:
     keys, values = tokens.sinks.keys, tokens.sinks.values
-    numbers = keys.shape[0] * keys.shape[1] * len(tokens) * (keys.shape[-1] + values.shape[-1])
+    numbers = keys.shape[-1] + values.shape[-1]  # of a token in one head
     return LayerMemory(
         tokens=len(tokens),
-        packed_tokens=tokens.packed,
+        packed_tokens=tokens.packed_tokens,
         packed_bytes=storage_bytes(tokens.packed_tensors(), seen),
         dense_bytes=storage_bytes(tokens.dense_tensors(), seen),
         metadata_bytes=storage_bytes(tokens.metadata_tensors(), seen),
-        bf16_bytes=numbers * BYTES_16_BIT,
+        bf16_bytes=kept_tokens(tokens) * numbers * BYTES_16_BIT,
+        token_bytes=keys.shape[0] * keys.shape[1] * numbers * BYTES_16_BIT,
     )
+
+
+def kept_tokens(tokens: PackedTokens) -> int:
+    """Tokens kept, summed over batch and KV heads. Waits for the device after a head-wise eviction."""
+    batch, heads = tokens.sinks.keys.shape[:2]
+    if tokens.heads is None:
+        return batch * heads * len(tokens)
+    rest = batch * heads * (tokens.places - tokens.sinks.tokens)
+    return int(tokens.heads.sinks.sum()) + rest - int(tokens.heads.absent.sum())
 
 
 def storage_bytes(tensors: list[torch.Tensor], seen: set[int] | None = None) -> int:

@@ -138,9 +138,10 @@ def _stays_packed(func: Any, states: PackedStates, args: Sequence[Any], kwargs: 
             newest = view.newest(size - (start + size if start < 0 else start))
             return None if newest is None else getattr(newest, side)
     if func is _aten.index_select.default and args[1] % 4 == 0:
-        return PackedStates(view.map(lambda t: t.index_select(0, args[2])), side)
+        return PackedStates(view.select(args[2]), side)
     if func is _aten.index.Tensor and len(args[1]) == 1:
-        return PackedStates(view.map(lambda t: t[args[1][0]]), side) if args[1][0].dim() == 1 else None
+        entries = torch.arange(states.shape[0], device=states.device)
+        return PackedStates(view.select(entries[args[1][0]]), side) if args[1][0].dim() == 1 else None
     return None
 
 

@@ -6,8 +6,11 @@ The tokens, in order::
 
 New tokens join the recent ones. When there are `recent_tokens` + 128 of them the oldest 128 become a page.
 The channel transform (mean key, balanced channels) is taken once, from the first tokens that are packed, and
-never changes, since pages already packed depend on it. `quantpress.cache.fixed` has the form of these tokens
-that a captured decode step reads and writes.
+never changes, since pages already packed depend on it.
+
+After a head-wise eviction heads keep different numbers of tokens (`HeadCounts`, `RaggedPages`); see
+`quantpress.cache.eviction`. `quantpress.cache.fixed` has the form of these tokens that a captured decode step
+reads and writes.
 """
 
 import copy
@@ -15,15 +18,17 @@ from collections.abc import Callable
 
 import torch
 
+from quantpress.cache.head_counts import HeadCounts
+from quantpress.cache.head_pages import EvenPages, HeadPages
 from quantpress.cache.pages import PageStore
 from quantpress.cache.segments import after, compact, first, join, take
 from quantpress.cache.settings import LayerSettings
 from quantpress.cache.view import PackedView, decode_segment
 from quantpress.codecs.transform import ChannelTransform, key_statistics, value_statistics
 from quantpress.errors import InvalidInputError
-from quantpress.kernels.attend import DenseSegment, PackedSegment, PackedSide
+from quantpress.kernels.attend import DenseSegment
 from quantpress.kernels.layout import PAGE_TOKENS
-from quantpress.kernels.page_codec import PageCodec
+from quantpress.kernels.page_codec import Planes
 
 
 class PackedTokens:
@@ -36,7 +41,8 @@ class PackedTokens:
 
     Attributes:
         sinks: the first tokens, in 16 bits.
-        key_pages, value_pages: the packed ones.
+        pages: the packed ones.
+        heads: which of them each head keeps; None: all.
         query_moment: [B, Hkv, D] mean square of the queries, if known before the first page is packed.
         key_transform, value_transform: what was done to channels before packing; None until then.
     """
@@ -46,7 +52,8 @@ class PackedTokens:
         self.dtype = keys.dtype
         empty = DenseSegment(keys[:, :, :0].clone(), values[:, :, :0].clone())
         self.sinks, self._recent = empty, empty
-        self.key_pages, self.value_pages = PageStore(), PageStore()
+        self.pages: HeadPages = EvenPages()
+        self.heads: HeadCounts | None = None
         self.key_transform: ChannelTransform | None = None
         self.value_transform: ChannelTransform | None = None
         self.query_moment: torch.Tensor | None = None
@@ -58,17 +65,43 @@ class PackedTokens:
         return self._recent
 
     @property
+    def key_pages(self) -> PageStore:
+        """The planes of the packed keys."""
+        return self.pages.keys
+
+    @property
+    def value_pages(self) -> PageStore:
+        """The planes of the packed values."""
+        return self.pages.values
+
+    @property
     def packed(self) -> int:
-        """Tokens in packed pages."""
-        return self.key_pages.pages * PAGE_TOKENS
+        """Tokens in packed pages; places for them, where heads keep different numbers."""
+        return self.pages.pages * PAGE_TOKENS
+
+    @property
+    def packed_tokens(self) -> int:
+        """Tokens in packed pages of the head with most of them."""
+        return self.packed - (0 if self.heads is None else min(self.packed, self.heads.least_absent))
+
+    @property
+    def places(self) -> int:
+        """Places for tokens, in use or not."""
+        return self.sinks.tokens + self.packed + self.recent.tokens
+
+    @property
+    def readable(self) -> bool:
+        """Whether attention reads them as a `view`, and not as plain tensors."""
+        return bool(self.packed) or self.heads is not None
 
     def __len__(self) -> int:
-        return self.sinks.tokens + self.packed + self.recent.tokens
+        """Slots: the tokens that the text had, less those that were evicted in all heads alike."""
+        return self.places + (0 if self.heads is None else self.heads.evicted)
 
     def append(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Add tokens behind the last, in 16 bits: keys [B, Hkv, N, D], values [B, Hkv, N, Dv]."""
         new = DenseSegment(keys, values)
-        if not self.packed and not self.recent.tokens:
+        if not self.readable and not self.recent.tokens:
             missing = min(self.settings.sink_tokens - self.sinks.tokens, new.tokens)
             if missing > 0:
                 self.sinks, new = join(self.sinks, first(new, missing)), after(new, missing)
@@ -94,90 +127,81 @@ class PackedTokens:
     def reserve(self, tokens: int) -> None:
         """Make room for the pages that `tokens` more tokens will fill; nothing where none is packed yet."""
         pages = (self.packed + self.recent.tokens + tokens) // PAGE_TOKENS
-        self.key_pages.reserve(pages)
-        self.value_pages.reserve(pages)
+        self.pages.reserve(pages)
 
     def _pack(self, old: DenseSegment) -> None:
         """Put tokens behind the last page, a whole number of pages."""
-        with torch.no_grad():
-            key_transform, value_transform = self._transforms(old)
-            key_planes = self.settings.key_codec.encode(old.keys, key_transform)
-            value_planes = self.settings.value_codec.encode(old.values, value_transform)
-        self.key_transform, self.value_transform, self.query_moment = key_transform, value_transform, None
-        self.key_pages.append(key_planes)
-        self.value_pages.append(value_planes)
+        in_use = None if self.heads is None else self.heads.in_use(self.packed, self.packed + old.tokens)
+        key_planes, value_planes = self.encode(old, old, in_use)
+        self.pages.append(key_planes, value_planes)
 
-    def _transforms(self, old: DenseSegment) -> tuple[ChannelTransform, ChannelTransform]:
+    def encode(
+        self, tokens: DenseSegment, basis: DenseSegment, in_use: torch.Tensor | None
+    ) -> tuple[Planes, Planes]:
+        """Planes [B, Hkv, P, ...] of a whole number of pages.
+
+        Args:
+            tokens: P * 128 tokens.
+            basis: what the channel transform is taken from, when there is none yet.
+            in_use: [B, Hkv, T] bool, which tokens of the basis count; None: all.
+
+        Raises:
+            NonFiniteError: they hold NaN or infinity; nothing was changed.
+        """
+        with torch.no_grad():
+            key_transform, value_transform = self._transforms(basis, in_use)
+            key_planes = self.settings.key_codec.encode(tokens.keys, key_transform)
+            value_planes = self.settings.value_codec.encode(tokens.values, value_transform)
+        self.key_transform, self.value_transform, self.query_moment = key_transform, value_transform, None
+        return key_planes, value_planes
+
+    def _transforms(
+        self, basis: DenseSegment, in_use: torch.Tensor | None
+    ) -> tuple[ChannelTransform, ChannelTransform]:
         if self.key_transform is not None and self.value_transform is not None:
             return self.key_transform, self.value_transform
         settings, key_transform, value_transform = self.settings, ChannelTransform(), ChannelTransform()
         if settings.key_codec.wants_statistics:
             key_transform = key_statistics(
-                old.keys,
+                basis.keys,
                 self.query_moment,
                 settings.key_codec.groups,
                 mean=settings.mean_key,
                 balance=settings.balance,
+                in_use=in_use,
             )
         if settings.value_codec.wants_statistics:
-            value_transform = value_statistics(old.values, settings.value_codec.groups)
+            value_transform = value_statistics(basis.values, settings.value_codec.groups, in_use)
         return key_transform, value_transform
 
     def crop(self, tokens: int) -> None:
-        """Keep the first `tokens`; what stays of a page is decoded, and packed again gives the same codes."""
-        inside = tokens - self.sinks.tokens
+        """Keep the first `tokens`; what stays of a page is decoded, and packed again gives the same codes.
+
+        Raises:
+            InvalidInputError: heads keep different tokens of those that were to be the last.
+        """
+        places = tokens
+        if self.heads is not None and tokens:
+            self.heads.check_whole(tokens)
+            places -= self.heads.evicted
+        inside = places - self.sinks.tokens
         if inside >= self.packed:
             self._recent = first(self._recent, inside - self.packed)
         elif inside >= 0:
             whole, rest = divmod(inside, PAGE_TOKENS)
-            view = self.view()
-            self._recent = first(decode_segment(view.pages(whole, whole + 1), self.dtype), rest)
-            self._crop_pages(whole)
+            cut = decode_segment(self.view().pages(whole, whole + 1), self.dtype)
+            self._recent = first(cut, rest)
+            self.pages.crop(whole)
         else:
-            self.sinks, self._recent = first(self.sinks, tokens), first(self._recent, 0)
-            self._crop_pages(0)
-        self.own()
+            self.sinks, self._recent = first(self.sinks, places), first(self._recent, 0)
+            self.pages.crop(0)
         if tokens == 0:  # nothing depends on the statistics any more
             self.key_transform = self.value_transform = None
-
-    def keep(self, kept: torch.Tensor) -> None:
-        """Keep selected tokens, in the order in which they are stored; codes and scales move as they are.
-
-        Heads may keep different numbers of sinks, packed and recent tokens. Pages hold what is packed in all
-        of them, as far as whole pages go; other packed tokens are decoded, and packed again give the same
-        codes, as after `crop`.
-
-        Args:
-            kept: [B, Hkv, K] int64, places among the tokens, distinct within a head, in any order.
-
-        Raises:
-            InvalidInputError: wrong dtype or shape, a place twice, or one where no token is.
-        """
-        kept = self._checked_places(kept)
-        sinks, dense_from = self.sinks.tokens, self.sinks.tokens + self.packed
-        start = int((kept < sinks).sum(-1).amax()) if kept.numel() else 0
-        stop = int((kept < dense_from).sum(-1).amin()) if kept.numel() else 0
-        end = start + max(0, stop - start) // PAGE_TOKENS * PAGE_TOKENS
-        front, back = self._taken(kept[..., :start]), self._taken(kept[..., end:])
-        inside = kept[..., start:end] - sinks
-        self.key_pages = _gathered(self.settings.key_codec, self.key_pages, inside)
-        self.value_pages = _gathered(self.settings.value_codec, self.value_pages, inside)
-        self.sinks, self._recent = front, back
+            self.pages, self.heads = EvenPages(), None
         self.own()
 
-    def _checked_places(self, kept: torch.Tensor) -> torch.Tensor:
-        heads = self.sinks.keys.shape[:2]
-        if kept.dtype != torch.int64 or kept.dim() != 3 or kept.shape[:2] != heads:
-            wanted = f"int64 [{heads[0]}, {heads[1]}, K]"
-            raise InvalidInputError(f"tokens to keep must be {wanted}, got {kept.dtype} {tuple(kept.shape)}")
-        ordered = kept.sort(dim=-1).values
-        inside = bool(((ordered >= 0) & (ordered < len(self))).all())
-        if not inside or not bool((ordered.diff(dim=-1) > 0).all()):
-            raise InvalidInputError(f"tokens to keep must be distinct places from 0 to {len(self) - 1}")
-        return ordered
-
-    def _taken(self, places: torch.Tensor) -> DenseSegment:
-        """The tokens at places [B, Hkv, N] in 16 bits; packed ones are decoded."""
+    def taken(self, places: torch.Tensor) -> DenseSegment:
+        """The tokens at places [B, Hkv, N] int64 in 16 bits; packed ones are decoded."""
         sinks, packed, tokens = self.sinks.tokens, self.packed, places.shape[2]
         is_packed = (places >= sinks) & (places < sinks + packed)
         inside = (places - sinks).clamp(0, max(0, packed - 1))
@@ -198,19 +222,31 @@ class PackedTokens:
             torch.where(mask, decoded.keys, taken.keys), torch.where(mask, decoded.values, taken.values)
         )
 
-    def _crop_pages(self, pages: int) -> None:
-        self.key_pages.crop(pages)
-        self.value_pages.crop(pages)
+    def replace_dense(self, sinks: DenseSegment, recent: DenseSegment) -> None:
+        """Put others in the place of the tokens in 16 bits."""
+        self.sinks, self._recent = sinks, recent
+        self.own()
 
     def own(self) -> None:
         """Let go of larger storages that the 16-bit tokens are slices of."""
         self.sinks, self._recent = compact(self.sinks), compact(self._recent)
 
     def map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        """Apply `change` to every tensor; each has the batch first (index the batch, move, clone)."""
+        """Apply `change` to every tensor: move it, or copy it."""
+        self._change(change)
+        self.pages = self.pages.map(change)
+
+    def select(self, entries: torch.Tensor) -> None:
+        """Take batch entries [B'] int64, any of them more than once."""
+        self._change(lambda tensor: tensor.index_select(0, entries.to(tensor.device)))
+        self.pages = self.pages.select(entries.to(self.sinks.device))
+
+    def _change(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """What is not in pages; each tensor has the batch first."""
         self.sinks = DenseSegment(change(self.sinks.keys), change(self.sinks.values))
         self._recent = DenseSegment(change(self._recent.keys), change(self._recent.values))
-        self.key_pages, self.value_pages = self.key_pages.map(change), self.value_pages.map(change)
+        if self.heads is not None:
+            self.heads = self.heads.map(change)
         if self.query_moment is not None:
             self.query_moment = change(self.query_moment)
         if self.key_transform is not None and self.value_transform is not None:
@@ -220,7 +256,7 @@ class PackedTokens:
     def share(self) -> "PackedTokens":
         """The same tokens over the same memory; changes of one do not show in the other."""
         other = copy.copy(self)
-        other.key_pages, other.value_pages = self.key_pages.share(), self.value_pages.share()
+        other.pages = self.pages.share()
         return other
 
     def view(self) -> PackedView:
@@ -229,19 +265,21 @@ class PackedTokens:
         Raises:
             InvalidInputError: nothing is packed yet.
         """
-        if self.key_transform is None or self.value_transform is None or not self.packed:
+        if not self.readable:
             raise InvalidInputError(f"none of the {len(self)} tokens is packed yet; read them with `states`")
-        settings = self.settings
+        settings, pages = self.settings, self.pages.share()
         return PackedView(
             sinks=self.sinks,
-            packed=PackedSegment(
-                PackedSide(settings.key_codec, self.key_pages.planes, self.key_transform),
-                PackedSide(settings.value_codec, self.value_pages.planes, self.value_transform),
+            packed=pages.segment(
+                (settings.key_codec, self.key_transform or ChannelTransform()),
+                (settings.value_codec, self.value_transform or ChannelTransform()),
+                None if self.heads is None else self.heads.span(0, self.packed),
             ),
             recent=self.recent,
             tokens=len(self),
             dtype=self.dtype,
-            held=(self.key_pages.share(), self.value_pages.share()),
+            heads=self.heads,
+            held=(pages,),
         )
 
     def dense_tensors(self) -> list[torch.Tensor]:
@@ -253,12 +291,8 @@ class PackedTokens:
         return self.key_pages.tensors + self.value_pages.tensors
 
     def metadata_tensors(self) -> list[torch.Tensor]:
-        """The channel transforms, and the query moment that the first is made of."""
+        """The channel transforms, the query moment that the first is made of, page tables and head counts."""
         transforms = [t for t in (self.key_transform, self.value_transform) if t is not None]
         tensors = [tensor for transform in transforms for tensor in transform.tensors().values()]
+        tensors += self.pages.metadata() + ([] if self.heads is None else self.heads.tensors())
         return tensors if self.query_moment is None else [*tensors, self.query_moment]
-
-
-def _gathered(codec: PageCodec, pages: PageStore, tokens: torch.Tensor) -> PageStore:
-    """A new store of the tokens [B, Hkv, N], a whole number of pages; views of the old one stay."""
-    return PageStore(codec.gather(pages.planes, tokens) if tokens.shape[2] else None)

@@ -12,8 +12,13 @@ from quantpress.errors import EmptyContextError, InvalidInputError, NonFiniteErr
 _CHUNK_VALUES = 2**22  # float32 workspace of 16 MB
 
 
-def token_mean(x: Tensor, name: str) -> Tensor:
+def token_mean(x: Tensor, name: str, in_use: Tensor | None = None) -> Tensor:
     """E[x] over tokens: [B, Hkv, T, D] -> [B, Hkv, D] float32.
+
+    Args:
+        x: any float dtype.
+        name: for messages.
+        in_use: [B, Hkv, T] bool, the tokens that count; None: all. The mean over none is 0.
 
     Raises:
         EmptyContextError: T is 0.
@@ -22,19 +27,21 @@ def token_mean(x: Tensor, name: str) -> Tensor:
     """
     _check_states(x, name)
     total = torch.zeros(x.shape[0], x.shape[1], x.shape[3], dtype=torch.float32, device=x.device)
-    for chunk in _chunks(x):
+    for chunk, used in _chunks(x, in_use):
+        chunk = chunk if used is None else chunk.masked_fill(~used, 0)
         total += chunk.sum(2, dtype=torch.float32)
-    return finite(total / x.shape[2], name)
+    return finite(total / _count(x, in_use), name)
 
 
-def token_energy(x: Tensor, centre: Tensor | None, name: str) -> Tensor:
-    """E[(x - centre)^2] over tokens: [B, Hkv, T, D] -> [B, Hkv, D] float32. Errors as for `token_mean`."""
+def token_energy(x: Tensor, centre: Tensor | None, name: str, in_use: Tensor | None = None) -> Tensor:
+    """E[(x - centre)^2] over tokens: [B, Hkv, T, D] -> [B, Hkv, D] float32. The rest as for `token_mean`."""
     _check_states(x, name)
     total = torch.zeros(x.shape[0], x.shape[1], x.shape[3], dtype=torch.float32, device=x.device)
-    for chunk in _chunks(x):
+    for chunk, used in _chunks(x, in_use):
         deviation = chunk.float() if centre is None else chunk.float() - centre[:, :, None]
+        deviation = deviation if used is None else deviation.masked_fill(~used, 0)
         total += deviation.square().sum(2)
-    return finite(total / x.shape[2], name)
+    return finite(total / _count(x, in_use), name)
 
 
 def relative_moment(moment: Tensor, floor: float) -> Tensor:
@@ -56,10 +63,15 @@ def finite(x: Tensor, name: str) -> Tensor:
     return x
 
 
-def _chunks(x: Tensor) -> Iterator[Tensor]:
+def _chunks(x: Tensor, in_use: Tensor | None) -> Iterator[tuple[Tensor, Tensor | None]]:
     tokens = max(1, _CHUNK_VALUES // max(1, x.shape[0] * x.shape[1] * x.shape[3]))
     for start in range(0, x.shape[2], tokens):
-        yield x[:, :, start : start + tokens]
+        part = slice(start, start + tokens)
+        yield x[:, :, part], None if in_use is None else in_use[:, :, part, None]
+
+
+def _count(x: Tensor, in_use: Tensor | None) -> Tensor | int:
+    return x.shape[2] if in_use is None else in_use.sum(2, keepdim=True).clamp_min(1)
 
 
 def _check_states(x: Tensor, name: str) -> None:

@@ -132,6 +132,7 @@ def key_statistics(
     mean: bool = True,
     balance: bool = True,
     floor: float = DEFAULT_FLOOR,
+    in_use: Tensor | None = None,
 ) -> ChannelTransform:
     """The transform for keys: mean key off, channels balanced against the queries, outlier channels first.
 
@@ -146,6 +147,7 @@ def key_statistics(
         mean: whether to take off the mean over T.
         balance: whether to weigh channels; needs `query_moment`.
         floor: both moments are raised to at least `floor` times their mean over channels, 0 < floor <= 1.
+        in_use: [B, Hkv, T] bool, the tokens that count; None: all.
 
     Returns:
         mean and weight float32, order int16, each [B, Hkv, D] or None where not asked for.
@@ -157,8 +159,8 @@ def key_statistics(
     """
     if not 0 < floor <= 1:
         raise InvalidInputError(f"floor must lie in 0 < floor <= 1, got {floor!r}")
-    centre = token_mean(keys, "keys") if mean else None
-    energy = token_energy(keys, centre, "keys")
+    centre = token_mean(keys, "keys", in_use) if mean else None
+    energy = token_energy(keys, centre, "keys", in_use)
     weight = None
     if balance and query_moment is not None:
         weight = _balance(_checked_moment(query_moment, energy), energy, floor)
@@ -167,12 +169,15 @@ def key_statistics(
     return ChannelTransform(centre, weight, order)
 
 
-def value_statistics(values: Tensor, groups: Sequence[ChannelGroup]) -> ChannelTransform:
+def value_statistics(
+    values: Tensor, groups: Sequence[ChannelGroup], in_use: Tensor | None = None
+) -> ChannelTransform:
     """The transform for values: with several groups, the channels in order of descending energy.
 
     Args:
         values: [B, Hkv, T, D] floating.
         groups: channel groups of the codec.
+        in_use: [B, Hkv, T] bool, the tokens that count; None: all.
 
     Returns:
         order int16 [B, Hkv, D] with several groups; with one group the identity, and values are not read.
@@ -184,7 +189,7 @@ def value_statistics(values: Tensor, groups: Sequence[ChannelGroup]) -> ChannelT
     """
     if len(groups) == 1:
         return ChannelTransform()
-    return ChannelTransform(order=_descending(token_energy(values, None, "values")))
+    return ChannelTransform(order=_descending(token_energy(values, None, "values", in_use)))
 
 
 def _spread(part: Tensor, x: Tensor) -> Tensor:

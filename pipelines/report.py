@@ -15,8 +15,8 @@ class Report:
 
     Args:
         tokens_seen: tokens of the context.
-        tokens_kept: tokens stored, the mean over layers. Head-wise kvpress presses only mask: what they store
-            counts.
+        tokens_kept: tokens stored, the mean over layers and heads. Head-wise kvpress presses without a
+            quantizer only mask: what they store counts.
         bits_per_value: true bits per stored number: codes, scales, 16-bit sinks and recent tokens, all.
         resident_bytes: bytes of every tensor that the cache keeps once the context is read.
         bf16_bytes: what all tokens seen would take uncompressed, in 16 bits.
@@ -51,10 +51,10 @@ class Report:
         filled = [layer for layer in memory.layers if layer.tokens]
         return cls(
             tokens_seen=tokens_seen,
-            tokens_kept=sum(layer.tokens for layer in filled) / max(1, len(filled)),
+            tokens_kept=sum(layer.tokens_kept for layer in filled) / max(1, len(filled)),
             bits_per_value=memory.bits_per_value,
             resident_bytes=memory.total_bytes,
-            bf16_bytes=sum(layer.bf16_bytes * tokens_seen // layer.tokens for layer in filled),
+            bf16_bytes=sum(layer.token_bytes * tokens_seen for layer in filled),
             prefill_s=seconds["prefill"],
             compress_s=seconds["compress"],
             decode_s=seconds["decode"],

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from kvpress import BasePress, StreamingLLMPress, ThinKPress
+from kvpress import BasePress, DecodingPress, StreamingLLMPress, ThinKPress
 from torch import nn
 from transformers.modeling_utils import PreTrainedModel
 
@@ -203,4 +203,5 @@ class Compose(Pipeable, BasePress):
             sink_tokens=max([self.quantizer.sink_tokens, *sinks]),
             rerotated=any(map(rerotates, inner)),
             at_exit=any(isinstance(press, AT_EXIT) for press in inner),
+            by_head=not any(isinstance(press, DecodingPress) for press in inner),
         )

@@ -9,7 +9,8 @@ times, and that decides what may stand beside them:
   packed layer moves its codes (`PackedLayer.keep`). One that changes values on the way (CAM) would have them
   quantized a second time.
 
-Head-wise presses (`HEAD_WISE`) remove nothing: they name slots that attention must not see.
+Head-wise presses (`HEAD_WISE`) remove nothing: they name slots that attention must not see. At the prefill a
+quantizer behind them leaves those out (`quantpress.presses.head_wise`).
 """
 
 import inspect

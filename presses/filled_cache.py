@@ -7,6 +7,7 @@ from torch import nn
 from transformers.cache_utils import Cache
 
 from quantpress.cache.layer import PackedLayer
+from quantpress.presses.head_wise import name_slots, named_slots
 from quantpress.presses.model_support import full_attention_modules
 from quantpress.presses.prefill import plain_states
 
@@ -21,8 +22,12 @@ def pack_cache(
     query_moments: dict[int, torch.Tensor] | None = None,
     tokens_seen: int | None = None,
     sink_tokens: int | None = None,
+    *,
+    by_head: bool = True,
 ) -> None:
     """Pack every full-attention layer of a cache that is filled already.
+
+    Tokens that a head-wise press has named on the attention modules are not packed, and not named any more.
 
     Args:
         press: the settings.
@@ -32,6 +37,7 @@ def pack_cache(
         tokens_seen: tokens read so far; a layer that keeps more counts its own. Left out, what each layer
             keeps.
         sink_tokens: pinned first tokens; the press's own when left out.
+        by_head: False: pack named tokens too, and leave them named.
 
     Raises:
         InvalidInputError: a layer is not a plain `DynamicLayer`.
@@ -44,6 +50,7 @@ def pack_cache(
         settings = press.layer_settings(module, keys.shape[-1], values.shape[-1], sinks)
         if settings is None:
             continue
+        hidden = named_slots(module, keys) if by_head else None
         with torch.no_grad():
             cache.layers[index] = PackedLayer.from_states(
                 keys.detach(),
@@ -51,5 +58,8 @@ def pack_cache(
                 settings,
                 query_moment=(query_moments or {}).get(index),
                 tokens_seen=max(keys.shape[2], tokens_seen or 0),
+                hidden=hidden,
             )
+        if by_head:
+            name_slots(module, None)
         del keys, values

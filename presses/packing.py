@@ -15,6 +15,7 @@ from quantpress.cache.settings import LayerSettings
 from quantpress.errors import InvalidInputError
 from quantpress.kernels.layout import PAGE_TOKENS
 from quantpress.presses.filled_cache import pack_cache
+from quantpress.presses.head_wise import name_slots, named_slots
 from quantpress.presses.model_support import full_attention_modules, is_sliding
 from quantpress.presses.prefill import (
     PrefillCall,
@@ -46,6 +47,7 @@ class Packer:
         sink_tokens: pinned first tokens, where the evictors keep more than the press asks for.
         rerotated: the evictors number the survivors anew, so that the next position is their count.
         at_exit: pack when `recording` ends, for presses that evict only then.
+        by_head: give the memory of tokens back that a head-wise press has named; else they are hidden only.
     """
 
     def __init__(
@@ -55,11 +57,13 @@ class Packer:
         sink_tokens: int | None = None,
         rerotated: bool = False,
         at_exit: bool = False,
+        by_head: bool = True,
     ) -> None:
         self.press = press
         self.sink_tokens = press.sink_tokens if sink_tokens is None else sink_tokens
         self.rerotated = rerotated
         self.at_exit = at_exit
+        self.by_head = by_head
         self._originals: dict[int, States] = {}
         self._positions: dict[int, torch.Tensor | None] = {}
         self._waiting: dict[int, tuple[Cache, int, dict[int, torch.Tensor]]] = {}
@@ -130,27 +134,30 @@ class Packer:
             if self.at_exit:
                 self._wait(call, moment)
                 return
-            _set_masked_slots(module)
+            hidden = named_slots(module, keys)
             if keys.shape[2] < call.tokens:
                 if originals is None:
                     positions = _positions_by_recomputing(call, keys)
                 if positions is not None:
-                    _set_masked_slots(module, positions)
-                    keys, values = sort_by_position(keys, values, positions)
-            places = self._places(call, keys, settings)
+                    keys, values, hidden = _reordered(positions, keys, values, hidden)
+            places = self._places(call, keys, settings, hidden)
             if places is not None:
-                _set_masked_slots(module, places)
-                keys, values = sort_by_position(keys, values, places)
+                keys, values, hidden = _reordered(places, keys, values, hidden)
                 settings = replace(settings, sink_tokens=settings.sink_tokens + self.press.detect_sinks)
+            by_head = hidden is not None and self.by_head and not is_padded(call.attention_mask)
+            name_slots(module, None if by_head else hidden)
             call.cache.layers[call.layer_idx] = PackedLayer.from_states(
                 keys.detach(),
                 values.detach(),
                 settings,
                 query_moment=moment,
                 tokens_seen=keys.shape[2] if self.rerotated else call.tokens,
+                hidden=hidden if by_head else None,
             )
 
-    def _places(self, call: PrefillCall, keys: torch.Tensor, settings: LayerSettings) -> torch.Tensor | None:
+    def _places(
+        self, call: PrefillCall, keys: torch.Tensor, settings: LayerSettings, hidden: torch.Tensor | None
+    ) -> torch.Tensor | None:
         """Where tokens go so that detected sinks are pinned; None when there is nothing to detect."""
         count, first, recent = self.press.detect_sinks, settings.sink_tokens, settings.recent_tokens
         if not count or keys.shape[2] < first + count + recent + PAGE_TOKENS:
@@ -161,7 +168,7 @@ class Packer:
                 "time, or of equal length, or detect_sinks=0"
             )
         try:
-            return places_with_sinks_first(call, keys, first, recent, count)
+            return places_with_sinks_first(call, keys, first, recent, count, hidden)
         except UnknownAttentionError as reason:
             self._warn_of_queries(call, reason, "without detected sinks", "detect_sinks=0")
             return None
@@ -198,7 +205,7 @@ class Packer:
 
     def _pack_waiting(self, model: nn.Module) -> None:
         for cache, tokens, moments in self._waiting.values():
-            pack_cache(self.press, model, cache, moments, tokens, self.sink_tokens)
+            pack_cache(self.press, model, cache, moments, tokens, self.sink_tokens, by_head=self.by_head)
 
 
 def _positions_by_recomputing(call: PrefillCall, keys: torch.Tensor) -> torch.Tensor | None:
@@ -210,15 +217,13 @@ def _positions_by_recomputing(call: PrefillCall, keys: torch.Tensor) -> torch.Te
     return survivor_positions(before, None, keys, None)
 
 
-def _set_masked_slots(module: nn.Module, positions: torch.Tensor | None = None) -> None:
-    """Head-wise presses name (batch, head, slot), in a tuple or a list; sorting by position moves slots."""
-    masked: Any = getattr(module, "masked_key_indices", None)
-    if masked is not None:
-        batch, head, slot = masked
-        if positions is not None:
-            batch, head, slot = (index.to(positions.device) for index in masked)
-            slot = positions.argsort(dim=-1).argsort(dim=-1)[batch, head, slot]
-        module.masked_key_indices = (batch, head, slot)  # type: ignore[assignment]
+def _reordered(
+    positions: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, hidden: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Keys, values and hidden tokens in the order of positions [B, Hkv, K]."""
+    if hidden is not None:
+        hidden = hidden.gather(2, positions.argsort(dim=-1))
+    return *sort_by_position(keys, values, positions), hidden
 
 
 @contextmanager

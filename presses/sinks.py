@@ -27,7 +27,12 @@ QUERIES = 64
 
 
 def places_with_sinks_first(
-    call: PrefillCall, keys: torch.Tensor, first: int, recent: int, count: int
+    call: PrefillCall,
+    keys: torch.Tensor,
+    first: int,
+    recent: int,
+    count: int,
+    hidden: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Where each token is to be stored, so that detected sinks follow the first tokens.
 
@@ -42,6 +47,7 @@ def places_with_sinks_first(
         first: first tokens, which are pinned in any case.
         recent: last tokens, which stay in 16 bits in any case.
         count: how many to find in each head, at most K - first - recent.
+        hidden: [B, Hkv, K] bool, tokens that a head does not see: none of its sinks, unless it has too few.
 
     Returns:
         [B, Hkv, K] int64, a permutation for each head.
@@ -50,7 +56,10 @@ def places_with_sinks_first(
         UnknownAttentionError: the queries cannot be computed.
     """
     batch, heads, tokens, _ = keys.shape
-    attention = _mean_attention(call, keys[:, :, first : tokens - recent])
+    candidates = slice(first, tokens - recent)
+    attention = _mean_attention(
+        call, keys[:, :, candidates], None if hidden is None else hidden[:, :, candidates]
+    )
     found = attention.topk(count, dim=-1).indices + first  # [B, Hkv, count]
     rank = torch.arange(tokens, device=keys.device).expand(batch, heads, tokens) + tokens
     rank = rank.scatter(-1, found, (torch.arange(count, device=keys.device) + first).expand_as(found))
@@ -58,16 +67,16 @@ def places_with_sinks_first(
     return rank.argsort(dim=-1).argsort(dim=-1)
 
 
-def _mean_attention(call: PrefillCall, keys: torch.Tensor) -> torch.Tensor:
+def _mean_attention(call: PrefillCall, keys: torch.Tensor, hidden: torch.Tensor | None) -> torch.Tensor:
     """[B, Hkv, T]: one KV head at a time, since queries x keys is large."""
     queries = last_queries(call.module, call.hidden_states, call.position_embeddings, QUERIES)
     batch, heads, _, dim = keys.shape
     grouped = queries.reshape(batch, heads, -1, dim)  # [B, Hkv, G * W, D]
     scaling = getattr(call.module, "scaling", dim**-0.5)
-    return torch.stack(
-        [
-            (grouped[:, head].float() @ keys[:, head].float().mT * scaling).softmax(dim=-1).mean(dim=1)
-            for head in range(heads)
-        ],
-        dim=1,
-    )
+    attention = torch.empty(keys.shape[:3], dtype=torch.float32, device=keys.device)
+    for head in range(heads):
+        scores = grouped[:, head].float() @ keys[:, head].float().mT * scaling  # [B, G * W, T]
+        if hidden is not None:
+            scores.masked_fill_(hidden[:, head, None], torch.finfo(scores.dtype).min)
+        attention[:, head] = scores.softmax(dim=-1).mean(dim=1)
+    return attention

@@ -130,16 +130,23 @@ class PackedSegment:
 
         Views, or copies of these pages where there is a table.
         """
+        return self._narrowed(self.keys, start, stop), self._narrowed(self.values, start, stop)
+
+    def whole_keys(self) -> PackedSide:
+        """The keys of all P pages, planes [B, Hkv, P, ...]; a copy where there is a table."""
+        return self._narrowed(self.keys, 0, self.pages)
+
+    def whole_values(self) -> PackedSide:
+        """The values of all P pages; as `whole_keys`."""
+        return self._narrowed(self.values, 0, self.pages)
+
+    def _narrowed(self, side: PackedSide, start: int, stop: int) -> PackedSide:
         rows = None if self.table is None else self.table[:, :, start:stop].long()
-
-        def pages(side: PackedSide) -> PackedSide:
-            planes = {
-                name: plane[:, :, start:stop] if rows is None else plane[rows]
-                for name, plane in side.planes.items()
-            }
-            return PackedSide(side.codec, planes, side.transform)
-
-        return pages(self.keys), pages(self.values)
+        planes = {
+            name: plane[:, :, start:stop] if rows is None else plane[rows]
+            for name, plane in side.planes.items()
+        }
+        return PackedSide(side.codec, planes, side.transform)
 
     @property
     def _first(self) -> torch.Tensor:

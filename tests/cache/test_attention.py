@@ -9,7 +9,7 @@ from transformers import DynamicCache, Gemma2Config, Gemma2ForCausalLM
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from quantpress.cache import PackedLayer, install_packed_attention, uninstall_packed_attention
-from quantpress.cache.attention import causal_mask, visibility
+from quantpress.cache.visibility import causal_mask, visibility
 from quantpress.errors import UnsupportedModelError
 from tests.cache.caches import lossless
 from tests.tiny_models import prompt, tiny_model

@@ -315,19 +315,21 @@ def test_pages_by_table(which: str, queries: int, monkeypatch: pytest.MonkeyPatc
     query = torch.randn(BATCH, KV_HEADS * GROUP, queries, 64)
     got = attend(query, [table, end], Visibility(queries, pages.tokens + 150), scaling=0.3)
     keys, values = decoded([pages, recent])
+    expected = torch.empty(query.shape, dtype=torch.float64)
     for b in range(BATCH):
         for h in range(KV_HEADS):
             low, high = int(starts[b, h]), int(starts[b, h] + lengths[b, h])
             kept = [*range(low, high), *range(pages.tokens + int(absent[b, h]), pages.tokens + 150)]
             seen = torch.ones(queries, len(kept), dtype=torch.bool).tril(len(kept) - queries)
-            expected = torch.nn.functional.scaled_dot_product_attention(
-                query[b, GROUP * h : GROUP * (h + 1)].double(),
+            group = slice(GROUP * h, GROUP * (h + 1))
+            expected[b, group] = torch.nn.functional.scaled_dot_product_attention(
+                query[b, group].double(),
                 keys[b, h, kept].expand(GROUP, -1, -1),
                 values[b, h, kept].expand(GROUP, -1, -1),
                 attn_mask=seen,
                 scale=0.3,
             )
-            assert_close(got[b, GROUP * h : GROUP * (h + 1)], expected)
+    assert_close(got, expected)
 
 
 def test_heads_may_share_pages() -> None:

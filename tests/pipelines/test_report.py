@@ -13,7 +13,7 @@ from transformers import DynamicCache
 from quantpress.cache import cache_memory
 from quantpress.pipelines.report import Report, format_bytes
 from quantpress.pipelines.stopwatch import Stopwatch
-from quantpress.presses import Compose, Knorm, SnapKV, TurboQuant
+from quantpress.presses import AdaKV, Compose, Knorm, SnapKV, TurboQuant
 from tests.pipelines.words import ours, text
 from tests.tiny_models import tiny_model
 
@@ -24,6 +24,7 @@ PRESSES = {
     "masked": lambda: kvpress.AdaKVPress(kvpress.KnormPress(0.5)),
     "packed": lambda: TurboQuant(bits=4),
     "evicted and packed": lambda: Compose([SnapKV(0.5, window_size=16), TurboQuant(bits=2)]),
+    "masked and packed": lambda: Compose([AdaKV(Knorm(0.5)), TurboQuant(bits=2)]),
 }
 
 
@@ -64,7 +65,14 @@ def test_bytes_are_those_of_the_stored_tensors(name):
 
 def test_tokens_kept_are_those_stored():
     kept = {name: _asked(make(), max_new_tokens=1)[0]["report"].tokens_kept for name, make in PRESSES.items()}
-    assert kept == {"none": 1000, "evicted": 500, "masked": 1000, "packed": 1000, "evicted and packed": 500}
+    assert kept == {
+        "none": 1000,
+        "evicted": 500,
+        "masked": 1000,
+        "packed": 1000,
+        "evicted and packed": 500,
+        "masked and packed": 500,
+    }
 
 
 def test_packing_shows_in_the_ratio():
@@ -73,6 +81,7 @@ def test_packing_shows_in_the_ratio():
     assert ratio["evicted"] == 1.0
     assert ratio["packed"] > ratio["evicted"]
     assert ratio["evicted and packed"] > ratio["packed"]
+    assert ratio["masked and packed"] > ratio["packed"]
 
 
 class _Slow(kvpress.KnormPress):

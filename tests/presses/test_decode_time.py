@@ -10,6 +10,7 @@ import torch
 from transformers import DynamicCache
 
 from quantpress.cache import cache_memory
+from quantpress.cache.layer import PackedLayer
 from quantpress.cache.tokens import PackedTokens
 from quantpress.errors import CompositionError, InvalidInputError
 from quantpress.kernels.attend import DenseSegment
@@ -56,15 +57,15 @@ PRESSES: dict[str, Callable[[], Any]] = {
 def watched() -> Iterator[list[tuple[int, int, int]]]:
     """(tokens before, tokens kept, packed tokens afterwards) of every call of `keep`."""
     calls: list[tuple[int, int, int]] = []
-    keep = PackedTokens.keep
+    keep = PackedLayer.keep
 
-    def watching(self: PackedTokens, kept: torch.Tensor) -> None:
-        before = len(self)
+    def watching(self: PackedLayer, kept: torch.Tensor) -> None:
+        before = self.get_seq_length()
         keep(self, kept)
-        calls.append((before, len(self), self.packed))
+        calls.append((before, self.get_seq_length(), self.packed_tokens))
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(PackedTokens, "keep", watching)
+        patch.setattr(PackedLayer, "keep", watching)
         yield calls
 
 

@@ -84,38 +84,51 @@ def test_resident_bytes(name: str) -> None:
     """Codes and scales of whole pages, the model's own numbers for the rest, and little else."""
     recent, sinks, bits = 16, 4, 4
     model, quantizer = model_of(name), TurboQuant(bits, recent_tokens=recent, sink_tokens=sinks)
-    plain = prefilled(model, make(name))
-    cache = prefilled(model, Compose([make(name), quantizer]))
+    plain, hidden = prefilled(model, make(name))
+    cache, named = prefilled(model, Compose([make(name), quantizer]))
+    assert not named, "what is not there needs no name"
     heads, dim = model.config.num_key_value_heads, model.config.head_dim
     assert quantizer.bits_per_value(dim) == bits + 16 / dim
-    for layer, before in zip(cache.layers, plain.layers, strict=True):
-        kept = before.get_seq_length()
-        assert layer.get_seq_length() == kept
-        packed = (kept - sinks - recent) // 128 * 128
-        row = 2 * heads * dim  # numbers of a token
-        promised = row * (packed * quantizer.bits_per_value(dim) / 8 + (kept - packed) * 4)
+    per_packed = 2 * dim * quantizer.bits_per_value(dim) / 8  # bytes of a token of a head
+    per_dense = 2 * dim * 4
+    for index, (layer, before) in enumerate(zip(cache.layers, plain.layers, strict=True)):
+        count = before.get_seq_length()
+        assert layer.get_seq_length() == count
         found = reachable_tensors(vars(layer), {})
         walked = sum(tensor.untyped_storage().nbytes() for tensor in found.values())
-        assert packed > 0
-        # The mean key, the channel weights and what follows from them: a few numbers a channel.
-        assert promised <= walked <= promised + 6 * row * 4
+        promised, slack = 0.0, heads * 6 * per_dense  # the mean key, channel weights and what follows
+        if index not in hidden:
+            packed = (count - sinks - recent) // 128 * 128
+            promised = heads * (packed * per_packed + (count - packed) * per_dense)
+            assert packed > 0
+        else:  # each head has the pages that its own tokens fill
+            kept = count - hidden[index]
+            packs = (kept - sinks - recent).clamp(min=0)
+            promised = float(packs.sum()) * per_packed
+            slack += heads * (127 * per_packed + (sinks + recent) * per_dense)  # the first page; the windows
+            assert layer.packed_tokens >= packs.max() > 0
+        assert promised <= walked <= promised + slack
     memory = cache_memory(cache)
     walk = reachable_tensors([vars(layer) for layer in cache.layers], {})
     assert memory.total_bytes == sum(tensor.untyped_storage().nbytes() for tensor in walk.values())
 
 
-def prefilled(model: PreTrainedModel, press: Any) -> DynamicCache:
+def prefilled(model: PreTrainedModel, press: Any) -> tuple[DynamicCache, dict[int, torch.Tensor]]:
+    """A cache, and how many tokens each KV head [Hkv] of a layer hides, by layer."""
     ids = prompt(CONTEXT_TOKENS, seed=3)
     ids[ids == catalogue.DELIMITER_ID] = catalogue.DELIMITER_ID + 1
     ids[0, -catalogue.FINCH_WINDOW - 1] = catalogue.DELIMITER_ID
     cache = DynamicCache()
     with torch.no_grad(), press(model):
         model.model(input_ids=ids, past_key_values=cache)
-    for layer in model.model.layers:
-        vars(layer.self_attn).pop("masked_key_indices", None)
+    hidden = {}
+    for index, layer in enumerate(model.model.layers):
+        named = vars(layer.self_attn).pop("masked_key_indices", None)
+        if named is not None and len(named[0]):
+            hidden[index] = torch.bincount(named[1].cpu(), minlength=model.config.num_key_value_heads)
         layer.self_attn._modules.pop("rotary_emb", None)
     vars(model.model).pop("forward", None)
-    return cache
+    return cache, hidden
 
 
 def snap(ratio: float = 0.3) -> SnapKV:

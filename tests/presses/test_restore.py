@@ -185,11 +185,13 @@ def test_attention_that_was_installed_before_stays_installed() -> None:
 
 
 def test_masks_of_head_wise_presses_stay_for_decoding() -> None:
+    """Where their tokens stay. Those that are not packed need none."""
     model = tiny_model("llama")
-    read(model, Compose([AdaKV, TurboQuant]), IDS)
+    read(model, Compose([AdaKV]), IDS)
     assert all(layer.self_attn.masked_key_indices is not None for layer in model.model.layers)
-    read(model, None, IDS)
-    assert all(layer.self_attn.masked_key_indices is None for layer in model.model.layers)
+    for press in (None, Compose([AdaKV, TurboQuant])):
+        read(model, press, IDS)
+        assert all(layer.self_attn.masked_key_indices is None for layer in model.model.layers)
 
 
 def test_contexts_are_nested_evictors_first() -> None:

@@ -1,0 +1,115 @@
+"""The pages of a layer whose heads have different numbers of them: a pool and a table.
+
+Each row of the pool is one page of one head, each head has the rows that its line of the table names. Heads
+are aligned at their ends: page p of the P pages is followed by the same number of pages in every head, and a
+head with fewer than P has none in front. So whole pages are appended, and taken away, behind all heads alike.
+
+Rows never change. Batch entries that stand for the same tokens (beams) therefore share them, and selecting
+batch entries changes the table alone. Rows that no line names any more are given back when they are more than
+one in `SLACK`.
+"""
+
+import copy
+from collections.abc import Callable
+
+import torch
+
+from quantpress.cache.head_pages import Coded, Span
+from quantpress.cache.pages import PageStore
+from quantpress.kernels.attend import PackedSegment, PackedSide
+from quantpress.kernels.page_codec import Planes
+
+SLACK = 16
+
+
+class RaggedPages:
+    """`HeadPages` in a pool.
+
+    Args:
+        keys: planes [B, Hkv, P, ...], P the pages of the longest head; empty for P = 0.
+        values: planes [B, Hkv, P, ...].
+        held: [B, Hkv, P] bool, which of them there are. A head's last page is page P - 1, unless it has none.
+
+    Attributes:
+        keys, values: planes [1, 1, N, ...] of N pages of single heads.
+        table: [B, Hkv, P] int32, the row of each page; 0 where there is no page.
+    """
+
+    def __init__(self, keys: Planes, values: Planes, held: torch.Tensor) -> None:
+        by_page = held.permute(2, 0, 1)  # pages that are appended together lie together
+        rows = torch.zeros(by_page.shape, dtype=torch.int32, device=held.device)
+        rows[by_page] = torch.arange(int(held.sum()), dtype=torch.int32, device=held.device)
+        self.table = rows.permute(1, 2, 0).contiguous()
+        self.keys, self.values = (PageStore(_rows(planes, by_page)) for planes in (keys, values))
+
+    @property
+    def pages(self) -> int:
+        return self.table.shape[2]
+
+    def append(self, keys: Planes, values: Planes) -> None:
+        first = self.keys.pages
+        added = next(iter(keys.values())).shape[:3]
+        every = torch.ones(added, dtype=torch.bool, device=self.table.device).permute(2, 0, 1)
+        self.keys.append(_rows(keys, every))
+        self.values.append(_rows(values, every))
+        rows = torch.arange(first, self.keys.pages, dtype=torch.int32, device=self.table.device)
+        self.table = torch.cat([self.table, rows.view(every.shape).permute(1, 2, 0)], dim=2)
+
+    def reserve(self, pages: int) -> None:
+        heads = self.table.shape[0] * self.table.shape[1]
+        rows = self.keys.pages + max(0, pages - self.pages) * heads
+        self.keys.reserve(rows)
+        self.values.reserve(rows)
+
+    def crop(self, pages: int) -> None:
+        self.table = self.table[:, :, :pages].contiguous()
+        self._tidy()
+
+    def map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "RaggedPages":
+        return self._of(self.keys.map(change), self.values.map(change), change(self.table))
+
+    def select(self, entries: torch.Tensor) -> "RaggedPages":
+        other = self._of(self.keys.share(), self.values.share(), self.table.index_select(0, entries))
+        other._tidy()
+        return other
+
+    def share(self) -> "RaggedPages":
+        return self._of(self.keys.share(), self.values.share(), self.table)
+
+    def segment(self, keys: Coded, values: Coded, span: Span | None) -> PackedSegment:
+        assert span is not None
+
+        def side(coded: Coded, store: PageStore) -> PackedSide:
+            return PackedSide(coded[0], {name: plane[0, 0] for name, plane in store.planes.items()}, coded[1])
+
+        sides = side(keys, self.keys), side(values, self.values)
+        return PackedSegment(*sides, lengths=span[0], table=self.table, starts=span[1])
+
+    def metadata(self) -> list[torch.Tensor]:
+        return [self.table]
+
+    def _tidy(self) -> None:
+        """Give back rows at the end of the pool that no head has, and all of them when they are many."""
+        used = self.table.flatten().unique().long()  # ascending
+        end = int(used[-1]) + 1 if len(used) else 0
+        if len(used) * SLACK >= end * (SLACK - 1):
+            self.keys.crop(end)
+            self.values.crop(end)
+            return
+        place = torch.zeros(end, dtype=torch.int32, device=used.device)
+        place[used] = torch.arange(len(used), dtype=torch.int32, device=used.device)
+        self.table = place[self.table.long()]
+        self.keys, self.values = (
+            PageStore({name: plane[:, :, used] for name, plane in store.planes.items()})
+            for store in (self.keys, self.values)
+        )
+
+    def _of(self, keys: PageStore, values: PageStore, table: torch.Tensor) -> "RaggedPages":
+        other = copy.copy(self)
+        other.keys, other.values, other.table = keys, values, table
+        return other
+
+
+def _rows(planes: Planes, held: torch.Tensor) -> Planes:
+    """Planes [B, Hkv, P, ...] where `held` [P, B, Hkv], in its order: [1, 1, N, ...]."""
+    return {name: plane.movedim(2, 0)[held][None, None] for name, plane in planes.items()}
