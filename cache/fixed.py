@@ -14,12 +14,13 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from quantpress.cache.head_counts import HeadCounts
 from quantpress.cache.segments import first
 from quantpress.cache.settings import LayerSettings
 from quantpress.cache.tokens import PackedTokens
 from quantpress.cache.view import PackedView
 from quantpress.errors import InvalidInputError
-from quantpress.kernels.attend import DenseSegment, PackedSegment, PackedSide, Segment
+from quantpress.kernels.attend import DenseSegment, Segment
 from quantpress.kernels.layout import PAGE_TOKENS
 
 
@@ -57,6 +58,7 @@ class Window:
         place: [1] int64, index of the newest token.
         packed: [B, Hkv] int32, tokens in use in pages.
         recent: [B, Hkv] int32, tokens in use here.
+        starts: [2, B, Hkv] int32, the first in use of both, where heads keep different tokens; else None.
     """
 
     keys: torch.Tensor
@@ -64,6 +66,7 @@ class Window:
     place: torch.Tensor
     packed: torch.Tensor
     recent: torch.Tensor
+    starts: torch.Tensor | None = None
 
     @classmethod
     def like(cls, tokens: PackedTokens, counters: StepCounters, layer: int) -> "Window":
@@ -73,21 +76,35 @@ class Window:
             states.new_zeros((*states.shape[:2], capacity, states.shape[-1]))
             for states in (tokens.recent.keys, tokens.recent.values)
         )
-        return cls(keys, values, counters.place[layer], counters.packed[layer], counters.recent[layer])
+        starts = None if tokens.heads is None else counters.packed.new_zeros(2, *counters.packed.shape[1:])
+        return cls(
+            keys, values, counters.place[layer], counters.packed[layer], counters.recent[layer], starts
+        )
 
     @property
     def tensors(self) -> list[torch.Tensor]:
         """Everything in it."""
-        return [self.keys, self.values, self.place, self.packed, self.recent]
+        return [self.keys, self.values, *self.counters]
+
+    @property
+    def counters(self) -> list[torch.Tensor]:
+        """What says which tokens are in use."""
+        counters = [self.place, self.packed, self.recent]
+        return counters if self.starts is None else [*counters, self.starts]
 
     def fits(self, tokens: PackedTokens) -> bool:
         """Whether it was made for tokens of this shape and kind."""
         pairs = ((self.keys, tokens.recent.keys), (self.values, tokens.recent.values))
-        return self.keys.shape[2] == window_tokens(tokens.settings) and all(
-            (*own.shape[:2], own.shape[3]) == (*other.shape[:2], other.shape[3])
-            and own.dtype == other.dtype
-            and own.device == other.device
-            for own, other in pairs
+        ragged = (tokens.heads is None) == (self.starts is None)
+        return (
+            ragged
+            and self.keys.shape[2] == window_tokens(tokens.settings)
+            and all(
+                (*own.shape[:2], own.shape[3]) == (*other.shape[:2], other.shape[3])
+                and own.dtype == other.dtype
+                and own.device == other.device
+                for own, other in pairs
+            )
         )
 
     def fill(self, tokens: DenseSegment) -> None:
@@ -100,11 +117,17 @@ class Window:
         for states in (self.keys, self.values):
             states[:, :, : used - tokens] = states[:, :, tokens:used].clone()
 
-    def count(self, packed: int, recent: int) -> None:
-        """Tell the device how many tokens are in use."""
+    def count(self, packed: int, recent: int, heads: HeadCounts | None) -> None:
+        """Tell the device which of the packed and recent places are in use."""
         self.place.fill_(recent - 1)
-        self.packed.fill_(packed)
-        self.recent.fill_(recent)
+        if heads is None or self.starts is None:
+            self.packed.fill_(packed)
+            self.recent.fill_(recent)
+            return
+        for place, part, count in ((0, self.packed, packed), (1, self.recent, recent)):
+            lengths, starts = heads.span(place * packed, place * packed + count)
+            part.copy_(lengths)
+            self.starts[place].copy_(starts)
 
 
 def window_tokens(settings: LayerSettings) -> int:
@@ -135,7 +158,7 @@ class FixedTokens(PackedTokens):
         vars(self).update(vars(tokens))
         self.window, self.used = window, tokens.recent.tokens
         window.fill(tokens.recent)
-        window.count(self.packed, self.used)
+        window.count(self.packed, self.used, self.heads)
         self._recent = first(tokens.recent, 0)
 
     @property
@@ -165,7 +188,7 @@ class FixedTokens(PackedTokens):
         self._pack(first(self.recent, PAGE_TOKENS))
         self.window.drop(PAGE_TOKENS, self.used)
         self.used -= PAGE_TOKENS
-        self.window.count(self.packed, self.used)
+        self.window.count(self.packed, self.used, self.heads)
         return True
 
     def share(self) -> PackedTokens:
@@ -188,13 +211,19 @@ class FixedTokens(PackedTokens):
     def step_segments(self) -> tuple[Segment, ...]:
         """All the room there is, with lengths on the device."""
         assert self.key_transform is not None and self.value_transform is not None
-        packed = PackedSegment(
-            PackedSide(self.settings.key_codec, self.key_pages.buffers, self.key_transform),
-            PackedSide(self.settings.value_codec, self.value_pages.buffers, self.value_transform),
-            self.window.packed,
+        window, starts, sinks = self.window, self.window.starts, self.sinks
+        if self.heads is not None:
+            sinks = self.heads.counted_sinks(sinks)
+        packed = self.pages.segment(
+            (self.settings.key_codec, self.key_transform),
+            (self.settings.value_codec, self.value_transform),
+            (window.packed, None if starts is None else starts[0]),
+            room=True,
         )
-        recent = DenseSegment(self.window.keys, self.window.values, self.window.recent)
-        return (self.sinks, packed, recent) if self.sinks.tokens else (packed, recent)
+        recent = DenseSegment(
+            window.keys, window.values, window.recent, None if starts is None else starts[1]
+        )
+        return (sinks, packed, recent) if sinks.tokens else (packed, recent)
 
     def addresses(self) -> list[int]:
         """Where everything lies that a step reads and writes."""
@@ -207,4 +236,4 @@ class FixedTokens(PackedTokens):
 
     def metadata_tensors(self) -> list[torch.Tensor]:
         """Transforms and counters."""
-        return [*super().metadata_tensors(), self.window.place, self.window.packed, self.window.recent]
+        return [*super().metadata_tensors(), *self.window.counters]

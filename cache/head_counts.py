@@ -14,8 +14,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from quantpress.cache.head_pages import Span
 from quantpress.errors import InvalidInputError
+from quantpress.kernels.attend import DenseSegment
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,7 +44,7 @@ class HeadCounts:
         bounds = int(sinks.amin()), int(absent.amin()), int(absent.amax())
         return cls(sinks.int(), absent.int(), evicted, whole_from, *bounds)
 
-    def span(self, start: int, stop: int) -> Span:
+    def span(self, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Lengths and starts of the tokens in use from place `start` to `stop` of pages and recent tokens."""
         starts = (self.absent - start).clamp(0, stop - start)
         return stop - start - starts, starts
@@ -56,6 +56,12 @@ class HeadCounts:
     def sinks_in_use(self, places: int) -> torch.Tensor:
         """[B, Hkv, places] bool: which of the sinks' places hold a token."""
         return torch.arange(places, device=self.sinks.device) < self.sinks.unsqueeze(-1)
+
+    def counted_sinks(self, sinks: DenseSegment) -> DenseSegment:
+        """The sinks, or the first of them, with how many of each head are in use."""
+        if self.fewest_sinks >= sinks.tokens:
+            return sinks
+        return replace(sinks, lengths=self.sinks.clamp(max=sinks.tokens))
 
     def check_whole(self, slots: int) -> None:
         """Check that every head has the slots from `slots` on, so that these can be taken away.

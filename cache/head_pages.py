@@ -14,8 +14,8 @@ from quantpress.kernels.page_codec import PageCodec, Planes
 Coded = tuple[PageCodec, ChannelTransform]
 """What keys, or values, went through before they were packed."""
 
-Span = tuple[torch.Tensor, torch.Tensor]
-"""Lengths and starts [B, Hkv] int32 of the tokens in use."""
+Span = tuple[torch.Tensor, torch.Tensor | None]
+"""Lengths and starts (None: 0) [B, Hkv] int32 of the tokens in use."""
 
 
 class HeadPages(Protocol):
@@ -57,8 +57,8 @@ class HeadPages(Protocol):
         """The same pages over the same memory, which neither of the two will change for the other."""
         ...
 
-    def segment(self, keys: Coded, values: Coded, span: Span | None) -> PackedSegment:
-        """What attention reads."""
+    def segment(self, keys: Coded, values: Coded, span: Span | None, room: bool = False) -> PackedSegment:
+        """What attention reads; with `room`, all the room there is, of which `span` says what is in use."""
         ...
 
     def metadata(self) -> list[torch.Tensor]:
@@ -104,12 +104,10 @@ class EvenPages:
         stores = zip(codecs, (self.keys, self.values), strict=True)
         return self._of(*(PageStore(codec.gather(store.planes, tokens)) for codec, store in stores))
 
-    def segment(self, keys: Coded, values: Coded, span: Span | None) -> PackedSegment:
+    def segment(self, keys: Coded, values: Coded, span: Span | None, room: bool = False) -> PackedSegment:
         lengths, starts = span or (None, None)
-        sides = (
-            PackedSide(keys[0], self.keys.planes, keys[1]),
-            PackedSide(values[0], self.values.planes, values[1]),
-        )
+        planes = [store.buffers if room else store.planes for store in (self.keys, self.values)]
+        sides = PackedSide(keys[0], planes[0], keys[1]), PackedSide(values[0], planes[1], values[1])
         return PackedSegment(*sides, lengths=lengths, starts=starts)
 
     def metadata(self) -> list[torch.Tensor]:

@@ -79,6 +79,7 @@ class PageStore:
                     (*buffer.shape[:2], pages, *buffer.shape[3:]), dtype=buffer.dtype, device=buffer.device
                 )
                 larger[name][:, :, : self.pages] = buffer[:, :, : self.pages]
+                larger[name][:, :, self.pages :] = 0  # a page table names pages that there are
         self._take(larger)
 
     def _take(self, planes: Planes) -> None:

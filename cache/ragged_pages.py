@@ -32,19 +32,24 @@ class RaggedPages:
 
     Attributes:
         keys, values: planes [1, 1, N, ...] of N pages of single heads.
-        table: [B, Hkv, P] int32, the row of each page; 0 where there is no page.
+        rows: one plane, the table.
     """
 
     def __init__(self, keys: Planes, values: Planes, held: torch.Tensor) -> None:
         by_page = held.permute(2, 0, 1)  # pages that are appended together lie together
         rows = torch.zeros(by_page.shape, dtype=torch.int32, device=held.device)
         rows[by_page] = torch.arange(int(held.sum()), dtype=torch.int32, device=held.device)
-        self.table = rows.permute(1, 2, 0).contiguous()
+        self.rows = _stored(rows.permute(1, 2, 0))
         self.keys, self.values = (PageStore(_rows(planes, by_page)) for planes in (keys, values))
 
     @property
+    def table(self) -> torch.Tensor:
+        """[B, Hkv, P] int32, the row of each page; 0 where there is no page."""
+        return self.rows.planes["table"]
+
+    @property
     def pages(self) -> int:
-        return self.table.shape[2]
+        return self.rows.pages
 
     def append(self, keys: Planes, values: Planes) -> None:
         first = self.keys.pages
@@ -53,40 +58,47 @@ class RaggedPages:
         self.keys.append(_rows(keys, every))
         self.values.append(_rows(values, every))
         rows = torch.arange(first, self.keys.pages, dtype=torch.int32, device=self.table.device)
-        self.table = torch.cat([self.table, rows.view(every.shape).permute(1, 2, 0)], dim=2)
+        self.rows.append({"table": rows.view(every.shape).permute(1, 2, 0)})
 
     def reserve(self, pages: int) -> None:
         heads = self.table.shape[0] * self.table.shape[1]
         rows = self.keys.pages + max(0, pages - self.pages) * heads
         self.keys.reserve(rows)
         self.values.reserve(rows)
+        self.rows.reserve(pages)
 
     def crop(self, pages: int) -> None:
-        self.table = self.table[:, :, :pages].contiguous()
+        self.rows = _stored(self.table[:, :, :pages])
         self._tidy()
 
     def map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "RaggedPages":
-        return self._of(self.keys.map(change), self.values.map(change), change(self.table))
+        return self._of(self.keys.map(change), self.values.map(change), self.rows.map(change))
 
     def select(self, entries: torch.Tensor) -> "RaggedPages":
-        other = self._of(self.keys.share(), self.values.share(), self.table.index_select(0, entries))
+        rows = self.rows.map(lambda table: table.index_select(0, entries))
+        other = self._of(self.keys.share(), self.values.share(), rows)
         other._tidy()
         return other
 
     def share(self) -> "RaggedPages":
-        return self._of(self.keys.share(), self.values.share(), self.table)
+        return self._of(self.keys.share(), self.values.share(), self.rows.share())
 
-    def segment(self, keys: Coded, values: Coded, span: Span | None) -> PackedSegment:
+    def segment(self, keys: Coded, values: Coded, span: Span | None, room: bool = False) -> PackedSegment:
         assert span is not None
 
-        def side(coded: Coded, store: PageStore) -> PackedSide:
-            return PackedSide(coded[0], {name: plane[0, 0] for name, plane in store.planes.items()}, coded[1])
+        def planes(store: PageStore) -> Planes:
+            return store.buffers if room else store.planes
 
-        sides = side(keys, self.keys), side(values, self.values)
-        return PackedSegment(*sides, lengths=span[0], table=self.table, starts=span[1])
+        def side(coded: Coded, store: PageStore) -> PackedSide:
+            return PackedSide(
+                coded[0], {name: plane[0, 0] for name, plane in planes(store).items()}, coded[1]
+            )
+
+        sides, table = (side(keys, self.keys), side(values, self.values)), planes(self.rows)["table"]
+        return PackedSegment(*sides, lengths=span[0], table=table, starts=span[1])
 
     def metadata(self) -> list[torch.Tensor]:
-        return [self.table]
+        return self.rows.tensors
 
     def _tidy(self) -> None:
         """Give back rows at the end of the pool that no head has, and all of them when they are many."""
@@ -98,16 +110,20 @@ class RaggedPages:
             return
         place = torch.zeros(end, dtype=torch.int32, device=used.device)
         place[used] = torch.arange(len(used), dtype=torch.int32, device=used.device)
-        self.table = place[self.table.long()]
+        self.rows = self.rows.map(lambda table: place[table.long()])
         self.keys, self.values = (
             PageStore({name: plane[:, :, used] for name, plane in store.planes.items()})
             for store in (self.keys, self.values)
         )
 
-    def _of(self, keys: PageStore, values: PageStore, table: torch.Tensor) -> "RaggedPages":
+    def _of(self, keys: PageStore, values: PageStore, rows: PageStore) -> "RaggedPages":
         other = copy.copy(self)
-        other.keys, other.values, other.table = keys, values, table
+        other.keys, other.values, other.rows = keys, values, rows
         return other
+
+
+def _stored(table: torch.Tensor) -> PageStore:
+    return PageStore({"table": table.contiguous()})
 
 
 def _rows(planes: Planes, held: torch.Tensor) -> Planes:

@@ -87,9 +87,7 @@ class PackedView:
 
     def _sinks(self, places: int) -> DenseSegment:
         sinks = first(self.sinks, places)
-        if self.heads is None or self.heads.fewest_sinks >= places:
-            return sinks
-        return replace(sinks, lengths=self.heads.sinks.clamp(max=places))
+        return sinks if self.heads is None else self.heads.counted_sinks(sinks)
 
     def _counted(self, tokens: DenseSegment, start: int, count: int) -> DenseSegment:
         """The first `count` of tokens that stand at place `start` of pages and recent ones."""

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, PreTra
 from quantpress.cache import continue_inputs, install_packed_attention
 from quantpress.kernels.page_codec import RawPages
 from quantpress.pipelines.captured import WARM_STEPS, CapturedDecoding, captured_decoding
-from quantpress.presses import Compose, PyramidKV, SnapKV, TurboQuant
+from quantpress.presses import AdaKV, Compose, PyramidKV, SnapKV, TurboQuant
 from tests.pipelines.words import ours, text
 from tests.tiny_models import VOCABULARY, prompt
 
@@ -69,6 +69,7 @@ PRESSES: dict[str, Callable[[], Any]] = {
     "3_bits": lambda: TurboQuant(bits=3),
     "half_bits": lambda: TurboQuant(bits=2.5),
     "evicted": lambda: Compose([SnapKV(0.5), TurboQuant(bits=2)]),
+    "head_wise": lambda: Compose([AdaKV(SnapKV(0.5)), TurboQuant(bits=3)]),
     "unequal": lambda: Compose([PyramidKV(0.3), TurboQuant(bits=4)]),
     "lossless": lambda: TurboQuant(codec=lossless),
 }

@@ -548,7 +548,7 @@ def _step(
     return place, ka, kb, kc, m, total, weight, acc
 
 
-@gluon.jit(do_not_specialize=["pages", "heads", "blocks", "rows"])
+@gluon.jit(do_not_specialize=["pages", "heads", "blocks", "places_row", "rows"])
 def split_mma_kernel(
     table_ptr,
     q_ptr,
@@ -568,6 +568,7 @@ def split_mma_kernel(
     pages,
     heads,
     blocks,
+    places_row,
     k_head,
     k_page,
     ks_head,
@@ -598,7 +599,7 @@ def split_mma_kernel(
     o [A, S, R, DV], of which rows up to the last of a head's `rows` are written, m and l [A, R, S] float32,
     S and A the numbers of programs on the axes. `softcap` counts if CAPPED.
     Where HEADS, a power of two of at least `heads`, is not 0, page p of a head is page places[head, p] of
-    [pages there are], places [heads, pages] int32, axis 0 is shared out over the heads by how many pages
+    [pages there are], places [heads, places_row] int32, axis 0 is shared out over the heads by how many pages
     each has in use, and axis 1 counts blocks of rows of a head.
     HALVES is 2 to take a page in two steps, groups of tokens 0, 2, 4, 6 before 1, 3, 5, 7.
     CHAINED: started before `first_kernel` has ended.
@@ -614,7 +615,7 @@ def split_mma_kernel(
             return
         head = mine.to(gl.int64)
         block = head * blocks + gl.program_id(1)
-        places_ptr += head * pages
+        places_ptr += head * places_row
     else:
         block = gl.program_id(1).to(gl.int64)
         head = block // blocks

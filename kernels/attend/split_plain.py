@@ -14,7 +14,7 @@ PAGE_TOKENS = tl.constexpr(128)
 TILE = tl.constexpr(32)
 
 
-@triton.jit(do_not_specialize=["pages", "heads", "blocks", "rows"])
+@triton.jit(do_not_specialize=["pages", "heads", "blocks", "places_row", "rows"])
 def split_plain_kernel(
     q_ptr,
     factor_ptr,
@@ -34,6 +34,7 @@ def split_plain_kernel(
     pages,
     heads,
     blocks,
+    places_row,
     k_head,
     k_page,
     ks_head,
@@ -106,7 +107,7 @@ def split_plain_kernel(
         at = page * PAGE_TOKENS + inside
         live = (at >= unused) & (at < used)
         if HEADS:
-            page = tl.load(places_ptr + head * pages + page).to(tl.int64)
+            page = tl.load(places_ptr + head * places_row + page).to(tl.int64)
         codes = code_at(
             k_ptr + page * k_page,
             inside[:, None],

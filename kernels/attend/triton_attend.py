@@ -136,9 +136,8 @@ class _Call:
         self.blocks = -(-self.rows // self.block)
         self.query = query.reshape(self.heads, self.rows, dim).contiguous()
         self.keys, self.values = _spec(packed.keys), _spec(packed.values)
-        self.used, self.starts, self.table = (
-            _numbers(numbers) for numbers in (packed.lengths, packed.starts, packed.table)
-        )
+        self.used, self.starts = _numbers(packed.lengths), _numbers(packed.starts)
+        self.table = packed.table if packed.table is None else _in_rows(packed.table)
         self.pages = packed.pages
         self.padded = 0 if self.table is None else max(1 << (self.heads - 1).bit_length(), 2)
         self.chained = {"launch_pdl": True} if not plain and chains(query.device) else {}
@@ -230,7 +229,8 @@ class _Call:
             codes = [plane.view(torch.int32) for plane in codes]
         planes = [codes[0], scales[0], codes[1], scales[1]]
         strides = [stride for plane in planes for stride in _strides(plane)]
-        numbers = [*sums, self.pages, self.heads, self.blocks, *strides, self.rows, self.softcap]
+        row = 0 if self.table is None else self.table.stride(1)
+        numbers = [*sums, self.pages, self.heads, self.blocks, row, *strides, self.rows, self.softcap]
         constants = {
             "D": self.keys.head_dim,
             "DV": value_dim,
@@ -373,6 +373,12 @@ def shared_programs(pages: int, heads: int, programs: int) -> int:
 
 def _numbers(tensor: torch.Tensor | None) -> torch.Tensor | None:
     return None if tensor is None else tensor.contiguous()
+
+
+def _in_rows(table: torch.Tensor) -> torch.Tensor:
+    """A page table [B, Hkv, P] whose rows are equally far apart, as they are in the part of one in use."""
+    even = table.stride(2) == 1 and table.stride(0) == table.shape[1] * table.stride(1)
+    return table if even else table.contiguous()
 
 
 def _strides(plane: torch.Tensor) -> tuple[int, int]:

@@ -8,11 +8,14 @@ import torch
 from transformers import DynamicCache
 
 from quantpress.cache import PackedLayer, cache_memory
+from quantpress.cache.attention import attend_step
 from quantpress.cache.fixed_cache import FixedCache, unfixable
 from quantpress.cache.settings import LayerSettings
 from quantpress.errors import InvalidInputError, NonFiniteError
+from quantpress.kernels.attend import Visibility, attend
 from tests.cache.caches import lossless, scalar
 from tests.cache.test_layer import states
+from tests.cache.test_ragged import patterns
 
 SETTINGS = {"lossless": lossless(recent_tokens=16), "three_bits": scalar(bits=3, recent_tokens=16)}
 
@@ -72,6 +75,38 @@ def test_steps_are_updates(settings: LayerSettings, count: int) -> None:
     assert_equal(cache, other)
     fixed.release()
     assert not fixed.entered
+    assert_equal(cache, other)
+
+
+@pytest.mark.parametrize("pattern", ["half", "uneven", "empty", "few", "first"])
+def test_steps_where_heads_keep_different_tokens(settings: LayerSettings, pattern: str) -> None:
+    """Pages by table, at addresses that stay, and attention over all the room there is."""
+    cache = DynamicCache()
+    for tokens in (500, 900):
+        hidden = patterns(tokens)[pattern]
+        cache.layers.append(PackedLayer.from_states(*states(tokens), settings, hidden=hidden))
+    other = copy.deepcopy(cache)
+    for tokens in (300, 130):  # of which some were evicted in every head
+        for one in (cache, other):
+            for layer in one.layers:
+                layer.update(*states(tokens, seed=tokens))
+    fixed = FixedCache(cache)
+    fixed.enter(new_tokens=300)
+    addresses = fixed.addresses()
+    query = torch.randn(2, 6, 1, 32)
+    for _ in range(3):
+        steps(fixed, 100)
+        grow(other, 100)
+        assert_equal(cache, other)
+        for own, layer in zip(fixed.layers, other.layers, strict=True):
+            assert own.fixed is not None
+            got = attend_step(query, own.fixed.step_segments(), 0.2, None, None)
+            view = layer.view()
+            rule = Visibility(1, sum(segment.tokens for segment in view.segments()))
+            expected = attend(query, view.segments(), rule, scaling=0.2)
+            torch.testing.assert_close(got, expected.transpose(1, 2), rtol=1e-4, atol=1e-5)
+    assert fixed.entered and fixed.addresses() == addresses
+    fixed.release()
     assert_equal(cache, other)
 
 

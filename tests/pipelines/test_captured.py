@@ -168,6 +168,7 @@ PRESSES: dict[str, Any] = {
     "turboquant": lambda: TurboQuant(bits=3, recent_tokens=16),
     "snapkv": lambda: Compose([SnapKV(0.4, window_size=16), TurboQuant(bits=4, recent_tokens=16)]),
     "pyramidkv": lambda: Compose([PyramidKV(0.4, window_size=16), TurboQuant(bits=4, recent_tokens=16)]),
+    "adakv": lambda: Compose([AdaKV(SnapKV(0.4, window_size=16)), TurboQuant(bits=4, recent_tokens=16)]),
     "lossless": lambda: Compose(
         [SnapKV(0.4, window_size=16), TurboQuant(codec=lambda dim, *_: RawPages(dim))]
     ),
@@ -269,12 +270,6 @@ def test_warnings_name_the_reason() -> None:
         handle.remove()
     with captured_decoding(model), pytest.warns(UserWarning, match="beam search"):
         generate(model, ids, packed_cache(model, lossless(recent_tokens=16)), max_new_tokens=10, num_beams=2)
-    with captured_decoding(model), pytest.warns(UserWarning, match="head-wise press"):
-        cache = read(model, Compose([AdaKV(SnapKV(0.4, window_size=16)), TurboQuant(recent_tokens=16)]))
-        inputs = continue_inputs(cache, prompt(7))
-        generate(model, cache=cache, ids=inputs.pop("input_ids"), max_new_tokens=5, **inputs)
-    for layer in model.model.layers:
-        vars(layer.self_attn).pop("masked_key_indices", None)
     with (
         captured_decoding(tiny_model("gemma3")),
         pytest.warns(UserWarning, match="layers 0 of the cache are not packed"),
