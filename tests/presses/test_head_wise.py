@@ -208,6 +208,7 @@ def test_memory_falls(name: str) -> None:
         for cache, press in ((whole, quantizer), (half, Compose([make(name), quantizer]))):
             with press(model):
                 model.model(input_ids=ids, past_key_values=cache)
+            forget(model)
     ratio = cache_memory(half).total_bytes / cache_memory(whole).total_bytes
     assert ratio < 0.68, ratio
     memory = cache_memory(half)
