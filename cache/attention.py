@@ -16,9 +16,10 @@ import torch
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from quantpress.cache import compiled_step
+from quantpress.cache.evicted_slots import MASKS, named_to_hide
 from quantpress.cache.states import PackedStates
 from quantpress.cache.view import PackedView
-from quantpress.cache.visibility import MASKS, visibility, visibility_by_place, whole_mask
+from quantpress.cache.visibility import visibility, visibility_by_place, whole_mask
 from quantpress.errors import UnsupportedModelError
 from quantpress.kernels.attend import Segment, Visibility, attend
 
@@ -205,5 +206,5 @@ def _step_segments(
     module: torch.nn.Module, query: torch.Tensor, view: PackedView, kwargs: dict[str, Any]
 ) -> list[Segment] | None:
     """The segments of a step at fixed addresses, whose one query sees every token; None for other calls."""
-    limited = kwargs.get("sliding_window") is not None or getattr(module, MASKS, None) is not None
+    limited = kwargs.get("sliding_window") is not None or named_to_hide(module) is not None
     return list(view.step) if view.step is not None and query.shape[2] == 1 and not limited else None

@@ -73,9 +73,10 @@ class Layout:
 
     def counts(self, slots: int, whole_from: int) -> HeadCounts:
         """The counts of a layer of so many slots, from `whole_from` on all kept."""
-        places = self.sinks.shape[2] + self.rest.shape[2]
-        fewest = int((self.rest.shape[2] - self.absent).amin())
-        return HeadCounts.of(self.in_use, self.absent, slots - places, max(whole_from, slots - fewest))
+        sinks, rest = self.sinks.shape[2], self.rest.shape[2]
+        fewest = int((rest - self.absent).amin())
+        evicted, whole_from = slots - sinks - rest, max(whole_from, slots - fewest)
+        return HeadCounts.of(self.in_use, self.absent, sinks, evicted, whole_from)
 
 
 def pack_by_head(

@@ -25,6 +25,7 @@ class HeadCounts:
     Args:
         sinks: [B, Hkv] int32, sinks in use.
         absent: [B, Hkv] int32, places in front of pages and recent tokens that hold nothing.
+        sink_places: places for sinks.
         evicted: slots less places: how many more tokens the layer counts than it has places for.
         whole_from: the slot from which on every head has every token, none of them a sink.
         fewest_sinks, least_absent, most_absent: bounds of the above, known without asking the device.
@@ -32,6 +33,7 @@ class HeadCounts:
 
     sinks: torch.Tensor
     absent: torch.Tensor
+    sink_places: int
     evicted: int
     whole_from: int
     fewest_sinks: int
@@ -39,10 +41,12 @@ class HeadCounts:
     most_absent: int
 
     @classmethod
-    def of(cls, sinks: torch.Tensor, absent: torch.Tensor, evicted: int, whole_from: int) -> "HeadCounts":
+    def of(
+        cls, sinks: torch.Tensor, absent: torch.Tensor, sink_places: int, evicted: int, whole_from: int
+    ) -> "HeadCounts":
         """Counts of [B, Hkv] sinks and absent places, any int dtype. Waits for the device."""
         bounds = int(sinks.amin()), int(absent.amin()), int(absent.amax())
-        return cls(sinks.int(), absent.int(), evicted, whole_from, *bounds)
+        return cls(sinks.int(), absent.int(), sink_places, evicted, whole_from, *bounds)
 
     def span(self, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Lengths and starts of the tokens in use from place `start` to `stop` of pages and recent tokens."""
@@ -73,6 +77,23 @@ class HeadCounts:
             raise InvalidInputError(
                 f"the first {slots} tokens cannot be told from later ones: single heads have evicted tokens "
                 f"before {self.whole_from}; cut such a layer to {self.whole_from} tokens or more, or to none"
+            )
+
+    def check_named(self, named: torch.Tensor) -> None:
+        """Check that before `whole_from` no more tokens are named than were evicted. Asks the device.
+
+        Args:
+            named: [B, Hkv, slots] bool, what kvpress wants hidden. `DMSPress` names what it evicted at the
+                prefill again.
+
+        Raises:
+            InvalidInputError: more are named.
+        """
+        gone = self.evicted + self.sink_places - self.sinks + self.absent
+        if bool((named[..., : self.whole_from].sum(-1) > gone).any()):
+            raise InvalidInputError(
+                f"tokens before {self.whole_from} are to be hidden, of which single heads have evicted some; "
+                "use one head-wise press at the prefill, and no other than DMSPress while decoding"
             )
 
     def tensors(self) -> list[torch.Tensor]:

@@ -5,13 +5,11 @@ from typing import Any
 
 import torch
 
+from quantpress.cache.evicted_slots import named_to_hide
 from quantpress.cache.head_counts import HeadCounts
-from quantpress.errors import InvalidInputError, UnsupportedModelError
+from quantpress.errors import UnsupportedModelError
 from quantpress.kernels.attend import Visibility
 from quantpress.kernels.attend.operands import additive
-
-MASKS = "masked_key_indices"
-"""Where head-wise presses of kvpress name, on an attention module, what must not be seen."""
 
 _CAUSAL = "_quantpress_causal"
 
@@ -87,7 +85,7 @@ def is_causal_mask(mask: torch.Tensor, queries: int) -> bool:
 
 def _dropped(module: torch.nn.Module, shape: tuple[int, int, int]) -> torch.Tensor | None:
     """kvpress's head-wise eviction: the (batch, head, slot) entries that must not be seen."""
-    indices = getattr(module, MASKS, None)
+    indices = named_to_hide(module)
     if indices is None:
         return None
     dropped = torch.zeros(shape, dtype=torch.bool, device=indices[0].device)
@@ -105,7 +103,7 @@ def visibility_by_place(rule: Visibility, slots: int, heads: HeadCounts) -> Visi
 
     Raises:
         UnsupportedModelError: the mask hides, or weights, tokens of the part that was evicted from.
-        InvalidInputError: kvpress names slots there.
+        InvalidInputError: more slots are named there than were evicted.
     """
     places = slots - heads.evicted
     known = slots - heads.whole_from  # slots at the end that are places in every head
@@ -123,11 +121,7 @@ def visibility_by_place(rule: Visibility, slots: int, heads: HeadCounts) -> Visi
             [front(*mask.shape[:-1], places - known), mask[..., heads.whole_from : slots]], dim=-1
         )
     if dropped is not None:
-        if bool(dropped[..., : heads.whole_from].any()):
-            raise InvalidInputError(
-                f"{MASKS} names tokens before {heads.whole_from}, of which single heads have evicted some; "
-                "use one head-wise press at the prefill, and DMSPress while decoding"
-            )
+        heads.check_named(dropped)
         front_places = dropped.new_zeros(*dropped.shape[:2], places - known)
         dropped = torch.cat([front_places, dropped[..., heads.whole_from :]], dim=-1)
     return replace(rule, tokens=places, mask=mask, dropped=dropped)

@@ -10,10 +10,10 @@ from transformers import Cache, GenerationConfig, PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
 from quantpress.cache import continue_inputs
+from quantpress.cache.evicted_slots import MASKS, named_to_hide
 from quantpress.errors import InvalidInputError
 from quantpress.pipelines.arguments import GENERATE
 from quantpress.pipelines.members import decode_time_presses
-from quantpress.pipelines.preserve import MASKS
 from quantpress.presses.model_support import attention_modules
 
 EXTRAS = ({*GENERATE} - {"generation_config"}) | {"tokenizer"}
@@ -167,7 +167,7 @@ def _repeat(model: PreTrainedModel, cache: Cache, beams: int) -> None:
     """The context once for each beam: its tokens, and what head-wise presses masked."""
     cache.batch_repeat_interleave(beams)
     for module in attention_modules(model):
-        masks: Any = getattr(module, MASKS, None)
+        masks: Any = named_to_hide(module)
         if masks is not None:
             batch, *rest = masks
             beam = torch.arange(beams, device=batch.device)

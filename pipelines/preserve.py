@@ -9,11 +9,10 @@ import torch
 from kvpress import BasePress, DMSPress
 from transformers import Cache, PreTrainedModel
 
+from quantpress.cache.evicted_slots import MASKS
 from quantpress.pipelines.members import members
 from quantpress.presses.model_support import attention_modules
 from quantpress.presses.restore import left_as_found
-
-MASKS = "masked_key_indices"  # head-wise kvpress presses note there, on attention modules, what is evicted
 
 
 @contextmanager

@@ -11,11 +11,11 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
+from quantpress.cache.evicted_slots import named_to_hide
 from quantpress.presses.model_support import attention_modules
 
 COPIED = ("input_ids", "position_ids", "cache_position")
 OPTIONS = ("logits_to_keep", "return_dict", "use_cache")
-HEADWISE = "masked_key_indices"
 
 
 @dataclass(frozen=True)
@@ -127,7 +127,7 @@ def uncapturable(model: PreTrainedModel) -> str | None:
     for name, module in model.named_modules():
         if module is not model and any(map(_is_foreign, _hooks(module))):
             return f"{name} has a forward hook, which a replay would not run"
-    if any(getattr(module, HEADWISE, None) is not None for module in attention_modules(model)):
+    if any(named_to_hide(module) is not None for module in attention_modules(model)):
         return "a head-wise press masks tokens in place of removing them"
     return None
 

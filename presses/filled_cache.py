@@ -27,7 +27,7 @@ def pack_cache(
 ) -> None:
     """Pack every full-attention layer of a cache that is filled already.
 
-    Tokens that a head-wise press has named on the attention modules are not packed, and not named any more.
+    Tokens that a head-wise press has named on the attention modules are not packed.
 
     Args:
         press: the settings.
@@ -60,6 +60,6 @@ def pack_cache(
                 tokens_seen=max(keys.shape[2], tokens_seen or 0),
                 hidden=hidden,
             )
-        if by_head:
-            name_slots(module, None)
+        if hidden is not None:
+            name_slots(module, hidden, evicted=True)
         del keys, values

@@ -1,7 +1,7 @@
 """What head-wise presses leave on attention modules: the tokens that single heads must not see.
 
 kvpress names them as (batch, head, slot) in `masked_key_indices`, 24 bytes each, and keeps them in the cache.
-A layer packed after that forgets them head by head, and nothing has to be named any more.
+A layer packed after that forgets them head by head; their names stay for who wants to look, in one bit each.
 """
 
 from typing import Any
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from quantpress.cache.visibility import MASKS
+from quantpress.cache.evicted_slots import MASKS, EvictedSlots, named_to_hide
 from quantpress.errors import InvalidInputError
 
 
@@ -23,8 +23,8 @@ def named_slots(module: nn.Module, keys: torch.Tensor) -> torch.Tensor | None:
     Raises:
         InvalidInputError: they are those of a longer context.
     """
-    named: Any = getattr(module, MASKS, None)
-    if named is None or not len(named[0]):
+    named = named_to_hide(module)
+    if named is None:
         return None
     batch, head, slot = (index.to(keys.device) for index in named)
     if int(slot.max()) >= keys.shape[2]:
@@ -37,8 +37,13 @@ def named_slots(module: nn.Module, keys: torch.Tensor) -> torch.Tensor | None:
     return hidden
 
 
-def name_slots(module: nn.Module, hidden: torch.Tensor | None) -> None:
-    """Name slots [B, Hkv, T] bool on an attention module, in the way of kvpress; None: none."""
-    if hidden is not None or getattr(module, MASKS, None) is not None:
-        named: Any = None if hidden is None else hidden.nonzero(as_tuple=True)
-        module.masked_key_indices = named
+def name_slots(module: nn.Module, hidden: torch.Tensor, evicted: bool) -> None:
+    """Name slots on an attention module, in the place of those that kvpress has named.
+
+    Args:
+        module: the attention module.
+        hidden: [B, Hkv, T] bool.
+        evicted: whether its layer has these tokens no more; else attention is to hide them.
+    """
+    named: Any = EvictedSlots(hidden) if evicted else hidden.nonzero(as_tuple=True)
+    module.masked_key_indices = named

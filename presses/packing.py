@@ -145,7 +145,8 @@ class Packer:
                 keys, values, hidden = _reordered(places, keys, values, hidden)
                 settings = replace(settings, sink_tokens=settings.sink_tokens + self.press.detect_sinks)
             by_head = hidden is not None and self.by_head and not is_padded(call.attention_mask)
-            name_slots(module, None if by_head else hidden)
+            if hidden is not None:
+                name_slots(module, hidden, evicted=by_head)
             call.cache.layers[call.layer_idx] = PackedLayer.from_states(
                 keys.detach(),
                 values.detach(),

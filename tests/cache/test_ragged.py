@@ -339,10 +339,12 @@ def test_masks_of_what_came_later(additive: bool) -> None:
 
 
 def test_entries_named_while_decoding() -> None:
-    """DMSPress counts slots on; those among evicted ones are refused."""
+    """DMSPress counts slots on, and names again what was evicted; more than that is refused."""
     layer, lists = pair(700, "middle")
     slot = torch.tensor([699, 690, 701])
-    named = (torch.tensor([0, 1, 1]), torch.tensor([1, 0, 1]), slot)
+    before = patterns(700)["middle"].nonzero(as_tuple=True)
+    later = (torch.tensor([0, 1, 1]), torch.tensor([1, 0, 1]), slot)
+    named = [torch.cat(both) for both in zip(before, later, strict=True)]
     module: Any = SimpleNamespace(is_causal=True, masked_key_indices=named)
     layer.update(*states(3, seed=5))
     lists.append(*states(3, seed=5))
@@ -352,13 +354,14 @@ def test_entries_named_while_decoding() -> None:
     for (b, h), (k, v) in lists.heads.items():
         seen = torch.ones(len(k), dtype=torch.bool)
         for at, s in enumerate(slot.tolist()):
-            if (int(named[0][at]), int(named[1][at])) == (b, h):
+            if (int(later[0][at]), int(later[1][at])) == (b, h):
                 seen[s - 703] = False
         group = slice(GROUP * h, GROUP * (h + 1))
         expected = torch.nn.functional.scaled_dot_product_attention(
             query[b, group], k[seen].expand(GROUP, -1, -1), v[seen].expand(GROUP, -1, -1)
         )
         torch.testing.assert_close(got[b, group], expected, rtol=1e-5, atol=1e-5)
-    module.masked_key_indices = tuple(torch.tensor([index]) for index in (0, 0, 100))
+    more = [torch.cat([index, torch.tensor([at])]) for index, at in zip(named, (0, 0, 100), strict=True)]
+    module.masked_key_indices = more
     with pytest.raises(InvalidInputError, match="use one head-wise press at the prefill"):
         _attend_view(module, query, view, None, {})

@@ -13,6 +13,7 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from quantpress.cache import cache_memory, continue_inputs
+from quantpress.cache.evicted_slots import EvictedSlots
 from quantpress.errors import InvalidInputError
 from quantpress.pipelines.text_generation import TextGenerationPipeline
 from quantpress.presses import DMS, AdaKV, Compose, Knorm, SnapKV, TurboQuant
@@ -120,7 +121,6 @@ def test_logits_are_those_of_masks(family: str, name: str) -> None:
         whole = go_on(model, read(model, None, IDS), sizes)
     assert not torch.allclose(whole[0], expected[0], rtol=1e-2, atol=1e-2), "the press changes nothing"
     cache = read(model, Compose([PRESSES[name](), lossless()]), IDS)
-    assert getattr(model.model.layers[-1].self_attn, "masked_key_indices", None) is None
     assert cache.layers[-1].tokens.heads is not None and cache.get_seq_length() == TOKENS
     for got, wanted in zip(go_on(model, cache, sizes), expected, strict=True):
         torch.testing.assert_close(got, wanted, rtol=2e-4, atol=2e-4)
@@ -208,6 +208,7 @@ def test_memory_falls(name: str) -> None:
         for cache, press in ((whole, quantizer), (half, Compose([make(name), quantizer]))):
             with press(model):
                 model.model(input_ids=ids, past_key_values=cache)
+            forget(model)
     ratio = cache_memory(half).total_bytes / cache_memory(whole).total_bytes
     assert ratio < 0.68, ratio
     memory = cache_memory(half)
@@ -227,6 +228,43 @@ def test_real_codes_stay_near_the_hidden_ones() -> None:
         got = go_on(model, cache, sizes)
         errors.append(max(float((g - e).norm() / e.norm()) for g, e in zip(got, expected, strict=True)))
     assert errors[0] < 0.2 and errors[0] < 0.3 * errors[1]
+
+
+def test_what_was_evicted_is_still_named() -> None:
+    """In one bit a token, for those who look; it hides nothing."""
+    model = tiny_model("llama")
+    plain = read(model, AdaKV(SnapKV(0.6, window_size=16)), IDS)
+    modules = [layer.self_attn for layer in model.model.layers]
+    theirs = [{*zip(*map(torch.Tensor.tolist, m.masked_key_indices), strict=True)} for m in modules]
+    cache = read(model, Compose([AdaKV(SnapKV(0.6, window_size=16)), lossless()]), IDS)
+    for module, expected, layer, before in zip(modules, theirs, cache.layers, plain.layers, strict=True):
+        named = module.masked_key_indices
+        assert isinstance(named, EvictedSlots) and len(named) == 3
+        assert {*zip(*map(torch.Tensor.tolist, named), strict=True)} == expected
+        assert torch.equal(named[2], [*named][2])
+        held = sum(t.numel() for t in vars(named).values() if isinstance(t, torch.Tensor))
+        assert held == 2 * TOKENS // 8
+        gone = layer.view().evicted().sum(-1)
+        assert torch.equal(gone, named.hidden.sum(-1)) and before.get_seq_length() == TOKENS
+    answered = answer(model, copy.deepcopy(cache), TOKENS)
+    forget(model)
+    assert answer(model, cache, TOKENS) == answered
+
+
+def test_dms_counts_what_it_evicts_while_decoding() -> None:
+    """Its ratio is that of kvpress, tokens of the prefill included."""
+    model, found = tiny_model("llama"), []
+    for quantizers in ([], [lossless()]):
+        press = DMS(kvpress.RandomPress(seed=3), threshold=0.5, sliding_window_size=20, decoding=True)
+        with torch.inference_mode(), Compose([press, *quantizers])(model):
+            cache = DynamicCache()
+            model(IDS, past_key_values=cache)
+            logits = go_on(model, cache, (1,) * 30)
+        found.append((press.compression_ratio, logits))
+        forget(model)
+    assert found[0][0] == found[1][0] > 0.4
+    for one, other in zip(found[0][1], found[1][1], strict=True):
+        torch.testing.assert_close(one, other, rtol=2e-4, atol=2e-4)
 
 
 def test_a_padded_batch_hides_as_before() -> None:

@@ -85,8 +85,8 @@ def test_resident_bytes(name: str) -> None:
     recent, sinks, bits = 16, 4, 4
     model, quantizer = model_of(name), TurboQuant(bits, recent_tokens=recent, sink_tokens=sinks)
     plain, hidden = prefilled(model, make(name))
-    cache, named = prefilled(model, Compose([make(name), quantizer]))
-    assert not named, "what is not there needs no name"
+    cache, evicted = prefilled(model, Compose([make(name), quantizer]))
+    assert evicted.keys() == hidden.keys()
     heads, dim = model.config.num_key_value_heads, model.config.head_dim
     assert quantizer.bits_per_value(dim) == bits + 16 / dim
     per_packed = 2 * dim * quantizer.bits_per_value(dim) / 8  # bytes of a token of a head
@@ -102,6 +102,7 @@ def test_resident_bytes(name: str) -> None:
             promised = heads * (packed * per_packed + (count - packed) * per_dense)
             assert packed > 0
         else:  # each head has the pages that its own tokens fill
+            assert torch.equal(hidden[index], evicted[index])
             kept = count - hidden[index]
             packs = (kept - sinks - recent).clamp(min=0)
             promised = float(packs.sum()) * per_packed
