@@ -6,11 +6,13 @@ from weakref import WeakSet
 
 import torch
 
+from quantpress.cache.parts import Parts, portable
 from quantpress.kernels.page_codec import Planes
 
 GROWTH = 16  # appending reserves a sixteenth more pages than there are
 
 
+@portable("pages")
 class PageStore:
     """Planes [B, Hkv, P, ...] with room to append.
 
@@ -107,6 +109,15 @@ class PageStore:
         other._memory, other.pages, other._may_write = self._memory, self.pages, self._may_write
         other._memory.stores.add(other)
         return other
+
+    def parts(self) -> Parts:
+        """The pages in use, for `quantpress.cache.parts`."""
+        return Parts("pages", tensors=self.planes)
+
+    @classmethod
+    def from_parts(cls, parts: Parts) -> "PageStore":
+        """A store of pages as they are; the first page behind them moves it to memory of its own."""
+        return cls(parts.tensors)
 
     def __reduce__(self) -> Any:
         return PageStore, (self.planes,)

@@ -5,6 +5,7 @@ arguments.py        which arguments there are; the generation configuration
 prompt.py           context and questions as token ids, in chat form
 reading.py          one forward pass into a cache, under a press
 prefill.py          the same forward with small activations
+cached_context.py   a context that was read: ask it again, save it, load it
 decoding.py         one answer with model.generate
 captured.py, single_token.py   decode steps as replays of one CUDA graph
 preserve.py         a cache unchanged by questions, a model unchanged by presses

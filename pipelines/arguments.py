@@ -9,9 +9,11 @@ import difflib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from kvpress import DMSPress
 from transformers import GenerationConfig, PreTrainedModel
 
 from quantpress.errors import InvalidInputError
+from quantpress.pipelines.members import as_press, decode_time_presses, members
 
 DEFAULT_NEW_TOKENS = 50  # kvpress's
 READING = ("answer_prefix", "enable_thinking", "max_context_length")
@@ -86,6 +88,38 @@ def check_generation_arguments(arguments: Mapping[str, Any]) -> None:
             near = difflib.get_close_matches(name, known, n=1)
             hint = f"did you mean {near[0]!r}?" if near else "see TextGenerationPipeline for those it takes"
             raise InvalidInputError(f"unknown argument {name!r}; {hint}")
+
+
+def check_asking(arguments: Mapping[str, Any]) -> None:
+    """Refuse, for a context that was read before, what only reading looks at.
+
+    Raises:
+        InvalidInputError: names the argument.
+    """
+    reading = {*READING, "cache", "chunk_tokens", "progress"} - {"answer_prefix"}
+    for name in sorted(reading & set(arguments)):
+        raise InvalidInputError(f"{name} has no effect on a context that was read before; give it to read()")
+    press = as_press(arguments.get("press"))
+    if press is not None and not decode_time_presses(press):
+        raise InvalidInputError(
+            f"{press!r} acts while a context is read, and this one was read before; give it to read(), or "
+            "leave it out"
+        )
+    if any(isinstance(member, DMSPress) for member in members(press)):
+        raise InvalidInputError(
+            "DMSPress goes by scores of the prefill; give it with the text of the context"
+        )
+
+
+def check_reading(arguments: Mapping[str, Any]) -> None:
+    """Refuse what only answering looks at.
+
+    Raises:
+        InvalidInputError: names the argument and those that are known.
+    """
+    known = ("press", "chunk_tokens", "progress", "max_context_length", "enable_thinking")
+    for name in sorted(set(arguments) - set(known)):
+        raise InvalidInputError(f"{name} has no effect on reading; read takes {', '.join(known)}")
 
 
 def answer_config(model: PreTrainedModel, arguments: Mapping[str, Any]) -> GenerationConfig:

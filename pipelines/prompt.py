@@ -1,6 +1,8 @@
 """From text to token ids: the context, and the questions that follow it, in the model's own chat form."""
 
 import logging
+import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -88,6 +90,27 @@ def check_positions(config: PreTrainedConfig, tokens: int) -> None:
         raise ContextTooLongError(
             f"the context has {tokens} tokens, the model has {positions} positions; "
             f"max_context_length={positions} (or less, to leave room for the answer) cuts the end off"
+        )
+
+
+def warn_of_positions(
+    config: PreTrainedConfig, context: torch.Tensor, questions: Sequence[torch.Tensor], new_tokens: int
+) -> None:
+    """Warn when question and answer reach behind the model's positions.
+
+    Args:
+        config: of the model.
+        context: [1, T] ids.
+        questions: [1, Q] ids each.
+        new_tokens: most tokens of an answer.
+    """
+    positions = position_count(config)
+    needed = context.shape[1] + max(ids.shape[1] for ids in questions) + new_tokens
+    if positions is not None and needed > positions:
+        warnings.warn(
+            f"context, question and {new_tokens} new tokens need up to {needed} positions, the model has "
+            f"{positions}: the end of an answer may be noise; a smaller max_context_length makes room",
+            stacklevel=2,
         )
 
 

@@ -1,6 +1,5 @@
 """The task "kv-press-text-generation": read a context under a press, then answer questions about it."""
 
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
@@ -13,12 +12,19 @@ from quantpress.cache import PackedLayer, cache_memory
 from quantpress.cache.fixed_cache import unfixable
 from quantpress.errors import InvalidInputError
 from quantpress.pipelines import arguments as given
+from quantpress.pipelines.cached_context import CachedContext
 from quantpress.pipelines.captured import captured_decoding
 from quantpress.pipelines.decoding import check_decoding, decides_capture, generate_ids
 from quantpress.pipelines.masks import fitted_masks
 from quantpress.pipelines.members import as_press, decode_time_presses
 from quantpress.pipelines.preserve import preserved_context, unchanged_model
-from quantpress.pipelines.prompt import chat_form, check_positions, cut_to, position_count, token_ids
+from quantpress.pipelines.prompt import (
+    chat_form,
+    check_positions,
+    cut_to,
+    token_ids,
+    warn_of_positions,
+)
 from quantpress.pipelines.reading import read_context
 from quantpress.pipelines.report import Report
 from quantpress.pipelines.single_token import uncapturable
@@ -73,6 +79,8 @@ class TextGenerationPipeline(KVPressTextGenerationPipeline):
         CompositionError: a list of presses that do not go together.
         InvalidInputError: any other argument that cannot be used.
 
+    `read` reads a context once and for all: what it returns is taken in place of a text, and can be saved.
+
     Example:
         >>> # pipe = pipeline("kv-press-text-generation", press=Compose([SnapKV, TurboQuant]))
         >>> # pipe("A long text ...", question="What is it about?")["answer"]
@@ -102,11 +110,41 @@ class TextGenerationPipeline(KVPressTextGenerationPipeline):
             )
         if isinstance(context, (list, tuple, Iterator)):
             return [self(one, *args, **kwargs) for one in context]
+        if isinstance(context, CachedContext):
+            given.check_asking(kwargs)
+            kwargs.setdefault("press", context.press)
         return super().__call__(context, *args, **kwargs)
+
+    def read(self, context: str, **options: Any) -> CachedContext:
+        """Read a context once, to ask about it any number of times, or to save it.
+
+        Args:
+            context: the text.
+            **options: press, max_context_length, enable_thinking, chunk_tokens and progress, as for a call.
+
+        Raises:
+            EmptyContextError, ContextTooLongError, CompositionError: as for a call.
+            InvalidInputError: another argument, or a press that keeps notes about the context on itself.
+
+        Example:
+            >>> # context = pipe.read("A long text ...")
+            >>> # context.save("text.safetensors")
+            >>> # pipe(context, questions=["Who?", "Where?"])["answers"]
+        """
+        given.check_reading(options)
+        reading, running, _ = self._sanitize_parameters(**options)
+        how = {**self._forward_params, **running}
+        how = {name: how[name] for name in ("chunk_tokens", "press", "progress") if name in how}
+        form = {**self._preprocess_params, **reading}
+        ids, after = self._prompt(context, form.get("max_context_length"), form.get("enable_thinking", False))
+        cache, ids = DynamicCache(), ids.to(self.device)
+        with self.device_placement(), torch.no_grad(), unchanged_model(self.model):
+            position = read_context(self.model, ids, cache, **how)
+            return CachedContext.of(self.model, cache, ids, position, how.get("press"), after)
 
     def preprocess(
         self,
-        context: str,
+        context: str | CachedContext,
         questions: Sequence[str] = ("",),
         answer_prefix: str | None = None,
         max_context_length: int | None = None,
@@ -115,16 +153,28 @@ class TextGenerationPipeline(KVPressTextGenerationPipeline):
         """Token ids of a context and of the questions that follow it.
 
         Returns:
-            "context_ids" [1, T] and "questions_ids", a list of [1, Q], int64.
+            "context_ids" [1, T] and "questions_ids", a list of [1, Q], int64; "cached", if read before.
         """
-        before, after = chat_form(self.tokenizer, context, enable_thinking=enable_thinking)
-        context_ids = cut_to(token_ids(self.tokenizer, before, "context"), max_context_length)
-        check_positions(self.model.config, context_ids.shape[1])
+        cached = context if isinstance(context, CachedContext) else None
+        if isinstance(context, CachedContext):
+            context_ids, after = context.token_ids, context.after
+        else:
+            context_ids, after = self._prompt(context, max_context_length, enable_thinking)
         asked = [f"{question}{after}{answer_prefix or ''}" for question in questions]
         return {
             "context_ids": context_ids,
             "questions_ids": [token_ids(self.tokenizer, one, "question") for one in asked],
+            **({} if cached is None else {"cached": cached}),
         }
+
+    def _prompt(
+        self, context: str, max_context_length: int | None, enable_thinking: bool
+    ) -> tuple[torch.Tensor, str]:
+        """Ids [1, T] of a context in its chat form, and what comes behind a question."""
+        before, after = chat_form(self.tokenizer, context, enable_thinking=enable_thinking)
+        context_ids = cut_to(token_ids(self.tokenizer, before, "context"), max_context_length)
+        check_positions(self.model.config, context_ids.shape[1])
+        return context_ids, after
 
     def _forward(
         self,
@@ -143,12 +193,10 @@ class TextGenerationPipeline(KVPressTextGenerationPipeline):
         if config.stop_strings is not None or "assistant_tokenizer" in generation:
             generation["tokenizer"] = self.tokenizer
         context_ids, questions = input_tensors["context_ids"], input_tensors["questions_ids"]
-        self._warn_of_positions(context_ids, questions, config.max_new_tokens)
+        warn_of_positions(self.model.config, context_ids, questions, config.max_new_tokens)
         watch = Stopwatch(self.model.device) if report else None
-        kept = DynamicCache() if cache is None else cache
-        with unchanged_model(self.model, keep_masks=cache is not None):
-            how: dict[str, Any] = {"chunk_tokens": chunk_tokens, "progress": progress, "watch": watch}
-            position = read_context(self.model, context_ids, kept, press, **how)
+        how: dict[str, Any] = {"chunk_tokens": chunk_tokens, "progress": progress, "watch": watch}
+        with self._context(input_tensors, cache, press, how) as (kept, position):
             reason = (unfixable(kept) or uncapturable(self.model)) if cuda_graph else None
             if reason is not None:
                 raise InvalidInputError(f"cuda_graph=True, but {reason}; leave cuda_graph out")
@@ -169,6 +217,20 @@ class TextGenerationPipeline(KVPressTextGenerationPipeline):
             new_tokens = sum(len(one) for one in ids)
             result["report"] = Report.measured(memory, context_ids.shape[1], watch.seconds, new_tokens)
         return result
+
+    @contextmanager
+    def _context(
+        self, inputs: dict[str, Any], cache: Cache | None, press: BasePress | None, how: dict[str, Any]
+    ) -> Iterator[tuple[Cache, int]]:
+        """The context in a cache, and the next position: read now, or before."""
+        cached: CachedContext | None = inputs.get("cached")
+        if cached is not None:
+            with unchanged_model(self.model), cached.opened(self.model) as kept:
+                yield kept, cached.tokens_seen
+            return
+        kept = DynamicCache() if cache is None else cache
+        with unchanged_model(self.model, keep_masks=cache is not None):
+            yield kept, read_context(self.model, inputs["context_ids"], kept, press, **how)
 
     def postprocess(self, model_outputs: dict[str, Any], single_question: bool = True) -> dict[str, Any]:
         """Name the answers as kvpress does."""
@@ -196,15 +258,3 @@ class TextGenerationPipeline(KVPressTextGenerationPipeline):
             for member in decode_time_presses(press):
                 stack.enter_context(guarded(member, self.model))
             yield
-
-    def _warn_of_positions(
-        self, context: torch.Tensor, questions: list[torch.Tensor], new_tokens: int
-    ) -> None:
-        positions = position_count(self.model.config)
-        needed = context.shape[1] + max(ids.shape[1] for ids in questions) + new_tokens
-        if positions is not None and needed > positions:
-            warnings.warn(
-                f"context, question and {new_tokens} new tokens need up to {needed} positions, the model has "
-                f"{positions}: the end of an answer may be noise; a smaller max_context_length makes room",
-                stacklevel=2,
-            )

@@ -13,6 +13,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 from quantpress.errors import (
+    CacheFileError,
     CompositionError,
     ContextTooLongError,
     EmptyContextError,
@@ -28,12 +29,15 @@ from quantpress.errors import (
 if TYPE_CHECKING:
     from quantpress.cache import PackedLayer, cache_memory, continue_inputs
     from quantpress.cache.codec import TurboQuantCodec
+    from quantpress.pipelines.cached_context import CachedContext
     from quantpress.pipelines.captured import captured_decoding
     from quantpress.pipelines.text_generation import TextGenerationPipeline
     from quantpress.presses import *  # noqa: F403
     from quantpress.presses import Compose, TurboQuant
 
 __all__ = [
+    "CacheFileError",
+    "CachedContext",
     "Compose",
     "CompositionError",
     "ContextTooLongError",
@@ -61,6 +65,7 @@ except PackageNotFoundError:  # a source tree that was never installed
 
 _FOLDERS = frozenset({"cache", "codecs", "kernels", "pipelines", "presses"})
 _LAZY = {
+    "CachedContext": "quantpress.pipelines.cached_context",
     "Compose": "quantpress.presses",
     "PackedLayer": "quantpress.cache",
     "TextGenerationPipeline": "quantpress.pipelines.text_generation",

@@ -11,7 +11,8 @@ The tree::
     │   └── NonFiniteError           NaN or infinity where a number is needed
     ├── CompositionError             (also a ValueError) presses that do not go together
     ├── UnsupportedModelError        a model, or an attention of it, that cannot be packed
-    └── ModelFilesError              the default model could not be fetched or is damaged
+    ├── ModelFilesError              the default model could not be fetched or is damaged
+    └── CacheFileError               a saved cache that cannot be written, or must not be read
 
 Catch `QuantPressError` to catch them all. Each message names the value received and the remedy.
 """
@@ -55,3 +56,7 @@ class UnsupportedModelError(QuantPressError):
 
 class ModelFilesError(QuantPressError):
     """The default model could not be fetched, or its files are damaged."""
+
+
+class CacheFileError(QuantPressError):
+    """A saved cache that cannot be written; or one damaged, of another version, model or codec."""

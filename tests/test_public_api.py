@@ -14,6 +14,7 @@ ERRORS = sorted(n for n, v in vars(errors).items() if isinstance(v, type) and is
 PUBLIC = sorted(
     [
         *ERRORS,
+        "CachedContext",
         "Compose",
         "PackedLayer",
         "TextGenerationPipeline",

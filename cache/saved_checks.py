@@ -1,0 +1,94 @@
+"""Whether parts that were read fit together: kernels read memory by these shapes.
+
+A damaged file is found by its checksums; this is for one that was written wrong.
+"""
+
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from quantpress.cache.tokens import PackedTokens
+from quantpress.codecs.transform import ChannelTransform
+from quantpress.errors import InvalidInputError
+from quantpress.kernels.layout import PAGE_TOKENS
+from quantpress.kernels.page_codec import PageCodec
+
+
+def check_tokens(tokens: PackedTokens) -> None:
+    """Refuse packed tokens whose tensors do not fit each other or their codecs.
+
+    Raises:
+        InvalidInputError: names what does not fit.
+    """
+    keys, values = tokens.sinks.keys, tokens.sinks.values
+    heads = keys.shape[:2]
+    for side, dense, recent in (
+        ("keys", keys, tokens.recent.keys),
+        ("values", values, tokens.recent.values),
+    ):
+        codec = tokens.settings.key_codec if side == "keys" else tokens.settings.value_codec
+        for one in (dense, recent):
+            _check(
+                one.dim() == 4
+                and one.shape[:2] == heads
+                and one.shape[-1] == codec.head_dim
+                and one.dtype == keys.dtype
+                and one.is_floating_point(),
+                f"the {side} kept in 16 bits",
+            )
+        store = tokens.key_pages if side == "keys" else tokens.value_pages
+        transform = tokens.key_transform if side == "keys" else tokens.value_transform
+        _check(transform is not None or not store.pages, f"the transform of the {side}")
+        if transform is not None:
+            _check_transform(transform, (*heads, codec.head_dim), side)
+        if store.pages:
+            check_planes(codec, store.planes, keys.dtype, (*heads, store.pages))
+    _check(tokens.key_pages.pages == tokens.value_pages.pages, "the number of pages of keys and values")
+    _check(tokens.sinks.tokens == values.shape[2], "the number of sinks")
+    _check(tokens.recent.keys.shape[2] == tokens.recent.values.shape[2], "the number of recent tokens")
+
+
+def check_planes(
+    codec: PageCodec, planes: dict[str, Tensor], dtype: torch.dtype, leading: tuple[int, ...]
+) -> None:
+    """Refuse planes that are not those of a codec.
+
+    Args:
+        codec: whose pages they should be.
+        planes: by name.
+        dtype: of the vectors that were packed.
+        leading: their leading dimensions, such as (B, Hkv, P).
+
+    Raises:
+        InvalidInputError: names, dtypes or shapes are wrong.
+    """
+    key: Any = codec  # frozen, so it can be remembered
+    page = _one_page(key, dtype)
+    wanted = {name: (plane.dtype, (*leading, *plane.shape[3:])) for name, plane in page.items()}
+    found = {name: (plane.dtype, tuple(plane.shape)) for name, plane in planes.items()}
+    _check(found == wanted, f"the pages {found} of {codec}")
+
+
+def _check_transform(transform: ChannelTransform, shape: tuple[int, ...], side: str) -> None:
+    for name, tensor in transform.tensors().items():
+        dtype = torch.int16 if name == "order" else torch.float32
+        _check(tensor.shape == shape and tensor.dtype == dtype, f"the {name} of the {side}")
+    if transform.order is not None:
+        places = torch.arange(shape[-1], dtype=torch.int16, device=transform.order.device)
+        _check(
+            bool((transform.order.sort(dim=-1).values == places).all()), f"the channel order of the {side}"
+        )
+
+
+@lru_cache(maxsize=64)
+def _one_page(codec: Any, dtype: torch.dtype) -> dict[str, Tensor]:
+    vectors = torch.zeros(1, 1, PAGE_TOKENS, codec.head_dim, dtype=dtype)
+    page: dict[str, Tensor] = codec.encode(vectors, ChannelTransform())
+    return page
+
+
+def _check(holds: bool, what: str) -> None:
+    if not holds:
+        raise InvalidInputError(f"parts do not fit together: {what}")

@@ -1,0 +1,138 @@
+"""The layers of a cache as parts, and back: packed ones, transformers' own plain and sliding-window ones."""
+
+from typing import Any
+
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+
+from quantpress.cache.fixed import FixedTokens
+from quantpress.cache.layer import PackedLayer
+from quantpress.cache.parts import Parts, rebuild, register_maker
+from quantpress.cache.saved_checks import check_tokens
+from quantpress.cache.saved_codec import codec_of, codec_parts
+from quantpress.cache.settings import LayerSettings
+from quantpress.cache.tokens import PackedTokens
+from quantpress.codecs.transform import ChannelTransform
+from quantpress.errors import InvalidInputError
+from quantpress.kernels.attend import DenseSegment
+
+_WINDOWS = ("sink_tokens", "recent_tokens", "mean_key", "balance")
+_SIDES = ("key", "value")
+_PAGES = ("pages",)
+"""Kinds of page storage; `PackedTokens` keeps one for keys and one for values."""
+
+
+def cache_parts(cache: Cache) -> Parts:
+    """What a cache is made of. Nothing is copied.
+
+    Raises:
+        InvalidInputError: a layer, or its codec, cannot be saved.
+    """
+    return Parts(
+        "cache", inner={str(index): _layer_parts(index, one) for index, one in enumerate(cache.layers)}
+    )
+
+
+def cache_of(parts: Parts) -> DynamicCache:
+    """The cache that `cache_parts` took apart, over the tensors given.
+
+    Raises:
+        InvalidInputError: the parts do not fit together.
+    """
+    cache = DynamicCache()
+    cache.layers = [rebuild(parts.inner[str(index)]) for index in range(len(parts.inner))]
+    return cache
+
+
+def _layer_parts(index: int, layer: Any) -> Parts:
+    if isinstance(layer, PackedLayer):
+        return _packed_layer_parts(layer)
+    tensors = {} if layer.get_seq_length() == 0 else {"keys": layer.keys, "values": layer.values}
+    if type(layer) is DynamicLayer:
+        return Parts("dynamic_layer", tensors=tensors)
+    if type(layer) is DynamicSlidingWindowLayer:
+        about = {"sliding_window": layer.sliding_window, "seen": layer.cumulative_length}
+        return Parts("sliding_window_layer", about, tensors)
+    raise InvalidInputError(
+        f"layer {index} of the cache is a {type(layer).__name__}, which cannot be saved; read the context "
+        "into a DynamicCache"
+    )
+
+
+def _packed_layer_parts(layer: PackedLayer) -> Parts:
+    settings = layer.settings
+    about = {"tokens_seen": layer.tokens_seen, **{name: getattr(settings, name) for name in _WINDOWS}}
+    inner = {"key_codec": codec_parts(settings.key_codec), "value_codec": codec_parts(settings.value_codec)}
+    if layer.tokens is not None:
+        inner["tokens"] = _tokens_parts(layer.tokens)
+    return Parts("packed_layer", about, inner=inner)
+
+
+def _tokens_parts(tokens: PackedTokens) -> Parts:
+    if isinstance(tokens, FixedTokens):
+        tokens = tokens.share()
+    sinks, recent = tokens.sinks, tokens.recent
+    tensors = {
+        "sink_keys": sinks.keys,
+        "sink_values": sinks.values,
+        "recent_keys": recent.keys,
+        "recent_values": recent.values,
+    }
+    if tokens.query_moment is not None:
+        tensors["query_moment"] = tokens.query_moment
+    inner = {"key_pages": tokens.key_pages.parts(), "value_pages": tokens.value_pages.parts()}
+    for side, transform in zip(_SIDES, (tokens.key_transform, tokens.value_transform), strict=True):
+        if transform is not None:
+            inner[f"{side}_transform"] = Parts("transform", tensors=transform.tensors())
+    return Parts("packed_tokens", tensors=tensors, inner=inner)
+
+
+def _packed_layer(parts: Parts) -> PackedLayer:
+    keys, values = (codec_of(parts.inner[f"{side}_codec"]) for side in _SIDES)
+    settings = LayerSettings(keys, values, **{name: parts.about[name] for name in _WINDOWS})
+    layer = PackedLayer(settings)
+    if "tokens" in parts.inner:
+        tokens = _tokens(parts.inner["tokens"], settings)
+        layer.lazy_initialization(tokens.sinks.keys, tokens.sinks.values)
+        layer._tokens = tokens
+    layer.tokens_seen = int(parts.about["tokens_seen"])
+    return layer
+
+
+def _tokens(parts: Parts, settings: LayerSettings) -> PackedTokens:
+    sinks = DenseSegment(parts.tensors["sink_keys"], parts.tensors["sink_values"])
+    recent = DenseSegment(parts.tensors["recent_keys"], parts.tensors["recent_values"])
+    tokens = PackedTokens(settings, sinks.keys[:, :, :0], sinks.values[:, :, :0])
+    tokens.sinks, tokens._recent = sinks, recent
+    tokens.query_moment = parts.tensors.get("query_moment")
+    tokens.key_pages, tokens.value_pages = (rebuild(parts.inner[f"{side}_pages"], *_PAGES) for side in _SIDES)
+    tokens.key_transform, tokens.value_transform = (_transform(parts, side) for side in _SIDES)
+    check_tokens(tokens)
+    return tokens
+
+
+def _transform(parts: Parts, side: str) -> ChannelTransform | None:
+    part = parts.inner.get(f"{side}_transform")
+    return None if part is None else ChannelTransform(**part.tensors)
+
+
+def _dynamic_layer(parts: Parts) -> DynamicLayer:
+    return _filled(DynamicLayer(), parts)
+
+
+def _sliding_window_layer(parts: Parts) -> DynamicLayer:
+    layer = DynamicSlidingWindowLayer(int(parts.about["sliding_window"]))
+    layer.cumulative_length = int(parts.about["seen"])
+    return _filled(layer, parts)
+
+
+def _filled(layer: DynamicLayer, parts: Parts) -> DynamicLayer:
+    if parts.tensors:
+        keys, values = parts.tensors["keys"], parts.tensors["values"]
+        layer.lazy_initialization(keys, values)
+        layer.keys, layer.values = keys, values
+    return layer
+
+
+register_maker("packed_layer", _packed_layer)
+register_maker("dynamic_layer", _dynamic_layer)
+register_maker("sliding_window_layer", _sliding_window_layer)
