@@ -69,7 +69,8 @@ def difference(saved: dict[str, Any], here: dict[str, Any]) -> str | None:
     if saved.get("dtype") != here.get("dtype"):
         return f"its weights were {saved.get('dtype')}, they are {here.get('dtype')} here"
     before, now = saved.get("config") or {}, here.get("config") or {}
-    names = [name for name in sorted({*before, *now}) if before.get(name) != now.get(name)]
+    ordered = sorted({*before, *now}, key=lambda name: (name != "model_type", name))
+    names = [name for name in ordered if before.get(name) != now.get(name)]
     if names:
         shown = ", ".join(f"{name} was {before.get(name)!r}, is {now.get(name)!r}" for name in names[:3])
         return f"{shown}{' and more' if len(names) > 3 else ''}"

@@ -25,9 +25,9 @@ def codec_parts(codec: PageCodec) -> Parts:
     Raises:
         InvalidInputError: not one of ours, so nobody could read its pages later.
     """
-    if isinstance(codec, ScalarPages):
+    if type(codec) is ScalarPages:
         return Parts("scalar_codec", {**codec.spec.to_dict(), "constants": constants_digest(codec.spec)})
-    if isinstance(codec, RawPages):
+    if type(codec) is RawPages:
         return Parts("raw_codec", asdict(codec))
     raise InvalidInputError(
         f"the codec {type(codec).__name__} cannot be saved; pages of ScalarPages and RawPages can"

@@ -6,6 +6,7 @@ prompt.py           context and questions as token ids, in chat form
 reading.py          one forward pass into a cache, under a press
 prefill.py          the same forward with small activations
 cached_context.py   a context that was read: ask it again, save it, load it
+saved_context.py    the same on disk
 decoding.py         one answer with model.generate
 captured.py, single_token.py   decode steps as replays of one CUDA graph
 preserve.py         a cache unchanged by questions, a model unchanged by presses

@@ -12,19 +12,13 @@ from kvpress import BasePress, DMSPress
 from transformers import Cache, PreTrainedModel
 
 from quantpress.cache import CacheMemory, PackedLayer, cache_memory, install_packed_attention
-from quantpress.cache.cache_file import read_file, write_file
 from quantpress.cache.fingerprint import difference, model_fingerprint
-from quantpress.cache.parts import Parts
-from quantpress.cache.saved_codec import codec_parts
-from quantpress.cache.saved_layers import cache_of, cache_parts
-from quantpress.cache.settings import LayerSettings
-from quantpress.errors import CacheFileError, InvalidInputError, QuantPressError
+from quantpress.errors import InvalidInputError
 from quantpress.pipelines.members import decode_time_presses, members
 from quantpress.pipelines.preserve import MASKS
-from quantpress.presses.model_support import attention_modules, full_attention_modules
-from quantpress.presses.turboquant import TurboQuant
-
-Masks = dict[int, tuple[torch.Tensor, ...]]
+from quantpress.pipelines.saved_context import Masks, check_packed_by, load_context, save_context
+from quantpress.presses.composition import short_repr
+from quantpress.presses.model_support import attention_modules
 
 
 @dataclass(eq=False)
@@ -98,7 +92,8 @@ class CachedContext:
             if getattr(module, MASKS, None) is not None
         }
         known = model_fingerprint(model)
-        return cls(cache, tokens_seen, token_ids, known, after, press, repr(press), masks)
+        described = "None" if press is None else short_repr(press)
+        return cls(cache, tokens_seen, token_ids, known, after, press, described, masks)
 
     @property
     def memory(self) -> CacheMemory:
@@ -163,18 +158,7 @@ class CachedContext:
                 f"{self.description} acts during decoding, which a file cannot: read under the presses of "
                 "the prefill only, and give the others when asking"
             )
-        parts = cache_parts(self.cache)
-        masks = {
-            str(layer): Parts("masks", tensors=dict(zip(("batch", "head", "slot"), indices, strict=True)))
-            for layer, indices in self.masks.items()
-        }
-        whole = Parts(
-            "context",
-            {"tokens_seen": self.tokens_seen, "after": self.after, "press": self.description},
-            {"token_ids": self.token_ids},
-            {"cache": parts, "masks": Parts("all_masks", inner=masks)},
-        )
-        return write_file(path, {"model": self.model, "context": whole.outline()}, whole.flat())
+        return save_context(self, path)
 
     @classmethod
     def load(
@@ -199,32 +183,19 @@ class CachedContext:
             CacheFileError: damaged, cut short, of another version, model, rotation or press; with the reason.
             UnsupportedModelError: a weight of the model is not in memory.
         """
-        about, tensors = read_file(path, verify)
         known = model_fingerprint(model)
-        reason = difference(about.get("model") or {}, known)
-        if reason is not None:
-            raise CacheFileError(f"{path} was packed with another model: {reason}")
-        try:
-            whole = Parts.from_outline(about.get("context"), tensors)
-            cache = cache_of(_placed(whole.inner["cache"], model))
-            masks = {
-                int(layer): _placed_masks(part, layer, model)
-                for layer, part in whole.inner["masks"].inner.items()
-            }
-            text = {name: str(whole.about[name]) for name in ("after", "press")}
-            context = cls(
-                cache,
-                int(whole.about["tokens_seen"]),
-                whole.tensors["token_ids"],
-                known,
-                text["after"],
-                description=text["press"],
-                masks=masks,
-            )
-        except (QuantPressError, AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
-            raise CacheFileError(f"{path} cannot be used: {error}") from error
+        saved = load_context(path, model, known, verify)
+        context = cls(
+            saved.cache,
+            saved.tokens_seen,
+            saved.token_ids,
+            known,
+            saved.after,
+            description=saved.press,
+            masks=saved.masks,
+        )
         if press is not None:
-            _check_press(path, context, model, press)
+            check_packed_by(press, model, context.cache, str(path))
         install_packed_attention()
         return context
 
@@ -234,65 +205,3 @@ def _set_masks(module: Any, masks: Any) -> None:
         vars(module).pop(MASKS, None)
     else:
         setattr(module, MASKS, masks)
-
-
-def _devices(model: PreTrainedModel) -> list[torch.device]:
-    """Where each attention module computes."""
-    return [
-        next((weight.device for weight in module.parameters()), model.device)
-        for module in attention_modules(model)
-    ]
-
-
-def _placed(parts: Parts, model: PreTrainedModel) -> Parts:
-    """Layer by layer where the model wants it; what is on the CPU stays mapped."""
-    devices = _devices(model)
-    if len(parts.inner) != len(devices):
-        raise InvalidInputError(f"it has {len(parts.inner)} layers, the model has {len(devices)}")
-    layers = {index: _moved(part, devices[int(index)]) for index, part in parts.inner.items()}
-    return Parts(parts.kind, parts.about, parts.tensors, layers)
-
-
-def _placed_masks(part: Parts, layer: str, model: PreTrainedModel) -> tuple[torch.Tensor, ...]:
-    moved = _moved(part, _devices(model)[int(layer)])
-    return tuple(moved.tensors[name] for name in ("batch", "head", "slot"))
-
-
-def _moved(parts: Parts, device: torch.device) -> Parts:
-    return parts if device.type == "cpu" else parts.map(lambda tensor: tensor.to(device))
-
-
-def _check_press(path: Any, context: CachedContext, model: PreTrainedModel, press: BasePress) -> None:
-    """Refuse codecs and settings other than those that a press would use."""
-    quantizer = next((one for one in members(press) if isinstance(one, TurboQuant)), None)
-    for module in full_attention_modules(model):
-        index = int(module.layer_idx)  # type: ignore[arg-type]
-        layer = context.cache.layers[index]
-        found = layer.settings if isinstance(layer, PackedLayer) else None
-        wanted = None
-        if quantizer is not None:
-            keys, values = (getattr(layer, side).shape[-1] for side in ("keys", "values"))
-            sinks = found.sink_tokens if found else quantizer.sink_tokens
-            wanted = quantizer.layer_settings(module, keys, values, sinks)
-        if found != wanted:
-            before, now = _fields(found), _fields(wanted)
-            names = [name for name in {**before, **now} if before.get(name) != now.get(name)]
-            shown = ", ".join(f"{name} {before.get(name)!r} where it has {now.get(name)!r}" for name in names)
-            raise CacheFileError(
-                f"{path} was not packed as {press!r} packs: layer {index} has {shown}; pack it again, or load it "
-                "without press="
-            )
-
-
-def _fields(settings: LayerSettings | None) -> dict[str, Any]:
-    """The settings of a layer as plain values; nothing for a layer that is not packed."""
-    if settings is None:
-        return {"packed": False}
-    fields: dict[str, Any] = {"packed": True}
-    for name, value in vars(settings).items():
-        if name.endswith("_codec"):
-            about = codec_parts(value).about
-            fields |= {f"{name[:-5]}{field}": one for field, one in about.items() if field != "constants"}
-        else:
-            fields[name] = value
-    return fields
