@@ -48,7 +48,8 @@ def model_fingerprint(model: nn.Module) -> dict[str, Any]:
         model: its weights in memory, on any device.
 
     Returns:
-        "config", the fields that count, and "weights" and "dtype".
+        "config", the fields that count, "weights" and "dtype"; and "name", where it was loaded from, which
+        does not count.
 
     Raises:
         UnsupportedModelError: a weight is not in memory.
@@ -59,6 +60,7 @@ def model_fingerprint(model: nn.Module) -> dict[str, Any]:
     parameters = dict(model.named_parameters())
     return {
         "config": json.loads(json.dumps(kept, sort_keys=True, default=str)),
+        "name": str(getattr(config, "name_or_path", "")) or None,
         "dtype": str(next(iter(parameters.values())).dtype).removeprefix("torch.") if parameters else None,
         "weights": _weights_digest(parameters),
     }

@@ -11,10 +11,11 @@ from kvpress import BasePress, RestoreKVPress
 
 from quantpress.errors import InvalidInputError
 from quantpress.presses.composition import decodes, rerotates
+from quantpress.presses.expression import parse_press
 
 
 def as_press(press: Any) -> BasePress | None:
-    """What a user gives as press=: a press, a press class, or a list of both, which means `Compose`.
+    """What a user gives as press=: a press, its class, a list of both (`Compose`), or text (`parse_press`).
 
     Raises:
         CompositionError: presses that do not go together.
@@ -24,12 +25,14 @@ def as_press(press: Any) -> BasePress | None:
         return press
     from quantpress.presses import Compose
 
+    if isinstance(press, str):
+        return parse_press(press)
     if isinstance(press, type) and issubclass(press, BasePress):
         return Compose([press])
     if isinstance(press, (list, tuple)):
         return Compose(list(press))
     raise InvalidInputError(
-        f"press={press!r} is no press; give a kvpress press, a press class or a list of them"
+        f"press={press!r} is no press; give a kvpress press, a press class, a list of them, or text"
     )
 
 

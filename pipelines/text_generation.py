@@ -46,7 +46,8 @@ class TextGenerationPipeline(KVPressTextGenerationPipeline):
 
     Args:
         model, tokenizer, device, ...: as for every transformers pipeline.
-        press: a press, a press class, or a list of them (`Compose`); None keeps the whole cache.
+        press: a press, a press class, a list of them (`Compose`), or text such as
+            "SnapKV(0.5) | TurboQuant(bits=3)" (`parse_press`); None keeps the whole cache.
         question: asked after the context. Without one the model goes on from the context.
         questions: several of them, instead of `question`.
         answer_prefix: how each answer begins.

@@ -14,6 +14,7 @@ queries.py        queries computed again from hidden states, for channel balance
 sinks.py          attention sinks wherever they are
 token_order.py    which tokens survived an eviction
 model_support.py  which models can be packed, and where their attention is
+expression.py     a press written as text
 restore.py        a model left as it was found
 piping.py         the | between presses
 

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer, StaticLayer
 
 from quantpress.cache import LayerSettings, PackedLayer
+from quantpress.cache.cache_file import read_file
 from quantpress.cache.fixed import StepCounters, Window
 from quantpress.cache.parts import Parts, rebuild
 from quantpress.cache.saved_codec import codec_of, codec_parts, constants_digest
@@ -19,6 +21,7 @@ from quantpress.kernels.page_codec import RawPages, ScalarPages
 from tests.cache.caches import lossless, scalar
 
 D, HEADS = 32, 2
+FORMAT_1 = Path(__file__).parent / "data" / "format_1.safetensors"
 
 
 def states(
@@ -253,3 +256,24 @@ def test_unknown_kinds_and_outlines_are_refused() -> None:
     missing = {"kind": "a", "about": {}, "tensors": ["x"], "inner": {}}
     with pytest.raises(InvalidInputError, match="x"):
         Parts.from_outline(missing, {})
+
+
+# A file of format 1, as it was written when the format was made
+
+
+def waves(dim: int) -> torch.Tensor:
+    """[1, 1, 300, dim] without randomness."""
+    token = torch.arange(300, dtype=torch.float64).unsqueeze(1)
+    channel = torch.arange(dim, dtype=torch.float64)
+    return (torch.sin(token * 0.37 + channel * 1.3) + 0.2 * channel).float()[None, None]
+
+
+@pytest.mark.parametrize("bits", [3, 2.5])
+def test_a_file_of_format_1_is_still_read_right(bits: float) -> None:
+    """Another layout of pages, rotation or codebook would decode these to noise: raise FORMAT then."""
+    about, tensors = read_file(FORMAT_1.with_stem(f"format_1_{bits}_bits"))
+    layer = cache_of(Parts.from_outline(about["cache"], tensors)).layers[0]
+    assert layer.packed_tokens == 256
+    for found, dim in ((layer.keys, 16), (layer.values, 8)):
+        error = (found.clone() - waves(dim)).square().sum() / (waves(dim) - waves(dim).mean(2)).square().sum()
+        assert float(error) < {3: 0.06, 2.5: 0.12}[bits]

@@ -1,0 +1,84 @@
+"""The model and the texts that a command is given."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from rich.console import Console
+
+from quantpress.errors import InvalidInputError
+from quantpress.pipelines import TASK, register
+from quantpress.pipelines.default_model import DEFAULT_MODEL_NAME
+from quantpress.pipelines.demo import default_pipeline
+from quantpress.pipelines.text_generation import TextGenerationPipeline
+
+STDIN = "-"
+FILE_WIDTH = 100  # columns of a table that is not shown in a terminal
+
+
+def load_pipeline(
+    model: str | None, device: str | None = None, dtype: str | None = None
+) -> TextGenerationPipeline:
+    """Our pipeline of a model.
+
+    Args:
+        model: an id on the hub or a folder; None or its name for the default model.
+        device: such as "cuda:1" or "cpu"; None for a GPU where there is one.
+        dtype: such as "bfloat16"; None for the model's own, and for the default model the quicker one.
+
+    Raises:
+        InvalidInputError: the model, device or dtype cannot be used.
+    """
+    kind = None if dtype is None else getattr(torch, dtype, None)
+    if dtype is not None and not isinstance(kind, torch.dtype):
+        raise InvalidInputError(f"dtype {dtype!r} is unknown; use bfloat16, float16 or float32")
+    try:
+        if model in (None, DEFAULT_MODEL_NAME):
+            pipe = default_pipeline()
+            if kind is not None:
+                pipe.model.to(kind)
+            if device is not None:
+                pipe.device = torch.device(device)
+                pipe.model.to(pipe.device)
+            return pipe
+        register()
+        make: Any = transformers.pipeline
+        if device is None:
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        loaded: TextGenerationPipeline = make(TASK, model=model, device=device, dtype=kind or "auto")
+    except (OSError, ValueError, RuntimeError) as error:
+        raise InvalidInputError(
+            f"{model or DEFAULT_MODEL_NAME} cannot be loaded: {str(error).splitlines()[0]}"
+        ) from error
+    return loaded
+
+
+def model_name(pipe: TextGenerationPipeline) -> str:
+    """What the model is called, for a report."""
+    name = str(pipe.model.config.name_or_path)
+    return DEFAULT_MODEL_NAME if Path(name).name == DEFAULT_MODEL_NAME else name
+
+
+def read_text(file: str) -> str:
+    """The text of a file, or of the standard input for "-".
+
+    Raises:
+        InvalidInputError: there is no such file, or it is not UTF-8.
+    """
+    try:
+        return sys.stdin.read() if file == STDIN else Path(file).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InvalidInputError(f"{file} cannot be read as text: {error}") from error
+
+
+def console() -> Console:
+    """For people; wide enough for a table where there is no terminal."""
+    shown = Console()
+    return shown if shown.is_terminal else Console(width=FILE_WIDTH)
+
+
+def print_json(data: Any) -> None:
+    """One JSON document on the standard output."""
+    Console(soft_wrap=True).print_json(data=data)

@@ -1,0 +1,105 @@
+"""The commands that need a model, on a tiny one that was saved to a folder."""
+
+import json
+import os
+import stat
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from quantpress import cli
+from quantpress.errors import CacheFileError, InvalidInputError
+from tests.pipelines.words import ours, text, word_tokenizer
+from tests.tiny_models import tiny_model
+
+CONTEXT = text(500)
+QUESTIONS = ["w1 w2", "w7"]
+PRESS = "SnapKV(0.5, window_size=16) | TurboQuant(bits=3)"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A folder with model and tokenizer."""
+    folder = tmp_path_factory.mktemp("model")
+    tiny_model("llama").save_pretrained(folder)
+    word_tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def context(tmp_path: Path) -> str:
+    """A text file."""
+    path = tmp_path / "text.txt"
+    path.write_text(CONTEXT, encoding="utf-8")
+    return str(path)
+
+
+def invoke(*arguments: str, **options: Any) -> Any:
+    result = CliRunner().invoke(cli.app, arguments, catch_exceptions=False, **options)
+    assert result.exit_code == 0, result.output
+    return result
+
+
+def asked() -> list[str]:
+    return [part for question in QUESTIONS for part in ("-q", question)]
+
+
+def answers(result: Any) -> list[str]:
+    return [entry["answer"] for entry in json.loads(result.stdout)["answers"]]
+
+
+def test_pack_then_run_answers_as_run_does_and_as_the_pipeline_does(
+    model: str, context: str, tmp_path: Path
+) -> None:
+    options = ["-m", model, "--device", "cpu"]
+    direct = invoke("run", context, *asked(), "-p", PRESS, *options, "--max-new-tokens", "9", "--json")
+    expected = ours()(CONTEXT, questions=QUESTIONS, press=PRESS, max_new_tokens=9)["answers"]
+    assert answers(direct) == expected
+    output = str(tmp_path / "out" / "..") + "/packed"
+    os.makedirs(tmp_path / "out")
+    packed = json.loads(invoke("pack", context, "-p", PRESS, "-o", output, *options, "--json").stdout)
+    assert packed["file_bytes"] == Path(output).stat().st_size > packed["resident_bytes"]
+    assert stat.S_IMODE(Path(output).stat().st_mode) == 0o600
+    loaded = invoke("run", "--cache", output, *asked(), "--max-new-tokens", "9", "--json")
+    assert answers(loaded) == expected
+    found = json.loads(loaded.stdout)
+    assert found["report"]["resident_bytes"] == packed["resident_bytes"]
+    assert found["press"] == packed["press"] and found["model"] == model
+
+
+def test_text_comes_from_the_standard_input(model: str, context: str, tmp_path: Path) -> None:
+    piped = invoke("run", "-", "-q", "w1", "-m", model, "--device", "cpu", "--json", input=CONTEXT)
+    named = invoke("run", context, "-q", "w1", "-m", model, "--device", "cpu", "--json")
+    assert answers(piped) == answers(named)
+    with pytest.raises(InvalidInputError, match="--output"):
+        invoke("pack", "-", "-m", model, input=CONTEXT)
+
+
+def test_people_get_answers_and_a_table(model: str, context: str) -> None:
+    shown = invoke("run", context, "-q", "w1 w2", "-m", model, "--device", "cpu").stdout
+    assert shown.startswith("w1 w2\n") and "resident" in shown and "bits per value" in shown
+    packed = invoke("pack", context, "-m", model, "--device", "cpu").stdout
+    assert "contains the text" in packed and Path(f"{context}.kv.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "reason"),
+    [
+        (("run",), InvalidInputError, "--cache FILE"),
+        (("run", "a.txt", "--cache", "b"), InvalidInputError, "not both"),
+        (("run", "nowhere.txt"), InvalidInputError, r"nowhere.txt cannot be read"),
+        (("run", "--cache", "nowhere"), CacheFileError, "nowhere is not a file"),
+        (("run", "TEXT", "-m", "/no/such/model"), InvalidInputError, "/no/such/model.* cannot be loaded"),
+        (("run", "TEXT", "--dtype", "int99"), InvalidInputError, "int99"),
+        (("run", "TEXT", "-m", "MODEL", "-p", "SnapVK"), InvalidInputError, "SnapKV"),
+        (("run", "--cache", "TEXT"), CacheFileError, "damaged"),
+    ],
+)
+def test_what_cannot_be_done_is_one_clear_error(
+    arguments: tuple[str, ...], error: type[Exception], reason: str, model: str, context: str
+) -> None:
+    given = [{"TEXT": context, "MODEL": model}.get(one, one) for one in arguments]
+    with pytest.raises(error, match=reason):
+        CliRunner().invoke(cli.app, given, catch_exceptions=False)
