@@ -6,6 +6,7 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicS
 
 from quantpress.cache.fixed import FixedTokens
 from quantpress.cache.layer import PackedLayer
+from quantpress.cache.pages import PageStore
 from quantpress.cache.parts import Parts, rebuild, register_maker
 from quantpress.cache.saved_checks import check_tokens
 from quantpress.cache.saved_codec import codec_of, codec_parts
@@ -17,8 +18,6 @@ from quantpress.kernels.attend import DenseSegment
 
 _WINDOWS = ("sink_tokens", "recent_tokens", "mean_key", "balance")
 _SIDES = ("key", "value")
-_PAGES = ("pages",)
-"""Kinds of page storage; `PackedTokens` keeps one for keys and one for values."""
 
 
 def cache_parts(cache: Cache) -> Parts:
@@ -79,7 +78,8 @@ def _tokens_parts(tokens: PackedTokens) -> Parts:
     }
     if tokens.query_moment is not None:
         tensors["query_moment"] = tokens.query_moment
-    inner = {"key_pages": tokens.key_pages.parts(), "value_pages": tokens.value_pages.parts()}
+    pages = {"keys": tokens.key_pages.parts(), "values": tokens.value_pages.parts()}
+    inner = {"pages": Parts("even_pages", inner=pages)}
     for side, transform in zip(_SIDES, (tokens.key_transform, tokens.value_transform), strict=True):
         if transform is not None:
             inner[f"{side}_transform"] = Parts("transform", tensors=transform.tensors())
@@ -104,10 +104,15 @@ def _tokens(parts: Parts, settings: LayerSettings) -> PackedTokens:
     tokens = PackedTokens(settings, sinks.keys[:, :, :0], sinks.values[:, :, :0])
     tokens.sinks, tokens._recent = sinks, recent
     tokens.query_moment = parts.tensors.get("query_moment")
-    tokens.key_pages, tokens.value_pages = (rebuild(parts.inner[f"{side}_pages"], *_PAGES) for side in _SIDES)
+    pages = rebuild(parts.inner["pages"], "even_pages")
+    tokens.key_pages, tokens.value_pages = pages
     tokens.key_transform, tokens.value_transform = (_transform(parts, side) for side in _SIDES)
     check_tokens(tokens)
     return tokens
+
+
+def _even_pages(parts: Parts) -> tuple[PageStore, PageStore]:
+    return rebuild(parts.inner["keys"], "pages"), rebuild(parts.inner["values"], "pages")
 
 
 def _transform(parts: Parts, side: str) -> ChannelTransform | None:
@@ -134,5 +139,6 @@ def _filled(layer: DynamicLayer, parts: Parts) -> DynamicLayer:
 
 
 register_maker("packed_layer", _packed_layer)
+register_maker("even_pages", _even_pages)
 register_maker("dynamic_layer", _dynamic_layer)
 register_maker("sliding_window_layer", _sliding_window_layer)

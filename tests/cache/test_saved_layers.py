@@ -217,10 +217,10 @@ def _damage(name: str, change: Callable[[torch.Tensor], torch.Tensor]) -> Callab
         ("recent_keys", lambda t: t.half()),
         ("recent_values", lambda t: t[..., :-4]),
         ("recent_keys", lambda t: t[0]),
-        ("key_pages/codes0", lambda t: t[..., :-1]),
-        ("key_pages/codes0", lambda t: t.to(torch.int16)),
-        ("key_pages/scale0", lambda t: t[:, :, :1]),
-        ("value_pages/scale1", lambda t: t[:, :1]),
+        ("pages/keys/codes0", lambda t: t[..., :-1]),
+        ("pages/keys/codes0", lambda t: t.to(torch.int16)),
+        ("pages/keys/scale0", lambda t: t[:, :, :1]),
+        ("pages/values/scale1", lambda t: t[:, :1]),
         ("value_transform/order", lambda t: torch.zeros_like(t)),
         ("value_transform/order", lambda t: t + 1000),
         ("key_transform/mean", lambda t: t[:, :, :-1]),
@@ -237,7 +237,7 @@ def test_parts_that_do_not_fit_are_refused(name: str, change: Callable[[torch.Te
         cache_of(parts)
 
 
-@pytest.mark.parametrize("gone", ["key_pages", "value_pages", "key_transform", "value_transform"])
+@pytest.mark.parametrize("gone", ["pages", "key_transform", "value_transform"])
 def test_parts_that_are_missing_are_noticed(gone: str) -> None:
     parts = cache_parts(cache_with(packed(scalar(D, 3), 500)))
     del parts.inner["0"].inner["tokens"].inner[gone]
