@@ -7,11 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from quantpress.cache.codec_benchmark import CodecBenchmark, benchmark
 from quantpress.cache.codec_reports import CodecReport, MemoryReport, codec_report, memory_report
+from quantpress.cache.estimate import estimate
 from quantpress.codecs.spec import CodecSpec
-from quantpress.codecs.transform import ChannelTransform
+from quantpress.codecs.transform import ChannelTransform, value_statistics
 from quantpress.errors import InvalidInputError
-from quantpress.kernels.decode import decode_code_space, decode_pages, to_code_space
+from quantpress.kernels.decode import decode_pages
 from quantpress.kernels.encode import encode_pages
 from quantpress.kernels.layout import PAGE_TOKENS
 
@@ -87,26 +89,27 @@ class TurboQuantCodec:
         """Pack vectors.
 
         Args:
-            x: [..., D] floating; [B, Hkv, ..., D] with a transform. The last page is padded with zeros.
-            transform: a channel transform per [B, Hkv], or None.
+            x: [..., D] floating; [B, Hkv, ..., D] with a transform of its own for each [B, Hkv]. The last
+                page is padded with zeros.
+            transform: a channel transform; one of B = Hkv = 1 is shared by all vectors. Left out, a codec of
+                a fractional width gives its wider codes to the channels of most energy in x; see
+                `quantpress.codecs.running_moments` for vectors that arrive little by little.
 
         Raises:
             InvalidInputError: x has the wrong shape or dtype.
             NonFiniteError: x holds NaN or infinity.
         """
-        if x.dim() < (1 if transform is None else 3) or x.shape[-1] != self.spec.head_dim:
-            wanted = (
-                f"[..., {self.spec.head_dim}]"
-                if transform is None
-                else f"[B, Hkv, ..., {self.spec.head_dim}]"
-            )
+        shared = transform is None or all(part.shape[:2] == (1, 1) for part in transform.tensors().values())
+        if x.dim() < (1 if shared else 3) or x.shape[-1] != self.spec.head_dim:
+            wanted = f"[..., {self.spec.head_dim}]" if shared else f"[B, Hkv, ..., {self.spec.head_dim}]"
             raise InvalidInputError(f"the vectors must be {wanted}, got {tuple(x.shape)}")
-        lead = (1, 1) if transform is None else tuple(x.shape[:2])
+        lead = (1, 1) if shared else tuple(x.shape[:2])
         vectors = x.reshape(*lead, prod(x.shape[:-1]) // max(1, prod(lead)), x.shape[-1])
+        if transform is None:
+            transform = value_statistics(vectors, self.spec.groups) if x.numel() else ChannelTransform()
         padding = -vectors.shape[2] % PAGE_TOKENS
         if padding:
             vectors = torch.cat((vectors, vectors.new_zeros(*lead, padding, x.shape[-1])), dim=2)
-        transform = transform or ChannelTransform()
         return PackedVectors(self.spec, encode_pages(vectors, self.spec, transform), transform, x.shape)
 
     def decode(self, packed: PackedVectors, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -119,12 +122,13 @@ class TurboQuantCodec:
         return packed.trim(decode_pages(packed.planes, self.spec, packed.transform, dtype))
 
     def inner_product(self, q: Tensor, packed: PackedVectors) -> Tensor:
-        """q @ x.T without bringing the vectors back to where they came from.
+        """q @ x.T from the codes: no vector is brought back, or put together, on the way.
 
-        The query goes into code space instead, where the codes are read as they are.
+        The query goes into code space instead, where it meets the levels of the codes; for the "prod"
+        estimator also the signs of the sketch, which makes the result unbiased.
 
         Args:
-            q: [..., Q, D] floating; [B, Hkv, Q, D] if the vectors were packed with a transform.
+            q: [..., Q, D] floating; [B, Hkv, Q, D] if the vectors were packed with a transform of their own.
             packed: vectors [..., N, D] (one vector [D] counts as N = 1); leading dimensions broadcast.
 
         Returns:
@@ -134,12 +138,7 @@ class TurboQuantCodec:
             InvalidInputError: another codec packed the vectors, or q does not fit them.
         """
         self._check(packed)
-        if q.dim() < 2 or q.shape[-1] != self.spec.head_dim:
-            raise InvalidInputError(f"queries must be [..., Q, {self.spec.head_dim}], got {tuple(q.shape)}")
-        codes = packed.trim(decode_code_space(packed.planes, self.spec))
-        codes = codes if codes.dim() > 1 else codes.unsqueeze(0)
-        query = to_code_space(packed.transform.query(q), self.spec)
-        return query @ codes.mT + packed.transform.bias(q).unsqueeze(-1)
+        return estimate(q, packed.planes, self.spec, packed.transform, packed.shape)
 
     def validate(self, samples: int = 4096, seed: int = 0) -> CodecReport:
         """Measure the codec on random vectors and set the result beside theory.
@@ -156,7 +155,7 @@ class TurboQuantCodec:
         generator = torch.Generator().manual_seed(seed)
         x = torch.randn(samples, self.spec.head_dim, generator=generator)
         x *= torch.exp2(4 * torch.rand(samples, 1, generator=generator))  # lengths over four binades
-        decoded = self.decode(self.encode(x))
+        decoded = self.decode(self.encode(x, ChannelTransform()))  # no channel stands out
         energy = x.square().sum(-1)
         distortion = ((x - decoded).square().sum(-1) / energy).mean()
         bias = ((x * decoded).sum(-1) / energy).mean() - 1
@@ -185,6 +184,21 @@ class TurboQuantCodec:
             InvalidInputError: a count is out of range.
         """
         return memory_report(self.spec, context, layers, kv_heads, sink_tokens, recent_tokens, batch)
+
+    def benchmark(
+        self, vectors: int = 65536, device: torch.device | str = "cpu", repeats: int = 5
+    ) -> CodecBenchmark:
+        """Time encode, decode and inner products, beside a copy of as many vectors in the same run.
+
+        Args:
+            vectors: how many, in bfloat16.
+            device: where.
+            repeats: the fastest of so many counts.
+
+        Raises:
+            InvalidInputError: a count is below 1.
+        """
+        return benchmark(self, vectors, torch.device(device), repeats)
 
     def _check(self, packed: PackedVectors) -> None:
         if packed.spec != self.spec:

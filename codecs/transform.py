@@ -165,7 +165,7 @@ def key_statistics(
     if balance and query_moment is not None:
         weight = _balance(_checked_moment(query_moment, energy), energy, floor)
         energy = energy * weight.square()
-    order = _descending(energy) if len(groups) > 1 else None
+    order = channel_order(energy) if len(groups) > 1 else None
     return ChannelTransform(centre, weight, order)
 
 
@@ -189,7 +189,7 @@ def value_statistics(
     """
     if len(groups) == 1:
         return ChannelTransform()
-    return ChannelTransform(order=_descending(token_energy(values, None, "values", in_use)))
+    return ChannelTransform(order=channel_order(token_energy(values, None, "values")))
 
 
 def _spread(part: Tensor, x: Tensor) -> Tensor:
@@ -221,5 +221,6 @@ def _checked_moment(query_moment: Tensor, energy: Tensor) -> Tensor:
     return moment
 
 
-def _descending(energy: Tensor) -> Tensor:
+def channel_order(energy: Tensor) -> Tensor:
+    """Channels by descending energy: [..., D] -> [..., D] int16; equal ones stay as they are."""
     return energy.argsort(dim=-1, descending=True, stable=True).to(torch.int16)

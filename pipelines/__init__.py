@@ -14,6 +14,8 @@ masks.py            layers that keep different numbers of tokens
 members.py          a composition is treated like the presses in it
 progress.py, stopwatch.py, report.py   what is shown while it works, and what it cost
 default_model/      the embedded default model
+fidelity.py         attention over packed keys beside exact attention
+commands/           what the commands of quantpress do
 haystack.py, demo.py   facts planted in a book, and who still knows them
 """
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -56,6 +56,8 @@ class TurboQuant(Pipeable, BasePress):
             "mse".
         layer_bits: other widths for single layers, as bits or (key bits, value bits); 16 leaves them
             unpacked. Negative indices count from the last layer.
+        boundary_layers: so many of the first and of the last layers get `boundary_bits`; `layer_bits` wins.
+        boundary_bits: their bits or (key bits, value bits); 16 leaves them unpacked.
         balance_window: how many of the last queries of the prefill the balance looks at.
         codec: makes the codec of (head_dim, "key" or "value", layer index), instead of all of the above.
         detect_sinks: so many more tokens of each head are kept in 16 bits: those that the last queries of the
@@ -92,9 +94,11 @@ class TurboQuant(Pipeable, BasePress):
     balance_window: int = 256
     codec: CodecFactory | None = None
     detect_sinks: int = 0
+    boundary_layers: int = 0
+    boundary_bits: float | tuple[float, float] = UNPACKED_BITS
 
     def __post_init__(self) -> None:
-        for name in ("sink_tokens", "recent_tokens", "balance_window", "detect_sinks"):
+        for name in ("sink_tokens", "recent_tokens", "balance_window", "detect_sinks", "boundary_layers"):
             value, least = getattr(self, name), int(name == "balance_window")
             if not isinstance(value, int) or value < least:
                 raise InvalidInputError(f"{name} is {value!r}; give a whole number, {least} or more")
@@ -103,6 +107,8 @@ class TurboQuant(Pipeable, BasePress):
                 raise InvalidInputError(f"layer_bits names layer {index!r}; give the index of a layer")
             if self.codec is None:
                 self._codecs(index, 0, _REFERENCE_HEAD_DIM, _REFERENCE_HEAD_DIM)
+        if self.codec is None and self.boundary_layers:
+            replace(self, layer_bits={0: self.boundary_bits}, boundary_layers=0)  # checks them
 
     @classmethod
     def preset(cls, name: str, **overrides: Any) -> "TurboQuant":
@@ -222,8 +228,14 @@ class TurboQuant(Pipeable, BasePress):
         for index in () if layer_idx is None else (layer_idx, layer_idx - layers):
             if index in protected:
                 bits = protected[index]
-                return bits if isinstance(bits, tuple) else (bits, bits)
+                return _pair(bits)
+        if layer_idx is not None and min(layer_idx, layers - 1 - layer_idx) < self.boundary_layers:
+            return _pair(self.boundary_bits)
         return (
             self.bits if self.key_bits is None else self.key_bits,
             self.bits if self.value_bits is None else self.value_bits,
         )
+
+
+def _pair(bits: float | tuple[float, float]) -> tuple[float, float]:
+    return bits if isinstance(bits, tuple) else (bits, bits)

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from quantpress.cache.codec import TurboQuantCodec
     from quantpress.pipelines.cached_context import CachedContext
     from quantpress.pipelines.captured import captured_decoding
+    from quantpress.pipelines.fidelity import attention_fidelity
     from quantpress.pipelines.text_generation import TextGenerationPipeline
     from quantpress.presses import *  # noqa: F403
     from quantpress.presses import Compose, TurboQuant
@@ -53,6 +54,7 @@ __all__ = [
     "UnsupportedBitsError",
     "UnsupportedHeadDimError",
     "UnsupportedModelError",
+    "attention_fidelity",
     "cache_memory",
     "captured_decoding",
     "continue_inputs",
@@ -71,6 +73,7 @@ _LAZY = {
     "TextGenerationPipeline": "quantpress.pipelines.text_generation",
     "TurboQuant": "quantpress.presses",
     "TurboQuantCodec": "quantpress.cache.codec",
+    "attention_fidelity": "quantpress.pipelines.fidelity",
     "cache_memory": "quantpress.cache",
     "captured_decoding": "quantpress.pipelines.captured",
     "continue_inputs": "quantpress.cache",

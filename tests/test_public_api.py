@@ -20,6 +20,7 @@ PUBLIC = sorted(
         "TextGenerationPipeline",
         "TurboQuant",
         "TurboQuantCodec",
+        "attention_fidelity",
         "cache_memory",
         "captured_decoding",
         "continue_inputs",

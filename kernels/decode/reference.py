@@ -34,13 +34,13 @@ def decode_code_space_reference(planes: dict[str, Tensor], spec: CodecSpec) -> T
         result = store.view(batch, heads, dim, pages * PAGE_TOKENS).transpose(-1, -2)
     start = 0
     for i, group in enumerate(spec.groups):
-        table = _level_table(spec.codebook_of(i), device)
+        table = level_table(spec.codebook_of(i), device)
         target = out[..., start : start + group.channels]
         _decode_plane(planes[f"codes{i}"], planes[f"scale{i}"], table, group.bits, spec.role, target)
         start += group.channels
     if spec.estimator == "prod":
         signs = torch.empty_like(out)  # times the residual norm
-        _decode_plane(planes["sketch"], planes["residual"], _sign_table(device), 1, spec.role, signs)
+        _decode_plane(planes["sketch"], planes["residual"], sign_table(device), 1, spec.role, signs)
         out += (signs @ spec.sketch_matrix(device, torch.float32)).mul_(SQRT_HALF_PI / spec.head_dim)
     return result
 
@@ -120,12 +120,14 @@ def check_planes(planes: dict[str, Tensor], spec: CodecSpec) -> tuple[int, int, 
 
 
 @lru_cache(maxsize=64)
-def _level_table(book: Codebook, device: torch.device) -> Tensor:
+def level_table(book: Codebook, device: torch.device) -> Tensor:
+    """The table that `read_pages` looks levels up in. Cached and shared: do not write to it."""
     with torch.inference_mode(False), torch.no_grad():  # kept: must stay usable outside inference mode
         return page_table(book.level_tensor(device), book.bits)
 
 
 @lru_cache(maxsize=8)
-def _sign_table(device: torch.device) -> Tensor:
+def sign_table(device: torch.device) -> Tensor:
+    """The same for the signs of a sketch."""
     with torch.inference_mode(False), torch.no_grad():
         return page_table(torch.tensor([-1.0, 1.0], device=device), 1)

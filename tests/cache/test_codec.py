@@ -6,12 +6,19 @@ import pytest
 import torch
 
 import quantpress.cache.codec as codec_module
+import quantpress.kernels.decode as decode_module
+import quantpress.kernels.decode.reference as decode_reference
+import quantpress.kernels.score.reference as score_reference
 from quantpress.cache import PackedLayer, cache_memory
 from quantpress.cache.codec import TurboQuantCodec
 from quantpress.cache.layer import LayerSettings
 from quantpress.codecs.bounds import lloyd_max_distortion, paper_mse_bound
+from quantpress.codecs.budget import ChannelGroup
+from quantpress.codecs.qjl import sketch_variance
+from quantpress.codecs.running_moments import RunningMoments
 from quantpress.codecs.transform import ChannelTransform, key_statistics
 from quantpress.errors import InvalidInputError, NonFiniteError, UnsupportedBitsError, UnsupportedHeadDimError
+from quantpress.kernels.decode import decode_code_space
 from quantpress.kernels.page_codec import ScalarPages
 
 BITS = (1, 2, 3, 4, 8, 2.5, 3.5)
@@ -78,18 +85,148 @@ def test_inner_products_include_the_mean_key() -> None:
     assert relative_error(codec.inner_product(q, packed), q @ x.mT) < 0.1
 
 
-def test_inner_products_do_not_bring_vectors_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    codec = TurboQuantCodec(64)
-    packed = codec.encode(torch.randn(20, 64))
+@pytest.mark.parametrize("options", [{}, {"bits": 2.5}, {"estimator": "prod"}], ids=str)
+@pytest.mark.parametrize(
+    ("queries", "vectors"),
+    [
+        ((5, 64), (300, 64)),
+        ((3, 5, 64), (300, 64)),
+        ((5, 64), (2, 130, 64)),
+        ((2, 5, 64), (2, 130, 64)),
+        ((4, 1, 5, 64), (4, 3, 40, 64)),
+        ((7, 4, 3, 5, 64), (4, 1, 40, 64)),
+        ((5, 64), (3, 0, 64)),
+        ((5, 64), (2, 3, 1, 64)),
+    ],
+    ids=str,
+)
+def test_inner_products_broadcast_as_matmul_does(
+    queries: tuple[int, ...], vectors: tuple[int, ...], options: dict[str, object]
+) -> None:
+    codec = TurboQuantCodec(64, **{"bits": 3, **options})  # type: ignore[arg-type]
+    q, x = torch.randn(queries), torch.randn(vectors)
+    packed = codec.encode(x)
+    expected = q @ codec.decode(packed).mT
+    found = codec.inner_product(q, packed)
+    assert found.shape == expected.shape
+    assert found.numel() == 0 or relative_error(found, expected) < 1e-5
+    with pytest.raises(InvalidInputError, match="broadcast"):
+        codec.inner_product(torch.randn(9, 5, 64), codec.encode(torch.randn(8, 40, 64)))
+
+
+def test_a_transform_may_have_any_vectors_behind_its_heads() -> None:
+    codec = TurboQuantCodec(64, 3)
+    x = torch.randn(2, 3, 4, 50, 64) + 5 * torch.randn(2, 3, 1, 1, 64)
+    packed = codec.encode(x, key_statistics(x.flatten(2, 3), None, codec.spec.groups))
+    q = torch.randn(2, 3, 4, 5, 64)
+    assert relative_error(codec.inner_product(q, packed), q @ codec.decode(packed).mT) < 1e-5
+
+
+@pytest.mark.parametrize("options", [{}, {"bits": 3.5}, {"estimator": "prod"}], ids=str)
+def test_inner_products_put_no_vector_together(
+    options: dict[str, object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither where vectors came from nor in code space, and in the workspace of one chunk."""
+    codec = TurboQuantCodec(64, **options)  # type: ignore[arg-type]
+    packed = codec.encode(torch.randn(5000, 64))
+    q = torch.randn(3, 64)
+    expected = q @ codec.decode(packed).mT
 
     def refuse(*args: object) -> None:
-        raise AssertionError("vectors were decoded to where they came from")
+        raise AssertionError("vectors were decoded")
 
-    monkeypatch.setattr(codec_module, "decode_pages", refuse)
+    for owner in (codec_module, decode_module, decode_reference):
+        for name in ("decode_pages", "decode_code_space", "decode_code_space_reference", "_decode_plane"):
+            if hasattr(owner, name):
+                monkeypatch.setattr(owner, name, refuse)
     monkeypatch.setattr(ChannelTransform, "invert", refuse)
-    assert codec.inner_product(torch.randn(3, 64), packed).shape == (3, 20)
+    monkeypatch.setattr(score_reference, "WORKSPACE_VALUES", 2 * 128 * 64)
+    largest = 0
+    read = score_reference.read_pages
+
+    def measured(*args: object) -> torch.Tensor:
+        nonlocal largest
+        levels = read(*args)  # type: ignore[arg-type]
+        largest = max(largest, levels.numel())
+        return levels
+
+    monkeypatch.setattr(score_reference, "read_pages", measured)
+    assert relative_error(codec.inner_product(q, packed), expected) < 1e-5
+    assert 0 < largest <= 4 * 128 * 64
     with pytest.raises(AssertionError):
         codec.decode(packed)
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+def test_the_two_stage_estimate_is_unbiased_with_the_variance_of_theory(bits: int) -> None:
+    """Over independent rotations and sketches: the mean is q.x, the spread that of the residual's sketch."""
+    dim, draws = 64, 300
+    x, q = torch.randn(1, dim), torch.randn(1, dim)
+    found, variance = torch.empty(draws, dtype=torch.float64), 0.0
+    for seed in range(draws):
+        codec = TurboQuantCodec(dim, bits, estimator="prod", seed=seed + 1)
+        packed = codec.encode(x)
+        found[seed] = codec.inner_product(q, packed).double()
+        residual = float(packed.planes["residual"][0, 0, 0, 0])
+        variance += sketch_variance(residual, float(q.norm()), 0.0, dim) / draws
+    exact, error = float(q @ x.T), math.sqrt(variance / draws)
+    assert abs(float(found.mean()) - exact) < 4.5 * error
+    assert 0.6 < float(found.var()) / variance < 1.5
+    plain = TurboQuantCodec(dim, bits - 1, scale="norm")  # the first stage alone shrinks
+    shrunk = plain.inner_product(x, plain.encode(x))
+    assert float(shrunk) < float(x.square().sum()) * (0.97 if bits == 2 else 1.0)
+
+
+# Channels that stand out
+
+
+def loud(channels: list[int], shape: tuple[int, ...] = (600, 64)) -> torch.Tensor:
+    x = torch.randn(shape)
+    x[..., channels] *= 20
+    return x
+
+
+@pytest.mark.parametrize("role", ["key", "value"])
+def test_wide_codes_go_to_the_channels_of_most_energy(role: str) -> None:
+    """Against mathematics: each group has the distortion of its own width, weighted by its energy."""
+    channels = sorted(torch.randperm(64)[:16].tolist())
+    codec = TurboQuantCodec(64, 2.25, role)
+    wide = codec.spec.groups[0]
+    assert wide == ChannelGroup(16, 3)
+    x = loud(channels)
+    packed = codec.encode(x)
+    order = packed.transform.order
+    assert order is not None and sorted(order[0, 0, :16].tolist()) == channels
+    quiet = [channel for channel in range(64) if channel not in channels]
+    distortion = {
+        group: sum((codec.decode(packed) - x)[:, part].square().sum() for part in [columns])
+        / x[:, columns].square().sum()
+        for group, columns in zip(codec.spec.groups, (channels, quiet), strict=True)
+    }
+    for group, found in distortion.items():
+        plain = lloyd_max_distortion(group.bits, group.channels)
+        expected = 2 - 2 * math.sqrt(1 - plain) if role == "key" else plain / (1 - plain)
+        assert float(found) == pytest.approx(expected, rel=0.15)
+    first = codec.encode(x, ChannelTransform())
+    assert relative_error(codec.decode(packed), x) < 0.75 * relative_error(codec.decode(first), x)
+    assert packed.nbytes == first.nbytes + 2 * 64  # the order is held, and counted
+
+
+def test_channels_chosen_online_are_those_of_all_vectors() -> None:
+    codec = TurboQuantCodec(64, 2.25)
+    channels = sorted(torch.randperm(64)[:16].tolist())
+    moments = RunningMoments(64)
+    for part in loud(channels, (5, 40, 64)):
+        moments.update(part)
+    transform = moments.transform(codec.spec.groups)
+    later = loud(channels)
+    packed = codec.encode(later, transform)
+    at_once = codec.encode(later)
+    assert relative_error(codec.decode(packed), codec.decode(at_once)) < 0.6
+    assert relative_error(codec.decode(packed), later) == pytest.approx(
+        relative_error(codec.decode(at_once), later), rel=0.1
+    )
+    assert relative_error(codec.inner_product(later[:5], packed), later[:5] @ codec.decode(packed).T) < 1e-5
 
 
 # Bytes
@@ -211,7 +348,7 @@ def test_a_stray_factor_is_noticed(factor: float, monkeypatch: pytest.MonkeyPatc
 
 def test_vectors_that_are_never_rotated_back_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        codec_module, "decode_pages", lambda planes, spec, *_: codec_module.decode_code_space(planes, spec)
+        codec_module, "decode_pages", lambda planes, spec, *_: decode_code_space(planes, spec)
     )
     for role in ("key", "value"):
         assert not TurboQuantCodec(128, 4, role).validate(samples=512).ok
@@ -236,7 +373,7 @@ def test_refusals_name_what_was_wrong() -> None:
     with pytest.raises(InvalidInputError, match="int64"):
         codec.encode(torch.ones(3, 64, dtype=torch.int64))
     with pytest.raises(InvalidInputError, match="Hkv"):
-        codec.encode(torch.randn(3, 64), ChannelTransform(mean=torch.zeros(1, 1, 64)))
+        codec.encode(torch.randn(3, 64), ChannelTransform(mean=torch.zeros(1, 2, 64)))
     with pytest.raises(NonFiniteError):
         codec.encode(torch.full((3, 64), float("nan")))
     with pytest.raises(InvalidInputError, match="another codec"):
@@ -251,3 +388,18 @@ def test_refusals_name_what_was_wrong() -> None:
         TurboQuantCodec(66)
     with pytest.raises(InvalidInputError, match="role"):
         TurboQuantCodec(64, role="query")
+
+
+# Speed
+
+
+def test_the_benchmark_measures_what_it_says() -> None:
+    report = TurboQuantCodec(64, 3).benchmark(vectors=1000, repeats=1)
+    packed = TurboQuantCodec(64, 3).encode(torch.randn(1000, 64))
+    assert (report.vectors, report.dense_bytes, report.packed_bytes) == (1000, 128000, packed.nbytes)
+    seconds = {name: value for name, value in report.as_dict().items() if name.endswith("_s")}
+    assert len(seconds) == 5 and all(value > 0 for value in seconds.values())
+    assert report.encode_ratio == report.copy_s / report.encode_s
+    assert report.encode_s > report.copy_s  # nothing packs faster than it copies, on one core
+    with pytest.raises(InvalidInputError, match="vectors"):
+        TurboQuantCodec(64).benchmark(vectors=0)

@@ -46,6 +46,8 @@ def spec_of(layer: Any, role: str) -> CodecSpec:
         ({"value_bits": 4.5}, UnsupportedBitsError, "bits=4.5"),
         ({"bits": "4"}, UnsupportedBitsError, "bits='4'"),
         ({"layer_bits": {0: 7}}, UnsupportedBitsError, "bits=7"),
+        ({"boundary_layers": 1, "boundary_bits": 7}, UnsupportedBitsError, "bits=7"),
+        ({"boundary_layers": -1}, InvalidInputError, "boundary_layers is -1"),
         ({"layer_bits": {0: (4, 16)}}, UnsupportedBitsError, "bits=16"),
         ({"layer_bits": {"first": 4}}, InvalidInputError, "layer 'first'"),
         ({"bits": 2.5, "estimator": "prod"}, UnsupportedBitsError, "prod"),
@@ -100,6 +102,29 @@ def test_widths_of_keys_values_and_layers() -> None:
     assert not isinstance(first, PackedLayer)
     assert (spec_of(middle, "key").bits, spec_of(middle, "value").bits) == (3, 2)
     assert (spec_of(last, "key").bits, spec_of(last, "value").bits) == (8, 4)
+
+
+@pytest.mark.parametrize(
+    ("bits", "own", "expected"),
+    [
+        (16, {}, [None, (3, 3), None]),
+        (8, {}, [(8, 8), (3, 3), (8, 8)]),
+        ((8, 4), {-1: 2}, [(8, 4), (3, 3), (2, 2)]),
+    ],
+)
+def test_boundary_layers_have_widths_of_their_own(bits: Any, own: Any, expected: list[Any]) -> None:
+    press = TurboQuant(3, boundary_layers=1, boundary_bits=bits, layer_bits=own, recent_tokens=16)
+    layers = read(tiny_model("llama"), press, IDS).layers
+    found = [
+        (spec_of(layer, "key").bits, spec_of(layer, "value").bits) if isinstance(layer, PackedLayer) else None
+        for layer in layers
+    ]
+    assert found == expected
+
+
+def test_more_boundary_than_layers_protects_all() -> None:
+    layers = read(tiny_model("llama"), TurboQuant(3, boundary_layers=9), IDS).layers
+    assert not any(isinstance(layer, PackedLayer) for layer in layers)
 
 
 def test_a_layer_that_is_not_there() -> None:

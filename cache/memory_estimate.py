@@ -1,0 +1,75 @@
+"""What a cache will weigh, before there is one: the same figures as `quantpress.cache.memory` measures."""
+
+import torch
+
+from quantpress.cache.memory import BYTES_16_BIT, LayerMemory
+from quantpress.cache.settings import LayerSettings
+from quantpress.codecs.transform import ChannelTransform
+from quantpress.errors import InvalidInputError
+from quantpress.kernels.layout import PAGE_TOKENS
+from quantpress.kernels.page_codec import PageCodec
+
+_STATISTIC_BYTES = 4  # of a channel's mean or weight, float32
+_ORDER_BYTES = 2  # of a channel's place, int16
+
+
+def layer_estimate(
+    settings: LayerSettings | None,
+    tokens: int,
+    kv_heads: int,
+    head_dim: int,
+    value_dim: int | None = None,
+    batch: int = 1,
+    balanced: bool = True,
+) -> LayerMemory:
+    """The bytes of one layer right after a prefill, in a model of 16 bits.
+
+    Args:
+        settings: how it is stored; None for a layer that is not packed.
+        tokens: tokens kept, per head.
+        kv_heads: Hkv.
+        head_dim: D of the keys.
+        value_dim: Dv of the values; D when left out.
+        batch: B.
+        balanced: whether queries are known to balance the channels with.
+
+    Raises:
+        InvalidInputError: a count is below 1 (tokens: below 0).
+    """
+    value_dim = head_dim if value_dim is None else value_dim
+    counts = {"kv_heads": kv_heads, "head_dim": head_dim, "value_dim": value_dim, "batch": batch}
+    for name, count in {**counts, "tokens": tokens + 1}.items():
+        if count < 1:
+            raise InvalidInputError(f"{name} is out of range: {count - (name == 'tokens')}")
+    heads, width = batch * kv_heads, head_dim + value_dim
+    bf16_bytes = heads * tokens * width * BYTES_16_BIT
+    if settings is None:
+        return LayerMemory(tokens, 0, 0, bf16_bytes, 0, bf16_bytes)
+    pages = max(0, tokens - settings.sink_tokens - settings.recent_tokens) // PAGE_TOKENS
+    dense = tokens - pages * PAGE_TOKENS
+    page = page_nbytes(settings.key_codec) + page_nbytes(settings.value_codec)
+    return LayerMemory(
+        tokens=tokens,
+        packed_tokens=pages * PAGE_TOKENS,
+        packed_bytes=heads * pages * page,
+        dense_bytes=heads * dense * width * BYTES_16_BIT,
+        metadata_bytes=heads * _statistics(settings, pages > 0, balanced),
+        bf16_bytes=bf16_bytes,
+    )
+
+
+def page_nbytes(codec: PageCodec) -> int:
+    """Bytes of a page of one head, scales included: what the codec makes of a page of zeros."""
+    page = torch.zeros(1, 1, PAGE_TOKENS, codec.head_dim, dtype=torch.bfloat16)
+    return sum(plane.nbytes for plane in codec.encode(page, ChannelTransform()).values())
+
+
+def _statistics(settings: LayerSettings, packed: bool, balanced: bool) -> int:
+    """Bytes of a head's channel transforms; before the first page of the queries' moments."""
+    keys, values = settings.key_codec, settings.value_codec
+    balance = settings.balance and balanced and keys.wants_statistics
+    if not packed:
+        return balance * keys.head_dim * _STATISTIC_BYTES
+    mean = settings.mean_key and keys.wants_statistics
+    orders = sum(one.head_dim * _ORDER_BYTES for one in (keys, values) if len(one.groups) > 1)
+    return (mean + balance) * keys.head_dim * _STATISTIC_BYTES + orders

@@ -1,0 +1,41 @@
+"""Inner products of queries with packed vectors, from their codes: no vector is ever put together."""
+
+import torch
+from torch import Tensor
+
+from quantpress.codecs.spec import CodecSpec
+from quantpress.errors import InvalidInputError
+from quantpress.kernels.decode.reference import check_planes
+from quantpress.kernels.score.reference import inner_products_reference
+
+__all__ = ["inner_products"]
+
+
+def inner_products(query: Tensor, planes: dict[str, Tensor], spec: CodecSpec) -> Tensor:
+    """Estimate q.x for every query and packed vector.
+
+    Per channel group the query meets the levels that the codes name, and one scale a vector is applied to the
+    sum. The "prod" estimator adds the second stage, sqrt(pi/2) / D * residual norm * (S q).signs, for which
+    the query is multiplied by S once. The workspace is that of a chunk of pages, whatever their number.
+
+    Args:
+        query: [B, Hkv, Q, D] float32 in code space, see `quantpress.kernels.decode.to_code_space`.
+        planes: from `encode_pages`, B x Hkv x P pages.
+        spec: the codec that made them.
+
+    Returns:
+        [B, Hkv, Q, 128 * P] float32.
+
+    Raises:
+        InvalidInputError: planes or query do not fit the codec, or each other.
+
+    Source: TurboQuant, arXiv 2504.19874, Algorithms 1 and 2; QJL, arXiv 2406.03482.
+    """
+    batch, heads, _ = check_planes(planes, spec)
+    fits = query.dim() == 4 and query.shape[:2] == (batch, heads) and query.shape[-1] == spec.head_dim
+    if not fits or query.dtype != torch.float32:
+        raise InvalidInputError(
+            f"queries must be float32 [{batch}, {heads}, Q, {spec.head_dim}], got {query.dtype} "
+            f"{tuple(query.shape)}"
+        )
+    return inner_products_reference(query, planes, spec)

@@ -1,0 +1,52 @@
+"""What is estimated is what is measured, byte for byte."""
+
+from typing import Any
+
+import pytest
+import torch
+from transformers.cache_utils import DynamicCache
+
+from quantpress.cache import LayerSettings, PackedLayer, cache_memory
+from quantpress.cache.memory_estimate import layer_estimate, page_nbytes
+from quantpress.codecs.spec import CodecSpec
+from quantpress.errors import InvalidInputError
+from quantpress.kernels.page_codec import RawPages, ScalarPages
+
+PAIRS: dict[str, Any] = {
+    "4/4": (4, 4, {}),
+    "3/2": (3, 2, {}),
+    "2.5/3.5": (2.5, 3.5, {}),
+    "8/1": (8, 1, {"scale_dtype": "float32"}),
+    "prod": (3, 2.5, {"estimator": "prod"}),
+}
+
+
+@pytest.mark.parametrize("tokens", [0, 3, 131, 132, 260, 261, 900])
+@pytest.mark.parametrize("name", PAIRS)
+@pytest.mark.parametrize("plain", [False, True], ids=["statistics", "plain"])
+def test_the_estimate_is_the_measurement(name: str, tokens: int, plain: bool) -> None:
+    key_bits, value_bits, options = PAIRS[name]
+    keys = ScalarPages(CodecSpec(64, key_bits, "key", **options))
+    options = {key: value for key, value in options.items() if key != "estimator"}
+    values = ScalarPages(CodecSpec(32, value_bits, "value", **options))
+    settings = LayerSettings(keys, values, 4, 128, mean_key=not plain, balance=not plain)
+    batch, heads = 2, 3
+    cache = DynamicCache()
+    states = (torch.randn(batch, heads, tokens, dim).bfloat16() for dim in (64, 32))
+    moment = None if plain else torch.rand(batch, heads, 64) + 0.1
+    cache.layers = [PackedLayer.from_states(*states, settings, query_moment=moment)]
+    (measured,) = cache_memory(cache).layers
+    assert layer_estimate(settings, tokens, heads, 64, 32, batch) == measured
+
+
+def test_layers_that_are_not_packed_and_other_codecs() -> None:
+    layer = layer_estimate(None, 100, 8, 128)
+    assert layer.total_bytes == layer.bf16_bytes == 100 * 8 * 2 * 128 * 2
+    assert page_nbytes(RawPages(64)) == 128 * 64 * 2
+    assert page_nbytes(ScalarPages(CodecSpec(128, 3, "key"))) == 128 * 128 * 3 // 8 + 128 * 2
+
+
+@pytest.mark.parametrize("counts", [{"tokens": -1}, {"kv_heads": 0}, {"batch": 0}, {"head_dim": 0}], ids=str)
+def test_counts_out_of_range_are_refused(counts: dict[str, int]) -> None:
+    with pytest.raises(InvalidInputError, match=next(iter(counts))):
+        layer_estimate(None, **{"tokens": 1, "kv_heads": 1, "head_dim": 64, **counts})
