@@ -14,10 +14,12 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from quantpress.cache.parts import Parts, portable
 from quantpress.errors import InvalidInputError
 from quantpress.kernels.attend import DenseSegment
 
 
+@portable("head_counts")
 @dataclass(frozen=True, eq=False)
 class HeadCounts:
     """What the heads of a layer keep; see `of`.
@@ -95,6 +97,17 @@ class HeadCounts:
                 f"tokens before {self.whole_from} are to be hidden, of which single heads have evicted some; "
                 "use one head-wise press at the prefill, and no other than DMSPress while decoding"
             )
+
+    def parts(self) -> Parts:
+        """What it is made of, to be saved."""
+        about = {name: getattr(self, name) for name in ("sink_places", "evicted", "whole_from")}
+        return Parts("head_counts", about, {"sinks": self.sinks, "absent": self.absent})
+
+    @classmethod
+    def from_parts(cls, parts: Parts) -> "HeadCounts":
+        """The counts that `parts` took apart."""
+        numbers = (int(parts.about[name]) for name in ("sink_places", "evicted", "whole_from"))
+        return cls.of(parts.tensors["sinks"], parts.tensors["absent"], *numbers)
 
     def tensors(self) -> list[torch.Tensor]:
         """Every tensor held."""

@@ -7,6 +7,7 @@ from typing import Protocol
 import torch
 
 from quantpress.cache.pages import PageStore
+from quantpress.cache.parts import Parts, portable, rebuild
 from quantpress.codecs.transform import ChannelTransform
 from quantpress.kernels.attend import PackedSegment, PackedSide
 from quantpress.kernels.page_codec import PageCodec, Planes
@@ -65,7 +66,12 @@ class HeadPages(Protocol):
         """The tensors beside the planes."""
         ...
 
+    def parts(self) -> Parts:
+        """What they are made of, to be saved."""
+        ...
 
+
+@portable("even_pages")
 class EvenPages:
     """`HeadPages` of planes [B, Hkv, P, ...]: P pages in every head."""
 
@@ -112,6 +118,14 @@ class EvenPages:
 
     def metadata(self) -> list[torch.Tensor]:
         return []
+
+    def parts(self) -> Parts:
+        return Parts("even_pages", inner={"keys": self.keys.parts(), "values": self.values.parts()})
+
+    @classmethod
+    def from_parts(cls, parts: Parts) -> "EvenPages":
+        """The pages that `parts` took apart."""
+        return cls()._of(*(rebuild(parts.inner[side], "pages") for side in ("keys", "values")))
 
     def _of(self, keys: PageStore, values: PageStore) -> "EvenPages":
         other = copy.copy(self)

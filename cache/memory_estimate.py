@@ -42,9 +42,10 @@ def layer_estimate(
         if count < 1:
             raise InvalidInputError(f"{name} is out of range: {count - (name == 'tokens')}")
     heads, width = batch * kv_heads, head_dim + value_dim
-    bf16_bytes = heads * tokens * width * BYTES_16_BIT
+    token_bytes = heads * width * BYTES_16_BIT
+    bf16_bytes = tokens * token_bytes
     if settings is None:
-        return LayerMemory(tokens, 0, 0, bf16_bytes, 0, bf16_bytes)
+        return LayerMemory(tokens, 0, 0, bf16_bytes, 0, bf16_bytes, token_bytes)
     pages = max(0, tokens - settings.sink_tokens - settings.recent_tokens) // PAGE_TOKENS
     dense = tokens - pages * PAGE_TOKENS
     page = page_nbytes(settings.key_codec) + page_nbytes(settings.value_codec)
@@ -55,6 +56,7 @@ def layer_estimate(
         dense_bytes=heads * dense * width * BYTES_16_BIT,
         metadata_bytes=heads * _statistics(settings, pages > 0, balanced),
         bf16_bytes=bf16_bytes,
+        token_bytes=token_bytes,
     )
 
 

@@ -16,12 +16,14 @@ import torch
 
 from quantpress.cache.head_pages import Coded, Span
 from quantpress.cache.pages import PageStore
+from quantpress.cache.parts import Parts, portable, rebuild
 from quantpress.kernels.attend import PackedSegment, PackedSide
 from quantpress.kernels.page_codec import Planes
 
 SLACK = 16
 
 
+@portable("ragged_pages")
 class RaggedPages:
     """`HeadPages` in a pool.
 
@@ -100,6 +102,16 @@ class RaggedPages:
     def metadata(self) -> list[torch.Tensor]:
         return self.rows.tensors
 
+    def parts(self) -> Parts:
+        pools = {"keys": self.keys.parts(), "values": self.values.parts()}
+        return Parts("ragged_pages", tensors={"table": self.table}, inner=pools)
+
+    @classmethod
+    def from_parts(cls, parts: Parts) -> "RaggedPages":
+        """The pages that `parts` took apart."""
+        keys, values = (rebuild(parts.inner[side], "pages") for side in ("keys", "values"))
+        return cls.__new__(cls)._with(keys, values, _stored(parts.tensors["table"]))
+
     def _tidy(self) -> None:
         """Give back rows at the end of the pool that no head has, and all of them when they are many."""
         used = self.table.flatten().unique().long()  # ascending
@@ -117,9 +129,11 @@ class RaggedPages:
         )
 
     def _of(self, keys: PageStore, values: PageStore, rows: PageStore) -> "RaggedPages":
-        other = copy.copy(self)
-        other.keys, other.values, other.rows = keys, values, rows
-        return other
+        return copy.copy(self)._with(keys, values, rows)
+
+    def _with(self, keys: PageStore, values: PageStore, rows: PageStore) -> "RaggedPages":
+        self.keys, self.values, self.rows = keys, values, rows
+        return self
 
 
 def _stored(table: torch.Tensor) -> PageStore:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from quantpress.cache.ragged_pages import RaggedPages
 from quantpress.cache.tokens import PackedTokens
 from quantpress.codecs.transform import ChannelTransform
 from quantpress.errors import InvalidInputError
@@ -39,15 +40,39 @@ def check_tokens(tokens: PackedTokens) -> None:
                 f"the {side} kept in 16 bits",
             )
         store = tokens.key_pages if side == "keys" else tokens.value_pages
+        ragged = isinstance(tokens.pages, RaggedPages)
         transform = tokens.key_transform if side == "keys" else tokens.value_transform
         _check(transform is not None or not store.pages, f"the transform of the {side}")
         if transform is not None:
             _check_transform(transform, (*heads, codec.head_dim), side)
         if store.pages:
-            check_planes(codec, store.planes, keys.dtype, (*heads, store.pages))
+            leading = (1, 1) if ragged else tuple(heads)
+            check_planes(codec, store.planes, keys.dtype, (*leading, store.pages))
     _check(tokens.key_pages.pages == tokens.value_pages.pages, "the number of pages of keys and values")
     _check(tokens.sinks.tokens == values.shape[2], "the number of sinks")
     _check(tokens.recent.keys.shape[2] == tokens.recent.values.shape[2], "the number of recent tokens")
+    _check_heads(tokens, tuple(heads))
+
+
+def _check_heads(tokens: PackedTokens, heads: tuple[int, ...]) -> None:
+    """The page table names rows that there are; counts stay within the places."""
+    pages, counts = tokens.pages, tokens.heads
+    if isinstance(pages, RaggedPages):
+        table = pages.table
+        right = table.dtype == torch.int32 and table.dim() == 3 and tuple(table.shape[:2]) == heads
+        _check(right and counts is not None, "the page table")
+        _check(not table.numel() or _within(table, 0, pages.keys.pages - 1), "the rows of the page table")
+    if counts is not None:
+        both = (counts.sinks, counts.absent)
+        _check(
+            all(one.dtype == torch.int32 and one.shape == heads for one in both), "the counts of the heads"
+        )
+        _check(_within(counts.sinks, 0, tokens.sinks.tokens), "the sinks of the heads")
+        _check(_within(counts.absent, 0, tokens.packed + tokens.recent.tokens), "the tokens of the heads")
+
+
+def _within(numbers: Tensor, least: int, most: int) -> bool:
+    return bool(((numbers >= least) & (numbers <= most)).all())
 
 
 def check_planes(

@@ -6,7 +6,6 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicS
 
 from quantpress.cache.fixed import FixedTokens
 from quantpress.cache.layer import PackedLayer
-from quantpress.cache.pages import PageStore
 from quantpress.cache.parts import Parts, rebuild, register_maker
 from quantpress.cache.saved_checks import check_tokens
 from quantpress.cache.saved_codec import codec_of, codec_parts
@@ -18,6 +17,7 @@ from quantpress.kernels.attend import DenseSegment
 
 _WINDOWS = ("sink_tokens", "recent_tokens", "mean_key", "balance")
 _SIDES = ("key", "value")
+_PAGES = ("even_pages", "ragged_pages")
 
 
 def cache_parts(cache: Cache) -> Parts:
@@ -78,8 +78,9 @@ def _tokens_parts(tokens: PackedTokens) -> Parts:
     }
     if tokens.query_moment is not None:
         tensors["query_moment"] = tokens.query_moment
-    pages = {"keys": tokens.key_pages.parts(), "values": tokens.value_pages.parts()}
-    inner = {"pages": Parts("even_pages", inner=pages)}
+    inner = {"pages": tokens.pages.parts()}
+    if tokens.heads is not None:
+        inner["heads"] = tokens.heads.parts()
     for side, transform in zip(_SIDES, (tokens.key_transform, tokens.value_transform), strict=True):
         if transform is not None:
             inner[f"{side}_transform"] = Parts("transform", tensors=transform.tensors())
@@ -104,15 +105,11 @@ def _tokens(parts: Parts, settings: LayerSettings) -> PackedTokens:
     tokens = PackedTokens(settings, sinks.keys[:, :, :0], sinks.values[:, :, :0])
     tokens.sinks, tokens._recent = sinks, recent
     tokens.query_moment = parts.tensors.get("query_moment")
-    pages = rebuild(parts.inner["pages"], "even_pages")
-    tokens.key_pages, tokens.value_pages = pages
+    tokens.pages = rebuild(parts.inner["pages"], *_PAGES)
+    tokens.heads = rebuild(parts.inner["heads"], "head_counts") if "heads" in parts.inner else None
     tokens.key_transform, tokens.value_transform = (_transform(parts, side) for side in _SIDES)
     check_tokens(tokens)
     return tokens
-
-
-def _even_pages(parts: Parts) -> tuple[PageStore, PageStore]:
-    return rebuild(parts.inner["keys"], "pages"), rebuild(parts.inner["values"], "pages")
 
 
 def _transform(parts: Parts, side: str) -> ChannelTransform | None:
@@ -139,6 +136,5 @@ def _filled(layer: DynamicLayer, parts: Parts) -> DynamicLayer:
 
 
 register_maker("packed_layer", _packed_layer)
-register_maker("even_pages", _even_pages)
 register_maker("dynamic_layer", _dynamic_layer)
 register_maker("sliding_window_layer", _sliding_window_layer)

@@ -189,7 +189,7 @@ def value_statistics(
     """
     if len(groups) == 1:
         return ChannelTransform()
-    return ChannelTransform(order=channel_order(token_energy(values, None, "values")))
+    return ChannelTransform(order=channel_order(token_energy(values, None, "values", in_use)))
 
 
 def _spread(part: Tensor, x: Tensor) -> Tensor:

@@ -12,10 +12,10 @@ from kvpress import BasePress, DMSPress
 from transformers import Cache, PreTrainedModel
 
 from quantpress.cache import CacheMemory, PackedLayer, cache_memory, install_packed_attention
+from quantpress.cache.evicted_slots import MASKS, named_to_hide
 from quantpress.cache.fingerprint import difference, model_fingerprint
 from quantpress.errors import InvalidInputError
 from quantpress.pipelines.members import decode_time_presses, members
-from quantpress.pipelines.preserve import MASKS
 from quantpress.pipelines.saved_context import Masks, check_packed_by, load_context, save_context
 from quantpress.presses.composition import short_repr
 from quantpress.presses.model_support import attention_modules
@@ -87,9 +87,9 @@ class CachedContext:
                 "take along; read with decoding=False, or ask the text itself"
             )
         masks = {
-            int(module.layer_idx): tuple(getattr(module, MASKS))  # type: ignore[arg-type]
+            int(module.layer_idx): tuple(named_to_hide(module))  # type: ignore[arg-type]
             for module in attention_modules(model)
-            if getattr(module, MASKS, None) is not None
+            if named_to_hide(module) is not None
         }
         known = model_fingerprint(model)
         described = "None" if press is None else short_repr(press)

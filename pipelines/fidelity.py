@@ -14,7 +14,7 @@ from torch import nn
 from transformers import DynamicCache, PreTrainedModel
 
 from quantpress.cache import PackedLayer
-from quantpress.cache.attention import causal_mask
+from quantpress.cache.visibility import causal_mask
 from quantpress.errors import InvalidInputError, UnsupportedModelError
 from quantpress.kernels.layout import PAGE_TOKENS
 from quantpress.pipelines.prefill import backbone

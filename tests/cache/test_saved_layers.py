@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer, StaticLayer
 
-from quantpress.cache import LayerSettings, PackedLayer
+from quantpress.cache import LayerSettings, PackedLayer, cache_memory
 from quantpress.cache.cache_file import read_file
 from quantpress.cache.fixed import StepCounters, Window
 from quantpress.cache.parts import Parts, rebuild
@@ -17,6 +17,7 @@ from quantpress.cache.saved_codec import codec_of, codec_parts, constants_digest
 from quantpress.cache.saved_layers import cache_of, cache_parts
 from quantpress.codecs.spec import CodecSpec
 from quantpress.errors import InvalidInputError
+from quantpress.kernels.attend import Visibility, attend
 from quantpress.kernels.page_codec import RawPages, ScalarPages
 from tests.cache.caches import lossless, scalar
 
@@ -97,6 +98,36 @@ def test_batches_and_dtypes(dtype: torch.dtype) -> None:
     assert same(layer, other)
 
 
+def evicted(settings: LayerSettings, tokens: int = 700, batch: int = 2) -> PackedLayer:
+    """Heads that keep different numbers of tokens."""
+    hidden = torch.rand(batch, HEADS, tokens) < torch.rand(batch, HEADS, 1)
+    hidden[..., -4:] = False
+    return PackedLayer.from_states(*states(tokens, batch), settings, hidden=hidden)
+
+
+@pytest.mark.parametrize("settings", SETTINGS)
+def test_heads_that_keep_different_tokens_go_on_too(settings: str) -> None:
+    layer = evicted(SETTINGS[settings]())
+    cache = cache_with(layer)
+    other = again(cache).layers[0]
+    assert cache_memory(cache).layers == cache_memory(cache_with(other)).layers
+    for new in (1, 300, 3):
+        more = states(new, 2)
+        queries = torch.randn(2, HEADS, new, D)
+        outputs = []
+        for one in (layer, other):
+            one.update(*more)
+            segments = one.view().segments()
+            limits = Visibility(new, sum(segment.tokens for segment in segments))
+            outputs.append(attend(queries, segments, limits, scaling=0.2))
+        assert torch.equal(*outputs)
+    for one in (layer, other):
+        one.batch_select_indices(torch.tensor([1, 1, 0]))
+        one.crop(one.get_seq_length() - 2)
+    assert layer.get_seq_length() == other.get_seq_length()
+    again(cache_with(layer))
+
+
 def test_the_queries_that_the_first_page_waits_for_are_kept() -> None:
     keys, values = states(100)
     layer = PackedLayer.from_states(keys, values, scalar(D), query_moment=torch.rand(1, HEADS, D) + 0.1)
@@ -116,8 +147,8 @@ def test_every_field_of_packed_tokens_is_saved() -> None:
         "dtype",
         "sinks",
         "_recent",
-        "key_pages",
-        "value_pages",
+        "pages",
+        "heads",
         "key_transform",
         "value_transform",
         "query_moment",
@@ -233,6 +264,28 @@ def test_parts_that_do_not_fit_are_refused(name: str, change: Callable[[torch.Te
     cache_of(parts)
     tokens = parts.inner["0"].inner["tokens"]
     _damage(name, change)(tokens)
+    with pytest.raises(InvalidInputError):
+        cache_of(parts)
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("pages/table", lambda t: t + 1000),
+        ("pages/table", lambda t: t - 1),
+        ("pages/table", lambda t: t.long()),
+        ("pages/table", lambda t: t[:, :1]),
+        ("pages/keys/codes0", lambda t: t[:, :, :-1]),
+        ("heads/sinks", lambda t: t + 9),
+        ("heads/absent", lambda t: t - 999),
+        ("heads/absent", lambda t: t[:1]),
+    ],
+)
+def test_tables_and_counts_that_do_not_fit_are_refused(
+    name: str, change: Callable[[torch.Tensor], torch.Tensor]
+) -> None:
+    parts = cache_parts(cache_with(evicted(scalar(D, 3))))
+    _damage(name, change)(parts.inner["0"].inner["tokens"])
     with pytest.raises(InvalidInputError):
         cache_of(parts)
 

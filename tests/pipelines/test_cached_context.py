@@ -15,11 +15,11 @@ import torch
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
 from quantpress.cache import PackedLayer, continue_inputs
+from quantpress.cache.evicted_slots import MASKS
 from quantpress.cache.fingerprint import difference, model_fingerprint
 from quantpress.errors import CacheFileError, EmptyContextError, InvalidInputError, UnsupportedModelError
 from quantpress.kernels.page_codec import RawPages
 from quantpress.pipelines.cached_context import CachedContext
-from quantpress.pipelines.preserve import MASKS
 from quantpress.presses import Compose, PyramidKV, SnapKV, StreamingLLM, TurboQuant
 from quantpress.presses.model_support import attention_modules
 from tests.pipelines.cases import LONG_CONTEXT, QUESTIONS, SNAP
