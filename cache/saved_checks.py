@@ -64,9 +64,8 @@ def _check_heads(tokens: PackedTokens, heads: tuple[int, ...]) -> None:
         _check(not table.numel() or _within(table, 0, pages.keys.pages - 1), "the rows of the page table")
     if counts is not None:
         both = (counts.sinks, counts.absent)
-        _check(
-            all(one.dtype == torch.int32 and one.shape == heads for one in both), "the counts of the heads"
-        )
+        right = all(one.dtype == torch.int32 and one.shape == heads for one in both)
+        _check(right and counts.sink_places == tokens.sinks.tokens, "the counts of the heads")
         _check(_within(counts.sinks, 0, tokens.sinks.tokens), "the sinks of the heads")
         _check(_within(counts.absent, 0, tokens.packed + tokens.recent.tokens), "the tokens of the heads")
 
