@@ -281,8 +281,11 @@ def test_a_device_decodes_what_the_cpu_packed(bits: float, estimator: str, role:
     got, expected = decode_code_space(moved, spec).cpu(), decode_code_space(planes, spec)
     assert torch.equal(got, expected) if estimator == "mse" else relative_error(got, expected) < 1e-5
     there = encode_pages(x.cuda(), spec, IDENTITY)
-    for name in planes:
-        assert (there[name].cpu() != planes[name]).float().mean() < 1e-3  # near ties, and scales' last bits
+    for name, plane in planes.items():
+        apart = there[name].cpu() != plane  # near ties
+        if plane.dtype != torch.uint8:  # a scale's last bit may differ anywhere, a code at a tie moves it
+            apart = (there[name].cpu().double() - plane.double()).abs() > 2e-3 * plane.double().abs()
+        assert apart.float().mean() < 2e-3
     assert relative_error(decode_code_space(there, spec).cpu(), expected) < 2e-2
 
 
