@@ -8,9 +8,11 @@ prefill.py          the same forward with small activations
 cached_context.py   a context that was read: ask it again, save it, load it
 saved_context.py    the same on disk
 decoding.py         one answer with model.generate
+enabling.py         every later model.generate with a compressed cache
 captured.py, single_token.py   decode steps as replays of one CUDA graph
 preserve.py         a cache unchanged by questions, a model unchanged by presses
 masks.py            layers that keep different numbers of tokens
+replaced.py         a method of one model replaced, and put back
 members.py          a composition is treated like the presses in it
 progress.py, stopwatch.py, report.py   what is shown while it works, and what it cost
 default_model/      the embedded default model
@@ -24,11 +26,21 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from quantpress.pipelines.captured import captured_decoding
+    from quantpress.pipelines.enabling import disable, enable
     from quantpress.pipelines.prefill import chunked_prefill
     from quantpress.pipelines.report import Report
     from quantpress.pipelines.text_generation import TextGenerationPipeline
 
-__all__ = ["Report", "TASK", "TextGenerationPipeline", "captured_decoding", "chunked_prefill", "register"]
+__all__ = [
+    "Report",
+    "TASK",
+    "TextGenerationPipeline",
+    "captured_decoding",
+    "chunked_prefill",
+    "disable",
+    "enable",
+    "register",
+]
 
 TASK = "kv-press-text-generation"
 _LAZY = {
@@ -36,6 +48,8 @@ _LAZY = {
     "TextGenerationPipeline": "quantpress.pipelines.text_generation",
     "captured_decoding": "quantpress.pipelines.captured",
     "chunked_prefill": "quantpress.pipelines.prefill",
+    "disable": "quantpress.pipelines.enabling",
+    "enable": "quantpress.pipelines.enabling",
 }
 
 

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from quantpress.cache.codec import TurboQuantCodec
     from quantpress.pipelines.cached_context import CachedContext
     from quantpress.pipelines.captured import captured_decoding
+    from quantpress.pipelines.enabling import disable, enable
     from quantpress.pipelines.fidelity import attention_fidelity
     from quantpress.pipelines.text_generation import TextGenerationPipeline
     from quantpress.presses import *  # noqa: F403
@@ -58,6 +59,8 @@ __all__ = [
     "cache_memory",
     "captured_decoding",
     "continue_inputs",
+    "disable",
+    "enable",
 ]
 
 try:
@@ -77,6 +80,8 @@ _LAZY = {
     "cache_memory": "quantpress.cache",
     "captured_decoding": "quantpress.pipelines.captured",
     "continue_inputs": "quantpress.cache",
+    "disable": "quantpress.pipelines.enabling",
+    "enable": "quantpress.pipelines.enabling",
 }
 
 

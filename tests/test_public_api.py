@@ -24,6 +24,8 @@ PUBLIC = sorted(
         "cache_memory",
         "captured_decoding",
         "continue_inputs",
+        "disable",
+        "enable",
     ]
 )
 
