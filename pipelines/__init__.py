@@ -12,6 +12,7 @@ enabling.py         every later model.generate with a compressed cache
 captured.py, single_token.py   decode steps as replays of one CUDA graph
 preserve.py         a cache unchanged by questions, a model unchanged by presses
 masks.py            layers that keep different numbers of tokens
+live_patch.py, round_trip.py, attention_record.py   attention on restored keys and values, live
 replaced.py         a method of one model replaced, and put back
 members.py          a composition is treated like the presses in it
 progress.py, stopwatch.py, report.py   what is shown while it works, and what it cost
@@ -27,6 +28,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from quantpress.pipelines.captured import captured_decoding
     from quantpress.pipelines.enabling import disable, enable
+    from quantpress.pipelines.live_patch import patch_attention
     from quantpress.pipelines.prefill import chunked_prefill
     from quantpress.pipelines.report import Report
     from quantpress.pipelines.text_generation import TextGenerationPipeline
@@ -39,6 +41,7 @@ __all__ = [
     "chunked_prefill",
     "disable",
     "enable",
+    "patch_attention",
     "register",
 ]
 
@@ -50,6 +53,7 @@ _LAZY = {
     "chunked_prefill": "quantpress.pipelines.prefill",
     "disable": "quantpress.pipelines.enabling",
     "enable": "quantpress.pipelines.enabling",
+    "patch_attention": "quantpress.pipelines.live_patch",
 }
 
 

@@ -20,6 +20,7 @@ from quantpress.errors import (
     InvalidInputError,
     ModelFilesError,
     NonFiniteError,
+    NotAppliedError,
     QuantPressError,
     UnsupportedBitsError,
     UnsupportedHeadDimError,
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from quantpress.pipelines.captured import captured_decoding
     from quantpress.pipelines.enabling import disable, enable
     from quantpress.pipelines.fidelity import attention_fidelity
+    from quantpress.pipelines.live_patch import patch_attention
     from quantpress.pipelines.text_generation import TextGenerationPipeline
     from quantpress.presses import *  # noqa: F403
     from quantpress.presses import Compose, TurboQuant
@@ -47,6 +49,7 @@ __all__ = [
     "InvalidInputError",
     "ModelFilesError",
     "NonFiniteError",
+    "NotAppliedError",
     "PackedLayer",
     "QuantPressError",
     "TextGenerationPipeline",
@@ -61,6 +64,7 @@ __all__ = [
     "continue_inputs",
     "disable",
     "enable",
+    "patch_attention",
 ]
 
 try:
@@ -82,6 +86,7 @@ _LAZY = {
     "continue_inputs": "quantpress.cache",
     "disable": "quantpress.pipelines.enabling",
     "enable": "quantpress.pipelines.enabling",
+    "patch_attention": "quantpress.pipelines.live_patch",
 }
 
 

@@ -26,6 +26,7 @@ PUBLIC = sorted(
         "continue_inputs",
         "disable",
         "enable",
+        "patch_attention",
     ]
 )
 
