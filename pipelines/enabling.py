@@ -173,8 +173,8 @@ class Enabled:
         if type(made) is not DynamicCache:
             raise InvalidInputError(
                 f"generate makes a {type(made).__name__} here (cache_implementation="
-                f"{config.cache_implementation!r}), which cannot be compressed; leave that out, or call "
-                "disable(model)"
+                f"{config.cache_implementation!r}), which cannot be compressed; give "
+                'cache_implementation="dynamic", or call disable(model)'
             )
         check_call(config, mode, self.press)
         inputs["past_key_values"] = cache = TextCache.of(made)
