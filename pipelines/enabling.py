@@ -44,6 +44,8 @@ def enable(model: PreTrainedModel, press: PressOrBits = None, **options: Any) ->
     calls with use_cache=False and forwards outside `generate` are left alone. `TextGenerationPipeline` takes
     the press of an enabled model where it is given none.
 
+    On CUDA, `captured_decoding(model)` around the calls replays their decode steps as graphs.
+
     Greedy, sampled, beam, assisted and prompt-lookup decoding work. Guesses that are rejected are dropped
     again; with codes they may move the moment at which a page of tokens is packed, so that assisted decoding
     gives the same tokens as greedy decoding only with a lossless codec.

@@ -24,6 +24,8 @@ from quantpress.errors import CompositionError, InvalidInputError, UnsupportedMo
 from quantpress.pipelines.captured import captured_decoding
 from quantpress.pipelines.enabling import disable, enable, enabled_press
 from quantpress.pipelines.prefill import chunked_prefill
+from quantpress.pipelines.preserve import unchanged_model
+from quantpress.pipelines.replaced import Replaced
 from quantpress.presses import (
     DMS,
     AdaKV,
@@ -32,6 +34,7 @@ from quantpress.presses import (
     KeyRerotation,
     Knorm,
     KVCompose,
+    KVzip,
     PyramidKV,
     SnapKV,
     StreamingLLM,
@@ -39,6 +42,7 @@ from quantpress.presses import (
 )
 from tests.pipelines.words import ours, text, word_tokenizer
 from tests.presses.reading import lossless, multimodal_gemma3
+from tests.presses.test_generation import Tokenizer
 from tests.tiny_models import FAMILIES, prompt, tiny_model
 
 TOKENS = 420
@@ -244,6 +248,28 @@ def test_a_press_that_acts_when_its_context_ends() -> None:
     assert cache.get_seq_length() == TOKENS + 9
 
 
+@pytest.mark.parametrize("quantized", [False, True])
+def test_kvzip_reads_the_prompt_again_before_the_first_token(
+    quantized: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tokens equal those decoded by hand from a cache that kvpress's own context has read."""
+    monkeypatch.setattr("kvpress.presses.kvzip_press.AutoTokenizer", Tokenizer)
+    model, cache = tiny_model("llama"), DynamicCache()
+    plain = model.generate(IDS, **GREEDY)[0, TOKENS:].tolist()
+    with unchanged_model(model), torch.inference_mode():
+        with kvpress.KVzipPress(0.5)(model):
+            logits = model(input_ids=IDS, past_key_values=cache).logits
+        expected = [int(logits[0, -1].argmax())]
+        while len(expected) < 10:
+            step = {"input_ids": torch.tensor([expected[-1:]]), "past_key_values": cache}
+            expected.append(int(model(**step).logits[0, -1].argmax()))
+    assert expected != plain, "nothing evicted: the comparison would prove nothing"
+    with enable(model, Compose([KVzip(0.5), lossless()] if quantized else [KVzip(0.5)])):
+        got = model.generate(IDS, **FULL)
+    assert got.sequences[0, TOKENS:].tolist() == expected
+    assert packed(got.past_key_values) == [quantized] * 3
+
+
 @pytest.mark.parametrize(
     "make",
     [
@@ -296,6 +322,24 @@ def test_beams(options: dict[str, int]) -> None:
     expected = model.generate(IDS, **GREEDY, **options)
     with enable(model, lossless()):
         assert torch.equal(model.generate(IDS, **GREEDY, **options), expected)
+
+
+def test_beams_after_an_eviction() -> None:
+    model = tiny_model("llama")
+    options = {**GREEDY, "num_beams": 3}
+    with Compose([SNAP])(model):
+        expected = model.generate(IDS, **options)
+    with enable(model, Compose([SNAP, lossless()])):
+        assert torch.equal(model.generate(IDS, **options), expected)
+    assert not torch.equal(model.generate(IDS, **options), expected)
+
+
+def test_embeddings_instead_of_ids() -> None:
+    model = tiny_model("llama")
+    embedded = model.get_input_embeddings()(IDS)
+    with enable(model, Compose([SNAP, lossless()])):
+        expected = model.generate(IDS, **GREEDY)
+        assert torch.equal(model.generate(inputs_embeds=embedded, **GREEDY), expected[:, TOKENS:])
 
 
 def test_sampling_and_streaming() -> None:
@@ -561,6 +605,20 @@ def test_wrong_arguments(give: Any, error: type[Exception], reason: str) -> None
     with pytest.raises(error, match=reason):
         give(model)
     assert enabled_press(model) is None
+
+
+def test_a_method_of_the_object_s_own_is_put_back() -> None:
+    """As `device_map` leaves a model: its forward is in the object already."""
+    layer = nn.Linear(2, 2)
+    own = layer.forward = lambda x: x + 1  # type: ignore[method-assign]
+    outer = Replaced(layer, "forward", lambda forward, x: 2 * forward(x))
+    inner = Replaced(layer, "forward", lambda forward, x: 3 * forward(x))
+    assert float(layer(torch.tensor(1.0))) == 12
+    with pytest.raises(InvalidInputError, match=r"Linear\.forward was replaced again"):
+        outer.undo()
+    inner.undo()
+    outer.undo()
+    assert vars(layer)["forward"] is own
 
 
 def test_text_cache_counts_the_text() -> None:
