@@ -12,7 +12,8 @@ enabling.py         every later model.generate with a compressed cache
 captured.py, single_token.py   decode steps as replays of one CUDA graph
 preserve.py         a cache unchanged by questions, a model unchanged by presses
 masks.py            layers that keep different numbers of tokens
-live_patch.py, round_trip.py, attention_record.py   attention on restored keys and values, live
+live_patch.py       attention on keys and values packed and restored just before, live
+round_trip.py, attention_record.py, attention_functions.py   one such call, its record, where calls are found
 replaced.py         a method of one model replaced, and put back
 members.py          a composition is treated like the presses in it
 progress.py, stopwatch.py, report.py   what is shown while it works, and what it cost

@@ -1,27 +1,17 @@
 """Keys and values compressed and restored inside every attention call of a model; no cache is touched."""
 
-import functools
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Callable
 from typing import Any
 
-import torch
-import torch.nn.functional as F
 from torch import nn
-from torch.overrides import TorchFunctionMode
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from quantpress.cache.attention import model_eager_attention
-from quantpress.cache.states import PackedStates
 from quantpress.errors import InvalidInputError, NotAppliedError, UnsupportedModelError
+from quantpress.pipelines.attention_functions import SDPA, TRIP, functions_taken_over
 from quantpress.pipelines.attention_record import AttentionRecord
 from quantpress.pipelines.replaced import Replaced
 from quantpress.pipelines.round_trip import RoundTrip
 
 _STATE = "_quantpress_attention_patch"
-_SDPA = "scaled_dot_product_attention"
 
 
 def patch_attention(
@@ -51,6 +41,7 @@ def patch_attention(
             cache is packed already.
 
     Example:
+        >>> import torch
         >>> layer = nn.TransformerEncoderLayer(64, 4, batch_first=True)
         >>> with patch_attention(layer, bits=3) as patch:
         ...     _ = layer(torch.randn(1, 256, 64))
@@ -123,16 +114,16 @@ class AttentionPatch:
     def _run(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """The model's forward."""
         before = self.record.seen
-        token = _TRIP.set(self.trip)
+        token = TRIP.set(self.trip)
         try:
-            with _Functions.taken_over(), _PatchedFunctions():
+            with functions_taken_over():
                 output = forward(*args, **kwargs)
         finally:
-            _TRIP.reset(token)
+            TRIP.reset(token)
         if self.record.seen == before:
             raise UnsupportedModelError(
                 f"model incompatible: a forward of {type(self.model).__name__} made no attention call "
-                f"through transformers' attention functions or torch.nn.functional.{_SDPA}; compiled graphs "
+                f"through transformers' attention functions or torch.nn.functional.{SDPA}; compiled graphs "
                 'hide them too. Load the model with attn_implementation="sdpa", if it has that, or leave the '
                 "patch out"
             )
@@ -155,105 +146,3 @@ def check_applied(record: AttentionRecord, name: str) -> None:
             f"compression not applied: no attention call of {name} was compressed "
             f"({reasons or 'none was seen; run the model while the patch is on'})"
         )
-
-
-_TRIP: ContextVar[RoundTrip | None] = ContextVar("round trip", default=None)
-
-
-def _patched(query: torch.Tensor, keys: Any, values: Any, attention: Any, name: str) -> Any:
-    """An attention call; the functions that it calls itself are not patched once more."""
-    trip = _TRIP.get()
-    if trip is None:
-        return attention(keys, values)
-    if isinstance(keys, PackedStates) or isinstance(values, PackedStates):
-        raise InvalidInputError(
-            "the cache is packed already, and its keys and values would be quantized twice; use the patch "
-            "without a press, and disable(model) before"
-        )
-    token = _TRIP.set(None)
-    try:
-        return trip.attend(query, keys, values, attention, name)
-    finally:
-        _TRIP.reset(token)
-
-
-class _PatchedFunctions(TorchFunctionMode):
-    """Finds calls of `scaled_dot_product_attention` by whatever name.
-
-    It does not see those inside other functions of torch (multi-head attention): for them the name in
-    torch.nn.functional is taken over too.
-    """
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func is not _own_sdpa or _TRIP.get() is None:
-            return func(*args, **kwargs)
-        return _patched_sdpa(*args, **kwargs)
-
-
-_own_sdpa = F.scaled_dot_product_attention
-
-
-@functools.wraps(_own_sdpa)
-def _patched_sdpa(query: torch.Tensor, key: Any, value: Any, *args: Any, **kwargs: Any) -> Any:
-    return _patched(query, key, value, lambda k, v: _own_sdpa(query, k, v, *args, **kwargs), _SDPA)
-
-
-class _Functions:
-    """Attention functions of transformers and torch, taken over while a patched forward runs."""
-
-    _running = 0
-    _lock = threading.Lock()
-
-    @classmethod
-    @contextmanager
-    def taken_over(cls) -> Iterator[None]:
-        with cls._lock:
-            cls._running += 1
-            if cls._running == 1:
-                _take_over()
-        try:
-            yield
-        finally:
-            with cls._lock:
-                cls._running -= 1
-                if not cls._running:
-                    _give_back()
-
-
-def _take_over() -> None:
-    F.scaled_dot_product_attention = _patched_sdpa
-    for name in list(ALL_ATTENTION_FUNCTIONS.keys()):
-        if "paged" not in name:
-            ALL_ATTENTION_FUNCTIONS[name] = _Interface(ALL_ATTENTION_FUNCTIONS[name])
-    if "eager" not in ALL_ATTENTION_FUNCTIONS:
-        ALL_ATTENTION_FUNCTIONS["eager"] = _Interface(model_eager_attention)
-
-
-def _give_back() -> None:
-    if F.scaled_dot_product_attention is _patched_sdpa:
-        F.scaled_dot_product_attention = _own_sdpa
-    for name in list(ALL_ATTENTION_FUNCTIONS.keys()):
-        function = ALL_ATTENTION_FUNCTIONS[name]
-        if not isinstance(function, _Interface):
-            continue  # something was put on top since: ours does nothing any more
-        if function.original is model_eager_attention:
-            del ALL_ATTENTION_FUNCTIONS[name]
-        else:
-            ALL_ATTENTION_FUNCTIONS[name] = function.original
-
-
-class _Interface:
-    """One of transformers' attention functions."""
-
-    def __init__(self, original: Any) -> None:
-        self.original = original
-        functools.update_wrapper(self, original, updated=())
-
-    def __call__(
-        self, module: Any, query: torch.Tensor, key: Any, value: Any, *args: Any, **kwargs: Any
-    ) -> Any:
-        def attention(keys: Any, values: Any) -> Any:
-            return self.original(module, query, keys, values, *args, **kwargs)
-
-        return _patched(query, key, value, attention, type(module).__name__)
