@@ -207,6 +207,24 @@ def test_models_and_copies_are_independent() -> None:
     assert not two.record.seen
 
 
+def test_a_part_with_a_patch_of_its_own() -> None:
+    """Calls inside the part are the part's; those before and after it are the whole's."""
+
+    class Whole(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.part, self.last = SelfAttention(), SelfAttention(), SelfAttention()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(self.part(self.first(x)))
+
+    whole, x = Whole(), torch.randn(1, 128, 64)
+    with patch_attention(whole, 2) as outer, patch_attention(whole.part, 8) as inner:
+        whole(x)
+        assert (len(outer.record.calls), len(inner.record.calls)) == (2, 1)
+    assert outer.record.bits_per_value < inner.record.bits_per_value
+
+
 # Refusals
 
 
