@@ -18,8 +18,8 @@ class TextCache(DynamicCache):
         evicted: tokens of the text that a layer no longer keeps, by layer index.
         position_shift: how far the position of the next token lies before its place in the text, for presses
             that number the kept tokens anew.
-        masked: kvpress's `masked_key_indices` of each layer, by layer index: (batch, head, slot) entries that
-            attention must not see.
+        masked: kvpress's `masked_key_indices` of the layers that still hold what single heads have evicted, by
+            layer index: (batch, head, slot) entries that attention must not see.
 
     Example:
         >>> cache = TextCache()

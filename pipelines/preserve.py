@@ -81,8 +81,8 @@ def masks_of_cache(model: PreTrainedModel, cache: TextCache) -> Iterator[None]:
         setattr(module, MASKS, cache.masked.get(place))
     try:
         yield
-        cache.masked = {place: getattr(m, MASKS) for place, m in zip(places, modules, strict=True)}
-        cache.masked = {place: mask for place, mask in cache.masked.items() if mask is not None}
+        hidden = {place: named_to_hide(m) for place, m in zip(places, modules, strict=True)}
+        cache.masked = {place: named for place, named in hidden.items() if named is not None}
     finally:
         for module, mask in zip(modules, before, strict=True):
             if mask is _MISSING:
