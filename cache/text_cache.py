@@ -18,7 +18,7 @@ class TextCache(DynamicCache):
         evicted: tokens of the text that a layer no longer keeps, by layer index.
         position_shift: how far the position of the next token lies before its place in the text, for presses
             that number the kept tokens anew.
-        masked: kvpress's `masked_key_indices` of the layers that still hold what single heads have evicted, by
+        masked: kvpress's `masked_key_indices` of layers that still hold what single heads have evicted, by
             layer index: (batch, head, slot) entries that attention must not see.
 
     Example:
