@@ -28,6 +28,7 @@ from quantpress.pipelines.preserve import masks_of_cache
 from quantpress.pipelines.replaced import Replaced
 from quantpress.presses import Compose, TurboQuant
 from quantpress.presses.composition import AT_EXIT
+from quantpress.presses.presets import PRESETS
 
 PressOrBits: TypeAlias = BasePress | type[BasePress] | Sequence[Any] | str | float | None
 
@@ -52,8 +53,8 @@ def enable(model: PreTrainedModel, press: PressOrBits = None, **options: Any) ->
 
     Args:
         model: decoder-only, with `generate`.
-        press: a press, a press class, a list of them (`Compose`), code bits, or the name of a preset; None
-            for `TurboQuant()`.
+        press: a press, a press class, a list of them (`Compose`), text (`parse_press`), code bits, or the
+            name of a preset; None for `TurboQuant()`.
         **options: fields of `TurboQuant`, with bits, a preset or None.
 
     Returns:
@@ -227,7 +228,7 @@ class Enabled:
 def _chosen_press(press: PressOrBits, options: dict[str, Any]) -> Compose:
     if press is None:
         return Compose([TurboQuant(**options)])
-    if isinstance(press, str):
+    if isinstance(press, str) and press in PRESETS:
         return Compose([TurboQuant.preset(press, **options)])
     if isinstance(press, (int, float)) and not isinstance(press, bool):
         return Compose([TurboQuant(bits=press, **options)])

@@ -138,6 +138,8 @@ class TextGenerationPipeline(KVPressTextGenerationPipeline):
         reading, running, _ = self._sanitize_parameters(**options)
         how = {**self._forward_params, **running}
         how = {name: how[name] for name in ("chunk_tokens", "press", "progress") if name in how}
+        if how.get("press") is None:
+            how["press"] = enabled_press(self.model)
         form = {**self._preprocess_params, **reading}
         ids, after = self._prompt(context, form.get("max_context_length"), form.get("enable_thinking", False))
         cache, ids = DynamicCache(), ids.to(self.device)
@@ -190,7 +192,8 @@ class TextGenerationPipeline(KVPressTextGenerationPipeline):
         cuda_graph: bool | None = None,
         **generation: Any,
     ) -> dict[str, Any]:
-        press = enabled_press(self.model) if press is None else press
+        if press is None and "cached" not in input_tensors:  # which was read before, and how is settled
+            press = enabled_press(self.model)
         config = given.answer_config(self.model, generation)
         check_decoding(config, generation, press)
         captures = decides_capture(self.model, config, generation, press, cuda_graph)

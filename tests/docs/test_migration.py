@@ -69,7 +69,7 @@ def relative(exact: torch.Tensor, got: torch.Tensor) -> float:
 def test_every_section_is_tested() -> None:
     tested = {"tqai", "aither-kvcache", "turboquant-pytorch", "ComfyUI's TurboQuantPatch", "kvpress"}
     assert set(SECTIONS) == tested | {"The OnlyTerp reference, `turboquant`", "vLLM's turboquant"}
-    assert sum(len(blocks(section)) for section in SECTIONS) == 11
+    assert sum(len(blocks(section)) for section in SECTIONS) == 12
 
 
 def test_tqai(names: dict[str, Any]) -> None:
@@ -84,17 +84,18 @@ def test_aither(names: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> No
     assert relative(plain["keys"], plain["restored"]) == pytest.approx(0.0093, rel=0.1)  # of 4 bits
     assert "distortion" in capsys.readouterr().out
     stored = 8 * hybrid["packed"].nbytes / (640 * 128)  # 600 vectors in pages of 128
-    assert stored == pytest.approx(3.5 + 2 * 16 / 128)  # two groups, a scale each
+    assert stored == pytest.approx(3.5 + 2 * 16 / 128 + 16 / 640)  # two scales; the order of channels
 
 
 def test_turboquant_pytorch(names: dict[str, Any]) -> None:
-    (after,) = run("turboquant-pytorch", names)
+    after, fidelity = run("turboquant-pytorch", names)
     exact = after["queries"] @ after["keys"].mT
     assert after["scores"].shape == exact.shape
     assert float((after["scores"] - exact).mean()) == pytest.approx(
         0, abs=0.2
     )  # unbiased; scores are about 11
     assert relative(after["values"], after["restored"]) == pytest.approx(0.034, rel=0.15)
+    assert 0.9 < fidelity["report"].mean("cosine") < 1
 
 
 def test_onlyterp(names: dict[str, Any]) -> None:

@@ -39,11 +39,20 @@ def test_pipelines_use_it() -> None:
     plain = TextGenerationPipeline(model=model, tokenizer=tokenizer)
     options = {"max_new_tokens": 8, "do_sample": False, "return_full_text": False}
     expected = plain(context, **options)
-    answer = ours()(context, question="w1 w2", press=Compose([SNAP, TurboQuant(3)]), report=True)
+    press = Compose([SNAP, TurboQuant(3, recent_tokens=16)])
+    answer = ours()(context, question="w1 w2", press=press, report=True)
     with enable(model, lossless()):
         assert plain(context, **options) == expected
-    with enable(model, Compose([SNAP, TurboQuant(3)])):
+    uncompressed = ours().read(context)
+    with enable(model, press):
         got = ours()(context, question="w1 w2", report=True)
+        read = ours().read(context)
+        assert read.press is press and packed(read.cache) == [True] * 3
+        assert ours()(read, question="w1 w2")["answer"] == got["answer"]
+        assert not any(packed(uncompressed.cache))
+        before = ours()(uncompressed, question="w1 w2")["answer"]
+    assert before == ours()(uncompressed, question="w1 w2")["answer"]
+    with enable(model, press):
         unpressed = plain(context, **options)
     assert got["answer"] == answer["answer"]
     assert got["report"].resident_bytes == answer["report"].resident_bytes
@@ -210,7 +219,7 @@ def test_a_cache_of_another_kind_is_not_passed_over(family: str) -> None:
         (lambda model: enable(model.model, 4), UnsupportedModelError, "no transformers model that generates"),
         (lambda model: enable(nn.Linear(2, 2), 4), UnsupportedModelError, "no transformers model"),
         (lambda model: enable(model, SNAP, bits=3), InvalidInputError, "bits given beside SnapKV"),
-        (lambda model: enable(model, "tiny"), InvalidInputError, "no preset 'tiny'"),
+        (lambda model: enable(model, "Tiny(3)"), InvalidInputError, "Tiny"),
         (lambda model: enable(model, 17), InvalidInputError, "17"),
         (lambda model: enable(model, object()), InvalidInputError, "is no press"),
     ],

@@ -92,6 +92,7 @@ def test_bits_are_bits_in_memory() -> None:
         (2.5, "TurboQuant(2.5)"),
         ("quality", "TurboQuant(4, key_bits=8, value_bits=4)"),
         (TurboQuant, "TurboQuant(4)"),
+        ("SnapKV(0.5) | TurboQuant(bits=3)", "SnapKV(0.5) | TurboQuant(3)"),
         ([SnapKV, TurboQuant], "SnapKV(0.5) | TurboQuant(4)"),
         (kvpress.KnormPress(0.3), "KnormPress(0.3)"),
     ],
