@@ -6,6 +6,7 @@ from quantpress.cache.layer import LayerSnapshot, PackedLayer
 from quantpress.cache.memory import CacheMemory, LayerMemory, cache_memory
 from quantpress.cache.settings import LayerSettings
 from quantpress.cache.states import PackedStates
+from quantpress.cache.text_cache import TextCache
 from quantpress.cache.tokens import PackedTokens
 
 __all__ = [
@@ -16,6 +17,7 @@ __all__ = [
     "PackedLayer",
     "PackedStates",
     "PackedTokens",
+    "TextCache",
     "cache_memory",
     "continue_inputs",
     "install_packed_attention",

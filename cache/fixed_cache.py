@@ -19,6 +19,8 @@ def unfixable(cache: Cache) -> str | None:
     """Why a cache cannot be used at fixed addresses; None when it can."""
     if getattr(cache, "offloading", False):
         return "the cache is offloaded"
+    if getattr(cache, "masked", None):
+        return "a head-wise press masks tokens of the cache in place of removing them"
     layers = getattr(cache, "layers", [])
     plain = [index for index, layer in enumerate(layers) if not isinstance(layer, PackedLayer)]
     if plain or not layers:

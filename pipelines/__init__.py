@@ -8,9 +8,13 @@ prefill.py          the same forward with small activations
 cached_context.py   a context that was read: ask it again, save it, load it
 saved_context.py    the same on disk
 decoding.py         one answer with model.generate
+enabling.py         every later model.generate with a compressed cache
 captured.py, single_token.py   decode steps as replays of one CUDA graph
 preserve.py         a cache unchanged by questions, a model unchanged by presses
 masks.py            layers that keep different numbers of tokens
+live_patch.py       attention on keys and values packed and restored just before, live
+round_trip.py, attention_record.py, attention_functions.py   one such call, its record, where calls are found
+replaced.py         a method of one model replaced, and put back
 members.py          a composition is treated like the presses in it
 progress.py, stopwatch.py, report.py   what is shown while it works, and what it cost
 default_model/      the embedded default model
@@ -24,11 +28,23 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from quantpress.pipelines.captured import captured_decoding
+    from quantpress.pipelines.enabling import disable, enable
+    from quantpress.pipelines.live_patch import patch_attention
     from quantpress.pipelines.prefill import chunked_prefill
     from quantpress.pipelines.report import Report
     from quantpress.pipelines.text_generation import TextGenerationPipeline
 
-__all__ = ["Report", "TASK", "TextGenerationPipeline", "captured_decoding", "chunked_prefill", "register"]
+__all__ = [
+    "Report",
+    "TASK",
+    "TextGenerationPipeline",
+    "captured_decoding",
+    "chunked_prefill",
+    "disable",
+    "enable",
+    "patch_attention",
+    "register",
+]
 
 TASK = "kv-press-text-generation"
 _LAZY = {
@@ -36,6 +52,9 @@ _LAZY = {
     "TextGenerationPipeline": "quantpress.pipelines.text_generation",
     "captured_decoding": "quantpress.pipelines.captured",
     "chunked_prefill": "quantpress.pipelines.prefill",
+    "disable": "quantpress.pipelines.enabling",
+    "enable": "quantpress.pipelines.enabling",
+    "patch_attention": "quantpress.pipelines.live_patch",
 }
 
 

@@ -17,7 +17,7 @@ from quantpress.presses.model_support import attention_modules
 
 
 @contextmanager
-def fitted_masks(model: PreTrainedModel, cache: Cache) -> Iterator[None]:
+def fitted_masks(model: PreTrainedModel, cache: Cache, new_tokens: int | None = None) -> Iterator[None]:
     """While inside, every attention module gets the mask it is given at the width of its own cache layer.
 
     Does nothing when all layers keep the same number of tokens.
@@ -25,9 +25,10 @@ def fitted_masks(model: PreTrainedModel, cache: Cache) -> Iterator[None]:
     Args:
         model: decoder-only.
         cache: holds an unpadded context.
+        new_tokens: of the one forward inside, if known: a single token has no mask.
     """
     with ExitStack() as stack:
-        if len({layer.get_seq_length() for layer in cache.layers}) > 1:
+        if new_tokens != 1 and len({layer.get_seq_length() for layer in cache.layers}) > 1:
             for module in attention_modules(model):
                 stack.callback(module.register_forward_pre_hook(_fit_mask, with_kwargs=True).remove)
         yield

@@ -9,10 +9,13 @@ import torch
 from kvpress import BasePress, DMSPress
 from transformers import Cache, PreTrainedModel
 
-from quantpress.cache.evicted_slots import MASKS
+from quantpress.cache.evicted_slots import MASKS, named_to_hide
+from quantpress.cache.text_cache import TextCache
 from quantpress.pipelines.members import members
 from quantpress.presses.model_support import attention_modules
 from quantpress.presses.restore import left_as_found
+
+_MISSING: Any = object()
 
 
 @contextmanager
@@ -63,6 +66,26 @@ def unchanged_model(model: PreTrainedModel, keep_masks: bool = False) -> Iterato
     if not keep_masks:
         for module, mask in zip(modules, masks, strict=True):
             if mask is None:
+                vars(module).pop(MASKS, None)
+            else:
+                setattr(module, MASKS, mask)
+
+
+@contextmanager
+def masks_of_cache(model: PreTrainedModel, cache: TextCache) -> Iterator[None]:
+    """What head-wise presses mask goes with the cache: the model has it only while inside."""
+    modules = attention_modules(model)
+    before = [vars(module).get(MASKS, _MISSING) for module in modules]
+    places: list[Any] = [module.layer_idx for module in modules]
+    for place, module in zip(places, modules, strict=True):
+        setattr(module, MASKS, cache.masked.get(place))
+    try:
+        yield
+        hidden = {place: named_to_hide(m) for place, m in zip(places, modules, strict=True)}
+        cache.masked = {place: named for place, named in hidden.items() if named is not None}
+    finally:
+        for module, mask in zip(modules, before, strict=True):
+            if mask is _MISSING:
                 vars(module).pop(MASKS, None)
             else:
                 setattr(module, MASKS, mask)

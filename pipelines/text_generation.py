@@ -15,6 +15,7 @@ from quantpress.pipelines import arguments as given
 from quantpress.pipelines.cached_context import CachedContext
 from quantpress.pipelines.captured import captured_decoding
 from quantpress.pipelines.decoding import check_decoding, decides_capture, generate_ids
+from quantpress.pipelines.enabling import enabled_press
 from quantpress.pipelines.masks import fitted_masks
 from quantpress.pipelines.members import as_press, decode_time_presses
 from quantpress.pipelines.preserve import preserved_context, unchanged_model
@@ -47,7 +48,8 @@ class TextGenerationPipeline(KVPressTextGenerationPipeline):
     Args:
         model, tokenizer, device, ...: as for every transformers pipeline.
         press: a press, a press class, a list of them (`Compose`), or text such as
-            "SnapKV(0.5) | TurboQuant(bits=3)" (`parse_press`); None keeps the whole cache.
+            "SnapKV(0.5) | TurboQuant(bits=3)" (`parse_press`); None keeps the whole cache, or is the press of
+            a model that `enable` was called on.
         question: asked after the context. Without one the model goes on from the context.
         questions: several of them, instead of `question`.
         answer_prefix: how each answer begins.
@@ -136,6 +138,8 @@ class TextGenerationPipeline(KVPressTextGenerationPipeline):
         reading, running, _ = self._sanitize_parameters(**options)
         how = {**self._forward_params, **running}
         how = {name: how[name] for name in ("chunk_tokens", "press", "progress") if name in how}
+        if how.get("press") is None:
+            how["press"] = enabled_press(self.model)
         form = {**self._preprocess_params, **reading}
         ids, after = self._prompt(context, form.get("max_context_length"), form.get("enable_thinking", False))
         cache, ids = DynamicCache(), ids.to(self.device)
@@ -188,6 +192,8 @@ class TextGenerationPipeline(KVPressTextGenerationPipeline):
         cuda_graph: bool | None = None,
         **generation: Any,
     ) -> dict[str, Any]:
+        if press is None and "cached" not in input_tensors:  # which was read before, and how is settled
+            press = enabled_press(self.model)
         config = given.answer_config(self.model, generation)
         check_decoding(config, generation, press)
         captures = decides_capture(self.model, config, generation, press, cuda_graph)

@@ -20,6 +20,7 @@ from quantpress.errors import (
     InvalidInputError,
     ModelFilesError,
     NonFiniteError,
+    NotAppliedError,
     QuantPressError,
     UnsupportedBitsError,
     UnsupportedHeadDimError,
@@ -31,7 +32,9 @@ if TYPE_CHECKING:
     from quantpress.cache.codec import TurboQuantCodec
     from quantpress.pipelines.cached_context import CachedContext
     from quantpress.pipelines.captured import captured_decoding
+    from quantpress.pipelines.enabling import disable, enable
     from quantpress.pipelines.fidelity import attention_fidelity
+    from quantpress.pipelines.live_patch import patch_attention
     from quantpress.pipelines.text_generation import TextGenerationPipeline
     from quantpress.presses import *  # noqa: F403
     from quantpress.presses import Compose, TurboQuant
@@ -46,6 +49,7 @@ __all__ = [
     "InvalidInputError",
     "ModelFilesError",
     "NonFiniteError",
+    "NotAppliedError",
     "PackedLayer",
     "QuantPressError",
     "TextGenerationPipeline",
@@ -58,6 +62,9 @@ __all__ = [
     "cache_memory",
     "captured_decoding",
     "continue_inputs",
+    "disable",
+    "enable",
+    "patch_attention",
 ]
 
 try:
@@ -77,6 +84,9 @@ _LAZY = {
     "cache_memory": "quantpress.cache",
     "captured_decoding": "quantpress.pipelines.captured",
     "continue_inputs": "quantpress.cache",
+    "disable": "quantpress.pipelines.enabling",
+    "enable": "quantpress.pipelines.enabling",
+    "patch_attention": "quantpress.pipelines.live_patch",
 }
 
 

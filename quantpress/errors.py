@@ -10,6 +10,7 @@ The tree::
     │   ├── ContextTooLongError      more tokens than the model has positions
     │   └── NonFiniteError           NaN or infinity where a number is needed
     ├── CompositionError             (also a ValueError) presses that do not go together
+    ├── NotAppliedError              a run went by and nothing was compressed
     ├── UnsupportedModelError        a model, or an attention of it, that cannot be packed
     ├── ModelFilesError              the default model could not be fetched or is damaged
     └── CacheFileError               a saved cache that cannot be written, or must not be read
@@ -48,6 +49,10 @@ class NonFiniteError(InvalidInputError):
 
 class CompositionError(QuantPressError, ValueError):
     """Presses that cannot be used together, or not in this order."""
+
+
+class NotAppliedError(QuantPressError):
+    """A run went by and nothing was compressed."""
 
 
 class UnsupportedModelError(QuantPressError):

@@ -24,6 +24,9 @@ PUBLIC = sorted(
         "cache_memory",
         "captured_decoding",
         "continue_inputs",
+        "disable",
+        "enable",
+        "patch_attention",
     ]
 )
 

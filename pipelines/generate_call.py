@@ -1,0 +1,137 @@
+"""One call of `generate` on an enabled model: what it may ask for, and what of it must be kept apart."""
+
+import threading
+from contextlib import ExitStack
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from transformers import GenerationConfig, PreTrainedModel
+from transformers.generation.configuration_utils import GenerationMode
+
+from quantpress.cache.text_cache import TextCache
+from quantpress.errors import InvalidInputError, UnsupportedModelError
+from quantpress.pipelines.members import decode_time_presses
+from quantpress.presses import Compose
+
+
+class GenerateCall:
+    """One call of `generate`.
+
+    Args:
+        owner: the `Enabled` whose model it is.
+        presses: closed when the call ends.
+
+    Attributes:
+        entered: whether the press's context is open until then.
+        cache: the one that this call has made.
+    """
+
+    def __init__(self, owner: Any, presses: ExitStack) -> None:
+        self.owner, self.presses = owner, presses
+        self.entered = False
+        self.cache: TextCache | None = None
+
+
+CURRENT_CALL: ContextVar[GenerateCall | None] = ContextVar("generate call", default=None)
+
+
+class ModelLock:
+    """A reentrant lock that copies and pickles as a new one."""
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+
+    def __exit__(self, *exception: object) -> None:
+        self._lock.release()
+
+    # A lock itself can do neither; the copy of a model needs none of the original's.
+    def __reduce__(self) -> tuple[type, tuple[()]]:
+        return type(self), ()
+
+
+def check_model(model: Any) -> None:
+    """Refuse what is no generating model, or one whose cache `generate` does not make.
+
+    Raises:
+        UnsupportedModelError: saying which.
+    """
+    if not isinstance(model, PreTrainedModel) or not model.can_generate():
+        raise UnsupportedModelError(
+            f"{type(model).__name__} is no transformers model that generates; give a ...ForCausalLM, of an "
+            "adapter the model inside (`get_base_model()`)"
+        )
+    dynamic: Any = model._supports_default_dynamic_cache
+    if not dynamic():
+        raise UnsupportedModelError(
+            f"{type(model).__name__} makes a cache of its own kind, which cannot be compressed"
+        )
+
+
+def check_call(config: GenerationConfig, mode: GenerationMode, press: Compose) -> None:
+    """Refuse settings of `generate` that a press cannot work under.
+
+    Raises:
+        InvalidInputError: prefill in chunks; guesses beside a prompt that is evicted from; several sequences
+            under a press that acts during decoding.
+    """
+    if config.prefill_chunk_size is not None:
+        raise InvalidInputError(
+            f"prefill_chunk_size={config.prefill_chunk_size} would show the press the first piece of the "
+            "prompt only; leave it out: `with chunked_prefill(model):` around generate keeps activations "
+            "as small"
+        )
+    assisted = mode == GenerationMode.ASSISTED_GENERATION
+    if assisted and press.evictors:
+        raise InvalidInputError(
+            "assisted decoding reads its first guesses together with the prompt, and "
+            f"{press!r} might evict them; leave it out, or use TextGenerationPipeline, which reads "
+            "the prompt before"
+        )
+    if decode_time_presses(press) and (assisted or (config.num_beams or 1) > 1):
+        raise InvalidInputError(
+            f"{press!r} acts during decoding, on one sequence, one token at a time; leave out "
+            "num_beams and assisted decoding"
+        )
+
+
+def refuse_continuous_batching(method: Any, *args: Any, **kwargs: Any) -> Any:
+    """In the place of `model.init_continuous_batching`.
+
+    Raises:
+        InvalidInputError: always.
+    """
+    raise InvalidInputError(
+        "continuous batching keeps keys and values in pages of its own, which cannot be compressed; "
+        "disable(model), or generate without it"
+    )
+
+
+def token_count(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+    """Tokens that a forward is given for each sequence."""
+    for name in ("input_ids", "inputs_embeds"):
+        if kwargs.get(name) is not None:
+            return int(kwargs[name].shape[1])
+    return int(args[0].shape[1])
+
+
+def without_places(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """What the model finds out by itself, for presses that read the same ids once more behind the first."""
+    mask = kwargs.get("attention_mask")
+    if mask is not None and not bool(mask.all()):
+        return kwargs  # a padded batch, which such presses refuse
+    places = ("attention_mask", "cache_position", "position_ids")
+    return {name: value for name, value in kwargs.items() if name not in places}
+
+
+def with_positions(
+    kwargs: dict[str, Any], cache: TextCache, seen: int, new: int, device: torch.device
+) -> dict[str, Any]:
+    """Positions after a press that numbered the kept tokens anew."""
+    positions = kwargs.get("position_ids")
+    if positions is None:
+        positions = torch.arange(seen, seen + new, device=device).unsqueeze(0)
+    return kwargs | {"position_ids": positions - cache.position_shift}
