@@ -3,7 +3,7 @@
     python benchmarks/attention.py            the shapes of the README
     python benchmarks/attention.py --full     every combination of batch, length, head_dim, group and width
     python benchmarks/attention.py --paged    pages read through a table, and heads of different lengths
-    python benchmarks/attention.py --json out.json
+    python benchmarks/attention.py --full --json out.json --batch 1    in parts; a run that was cut off goes on
 
 Both sides are replayed as CUDA graphs. The time is of the whole call: preparing the query, packed tokens,
 4 sinks and 128 recent tokens in 16 bits, and the merge. The baseline is the fastest of torch's backends.
@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 import triton
 from rich.console import Console
+from rich.progress import track
 from rich.table import Table
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -237,7 +238,11 @@ def main() -> None:
     )
     parser.add_argument("--full", action="store_true", help="every combination")
     parser.add_argument("--paged", action="store_true", help="pages in a row against pages by table")
-    parser.add_argument("--json", type=Path, help="also write the rows here")
+    parser.add_argument("--batch", type=int, help="only this batch size")
+    parser.add_argument("--head-dim", type=int, help="only this head_dim")
+    parser.add_argument(
+        "--json", type=Path, help="write each row here as it is measured; rows there are kept"
+    )
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         raise SystemExit("benchmarks/attention.py needs a CUDA device; there is none here")
@@ -248,15 +253,29 @@ def main() -> None:
     if arguments.paged:
         few = ((1, 8192), (1, 131072), (8, 32768))
         shapes = [Shape(batch, 8, 4, tokens, 128, layout) for batch, tokens in few for layout in LAYOUTS]
-    rows = []
-    for shape in shapes:
+    shapes = [
+        shape
+        for shape in shapes
+        if shape.batch == (arguments.batch or shape.batch)
+        and shape.head_dim == (arguments.head_dim or shape.head_dim)
+    ]
+    rows = read(arguments.json)
+    for shape in track(shapes, console=Console(stderr=True)):
+        if any(row.shape == shape for row in rows):
+            continue
         dense_us = baseline(shape)
-        for key_bits, value_bits in WIDTHS:
-            rows.append(measure(shape, key_bits, value_bits, dense_us))
+        rows += [measure(shape, key_bits, value_bits, dense_us) for key_bits, value_bits in WIDTHS]
         torch.cuda.empty_cache()
+        if arguments.json:
+            arguments.json.write_text(json.dumps([asdict(row) for row in rows], indent=1))
     show(rows)
-    if arguments.json:
-        arguments.json.write_text(json.dumps([asdict(row) for row in rows], indent=1))
+
+
+def read(path: Path | None) -> list[Row]:
+    """The rows of an earlier run that was cut off, or none."""
+    if path is None or not path.exists():
+        return []
+    return [Row(**{**row, "shape": Shape(**row["shape"])}) for row in json.loads(path.read_text())]
 
 
 if __name__ == "__main__":
