@@ -8,6 +8,7 @@ presets.py        its settings by name
 names.py          kvpress's evicting presses under short names, with defaults that evict
 wrappers.py       kvpress's presses that work through another press
 packing.py        from prefilled layers to packed layers, inside the forward pass
+head_wise.py      what head-wise presses name, and what of it is left out
 filled_cache.py   the same for a cache that is filled already
 prefill.py        what a hook finds out about a prefill
 queries.py        queries computed again from hidden states, for channel balance
