@@ -9,6 +9,7 @@ import torch
 from transformers.cache_utils import DynamicLayer
 
 from quantpress.cache import compiled_step
+from quantpress.cache.demotion import Demotion, pack_with_demotion
 from quantpress.cache.eviction import evict, pack_by_head
 from quantpress.cache.fixed import FixedTokens, Window
 from quantpress.cache.keeping import keep
@@ -74,6 +75,7 @@ class PackedLayer(DynamicLayer):
         query_moment: torch.Tensor | None = None,
         tokens_seen: int | None = None,
         hidden: torch.Tensor | None = None,
+        demotion: Demotion | None = None,
     ) -> "PackedLayer":
         """Pack the keys and values of a prefill.
 
@@ -85,6 +87,7 @@ class PackedLayer(DynamicLayer):
             tokens_seen: positions used so far, more than T after an eviction; T when left out.
             hidden: [B, Hkv, T] bool, tokens that single heads do not keep: the layer counts T tokens as
                 before, and has no memory of these. None: every head keeps all.
+            demotion: tokens that are packed in fewer bits, instead of `hidden`; None: none.
 
         Returns:
             A layer that shares no storage with `keys` and `values`.
@@ -97,6 +100,8 @@ class PackedLayer(DynamicLayer):
         layer.lazy_initialization(keys, values)
         if hidden is not None:
             layer._tokens = pack_by_head(settings, keys, values, hidden, query_moment)
+        elif demotion is not None:
+            layer._tokens = pack_with_demotion(settings, keys, values, demotion, query_moment)
         else:
             tokens = PackedTokens(settings, keys, values)
             tokens.query_moment = query_moment

@@ -3,6 +3,7 @@
 compose.py        Compose: several presses as one
 composition.py    which presses go together
 guard.py          a press's context, with errors that say what is wrong
+demote.py         Demote: fewer bits for tokens that a press would evict
 turboquant.py     TurboQuant: packs what is left in 2 to 4 bits
 presets.py        its settings by name
 names.py          kvpress's evicting presses under short names, with defaults that evict
@@ -23,6 +24,7 @@ Importing this imports kvpress.
 """
 
 from quantpress.presses.compose import Compose
+from quantpress.presses.demote import Demote
 from quantpress.presses.names import (
     CUR,
     TOVA,
@@ -87,6 +89,7 @@ __all__ = [
     "CriticalKV",
     "DMS",
     "Decoding",
+    "Demote",
     "DuoAttention",
     "EntropyGatedChunkKV",
     "ExpectedAttention",
