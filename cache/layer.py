@@ -10,6 +10,7 @@ from transformers.cache_utils import DynamicLayer
 
 from quantpress.cache import compiled_step
 from quantpress.cache.demotion import Demotion, pack_with_demotion
+from quantpress.cache.dense_view import DenseView
 from quantpress.cache.eviction import evict, pack_by_head
 from quantpress.cache.fixed import FixedTokens, Window
 from quantpress.cache.keeping import keep
@@ -17,7 +18,7 @@ from quantpress.cache.segments import join
 from quantpress.cache.settings import LayerSettings
 from quantpress.cache.states import PackedStates
 from quantpress.cache.tokens import PackedTokens
-from quantpress.cache.view import DenseView, PackedView
+from quantpress.cache.view import PackedView
 from quantpress.errors import InvalidInputError
 
 
