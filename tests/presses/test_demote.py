@@ -13,6 +13,7 @@ from quantpress.cache import PackedLayer, cache_memory
 from quantpress.cache.attention import _attend_view
 from quantpress.cache.demotion import Demotion
 from quantpress.cache.fixed_cache import unfixable
+from quantpress.cache.saved_layers import cache_of, cache_parts
 from quantpress.cache.states import PackedStates
 from quantpress.errors import CompositionError, InvalidInputError, UnsupportedBitsError
 from quantpress.presses import AdaKV, Compose, Decoding, Demote, Knorm, KVzip, SnapKV, TurboQuant
@@ -20,6 +21,7 @@ from tests.cache.caches import lossless as raw
 from tests.cache.caches import scalar
 from tests.cache.test_layer import states
 from tests.cache.test_ragged import DIM, GROUP, HEADS, MODULE
+from tests.cache.test_saved_layers import again
 from tests.presses.matrix import ours
 from tests.presses.reading import answer, lossless, read
 from tests.tiny_models import prompt, tiny_model
@@ -151,6 +153,24 @@ def test_what_comes_later_and_what_is_taken_away() -> None:
         layer.crop(4 + count - 1)
     layer.crop(0)
     assert layer.get_seq_length() == 0 == layer.packed_tokens
+
+
+def test_saved_and_loaded() -> None:
+    layer = mixed()
+    cache = DynamicCache()
+    cache.layers = [layer]
+    other = again(cache).layers[0]
+    added = states(200, seed=3)
+    for one in (layer, other):
+        one.update(*added)
+    assert torch.equal(layer.keys + 0, other.keys + 0) and torch.equal(layer.values + 0, other.values + 0)
+    assert other.tokens.coarse.key_codec == layer.tokens.coarse.key_codec  # type: ignore[union-attr]
+    parts = cache_parts(cache)
+    coarse = parts.inner["0"].inner["tokens"].inner["coarse"]
+    planes = coarse.inner["pages"].inner["keys"].tensors
+    planes["codes0"] = planes["codes0"][:, :, :, 1:]
+    with pytest.raises(InvalidInputError, match="do not fit together: the pages"):
+        cache_of(parts)
 
 
 def test_less_than_a_page_falls_not_at_all() -> None:
