@@ -10,9 +10,10 @@ import torch
 
 from quantpress.cache.head_counts import HeadCounts
 from quantpress.cache.ragged_pages import RaggedPages
-from quantpress.cache.segments import after, first, take
+from quantpress.cache.segments import after, first, join, take
 from quantpress.cache.settings import LayerSettings
 from quantpress.cache.tokens import PackedTokens
+from quantpress.cache.view import decode_segment
 from quantpress.errors import InvalidInputError
 from quantpress.kernels.attend import DenseSegment
 from quantpress.kernels.layout import PAGE_TOKENS
@@ -130,7 +131,11 @@ def evict(tokens: PackedTokens, hidden: torch.Tensor, slots: int | None = None) 
         hidden: [B, Hkv, slots] bool, True where a head is to lose its token; where it has none, nothing
             happens.
         slots: count so many from now on, the hidden ones no more.
+
+    Raises:
+        InvalidInputError: some tokens are in pages of fewer bits.
     """
+    check_one_width(tokens)
     kept = _in_use(tokens) & ~_by_place(tokens, hidden)
     sinks, packed = tokens.sinks.tokens, tokens.packed
     backs = int(kept[..., sinks + packed :].sum(-1).amax())
@@ -138,7 +143,7 @@ def evict(tokens: PackedTokens, hidden: torch.Tensor, slots: int | None = None) 
     before = 0 if tokens.heads is None else tokens.heads.whole_from
     whole_from = max(before, int(last_hidden(hidden).amax()) + 1) if slots is None else 0
     heads = layout.counts(len(tokens) if slots is None else slots, whole_from)
-    front, back = tokens.taken(layout.sinks), tokens.taken(layout.rest[..., layout.packed :])
+    front, back = taken(tokens, layout.sinks), taken(tokens, layout.rest[..., layout.packed :])
     planes: tuple[Planes, Planes] = ({}, {})
     if layout.packed:
         inside = layout.rest[..., : layout.packed] - sinks
@@ -146,6 +151,41 @@ def evict(tokens: PackedTokens, hidden: torch.Tensor, slots: int | None = None) 
         planes = pages.keys.planes, pages.values.planes
     tokens.pages, tokens.heads = RaggedPages(*planes, layout.held), heads
     tokens.replace_dense(front, back)
+
+
+def taken(tokens: PackedTokens, places: torch.Tensor) -> DenseSegment:
+    """The tokens at places [B, Hkv, N] int64 in 16 bits; packed ones are decoded."""
+    sinks, packed, count = tokens.sinks.tokens, tokens.packed, places.shape[2]
+    is_packed = (places >= sinks) & (places < sinks + packed)
+    inside = (places - sinks).clamp(0, max(0, packed - 1))
+    dense, place = join(tokens.sinks, tokens.recent), torch.where(places < sinks, places, places - packed)
+    found = dense
+    if dense.tokens:
+        place = place.clamp(0, dense.tokens - 1)
+        found = DenseSegment(take(dense.keys, place), take(dense.values, place))
+    if not count or not bool(is_packed.any()):
+        return first(found, count)
+    inside = torch.nn.functional.pad(inside, (0, -count % PAGE_TOKENS))
+    decoded = first(decode_segment(tokens.view().gather(inside), tokens.dtype), count)
+    if not dense.tokens:
+        return decoded
+    mask = is_packed.unsqueeze(-1)
+    return DenseSegment(
+        torch.where(mask, decoded.keys, found.keys), torch.where(mask, decoded.values, found.values)
+    )
+
+
+def check_one_width(tokens: PackedTokens) -> None:
+    """Refuse to evict from tokens in pages of two widths.
+
+    Raises:
+        InvalidInputError: some are in pages of fewer bits.
+    """
+    if tokens.coarse is not None:
+        raise InvalidInputError(
+            f"{tokens.coarse_tokens} tokens of this layer are packed in fewer bits, and such a layer cannot "
+            "evict: use Demote, or a press that evicts while decoding, not both"
+        )
 
 
 def last_hidden(hidden: torch.Tensor) -> torch.Tensor:

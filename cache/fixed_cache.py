@@ -26,10 +26,18 @@ def unfixable(cache: Cache) -> str | None:
     if plain or not layers:
         names = ", ".join(map(str, plain[:8])) + (", ..." if len(plain) > 8 else "")
         return f"layers {names} of the cache are not packed" if layers else "the cache has no layers"
+    if is_mixed(cache):
+        return "tokens are packed in two widths"
     empty = [index for index, layer in enumerate(layers) if not layer.packed_tokens]
     if empty:
         return f"layer {empty[0]} of the cache has too few tokens to pack any"
     return None
+
+
+def is_mixed(cache: Cache) -> bool:
+    """Whether a packed layer has pages of two widths."""
+    packed = (layer.tokens for layer in cache.layers if isinstance(layer, PackedLayer))
+    return any(tokens is not None and tokens.coarse is not None for tokens in packed)
 
 
 class FixedCache:

@@ -2,7 +2,7 @@
 
 import torch
 
-from quantpress.cache.eviction import evict
+from quantpress.cache.eviction import check_one_width, evict, taken
 from quantpress.cache.head_pages import EvenPages
 from quantpress.cache.tokens import PackedTokens
 from quantpress.errors import InvalidInputError
@@ -22,8 +22,10 @@ def keep(tokens: PackedTokens, kept: torch.Tensor) -> None:
             evicted before stays evicted.
 
     Raises:
-        InvalidInputError: wrong dtype or shape, a slot twice, or one where no token is.
+        InvalidInputError: wrong dtype or shape, a slot twice, or one where no token is; or some tokens are in
+            pages of fewer bits.
     """
+    check_one_width(tokens)
     kept = _checked(tokens, kept)
     if not isinstance(tokens.pages, EvenPages):
         hidden = torch.ones(*kept.shape[:2], len(tokens), dtype=torch.bool, device=kept.device)
@@ -33,7 +35,7 @@ def keep(tokens: PackedTokens, kept: torch.Tensor) -> None:
     start = int((kept < sinks).sum(-1).amax()) if kept.numel() else 0
     stop = int((kept < dense_from).sum(-1).amin()) if kept.numel() else 0
     end = start + max(0, stop - start) // PAGE_TOKENS * PAGE_TOKENS
-    front, back = tokens.taken(kept[..., :start]), tokens.taken(kept[..., end:])
+    front, back = taken(tokens, kept[..., :start]), taken(tokens, kept[..., end:])
     codecs = tokens.settings.key_codec, tokens.settings.value_codec
     tokens.pages = tokens.pages.gather(codecs, kept[..., start:end] - sinks)
     tokens.replace_dense(front, back)

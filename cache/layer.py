@@ -9,6 +9,8 @@ import torch
 from transformers.cache_utils import DynamicLayer
 
 from quantpress.cache import compiled_step
+from quantpress.cache.demotion import Demotion, pack_with_demotion
+from quantpress.cache.dense_view import DenseView
 from quantpress.cache.eviction import evict, pack_by_head
 from quantpress.cache.fixed import FixedTokens, Window
 from quantpress.cache.keeping import keep
@@ -16,7 +18,7 @@ from quantpress.cache.segments import join
 from quantpress.cache.settings import LayerSettings
 from quantpress.cache.states import PackedStates
 from quantpress.cache.tokens import PackedTokens
-from quantpress.cache.view import DenseView, PackedView
+from quantpress.cache.view import PackedView
 from quantpress.errors import InvalidInputError
 
 
@@ -74,6 +76,7 @@ class PackedLayer(DynamicLayer):
         query_moment: torch.Tensor | None = None,
         tokens_seen: int | None = None,
         hidden: torch.Tensor | None = None,
+        demotion: Demotion | None = None,
     ) -> "PackedLayer":
         """Pack the keys and values of a prefill.
 
@@ -85,6 +88,7 @@ class PackedLayer(DynamicLayer):
             tokens_seen: positions used so far, more than T after an eviction; T when left out.
             hidden: [B, Hkv, T] bool, tokens that single heads do not keep: the layer counts T tokens as
                 before, and has no memory of these. None: every head keeps all.
+            demotion: tokens that are packed in fewer bits, instead of `hidden`; None: none.
 
         Returns:
             A layer that shares no storage with `keys` and `values`.
@@ -97,6 +101,8 @@ class PackedLayer(DynamicLayer):
         layer.lazy_initialization(keys, values)
         if hidden is not None:
             layer._tokens = pack_by_head(settings, keys, values, hidden, query_moment)
+        elif demotion is not None:
+            layer._tokens = pack_with_demotion(settings, keys, values, demotion, query_moment)
         else:
             tokens = PackedTokens(settings, keys, values)
             tokens.query_moment = query_moment

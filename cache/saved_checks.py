@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from quantpress.cache.demotion import CoarsePages
 from quantpress.cache.ragged_pages import RaggedPages
 from quantpress.cache.tokens import PackedTokens
 from quantpress.codecs.transform import ChannelTransform
@@ -52,6 +53,18 @@ def check_tokens(tokens: PackedTokens) -> None:
     _check(tokens.sinks.tokens == values.shape[2], "the number of sinks")
     _check(tokens.recent.keys.shape[2] == tokens.recent.values.shape[2], "the number of recent tokens")
     _check_heads(tokens, tuple(heads))
+    if tokens.coarse is not None:
+        _check_coarse(tokens.coarse, tuple(heads), keys)
+
+
+def _check_coarse(coarse: CoarsePages, heads: tuple[int, ...], like: Tensor) -> None:
+    sides = (
+        ("coarse keys", coarse.key_codec, coarse.key_transform, coarse.pages.keys),
+        ("coarse values", coarse.value_codec, coarse.value_transform, coarse.pages.values),
+    )
+    for side, codec, transform, store in sides:
+        _check_transform(transform, (*heads, codec.head_dim), side)
+        check_planes(codec, store.planes, like.dtype, (*heads, coarse.pages.pages))
 
 
 def _check_heads(tokens: PackedTokens, heads: tuple[int, ...]) -> None:

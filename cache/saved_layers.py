@@ -4,6 +4,7 @@ from typing import Any
 
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
+from quantpress.cache.demotion import CoarsePages
 from quantpress.cache.fixed import FixedTokens
 from quantpress.cache.layer import PackedLayer
 from quantpress.cache.parts import Parts, rebuild, register_maker
@@ -81,10 +82,25 @@ def _tokens_parts(tokens: PackedTokens) -> Parts:
     inner = {"pages": tokens.pages.parts()}
     if tokens.heads is not None:
         inner["heads"] = tokens.heads.parts()
-    for side, transform in zip(_SIDES, (tokens.key_transform, tokens.value_transform), strict=True):
-        if transform is not None:
-            inner[f"{side}_transform"] = Parts("transform", tensors=transform.tensors())
+    if tokens.coarse is not None:
+        inner["coarse"] = _coarse_parts(tokens.coarse)
+    inner |= _transform_parts(tokens)
     return Parts("packed_tokens", tensors=tensors, inner=inner)
+
+
+def _coarse_parts(coarse: CoarsePages) -> Parts:
+    codecs = {"key_codec": codec_parts(coarse.key_codec), "value_codec": codec_parts(coarse.value_codec)}
+    inner = {"pages": coarse.pages.parts(), **codecs, **_transform_parts(coarse)}
+    return Parts("coarse_pages", inner=inner)
+
+
+def _transform_parts(packed: PackedTokens | CoarsePages) -> dict[str, Parts]:
+    both = zip(_SIDES, (packed.key_transform, packed.value_transform), strict=True)
+    return {
+        f"{side}_transform": Parts("transform", tensors=one.tensors())
+        for side, one in both
+        if one is not None
+    }
 
 
 def _packed_layer(parts: Parts) -> PackedLayer:
@@ -108,8 +124,17 @@ def _tokens(parts: Parts, settings: LayerSettings) -> PackedTokens:
     tokens.pages = rebuild(parts.inner["pages"], *_PAGES)
     tokens.heads = rebuild(parts.inner["heads"], "head_counts") if "heads" in parts.inner else None
     tokens.key_transform, tokens.value_transform = (_transform(parts, side) for side in _SIDES)
+    if "coarse" in parts.inner:
+        tokens.coarse = rebuild(parts.inner["coarse"], "coarse_pages")
     check_tokens(tokens)
     return tokens
+
+
+def _coarse(parts: Parts) -> CoarsePages:
+    pages = rebuild(parts.inner["pages"], "even_pages")
+    keys, values = (codec_of(parts.inner[f"{side}_codec"]) for side in _SIDES)
+    transforms = (_transform(parts, side) or ChannelTransform() for side in _SIDES)
+    return CoarsePages(pages, keys, values, *transforms)
 
 
 def _transform(parts: Parts, side: str) -> ChannelTransform | None:
@@ -136,5 +161,6 @@ def _filled(layer: DynamicLayer, parts: Parts) -> DynamicLayer:
 
 
 register_maker("packed_layer", _packed_layer)
+register_maker("coarse_pages", _coarse)
 register_maker("dynamic_layer", _dynamic_layer)
 register_maker("sliding_window_layer", _sliding_window_layer)

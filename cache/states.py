@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_map
 
+from quantpress.cache.dense_view import DenseView
 from quantpress.cache.segments import take
-from quantpress.cache.view import DenseView, PackedView
+from quantpress.cache.view import PackedView
 
 _aten = torch.ops.aten
 _SAME = {_aten.detach.default, _aten.alias.default, _aten.lift_fresh.default}

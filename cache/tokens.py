@@ -15,20 +15,25 @@ reads and writes.
 
 import copy
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 
 from quantpress.cache.head_counts import HeadCounts
 from quantpress.cache.head_pages import EvenPages, HeadPages
 from quantpress.cache.pages import PageStore
-from quantpress.cache.segments import after, compact, first, join, take
+from quantpress.cache.segments import after, compact, first, join
 from quantpress.cache.settings import LayerSettings
+from quantpress.cache.transforms import transforms_of
 from quantpress.cache.view import PackedView, decode_segment
-from quantpress.codecs.transform import ChannelTransform, key_statistics, value_statistics
+from quantpress.codecs.transform import ChannelTransform
 from quantpress.errors import InvalidInputError
 from quantpress.kernels.attend import DenseSegment
 from quantpress.kernels.layout import PAGE_TOKENS
 from quantpress.kernels.page_codec import Planes
+
+if TYPE_CHECKING:
+    from quantpress.cache.demotion import CoarsePages
 
 
 class PackedTokens:
@@ -43,6 +48,7 @@ class PackedTokens:
         sinks: the first tokens, in 16 bits.
         pages: the packed ones.
         heads: which of them each head keeps; None: all.
+        coarse: pages of fewer bits between the sinks and the others, if there are any.
         query_moment: [B, Hkv, D] mean square of the queries, if known before the first page is packed.
         key_transform, value_transform: what was done to channels before packing; None until then.
     """
@@ -54,6 +60,7 @@ class PackedTokens:
         self.sinks, self._recent = empty, empty
         self.pages: HeadPages = EvenPages()
         self.heads: HeadCounts | None = None
+        self.coarse: CoarsePages | None = None
         self.key_transform: ChannelTransform | None = None
         self.value_transform: ChannelTransform | None = None
         self.query_moment: torch.Tensor | None = None
@@ -81,18 +88,27 @@ class PackedTokens:
 
     @property
     def packed_tokens(self) -> int:
-        """Tokens in packed pages of the head with most of them."""
-        return self.packed - (0 if self.heads is None else min(self.packed, self.heads.least_absent))
+        """Tokens in packed pages of any width, of the head with most of them."""
+        return (
+            self.coarse_tokens
+            + self.packed
+            - (0 if self.heads is None else min(self.packed, self.heads.least_absent))
+        )
 
     @property
     def places(self) -> int:
         """Places for tokens, in use or not."""
-        return self.sinks.tokens + self.packed + self.recent.tokens
+        return self.sinks.tokens + self.coarse_tokens + self.packed + self.recent.tokens
+
+    @property
+    def coarse_tokens(self) -> int:
+        """Tokens in pages of fewer bits."""
+        return 0 if self.coarse is None else self.coarse.tokens
 
     @property
     def readable(self) -> bool:
         """Whether attention reads them as a `view`, and not as plain tensors."""
-        return bool(self.packed) or self.heads is not None
+        return bool(self.packed) or self.heads is not None or self.coarse is not None
 
     def __len__(self) -> int:
         """Slots: the tokens that the text had, less those that were evicted in all heads alike."""
@@ -149,42 +165,30 @@ class PackedTokens:
             NonFiniteError: they hold NaN or infinity; nothing was changed.
         """
         with torch.no_grad():
-            key_transform, value_transform = self._transforms(basis, in_use)
+            key_transform, value_transform = self.key_transform, self.value_transform
+            if key_transform is None or value_transform is None:
+                key_transform, value_transform = transforms_of(
+                    self.settings, basis, self.query_moment, in_use
+                )
             key_planes = self.settings.key_codec.encode(tokens.keys, key_transform)
             value_planes = self.settings.value_codec.encode(tokens.values, value_transform)
         self.key_transform, self.value_transform, self.query_moment = key_transform, value_transform, None
         return key_planes, value_planes
 
-    def _transforms(
-        self, basis: DenseSegment, in_use: torch.Tensor | None
-    ) -> tuple[ChannelTransform, ChannelTransform]:
-        if self.key_transform is not None and self.value_transform is not None:
-            return self.key_transform, self.value_transform
-        settings, key_transform, value_transform = self.settings, ChannelTransform(), ChannelTransform()
-        if settings.key_codec.wants_statistics:
-            key_transform = key_statistics(
-                basis.keys,
-                self.query_moment,
-                settings.key_codec.groups,
-                mean=settings.mean_key,
-                balance=settings.balance,
-                in_use=in_use,
-            )
-        if settings.value_codec.wants_statistics:
-            value_transform = value_statistics(basis.values, settings.value_codec.groups, in_use)
-        return key_transform, value_transform
-
     def crop(self, tokens: int) -> None:
         """Keep the first `tokens`; what stays of a page is decoded, and packed again gives the same codes.
 
         Raises:
-            InvalidInputError: heads keep different tokens of those that were to be the last.
+            InvalidInputError: heads keep different tokens of those that were to be the last, or they are in
+                pages of fewer bits.
         """
         places = tokens
         if self.heads is not None and tokens:
             self.heads.check_whole(tokens)
             places -= self.heads.evicted
-        inside = places - self.sinks.tokens
+        if self.coarse is not None and tokens:
+            self.coarse.check_whole(tokens, self.sinks.tokens)
+        inside = places - self.sinks.tokens - self.coarse_tokens
         if inside >= self.packed:
             self._recent = first(self._recent, inside - self.packed)
         elif inside >= 0:
@@ -197,30 +201,8 @@ class PackedTokens:
             self.pages.crop(0)
         if tokens == 0:  # nothing depends on the statistics any more
             self.key_transform = self.value_transform = None
-            self.pages, self.heads = EvenPages(), None
+            self.pages, self.heads, self.coarse = EvenPages(), None, None
         self.own()
-
-    def taken(self, places: torch.Tensor) -> DenseSegment:
-        """The tokens at places [B, Hkv, N] int64 in 16 bits; packed ones are decoded."""
-        sinks, packed, tokens = self.sinks.tokens, self.packed, places.shape[2]
-        is_packed = (places >= sinks) & (places < sinks + packed)
-        inside = (places - sinks).clamp(0, max(0, packed - 1))
-        dense, place = join(self.sinks, self._recent), torch.where(places < sinks, places, places - packed)
-        taken = dense
-        if dense.tokens:
-            place = place.clamp(0, dense.tokens - 1)
-            taken = DenseSegment(take(dense.keys, place), take(dense.values, place))
-        if not tokens or not bool(is_packed.any()):
-            return first(taken, tokens)
-        inside = torch.nn.functional.pad(inside, (0, -tokens % PAGE_TOKENS))
-        view = self.view().gather(inside)
-        decoded = first(decode_segment(view, self.dtype), tokens)
-        if not dense.tokens:
-            return decoded
-        mask = is_packed.unsqueeze(-1)
-        return DenseSegment(
-            torch.where(mask, decoded.keys, taken.keys), torch.where(mask, decoded.values, taken.values)
-        )
 
     def replace_dense(self, sinks: DenseSegment, recent: DenseSegment) -> None:
         """Put others in the place of the tokens in 16 bits."""
@@ -247,6 +229,8 @@ class PackedTokens:
         self._recent = DenseSegment(change(self._recent.keys), change(self._recent.values))
         if self.heads is not None:
             self.heads = self.heads.map(change)
+        if self.coarse is not None:
+            self.coarse = self.coarse.map(change)
         if self.query_moment is not None:
             self.query_moment = change(self.query_moment)
         if self.key_transform is not None and self.value_transform is not None:
@@ -279,7 +263,8 @@ class PackedTokens:
             tokens=len(self),
             dtype=self.dtype,
             heads=self.heads,
-            held=(pages,),
+            coarse=None if self.coarse is None else self.coarse.segment(),
+            held=(pages, self.coarse),
         )
 
     def dense_tensors(self) -> list[torch.Tensor]:
@@ -288,11 +273,13 @@ class PackedTokens:
 
     def packed_tensors(self) -> list[torch.Tensor]:
         """The planes of keys and values, room to grow included."""
-        return self.key_pages.tensors + self.value_pages.tensors
+        coarse = [] if self.coarse is None else self.coarse.planes()
+        return self.key_pages.tensors + self.value_pages.tensors + coarse
 
     def metadata_tensors(self) -> list[torch.Tensor]:
         """The channel transforms, the query moment that the first is made of, page tables and head counts."""
         transforms = [t for t in (self.key_transform, self.value_transform) if t is not None]
         tensors = [tensor for transform in transforms for tensor in transform.tensors().values()]
+        tensors += [] if self.coarse is None else self.coarse.transforms()
         tensors += self.pages.metadata() + ([] if self.heads is None else self.heads.tensors())
         return tensors if self.query_moment is None else [*tensors, self.query_moment]

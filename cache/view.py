@@ -26,6 +26,7 @@ class PackedView:
         recent: the last tokens, 16 bits.
         tokens: how many of them are in view, counted from the first.
         dtype: of the model's keys and values.
+        coarse: pages of fewer bits behind the sinks, if there are any.
         heads: which places of each head hold a token; None: all.
         for_attention: dense tensors are refused where heads keep different tokens: whoever attends to them
             does not know which are not there.
@@ -39,6 +40,7 @@ class PackedView:
     recent: DenseSegment
     tokens: int
     dtype: torch.dtype
+    coarse: PackedSegment | None = None
     heads: HeadCounts | None = None
     for_attention: bool = False
     held: tuple[object, ...] = ()
@@ -70,14 +72,17 @@ class PackedView:
         if self.heads is not None:
             self.heads.check_whole(self.tokens)
             places -= self.heads.evicted
-        sinks, pages = self.sinks.tokens, self.packed.tokens
-        if places <= sinks:
-            return [self._sinks(places)]
-        inside = places - sinks
-        if inside >= pages:
-            return [self._sinks(sinks), self.packed, self._counted(self.recent, pages, inside - pages)]
-        whole, rest = divmod(inside, PAGE_TOKENS)
-        segments: list[Segment] = [self._sinks(sinks)]
+        segments: list[Segment] = [self._sinks(min(places, self.sinks.tokens))]
+        left = places - self.sinks.tokens
+        if self.coarse is not None and left > 0:
+            segments += _clipped(self.coarse, left, self.dtype)
+            left -= self.coarse.tokens
+        pages = self.packed.tokens
+        if left <= 0:
+            return segments
+        if left >= pages:
+            return [*segments, self.packed, self._counted(self.recent, pages, left - pages)]
+        whole, rest = divmod(left, PAGE_TOKENS)
         if whole:
             segments.append(self.pages(0, whole))
         if rest:
@@ -115,7 +120,8 @@ class PackedView:
         """The last tokens, when all of them are recent ones, in every head; else None."""
         recent, heads = self.recent.tokens, self.heads
         evicted = 0 if heads is None else heads.evicted
-        whole = self.tokens == self.sinks.tokens + self.packed.tokens + recent + evicted
+        coarse = 0 if self.coarse is None else self.coarse.tokens
+        whole = self.tokens == self.sinks.tokens + coarse + self.packed.tokens + recent + evicted
         there = heads is None or self.tokens - tokens >= heads.whole_from
         return after(self.recent, recent - tokens) if whole and there and 0 < tokens <= recent else None
 
@@ -144,15 +150,15 @@ class PackedView:
         return self._dense(_values)
 
     def _dense(self, states_of: Callable[[Segment, torch.dtype], torch.Tensor]) -> torch.Tensor:
+        segments = [one for one in self.segments() if one.tokens or isinstance(one, DenseSegment)]
         if self.heads is None:
-            return torch.cat([states_of(segment, self.dtype) for segment in self.segments()], dim=2)
+            return torch.cat([states_of(segment, self.dtype) for segment in segments], dim=2)
         if self.for_attention:
             raise UnsupportedModelError(
                 "heads of this layer keep different tokens, and this model's attention reads them as one "
                 "tensor, where evicted ones cannot be told; use a press that evicts as many in each head, "
                 'such as SnapKV, or load the model with attn_implementation="sdpa"'
             )
-        segments = [one for one in self.segments() if one.tokens or isinstance(one, DenseSegment)]
         states = torch.cat([states_of(segment, self.dtype) for segment in segments], dim=2)
         sinks, rest = states.split([self.sinks.tokens, states.shape[2] - self.sinks.tokens], dim=2)
         in_use = self.heads.sinks_in_use(sinks.shape[2]), self.heads.in_use(0, rest.shape[2])
@@ -181,52 +187,12 @@ class PackedView:
             self,
             sinks=dense(self.sinks),
             packed=select_entries(self.packed, entries),
+            coarse=None if self.coarse is None else select_entries(self.coarse, entries),
             recent=dense(self.recent),
             heads=None if self.heads is None else self.heads.map(lambda t: t.index_select(0, entries)),
             held=self.held if self.packed.table is not None else (),
             step=None,
         )
-
-
-@dataclass(frozen=True)
-class DenseView:
-    """The same for tokens of which none is packed yet.
-
-    Args:
-        sinks: all tokens, 16 bits.
-        tokens: how many of them are in view, counted from the first.
-        dtype: of the model's keys and values.
-    """
-
-    sinks: DenseSegment
-    tokens: int
-    dtype: torch.dtype
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        """(B, Hkv, tokens in view)."""
-        return (*self.sinks.keys.shape[:2], self.tokens)
-
-    def narrow(self, tokens: int) -> "DenseView":
-        """The first `tokens` tokens."""
-        return replace(self, tokens=min(tokens, self.tokens))
-
-    def newest(self, tokens: int) -> DenseSegment | None:
-        """None: reading any token costs nothing here."""
-        return None
-
-    def dense_keys(self) -> torch.Tensor:
-        """Every key in view: [B, Hkv, tokens, D]."""
-        return self.sinks.keys[:, :, : self.tokens]
-
-    def dense_values(self) -> torch.Tensor:
-        """Every value in view: [B, Hkv, tokens, Dv]."""
-        return self.sinks.values[:, :, : self.tokens]
-
-    def select(self, entries: torch.Tensor) -> "DenseView":
-        """The same of batch entries [B'] int64."""
-        keys, values = (states.index_select(0, entries) for states in (self.sinks.keys, self.sinks.values))
-        return replace(self, sinks=DenseSegment(keys, values))
 
 
 def select_entries(segment: PackedSegment, entries: torch.Tensor) -> PackedSegment:
@@ -242,6 +208,16 @@ def select_entries(segment: PackedSegment, entries: torch.Tensor) -> PackedSegme
 
     counted = [None if t is None else select(t) for t in (segment.lengths, segment.table, segment.starts)]
     return PackedSegment(side(segment.keys), side(segment.values), *counted)
+
+
+def _clipped(pages: PackedSegment, tokens: int, dtype: torch.dtype) -> list[Segment]:
+    """The first `tokens` tokens of pages, all in use; a page that is cut is decoded."""
+    whole, rest = divmod(min(tokens, pages.tokens), PAGE_TOKENS)
+    clipped: list[Segment] = [PackedSegment(*pages.narrow(0, whole))] if whole else []
+    if rest:
+        cut = decode_segment(PackedSegment(*pages.narrow(whole, whole + 1)), dtype)
+        clipped.append(first(cut, rest))
+    return clipped
 
 
 def decode_segment(segment: Segment, dtype: torch.dtype) -> DenseSegment:

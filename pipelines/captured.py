@@ -16,7 +16,7 @@ import torch
 from transformers import PreTrainedModel
 from transformers.utils.generic import ModelOutput
 
-from quantpress.cache.fixed_cache import FixedCache, unfixable
+from quantpress.cache.fixed_cache import FixedCache, is_mixed, unfixable
 from quantpress.cache.layer import PackedLayer
 from quantpress.errors import InvalidInputError
 from quantpress.pipelines.single_token import SingleToken, hides_nothing, uncapturable
@@ -169,8 +169,8 @@ class CapturedDecoding:
         reason = unfixable(step.cache)
         if reason is not None:
             packs = [isinstance(layer, PackedLayer) for layer in step.cache.layers]
-            if any(packs) and (not all(packs) or step.cache.offloading):  # else it is packed in a while
-                self._warn(reason)
+            if any(packs) and (not all(packs) or step.cache.offloading or is_mixed(step.cache)):
+                self._warn(reason)  # else it is packed in a while
             return False
         if not self._sees_all(step.mask):
             return False

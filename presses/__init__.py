@@ -3,11 +3,13 @@
 compose.py        Compose: several presses as one
 composition.py    which presses go together
 guard.py          a press's context, with errors that say what is wrong
+demote.py         Demote: fewer bits for tokens that a press would evict
 turboquant.py     TurboQuant: packs what is left in 2 to 4 bits
 presets.py        its settings by name
 names.py          kvpress's evicting presses under short names, with defaults that evict
 wrappers.py       kvpress's presses that work through another press
 packing.py        from prefilled layers to packed layers, inside the forward pass
+head_wise.py      what head-wise presses name, and what of it is left out
 filled_cache.py   the same for a cache that is filled already
 prefill.py        what a hook finds out about a prefill
 queries.py        queries computed again from hidden states, for channel balance
@@ -22,6 +24,7 @@ Importing this imports kvpress.
 """
 
 from quantpress.presses.compose import Compose
+from quantpress.presses.demote import Demote
 from quantpress.presses.names import (
     CUR,
     TOVA,
@@ -86,6 +89,7 @@ __all__ = [
     "CriticalKV",
     "DMS",
     "Decoding",
+    "Demote",
     "DuoAttention",
     "EntropyGatedChunkKV",
     "ExpectedAttention",

@@ -21,6 +21,7 @@ from quantpress.presses.composition import (
     short_repr,
     with_inner,
 )
+from quantpress.presses.demote import Demote
 from quantpress.presses.guard import guarded
 from quantpress.presses.model_support import check_evictable
 from quantpress.presses.names import check_ratio
@@ -77,7 +78,7 @@ class Compose(Pipeable, BasePress):
         """Fraction of the tokens evicted by all evictors together at the prefill.
 
         Assigning r to it gives each of n evictors the same share, 1 - (1 - r)**(1/n). Presses that evict no
-        token (TurboQuant, ThinK) or do so only while decoding do not count.
+        token (TurboQuant, ThinK, Demote) or do so only while decoding do not count.
 
         Raises:
             InvalidInputError: an evictor's ratio is known only after a prefill, or the one assigned is wrong.
@@ -108,7 +109,8 @@ class Compose(Pipeable, BasePress):
             press.compression_ratio = 1 - (1 - value) ** (1 / len(evictors))
 
     def _with_ratio(self) -> list[BasePress]:
-        return [press for press in self.evictors if not (isinstance(press, ThinKPress) or decodes(press))]
+        keeping = (Demote, ThinKPress)
+        return [press for press in self.evictors if not (isinstance(press, keeping) or decodes(press))]
 
     def contains(self, press_class: type[BasePress] | tuple[type[BasePress], ...]) -> bool:
         """Whether a press of this class is among the presses, or inside one of them."""
@@ -203,5 +205,6 @@ class Compose(Pipeable, BasePress):
             sink_tokens=max([self.quantizer.sink_tokens, *sinks]),
             rerotated=any(map(rerotates, inner)),
             at_exit=any(isinstance(press, AT_EXIT) for press in inner),
+            demote=next((press for press in self.evictors if isinstance(press, Demote)), None),
             by_head=not any(isinstance(press, DecodingPress) for press in inner),
         )

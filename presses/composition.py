@@ -23,6 +23,7 @@ import kvpress
 from kvpress import BasePress, ScorerPress
 
 from quantpress.errors import CompositionError, QuantPressError
+from quantpress.presses.demote import Demote
 from quantpress.presses.turboquant import TurboQuant
 
 AT_EXIT = (kvpress.KVzipPress, kvpress.FastKVzipPress, kvpress.KVComposePress)
@@ -202,6 +203,11 @@ def _check_quantizer(presses: tuple[BasePress, ...]) -> None:
         if press not in quantizers and any(isinstance(inner, TurboQuant) for inner in with_inner(press)):
             raise CompositionError(f"{name_of(press)} wraps a quantizer; write Compose([..., TurboQuant()])")
     if not quantizers:
+        demoting = next((press for press in presses if isinstance(press, Demote)), None)
+        if demoting is not None:
+            raise CompositionError(
+                f"{name_of(demoting)} evicts nothing by itself; put TurboQuant() behind it"
+            )
         return
     if len(quantizers) > 1:
         names = ", ".join(map(name_of, quantizers))
@@ -232,6 +238,13 @@ def _check_decoding(evictors: tuple[BasePress, ...], quantizer: TurboQuant) -> N
             f"time; use it without {name_of(quantizer)}, or DecodingPress, which only evicts"
         )
     moving = next((press for press in inner if moves_slots(press)), None)
+    demoting = next((press for press in inner if isinstance(press, Demote)), None)
+    if demoting is not None and any(map(decodes, inner)):
+        acting = next(filter(decodes, inner))
+        raise CompositionError(
+            f"{name_of(demoting)} moves tokens of the cache, and {name_of(acting)} goes by their slots while "
+            "decoding; use one of the two"
+        )
     masking = next((press for press in _at_prefill(evictors) if masks_heads(press)), None)
     if moving is not None and masking is not None:
         raise CompositionError(
@@ -269,11 +282,16 @@ def _check_evictors(evictors: list[BasePress]) -> None:
                 f"{name_of(pairing)} scores each key with the hidden state of its token, and "
                 f"{name_of(shortened_by)} before it evicts some; put {name_of(pairing)} first"
             )
-        if not isinstance(press, (kvpress.ThinKPress, kvpress.DecodingPress)):
+        if not isinstance(press, (Demote, kvpress.ThinKPress, kvpress.DecodingPress)):
             shortened_by = press
         if isinstance(press, AT_EXIT) and len(evictors) > 1:
             raise CompositionError(
                 f"{name_of(press)} acts on the complete cache of its context; use it as the only evictor"
+            )
+        if isinstance(press, Demote) and index < len(evictors) - 1:
+            raise CompositionError(
+                f"{name_of(press)} names slots of the cache, and {name_of(evictors[index + 1])} behind it "
+                f"would move or hide them; put {name_of(press)} last before the quantizer"
             )
         if masks_heads(press) and index < len(evictors) - 1:
             raise CompositionError(

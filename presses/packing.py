@@ -10,10 +10,12 @@ import torch
 from torch import nn
 from transformers.cache_utils import Cache
 
+from quantpress.cache.demotion import Demotion
 from quantpress.cache.layer import PackedLayer
 from quantpress.cache.settings import LayerSettings
 from quantpress.errors import InvalidInputError
 from quantpress.kernels.layout import PAGE_TOKENS
+from quantpress.presses.demote import Demote
 from quantpress.presses.filled_cache import pack_cache
 from quantpress.presses.head_wise import name_slots, named_slots
 from quantpress.presses.model_support import full_attention_modules, is_sliding
@@ -47,6 +49,7 @@ class Packer:
         sink_tokens: pinned first tokens, where the evictors keep more than the press asks for.
         rerotated: the evictors number the survivors anew, so that the next position is their count.
         at_exit: pack when `recording` ends, for presses that evict only then.
+        demote: decides which tokens fall to fewer bits.
         by_head: give the memory of tokens back that a head-wise press has named; else they are hidden only.
     """
 
@@ -58,12 +61,14 @@ class Packer:
         rerotated: bool = False,
         at_exit: bool = False,
         by_head: bool = True,
+        demote: Demote | None = None,
     ) -> None:
         self.press = press
         self.sink_tokens = press.sink_tokens if sink_tokens is None else sink_tokens
         self.rerotated = rerotated
         self.at_exit = at_exit
         self.by_head = by_head
+        self.demote = demote
         self._originals: dict[int, States] = {}
         self._positions: dict[int, torch.Tensor | None] = {}
         self._waiting: dict[int, tuple[Cache, int, dict[int, torch.Tensor]]] = {}
@@ -135,14 +140,15 @@ class Packer:
                 self._wait(call, moment)
                 return
             hidden = named_slots(module, keys)
+            scores = None if self.demote is None else self.demote.take_scores(call.layer_idx)
             if keys.shape[2] < call.tokens:
                 if originals is None:
                     positions = _positions_by_recomputing(call, keys)
                 if positions is not None:
-                    keys, values, hidden = _reordered(positions, keys, values, hidden)
+                    keys, values, hidden, scores = _reordered(positions, keys, values, hidden, scores)
             places = self._places(call, keys, settings, hidden)
             if places is not None:
-                keys, values, hidden = _reordered(places, keys, values, hidden)
+                keys, values, hidden, scores = _reordered(places, keys, values, hidden, scores)
                 settings = replace(settings, sink_tokens=settings.sink_tokens + self.press.detect_sinks)
             by_head = hidden is not None and self.by_head and not is_padded(call.attention_mask)
             if hidden is not None:
@@ -154,6 +160,7 @@ class Packer:
                 query_moment=moment,
                 tokens_seen=keys.shape[2] if self.rerotated else call.tokens,
                 hidden=hidden if by_head else None,
+                demotion=self._demotion(call, keys, values, scores),
             )
 
     def _places(
@@ -173,6 +180,18 @@ class Packer:
         except UnknownAttentionError as reason:
             self._warn_of_queries(call, reason, "without detected sinks", "detect_sinks=0")
             return None
+
+    def _demotion(
+        self, call: PrefillCall, keys: torch.Tensor, values: torch.Tensor, scores: torch.Tensor | None
+    ) -> Demotion | None:
+        if self.demote is None or scores is None:
+            return None
+        if is_padded(call.attention_mask):
+            raise InvalidInputError(
+                "Demote moves tokens, and the mask of a padded batch goes by slot; give contexts one at a "
+                "time, or of equal length"
+            )
+        return self.demote.demotion(self.press, call.module, scores, keys.shape[-1], values.shape[-1])
 
     def _warn_of_queries(self, call: PrefillCall, reason: Exception, effect: str, remedy: str) -> None:
         if not self._warned:
@@ -219,12 +238,12 @@ def _positions_by_recomputing(call: PrefillCall, keys: torch.Tensor) -> torch.Te
 
 
 def _reordered(
-    positions: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, hidden: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """Keys, values and hidden tokens in the order of positions [B, Hkv, K]."""
-    if hidden is not None:
-        hidden = hidden.gather(2, positions.argsort(dim=-1))
-    return *sort_by_position(keys, values, positions), hidden
+    positions: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, *by_slot: torch.Tensor | None
+) -> tuple[Any, ...]:
+    """Keys, values and what there is by slot [B, Hkv, K], in the order of positions [B, Hkv, K]."""
+    order = positions.argsort(dim=-1)
+    moved = (None if part is None else part.gather(2, order) for part in by_slot)
+    return *sort_by_position(keys, values, positions), *moved
 
 
 @contextmanager

@@ -52,7 +52,7 @@ class WrappingPress(Pipeable):
 
 @dataclass
 class AdaKV(WrappingPress, kvpress.AdaKVPress):
-    """Shares the budget of a layer among its heads by score; masks the others' slots and frees no memory."""
+    """Shares the budget of a layer among its heads by score. Tokens are hidden; a quantizer frees them."""
 
     press: ScorerPress = field(default_factory=SnapKV)
 
@@ -80,7 +80,7 @@ class ChunkKV(WrappingPress, kvpress.ChunkKVPress):
 
 @dataclass
 class CriticalAdaKV(WrappingPress, kvpress.CriticalAdaKVPress):
-    """AdaKV with CriticalKV's scores; masks slots and frees no memory."""
+    """AdaKV with CriticalKV's scores. Tokens are hidden; a quantizer frees them."""
 
     press: ScorerPress = field(default_factory=SnapKV)
 
@@ -111,7 +111,7 @@ class KeyRerotation(WrappingPress, kvpress.KeyRerotationPress):
 
 @dataclass
 class LUKV(WrappingPress, kvpress.LUKVPress):
-    """Budgets per head from measured curves, for some models; masks slots and frees no memory."""
+    """Budgets per head from measured curves, for some models. Tokens are hidden; a quantizer frees them."""
 
     press: ScorerPress = field(default_factory=lambda: ExpectedAttention(epsilon=2e-2))
     compression_ratio: float = DEFAULT_RATIO

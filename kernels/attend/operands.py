@@ -105,8 +105,8 @@ class PackedSegment:
 
     @property
     def pages(self) -> int:
-        """P, of the longest head."""
-        return self._shape[2]
+        """P, of the longest head; 0 where there is not even a plane."""
+        return self._shape[2] if self.table is not None or self.keys.planes else 0
 
     @property
     def tokens(self) -> int:

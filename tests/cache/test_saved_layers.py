@@ -149,6 +149,7 @@ def test_every_field_of_packed_tokens_is_saved() -> None:
         "_recent",
         "pages",
         "heads",
+        "coarse",
         "key_transform",
         "value_transform",
         "query_moment",

@@ -12,11 +12,13 @@ from quantpress.presses import LUKV, AdaKV, CriticalKV, Knorm, SnapKV, Streaming
 from quantpress.presses.names import EvictingPress
 from quantpress.presses.wrappers import WrappingPress
 
-OURS = {"Compose", "TurboQuant"}
+OURS = {"Compose", "Demote", "TurboQuant"}
 WITH_RATIO = [
     name for name in presses.__all__ if name not in OURS and issubclass(getattr(presses, name), EvictingPress)
 ]
-WRAPPING = [name for name in presses.__all__ if issubclass(getattr(presses, name), WrappingPress)]
+WRAPPING = [
+    name for name in presses.__all__ if name not in OURS and issubclass(getattr(presses, name), WrappingPress)
+]
 
 
 def upstream(name: str) -> type:

@@ -1,0 +1,116 @@
+"""`Demote`: mixed precision instead of deletion."""
+
+from collections.abc import Generator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from kvpress import BasePress, ScorerPress
+from torch import nn
+from transformers.modeling_utils import PreTrainedModel
+
+from quantpress.cache.demotion import Demotion
+from quantpress.presses.names import SnapKV
+from quantpress.presses.wrappers import WrappingPress
+
+if TYPE_CHECKING:
+    from quantpress.presses.turboquant import TurboQuant
+
+
+@dataclass
+class Demote(WrappingPress, BasePress):
+    """Keeps every token: those that a press would evict are packed in fewer bits than the others.
+
+    Last before TurboQuant in `Compose`, which packs the others and gives both their rotation, scales and
+    windows. Sinks and recent tokens stay in 16 bits. So many tokens fall as fill whole pages of 128. Each
+    width has its own mean key and channel weights. Questions and answers are packed as the others are.
+
+    Args:
+        press: scores tokens; its compression_ratio is the share that falls.
+        bits: width of keys and values of tokens that fall.
+        key_bits: width of their keys where it differs.
+        value_bits: width of their values where it differs.
+
+    Raises:
+        UnsupportedBitsError: a width cannot be stored.
+        InvalidInputError: the press does not score tokens.
+
+    Example:
+        >>> from quantpress.presses import Compose, Knorm, TurboQuant
+        >>> Compose([Demote(Knorm(0.75), bits=2), TurboQuant(bits=4)])
+        Compose(Demote(Knorm(0.75), bits=2) | TurboQuant(4))
+    """
+
+    press: ScorerPress = field(default_factory=SnapKV)
+    bits: float = 2
+    key_bits: float | None = None
+    value_bits: float | None = None
+
+    def __post_init__(self) -> None:
+        from quantpress.presses.turboquant import TurboQuant
+
+        super().__post_init__()
+        self._scores: dict[int, torch.Tensor] = {}
+        TurboQuant(self.bits, self.key_bits, self.value_bits)  # for its checks
+
+    @property
+    def compression_ratio(self) -> float:
+        """Fraction of tokens evicted: 0. The share that falls is that of `press`."""
+        return 0.0
+
+    @compression_ratio.setter
+    def compression_ratio(self, value: float) -> None:
+        raise AttributeError("Demote evicts nothing: set the compression_ratio of its press")
+
+    def post_init_from_model(self, model: PreTrainedModel) -> None:
+        """Let the press look at the model."""
+        self.press.post_init_from_model(model)
+
+    def compress(
+        self,
+        module: nn.Module,
+        hidden_states: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        attentions: torch.Tensor,
+        kwargs: dict[str, Any],
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Score the tokens for the quantizer; keys and values stay."""
+        scores = self.press.score(module, hidden_states, keys, values, attentions, kwargs)
+        self._scores[int(module.layer_idx)] = scores.detach()  # type: ignore[arg-type]
+        return keys, values
+
+    @contextmanager
+    def __call__(self, model: PreTrainedModel) -> Generator[None, None, None]:
+        """Score the tokens of every prefill inside the context."""
+        try:
+            with super().__call__(model):
+                yield
+        finally:
+            self._scores.clear()
+
+    def take_scores(self, layer_idx: int) -> torch.Tensor | None:
+        """[B, Hkv, T] scores of a layer's tokens in the prefill that is going on; once."""
+        return self._scores.pop(layer_idx, None)
+
+    def demotion(
+        self, quantizer: "TurboQuant", module: nn.Module, scores: torch.Tensor, key_dim: int, value_dim: int
+    ) -> Demotion | None:
+        """What falls in one layer, and to which codecs; None when nothing does.
+
+        Args:
+            quantizer: packs the others.
+            module: the layer's attention module.
+            scores: [B, Hkv, T], in the order in which the layer will store its tokens.
+            key_dim: D of its keys.
+            value_dim: Dv of its values.
+        """
+        tokens = int(scores.shape[2] * self.press.compression_ratio)
+        coarse = replace(
+            quantizer, bits=self.bits, key_bits=self.key_bits, value_bits=self.value_bits, layer_bits=None
+        )
+        settings = coarse.layer_settings(module, key_dim, value_dim, quantizer.sink_tokens)
+        if settings is None or not tokens:
+            return None
+        return Demotion(scores, tokens, settings.key_codec, settings.value_codec)
