@@ -3,7 +3,7 @@
     python benchmarks/attention.py            the shapes of the README
     python benchmarks/attention.py --full     every combination of batch, length, head_dim, group and width
     python benchmarks/attention.py --paged    pages read through a table, and heads of different lengths
-    python benchmarks/attention.py --full --json out.json --batch 1    in parts; a run that was cut off goes on
+    python benchmarks/attention.py --full --batch 1 --json out.json    in parts; one that was cut off goes on
 
 Both sides are replayed as CUDA graphs. The time is of the whole call: preparing the query, packed tokens,
 4 sinks and 128 recent tokens in 16 bits, and the merge. The baseline is the fastest of torch's backends.
