@@ -1,4 +1,15 @@
-"""`Demote`: mixed precision instead of deletion."""
+"""`Demote`: mixed precision instead of deletion.
+
+Measured on SmolLM2-135M in float32: KL to the unquantized model in nats, 96 tokens behind each of two
+contexts of 1280 tokens of a novel, and the bytes of the whole cache (its windows are float32).
+
+    TurboQuant(3)                                        .0019   16.6 MB
+    Demote(SnapKV(0.5), bits=2) | TurboQuant(4)          .0015   16.3 MB
+    Demote(ExpectedAttention(0.5), bits=2) | ...(4)      .0010   16.3 MB
+    SnapKV(0.25) | TurboQuant(4)                         .0031   13.6 MB
+
+Two short texts show a direction, not a size.
+"""
 
 from collections.abc import Generator
 from contextlib import contextmanager
