@@ -4,6 +4,11 @@ from quantpress.cache.attention import install_packed_attention, uninstall_packe
 from quantpress.cache.continuation import continue_inputs
 from quantpress.cache.layer import LayerSnapshot, PackedLayer
 from quantpress.cache.memory import CacheMemory, LayerMemory, cache_memory
+from quantpress.cache.page_pool import PagePool
+from quantpress.cache.paged_attention import PagedAttention
+from quantpress.cache.paged_memory import PagedMemory
+from quantpress.cache.paged_plan import PagedPlan
+from quantpress.cache.pool_side import PoolSize
 from quantpress.cache.settings import LayerSettings
 from quantpress.cache.states import PackedStates
 from quantpress.cache.text_cache import TextCache
@@ -17,6 +22,11 @@ __all__ = [
     "PackedLayer",
     "PackedStates",
     "PackedTokens",
+    "PagePool",
+    "PagedAttention",
+    "PagedMemory",
+    "PagedPlan",
+    "PoolSize",
     "TextCache",
     "cache_memory",
     "continue_inputs",

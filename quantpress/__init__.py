@@ -21,6 +21,7 @@ from quantpress.errors import (
     ModelFilesError,
     NonFiniteError,
     NotAppliedError,
+    PoolFullError,
     QuantPressError,
     UnsupportedBitsError,
     UnsupportedHeadDimError,
@@ -28,7 +29,7 @@ from quantpress.errors import (
 )
 
 if TYPE_CHECKING:
-    from quantpress.cache import PackedLayer, cache_memory, continue_inputs
+    from quantpress.cache import PackedLayer, PagedAttention, cache_memory, continue_inputs
     from quantpress.cache.codec import TurboQuantCodec
     from quantpress.pipelines.cached_context import CachedContext
     from quantpress.pipelines.captured import captured_decoding
@@ -51,6 +52,8 @@ __all__ = [
     "NonFiniteError",
     "NotAppliedError",
     "PackedLayer",
+    "PagedAttention",
+    "PoolFullError",
     "QuantPressError",
     "TextGenerationPipeline",
     "TurboQuant",
@@ -77,6 +80,7 @@ _LAZY = {
     "CachedContext": "quantpress.pipelines.cached_context",
     "Compose": "quantpress.presses",
     "PackedLayer": "quantpress.cache",
+    "PagedAttention": "quantpress.cache",
     "TextGenerationPipeline": "quantpress.pipelines.text_generation",
     "TurboQuant": "quantpress.presses",
     "TurboQuantCodec": "quantpress.cache.codec",

@@ -11,6 +11,7 @@ The tree::
     │   └── NonFiniteError           NaN or infinity where a number is needed
     ├── CompositionError             (also a ValueError) presses that do not go together
     ├── NotAppliedError              a run went by and nothing was compressed
+    ├── PoolFullError                no block, or no place for a sequence, is free
     ├── UnsupportedModelError        a model, or an attention of it, that cannot be packed
     ├── ModelFilesError              the default model could not be fetched or is damaged
     └── CacheFileError               a saved cache that cannot be written, or must not be read
@@ -53,6 +54,10 @@ class CompositionError(QuantPressError, ValueError):
 
 class NotAppliedError(QuantPressError):
     """A run went by and nothing was compressed."""
+
+
+class PoolFullError(QuantPressError):
+    """Paged attention has no free block, or no free place for a sequence. Nothing was changed."""
 
 
 class UnsupportedModelError(QuantPressError):

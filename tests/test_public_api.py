@@ -17,6 +17,7 @@ PUBLIC = sorted(
         "CachedContext",
         "Compose",
         "PackedLayer",
+        "PagedAttention",
         "TextGenerationPipeline",
         "TurboQuant",
         "TurboQuantCodec",
