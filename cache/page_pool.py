@@ -123,12 +123,13 @@ class PagePool(PoolStorage):
                 f"{query.shape[2]} query tokens reach back into packed pages, at most {plan.most_queries} do "
                 "not; attend fewer at a time, or keep more recent_tokens"
             )
-        segments = self._segments(plan, layer)
+        segments = self.segments(plan, layer)
         visibility = Visibility(query.shape[2], sum(segment.tokens for segment in segments))
         scaling = head_dim**-0.5 if scaling is None else scaling
         return attend(query, segments, visibility, scaling=scaling, softcap=softcap, sinks=sinks)
 
-    def _segments(self, plan: PagedPlan, layer: int) -> list[Segment]:
+    def segments(self, plan: PagedPlan, layer: int) -> list[Segment]:
+        """What attention reads in one layer: sinks, pages by table, windows, with lengths on the device."""
         keys, values = (self._packed(side, plan, layer) for side in (self.keys, self.values))
         packed = PackedSegment(keys, values, plan.packed, plan.table)
         sinks, window = (
