@@ -102,6 +102,11 @@ class PagedAttention(PagedSequences):
         super().__init__(pool, max_tokens)
         self.query_heads = query_heads
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of everything that is allocated; see `memory`."""
+        return self.memory().total_bytes
+
     def memory(self) -> PagedMemory:
         """Bytes of everything that is allocated, measured."""
         return paged_memory(self.pool, [self.block_tables, self.context_lens, self.page_counts])

@@ -9,9 +9,14 @@ import pytest
 EXAMPLES = Path(__file__).parents[1] / "examples"
 ARGUMENTS = {
     "ask_a_text.py": ["{text}", "Where does Ada live?", "--evict", "0.2"],
+    "paged_attention.py": ["--bits", "3"],
     "standalone_codec.py": [],
 }
-SAID = {"ask_a_text.py": "tokens", "standalone_codec.py": "2.5 bits"}
+SAID = {
+    "ask_a_text.py": "tokens",
+    "paged_attention.py": "190 tokens served in 60 steps",
+    "standalone_codec.py": "2.5 bits",
+}
 
 
 def test_every_example_is_tested() -> None:

@@ -263,7 +263,7 @@ def test_bytes_are_those_of_the_tensors(bits: Any) -> None:
     owners = [vars(side) for side in sides] + [vars(paged)]
     owners += [value for owner in owners for value in owner.values() if isinstance(value, dict)]
     tensors = {id(v): v for owner in owners for v in owner.values() if isinstance(v, torch.Tensor)}
-    assert memory.total_bytes == sum(t.untyped_storage().nbytes() for t in tensors.values())
+    assert paged.nbytes == memory.total_bytes == sum(t.untyped_storage().nbytes() for t in tensors.values())
     room = (50 * 128 + 3 * (4 + 100 + 128)) * memory.bf16_bytes_per_token
     assert 1 < memory.ratio == room / memory.total_bytes < 16
 

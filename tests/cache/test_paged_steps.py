@@ -16,6 +16,7 @@ from tests.kernels.triton_cases import interpret
 Step = Callable[[], torch.Tensor]
 
 
+@pytest.mark.slow
 def test_kernels_read_the_pool() -> None:
     """The plain kernels in Triton's interpreter, on what `attend` gives them."""
     pytest.importorskip("triton")
