@@ -80,7 +80,7 @@ class PoolStorage:
         states, start = (keys.to(self.dtype), values.to(self.dtype)), 0
         self._moments.pop((layer, slot), None)
         if query_moment is not None and self.settings.balance:
-            self._moments[layer, slot] = query_moment.detach().to(self.device, torch.float32)
+            self._moments[layer, slot] = query_moment.detach().to(self.device, torch.float32, copy=True)
         if blocks:
             first = self.settings.sink_tokens
             start = first + len(blocks) * PAGE_TOKENS

@@ -250,6 +250,39 @@ def test_written_pages_never_change() -> None:
     check(paged, query_for(paged, 1), again)
 
 
+@pytest.mark.parametrize("tokens", [700, 200], ids=["with_pages", "before_the_first"])
+def test_a_fork_packs_as_its_source_does(tokens: int) -> None:
+    """Same mean keys, weights and orders, also where they are taken from queries after the fork."""
+    paged = small(bits=2.5, layers=2)
+    paged.free(paged.add(*random_states(paged, 2, tokens=900)))  # leaves transforms of its own in its place
+    states = random_states(paged, 2, tokens=tokens + 300)
+    start = [s[:, :, :tokens] for s in states]
+    source = paged.add(*start, query_moment=torch.rand(2, KV_HEADS, 32))
+    others = [paged.fork(source) for _ in range(5)]
+    assert sorted([source, *others]) == list(range(6))
+    for sequence in (others[2], source, *others[3:], *others[:2]):
+        paged.append([sequence], *(s[:, None, :, tokens:] for s in states))
+    for layer in range(2):
+        expected = paged.decode(source, layer=layer)
+        assert relative_error(expected[0], states[0][layer].double()) > 0.01
+        for other in others:
+            for got, wanted in zip(paged.decode(other, layer=layer), expected, strict=True):
+                assert torch.equal(got, wanted)
+
+
+def test_what_waits_for_a_first_page_is_let_go() -> None:
+    paged = small(bits=4, layers=2)
+    base, moment = paged.nbytes, torch.rand(2, KV_HEADS, 32)
+    packed = paged.add(*random_states(paged, 2, tokens=300), query_moment=moment)
+    assert paged.nbytes == base
+    waiting = paged.add(*random_states(paged, 2, tokens=200), query_moment=moment)
+    assert paged.nbytes == base + moment.nbytes
+    paged.append([packed, waiting], *random_states(paged, 2, 2, tokens=100))
+    assert paged.nbytes == base
+    paged.free(paged.add(*random_states(paged, 2, tokens=5), query_moment=moment))
+    assert paged.nbytes == base
+
+
 @pytest.mark.parametrize("bits", [3, 2.5, (4, 2)], ids=str)
 def test_bytes_are_those_of_the_tensors(bits: Any) -> None:
     paged = PagedAttention(
