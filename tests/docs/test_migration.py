@@ -69,7 +69,7 @@ def relative(exact: torch.Tensor, got: torch.Tensor) -> float:
 def test_every_section_is_tested() -> None:
     tested = {"tqai", "aither-kvcache", "turboquant-pytorch", "ComfyUI's TurboQuantPatch", "kvpress"}
     assert set(SECTIONS) == tested | {"The OnlyTerp reference, `turboquant`", "vLLM's turboquant"}
-    assert sum(len(blocks(section)) for section in SECTIONS) == 12
+    assert sum(len(blocks(section)) for section in SECTIONS) == 13
 
 
 def test_tqai(names: dict[str, Any]) -> None:
@@ -80,11 +80,14 @@ def test_tqai(names: dict[str, Any]) -> None:
 
 
 def test_aither(names: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
-    plain, hybrid = run("aither-kvcache", names)
+    plain, hybrid, paged = run("aither-kvcache", names)
     assert relative(plain["keys"], plain["restored"]) == pytest.approx(0.0093, rel=0.1)  # of 4 bits
     assert "distortion" in capsys.readouterr().out
     stored = 8 * hybrid["packed"].nbytes / (640 * 128)  # 600 vectors in pages of 128
     assert stored == pytest.approx(3.5 + 2 * 16 / 128 + 16 / 640)  # two scales; the order of channels
+    query = names["queries"][:, :, -1:]
+    exact = torch.nn.functional.scaled_dot_product_attention(query, names["keys"], names["values"])
+    assert paged["paged"].blocks(0) == [0] and 0 < relative(exact, paged["output"]) < 0.05
 
 
 def test_turboquant_pytorch(names: dict[str, Any]) -> None:
