@@ -6,8 +6,8 @@ In a checkout of https://github.com/NVIDIA/kvpress, with what its evaluation nee
         --data_dir 4096 --model <id> --press_name snapkv+turboquant3 --compression_ratio 0.5
 
 Every name of its registry can be followed by + and one of `QUANTIZERS`; no_press+turboquant4 is the
-quantizer alone. Ratios, thresholds and windows are set as its evaluation sets them, results go where it puts them, and a
-name without + is kvpress's own, through our pipeline.
+quantizer alone. Ratios, thresholds and windows are set as its evaluation sets them, results go where it puts
+them, and a name without + is kvpress's own, through our pipeline.
 """
 
 import sys

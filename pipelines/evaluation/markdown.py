@@ -42,24 +42,6 @@ all tokens read in the denominator. Attention is |o' - o| / |o| over the context
 the worst head. The row `uncompressed` is what rounding and chunks alone change: no arm can be told from it
 below that."""
 
-GRID_NOTE, grid_table(grid)]
-    tasks = task_rows(records)
-    if tasks:
-        parts += ["## Tasks", TASK_NOTE, task_table(tasks), _weak_note(tasks)]
-    refused = [f"- {line['arm']}, {line['case']}: {line['reason']}" for line in records.of(REFUSED)]
-    if refused:
-        parts += ["## Refused", "\n".join(refused)]
-    return "\n\n".join(part for part in parts if part) + "\n"
-
-
-FIDELITY_NOTE = """\
-KL(uncompressed || compressed) in nats over the tokens of each continuation, teacher-forced through the
-compressed cache; agreement is of the most likely token; perplexity ratio is to the uncompressed model on
-the same tokens. In brackets 95 % bootstrap intervals over documents. Bits a value and ratio are measured bytes,
-all tokens read in the denominator. Attention is |o' - o| / |o| over the context, the mean of all heads and the
-worst head. The row `uncompressed` is what rounding and chunks alone change: no arm can be told from it below
-that."""
-
 GRID_NOTE = """\
 The tokens kept are chosen so that every row of one budget has at most its bytes. In bold: the front, where no
 other row has fewer bytes and less divergence."""
