@@ -39,13 +39,13 @@ class Records:
         self._done = {_key(line) for line in self.lines}
 
     def _resume(self) -> None:
-        text = self.path.read_text(encoding="utf-8")
-        whole = text[: text.rfind("\n") + 1]
         try:
-            header, *lines = [json.loads(line) for line in whole.splitlines()]
-        except (ValueError, TypeError) as error:
+            text = self.path.read_text(encoding="utf-8")
+            whole = text[: text.rfind("\n") + 1]
+            header, *lines = [json.loads(line) for line in whole.split("\n")[:-1]]
+            found = {name: value for name, value in header.items() if name != "measure"}
+        except (ValueError, TypeError, AttributeError) as error:
             raise InvalidInputError(f"{self.path} is no file of results; give another --output") from error
-        found = {name: value for name, value in header.items() if name != "measure"}
         if header.get("measure") != "settings" or found != self.settings:
             differing = [n for n in {**found, **self.settings} if found.get(n) != self.settings.get(n)]
             shown = "; ".join(f"{n} {found.get(n)!r}, now {self.settings.get(n)!r}" for n in differing)
