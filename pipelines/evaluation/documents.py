@@ -47,7 +47,7 @@ def make_documents(
     before = tokenizer.encode(front, add_special_tokens=False) if front else []
     tokens = tokenizer.encode(text, add_special_tokens=False, verbose=False)
     own = context + continuation - len(before)
-    if own < continuation or own * count > len(tokens):
+    if own <= continuation or own * count > len(tokens):
         raise InvalidInputError(
             f"{count} documents of {context} + {continuation} tokens need {own * count} tokens of text and "
             f"a context of more than {len(before)}; the text has {len(tokens)}: ask for fewer or give more"

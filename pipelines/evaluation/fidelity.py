@@ -1,7 +1,8 @@
 """Is a continuation still as likely as it was? Divergence, agreement and likelihood, token by token."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +11,7 @@ from kvpress import BasePress
 from transformers import Cache, DynamicCache, PreTrainedModel
 
 from quantpress.cache import CacheMemory, cache_memory
-from quantpress.errors import NonFiniteError
+from quantpress.errors import InvalidInputError, NonFiniteError
 from quantpress.pipelines.evaluation.attention_error import AttentionError, attention_errors
 from quantpress.pipelines.evaluation.documents import Document
 from quantpress.pipelines.evaluation.reference import read_reference
@@ -100,8 +101,9 @@ class FidelityProbe:
             torch.manual_seed(0)  # some presses draw random projections
             position = read_context(self.model, ids[:, :context], cache, press, progress=False)
             memory = cache_memory(cache)
-            errors = attention_errors(self.model, self.reference, cache) if self.queries else None
-            kl, agree, nll, reference_nll = self._scored(cache, position)
+            with _named_failure(press):
+                errors = attention_errors(self.model, self.reference, cache) if self.queries else None
+                kl, agree, nll, reference_nll = self._scored(cache, position)
         batch, seconds = ids.shape[0], time.perf_counter() - begin
         whole = full_bytes(memory, context)
         return [
@@ -131,6 +133,20 @@ class FidelityProbe:
         if not all(bool(column.isfinite().all()) for column in columns):
             raise NonFiniteError("the logits over this cache are not finite; try another dtype or press")
         return [column.tolist() for column in columns]
+
+
+@contextmanager
+def _named_failure(press: BasePress | None) -> Iterator[None]:
+    """kvpress hides tokens of single heads behind made-up keys, which several queries at once may rule out."""
+    try:
+        yield
+    except ValueError as error:
+        if "fake keys" not in str(error):
+            raise
+        raise InvalidInputError(
+            f"kvpress cannot hide the tokens that {press!r} evicts from single heads from several queries at "
+            "once; put TurboQuant behind it, which leaves them out"
+        ) from error
 
 
 def _compare(exact: torch.Tensor, other: torch.Tensor, next_ids: torch.Tensor) -> tuple[torch.Tensor, ...]:
