@@ -6,11 +6,13 @@
 0.8333...
 """
 
+import bisect
 import difflib
 import random
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 
 from quantpress.errors import InvalidInputError
 from quantpress.pipelines.haystack import book_text
@@ -73,10 +75,20 @@ def score(answer: str, references: Sequence[str], scoring: str) -> float:
 
 def prose(chance: random.Random, tokens: int) -> str:
     """The book from a random paragraph on, with more than `tokens` tokens where the book is long enough."""
-    book = book_text()
+    book, starts = _book(), _paragraphs()
     room = max(0, len(book) - tokens * _CHARACTERS)
-    starts = [0, *(found.end() for found in re.finditer(r"\n\n+", book[:room]))]
-    return book[chance.choice(starts) :]
+    return book[chance.choice(starts[: bisect.bisect_right(starts, room)]) :]
+
+
+@cache
+def _book() -> str:
+    return book_text()
+
+
+@cache
+def _paragraphs() -> tuple[int, ...]:
+    """Where the book's paragraphs begin."""
+    return (0, *(found.end() for found in re.finditer(r"\n\n+", _book())))
 
 
 def _words(text: str) -> list[str]:
