@@ -101,13 +101,18 @@ def evictions() -> list[Arm]:
 
 
 def quantizers() -> list[Arm]:
-    """TurboQuant by its presets and widths, and as published at the same true bits."""
+    """TurboQuant by its presets and widths, and as published at the same true bits.
+
+    Those without recent tokens have as few of them in 16 bits as plain integers have.
+    """
     return [
         Arm("TurboQuant quality", lambda: TurboQuant.preset("quality"), "quantizer"),
         Arm("TurboQuant 4/4", lambda: TurboQuant(bits=4), "quantizer"),
         Arm("TurboQuant 4/3", lambda: TurboQuant(key_bits=4, value_bits=3), "quantizer"),
         Arm("TurboQuant 3/3", lambda: TurboQuant(bits=3), "quantizer"),
         Arm("TurboQuant 2/2", lambda: TurboQuant(bits=2), "quantizer"),
+        Arm("TurboQuant 4/4, no recent", lambda: TurboQuant(bits=4, recent_tokens=0), "quantizer"),
+        Arm("TurboQuant 3/3, no recent", lambda: TurboQuant(bits=3, recent_tokens=0), "quantizer"),
         Arm("as published 4/4", lambda: TurboQuant.preset("paper"), "quantizer"),
         Arm(
             "as published 4/3",

@@ -17,9 +17,9 @@ from quantpress.pipelines.evaluation.arms import Arm, MakePress, every_arm
 from quantpress.pipelines.evaluation.figures import write_figures
 from quantpress.pipelines.evaluation.markdown import report
 from quantpress.pipelines.evaluation.records import RESULTS, Records
-from quantpress.pipelines.evaluation.runner import Runner, run_settings
+from quantpress.pipelines.evaluation.runner import REFUSED, Runner, run_settings
 from quantpress.pipelines.evaluation.suites import PARTS, suite_by_name
-from quantpress.pipelines.evaluation.summary import fidelity_rows, task_rows
+from quantpress.pipelines.evaluation.summary import Findings
 from quantpress.pipelines.text_generation import TextGenerationPipeline
 
 REPORT = "report.md"
@@ -68,26 +68,18 @@ def evaluate(
     records = Records(folder / RESULTS, settings)
     own = [Arm(name, make, "yours") for name, make in (presses or {}).items()]
     Runner(pipe, sized, [*every_arm(), *own], records, seed=seed).run(parts)
-    text = report(records)
+    findings = Findings.of(records)
+    text = report(records, findings)
     (folder / REPORT).write_text(text, encoding="utf-8")
-    drawn = write_figures(records, folder) if figures else []
+    drawn = write_figures(records, findings, folder) if figures else []
     if json:
-        Console(soft_wrap=True).print_json(json_module.dumps(as_dict(records)))
+        refused = list(records.of(REFUSED))
+        everything = {"settings": records.settings, **findings.as_dict(), "refused": refused}
+        Console(soft_wrap=True).print_json(json_module.dumps(everything))
         return
     Console(soft_wrap=True).print(text, markup=False, highlight=False)
     files = ", ".join(str(path) for path in (records.path, folder / REPORT, *drawn))
     Console(stderr=True, soft_wrap=True).print(f"written: {files}", highlight=False)
-
-
-def as_dict(records: Records) -> dict[str, Any]:
-    """Settings and every row, as plain values for JSON."""
-    return {
-        "settings": records.settings,
-        "fidelity": [row.as_dict() for row in fidelity_rows(records)],
-        "grid": [row.as_dict() for row in fidelity_rows(records, "grid")],
-        "tasks": [row.as_dict() for row in task_rows(records)],
-        "refused": list(records.of("refused")),
-    }
 
 
 def _pipeline(model: str | None, device: str | None, dtype: str | None) -> TextGenerationPipeline:

@@ -137,7 +137,7 @@ class FidelityProbe:
 
 @contextmanager
 def _named_failure(press: BasePress | None) -> Iterator[None]:
-    """kvpress hides tokens of single heads behind made-up keys, which several queries at once may rule out."""
+    """kvpress hides tokens of single heads behind made-up keys, which several queries may rule out."""
     try:
         yield
     except ValueError as error:

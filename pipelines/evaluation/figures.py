@@ -9,20 +9,22 @@ import numpy as np
 
 from quantpress.errors import InvalidInputError
 from quantpress.pipelines.evaluation.records import Record, Records
-from quantpress.pipelines.evaluation.summary import FidelityRow, fidelity_rows, pareto_front
+from quantpress.pipelines.evaluation.summary import FidelityRow, Findings, pareto_front
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 DPI = 150
 MEBIBYTE = 2**20
+MARKERS = "os^Dv"
 
 
-def write_figures(records: Records, folder: Path) -> list[Path]:
+def write_figures(records: Records, findings: Findings, folder: Path) -> list[Path]:
     """Draw what there are results for.
 
     Args:
         records: of a run.
+        findings: of the same.
         folder: gets the PNG files.
 
     Returns:
@@ -33,10 +35,10 @@ def write_figures(records: Records, folder: Path) -> list[Path]:
     """
     drawn = {
         "needles": needle_map(records),
-        "divergence": divergence_plot(fidelity_rows(records)),
+        "divergence": divergence_plot(findings.fidelity),
         "memory": memory_plot(records),
         "attention": attention_plot(records),
-        "front": front_plot(fidelity_rows(records, "grid")),
+        "front": front_plot(findings.grid),
     }
     paths = []
     for name, figure in drawn.items():
@@ -80,21 +82,17 @@ def divergence_plot(rows: Sequence[FidelityRow]) -> "Figure | None":
     """KL against bits a value, with intervals; the uncompressed cache as the floor."""
     if not rows:
         return None
-    figure = _figure(8, 5.5)
+    figure = _figure(10, 5.5)
     axes = figure.add_subplot()
-    for row in rows:
+    for place, row in enumerate(rows):
         if row.ratio == 1:
-            axes.axhline(row.kl.value, color="grey", linestyle=":", label=f"{row.arm} (rounding)")
-            continue
-        _point(axes, row.bits_per_value, row)
-        axes.annotate(
-            row.arm, (row.bits_per_value, row.kl.value), (4, 3), textcoords="offset points", fontsize=7
-        )
+            axes.axhline(row.kl.value, color="grey", linestyle=":", label=f"{row.arm}: rounding alone")
+        else:
+            _point(axes, row.bits_per_value, row, label=row.arm, **_look(place))
     axes.set_yscale("log")
     axes.set_xlabel("bits a value, measured, all tokens read in the denominator")
     axes.set_ylabel("KL to the uncompressed model, nats")
-    if axes.get_legend_handles_labels()[0]:
-        axes.legend(fontsize=7)
+    _legend(figure)
     return figure
 
 
@@ -106,14 +104,15 @@ def memory_plot(records: Records) -> "Figure | None":
             arms[line["arm"]][line["tokens"]].append(line["resident_bytes"] / MEBIBYTE)
     if not arms:
         return None
-    figure = _figure(7, 5)
+    figure = _figure(8, 5)
     axes = figure.add_subplot()
-    for arm, lengths in arms.items():
+    for place, (arm, lengths) in enumerate(arms.items()):
         ordered = sorted(lengths)
-        axes.plot(ordered, [np.mean(lengths[n]) for n in ordered], marker="o", markersize=3, label=arm)
+        means = [np.mean(lengths[tokens]) for tokens in ordered]
+        axes.plot(ordered, means, markersize=4, label=arm, **_look(place))
     axes.set_xlabel("tokens of the context")
     axes.set_ylabel("resident bytes of the cache, MiB")
-    axes.legend(fontsize=7)
+    _legend(figure)
     return figure
 
 
@@ -127,16 +126,16 @@ def attention_plot(records: Records) -> "Figure | None":
             layers = line["attention"]["layers"]
     if not arms:
         return None
-    figure = _figure(9, 5.5)
+    figure = _figure(10, 5.5)
     axes = figure.add_subplot()
-    for arm, errors in arms.items():
+    for place, (arm, errors) in enumerate(arms.items()):
         by_layer = np.mean(errors, axis=(0, 2))
         if by_layer.max() > 0:
-            axes.plot(layers, by_layer, label=arm, linewidth=1)
+            axes.plot(layers, by_layer, label=arm, linewidth=1, markersize=3, **_look(place))
     axes.set_yscale("log")
     axes.set_xlabel("layer")
     axes.set_ylabel("error of the attention output, mean of its heads")
-    axes.legend(fontsize=6, ncols=2)
+    _legend(figure)
     return figure
 
 
@@ -151,12 +150,12 @@ def front_plot(rows: Sequence[FidelityRow]) -> "Figure | None":
         width = row.arm.rpartition(", ")[2]
         known = width in colours
         colour = colours.setdefault(width, f"C{len(colours)}")
-        _point(axes, 1 / row.ratio, row, colour, None if known else width)
+        _point(axes, 1 / row.ratio, row, label=None if known else width, marker="o", color=colour)
     front = pareto_front(rows)
     axes.step([1 / row.ratio for row in front], [row.kl.value for row in front], where="post", color="black")
     for row in front:
         axes.annotate(row.arm, (1 / row.ratio, row.kl.value), (4, 3), textcoords="offset points", fontsize=7)
-    axes.set_xscale("log")
+    axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     axes.set_xlabel("bytes of the cache, as a part of all tokens read in 16 bits")
     axes.set_ylabel("KL to the uncompressed model, nats")
@@ -164,12 +163,19 @@ def front_plot(rows: Sequence[FidelityRow]) -> "Figure | None":
     return figure
 
 
-def _point(
-    axes: Any, x: float, row: FidelityRow, colour: str | None = None, label: str | None = None
-) -> None:
+def _point(axes: Any, x: float, row: FidelityRow, **look: Any) -> None:
     value, low, high = row.kl.value, row.kl.low, row.kl.high
     spread = None if low is None or high is None else [[max(0, value - low)], [max(0, high - value)]]
-    axes.errorbar([x], [value], yerr=spread, fmt="o", markersize=4, capsize=2, color=colour, label=label)
+    axes.errorbar([x], [value], yerr=spread, linestyle="", markersize=5, capsize=2, **look)
+
+
+def _look(place: int) -> dict[str, Any]:
+    """A colour and a marker; the markers change where the colours begin again."""
+    return {"color": f"C{place % 10}", "marker": MARKERS[place // 10 % len(MARKERS)]}
+
+
+def _legend(figure: "Figure") -> None:
+    figure.legend(fontsize=7, loc="outside right upper")
 
 
 def _figure(width: float, height: float) -> "Figure":

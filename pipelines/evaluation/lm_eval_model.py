@@ -14,13 +14,13 @@ every prompt but its last token is read under the press, and that token and all 
 compressed cache. The harness (`pip install lm_eval`) is imported when the model is made.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from importlib import import_module
 from typing import Any
 
 import torch
 from kvpress import BasePress
-from transformers import DynamicCache
+from transformers import DynamicCache, StoppingCriteria, StoppingCriteriaList
 
 from quantpress.errors import InvalidInputError
 from quantpress.pipelines.arguments import answer_config
@@ -92,15 +92,17 @@ class PressedModel:
         check_positions(self.model.config, len(context))
         stops = [one for one in until if one]
         arguments = {"max_new_tokens": NEW_TOKENS, **generation}
-        if stops:
-            arguments |= {"stop_strings": stops, "tokenizer": self.tokenizer}
+        arguments["stopping_criteria"] = StoppingCriteriaList([_Said(self._text, stops)])
         config = answer_config(self.model, arguments)
         with unchanged_model(self.model):
             cache, position = self._read(context[:-1])
             where = (self.model, cache, self._ids(context[:-1]), self._ids(context[-1:]), position)
             ids = generate_ids(*where, config, arguments)
-        text = str(self.tokenizer.decode(ids, skip_special_tokens=True))
+        text = self._text(ids)
         return text[: min((text.find(one) for one in stops if one in text), default=len(text))]
+
+    def _text(self, ids: torch.Tensor) -> str:
+        return str(self.tokenizer.decode(ids, skip_special_tokens=True))
 
     def _read(self, context: list[int]) -> tuple[DynamicCache, int]:
         cache = DynamicCache()
@@ -110,6 +112,18 @@ class PressedModel:
 
     def _ids(self, ids: list[int]) -> torch.Tensor:
         return torch.tensor([ids], dtype=torch.long, device=self.model.device)
+
+
+class _Said(StoppingCriteria):
+    """Ends an answer once one of some strings is in it, wherever tokens begin and end."""
+
+    def __init__(self, decode: Callable[[torch.Tensor], str], stops: Sequence[str]) -> None:
+        self.decode, self.stops = decode, stops
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
+        texts = [self.decode(ids[1:]) for ids in input_ids]  # the first is the context's last
+        said = [any(stop in text for stop in self.stops) for text in texts]
+        return torch.tensor(said, device=input_ids.device)
 
 
 def lm_eval_model(pipe: TextGenerationPipeline, press: BasePress | None = None) -> Any:

@@ -8,26 +8,22 @@ from quantpress.pipelines.evaluation.statistics import Estimate
 from quantpress.pipelines.evaluation.summary import (
     WEAK,
     FidelityRow,
+    Findings,
     TaskRow,
-    fidelity_rows,
     pareto_front,
-    task_rows,
     weak_tasks,
 )
 
 
-def report(records: Records) -> str:
+def report(records: Records, findings: Findings) -> str:
     """Everything a run has found, as one page."""
     parts = [_heading(records)]
-    rows = fidelity_rows(records)
-    if rows:
-        parts += ["## Fidelity of continuations", FIDELITY_NOTE, fidelity_table(rows)]
-    grid = fidelity_rows(records, "grid")
-    if grid:
-        parts += ["## Eviction and bits at equal bytes", GRID_NOTE, grid_table(grid)]
-    tasks = task_rows(records)
-    if tasks:
-        parts += ["## Tasks", TASK_NOTE, task_table(tasks), _weak_note(tasks)]
+    if findings.fidelity:
+        parts += ["## Fidelity of continuations", FIDELITY_NOTE, fidelity_table(findings.fidelity)]
+    if findings.grid:
+        parts += ["## Eviction and bits at equal bytes", GRID_NOTE, grid_table(findings.grid)]
+    if findings.tasks:
+        parts += ["## Tasks", TASK_NOTE, task_table(findings.tasks), _weak_note(findings.tasks)]
     refused = [f"- {line['arm']}, {line['case']}: {line['reason']}" for line in records.of(REFUSED)]
     if refused:
         parts += ["## Refused", "\n".join(refused)]

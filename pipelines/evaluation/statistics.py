@@ -5,6 +5,7 @@ Tokens of one document are not independent: intervals come from resampling whole
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,7 +13,7 @@ from scipy.stats import binomtest, bootstrap
 
 from quantpress.errors import InvalidInputError
 
-RESAMPLES = 2000
+RESAMPLES = 1000
 CONFIDENCE = 0.95
 SEED = 0
 
@@ -32,6 +33,11 @@ class Estimate:
     low: float | None
     high: float | None
 
+    def exp(self) -> "Estimate":
+        """The same for the exponential of the figure; percentile intervals go along."""
+        ends = [None if end is None else float(np.exp(end)) for end in (self.low, self.high)]
+        return Estimate(float(np.exp(self.value)), *ends)
+
     def as_dict(self) -> dict[str, float | None]:
         """Plain values, for JSON."""
         return {"value": self.value, "low": self.low, "high": self.high}
@@ -50,21 +56,36 @@ def by_document(documents: Sequence[Numbers], statistic: Callable[[NDArray[np.fl
     Source: Efron and Tibshirani 1993, chapter 13; clusters resampled whole.
 
     Example:
-        >>> by_document([[1.0, 3.0], [2.0, 2.0]], np.mean).value
+        >>> by_document([[1.0, 3.0], [2.0, 2.0]], np.median).value
         2.0
     """
-    arrays = [np.asarray(one, dtype=np.float64) for one in documents if len(one)]
-    if not arrays:
-        raise InvalidInputError("no document has a number; score at least one token")
-    value = float(statistic(np.concatenate(arrays)))
-    if len(arrays) < 2:
-        return Estimate(value, None, None)
+    arrays = _filled(documents)
 
     def pooled(index: NDArray[np.int64]) -> float:
         return float(statistic(np.concatenate([arrays[int(i)] for i in index])))
 
-    low, high = _percentile_interval(np.arange(len(arrays)), pooled)
-    return Estimate(value, low, high)
+    every = np.arange(len(arrays))
+    return _estimate(pooled(every), (every,), pooled, vectorized=False)
+
+
+def mean_by_document(documents: Sequence[Numbers]) -> Estimate:
+    """The mean of pooled tokens, as `by_document(documents, np.mean)`, much quicker.
+
+    Raises:
+        InvalidInputError: there is no number.
+
+    Example:
+        >>> mean_by_document([[1.0] * 9, [11.0]]).value
+        2.0
+    """
+    arrays = _filled(documents)
+    sums, counts = (np.array([f(one) for one in arrays], dtype=np.float64) for f in (np.sum, np.size))
+
+    def ratio(sums: NDArray[np.float64], counts: NDArray[np.float64], axis: int = -1) -> NDArray[np.float64]:
+        total: NDArray[np.float64] = sums.sum(axis) / counts.sum(axis)
+        return total
+
+    return _estimate(float(ratio(sums, counts)), (sums, counts), ratio, vectorized=True)
 
 
 def mean_interval(values: Numbers) -> Estimate:
@@ -73,7 +94,7 @@ def mean_interval(values: Numbers) -> Estimate:
     Raises:
         InvalidInputError: there is no value.
     """
-    return by_document([[value] for value in values], np.mean)
+    return mean_by_document([[value] for value in values])
 
 
 def paired_difference(values: Numbers, reference: Numbers) -> Estimate:
@@ -127,16 +148,31 @@ def mcnemar(right: Sequence[bool], reference: Sequence[bool]) -> McNemar:
     return McNemar(lost, gained, float(binomtest(lost, differing).pvalue) if differing else 1.0)
 
 
-def _percentile_interval(
-    index: NDArray[np.int64], statistic: Callable[[NDArray[np.int64]], float]
-) -> tuple[float, float]:
+def _filled(documents: Sequence[Numbers]) -> list[NDArray[np.float64]]:
+    arrays = [np.asarray(one, dtype=np.float64) for one in documents if len(one)]
+    if not arrays:
+        raise InvalidInputError("no document has a number; score at least one token")
+    return arrays
+
+
+def _estimate(
+    value: float,
+    data: tuple[NDArray[Any], ...],
+    statistic: Callable[..., Any],
+    *,
+    vectorized: bool,
+) -> Estimate:
+    """A figure and its interval, when there is more than one document to resample."""
+    if len(data[0]) < 2:
+        return Estimate(value, None, None)
     found = bootstrap(
-        (index,),
-        lambda sample: statistic(sample),
-        vectorized=False,
+        data,
+        statistic,
+        paired=True,
+        vectorized=vectorized,
         n_resamples=RESAMPLES,
         confidence_level=CONFIDENCE,
         method="percentile",
         rng=np.random.default_rng(SEED),
     ).confidence_interval
-    return float(found.low), float(found.high)
+    return Estimate(value, float(found.low), float(found.high))

@@ -66,7 +66,7 @@ QUICK = Suite(
     ),
     grid_presses=("StreamingLLM", "SnapKV"),
     grid_bits=(16, 4, 3, 2),
-    grid_budgets=(1 / 8,),
+    grid_budgets=(1 / 4, 1 / 8),
     batch=1,
 )
 FULL = Suite(

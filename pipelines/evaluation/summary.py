@@ -14,6 +14,7 @@ from quantpress.pipelines.evaluation.statistics import (
     McNemar,
     by_document,
     mcnemar,
+    mean_by_document,
     mean_interval,
     paired_difference,
 )
@@ -58,10 +59,6 @@ class FidelityRow:
     attention_kl: float | None
     seconds: float
 
-    def as_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
-        return asdict(self)
-
 
 @dataclass(frozen=True)
 class TaskRow:
@@ -86,6 +83,25 @@ class TaskRow:
     test: McNemar
     ratio: float
     seconds: float
+
+
+@dataclass(frozen=True)
+class Findings:
+    """All rows of a run.
+
+    Args:
+        fidelity, grid: of continuations, over the arms and over those of equal bytes.
+        tasks: of answers.
+    """
+
+    fidelity: list[FidelityRow]
+    grid: list[FidelityRow]
+    tasks: list[TaskRow]
+
+    @classmethod
+    def of(cls, records: Records) -> "Findings":
+        """What there are results for."""
+        return cls(fidelity_rows(records), fidelity_rows(records, "grid"), task_rows(records))
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
@@ -113,12 +129,12 @@ def _fidelity_row(arm: str, lines: Sequence[Record]) -> FidelityRow:
         arm=arm,
         documents=len(lines),
         tokens=sum(map(len, kl)),
-        kl=by_document(kl, np.mean),
+        kl=mean_by_document(kl),
         kl_median=by_document(kl, np.median),
         kl_p99=by_document(kl, lambda pooled: float(np.percentile(pooled, 99))),
-        agreement=by_document([line["agree"] for line in lines], np.mean),
-        perplexity=by_document(nll, lambda pooled: float(np.exp(np.mean(pooled)))),
-        perplexity_ratio=by_document(excess, lambda pooled: float(np.exp(np.mean(pooled)))),
+        agreement=mean_by_document([line["agree"] for line in lines]),
+        perplexity=mean_by_document(nll).exp(),
+        perplexity_ratio=mean_by_document(excess).exp(),
         bits_per_value=16 * resident / full,
         resident_bytes=resident,
         ratio=full / resident,

@@ -72,7 +72,9 @@ def test_an_interrupted_run_goes_on(tmp_path, monkeypatch, after):
     monkeypatch.setattr(FidelityProbe, "over", lambda self, press: measured.append(1) or over(self, press))
     again = run(tmp_path / "parts.jsonl")
     assert without_seconds(again) == without_seconds(whole)
-    assert len(measured) == sum(line["measure"] in ("fidelity", "grid") for line in whole.lines) - min(after, 12)
+    assert len(measured) == sum(line["measure"] in ("fidelity", "grid") for line in whole.lines) - min(
+        after, 12
+    )
 
 
 def test_what_is_done_is_not_done_again(tmp_path, monkeypatch):

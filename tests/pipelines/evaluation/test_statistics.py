@@ -7,7 +7,13 @@ import pytest
 
 from quantpress.errors import InvalidInputError
 from quantpress.pipelines.evaluation import statistics
-from quantpress.pipelines.evaluation.statistics import by_document, mcnemar, mean_interval, paired_difference
+from quantpress.pipelines.evaluation.statistics import (
+    by_document,
+    mcnemar,
+    mean_by_document,
+    mean_interval,
+    paired_difference,
+)
 
 
 def test_an_interval_of_means_is_the_normal_one(seed: int) -> None:
@@ -23,7 +29,7 @@ def test_tokens_of_one_document_do_not_count_as_many(seed: int) -> None:
     """1000 equal tokens a document say no more than one: the interval is that of the documents."""
     chance = np.random.default_rng(seed)
     levels = chance.normal(0.0, 1.0, 12)
-    pooled = by_document([np.full(1000, level) for level in levels], np.mean)
+    pooled = mean_by_document([np.full(1000, level) for level in levels])
     alone = mean_interval(levels)
     assert (pooled.low, pooled.high) == pytest.approx((alone.low, alone.high))
 
@@ -44,6 +50,15 @@ def test_the_interval_covers_the_truth_about_as_often_as_it_says(monkeypatch: py
 def test_the_same_data_give_the_same_interval() -> None:
     values = [0.1, 0.5, 0.7, 0.2]
     assert mean_interval(values) == mean_interval(values)
+
+
+def test_means_are_those_of_the_general_way(seed: int) -> None:
+    chance = np.random.default_rng(seed)
+    documents = [chance.normal(size=n) for n in (3, 50, 7, 20, 11)]
+    quick, slow = mean_by_document(documents), by_document(documents, np.mean)
+    assert quick.value == pytest.approx(slow.value)
+    assert (quick.low, quick.high) == pytest.approx((slow.low, slow.high), abs=0.05)
+    assert quick.exp().high == pytest.approx(math.exp(quick.high))
 
 
 def test_one_document_has_no_interval() -> None:

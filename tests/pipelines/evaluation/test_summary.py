@@ -6,7 +6,13 @@ import pytest
 from quantpress.pipelines.evaluation import figures
 from quantpress.pipelines.evaluation.markdown import report
 from quantpress.pipelines.evaluation.records import Records
-from quantpress.pipelines.evaluation.summary import fidelity_rows, pareto_front, task_rows, weak_tasks
+from quantpress.pipelines.evaluation.summary import (
+    Findings,
+    fidelity_rows,
+    pareto_front,
+    task_rows,
+    weak_tasks,
+)
 
 KL = {"uncompressed": [[0.0, 0.0], [0.0]], "small": [[0.1, 0.2], [0.6]], "smaller": [[0.3, 0.5], [1.0]]}
 BYTES = {"uncompressed": 1600, "small": 400, "smaller": 200}
@@ -79,13 +85,11 @@ def test_figures_of_tasks(records):
 
 def test_the_front_is_what_nothing_beats(records, seed):
     chance = np.random.default_rng(seed)
-    rows = fidelity_rows(records, "grid")
+    fixed = {"agree": [1], "nll": [2.0], "reference_nll": [2.0], "seconds": 1.0, "attention": None}
     for i in range(40):
-        size, kl = chance.integers(1, 20) * 100, float(chance.integers(1, 20)) / 10
-        records.add(
-            "grid", f"Press, {i} tokens, 2 bits", "piece 0", kl=[kl], agree=[1], nll=[2.0], reference_nll=[2.0],
-            resident_bytes=int(size), bf16_bytes=1600, seconds=1.0, attention=None,
-        )  # fmt: skip
+        size, kl = int(chance.integers(1, 20)) * 100, float(chance.integers(1, 20)) / 10
+        figures = {"kl": [kl], "resident_bytes": size, "bf16_bytes": 1600}
+        records.add("grid", f"Press, {i} tokens, 2 bits", "piece 0", **figures, **fixed)
     rows = fidelity_rows(records, "grid")
     points = {(row.resident_bytes, row.kl.value) for row in rows}
     best = {
@@ -97,7 +101,7 @@ def test_the_front_is_what_nothing_beats(records, seed):
 
 
 def test_the_page_shows_every_arm_and_marks_what_is_weak(records):
-    page = report(records)
+    page = report(records, Findings.of(records))
     table_lines = [line.replace("\\|", "") for line in page.splitlines() if line.startswith("|")]
     assert all("4.00x" in line for line in table_lines if line.startswith("| small |"))
     assert "| 0.3000 [" in page
@@ -122,7 +126,7 @@ def test_pictures_show_the_figures(records, tmp_path):
     attention = figures.attention_plot(records).axes[0].lines[0]
     assert list(attention.get_xdata()) == [0, 3]
     assert attention.get_ydata() == pytest.approx([0.15, 0.35])
-    written = figures.write_figures(records, tmp_path)
+    written = figures.write_figures(records, Findings.of(records), tmp_path)
     assert sorted(path.name for path in written) == [
         "attention.png", "divergence.png", "front.png", "memory.png", "needles.png",
     ]  # fmt: skip
@@ -131,5 +135,5 @@ def test_pictures_show_the_figures(records, tmp_path):
 
 def test_without_results_there_are_no_pictures(tmp_path):
     empty = Records(tmp_path / "results.jsonl", {})
-    assert figures.write_figures(empty, tmp_path) == []
-    assert report(empty).startswith("# Evaluation")
+    assert figures.write_figures(empty, Findings.of(empty), tmp_path) == []
+    assert report(empty, Findings.of(empty)).startswith("# Evaluation")

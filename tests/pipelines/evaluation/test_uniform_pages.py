@@ -84,7 +84,12 @@ def test_generation_reads_the_codes() -> None:
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [((64, 3), "3 bits"), ((64, 4, "head"), "'head'"), ((64, 4, "token", 48), "48"), ((64, 4, "channel", 5), "5")],
+    [
+        ((64, 3), "3 bits"),
+        ((64, 4, "head"), "'head'"),
+        ((64, 4, "token", 48), "48"),
+        ((64, 4, "channel", 5), "5"),
+    ],
 )
 def test_wrong_codes_are_refused(arguments, message) -> None:
     with pytest.raises(InvalidInputError, match=message):
