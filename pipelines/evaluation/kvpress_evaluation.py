@@ -93,7 +93,8 @@ def load_evaluation(folder: Path) -> Any:
     presses = registry.PRESS_REGISTRY
     plain = {name: press for name, press in presses.items() if "+" not in name}
     presses.update({f"{name}+{last}": press for name, press in plain.items() for last in QUANTIZERS})
-    evaluate.EvaluationRunner = packing_runner(evaluate.EvaluationRunner)
+    if not hasattr(evaluate.EvaluationRunner, "packs"):
+        evaluate.EvaluationRunner = packing_runner(evaluate.EvaluationRunner)
     return evaluate
 
 
@@ -103,6 +104,7 @@ def packing_runner(runner: Any) -> Any:
     class PackingRunner(runner):
         """kvpress's runner, with a quantizer behind the press."""
 
+        packs = True
         pipeline: Any
 
         def _setup_model_pipeline(self) -> None:

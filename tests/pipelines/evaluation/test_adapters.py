@@ -184,7 +184,8 @@ def evaluation(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", ["knorm", "snapkv+turboquant3", "no_press+turboquant2", "knorm+turboquant4"])
 def test_a_name_with_a_plus_is_packed(evaluation, name):
-    module = kvpress_evaluation.load_evaluation(evaluation)
+    kvpress_evaluation.load_evaluation(evaluation)
+    module = kvpress_evaluation.load_evaluation(evaluation)  # once more changes nothing
     config = SimpleNamespace(
         press_name=name, compression_ratio=0.5, context=text(700), make_pipeline=ours, press_init_command=""
     )
