@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from transformers import Cache, PreTrainedModel
 
+from quantpress.cache import CacheMemory
 from quantpress.cache.states import PackedStates
 from quantpress.pipelines.evaluation.reference import AttentionCall, Reference, attend
 from quantpress.pipelines.evaluation.teacher_forcing import divergence
@@ -42,13 +43,16 @@ class AttentionError:
         }
 
 
-def attention_errors(model: PreTrainedModel, reference: Reference, cache: Cache) -> list[AttentionError]:
+def attention_errors(
+    model: PreTrainedModel, reference: Reference, cache: Cache, memory: CacheMemory
+) -> list[AttentionError]:
     """Compare the context's attention layer by layer, before anything is appended to the cache.
 
     Args:
         model: as it has read the context (masks of head-wise presses included).
         reference: with its attention, of the same documents.
         cache: the compressed context.
+        memory: of the cache.
 
     Returns:
         One entry for each document of the batch.
@@ -57,7 +61,7 @@ def attention_errors(model: PreTrainedModel, reference: Reference, cache: Cache)
     for layer, call in reference.attention.items():
         held: Any = cache.layers[layer]
         outputs.append(_output_error(model, call, held.keys, held.values))
-        kept_all = held.get_seq_length() == call.keys.shape[2] and not _masks(call)
+        kept_all = memory.layers[layer].tokens_kept == call.keys.shape[2] and not _masks(call)
         divergences.append(_attention_divergence(call, held.keys) if kept_all else None)
     layers = list(reference.attention)
     whole = [one for one in divergences if one is not None]

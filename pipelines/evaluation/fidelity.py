@@ -10,7 +10,7 @@ import torch
 from kvpress import BasePress
 from transformers import Cache, DynamicCache, PreTrainedModel
 
-from quantpress.cache import CacheMemory, cache_memory
+from quantpress.cache import cache_memory
 from quantpress.errors import InvalidInputError, NonFiniteError
 from quantpress.pipelines.evaluation.attention_error import AttentionError, attention_errors
 from quantpress.pipelines.evaluation.documents import Document
@@ -102,10 +102,10 @@ class FidelityProbe:
             position = read_context(self.model, ids[:, :context], cache, press, progress=False)
             memory = cache_memory(cache)
             with _named_failure(press):
-                errors = attention_errors(self.model, self.reference, cache) if self.queries else None
+                errors = attention_errors(self.model, self.reference, cache, memory) if self.queries else None
                 kl, agree, nll, reference_nll = self._scored(cache, position)
         batch, seconds = ids.shape[0], time.perf_counter() - begin
-        whole = full_bytes(memory, context)
+        whole = context * sum(layer.token_bytes for layer in memory.layers)
         return [
             Fidelity(
                 kl[i],
@@ -158,12 +158,6 @@ def _compare(exact: torch.Tensor, other: torch.Tensor, next_ids: torch.Tensor) -
         -other.gather(-1, index).squeeze(-1),
         -exact.gather(-1, index).squeeze(-1),
     )
-
-
-def full_bytes(memory: CacheMemory, tokens: int) -> float:
-    """What all tokens of a context take in 16 bits, from a cache that keeps some of them."""
-    filled = [layer for layer in memory.layers if layer.tokens]
-    return sum(layer.bf16_bytes * tokens / layer.tokens for layer in filled)
 
 
 def _six_digits(values: Sequence[float]) -> list[float]:

@@ -157,9 +157,25 @@ def test_weights_are_not_compared_where_tokens_are_gone():
     assert max(headwise.kl) > 0.01
 
 
+def test_heads_that_keep_different_tokens_are_measured_as_kvpress_masks_them():
+    """A few queries at once, for which kvpress finds keys that hide what a head has evicted."""
+    (masked,) = FidelityProbe(model(), documents(), queries=3, chunk_tokens=2).over(
+        AdaKV(SnapKV(0.5, window_size=16))
+    )
+    (packed,) = FidelityProbe(model(), documents(), queries=3, chunk_tokens=2).over(
+        Compose([AdaKV(SnapKV(0.5, window_size=16)), lossless()])
+    )
+    assert packed.kl == pytest.approx(masked.kl, abs=2e-3)
+    assert torch.tensor(packed.attention.output) == pytest.approx(
+        torch.tensor(masked.attention.output), abs=1e-3
+    )
+    assert packed.resident_bytes < 0.8 * masked.resident_bytes
+
+
 def test_heads_that_kvpress_cannot_mask_are_named():
+    long = Document("long", prompt(CONTEXT + 70)[0], CONTEXT)
     with pytest.raises(InvalidInputError, match=r"AdaKV.*TurboQuant behind it"):
-        FidelityProbe(model(), documents()).over(AdaKV(SnapKV(0.5, window_size=16)))
+        FidelityProbe(model(), [long]).over(AdaKV(SnapKV(0.5, window_size=16)))
 
 
 def test_sliding_layers_are_left_out_of_attention():
