@@ -16,9 +16,6 @@ def evaluate(
     model: Annotated[
         str | None, typer.Option(help="Model id or folder; default: the embedded model.")
     ] = None,
-    press: Annotated[
-        list[str] | None, typer.Option(help='One more press to compare: "SnapKV(0.5) | TurboQuant(bits=3)".')
-    ] = None,
     part: Annotated[
         list[str] | None, typer.Option(help=f"Only this part, of {', '.join(PARTS)}; may be repeated.")
     ] = None,
@@ -49,7 +46,6 @@ def evaluate(
         suite,
         output,
         model=model,
-        presses=None,
         parts=part or PARTS,
         device=device,
         dtype=dtype,

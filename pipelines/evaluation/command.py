@@ -14,7 +14,7 @@ from quantpress.pipelines import TASK, register
 from quantpress.pipelines.default_model import DEFAULT_MODEL_NAME, ensure_default_model
 from quantpress.pipelines.demo import quick_dtype
 from quantpress.pipelines.evaluation.arms import Arm, MakePress, every_arm
-from quantpress.pipelines.evaluation.figures import write_figures
+from quantpress.pipelines.evaluation.figures import check_matplotlib, write_figures
 from quantpress.pipelines.evaluation.markdown import report
 from quantpress.pipelines.evaluation.records import RESULTS, Records
 from quantpress.pipelines.evaluation.runner import REFUSED, Runner, run_settings
@@ -55,12 +55,15 @@ def evaluate(
         json: print the figures as one JSON object instead of the tables.
 
     Raises:
-        InvalidInputError: an argument that cannot be used, or a folder with results of other settings.
+        InvalidInputError: an argument that cannot be used, a folder with results of other settings, or
+            figures without matplotlib.
         ModelFilesError: the default model could not be fetched.
     """
     unknown = [part for part in parts if part not in PARTS]
     if unknown:
         raise InvalidInputError(f"there is no part {unknown[0]!r}; use some of {', '.join(PARTS)}")
+    if figures:
+        check_matplotlib()
     sized = replace(suite_by_name(suite), **(sizes or {}))
     pipe = _pipeline(model, device, dtype)
     settings = run_settings(pipe, model or DEFAULT_MODEL_NAME, sized, seed)

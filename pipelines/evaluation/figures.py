@@ -19,6 +19,15 @@ MEBIBYTE = 2**20
 MARKERS = "os^Dv"
 
 
+def check_matplotlib() -> None:
+    """Find out before a long run, rather than after it.
+
+    Raises:
+        InvalidInputError: matplotlib is not installed.
+    """
+    _figure_class()
+
+
 def write_figures(records: Records, findings: Findings, folder: Path) -> list[Path]:
     """Draw what there are results for.
 
@@ -179,6 +188,10 @@ def _legend(figure: "Figure") -> None:
 
 
 def _figure(width: float, height: float) -> "Figure":
+    return _figure_class()(figsize=(width, height), layout="constrained")
+
+
+def _figure_class() -> "type[Figure]":
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
@@ -186,4 +199,5 @@ def _figure(width: float, height: float) -> "Figure":
             "figures are drawn with matplotlib, which is not installed: pip install 'quantpress[eval]', or "
             "leave them out with --no-figures"
         ) from error
-    return Figure(figsize=(width, height), layout="constrained")
+    made: type[Figure] = Figure
+    return made

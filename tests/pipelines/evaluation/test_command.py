@@ -1,6 +1,7 @@
 """`quantpress eval`: its options, its files, and what it prints."""
 
 import json
+import sys
 from dataclasses import fields
 
 import pytest
@@ -69,6 +70,13 @@ def test_json_holds_every_row_and_a_second_run_adds_nothing(tiny, tmp_path, caps
 def test_a_part_that_there_is_not_is_refused(tiny, tmp_path):
     with pytest.raises(InvalidInputError, match="'speed'"):
         command.evaluate("quick", tmp_path, parts=["speed"])
+    assert not tiny
+
+
+def test_missing_matplotlib_is_named_before_anything_is_measured(tiny, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(InvalidInputError, match="--no-figures"):
+        command.evaluate("quick", tmp_path, sizes=SIZES)
     assert not tiny
 
 
