@@ -1,5 +1,6 @@
-"""The command `quantpress eval`; what it does is in `quantpress.pipelines.evaluation.command`."""
+"""The options of `quantpress eval`; what it does is in `quantpress.pipelines.commands.evaluate`."""
 
+from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,7 +15,14 @@ def evaluate(
         Path | None, typer.Option(help="Folder for results; a run that stopped goes on there.")
     ] = None,
     model: Annotated[
-        str | None, typer.Option(help="Model id or folder; default: the embedded model.")
+        str | None,
+        typer.Option("--model", "-m", help="Id or folder of a model; left out, the default model."),
+    ] = None,
+    press: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--press", "-p", help='One more to compare, such as "SnapKV(0.5) | TurboQuant(bits=3)".'
+        ),
     ] = None,
     part: Annotated[
         list[str] | None, typer.Option(help=f"Only this part, of {', '.join(PARTS)}; may be repeated.")
@@ -33,8 +41,6 @@ def evaluate(
     json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
 ) -> None:
     """Measure quality, memory and answers of many cache compressions, with controls, on any model."""
-    from quantpress.pipelines.evaluation.command import evaluate as run
-
     sizes: dict[str, Any] = {
         "documents": documents,
         "context": context,
@@ -42,9 +48,10 @@ def evaluate(
         "samples": samples,
         "batch": batch,
     }
-    run(
+    import_module("quantpress.pipelines.commands.evaluate").main(
         suite,
         output,
+        presses=press or [],
         model=model,
         parts=part or PARTS,
         device=device,

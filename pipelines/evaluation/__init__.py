@@ -1,5 +1,7 @@
 """Evaluation: what a press costs in quality, against controls, from the compressed cache itself.
 
+`quantpress eval` (`quantpress.pipelines.commands.evaluate`) runs all of it.
+
 arms.py              what is compared, the controls among them
 uniform_pages.py     plain integers and KIVI's scheme, really packed
 equal_bytes.py       arms that take the same bytes: more tokens, or more bits
@@ -14,6 +16,5 @@ task_runs.py         the cases asked over every arm
 statistics.py        bootstrap over documents, paired differences, McNemar's test
 suites.py, runner.py, records.py   how much is measured; resumable runs; JSON lines
 summary.py, markdown.py, figures.py   rows with intervals, tables, pictures
-command.py           all of it: `quantpress eval`
 kvpress_evaluation.py, lm_eval_model.py   other projects' benchmarks over our presses
 """

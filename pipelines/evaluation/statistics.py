@@ -3,6 +3,7 @@
 Tokens of one document are not independent: intervals come from resampling whole documents.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -35,12 +36,8 @@ class Estimate:
 
     def exp(self) -> "Estimate":
         """The same for the exponential of the figure; percentile intervals go along."""
-        ends = [None if end is None else float(np.exp(end)) for end in (self.low, self.high)]
-        return Estimate(float(np.exp(self.value)), *ends)
-
-    def as_dict(self) -> dict[str, float | None]:
-        """Plain values, for JSON."""
-        return {"value": self.value, "low": self.low, "high": self.high}
+        ends = [None if end is None else math.exp(end) for end in (self.low, self.high)]
+        return Estimate(math.exp(self.value), *ends)
 
 
 def by_document(documents: Sequence[Numbers], statistic: Callable[[NDArray[np.float64]], float]) -> Estimate:

@@ -9,10 +9,10 @@ from typer.testing import CliRunner
 
 from quantpress import cli
 from quantpress.errors import InvalidInputError
-from quantpress.pipelines.evaluation import command, statistics
+from quantpress.pipelines.commands import evaluate as command
+from quantpress.pipelines.evaluation import statistics
 from quantpress.pipelines.evaluation.arms import every_arm
 from quantpress.pipelines.evaluation.suites import Suite
-from quantpress.presses import TurboQuant
 from tests.pipelines.words import ours
 
 SIZES = {
@@ -35,29 +35,29 @@ def tiny(monkeypatch):
     """The tiny model in place of any other."""
     asked = []
     monkeypatch.setattr(statistics, "RESAMPLES", 20)
-    monkeypatch.setattr(command, "_pipeline", lambda *names: asked.append(names) or ours())
+    monkeypatch.setattr(command, "load_pipeline", lambda *names: asked.append(names) or ours())
     return asked
 
 
 def test_a_suite_writes_results_tables_and_pictures(tiny, tmp_path, capsys):
-    own = {"mine": lambda: TurboQuant(bits=3)}
-    command.evaluate("quick", tmp_path, model="m", device="d", dtype="t", presses=own, sizes=SIZES)
+    own = ["Knorm(0.2) | TurboQuant(bits=3)"]
+    command.main("quick", tmp_path, model="m", device="d", dtype="t", presses=own, sizes=SIZES)
     assert tiny == [("m", "d", "t")]
     printed = capsys.readouterr().out
     assert printed.strip() == (tmp_path / "report.md").read_text("utf-8").strip()
     for arm in every_arm():
         assert f"| {arm.name} |".replace(" | T", " \\| T") in printed
-    assert "| mine |" in printed
+    assert "| Knorm(0.2) \\| TurboQuant(bits=3) |" in printed
     names = {path.name for path in tmp_path.iterdir()}
     assert names >= {"results.jsonl", "report.md", "needles.png", "divergence.png", "memory.png", "front.png"}
 
 
 def test_json_holds_every_row_and_a_second_run_adds_nothing(tiny, tmp_path, capsys):
     how = {"parts": ["fidelity"], "sizes": SIZES, "figures": False, "json": True}
-    command.evaluate("quick", tmp_path, **how)
+    command.main("quick", tmp_path, **how)
     first = json.loads(capsys.readouterr().out)
     size = (tmp_path / "results.jsonl").stat().st_size
-    command.evaluate("quick", tmp_path, **how)
+    command.main("quick", tmp_path, **how)
     assert json.loads(capsys.readouterr().out) == first
     assert (tmp_path / "results.jsonl").stat().st_size == size
     assert {path.name for path in tmp_path.iterdir()} == {"results.jsonl", "report.md"}
@@ -67,23 +67,31 @@ def test_json_holds_every_row_and_a_second_run_adds_nothing(tiny, tmp_path, caps
     assert first["grid"] == first["tasks"] == first["refused"] == []
 
 
+def test_a_press_that_there_is_not_is_named_at_once(tiny, tmp_path):
+    with pytest.raises(InvalidInputError, match="did you mean 'SnapKV'"):
+        command.main("quick", tmp_path, presses=["SnapKVV(0.5)"])
+    with pytest.raises(InvalidInputError, match="two arms"):
+        command.main("quick", tmp_path, presses=["SnapKV(0.5)"])
+    assert not tiny
+
+
 def test_a_part_that_there_is_not_is_refused(tiny, tmp_path):
     with pytest.raises(InvalidInputError, match="'speed'"):
-        command.evaluate("quick", tmp_path, parts=["speed"])
+        command.main("quick", tmp_path, parts=["speed"])
     assert not tiny
 
 
 def test_missing_matplotlib_is_named_before_anything_is_measured(tiny, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(InvalidInputError, match="--no-figures"):
-        command.evaluate("quick", tmp_path, sizes=SIZES)
+        command.main("quick", tmp_path, sizes=SIZES)
     assert not tiny
 
 
 @pytest.fixture
 def called(monkeypatch):
     calls = []
-    monkeypatch.setattr(command, "evaluate", lambda *args, **kwargs: calls.append((args, kwargs)))
+    monkeypatch.setattr(command, "main", lambda *args, **kwargs: calls.append((args, kwargs)))
     return calls
 
 
@@ -100,7 +108,20 @@ def test_the_command_hands_its_options_on(called, tmp_path):
         "--part",
         "tasks",
     ]
-    options += ["--device", "cuda", "--dtype", "float32", "--documents", "3", "--context", "99"]
+    options += [
+        "--press",
+        "SnapKV",
+        "-p",
+        "Knorm | TurboQuant",
+        "--device",
+        "cuda",
+        "--dtype",
+        "float32",
+        "--documents",
+        "3",
+        "--context",
+        "99",
+    ]
     options += [
         "--continuation",
         "7",
@@ -122,6 +143,7 @@ def test_the_command_hands_its_options_on(called, tmp_path):
     assert sizes.keys() <= {field.name for field in fields(Suite)}
     assert (kwargs["model"], kwargs["device"], kwargs["dtype"], kwargs["seed"]) == ("m", "cuda", "float32", 5)
     assert kwargs["parts"] == ["grid", "tasks"]
+    assert kwargs["presses"] == ["SnapKV", "Knorm | TurboQuant"]
     assert (kwargs["figures"], kwargs["json"]) == (False, True)
 
 

@@ -8,6 +8,7 @@ import pytest
 from quantpress.errors import InvalidInputError
 from quantpress.pipelines.evaluation import statistics
 from quantpress.pipelines.evaluation.statistics import (
+    Estimate,
     by_document,
     mcnemar,
     mean_by_document,
@@ -62,7 +63,7 @@ def test_means_are_those_of_the_general_way(seed: int) -> None:
 
 
 def test_one_document_has_no_interval() -> None:
-    assert by_document([[1.0, 2.0]], np.mean).as_dict() == {"value": 1.5, "low": None, "high": None}
+    assert by_document([[1.0, 2.0]], np.mean) == Estimate(1.5, None, None)
 
 
 def test_pairs_are_compared_case_by_case() -> None:
