@@ -34,7 +34,11 @@ def evaluate(
     continuation: Annotated[
         int | None, typer.Option(help="Tokens that follow and are scored.", min=2)
     ] = None,
-    samples: Annotated[int | None, typer.Option(help="Cases of each task.", min=1)] = None,
+    length: Annotated[
+        list[int] | None, typer.Option(help="Tokens of a needle's context; may be repeated.", min=1)
+    ] = None,
+    task_tokens: Annotated[int | None, typer.Option(help="Tokens of other tasks' contexts.", min=1)] = None,
+    samples: Annotated[int | None, typer.Option(help="Cases of each other task.", min=1)] = None,
     batch: Annotated[int | None, typer.Option(help="Documents read at once on a GPU.", min=1)] = None,
     seed: Annotated[int, typer.Option(help="Of the tasks' texts and numbers.")] = 0,
     figures: Annotated[bool, typer.Option(help="Draw pictures; needs matplotlib.")] = True,
@@ -45,6 +49,8 @@ def evaluate(
         "documents": documents,
         "context": context,
         "continuation": continuation,
+        "lengths": tuple(length) if length else None,
+        "task_tokens": task_tokens,
         "samples": samples,
         "batch": batch,
     }

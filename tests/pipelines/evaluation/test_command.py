@@ -122,24 +122,22 @@ def test_the_command_hands_its_options_on(called, tmp_path):
         "--context",
         "99",
     ]
-    options += [
-        "--continuation",
-        "7",
-        "--samples",
-        "2",
-        "--batch",
-        "4",
-        "--seed",
-        "5",
-        "--no-figures",
-        "--json",
-    ]
+    options += ["--continuation", "7", "--length", "10", "--length", "20", "--task-tokens", "30"]
+    options += ["--samples", "2", "--batch", "4", "--seed", "5", "--no-figures", "--json"]
     result = CliRunner().invoke(cli.app, ["eval", *options])
     assert result.exit_code == 0, result.output
     ((args, kwargs),) = called
     assert args == ("full", tmp_path)
     sizes = kwargs.pop("sizes")
-    assert sizes == {"documents": 3, "context": 99, "continuation": 7, "samples": 2, "batch": 4}
+    assert sizes == {
+        "documents": 3,
+        "context": 99,
+        "continuation": 7,
+        "lengths": (10, 20),
+        "task_tokens": 30,
+        "samples": 2,
+        "batch": 4,
+    }
     assert sizes.keys() <= {field.name for field in fields(Suite)}
     assert (kwargs["model"], kwargs["device"], kwargs["dtype"], kwargs["seed"]) == ("m", "cuda", "float32", 5)
     assert kwargs["parts"] == ["grid", "tasks"]
