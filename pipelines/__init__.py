@@ -21,6 +21,7 @@ default_model/      the embedded default model
 fidelity.py         attention over packed keys beside exact attention
 commands/           what the commands of quantpress do
 haystack.py, demo.py   facts planted in a book, and who still knows them
+evaluation/         quality against controls: divergence, attention, tasks, equal bytes
 """
 
 from importlib import import_module

@@ -36,6 +36,15 @@ class Tokenizer(Protocol):
         """The token ids of `text`; `verbose` allows a warning when they are more than the model reads."""
 
 
+class Planted(Protocol):
+    """What is needed of a thing to plant."""
+
+    @property
+    def sentence(self) -> str: ...
+    @property
+    def depth(self) -> float: ...
+
+
 @dataclass(frozen=True)
 class Needle:
     """One fact: a city's number, planted at `depth` of the context (0.0 its start, 1.0 its end).
@@ -80,7 +89,7 @@ def random_needles(count: int, seed: int = 0) -> list[Needle]:
     ]
 
 
-def plant(text: str, needles: Sequence[Needle], tokenizer: Tokenizer, tokens: int) -> str:
+def plant(text: str, needles: Sequence[Planted], tokenizer: Tokenizer, tokens: int) -> str:
     """The longest beginning of `text` that has at most `tokens` tokens with the needles planted in it.
 
     Args:

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 import quantpress
+from quantpress.evaluate import evaluate
 
 app = typer.Typer(
     name="quantpress",
@@ -96,6 +97,9 @@ def pack(
         dtype=dtype,
         json=json,
     )
+
+
+app.command(name="eval")(evaluate)
 
 
 @app.command()

@@ -1,0 +1,136 @@
+"""What is compared: the arms of an evaluation, each a way to keep a cache.
+
+Every run has the controls: the uncompressed cache, plain integers, KIVI's scheme, random eviction and
+kvpress's presses alone. All of them are held for real; nothing is simulated.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from kvpress import BasePress
+
+from quantpress.errors import InvalidInputError
+from quantpress.kernels.page_codec import PageCodec
+from quantpress.pipelines.evaluation.uniform_pages import UniformPages
+from quantpress.presses import Compose, ExpectedAttention, Knorm, Random, SnapKV, StreamingLLM, TurboQuant
+
+UNCOMPRESSED = "uncompressed"
+KIVI_GROUP = 32
+"""Numbers in a group, keys along tokens and values along channels. Source: KIVI, arXiv 2402.02750."""
+KIVI_RESIDUAL = 128
+"""Last tokens that KIVI keeps in 16 bits."""
+
+MakePress = Callable[[], BasePress | None]
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to keep a cache.
+
+    Args:
+        name: unique in a run; what tables and records call it.
+        make: makes a fresh press for every reading; None keeps the cache as it is.
+        kind: "control", "eviction", "quantizer", "combined", "grid" or "yours".
+    """
+
+    name: str
+    make: MakePress
+    kind: str
+
+
+def check_names(arms: Sequence[Arm]) -> None:
+    """Refuse two arms of one name, and arms without the uncompressed one.
+
+    Raises:
+        InvalidInputError: naming the arm.
+    """
+    names = [arm.name for arm in arms]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise InvalidInputError(f"two arms are called {twice[0]!r}; give each its own name")
+    if UNCOMPRESSED not in names:
+        raise InvalidInputError(f"the arms have no {UNCOMPRESSED!r}; everything is measured against it")
+
+
+def uncompressed() -> Arm:
+    """The whole cache, as the model makes it."""
+    return Arm(UNCOMPRESSED, lambda: None, "control")
+
+
+def plain_integers(bits: int) -> TurboQuant:
+    """Plain integers of `bits` bits, one range a token and head, nothing pinned, nothing rotated."""
+    return TurboQuant(codec=_uniform(bits, "token", None), sink_tokens=0, recent_tokens=0)
+
+
+def kivi(bits: int) -> TurboQuant:
+    """KIVI's scheme: keys per channel, values per token, groups of 32, the last 128 tokens in 16 bits.
+
+    Source: KIVI, arXiv 2402.02750.
+    """
+
+    def codec(head_dim: int, role: str, layer_idx: int) -> PageCodec:
+        return UniformPages(head_dim, bits, "channel" if role == "key" else "token", KIVI_GROUP)
+
+    return TurboQuant(codec=codec, sink_tokens=0, recent_tokens=KIVI_RESIDUAL)
+
+
+def _uniform(bits: int, axis: str, group: int | None) -> Callable[[int, str, int], PageCodec]:
+    return lambda head_dim, role, layer_idx: UniformPages(head_dim, bits, axis, group)
+
+
+def controls() -> list[Arm]:
+    """What every run has."""
+    return [
+        uncompressed(),
+        Arm("int8 per token", lambda: plain_integers(8), "control"),
+        Arm("int4 per token", lambda: plain_integers(4), "control"),
+        Arm("KIVI 4 bits", lambda: kivi(4), "control"),
+        Arm("KIVI 2 bits", lambda: kivi(2), "control"),
+        Arm("Random(0.5)", lambda: Random(0.5, seed=0), "control"),
+    ]
+
+
+def evictions() -> list[Arm]:
+    """kvpress's presses alone."""
+    return [
+        Arm("SnapKV(0.5)", lambda: SnapKV(0.5), "eviction"),
+        Arm("StreamingLLM(0.5)", lambda: StreamingLLM(0.5), "eviction"),
+        Arm("Knorm(0.5)", lambda: Knorm(0.5), "eviction"),
+        Arm("ExpectedAttention(0.5)", lambda: ExpectedAttention(0.5), "eviction"),
+    ]
+
+
+def quantizers() -> list[Arm]:
+    """TurboQuant by its presets and widths, and as published at the same true bits.
+
+    Those without recent tokens have as few of them in 16 bits as plain integers have.
+    """
+    return [
+        Arm("TurboQuant quality", lambda: TurboQuant.preset("quality"), "quantizer"),
+        Arm("TurboQuant 4/4", lambda: TurboQuant(bits=4), "quantizer"),
+        Arm("TurboQuant 4/3", lambda: TurboQuant(key_bits=4, value_bits=3), "quantizer"),
+        Arm("TurboQuant 3/3", lambda: TurboQuant(bits=3), "quantizer"),
+        Arm("TurboQuant 2/2", lambda: TurboQuant(bits=2), "quantizer"),
+        Arm("TurboQuant 4/4, no recent", lambda: TurboQuant(bits=4, recent_tokens=0), "quantizer"),
+        Arm("TurboQuant 3/3, no recent", lambda: TurboQuant(bits=3, recent_tokens=0), "quantizer"),
+        Arm("as published 4/4", lambda: TurboQuant.preset("paper"), "quantizer"),
+        Arm(
+            "as published 4/3",
+            lambda: TurboQuant.preset("paper", key_bits=4, value_bits=3),
+            "quantizer",
+        ),
+        Arm("as published 3/3", lambda: TurboQuant.preset("paper", bits=3), "quantizer"),
+    ]
+
+
+def combined() -> list[Arm]:
+    """Eviction, then packing."""
+    return [
+        Arm("SnapKV(0.5) | TurboQuant 4/4", lambda: Compose([SnapKV(0.5), TurboQuant(bits=4)]), "combined"),
+        Arm("SnapKV(0.5) | TurboQuant 3/3", lambda: Compose([SnapKV(0.5), TurboQuant(bits=3)]), "combined"),
+    ]
+
+
+def every_arm() -> list[Arm]:
+    """Controls, presses alone, quantizers and compositions."""
+    return [*controls(), *evictions(), *quantizers(), *combined()]

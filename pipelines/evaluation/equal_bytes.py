@@ -1,0 +1,141 @@
+"""At the same bytes: n tokens in 16 bits, 4n in 4, 5n in 3 or 7n in 2?
+
+For each budget, press and width, a ratio is found with which evicting and packing leaves as many bytes as the
+budget allows. Records hold the bytes that were then measured.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+
+from kvpress import BasePress
+from transformers import PreTrainedConfig
+
+from quantpress.cache.codec import TurboQuantCodec
+from quantpress.errors import InvalidInputError
+from quantpress.pipelines.evaluation.arms import Arm
+from quantpress.presses import (
+    Compose,
+    ExpectedAttention,
+    KeyDiff,
+    Knorm,
+    SnapKV,
+    StreamingLLM,
+    TurboQuant,
+)
+
+PRESSES = {
+    "StreamingLLM": StreamingLLM,
+    "SnapKV": SnapKV,
+    "Knorm": Knorm,
+    "ExpectedAttention": ExpectedAttention,
+    "KeyDiff": KeyDiff,
+}
+SINK_TOKENS, RECENT_TOKENS = 4, 32
+"""Windows of the packed arms; few recent tokens, since at small budgets they would be most of the bytes."""
+DENSE_BITS = 16
+EVERY_TOKEN = "every token"
+"""In place of a press, where the budget holds the whole context."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What a cache's bytes depend on.
+
+    Args:
+        layers, kv_heads, head_dim: of the model.
+        context: tokens that are read.
+    """
+
+    layers: int
+    kv_heads: int
+    head_dim: int
+    context: int
+
+    @classmethod
+    def of(cls, config: PreTrainedConfig, context: int) -> "Shape":
+        """The shape of a model's cache after `context` tokens."""
+        text = config.get_text_config()
+        heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+        dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+        return cls(text.num_hidden_layers, heads, dim, context)
+
+    def bytes(self, tokens: int, bits: int) -> int:
+        """What `tokens` tokens take in `bits` bits, sinks, recent tokens and metadata included."""
+        if bits == DENSE_BITS:
+            return tokens * self.layers * self.kv_heads * self.head_dim * 2 * DENSE_BITS // 8
+        codec = TurboQuantCodec(self.head_dim, bits)
+        report = codec.memory_report(tokens, self.layers, self.kv_heads, SINK_TOKENS, RECENT_TOKENS)
+        return report.total_bytes
+
+    def tokens(self, budget: float, bits: int) -> int:
+        """The most tokens whose bytes are at most `budget` of the whole context's in 16 bits.
+
+        Raises:
+            InvalidInputError: not even one token fits.
+        """
+        room = budget * self.bytes(self.context, DENSE_BITS)
+        for tokens in range(self.context, 0, -1):  # pages make the bytes rise and fall
+            if self.bytes(tokens, bits) <= room:
+                return tokens
+        raise InvalidInputError(
+            f"{budget:g} of the bytes of {self.context} tokens hold no token of {bits} bits; give a larger "
+            "budget or a longer context"
+        )
+
+
+@dataclass(frozen=True)
+class GridArm(Arm):
+    """An arm of the grid.
+
+    Args:
+        press: the evictor's name, or `EVERY_TOKEN`.
+        bits: the width of what is kept; 16 is not packed.
+        budget: bytes allowed, as a part of the whole context's in 16 bits.
+        tokens: kept.
+    """
+
+    press: str
+    bits: int
+    budget: float
+    tokens: int
+
+
+def grid_arms(
+    shape: Shape, presses: Sequence[str], widths: Sequence[int], budgets: Sequence[float]
+) -> list[GridArm]:
+    """One arm for each press, width and budget; one for all presses where nothing has to go.
+
+    Args:
+        shape: of the cache.
+        presses: names out of `PRESSES`.
+        widths: bits, 16 for no packing.
+        budgets: parts of the whole context's bytes in 16 bits.
+
+    Raises:
+        InvalidInputError: a press that is not in `PRESSES`, or a budget that holds no token.
+    """
+    unknown = [name for name in presses if name not in PRESSES]
+    if unknown:
+        raise InvalidInputError(f"the grid has no press {unknown[0]!r}; use some of {', '.join(PRESSES)}")
+    arms: dict[str, GridArm] = {}
+    for budget in budgets:
+        for bits in widths:
+            tokens = shape.tokens(budget, bits)
+            whole = tokens == shape.context
+            for press in (EVERY_TOKEN,) if whole else presses:
+                name = f"{EVERY_TOKEN}, {bits} bits" if whole else f"{press}, {tokens} tokens, {bits} bits"
+                make = partial(make_press, press, bits, tokens, shape.context)
+                arms.setdefault(name, GridArm(name, make, "grid", press, bits, budget, tokens))
+    return list(arms.values())
+
+
+def make_press(name: str, bits: int, tokens: int, context: int) -> BasePress | None:
+    """The press that leaves `tokens` of `context` tokens in `bits` bits."""
+    evictor = None
+    if tokens < context:  # kvpress keeps int(context * (1 - ratio))
+        evictor = PRESSES[name](1 - (tokens + 0.5) / context)
+    if bits == DENSE_BITS:
+        return evictor
+    quantizer = TurboQuant(bits=bits, sink_tokens=SINK_TOKENS, recent_tokens=RECENT_TOKENS)
+    return quantizer if evictor is None else Compose([evictor, quantizer])

@@ -1,0 +1,113 @@
+"""What the uncompressed model says about a document, and the queries with which it reads its context."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from quantpress.cache.attention import install_packed_attention
+from quantpress.pipelines.evaluation.teacher_forcing import float32_logits
+
+_PASSED_ON = ("scaling", "softcap", "s_aux")
+
+
+@dataclass(frozen=True)
+class AttentionCall:
+    """One layer's queries behind the context, and the context's keys and values, uncompressed.
+
+    Args:
+        module: the attention module.
+        query: [B, Hq, n, D].
+        keys: [B, Hkv, T, D].
+        values: [B, Hkv, T, Dv].
+        options: scaling, softcap and learned sinks, as the model passed them.
+    """
+
+    module: torch.nn.Module
+    query: torch.Tensor
+    keys: torch.Tensor
+    values: torch.Tensor
+    options: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Documents read by the uncompressed model in one forward, without a cache.
+
+    Args:
+        log_probs: [B, N - 1, V] float32, of the tokens behind the first of the continuation.
+        attention: by layer index; empty unless asked for. Sliding-window layers are left out.
+    """
+
+    log_probs: torch.Tensor
+    attention: dict[int, AttentionCall]
+
+
+def read_reference(model: PreTrainedModel, ids: torch.Tensor, context: int, queries: int = 0) -> Reference:
+    """Run the whole text through the model.
+
+    Args:
+        model: decoder-only, in evaluation mode.
+        ids: [B, T + N] int64: context and continuation.
+        context: T.
+        queries: how many of the queries behind the context to keep for each layer; 0 keeps no attention.
+    """
+    calls: dict[int, AttentionCall] = {}
+    with float32_logits(model), _recorded(model, calls, context, queries):
+        logits = model(input_ids=ids, use_cache=False, logits_to_keep=ids.shape[1] - context).logits
+    return Reference(logits[:, :-1].float().log_softmax(-1), calls)
+
+
+@contextmanager
+def _recorded(
+    model: PreTrainedModel, calls: dict[int, AttentionCall], context: int, queries: int
+) -> Iterator[None]:
+    """Wrap the model's attention function for one forward."""
+    if not queries:
+        yield
+        return
+    install_packed_attention()
+    name = model.config._attn_implementation
+    function: Any = ALL_ATTENTION_FUNCTIONS[name]
+
+    def recording(
+        module: torch.nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        if kwargs.get("sliding_window") is None:
+            layer: Any = module.layer_idx
+            calls[layer] = AttentionCall(
+                module,
+                query[:, :, context : context + queries].clone(),
+                key[:, :, :context].clone(),
+                value[:, :, :context].clone(),
+                {name: kwargs[name] for name in _PASSED_ON if name in kwargs},
+            )
+        return function(module, query, key, value, *args, **kwargs)
+
+    ALL_ATTENTION_FUNCTIONS[name] = recording
+    try:
+        yield
+    finally:
+        ALL_ATTENTION_FUNCTIONS[name] = function
+
+
+def attend(
+    model: PreTrainedModel, call: AttentionCall, keys: torch.Tensor, values: torch.Tensor
+) -> torch.Tensor:
+    """The layer's attention over a context alone, packed or not, all of it visible: [B, n, Hq, Dv].
+
+    It goes through the function that the model itself calls, so a packed cache is read as in decoding.
+    """
+    function: Any = ALL_ATTENTION_FUNCTIONS[model.config._attn_implementation]
+    options = {"dropout": 0.0, "is_causal": False, **call.options}
+    output: torch.Tensor = function(call.module, call.query, keys, values, None, **options)[0]
+    return output
