@@ -148,18 +148,17 @@ class TurboQuantCodec:
             seed: of the vectors.
 
         Raises:
-            InvalidInputError: `samples` is below 1.
+            InvalidInputError: `samples` is below 2.
         """
-        if samples < 1:
-            raise InvalidInputError(f"samples must be at least 1, got {samples}")
+        if samples < 2:
+            raise InvalidInputError(f"samples must be at least 2, got {samples}")
         generator = torch.Generator().manual_seed(seed)
         x = torch.randn(samples, self.spec.head_dim, generator=generator)
         x *= torch.exp2(4 * torch.rand(samples, 1, generator=generator))  # lengths over four binades
         decoded = self.decode(self.encode(x, ChannelTransform()))  # no channel stands out
         energy = x.square().sum(-1)
-        distortion = ((x - decoded).square().sum(-1) / energy).mean()
         bias = ((x * decoded).sum(-1) / energy).mean() - 1
-        return codec_report(self.spec, samples, float(distortion), float(bias))
+        return codec_report(self.spec, (x - decoded).square().sum(-1) / energy, float(bias))
 
     def memory_report(
         self,

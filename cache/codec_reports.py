@@ -25,7 +25,8 @@ class CodecReport:
         head_dim: D of the vectors.
         samples: how many vectors were measured.
         bits_per_value: true stored bits per coordinate, scales included.
-        distortion: measured through encode and decode.
+        distortion: measured through encode and decode, the mean over the samples.
+        standard_error: of that mean. Of 8 bits few coordinates, beyond the last level, make most of it.
         expected: what the codec's own codebooks, scale rule and estimator should give.
         optimum: of the best scalar codebook (Lloyd-Max) with as many code bits in each channel group.
         shannon: what no code of as many code bits per coordinate can beat in high dimension.
@@ -38,6 +39,7 @@ class CodecReport:
     samples: int
     bits_per_value: float
     distortion: float
+    standard_error: float
     expected: float
     optimum: float
     shannon: float
@@ -48,7 +50,7 @@ class CodecReport:
     @property
     def tolerance(self) -> float:
         """Relative deviation of the distortion that theory (up to O(1 / D)) and sampling leave room for."""
-        return 0.02 + 4 / self.head_dim + 5 / math.sqrt(self.samples * self.head_dim)
+        return 0.02 + 4 / self.head_dim + 5 * self.standard_error / self.expected
 
     @property
     def ok(self) -> bool:
@@ -128,8 +130,9 @@ def expected_distortion(spec: CodecSpec) -> tuple[float, float]:
     return distortion, bias
 
 
-def codec_report(spec: CodecSpec, samples: int, distortion: float, bias: float) -> CodecReport:
-    """Put measured figures beside what they should be."""
+def codec_report(spec: CodecSpec, distortions: torch.Tensor, bias: float) -> CodecReport:
+    """Put measured figures beside what they should be; distortions [samples], one of each vector."""
+    samples = distortions.numel()
     expected, expected_bias = expected_distortion(spec)
     shares = [(group.channels / spec.head_dim, group) for group in spec.groups]
     optimum = sum(share * lloyd_max_distortion(group.bits, group.channels) for share, group in shares)
@@ -138,7 +141,8 @@ def codec_report(spec: CodecSpec, samples: int, distortion: float, bias: float) 
         head_dim=spec.head_dim,
         samples=samples,
         bits_per_value=spec.bits_per_value,
-        distortion=distortion,
+        distortion=float(distortions.mean()),
+        standard_error=float(distortions.std()) / math.sqrt(samples),
         expected=expected,
         optimum=optimum,
         shannon=shannon_distortion(code_bits),

@@ -13,8 +13,8 @@ def keep(tokens: PackedTokens, kept: torch.Tensor) -> None:
     """Keep selected tokens, in the order in which they are stored.
 
     Heads may keep different numbers of sinks, packed and recent tokens. Pages hold what is packed in all of
-    them, as far as whole pages go; other packed tokens are decoded, and packed again give the same codes, as
-    after a crop.
+    them, as far as whole pages go; other packed tokens are decoded, and packed again give the same codes
+    but for few, as after a crop.
 
     Args:
         tokens: of a layer; changed in place.

@@ -176,7 +176,10 @@ class PackedTokens:
         return key_planes, value_planes
 
     def crop(self, tokens: int) -> None:
-        """Keep the first `tokens`; what stays of a page is decoded, and packed again gives the same codes.
+        """Keep the first `tokens`; what stays of a page is decoded.
+
+        Packed again it gives the same codes, but for a vector in some thousands: one with a coordinate far
+        beyond the last level, which is shorter in code space than its scale says.
 
         Raises:
             InvalidInputError: heads keep different tokens of those that were to be the last, or they are in

@@ -359,7 +359,7 @@ def test_a_validation_can_be_repeated() -> None:
     assert codec.validate(samples=300, seed=7) == codec.validate(samples=300, seed=7)
     assert codec.validate(samples=300, seed=7) != codec.validate(samples=300, seed=8)
     with pytest.raises(InvalidInputError, match="samples"):
-        codec.validate(samples=0)
+        codec.validate(samples=1)
 
 
 # What it refuses
