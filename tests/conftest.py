@@ -19,6 +19,8 @@ settings.load_profile("quantpress")
 
 SEED_VARIABLE = "QUANTPRESS_TEST_SEED"
 
+collect_ignore = ["comfyui_run.py"]  # a script, for ComfyUI's environment
+
 
 @pytest.fixture(autouse=True)
 def seed() -> int:
