@@ -28,11 +28,11 @@ import triton
 from rich.console import Console
 from rich.table import Table
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedModel
-from transformers.generation.streamers import BaseStreamer
 
 from quantpress.cache import PackedLayer, cache_memory, continue_inputs
 from quantpress.pipelines.captured import captured_decoding
 from quantpress.pipelines.reading import read_context
+from quantpress.pipelines.token_clock import TokenClock
 from quantpress.presses import TurboQuant
 
 GB = 1e9
@@ -63,19 +63,6 @@ class Result:
     prefill_peak_bytes: int
     cache_bytes: int
     replays: int
-
-
-class Clock(BaseStreamer):
-    """The host's time at each new id; the first call hands in the prompt."""
-
-    def __init__(self) -> None:
-        self.times: list[float] = []
-
-    def put(self, value: torch.Tensor) -> None:
-        self.times.append(time.perf_counter())
-
-    def end(self) -> None:
-        pass
 
 
 def build(arguments: argparse.Namespace) -> PreTrainedModel:
@@ -113,7 +100,7 @@ def measure(
 ) -> Result:
     """Read a context and generate after it, once."""
     _settle()
-    clock = Clock()
+    clock = TokenClock()
     context, question = ids[:, :-QUESTION], ids[:, -QUESTION:]
     start = time.perf_counter()
     cache = DynamicCache()
@@ -132,7 +119,7 @@ def measure(
         model.generate(
             **inputs, past_key_values=cache, max_new_tokens=new_tokens, do_sample=False, streamer=clock
         )
-    times = clock.times[1:]  # without the prompt's
+    (times,) = clock.times
     return Result(
         name=name,
         first_token_s=times[0] - start,

@@ -72,6 +72,15 @@ def book_text(max_characters: int | None = None) -> str:
     return lzma.decompress(BOOK.read_bytes()).decode("utf-8")[:max_characters]
 
 
+def book_piece(tokenizer: Tokenizer, tokens: int) -> str:
+    """The beginning of the book that has so many tokens, give or take a word.
+
+    Raises:
+        InvalidInputError: the book has fewer.
+    """
+    return plant(book_text(), [], tokenizer, tokens)
+
+
 def random_needles(count: int, seed: int = 0) -> list[Needle]:
     """`count` needles with different cities and random 5-digit numbers, spread evenly over the context.
 

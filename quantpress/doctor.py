@@ -1,10 +1,13 @@
-"""What this machine offers: versions, devices, and which path the attention over a packed cache takes."""
+"""What this machine offers: versions, devices, kernels, and what runs in plain PyTorch instead, and why."""
 
 import platform
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
+
+from rich.table import Table
 
 import quantpress.kernels
 
@@ -31,6 +34,8 @@ class Diagnosis:
         devices: the CUDA devices that torch can use.
         backends: for each operation of `quantpress.kernels`, the implementations it has.
         attention: which path the attention over packed layers takes, one line for each kind of device here.
+        fallbacks: what runs in plain PyTorch although there is a kernel for it, and why.
+        default_model: the folder of the default model, and whether it has been fetched.
     """
 
     system: str
@@ -39,6 +44,33 @@ class Diagnosis:
     devices: tuple[Device, ...]
     backends: dict[str, tuple[str, ...]]
     attention: tuple[str, ...]
+    fallbacks: tuple[str, ...] = ()
+    default_model: str = ""
+
+    exit_status = 0
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return asdict(self)
+
+    def __rich__(self) -> Table:
+        table = Table(title="quantpress on this machine", show_header=False)
+        table.add_column(no_wrap=True)
+        table.add_column(overflow="fold")
+        for package, installed in self.versions.items():
+            table.add_row(package, installed or "not installed")
+        table.add_row("system", self.system)
+        table.add_row("cuda", self.cuda or "torch is a CPU build")
+        for device in self.devices:
+            table.add_row("device", f"{device.name}, sm {device.capability}, {device.memory / 2**30:.0f} GiB")
+        for operation, backends in self.backends.items():
+            table.add_row(operation, ", ".join(backends))
+        for line in self.attention:
+            table.add_row("attention", line)
+        for line in self.fallbacks:
+            table.add_row("falls back", line)
+        table.add_row("default model", self.default_model)
+        return table
 
 
 def diagnose() -> Diagnosis:
@@ -55,6 +87,8 @@ def diagnose() -> Diagnosis:
         devices=devices,
         backends=backends,
         attention=_attention(bool(devices), fused),
+        fallbacks=_fallbacks(versions, cuda, devices) if versions["torch"] else (),
+        default_model=_default_model(),
     )
 
 
@@ -92,3 +126,34 @@ def _attention(cuda: bool, fused: bool) -> tuple[str, ...]:
     if cuda:
         lines.append(f"CUDA: {'fused Triton kernels' if fused else plain}")
     return tuple(lines)
+
+
+def _fallbacks(
+    versions: dict[str, str | None], cuda: str | None, devices: tuple[Device, ...]
+) -> tuple[str, ...]:
+    """What plain PyTorch does although there is a kernel; the limits are read from the kernels themselves."""
+    from quantpress.kernels.attend.triton_attend import HEAD_DIMS, MOST_QUERIES, WIDTHS
+    from quantpress.kernels.available import LEAST_CAPABILITY
+    from quantpress.kernels.encode.triton_encode import MAX_CHANNELS
+
+    if not devices:
+        reason = "torch is a CPU build" if cuda is None else "torch finds no NVIDIA GPU"
+        return (f"everything: {reason}, and the kernels need one",)
+    if versions.get("triton") is None:
+        return ("everything: triton is not installed (pip install triton)",)
+    old = [one.name for one in devices if tuple(map(int, one.capability.split("."))) < LEAST_CAPABILITY]
+    least = ".".join(map(str, LEAST_CAPABILITY))
+    dims, widths = (", ".join(map(str, numbers)) for numbers in (HEAD_DIMS, WIDTHS))
+    return (
+        *(f"everything on {name}: its compute capability is below {least}" for name in old),
+        f"attention at a head_dim other than {dims}, or bits other than {widths}: no kernel covers them",
+        f"attention of more than {MOST_QUERIES} query tokens at once, and of padded batches: the same",
+        f"encoding groups of more than {MAX_CHANNELS} channels: the same",
+    )
+
+
+def _default_model() -> str:
+    from quantpress.pipelines.default_model.store import DEFAULT_MODEL_NAME, cache_folder, is_complete
+
+    folder = cache_folder() / DEFAULT_MODEL_NAME
+    return f"{folder}" if is_complete(folder) else f"{folder}: fetched when it is first used (93 MB)"

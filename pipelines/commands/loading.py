@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 import transformers
-from rich.console import Console
 
 from quantpress.errors import InvalidInputError
 from quantpress.pipelines import TASK, register
@@ -15,7 +14,6 @@ from quantpress.pipelines.demo import default_pipeline
 from quantpress.pipelines.text_generation import TextGenerationPipeline
 
 STDIN = "-"
-FILE_WIDTH = 100  # columns of a table that is not shown in a terminal
 
 
 def load_pipeline(
@@ -73,12 +71,13 @@ def read_text(file: str) -> str:
         raise InvalidInputError(f"{file} cannot be read as text: {error}") from error
 
 
-def console() -> Console:
-    """For people; wide enough for a table where there is no terminal."""
-    shown = Console()
-    return shown if shown.is_terminal else Console(width=FILE_WIDTH)
-
-
-def print_json(data: Any) -> None:
-    """One JSON document on the standard output."""
-    Console(soft_wrap=True).print_json(data=data)
+def machine(pipe: TextGenerationPipeline) -> dict[str, Any]:
+    """Where a pipeline runs, for figures: device, dtype, threads and versions."""
+    device = pipe.device
+    return {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "dtype": str(pipe.model.dtype).removeprefix("torch."),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }

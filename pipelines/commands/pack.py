@@ -1,9 +1,12 @@
 """`quantpress pack`: read a text once, save the packed context."""
 
 from dataclasses import asdict, dataclass
+from typing import Any
+
+from rich.text import Text
 
 from quantpress.errors import InvalidInputError
-from quantpress.pipelines.commands.loading import console, load_pipeline, model_name, print_json, read_text
+from quantpress.pipelines.commands.loading import STDIN, load_pipeline, model_name, read_text
 from quantpress.pipelines.report import format_bytes
 
 SUFFIX = ".kv.safetensors"
@@ -33,6 +36,19 @@ class Packed:
     bf16_bytes: int
     bits_per_value: float
 
+    exit_status = 0
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return asdict(self)
+
+    def __rich__(self) -> Text:
+        return Text(
+            f"{self.file}: {self.tokens:,} tokens in {format_bytes(self.file_bytes)}, "
+            f"{self.bits_per_value:.2f} bits a value, read by {self.model} under {self.press}. It contains the "
+            "text: only you can read it."
+        )
+
 
 def main(
     file: str,
@@ -41,8 +57,7 @@ def main(
     model: str | None = None,
     device: str | None = None,
     dtype: str | None = None,
-    json: bool = False,
-) -> None:
+) -> Packed:
     """Read a text under a press and save its cache.
 
     Args:
@@ -52,18 +67,17 @@ def main(
         model: as for `load_pipeline`.
         device: as for `load_pipeline`.
         dtype: as for `load_pipeline`.
-        json: print JSON.
 
     Raises:
         QuantPressError: the text, press or model cannot be used, or the file cannot be written.
     """
-    if output is None and file == "-":
+    if output is None and file == STDIN:
         raise InvalidInputError("text from the standard input has no name; give --output FILE")
     target = f"{file}{SUFFIX}" if output is None else output
     text, pipe = read_text(file), load_pipeline(model, device, dtype)
     context = pipe.read(text, press=press)
     size, memory = context.save(target), context.memory
-    done = Packed(
+    return Packed(
         file=target,
         model=model_name(pipe),
         press=context.description,
@@ -72,13 +86,4 @@ def main(
         resident_bytes=memory.total_bytes,
         bf16_bytes=memory.bf16_bytes,
         bits_per_value=memory.bits_per_value,
-    )
-    if json:
-        print_json(asdict(done))
-        return
-    console().print(
-        f"{done.file}: {done.tokens:,} tokens in {format_bytes(size)}, {done.bits_per_value:.2f} bits a "
-        f"value, read by {done.model} under {done.press}. It contains the text: only you can read it.",
-        markup=False,
-        highlight=False,
     )

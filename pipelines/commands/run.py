@@ -1,14 +1,54 @@
 """`quantpress run`: questions about a text, or about a context that was packed before."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.text import Text
 
 from quantpress.cache.cache_file import read_file
 from quantpress.errors import InvalidInputError
 from quantpress.pipelines.cached_context import CachedContext
-from quantpress.pipelines.commands.loading import console, load_pipeline, model_name, print_json, read_text
+from quantpress.pipelines.commands.loading import load_pipeline, model_name, read_text
+from quantpress.pipelines.members import as_press
+from quantpress.pipelines.report import Report
 
 DEFAULT_PRESS = "TurboQuant"
+
+
+@dataclass(frozen=True)
+class Answered:
+    """Answers and what they cost.
+
+    Args:
+        model: that answered.
+        press: what the text was read under.
+        questions: in order.
+        answers: one a question.
+        report: what it cost.
+    """
+
+    model: str
+    press: str
+    questions: tuple[str, ...]
+    answers: tuple[str, ...]
+    report: Report
+
+    exit_status = 0
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        pairs = zip(self.questions, self.answers, strict=True)
+        answers = [{"question": question, "answer": answer} for question, answer in pairs]
+        return {"model": self.model, "press": self.press, "answers": answers, "report": self.report.as_dict()}
+
+    def __rich__(self) -> RenderableType:
+        shown: list[RenderableType] = []
+        for question, answer in zip(self.questions, self.answers, strict=True):
+            shown += [Text(question, "bold")] if question else []
+            shown += [Text(answer)]
+        return Group(*shown, self.report)
 
 
 def main(
@@ -20,8 +60,7 @@ def main(
     device: str | None = None,
     dtype: str | None = None,
     max_new_tokens: int = 50,
-    json: bool = False,
-) -> None:
+) -> Answered:
     """Answer questions and say what it cost.
 
     Args:
@@ -33,13 +72,13 @@ def main(
         device: as for `load_pipeline`.
         dtype: as for `load_pipeline`; left out, with `cache`, that of the model that packed it.
         max_new_tokens: most tokens of an answer.
-        json: print JSON.
 
     Raises:
         QuantPressError: an argument cannot be used.
     """
     if (file is None) == (cache is None):
         raise InvalidInputError("give a text file, or --cache FILE for one that was packed before, not both")
+    as_press(press)  # a wrong one is refused before a model is loaded
     text = None if file is None else read_text(file)
     if cache is not None:
         known = read_file(cache, verify=False)[0].get("model", {})
@@ -54,18 +93,6 @@ def main(
         context, asked["press"] = text, press or DEFAULT_PRESS
         description = asked["press"]
     result = pipe(context, report=True, **asked)
-    report = result["report"]
-    if json:
-        answers = [
-            {"question": question, "answer": answer}
-            for question, answer in zip(asked["questions"], result["answers"], strict=True)
-        ]
-        found = {"model": model_name(pipe), "press": description, "answers": answers}
-        print_json(found | {"report": report.as_dict()})
-        return
-    shown = console()
-    for question, answer in zip(asked["questions"], result["answers"], strict=True):
-        if question:
-            shown.print(question, style="bold", markup=False)
-        shown.print(answer, markup=False, highlight=False)
-    shown.print(report)
+    return Answered(
+        model_name(pipe), description, tuple(asked["questions"]), tuple(result["answers"]), result["report"]
+    )

@@ -1,0 +1,66 @@
+"""Writes docs/command_line.md from the commands themselves, with typer's own writer.
+
+python docs/command_line.py            writes the page
+python docs/command_line.py --check    fails when the committed page is not what would be written
+"""
+
+import argparse
+import re
+from pathlib import Path
+
+import typer
+from typer.cli import get_docs_for_click
+
+from quantpress.cli import app
+
+PAGE = Path(__file__).with_name("command_line.md")
+
+HEADER = """# Command line
+
+Written by `python docs/command_line.py` from the commands; a test holds it to them. `quantpress COMMAND
+--help` says the same. Every command works without a model's name, on the default model.
+
+- `--json` prints one JSON document on the standard output and nothing else there. Warnings, progress bars and
+  errors go to the standard error.
+- Exit status: 0 done; 1 a bound failed (`validate`); 2 wrong input, a file or model that cannot be used, or a
+  press that was refused (`compare`).
+- A press is written as in Python: `SnapKV(0.5)`, `TurboQuant(key_bits=4, value_bits=3)`, several with `|`
+  between, the quantizer last. The text is read, never run. `none` is the uncompressed cache.
+
+What the figures are:
+
+- `memory` counts the model's own layers without loading weights. The bytes of a cache are those that are
+  measured once it is there, for every press that keeps as many tokens as its ratio says; "about" marks the
+  others. Work space is an estimate: attention, feed-forward or packing of one layer, whichever needs most.
+- `bench` and `compare` go through the pipeline. Peak memory is torch's own count on a GPU; on the CPU it is the
+  process's resident memory, looked at every 5 milliseconds. Other work on the machine shows in every figure.
+- Agreement in `compare` is the share of the answer's tokens before the first one that the uncompressed cache
+  would not have given: 100 % is the same answer. A different token early on makes it small, although the answer
+  may be as good: read the answers.
+- `inspect` suggests the smallest of three settings that keeps the best token of nine queries in ten, on the
+  mean over layers. It is a first guess from one text, not an evaluation.
+
+"""
+
+
+def page() -> str:
+    """The whole of docs/command_line.md."""
+    command = typer.main.get_command(app)
+    context = typer.Context(command, info_name="quantpress")
+    text = get_docs_for_click(obj=command, ctx=context, indent=1, name="quantpress")
+    text = re.sub(r"^Example: (.*)$", r"```bash\n\1\n```", text, flags=re.MULTILINE)
+    return HEADER + text.strip() + "\n"
+
+
+def main() -> None:
+    """Write the page, or check it."""
+    parser = argparse.ArgumentParser(description="Writes docs/command_line.md.")
+    parser.add_argument("--check", action="store_true", help="write nothing; fail when the page is stale")
+    if not parser.parse_args().check:
+        PAGE.write_text(page(), encoding="utf-8")
+    elif PAGE.read_text(encoding="utf-8") != page():
+        raise SystemExit("docs/command_line.md is stale, run python docs/command_line.py")
+
+
+if __name__ == "__main__":
+    main()

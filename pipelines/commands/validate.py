@@ -1,0 +1,137 @@
+"""`quantpress validate`: the codec measured on random vectors, beside what theory says of it."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from rich.table import Table
+from rich.text import Text
+
+from quantpress.cache.codec import TurboQuantCodec
+from quantpress.cache.codec_reports import CodecReport
+from quantpress.codecs.bounds import paper_mse_bound
+from quantpress.codecs.spec import ROLES, CodecSpec
+from quantpress.pipelines.commands.output import progress
+
+DEFAULT_BITS = (1.0, 2.0, 2.5, 3.0, 3.5, 4.0, 8.0)
+DEFAULT_HEAD_DIMS = (64, 128, 256)
+
+
+@dataclass(frozen=True)
+class Check:
+    """One codec.
+
+    Args:
+        role: "key" or "value".
+        bits: code width.
+        report: measured and expected.
+        bound: the distortion that TurboQuant's Theorem 1 allows, sqrt(3) pi / 2 * 4^-bits in each group of
+            channels; None where the theorem is about another estimator.
+    """
+
+    role: str
+    bits: float
+    report: CodecReport
+    bound: float | None
+
+    @property
+    def ok(self) -> bool:
+        """Whether the codec is as exact as its codebook says, and within the bounds of theory."""
+        if self.bound is None:
+            return self.report.ok
+        return self.report.ok and self.report.shannon <= self.report.distortion <= self.bound
+
+
+@dataclass(frozen=True)
+class Validated:
+    """Every codec that was measured."""
+
+    checks: tuple[Check, ...]
+
+    @property
+    def exit_status(self) -> int:
+        """1 when a bound failed."""
+        return int(not all(check.ok for check in self.checks))
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        rows = [
+            {
+                "role": check.role,
+                "bits": check.bits,
+                "ok": check.ok,
+                "bound": check.bound,
+                **asdict(check.report),
+            }
+            for check in self.checks
+        ]
+        return {"ok": not self.exit_status, "codecs": rows}
+
+    def __rich__(self) -> Table:
+        table = Table(
+            title="Distortion E|x - x^|^2 / |x|^2 of random vectors",
+            caption="expected: from the codebook and the scale rule. Lloyd-Max: the best scalar code. Shannon: "
+            "what no code of as many bits can beat. bound: Theorem 1 of TurboQuant, arXiv 2504.19874, group by "
+            "group.",
+        )
+        names = (
+            "head\ndim",
+            "bits",
+            "of",
+            "true\nbits",
+            "measured",
+            "expected",
+            "Lloyd-Max",
+            "Shannon",
+            "bound",
+        )
+        for name in (*names, "bias", "bias\nexpected", ""):
+            table.add_column(name, justify="left" if name in ("of", "") else "right", no_wrap=True)
+        for check in self.checks:
+            one = check.report
+            figures = (one.distortion, one.expected, one.optimum, one.shannon)
+            table.add_row(
+                str(one.head_dim),
+                f"{check.bits:g}",
+                check.role,
+                f"{one.bits_per_value:.3f}",
+                *(f"{figure:.3g}" for figure in figures),
+                "" if check.bound is None else f"{check.bound:.3g}",
+                *(f"{figure:+.4f}" for figure in (one.bias, one.expected_bias)),
+                Text("ok", "green") if check.ok else Text("FAILED", "bold red"),
+            )
+        return table
+
+
+def main(
+    bits: Sequence[float] = DEFAULT_BITS,
+    head_dims: Sequence[int] = DEFAULT_HEAD_DIMS,
+    samples: int = 4096,
+    seed: int = 0,
+    **spec: str,
+) -> Validated:
+    """Measure codecs.
+
+    Args:
+        bits: code widths.
+        head_dims: dimensions.
+        samples: vectors for each.
+        seed: of the vectors.
+        **spec: rotation, scale, codebook, estimator, as for `CodecSpec`.
+
+    Raises:
+        InvalidInputError: there is no such codec.
+    """
+    wanted = [(dim, width, role) for dim in head_dims for width in bits for role in ROLES]
+    codecs = [(width, TurboQuantCodec(dim, width, role, **spec)) for dim, width, role in wanted]
+    checks = []
+    for width, codec in progress(codecs, "measuring", len(codecs)):
+        report = codec.validate(samples, seed)
+        checks.append(Check(codec.spec.role, width, report, _bound(codec.spec)))
+    return Validated(tuple(checks))
+
+
+def _bound(spec: CodecSpec) -> float | None:
+    if spec.estimator != "mse":
+        return None
+    return sum(group.channels / spec.head_dim * paper_mse_bound(group.bits) for group in spec.groups)

@@ -1,0 +1,64 @@
+"""What makes keys hard to pack: a mean that all keys of a head share, and channels that stand out."""
+
+from dataclasses import dataclass
+
+import torch
+
+from quantpress.errors import InvalidInputError
+
+OUTLIER = 5.0
+"""A channel stands out when its energy is more than this many times the mean of its head."""
+
+SINK_TOKENS = 4
+"""First tokens that are left out: they are kept in 16 bits, and their keys are unlike all others."""
+
+
+@dataclass(frozen=True)
+class KeyStatistics:
+    """The keys of one layer, as they are cached; means over its KV heads.
+
+    Args:
+        mean_energy: share of the keys' energy that lies in their mean, |E k|^2 / E|k|^2, 0 to 1.
+        worst_mean_energy: that of the head with the largest share.
+        outliers: channels of a head that stand out.
+        centred_outliers: those that still do when the mean is subtracted.
+        channels: of a head.
+    """
+
+    mean_energy: float
+    worst_mean_energy: float
+    outliers: float
+    centred_outliers: float
+    channels: int
+
+    @classmethod
+    def of(cls, keys: torch.Tensor, skip: int = SINK_TOKENS) -> "KeyStatistics":
+        """Measure keys.
+
+        Args:
+            keys: [B, Hkv, T, D] any float dtype, post-RoPE.
+            skip: first tokens to leave out.
+
+        Raises:
+            InvalidInputError: fewer than two tokens are left.
+        """
+        if keys.shape[2] < skip + 2:
+            raise InvalidInputError(
+                f"{keys.shape[2]} tokens are too few to measure; give at least {skip + 2}"
+            )
+        rest = keys[:, :, skip:].double()
+        energy = rest.square().mean(2)  # [B, Hkv, D]
+        mean = rest.mean(2).square()
+        shares = mean.sum(-1) / energy.sum(-1)
+        return cls(
+            mean_energy=float(shares.mean()),
+            worst_mean_energy=float(shares.max()),
+            outliers=_standing_out(energy),
+            centred_outliers=_standing_out(energy - mean),
+            channels=keys.shape[-1],
+        )
+
+
+def _standing_out(energy: torch.Tensor) -> float:
+    """Channels [B, Hkv, D] of much energy, the mean number over heads."""
+    return float((energy > OUTLIER * energy.mean(-1, keepdim=True)).sum(-1).double().mean())
