@@ -32,11 +32,12 @@ What the figures are:
 - `memory` counts the model's own layers without loading weights. The bytes of a cache are those that are
   measured once it is there, for every press that keeps as many tokens as its ratio says; "about" marks the
   others. Work space is an estimate: attention, feed-forward or packing of one layer, whichever needs most.
-- `bench` and `compare` go through the pipeline. Peak memory is torch's own count on a GPU; on the CPU it is the
-  process's resident memory, looked at every 5 milliseconds. Other work on the machine shows in every figure.
+- `bench` and `compare` go through the pipeline. Peak memory is torch's own count on a GPU; on the CPU it is
+  the process's resident memory, looked at every 5 milliseconds. Other work on the machine shows
+  in every figure.
 - Agreement in `compare` is the share of the answer's tokens before the first one that the uncompressed cache
-  would not have given: 100 % is the same answer. A different token early on makes it small, although the answer
-  may be as good: read the answers.
+  would not have given: 100 % is the same answer. A different token early on makes it small, although the
+  answer may be as good: read the answers.
 - `inspect` suggests the smallest of three settings that keeps the best token of nine queries in ten, on the
   mean over layers. It is a first guess from one text, not an evaluation.
 

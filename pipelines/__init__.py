@@ -20,7 +20,7 @@ progress.py, stopwatch.py, report.py   what is shown while it works, and what it
 default_model/      the embedded default model
 fidelity.py         attention over packed keys beside exact attention
 commands/           what the commands of quantpress do
-model_outline.py, memory_plan.py   a model without its weights; what it will weigh with its cache
+model_outline.py, kept_tokens.py, memory_plan.py   what a model and its cache will weigh
 key_statistics.py   what makes keys hard to pack
 token_clock.py      when each token of an answer came, and the memory that took
 haystack.py, demo.py   facts planted in a book, and who still knows them

@@ -5,19 +5,20 @@ many tokens a press keeps follows from its ratio; activations are an estimate, a
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from kvpress import BasePress, ScorerPress, StreamingLLMPress, ThinKPress
+from kvpress import BasePress, StreamingLLMPress
 
 from quantpress.cache.memory import CacheMemory, LayerMemory
 from quantpress.cache.memory_estimate import layer_estimate
 from quantpress.cache.settings import LayerSettings
 from quantpress.errors import InvalidInputError, UnsupportedModelError
+from quantpress.pipelines.kept_tokens import described, parts, prefill_evictors, tokens_kept
 from quantpress.pipelines.model_outline import LayerOutline, ModelOutline
 from quantpress.pipelines.reading import chunk_length
-from quantpress.presses.composition import decodes, masks_heads, short_repr, with_inner
+from quantpress.presses.compose import Compose
 from quantpress.presses.turboquant import TurboQuant
 
 FEED_FORWARD = (6, 3)
@@ -109,9 +110,10 @@ class Planner:
     def __init__(self, model: ModelOutline, press: BasePress | None) -> None:
         self.model = model
         self.press = press
-        self._evictors = tuple(_evictors(press))
-        quantizers = [one for one in _flat(press) if isinstance(one, TurboQuant)]
+        self._evictors = tuple(prefill_evictors(press))
+        quantizers = [one for one in parts(press) if isinstance(one, TurboQuant)]
         self._quantizer = quantizers[-1] if quantizers else None
+        self._alone = bool(self._evictors) and not isinstance(press, Compose)
         if self._quantizer is not None and model.refusal is not None:
             raise UnsupportedModelError(model.refusal)
         self._kinds = Counter(self._kind(layer) for layer in model.layers)
@@ -130,7 +132,9 @@ class Planner:
         for name, count in (("context", context), ("batch", batch)):
             if count < 1:
                 raise InvalidInputError(f"{name} is {count}; give 1 or more")
-        kept, exact = _kept(self._evictors, context, self._quantizer is not None)
+        kept, exact = tokens_kept(self._evictors, context, self._quantizer is not None)
+        # a press of kvpress alone evicts from sliding-window layers in some models, Compose in none
+        exact = exact and not (self._alone and any(kind.sliding for kind in self._kinds))
         estimates = {kind: kind.estimate(context if kind.sliding else kept, batch) for kind in self._kinds}
         whole = {kind: replace(kind, settings=None).estimate(context, batch) for kind in self._kinds}
         return MemoryPlan(
@@ -212,58 +216,6 @@ class _Kind:
 
     def estimate(self, tokens: int, batch: int) -> LayerMemory:
         return layer_estimate(self.settings, tokens, self.kv_heads, self.head_dim, self.value_dim, batch)
-
-
-def described(press: BasePress | None) -> str:
-    """A press as it is written on a command line; "uncompressed" for none.
-
-    Example:
-        >>> from quantpress.presses.expression import parse_press
-        >>> described(parse_press("SnapKV | TurboQuant(bits=3, seed=7)"))
-        'SnapKV(0.5) | TurboQuant(3, seed=7)'
-    """
-    return " | ".join(map(short_repr, _flat(press))) or "uncompressed"
-
-
-def _flat(press: BasePress | None) -> Iterator[BasePress]:
-    if press is not None:
-        inner = getattr(press, "presses", None)
-        yield from (press,) if inner is None else inner
-
-
-def _evictors(press: BasePress | None) -> Iterator[BasePress]:
-    """The presses that evict tokens at the prefill, in order."""
-    for one in _flat(press):
-        if isinstance(getattr(one, "prefilling_press", None), BasePress):
-            yield from _evictors(one.prefilling_press)
-        elif not isinstance(one, (TurboQuant, ThinKPress)) and not decodes(one):
-            yield one
-
-
-def _kept(evictors: tuple[BasePress, ...], tokens: int, packed: bool) -> tuple[int, bool]:
-    """Tokens that every head keeps, on average, and whether that is sure."""
-    exact = True
-    for press in evictors:
-        try:
-            ratio = float(press.compression_ratio)
-        except (AssertionError, AttributeError, TypeError, ValueError) as error:
-            raise InvalidInputError(
-                f"how much {short_repr(press)} evicts depends on the text; measure it with "
-                "`quantpress compare`"
-            ) from error
-        if masks_heads(press):
-            exact = False
-            if not packed:
-                continue  # kvpress hides these tokens, and keeps them
-        inner = list(with_inner(press))
-        plain = (
-            len(inner) == 1
-            and isinstance(press, ScorerPress)
-            and type(press).compress is ScorerPress.compress
-        )
-        exact = exact and plain
-        tokens = int(tokens * (1 - ratio))
-    return tokens, exact
 
 
 def _largest(fits: Callable[[int], bool]) -> int:

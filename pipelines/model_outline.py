@@ -4,6 +4,7 @@ The model is built from its configuration on the "meta" device, which holds shap
 architecture that transformers knows is counted by its own code.
 """
 
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,14 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    DynamicCache,
+    LlamaConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
 from quantpress.errors import InvalidInputError, UnsupportedModelError
 from quantpress.pipelines.default_model import DEFAULT_MODEL_NAME, ensure_default_model
@@ -72,6 +80,7 @@ class ModelOutline:
         intermediate: width of the feed-forward; None where it is not known.
         positions: most tokens that the model was made for; None where it does not say.
         refusal: why its cache cannot be packed; None when it can.
+        quantized: its checkpoint holds weights of other widths than `dtype`, so that they weigh less.
     """
 
     name: str
@@ -84,6 +93,7 @@ class ModelOutline:
     intermediate: int | None
     positions: int | None
     refusal: str | None
+    quantized: bool = False
 
     @classmethod
     def of(cls, name: str, model: PreTrainedModel, dtype: torch.dtype | None = None) -> "ModelOutline":
@@ -95,26 +105,28 @@ class ModelOutline:
             dtype: that the weights will have; left out, that of the parameters.
         """
         config = model.config.get_text_config()
-        modules = attention_modules(model)
-        total = int(getattr(config, "num_hidden_layers", len(modules)))
+        layers = tuple(_layers(attention_modules(model)))
+        total = int(getattr(config, "num_hidden_layers", len(layers)))
         kind = dtype or model.dtype
         parameters = {id(one): one for one in model.parameters()}.values()  # tied ones count once
+        own = own_cache(model)
         try:
             check_packable(model)
-            refusal = None
+            refusal = None if own is None else _not_in_layers(model, own)
         except UnsupportedModelError as error:
             refusal = str(error)
         return cls(
             name=name,
             architecture=type(model).__name__,
-            layers=tuple(_layers(modules)),
-            other_layers=max(0, total - len(modules)),
+            layers=layers,
+            other_layers=max(0, total - len(layers)),
             weights_bytes=sum(one.numel() for one in parameters) * kind.itemsize,
             dtype=kind,
             hidden=getattr(config, "hidden_size", None),
             intermediate=getattr(config, "intermediate_size", None),
             positions=getattr(config, "max_position_embeddings", None),
             refusal=refusal,
+            quantized=getattr(model.config, "quantization_config", None) is not None,
         )
 
 
@@ -147,6 +159,26 @@ def outline(model: str | None = None) -> ModelOutline:
     return ModelOutline.of(
         model or DEFAULT_MODEL_NAME, made, stored if isinstance(stored, torch.dtype) else torch.bfloat16
     )
+
+
+def _not_in_layers(model: PreTrainedModel, cache: str) -> str:
+    return (
+        f"{type(model).__name__} keeps its state in a {cache}, not in layers of a DynamicCache: it cannot be "
+        "packed"
+    )
+
+
+def own_cache(model: PreTrainedModel) -> str | None:
+    """The class of cache that a model with states besides keys and values brings along; None for all others.
+
+    Such a class is defined beside the model, and is no DynamicCache (Jamba, Falcon H1, LFM2, ...).
+    """
+    place = type(model).__module__
+    for name, kind in vars(sys.modules[place]).items():
+        defined = isinstance(kind, type) and kind.__module__ == place and name.endswith("Cache")
+        if defined and not issubclass(kind, DynamicCache):
+            return name
+    return None
 
 
 def _without_weights(config: PreTrainedConfig) -> PreTrainedModel:

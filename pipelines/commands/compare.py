@@ -13,7 +13,7 @@ from quantpress.errors import QuantPressError
 from quantpress.pipelines.commands.loading import load_pipeline, machine, model_name, read_text
 from quantpress.pipelines.commands.output import progress
 from quantpress.pipelines.haystack import book_text, needle_question, plant, random_needles
-from quantpress.pipelines.memory_plan import described
+from quantpress.pipelines.kept_tokens import described
 from quantpress.pipelines.report import Report, format_bytes
 from quantpress.pipelines.text_generation import TextGenerationPipeline
 from quantpress.pipelines.token_clock import TokenClock

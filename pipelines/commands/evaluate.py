@@ -9,7 +9,8 @@ from typing import Any
 from rich.console import Console
 
 from quantpress.errors import InvalidInputError
-from quantpress.pipelines.commands.loading import load_pipeline, model_name, print_json
+from quantpress.pipelines.commands.loading import load_pipeline, model_name
+from quantpress.pipelines.commands.output import print_json
 from quantpress.pipelines.evaluation.arms import Arm, check_names, every_arm
 from quantpress.pipelines.evaluation.figures import check_matplotlib, write_figures
 from quantpress.pipelines.evaluation.markdown import report

@@ -16,7 +16,7 @@ from quantpress.pipelines.commands.output import progress
 from quantpress.pipelines.fidelity import attention_fidelity
 from quantpress.pipelines.haystack import book_piece
 from quantpress.pipelines.key_statistics import OUTLIER, KeyStatistics
-from quantpress.pipelines.model_outline import LayerOutline, ModelOutline
+from quantpress.pipelines.model_outline import LayerOutline, ModelOutline, own_cache
 from quantpress.pipelines.preserve import unchanged_model
 from quantpress.pipelines.prompt import cut_to, token_ids
 from quantpress.pipelines.reading import read_context
@@ -26,6 +26,8 @@ from quantpress.presses.turboquant import TurboQuant
 
 DEFAULT_TOKENS = 1024
 CANDIDATES = ("TurboQuant(bits=3)", "TurboQuant(bits=4)", "TurboQuant(key_bits=8, value_bits=4)")
+
+UNTRIED = "TurboQuant"
 
 ENOUGH_TOP1 = 0.9
 """Share of the queries whose best token has to stay the same for a width to be suggested."""
@@ -108,10 +110,10 @@ class Inspected:
     def __rich__(self) -> RenderableType:
         packed = sum(layer.packed for layer in self.layers)
         table = Table(
-            title=f"{self.model} ({self.architecture}): {packed} of {len(self.layers)} attention layers packed",
+            title=f"{self.model} ({self.architecture}): {packed} of {len(self.layers)} layers are packed",
             caption=f"Keys of {self.tokens:,} tokens, without the first ones. Mean energy: the share of the "
-            "keys' energy that all keys of a head have in common, which packing subtracts. Outliers: channels of "
-            f"a head with more than {OUTLIER:g} times the mean energy, before and after that.",
+            "keys' energy that all keys of a head have in common, which packing subtracts. Outliers: "
+            f"channels of a head with more than {OUTLIER:g} times the mean energy, before and after that.",
         )
         for name in (
             "layer",
@@ -170,7 +172,7 @@ def main(
     text = book_piece(pipe.tokenizer, tokens) if text is None else text
     ids = cut_to(token_ids(pipe.tokenizer, text, "text"), tokens).to(pipe.model.device)
     outline = ModelOutline.of(model_name(pipe), pipe.model)
-    keys = _keys(pipe, ids)
+    keys = {} if own_cache(pipe.model) else _keys(pipe, ids)
     candidates: list[Candidate] = []
     refusal = outline.refusal
     if refusal is None:
@@ -178,7 +180,7 @@ def main(
             for text in progress(CANDIDATES, "trying", len(CANDIDATES)):
                 candidates.append(_tried_on(pipe, ids, text, outline.layers[0].head_dim))
         except QuantPressError as error:
-            refusal = str(error)
+            refusal = f"No setting could be tried on this text: {error}"
     return Inspected(
         model=outline.name,
         architecture=outline.architecture,
@@ -187,14 +189,17 @@ def main(
         other_layers=outline.other_layers,
         refusal=refusal,
         candidates=tuple(candidates),
-        suggestion=suggested(candidates),
+        suggestion=suggested(candidates) if outline.refusal is None else None,
     )
 
 
-def suggested(candidates: Sequence[Candidate]) -> str | None:
-    """The smallest setting that keeps the best token of nine queries in ten; else the most exact one."""
+def suggested(candidates: Sequence[Candidate]) -> str:
+    """The smallest setting that keeps the best token of nine queries in ten; else the most exact one.
+
+    Where none could be tried, TurboQuant as it is.
+    """
     if not candidates:
-        return None
+        return UNTRIED
     return next((one.press for one in candidates if one.top1 >= ENOUGH_TOP1), candidates[-1].press)
 
 

@@ -49,6 +49,7 @@ class Sized:
             "attention_layers": len(self.model.layers),
             "other_layers": self.model.other_layers,
             "weights_bytes": self.model.weights_bytes,
+            "quantized": self.model.quantized,
             "positions": self.model.positions,
         }
         return {"model": model, "gpu_bytes": self.gpu_bytes, "presses": plans}
@@ -79,6 +80,8 @@ class Sized:
         if model.weights_bytes is not None:
             dtype = str(model.dtype).removeprefix("torch.")
             notes.append(f"Weights: {format_bytes(model.weights_bytes)} in {dtype}.")
+            if model.quantized:
+                notes.append("The checkpoint is quantized and weighs less: say how much with --weights.")
         if plan.activation_bytes is not None:
             notes.append(
                 f"Work space while the context is read: about {format_bytes(plan.activation_bytes)} "
@@ -127,7 +130,7 @@ def main(
     capacity = None if gpu is None else byte_count(gpu)
     known = outline(model)
     if weights is not None:
-        known = ModelOutline(**{**vars(known), "weights_bytes": byte_count(weights)})
+        known = ModelOutline(**{**vars(known), "weights_bytes": byte_count(weights), "quantized": False})
     planners = [Planner(known, press) for press in (None, *(press for press in made if press is not None))]
     plans = tuple(planner.plan(context, batch) for planner in planners)
     rooms = () if capacity is None else tuple(one.room(capacity, context, batch) for one in planners)

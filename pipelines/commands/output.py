@@ -9,7 +9,6 @@ from rich.console import Console, RenderableType
 from rich.progress import track
 
 FILE_WIDTH = 120  # columns of a table that is not shown in a terminal
-PATIENCE_S = 3.0  # seconds of one step from which a bar is worth it
 
 Item = TypeVar("Item")
 
@@ -60,5 +59,5 @@ def perform(command: Any, json: bool, options: dict[str, Any]) -> int:
 
 
 def progress(items: Iterable[Item], what: str, total: int) -> Iterable[Item]:
-    """The items, with a bar on stderr while it takes long; in a terminal only."""
+    """The items, with a bar on stderr while they are worked on; in a terminal only."""
     return track(items, what, total=total, console=Console(stderr=True), transient=True)

@@ -45,8 +45,8 @@ class Packed:
     def __rich__(self) -> Text:
         return Text(
             f"{self.file}: {self.tokens:,} tokens in {format_bytes(self.file_bytes)}, "
-            f"{self.bits_per_value:.2f} bits a value, read by {self.model} under {self.press}. It contains the "
-            "text: only you can read it."
+            f"{self.bits_per_value:.2f} bits a value, read by {self.model} under {self.press}. It contains "
+            "the text: only you can read it."
         )
 
 

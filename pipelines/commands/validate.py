@@ -70,9 +70,9 @@ class Validated:
     def __rich__(self) -> Table:
         table = Table(
             title="Distortion E|x - x^|^2 / |x|^2 of random vectors",
-            caption="expected: from the codebook and the scale rule. Lloyd-Max: the best scalar code. Shannon: "
-            "what no code of as many bits can beat. bound: Theorem 1 of TurboQuant, arXiv 2504.19874, group by "
-            "group.",
+            caption="expected: from the codebook and the scale rule. Lloyd-Max: the best scalar code. "
+            "Shannon: what no code of as many bits can beat. bound: Theorem 1 of TurboQuant, arXiv "
+            "2504.19874, group by group.",
         )
         names = (
             "head\ndim",

@@ -6,6 +6,8 @@ from typing import Annotated, Any
 
 import typer
 
+from quantpress.cli.options import Device, Dtype, Json, Model
+
 PARTS = ["fidelity", "grid", "tasks"]
 
 
@@ -14,10 +16,7 @@ def evaluate(
     output: Annotated[
         Path | None, typer.Option(help="Folder for results; a run that stopped goes on there.")
     ] = None,
-    model: Annotated[
-        str | None,
-        typer.Option("--model", "-m", help="Id or folder of a model; left out, the default model."),
-    ] = None,
+    model: Model = None,
     press: Annotated[
         list[str] | None,
         typer.Option(
@@ -27,8 +26,8 @@ def evaluate(
     part: Annotated[
         list[str] | None, typer.Option(help=f"Only this part, of {', '.join(PARTS)}; may be repeated.")
     ] = None,
-    device: Annotated[str | None, typer.Option(help="cuda, cuda:1, cpu ...")] = None,
-    dtype: Annotated[str | None, typer.Option(help="bfloat16, float32 ...")] = None,
+    device: Device = None,
+    dtype: Dtype = None,
     documents: Annotated[int | None, typer.Option(help="Pieces of the book to score.", min=1)] = None,
     context: Annotated[int | None, typer.Option(help="Tokens of each that are read.", min=1)] = None,
     continuation: Annotated[
@@ -42,7 +41,7 @@ def evaluate(
     batch: Annotated[int | None, typer.Option(help="Documents read at once on a GPU.", min=1)] = None,
     seed: Annotated[int, typer.Option(help="Of the tasks' texts and numbers.")] = 0,
     figures: Annotated[bool, typer.Option(help="Draw pictures; needs matplotlib.")] = True,
-    json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+    json: Json = False,
 ) -> None:
     """Measure quality, memory and answers of many cache compressions, with controls, on any model."""
     sizes: dict[str, Any] = {
