@@ -30,7 +30,8 @@ class CodecReport:
         expected: what the codec's own codebooks, scale rule and estimator should give.
         optimum: of the best scalar codebook (Lloyd-Max) with as many code bits in each channel group.
         shannon: what no code of as many code bits per coordinate can beat in high dimension.
-        paper_bound: sqrt(3) pi / 2 * 4^-bits, the upper bound in TurboQuant's Theorem 1.
+        paper_bound: sqrt(3) pi / 2 * 4^-bits, the upper bound in TurboQuant's Theorem 1, of each channel
+            group and weighted by its channels; None with a sketch, to which it does not apply.
         bias: measured E<x, x^> / |x|^2 - 1, the shrinkage of inner products.
         expected_bias: what it should be; 0 for unbiased codes.
     """
@@ -43,7 +44,7 @@ class CodecReport:
     expected: float
     optimum: float
     shannon: float
-    paper_bound: float
+    paper_bound: float | None
     bias: float
     expected_bias: float
 
@@ -136,6 +137,7 @@ def codec_report(spec: CodecSpec, distortions: torch.Tensor, bias: float) -> Cod
     expected, expected_bias = expected_distortion(spec)
     shares = [(group.channels / spec.head_dim, group) for group in spec.groups]
     optimum = sum(share * lloyd_max_distortion(group.bits, group.channels) for share, group in shares)
+    bound = sum(share * paper_mse_bound(group.bits) for share, group in shares)
     code_bits = sum(share * group.bits for share, group in shares) + (spec.estimator == "prod")
     return CodecReport(
         head_dim=spec.head_dim,
@@ -146,7 +148,7 @@ def codec_report(spec: CodecSpec, distortions: torch.Tensor, bias: float) -> Cod
         expected=expected,
         optimum=optimum,
         shannon=shannon_distortion(code_bits),
-        paper_bound=paper_mse_bound(code_bits),
+        paper_bound=bound if spec.estimator == "mse" else None,
         bias=bias,
         expected_bias=expected_bias,
     )

@@ -153,7 +153,7 @@ class Planner:
 
         The most of three stages: attention, the feed-forward of one chunk, packing a layer. The counts of
         tensors were read off torch's profiler for three shapes on the CPU, where the estimate is between 1 %
-        too low and 18 % too high. See also `quantpress.pipelines.prefill`.
+        too low and 21 % too high. See also `quantpress.pipelines.prefill`.
         """
         model = self.model
         if model.hidden is None or model.intermediate is None or not model.layers:
