@@ -48,8 +48,10 @@ print(f"read {context.tokens_seen:,} tokens into {size} in {time.perf_counter() 
 begin = time.perf_counter()
 answers = pipe(context, questions=questions, **asked)["answers"]  # each is asked as if it were the first
 print(f"{len(questions)} questions in {time.perf_counter() - begin:.1f} s, without reading again")
-for needle, answer in zip(needles, answers, strict=True):
-    print(f"  {'✓' if is_right(answer, needle) else '✗'} {needle.city}: {answer.strip()}")
+whole = pipe(text, questions=questions, **asked)["answers"]  # the same over an uncompressed cache
+for needle, answer, plain in zip(needles, answers, whole, strict=True):
+    mark = "✓" if is_right(answer, needle) else "✗"
+    print(f"  {mark} {needle.city}: {answer.strip()} (uncompressed: {plain.strip()})")
 
 with tempfile.TemporaryDirectory() as folder:
     file = options.save or Path(folder) / "context.safetensors"

@@ -30,21 +30,23 @@ options = parser.parse_args()
 
 
 class Watch(BaseStreamer):
-    """Measures the cache while tokens arrive."""
+    """Measures the cache whenever a token arrives; the first to arrive is the question."""
 
     def __init__(self, cache: DynamicCache) -> None:
-        self.cache, self.seen, self.bytes = cache, 0, []
+        self.cache, self.written, self.most = cache, -1, 0
 
     def put(self, value: torch.Tensor) -> None:
+        self.written += 1
         memory = cache_memory(self.cache)
-        self.seen += value.numel()
-        self.bytes.append(memory.total_bytes)
-        if len(self.bytes) % options.interval == 0:
+        self.most = max(self.most, memory.total_bytes)
+        if self.written and self.written % options.interval == 0:
             kept, size = memory.layers[0].tokens, format_bytes(memory.total_bytes)
-            print(f"{len(self.bytes):6} tokens written, {kept:5} kept in {size}", flush=True)
+            print(f"{self.written:6} tokens written, {kept:5} tokens kept in {size}", flush=True)
 
     def end(self) -> None:
-        print(f"most: {format_bytes(max(self.bytes))}")
+        seen = self.cache.layers[0].tokens_seen
+        whole = sum(layer.token_bytes * seen for layer in cache_memory(self.cache).layers)
+        print(f"at most {format_bytes(self.most)}; all {seen:,} tokens in 16 bits: {format_bytes(whole)}")
 
 
 cut: Any = Decoding(Knorm(0), compression_interval=options.interval, target_size=options.budget)
