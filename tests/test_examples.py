@@ -8,12 +8,12 @@ import stat
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import transformers
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import quantpress.pipelines
@@ -85,16 +85,17 @@ def tiny_folder(default_tokenizer: Any, tmp_path_factory: pytest.TempPathFactory
     return str(folder)
 
 
-def _lend(monkeypatch: pytest.MonkeyPatch, model: Any, tokenizer: Any) -> None:
+def _lend(monkeypatch: pytest.MonkeyPatch, loaded: Any, tokenizer: Any) -> None:
     """Lets `pipeline(...)` without a model take the one that is loaded already."""
-    make: Any = transformers.pipeline
+    quantpress.pipelines.register()
+    # By name: importing kvpress has put another module of this name in place of the one imported above.
+    make: Any = import_module("transformers").pipeline
 
-    def ready(task: str, model: Any = model, **options: Any) -> Any:
-        chosen = default if model is None else model
-        return make(task, model=chosen, tokenizer=tokenizer, **options)
+    def ready(task: str, model: Any = None, **options: Any) -> Any:
+        lent = {"model": loaded, "tokenizer": tokenizer} if model is None else {"model": model}
+        return make(task, **lent, **options)
 
-    default = model
-    monkeypatch.setattr(transformers, "pipeline", ready)
+    monkeypatch.setattr("transformers.pipeline", ready)
 
 
 def test_every_example_is_tested() -> None:
@@ -128,7 +129,7 @@ def test_example_runs(name: str, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_needles(run: Run) -> None:
     printed = run("needle_128k.py", "--tiny")
-    rows = re.findall(r"([\d,]+) │ (.) (\d+).*│ (.) (\d+).*│ +(\d\.\d\d)x", printed)
+    rows = re.findall(r"([\d,]+) +│ (.) (\d+).*│ (.) (\d+).*│ +(\d\.\d\d)x", printed)
     assert [448 <= int(rows[0][0]) <= 512, 704 <= int(rows[1][0]) <= 768] == [True, True]
     assert sum(row.count("✓") for row in rows) >= 3, printed
     assert 1.4 < float(rows[0][-1]) < float(rows[1][-1]) < 3.6
@@ -244,7 +245,6 @@ def test_the_notebook_runs(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    quantpress.pipelines.register()
     _lend(monkeypatch, default_model, default_tokenizer)
     cells = json.loads(NOTEBOOK.read_text(encoding="utf-8"))["cells"]
     names: dict[str, Any] = {}
@@ -257,4 +257,4 @@ def test_the_notebook_runs(
     assert fact.count("True") >= 2 and "MiB" in stacks and "131,072 tokens" in memory
     assert "same answers: True" in later and "ok" in codec
     plain, cut = (int(count) for count in re.findall(r"(\d+) tokens in", budget))
-    assert plain > 250 > 192 + 16 >= cut
+    assert plain > 250 > 192 + 8 >= cut
