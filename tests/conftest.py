@@ -1,8 +1,17 @@
-"""What every test shares: offline hubs, a fresh seed that a failure prints, and gpu tests only with CUDA."""
+"""What every test shares: offline hubs, a fresh seed that a failure prints, gpu tests only with CUDA, and the
+default model, fetched and converted once for the machine.
+"""
 
+from __future__ import annotations
+
+import functools
 import os
 import random
 import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 # Before anything imports transformers or datasets, which read these once.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -12,6 +21,10 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
 from hypothesis import settings
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 # Many tests build small models: what counts is that an example passes, not how long it took.
 settings.register_profile("quantpress", deadline=None, print_blob=True)
@@ -36,6 +49,47 @@ def seed() -> int:
         if module is not None:
             getattr(module, "manual_seed" if name == "torch" else "seed")(value)
     return value
+
+
+@pytest.fixture(scope="session")
+def default_model_path() -> Path:
+    """The default model's folder in the user's cache; the first test ever that asks for it fetches it."""
+    from quantpress.pipelines.default_model import ensure_default_model
+
+    return ensure_default_model()
+
+
+@pytest.fixture(scope="session")
+def default_tokenizer(default_model_path: Path) -> PreTrainedTokenizerBase:
+    """The default model's tokenizer."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(default_model_path)
+
+
+@pytest.fixture(scope="session")
+def default_model(default_model_path: Path) -> PreTrainedModel:
+    """The default model, in whichever of bf16 and float32 this CPU is quicker with."""
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(default_model_path, dtype=_quick_dtype())
+
+
+def _quick_dtype() -> torch.dtype:
+    import torch
+
+    def seconds(multiply: Callable[[], torch.Tensor]) -> float:
+        multiply()
+        start = time.perf_counter()
+        for _ in range(5):
+            multiply()
+        return time.perf_counter() - start
+
+    times = {}
+    for dtype in (torch.bfloat16, torch.float32):
+        left, right = torch.ones(512, 576, dtype=dtype), torch.ones(576, 1536, dtype=dtype)
+        times[dtype] = seconds(functools.partial(torch.matmul, left, right))
+    return min(times, key=lambda dtype: times[dtype])
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -1,12 +1,30 @@
-"""Every example runs as it stands."""
+"""Every example runs as it stands, on a small setting."""
 
+import ast
+import json
+import re
+import runpy
+import stat
 import subprocess
 import sys
+from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import quantpress.pipelines
+from quantpress.cache.memory_estimate import layer_estimate
+from quantpress.cache.settings import LayerSettings
+from quantpress.codecs.spec import CodecSpec
+from quantpress.kernels.page_codec import ScalarPages
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
+NOTEBOOK = EXAMPLES / "tour.ipynb"
+# Run in a process of their own:
 ARGUMENTS = {
     "ask_a_text.py": ["{text}", "Where does Ada live?", "--evict", "0.2"],
     "paged_attention.py": ["--bits", "3"],
@@ -17,10 +35,80 @@ SAID = {
     "paged_attention.py": "190 tokens served in 60 steps",
     "standalone_codec.py": "2.5 bits",
 }
+SHAPES = {  # layers, KV heads, head_dim
+    "meta-llama/Llama-3.1-8B-Instruct": (32, 8, 128),
+    "Qwen/Qwen2.5-7B-Instruct-1M": (28, 4, 128),
+    "Qwen/Qwen3-4B-Instruct-2507": (36, 8, 128),
+    "meta-llama/Llama-3.2-1B-Instruct": (16, 8, 64),
+}
+LONG_TOKENS = 130048
+
+Run = Callable[..., str]
+
+
+@pytest.fixture
+def run(
+    default_model: Any,
+    default_tokenizer: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> Run:
+    """Runs a script with arguments and returns what it prints; the default model is loaded only once."""
+    _lend(monkeypatch, default_model, default_tokenizer)
+
+    def script(name: str, *arguments: str) -> str:
+        monkeypatch.setattr(sys, "argv", [name, *arguments])
+        capsys.readouterr()
+        runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+        return capsys.readouterr().out
+
+    return script
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(default_tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A random model of 2 layers with 2 KV heads of 32 dimensions, where the answers do not matter."""
+    folder = tmp_path_factory.mktemp("tiny")
+    config = LlamaConfig(
+        vocab_size=len(default_tokenizer),
+        hidden_size=64,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        max_position_embeddings=4096,
+        tie_word_embeddings=True,
+    )
+    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    default_tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def _lend(monkeypatch: pytest.MonkeyPatch, loaded: Any, tokenizer: Any) -> None:
+    """Lets `pipeline(...)` without a model take the one that is loaded already."""
+    quantpress.pipelines.register()
+    # By name: importing kvpress has put another module of this name in place of the one imported above.
+    make: Any = import_module("transformers").pipeline
+
+    def ready(task: str, model: Any = None, **options: Any) -> Any:
+        lent = {"model": loaded, "tokenizer": tokenizer} if model is None else {"model": model}
+        return make(task, **lent, **options)
+
+    monkeypatch.setattr("transformers.pipeline", ready)
 
 
 def test_every_example_is_tested() -> None:
-    assert {path.name for path in EXAMPLES.glob("*.py")} == set(ARGUMENTS) == set(SAID)
+    here = Path(__file__).read_text(encoding="utf-8")
+    tested = {*ARGUMENTS, *re.findall(r'run\(\s*"(\w+\.py)"', here)}
+    assert {path.name for path in EXAMPLES.glob("*.py")} == tested
+    assert list(EXAMPLES.glob("*.ipynb")) == [NOTEBOOK]
+
+
+def test_every_example_is_named_in_the_list() -> None:
+    listed = (EXAMPLES / "README.md").read_text(encoding="utf-8")
+    names = {path.name for path in (*EXAMPLES.glob("*.py"), NOTEBOOK)}
+    assert names == set(re.findall(r"\(([\w.]+\.(?:py|ipynb))\)", listed))
 
 
 @pytest.mark.slow
@@ -33,3 +121,140 @@ def test_example_runs(name: str, tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr[-4000:]
     assert SAID[name] in done.stdout
+
+
+# Long contexts
+
+
+@pytest.mark.slow
+def test_needles(run: Run) -> None:
+    printed = run("needle_128k.py", "--tiny")
+    rows = re.findall(r"([\d,]+) +│ (.) (\d+).*│ (.) (\d+).*│ +(\d\.\d\d)x", printed)
+    assert [448 <= int(rows[0][0]) <= 512, 704 <= int(rows[1][0]) <= 768] == [True, True]
+    assert sum(row.count("✓") for row in rows) >= 3, printed
+    assert 1.4 < float(rows[0][-1]) < float(rows[1][-1]) < 3.6
+
+
+@pytest.mark.slow
+def test_a_long_document_is_cut_and_asked_about(run: Run, tmp_path: Path) -> None:
+    document = tmp_path / "text.txt"
+    document.write_text("Ada lives in Lisbon. The sea is near, and the trams are yellow. " * 100)
+    options = ("--tiny", "--tokens", "320", "--answer-tokens", "8")
+    printed = run("long_document_qa_128k.py", str(document), "-q", "Where does Ada live?", *options)
+    assert "Lisbon" in printed.split("Where does Ada live?")[1]
+    assert 256 < int(re.search(r"tokens seen +│ +(\d+)", printed)[1]) <= 320
+
+
+@pytest.mark.parametrize("name", ["needle_128k.py", "long_document_qa_128k.py"])
+def test_a_missing_model_is_named(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", [name])
+    with pytest.raises(SystemExit, match="2"):
+        runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+    assert "--model" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["needle_128k.py", "long_document_qa_128k.py"])
+def test_the_memory_in_the_docstring_is_the_estimate(name: str) -> None:
+    text = ast.get_docstring(ast.parse((EXAMPLES / name).read_text(encoding="utf-8"))) or ""
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if "/" in line]
+    table = {row[0]: row[2:] for row in rows if row}
+    assert set(table) == set(SHAPES) and f"{LONG_TOKENS:,} tokens" in text
+    for model, (layers, heads, dim) in SHAPES.items():
+        settings = [
+            None,
+            *(
+                LayerSettings(*(ScalarPages(CodecSpec(dim, bits, r)) for r in ("key", "value")))
+                for bits in (4, 3)
+            ),
+        ]
+        sizes = [layers * layer_estimate(one, LONG_TOKENS, heads, dim).total_bytes for one in settings]
+        assert table[model] == [f"{size / 1e9:.2f}" for size in sizes]
+        assert sizes[0] == LONG_TOKENS * layers * heads * dim * 2 * 2  # keys and values, 2 bytes each
+
+
+# What presses keep
+
+
+def test_stacks(run: Run, tiny_folder: str) -> None:
+    printed = run("stack_presses.py", "--model", tiny_folder, "--tokens", "700")
+    rows = re.findall(r"(\d+) / (\d+) +([\d.]+) +([\d.]+) KiB +([\d.]+)x  (.+)", printed)
+    seen = int(rows[0][1])
+    shares = [int(row[0]) / seen for row in rows]
+    assert shares == pytest.approx([1, 0.5, 0.25, 0.5, 0.5, 0.5, 0.49, 0.5, 1], abs=0.01), printed
+    size = {row[-1]: float(row[3]) for row in rows}
+    assert len(size) == len(rows)
+    packed, demoted = size["TurboQuant"], size["Compose(Demote(SnapKV(0.5)) | TurboQuant(4))"]
+    assert size["Compose(SnapKV(0.5) | TurboQuant(4))"] < demoted < packed
+    whole = seen * 2 * 2 * 32 * 2 * 2 / 1024  # layers, heads, head_dim, keys and values, bytes
+    assert packed < whole / 2
+
+
+def test_memory_computed_is_memory_measured(run: Run, tiny_folder: str) -> None:
+    printed = run("measure_memory.py", "--model", tiny_folder, "--tokens", "700", "--context", "100000")
+    measured = re.search(r"  all +(.+)", printed)[1]
+    tokens, whole, packed = re.search(r"for (\d+) tokens in 16 bits: (.+), packed: (.+)", printed).groups()
+    assert packed == measured
+    assert whole == f"{int(tokens) * 2 * 2 * 32 * 2 * 2 / 1024:.1f} KiB"
+    long = re.search(r"for 100,000 tokens in 16 bits: ([\d.]+) MiB, packed: ([\d.]+) MiB", printed)
+    assert 3 < float(long[1]) / float(long[2]) < 4
+
+
+def test_a_long_answer_stays_within_its_budget(run: Run, tiny_folder: str) -> None:
+    options = ("--budget", "192", "--interval", "16", "--new-tokens", "160")
+    printed = run("reasoning_decode.py", "--model", tiny_folder, *options)
+    kept = [int(count) for count in re.findall(r"(\d+) tokens kept", printed)]
+    assert len(kept) == 10 and kept == sorted(kept) and kept[0] < 150 and kept[-1] <= 192 + 16
+    most, seen, whole = re.search(r"at most ([\d.]+) KiB; all (\d+) .*: ([\d.]+) KiB", printed).groups()
+    assert int(seen) > 230
+    assert float(most) < (192 + 16) / int(seen) * float(whole)  # less than its tokens in 16 bits
+
+
+@pytest.mark.slow
+def test_many_questions(run: Run, tmp_path: Path) -> None:
+    file = tmp_path / "book.safetensors"
+    printed = run("many_questions.py", "--tokens", "600", "--questions", "2", "--save", str(file))
+    assert printed.count("✓") == 2, printed
+    assert "the same answers" in printed
+    assert stat.S_IMODE(file.stat().st_mode) == 0o600
+
+
+@pytest.mark.slow
+def test_comparison(run: Run) -> None:
+    printed = run("compare_presses.py", "none", "TurboQuant(bits=4)", "--tokens", "600", "--depths", "1")
+    rows = re.findall(r"(uncompressed|TurboQuant\(4\)) +(.)\d+ .* ([\d.]+)x", printed)
+    assert [row[:2] for row in rows] == [("uncompressed", "✓"), ("TurboQuant(4)", "✓")], printed
+    assert float(rows[0][2]) == 1 and float(rows[1][2]) > 1.7
+
+
+# The notebook
+
+
+def test_the_notebook_is_clean() -> None:
+    notebook = json.loads(NOTEBOOK.read_text(encoding="utf-8"))
+    assert notebook["nbformat"] == 4
+    code = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    assert all(cell["outputs"] == [] and cell["execution_count"] is None for cell in code)
+
+
+@pytest.mark.slow
+def test_the_notebook_runs(
+    default_model: Any,
+    default_tokenizer: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    _lend(monkeypatch, default_model, default_tokenizer)
+    cells = json.loads(NOTEBOOK.read_text(encoding="utf-8"))["cells"]
+    names: dict[str, Any] = {}
+    printed = []
+    for place, cell in enumerate(cells):
+        if cell["cell_type"] == "code":
+            exec(compile("".join(cell["source"]), f"tour.ipynb, cell {place}", "exec"), names)
+            printed.append(capsys.readouterr().out)
+    _, fact, stacks, memory, later, budget, codec = printed
+    assert fact.count("True") >= 2 and "MiB" in stacks and "131,072 tokens" in memory
+    assert "same answers: True" in later and "ok" in codec
+    plain, cut = (int(count) for count in re.findall(r"(\d+) tokens in", budget))
+    assert plain > 250 > 192 + 8 >= cut

@@ -1,0 +1,64 @@
+"""Questions about a document of up to 128K tokens, read once into a packed cache.
+
+Run: python examples/long_document_qa_128k.py book.txt -q "Who wrote it?" --model Qwen/Qwen2.5-7B-Instruct-1M
+     python examples/long_document_qa_128k.py --tiny         (default model, a short text, on the CPU)
+
+Without a file it reads Pride and Prejudice. Any chat model that reads 128K tokens will do. What it takes with
+130,048 tokens of context, computed from the shapes of the models, in GB (10^9 bytes):
+
+| model                             | weights | cache, 16 bits | TurboQuant(bits=4) | TurboQuant(bits=3) |
+|-----------------------------------|---------|----------------|--------------------|--------------------|
+| meta-llama/Llama-3.1-8B-Instruct  |    16.1 |          17.05 |               4.42 |               3.36 |
+| Qwen/Qwen2.5-7B-Instruct-1M       |    15.2 |           7.46 |               1.93 |               1.47 |
+| Qwen/Qwen3-4B-Instruct-2507       |     8.0 |          19.18 |               4.97 |               3.78 |
+| meta-llama/Llama-3.2-1B-Instruct  |     2.5 |           4.26 |               1.14 |               0.87 |
+
+While it reads, a model needs several tensors of tokens x hidden size more. The default model is a small one:
+with --tiny, its answers show that the code runs, not what a good model knows.
+"""
+
+import argparse
+from pathlib import Path
+
+import torch
+from transformers import pipeline
+
+from quantpress.pipelines import register
+from quantpress.pipelines.haystack import book_text, plant
+from quantpress.pipelines.report import format_bytes
+
+TOKENS, TINY_TOKENS = 130048, 600
+CHAT_TOKENS = 64  # room for what the chat form adds to the document
+QUESTIONS = ["Who is Mr. Bingley?", "What does Mrs. Bennet want for her daughters?"]
+
+parser = argparse.ArgumentParser(description="Questions about a long document, over a packed cache.")
+parser.add_argument("document", nargs="?", type=Path, help="a file of plain text; left out, a novel")
+parser.add_argument("-q", "--question", action="append", help="may be given several times")
+parser.add_argument("--model", help="id or folder of a long-context chat model")
+parser.add_argument(
+    "--press", default="TurboQuant(bits=4)", help='such as "SnapKV(0.5) | TurboQuant(bits=3)"'
+)
+parser.add_argument("--tokens", type=int, help="read at most so many; the rest is left out")
+parser.add_argument("--answer-tokens", type=int, default=100, help="most tokens of an answer")
+parser.add_argument("--tiny", action="store_true", help="default model, a few hundred tokens")
+options = parser.parse_args()
+if not (options.model or options.tiny):
+    parser.error("give --model with the id of a long-context chat model, or --tiny")
+
+register()  # of the task; importing a press from quantpress does it too
+pipe = pipeline("kv-press-text-generation", model=options.model, press=options.press)
+text = options.document.read_text(encoding="utf-8") if options.document else book_text()
+room = (options.tokens or (TINY_TOKENS if options.tiny else TOKENS)) - CHAT_TOKENS
+if len(pipe.tokenizer.encode(text, add_special_tokens=False, verbose=False)) > room:
+    text = plant(
+        text, [], pipe.tokenizer, room
+    )  # as many whole words from its beginning as there is room for
+
+questions = options.question or QUESTIONS
+asked = [f"\n\n{question} Answer briefly." for question in questions]
+result = pipe(text, questions=asked, max_new_tokens=options.answer_tokens, report=True)
+for question, answer in zip(questions, result["answers"], strict=True):
+    print(f"{question}\n  {answer.strip()}\n")
+print(result["report"])
+if torch.cuda.is_available():
+    print(f"most GPU memory in use, weights included: {format_bytes(torch.cuda.max_memory_allocated())}")
