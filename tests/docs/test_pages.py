@@ -51,13 +51,6 @@ def test_python_blocks_run(page: str, reader: Path) -> None:
     run(blocks(page), shared_names())
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("page", [p for p in pages() if any(b.mark == "gpu" for b in blocks(p))])
-def test_python_blocks_run_on_a_gpu(page: str, reader: Path) -> None:
-    names = shared_names()
-    run(blocks(page), {**names, "model": names["model"].cuda()})
-
-
 @pytest.mark.parametrize("page", [page for page in pages() if page not in WRITTEN_BY_TOOLS])
 def test_commands_are_right(page: str, reader: Path) -> None:
     for block in blocks(page):
