@@ -1,11 +1,12 @@
 """The code blocks and links of the project's Markdown pages, and how a block is run.
 
-A block runs as it is printed, behind the blocks before it on its page, with the names of `shared_names` there.
+A block runs as it is printed, behind the blocks before it on its page, with the names of `shared_names`.
 What a fence says behind its language changes that:
 
     ```python            runs
     ```python gpu        runs where there is a CUDA device
     ```python other      another project's code: it only has to be Python
+    ```python sketch     names that are not there: it only has to be Python
     ```python lm_eval    runs where that module is installed
     ```bash              each command: see `tests/docs/commands.py`
     ```                  output, or a picture: nothing to run
@@ -124,8 +125,8 @@ def why_not_run(block: Block) -> str | None:
     """Why a python block cannot be run on this machine; None when it can."""
     if block.mark == "gpu":
         return None if torch.cuda.is_available() else "needs a CUDA device"
-    if block.mark == "other":
-        return "another project's code"
+    if block.mark in ("other", "sketch"):
+        return "not meant to be run as it is"
     if block.mark and importlib.util.find_spec(block.mark) is None:
         return f"{block.mark} is not installed"
     return None
