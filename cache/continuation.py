@@ -23,12 +23,10 @@ def continue_inputs(
     Args:
         cache: what the context was read into; every batch entry unpadded.
         input_ids: [B, N] int64, the new tokens only.
-        tokens_seen: tokens read so far. Left out, it is taken from a `PackedLayer`; a plain cache that was
-        evicted
-            must say it.
+        tokens_seen: tokens read so far. Left out, it is taken from a `PackedLayer`; a plain cache that
+            was evicted must say it.
         history: [B, K] ids put in front, K the tokens kept: assisted and prompt-lookup decoding need them,
-        since they
-            crop the cache to the length of the ids. They are not fed to the model.
+            since they crop the cache to the length of the ids. They are not fed to the model.
 
     Returns:
         input_ids [B, (K +) N], attention_mask [B, K + N], position_ids [B, N], cache_position [N].

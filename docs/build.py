@@ -1,7 +1,7 @@
-"""Writes docs/presses.md: which of kvpress's presses go with TurboQuant, and the memory of each.
+"""Writes docs/presses.md, which of kvpress's presses go with TurboQuant and their memory, and docs/api/.
 
-    python docs/build.py            writes the table
-    python docs/build.py --check    fails when the committed table is not what would be written
+    python docs/build.py            writes the table, and the pages that `api_reference.py` writes
+    python docs/build.py --check    fails when what is committed is not what would be written
 
 Memory is measured at one setting: a random Llama in bfloat16 (2 layers, 2 KV heads, head_dim 64), 2048
 tokens, half of them evicted, `TurboQuant(4)` with its 16-bit windows. It is what the cache's tensors take,
@@ -36,6 +36,7 @@ from quantpress.presses.model_support import attention_modules
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))  # PYTHONSAFEPATH leaves it out
 
+import api_reference  # noqa: E402
 from catalogue import CATALOGUE, DELIMITER_ID, FINCH_WINDOW, Entry, exported  # noqa: E402
 
 TABLE = HERE / "presses.md"
@@ -201,14 +202,17 @@ def _same(before: str, after: str) -> bool:
 
 
 def main() -> None:
-    """Write the table, or check it."""
-    parser = argparse.ArgumentParser(description="Writes docs/presses.md.")
-    parser.add_argument("--check", action="store_true", help="write nothing; fail when the table is stale")
+    """Write the pages, or check them."""
+    parser = argparse.ArgumentParser(description="Writes docs/presses.md and docs/api/.")
+    parser.add_argument("--check", action="store_true", help="write nothing; fail when a page is stale")
     check, text = parser.parse_args().check, table()
     if not check:
         TABLE.write_text(text, encoding="utf-8")
+        api_reference.write()
     elif stale := differences(TABLE.read_text(encoding="utf-8"), text):
         raise SystemExit("\n".join(["docs/presses.md is stale, run python docs/build.py:", *stale]))
+    elif pages := api_reference.stale():
+        raise SystemExit(f"docs/api is stale, run python docs/build.py: {', '.join(pages)}")
 
 
 if __name__ == "__main__":

@@ -43,7 +43,8 @@ class CachedContext:
 
     Example:
         >>> # context = pipe.read(text, press="SnapKV(0.5) | TurboQuant(4)")
-        >>> # context.save("book.safetensors")                              # another day, another process:
+        >>> # context.save("book.safetensors")
+        >>> # another day, another process:
         >>> # context = CachedContext.load("book.safetensors", pipe.model)
         >>> # pipe(context, questions=["Who?", "Where?"])["answers"]
     """

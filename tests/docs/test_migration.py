@@ -10,52 +10,30 @@ from transformers import TextGenerationPipeline
 
 import quantpress
 from quantpress.cache import PackedLayer
-from tests.pipelines.words import text, word_tokenizer
-from tests.tiny_models import tiny_model
+from tests.docs.markdown import CONTEXT_TOKENS as TOKENS
+from tests.docs.markdown import ROOT, Block, blocks, shared_names
+from tests.docs.markdown import run as run_blocks
+from tests.pipelines.words import text
 
-ROOT = Path(__file__).parents[2]
-PAGE = (ROOT / "docs" / "migration.md").read_text(encoding="utf-8")
-TOKENS = 900
-BLOCK = re.compile(r"```python\n(.*?)```", re.DOTALL)
-SECTIONS = dict(section.split("\n", 1) for section in PAGE.split("\n## ")[1:])
+PAGE = "docs/migration.md"
+TEXT = (ROOT / PAGE).read_text(encoding="utf-8")
+SECTIONS = dict(section.split("\n", 1) for section in TEXT.split("\n## ")[1:])
 
 
-def blocks(section: str) -> list[str]:
+def blocks_of(section: str) -> list[Block]:
     """The python blocks of a section, without those that show another project's calls."""
-    found = []
-    for match in BLOCK.finditer(SECTIONS[section]):
-        marks = re.findall(r"^\*(You wrote|Now):?\*", SECTIONS[section][: match.start()], re.MULTILINE)
-        if not marks or marks[-1] == "Now":
-            found.append(match.group(1))
-    return found
+    return [b for b in blocks(PAGE) if b.section == section and (b.language, b.mark) == ("python", "")]
 
 
 @pytest.fixture
 def names() -> dict[str, Any]:
-    """What the page says its blocks share."""
-    model, tokenizer = tiny_model("llama"), word_tokenizer()
-    keys, values, queries = torch.randn(3, 1, 2, 300, 128)
-    return {
-        "model": model,
-        "tokenizer": tokenizer,
-        "inputs": tokenizer(text(TOKENS), return_tensors="pt", return_token_type_ids=False),
-        "context": text(TOKENS),
-        "question": "w1 w2",
-        "keys": keys,
-        "values": values,
-        "queries": queries,
-    }
+    """What pages share."""
+    return shared_names()
 
 
 def run(section: str, names: dict[str, Any]) -> list[dict[str, Any]]:
     """The names after each block."""
-    after = []
-    with torch.no_grad():
-        for block in blocks(section):
-            exec(compile(block, f"docs/migration.md, {section}", "exec"), names)
-            after.append(dict(names))
-    assert "forward" not in vars(names["model"]), "the model is left as it was"
-    return after
+    return run_blocks(blocks_of(section), names)
 
 
 def packed(cache: Any) -> bool:
@@ -69,7 +47,7 @@ def relative(exact: torch.Tensor, got: torch.Tensor) -> float:
 def test_every_section_is_tested() -> None:
     tested = {"tqai", "aither-kvcache", "turboquant-pytorch", "ComfyUI's TurboQuantPatch", "kvpress"}
     assert set(SECTIONS) == tested | {"The OnlyTerp reference, `turboquant`", "vLLM's turboquant"}
-    assert sum(len(blocks(section)) for section in SECTIONS) == 13
+    assert sum(len(blocks_of(section)) for section in SECTIONS) == 13
 
 
 def test_tqai(names: dict[str, Any]) -> None:
@@ -111,7 +89,7 @@ def test_comfyui(names: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFi
     (after,) = run("ComfyUI's TurboQuantPatch", names)
     assert len(after["patch"].record.calls) == 3 * 20
     assert "potential saving" in capsys.readouterr().out
-    target = re.search(r'ln -s "\$PWD/(\S+)"', PAGE)
+    target = re.search(r'ln -s "\$PWD/(\S+)"', TEXT)
     assert target is not None and (ROOT / target.group(1) / "__init__.py").is_file()
 
 

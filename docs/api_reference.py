@@ -1,0 +1,181 @@
+"""Writes docs/api/: the public names with their signatures and docstrings, one page a package.
+
+    python docs/api_reference.py            writes the pages
+    python docs/api_reference.py --check    fails when a committed page is not what would be written
+
+`python docs/build.py` does it too. A name is described once, on the page of the first package here that has
+it. What a method only takes over from its base is left out, and so are annotations: docstrings say shapes and
+dtypes. Of other packages' classes only name and signature are given.
+"""
+
+import argparse
+import inspect
+import sys
+from collections.abc import Iterator
+from dataclasses import fields, is_dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+FOLDER = HERE / "api"
+sys.path.insert(0, str(HERE))  # PYTHONSAFEPATH leaves it out
+
+from docstrings import markdown  # noqa: E402
+
+PACKAGES = {
+    "quantpress": ["quantpress"],
+    "presses": ["quantpress.presses"],
+    "pipelines": ["quantpress.pipelines"],
+    "cache": ["quantpress.cache"],
+    "kernels": ["quantpress.kernels.attend", "quantpress.kernels.encode", "quantpress.kernels.decode"],
+    "codecs": ["quantpress.codecs"],
+}
+WIDTH = 100
+INDEX = """# API reference
+
+Written from the docstrings by `python docs/build.py`. Every name of `quantpress` and `quantpress.presses` can be
+imported from `quantpress` itself; the others from the package in the heading of their page.
+
+| page | names |
+|---|---|
+"""
+
+
+def reference() -> dict[str, str]:
+    """The text of each page below docs/api/, by file name."""
+    pages, seen, rows = {}, set(), []
+    for page, modules in PACKAGES.items():
+        entries, names = [], []
+        for module in map(import_module, modules):
+            for name in sorted(module.__all__, key=str.lower):
+                found = getattr(module, name)
+                if name in seen:
+                    continue
+                seen.add(name)
+                names.append(f"`{name}`")
+                entries.append("\n\n".join(_entry(name, found)))
+        title = "quantpress" if page == "quantpress" else f"quantpress.{page}"
+        about = _about(modules[0]) if len(modules) == 1 else ""
+        pages[f"{page}.md"] = "\n\n".join(filter(None, [f"# {title}", about, *entries])) + "\n"
+        rows.append(f"| [{page}.md]({page}.md) | {', '.join(names)} |")
+    return {"README.md": INDEX + "\n".join(rows) + "\n", **pages}
+
+
+def _about(module: str) -> str:
+    """A package's own words, without its list of files."""
+    paragraphs = (inspect.getdoc(import_module(module)) or "").split("\n\n")
+    return markdown("\n\n".join(one for one in paragraphs if ".py " not in one))
+
+
+def _entry(name: str, found: Any) -> Iterator[str]:
+    """The parts of one name's description."""
+    yield f"## {name}"
+    if not callable(found) or not hasattr(found, "__module__"):
+        yield f"`{name} = {found!r}`"
+        return
+    if not _is_class_of(found, BaseException):
+        yield _code(f"{name}{_signature(found)}")
+    if not found.__module__.startswith("quantpress"):
+        package = found.__module__.split(".")[0]
+        yield f"`{found.__name__}` of {package}, whose documentation describes it."
+        return
+    yield markdown(inspect.getdoc(found) or "")
+    if inspect.isclass(found):
+        for member, kind, value in _members(found):
+            heading = f"{name}.{member}"
+            yield f"### {heading}"
+            if kind != "property":
+                yield _code(f"{heading}{_signature(value)}")
+            yield ("" if kind == "method" else f"*{kind}.* ") + markdown(inspect.getdoc(value) or "")
+
+
+def _is_class_of(found: Any, base: type) -> bool:
+    """Whether it is a class, and of that kind."""
+    return inspect.isclass(found) and issubclass(found, base)
+
+
+def _members(cls: type) -> Iterator[tuple[str, str, Any]]:
+    """Public methods and properties that a class documents: name, kind, and what has the docstring."""
+    for name, value in vars(cls).items():
+        if name.startswith("_"):
+            continue
+        kind, inner = "method", value
+        if isinstance(value, (classmethod, staticmethod)):
+            kind, inner = type(value).__name__.replace("method", " method"), getattr(cls, name)
+        elif isinstance(value, property):
+            kind = "property"
+        elif not inspect.isfunction(value):
+            continue
+        own = value.__func__ if isinstance(value, (classmethod, staticmethod)) else value
+        if own.__doc__:
+            yield name, kind, inner
+
+
+def _signature(found: Any) -> str:
+    """Parameters with their defaults, on one line or one a line."""
+    try:
+        parameters = list(inspect.signature(found).parameters.values())
+    except (TypeError, ValueError):
+        return "(...)"
+    parts, starred = [], False
+    made = {field.name: field.default_factory for field in fields(found)} if is_dataclass(found) else {}
+    for parameter in parameters:
+        if parameter.name == "self":
+            continue
+        if parameter.kind is parameter.KEYWORD_ONLY and not starred:
+            parts.append("*")
+        starred |= parameter.kind in (parameter.KEYWORD_ONLY, parameter.VAR_POSITIONAL)
+        stars = {parameter.VAR_POSITIONAL: "*", parameter.VAR_KEYWORD: "**"}.get(parameter.kind, "")
+        default = "" if parameter.default is parameter.empty else f"={_default(parameter.default)}"
+        if default == "=..." and inspect.isclass(made.get(parameter.name)):
+            default = f"={made[parameter.name].__name__}()"
+        parts.append(f"{stars}{parameter.name}{default}")
+    line = f"({', '.join(parts)})"
+    return line if len(line) < WIDTH - 20 else "(\n" + "".join(f"    {part},\n" for part in parts) + ")"
+
+
+def _default(value: Any) -> str:
+    text = getattr(value, "__name__", None) or repr(value)
+    return "..." if "<" in text else text  # what has no literal form
+
+
+def _code(text: str) -> str:
+    return f"```\n{text}\n```"
+
+
+def stale() -> list[str]:
+    """The names of committed pages that are not what would be written."""
+    wanted = reference()
+    there = {path.name for path in FOLDER.glob("*.md")}
+    wrong = {name for name, text in wanted.items() if name in there and _read(name) != text}
+    return sorted(wrong | (there ^ set(wanted)))
+
+
+def _read(name: str) -> str:
+    return (FOLDER / name).read_text(encoding="utf-8")
+
+
+def write() -> None:
+    """Write every page, and take away those of packages that are gone."""
+    FOLDER.mkdir(exist_ok=True)
+    wanted = reference()
+    for path in FOLDER.glob("*.md"):
+        if path.name not in wanted:
+            path.unlink()
+    for name, text in wanted.items():
+        (FOLDER / name).write_text(text, encoding="utf-8")
+
+
+def main() -> None:
+    """Write the pages, or check them."""
+    parser = argparse.ArgumentParser(description="Writes docs/api/.")
+    parser.add_argument("--check", action="store_true", help="write nothing; fail when a page is stale")
+    if not parser.parse_args().check:
+        write()
+    elif wrong := stale():
+        raise SystemExit(f"docs/api is stale, run python docs/build.py: {', '.join(wrong)}")
+
+
+if __name__ == "__main__":
+    main()

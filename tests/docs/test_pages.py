@@ -1,0 +1,123 @@
+"""Every page: its blocks run, its commands are there, its links lead somewhere."""
+
+from pathlib import Path
+
+import click
+import pytest
+
+from tests.docs import commands
+from tests.docs.markdown import (
+    LANGUAGES,
+    ROOT,
+    WRITTEN_BY_TOOLS,
+    Block,
+    anchors,
+    blocks,
+    links,
+    pages,
+    run,
+    shared_names,
+    why_not_run,
+)
+from tests.pipelines.words import text, word_tokenizer
+from tests.tiny_models import tiny_model
+
+OWN_TEST = {"docs/migration.md": "test_migration.py"}
+
+
+@pytest.fixture(scope="module")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model and tokenizer in the place of the default model."""
+    folder = tmp_path_factory.mktemp("model")
+    tiny_model("llama").save_pretrained(folder)
+    word_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def reader(tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder as the pages' readers have it: a README.md, a book.txt and a default model."""
+    for module in ("quantpress.pipelines.demo", "quantpress.pipelines.default_model.lazy"):
+        monkeypatch.setattr(f"{module}.ensure_default_model", lambda *_: tiny_folder)
+    for name in ("README.md", "book.txt"):
+        (tmp_path / name).write_text(text(500), encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:transformers")
+@pytest.mark.parametrize("page", [page for page in pages() if page not in OWN_TEST])
+def test_python_blocks_run(page: str, reader: Path) -> None:
+    run(blocks(page), shared_names())
+
+
+@pytest.mark.parametrize("page", [page for page in pages() if page not in WRITTEN_BY_TOOLS])
+def test_commands_are_right(page: str, reader: Path) -> None:
+    for block in blocks(page):
+        if block.language == "bash":
+            for words in commands.commands(block.code):
+                commands.check(words)
+
+
+@pytest.mark.parametrize("page", pages())
+def test_every_block_says_what_it_is(page: str) -> None:
+    unknown = [(block.line, block.language) for block in blocks(page) if block.language not in LANGUAGES]
+    assert not unknown, f"{page}: write python, bash, or nothing for output"
+
+
+@pytest.mark.parametrize("page", pages())
+def test_links_lead_somewhere(page: str) -> None:
+    for link in links(page):
+        if link.startswith(("http://", "https://")):
+            continue
+        target, _, anchor = link.partition("#")
+        path = ((ROOT / page).parent / target).resolve() if target else ROOT / page
+        assert path.exists(), f"{page}: {link}"
+        if anchor:
+            assert anchor in anchors(path.relative_to(ROOT).as_posix()), f"{page}: {link}"
+
+
+def test_pages_with_tests_of_their_own_have_them() -> None:
+    for page, test in OWN_TEST.items():
+        assert page in pages() and (Path(__file__).parent / test).is_file()
+
+
+def block(code: str, language: str = "python", mark: str = "") -> Block:
+    return Block("page.md", "", 7, language, mark, code)
+
+
+def test_a_wrong_block_is_noticed_at_its_line() -> None:
+    names = shared_names()
+    assert run([block("a = 1"), block("b = a + 1")], names)[-1]["b"] == 2
+    with pytest.raises(NameError) as raised:
+        run([block("c = 1\nmissing(c)")], names)
+    assert raised.traceback[-1].lineno == 7  # counted from 0: line 8 of the page
+    with pytest.raises(SyntaxError):
+        run([block("this is no python", mark="other")], names)
+    run([block("missing()", mark="other"), block("output", language="")], names)
+
+
+def test_marks_say_where_a_block_runs() -> None:
+    assert why_not_run(block("")) is None
+    assert why_not_run(block("", mark="torch")) is None
+    assert why_not_run(block("", mark="no_such_module")) == "no_such_module is not installed"
+    assert why_not_run(block("", mark="other")) is not None
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "quantpress runn book.txt",
+        "quantpress demo --tokenz 3",
+        "make such_a_target_is_not_there",
+        "python benchmarks/not_there.py",
+        "python benchmarks/attention.py --not-an-option",
+        "python -m quantpress.not_there",
+        'ln -s "$PWD/examples/not_there" elsewhere',
+        "rm -rf somewhere",
+    ],
+)
+def test_a_wrong_command_is_noticed(line: str) -> None:
+    (words,) = commands.commands(line)
+    with pytest.raises((AssertionError, OSError, KeyError, ModuleNotFoundError, click.UsageError)):
+        commands.check(words)
