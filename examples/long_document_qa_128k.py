@@ -13,8 +13,9 @@ Without a file it reads Pride and Prejudice. Any chat model that reads 128K toke
 | Qwen/Qwen3-4B-Instruct-2507       |     8.0 |          19.18 |               4.97 |               3.78 |
 | meta-llama/Llama-3.2-1B-Instruct  |     2.5 |           4.26 |               1.14 |               0.87 |
 
-While it reads, a model needs several tensors of tokens x hidden size more. The default model is a small one:
-with --tiny, its answers show that the code runs, not what a good model knows.
+`quantpress memory MODEL --context 130048` computes the cache of others. While it reads, a model needs several
+tensors of tokens x hidden size more. The default model is a small one: with --tiny, its answers show that the
+code runs, not what a good model knows.
 """
 
 import argparse

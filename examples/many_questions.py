@@ -38,7 +38,7 @@ pipe = pipeline("kv-press-text-generation", model=options.model)
 needles = random_needles(options.questions)
 text = plant(book_text(), needles, pipe.tokenizer, options.tokens)
 questions = [needle_question(needle.city) for needle in needles]
-asked = {"answer_prefix": ANSWER_PREFIX, "max_new_tokens": 6}  # a space and five digits
+asked = {"answer_prefix": ANSWER_PREFIX, "max_new_tokens": 8}
 
 begin = time.perf_counter()
 context = pipe.read(text, press=options.press)

@@ -13,8 +13,9 @@ shapes of the models, in GB (10^9 bytes):
 | Qwen/Qwen3-4B-Instruct-2507       |     8.0 |          19.18 |               4.97 |               3.78 |
 | meta-llama/Llama-3.2-1B-Instruct  |     2.5 |           4.26 |               1.14 |               0.87 |
 
-While it reads, a model needs several tensors of tokens x hidden size more (1.07 GB each for the 8B model, in
-16 bits). The longest context leaves 1,024 of 131,072 positions to the chat form, the question and the answer.
+`quantpress memory MODEL --context 130048` computes the cache of others. While it reads, a model needs several
+tensors of tokens x hidden size more (1.07 GB each for the 8B model, in 16 bits). The longest context leaves
+1,024 of 131,072 positions to the chat form, the question and the answer.
 """
 
 import argparse

@@ -47,14 +47,24 @@ Run = Callable[..., str]
 
 
 @pytest.fixture
-def run(
-    default_model: Any,
-    default_tokenizer: Any,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> Run:
-    """Runs a script with arguments and returns what it prints; the default model is loaded only once."""
-    _lend(monkeypatch, default_model, default_tokenizer)
+def one_model(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`pipeline(...)` without a model takes the default model that all tests share, and loads no other."""
+    quantpress.pipelines.register()
+    # By name: importing kvpress has put another module of this name in place of an earlier one.
+    make: Any = import_module("transformers").pipeline
+
+    def ready(task: str, model: Any = None, **options: Any) -> Any:
+        if model is None:
+            model = request.getfixturevalue("default_model")
+            options["tokenizer"] = request.getfixturevalue("default_tokenizer")
+        return make(task, model=model, **options)
+
+    monkeypatch.setattr("transformers.pipeline", ready)
+
+
+@pytest.fixture
+def run(one_model: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """Runs a script with arguments and returns what it prints."""
 
     def script(name: str, *arguments: str) -> str:
         monkeypatch.setattr(sys, "argv", [name, *arguments])
@@ -83,19 +93,6 @@ def tiny_folder(default_tokenizer: Any, tmp_path_factory: pytest.TempPathFactory
     LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
     default_tokenizer.save_pretrained(folder)
     return str(folder)
-
-
-def _lend(monkeypatch: pytest.MonkeyPatch, loaded: Any, tokenizer: Any) -> None:
-    """Lets `pipeline(...)` without a model take the one that is loaded already."""
-    quantpress.pipelines.register()
-    # By name: importing kvpress has put another module of this name in place of the one imported above.
-    make: Any = import_module("transformers").pipeline
-
-    def ready(task: str, model: Any = None, **options: Any) -> Any:
-        lent = {"model": loaded, "tokenizer": tokenizer} if model is None else {"model": model}
-        return make(task, **lent, **options)
-
-    monkeypatch.setattr("transformers.pipeline", ready)
 
 
 def test_every_example_is_tested() -> None:
@@ -239,13 +236,7 @@ def test_the_notebook_is_clean() -> None:
 
 
 @pytest.mark.slow
-def test_the_notebook_runs(
-    default_model: Any,
-    default_tokenizer: Any,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    _lend(monkeypatch, default_model, default_tokenizer)
+def test_the_notebook_runs(one_model: None, capsys: pytest.CaptureFixture[str]) -> None:
     cells = json.loads(NOTEBOOK.read_text(encoding="utf-8"))["cells"]
     names: dict[str, Any] = {}
     printed = []
