@@ -34,8 +34,8 @@ PACKAGES = {
 WIDTH = 100
 INDEX = """# API reference
 
-Written from the docstrings by `python docs/build.py`. Every name of `quantpress` and `quantpress.presses` can be
-imported from `quantpress` itself; the others from the package in the heading of their page.
+Written from the docstrings by `python docs/build.py`. Every name of `quantpress` and `quantpress.presses` can
+be imported from `quantpress` itself; the others from the package in the heading of their page.
 
 | page | names |
 |---|---|

@@ -44,8 +44,7 @@ class CachedContext:
     Example:
         >>> # context = pipe.read(text, press="SnapKV(0.5) | TurboQuant(4)")
         >>> # context.save("book.safetensors")
-        >>> # another day, another process:
-        >>> # context = CachedContext.load("book.safetensors", pipe.model)
+        >>> # context = CachedContext.load("book.safetensors", pipe.model)  # another day, another process
         >>> # pipe(context, questions=["Who?", "Where?"])["answers"]
     """
 

@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-import click
 import pytest
 
 from tests.docs import commands
@@ -119,5 +118,5 @@ def test_marks_say_where_a_block_runs() -> None:
 )
 def test_a_wrong_command_is_noticed(line: str) -> None:
     (words,) = commands.commands(line)
-    with pytest.raises((AssertionError, OSError, KeyError, ModuleNotFoundError, click.UsageError)):
+    with pytest.raises((AssertionError, OSError, ModuleNotFoundError)):
         commands.check(words)
