@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from quantpress import cli
 
 ROOT = Path(__file__).parents[2]
-QUICK = frozenset({"run", "pack", "version", "doctor", "memory"})
+QUICK = frozenset({"compare", "doctor", "inspect", "memory", "pack", "run", "validate", "version"})
 """Commands of quantpress that are run; of others, which take minutes, the options are read."""
 
 

@@ -30,8 +30,6 @@ from tests.tiny_models import tiny_model
 ROOT = Path(__file__).parents[2]
 CONTEXT_TOKENS = 900
 LANGUAGES = frozenset({"", "python", "bash", "console", "pycon"})
-WRITTEN_BY_TOOLS = {"docs/command_line.md"}
-"""Pages whose blocks the test of the tool that writes them runs."""
 
 
 @dataclass(frozen=True)

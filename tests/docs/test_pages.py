@@ -8,7 +8,6 @@ from tests.docs import commands
 from tests.docs.markdown import (
     LANGUAGES,
     ROOT,
-    WRITTEN_BY_TOOLS,
     Block,
     anchors,
     blocks,
@@ -35,11 +34,14 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def reader(tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder as the pages' readers have it: a README.md, a book.txt and a default model."""
+    """A folder as the pages' readers have it: a README.md, a book.txt, a model and its config.json."""
     for module in ("quantpress.pipelines.demo", "quantpress.pipelines.default_model.lazy"):
         monkeypatch.setattr(f"{module}.ensure_default_model", lambda *_: tiny_folder)
     for name in ("README.md", "book.txt"):
         (tmp_path / name).write_text(text(500), encoding="utf-8")
+    for name in ("my-model-folder", "MODEL"):
+        (tmp_path / name).symlink_to(tiny_folder)
+    (tmp_path / "config.json").symlink_to(tiny_folder / "config.json")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -50,7 +52,7 @@ def test_python_blocks_run(page: str, reader: Path) -> None:
     run(blocks(page), shared_names())
 
 
-@pytest.mark.parametrize("page", [page for page in pages() if page not in WRITTEN_BY_TOOLS])
+@pytest.mark.parametrize("page", pages())
 def test_commands_are_right(page: str, reader: Path) -> None:
     for block in blocks(page):
         if block.language == "bash":
