@@ -11,24 +11,15 @@ ITEM = re.compile(r"(\*{0,2}[\w., *]+|`[^`]+`): (.*)$")
 
 
 def markdown(text: str) -> str:
-    r"""A docstring, its indentation cleaned, as Markdown.
+    """A docstring, its indentation cleaned, as Markdown.
 
     Sections become a bold word and a list, sessions at the prompt (`>>>`) and indented lines blocks of code.
 
     Args:
-        text: the docstring.
+        text: the docstring, of which `inspect.getdoc` has taken the common indentation.
 
-    >>> print(markdown("Doubles.\n\nArgs:\n    x: a number,\n        any.\n\n>>> 1 + 1\n2"))
-    Doubles.
-    <BLANKLINE>
-    **Arguments**
-    <BLANKLINE>
-    - `x`: a number, any.
-    <BLANKLINE>
-    ```pycon
-    >>> 1 + 1
-    2
-    ```
+    Returns:
+        Paragraphs, with an empty line between them.
     """
     return "\n\n".join(part for block in _blocks(text) for part in block)
 

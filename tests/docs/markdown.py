@@ -6,14 +6,12 @@ What a fence says behind its language changes that:
     ```python            runs
     ```python gpu        runs where there is a CUDA device
     ```python other      another project's code: it only has to be Python
-    ```python sketch     names that are not there: it only has to be Python
-    ```python lm_eval    runs where that module is installed
+    ```python sketch     names or modules that are not there: it only has to be Python
     ```bash              each command: see `tests/docs/commands.py`
     ```                  output, or a picture: nothing to run
 """
 
 import ast
-import importlib.util
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -30,6 +28,7 @@ from tests.tiny_models import tiny_model
 ROOT = Path(__file__).parents[2]
 CONTEXT_TOKENS = 900
 LANGUAGES = frozenset({"", "python", "bash", "console", "pycon"})
+MARKS = frozenset({"", "gpu", "other", "sketch"})
 
 
 @dataclass(frozen=True)
@@ -125,8 +124,6 @@ def why_not_run(block: Block) -> str | None:
         return None if torch.cuda.is_available() else "needs a CUDA device"
     if block.mark in ("other", "sketch"):
         return "not meant to be run as it is"
-    if block.mark and importlib.util.find_spec(block.mark) is None:
-        return f"{block.mark} is not installed"
     return None
 
 

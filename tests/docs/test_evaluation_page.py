@@ -46,7 +46,7 @@ def test_the_snippet_of_the_harness_runs(monkeypatch: pytest.MonkeyPatch) -> Non
     harness.simple_evaluate = lambda model, tasks: made.append(model)  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "lm_eval", harness)
     monkeypatch.setattr(lm_eval_model, "lm_eval_model", lambda pipe, press: (pipe, press))
-    (block,) = re.findall(r"```python\n(.*?)```", PAGE, re.S)
+    (block,) = re.findall(r"```python sketch\n(.*?)```", PAGE, re.S)
     press = TurboQuant()
     exec(block, {"pipe": "pipe", "press": press})
     assert made == [("pipe", press)]
