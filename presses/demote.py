@@ -50,7 +50,7 @@ class Demote(WrappingPress, BasePress):
     Example:
         >>> from quantpress.presses import Compose, Knorm, TurboQuant
         >>> Compose([Demote(Knorm(0.75), bits=2), TurboQuant(bits=4)])
-        Compose(Demote(Knorm(0.75), bits=2) | TurboQuant(4))
+        Compose(Demote(Knorm(0.75)) | TurboQuant(4))
     """
 
     press: ScorerPress = field(default_factory=SnapKV)
