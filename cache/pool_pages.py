@@ -6,7 +6,9 @@ from dataclasses import dataclass
 import torch
 
 from quantpress.cache.settings import LayerSettings
-from quantpress.codecs.transform import ChannelTransform, key_statistics, value_statistics
+from quantpress.cache.transforms import transforms_of
+from quantpress.codecs.transform import ChannelTransform
+from quantpress.kernels.attend import DenseSegment
 from quantpress.kernels.page_codec import Planes
 
 
@@ -68,17 +70,8 @@ def first_pages(
         NonFiniteError: keys, values or the moment hold NaN or infinity.
     """
     keys, values = keys.unsqueeze(0), values.unsqueeze(0)
-    key_transform, value_transform = ChannelTransform(), ChannelTransform()
-    if settings.key_codec.wants_statistics:
-        key_transform = key_statistics(
-            keys,
-            None if query_moment is None else query_moment.unsqueeze(0),
-            settings.key_codec.groups,
-            mean=settings.mean_key,
-            balance=settings.balance,
-        )
-    if settings.value_codec.wants_statistics:
-        value_transform = value_statistics(values, settings.value_codec.groups)
+    moment = None if query_moment is None else query_moment.unsqueeze(0)
+    key_transform, value_transform = transforms_of(settings, DenseSegment(keys, values), moment)
     planes = (
         settings.key_codec.encode(keys, key_transform),
         settings.value_codec.encode(values, value_transform),

@@ -668,51 +668,9 @@ def split_mma_kernel(
     weight = gl.full([R], 0.0, gl.float32, by_row)
     acc, _ = _halves(gl.full([2 * R, DV], 0.0, gl.float32, mma), R, DV)
     summed: gl.constexpr = gl.SliceLayout(1, acc.type.layout)
-    for step in range(clean):
-        place, ka, kb, kc, m, total, weight, acc = _step(
-            step,
-            place,
-            ka,
-            kb,
-            kc,
-            m,
-            total,
-            weight,
-            acc,
-            q,
-            start,
-            factor,
-            bias,
-            tables,
-            places_ptr,
-            k_ptr,
-            ks_ptr,
-            v_ptr,
-            vs_ptr,
-            k_page,
-            ks_page,
-            v_page,
-            vs_page,
-            turn,
-            first,
-            last,
-            unused,
-            used,
-            softcap,
-            mma,
-            D,
-            DV,
-            R,
-            K_BITS,
-            V_BITS,
-            HALVES,
-            False,
-            STARTS,
-            HEADS > 0,
-            CAPPED,
-        )
-    if USED or STARTS:
-        for step in range(clean, HALVES * (last - first)):
+    begin = 0
+    for part in gl.static_range(2 if USED or STARTS else 1):  # the second: pages with tokens not in use
+        for step in range(begin, clean):
             place, ka, kb, kc, m, total, weight, acc = _step(
                 step,
                 place,
@@ -750,11 +708,12 @@ def split_mma_kernel(
                 K_BITS,
                 V_BITS,
                 HALVES,
-                True,
+                part == 1,
                 STARTS,
                 HEADS > 0,
                 CAPPED,
             )
+        begin, clean = clean, HALVES * (last - first)
 
     if not CAPPED:
         m += bias
