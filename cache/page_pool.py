@@ -18,7 +18,7 @@ import sys
 import torch
 
 from quantpress.cache.paged_plan import PagedPlan, paged_plan
-from quantpress.cache.pool_side import PoolSide, rows
+from quantpress.cache.pool_side import PoolSide
 from quantpress.cache.pool_storage import PoolStorage
 from quantpress.errors import InvalidInputError
 from quantpress.kernels.attend import DenseSegment, PackedSegment, PackedSide, Segment, Visibility, attend
@@ -47,8 +47,7 @@ class PagePool(PoolStorage):
             block_tables: [B, P] int32, the blocks of each sequence; any block where it has none.
             context_lens: [B] int32, tokens of each sequence, those of this step included.
             page_counts: [B] int32, how many of them are in pages of 128.
-            slots: [B] int64, the slot of each sequence; None: all slots in order, which spares copies of the
-                16-bit tokens.
+            slots: [B] int64, the slot of each sequence; None: all slots in order.
             most_queries: query tokens of one call to accept: where a sequence has pages, all but the first
                 query token must be in its window.
 
@@ -126,21 +125,23 @@ class PagePool(PoolStorage):
         segments = self.segments(plan, layer)
         visibility = Visibility(query.shape[2], sum(segment.tokens for segment in segments))
         scaling = head_dim**-0.5 if scaling is None else scaling
-        return attend(query, segments, visibility, scaling=scaling, softcap=softcap, sinks=sinks)
+        return attend(
+            query, segments, visibility, scaling=scaling, softcap=softcap, sinks=sinks, slots=plan.chosen
+        )
 
     def segments(self, plan: PagedPlan, layer: int) -> list[Segment]:
-        """What attention reads in one layer: sinks, pages by table, windows, with lengths on the device."""
-        keys, values = (self._packed(side, plan, layer) for side in (self.keys, self.values))
+        """What attention reads in one layer: sinks, pages by table, windows, with lengths on the device.
+
+        16-bit tokens and transforms are those of every slot; `plan.chosen` says which of them are meant.
+        """
+        keys, values = (self._packed(side, layer) for side in (self.keys, self.values))
         packed = PackedSegment(keys, values, plan.packed, plan.table)
-        sinks, window = (
-            [rows(tokens[layer], plan.gathered) for tokens in pair]
-            for pair in ((self.keys.sinks, self.values.sinks), (self.keys.window, self.values.window))
-        )
-        newest = DenseSegment(window[0], window[1], plan.window)
+        newest = DenseSegment(self.keys.window[layer], self.values.window[layer], plan.window)
         if not self.settings.sink_tokens:
             return [packed, newest]
-        return [DenseSegment(sinks[0], sinks[1], plan.sinks), packed, newest]
+        first = DenseSegment(self.keys.sinks[layer], self.values.sinks[layer], plan.sinks)
+        return [first, packed, newest]
 
-    def _packed(self, side: PoolSide, plan: PagedPlan, layer: int) -> PackedSide:
+    def _packed(self, side: PoolSide, layer: int) -> PackedSide:
         planes = {name: plane[layer] for name, plane in side.planes.items()}
-        return PackedSide(side.codec, planes, side.transform(layer, plan.gathered))
+        return PackedSide(side.codec, planes, side.transform(layer, None))

@@ -211,8 +211,7 @@ class PagedAttention(PagedSequences):
         steps put there.
 
         Args:
-            sequences: B sequences in any order; None: every row of `block_tables`, in order, B = S. That
-                also spares copies of the 16-bit tokens.
+            sequences: B sequences in any order; None: every row of `block_tables`, in order, B = S.
 
         Raises:
             InvalidInputError: an unknown sequence.

@@ -15,7 +15,7 @@ class PagedPlan:
 
     Args:
         slots: [B] int64, the slot of each sequence.
-        in_order: they are all the slots there are, in order: nothing has to be gathered.
+        in_order: they are all the slots there are, in order.
         table: [B, Hkv, P] int32, rows of the pool's planes.
         sinks: [B, Hkv] int32, tokens in use in front of the pages.
         packed: [B, Hkv] int32, tokens in use in the pages.
@@ -39,7 +39,7 @@ class PagedPlan:
         return self.slots.shape[0]
 
     @property
-    def gathered(self) -> torch.Tensor | None:
+    def chosen(self) -> torch.Tensor | None:
         """The slots, or None where all of them are meant, in order."""
         return None if self.in_order else self.slots
 

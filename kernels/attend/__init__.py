@@ -21,6 +21,7 @@ def attend(
     scaling: float,
     softcap: float | None = None,
     sinks: torch.Tensor | None = None,
+    slots: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """softmax(scaling * q.k + mask) v over the tokens of all segments, without decoding them all at once.
 
@@ -31,6 +32,9 @@ def attend(
         scaling: factor on q.k.
         softcap: scores become softcap * tanh(score / softcap) (Gemma 2), or None.
         sinks: [Hq] learned logits that take part in the softmax and carry no value (gpt-oss), or None.
+        slots: [B] int64: 16-bit tokens and channel transforms of the segments are those of S sequences, [S,
+            ...], and batch entry b reads those of slots[b]. Codes, lengths, starts and tables stay those of
+            B. None: S is B, in order.
 
     Returns:
         [B, Hq, Tq, Dv] in the query's dtype. A query that sees nothing gets zeros.
@@ -38,7 +42,8 @@ def attend(
     Raises:
         InvalidInputError: no token, or the segments' length is not what `visibility` says, or Hq is not a
             multiple of Hkv, or `lengths`, `starts` or the table of a segment are not [B, Hkv] or [B, Hkv, P]
-            int32 on the query's device, or lengths are missing beside one of the others.
+            int32 on the query's device, or lengths are missing beside one of the others; slots that are not
+            [B] int64, or beside packed tokens without a table.
     """
     filled = [segment for segment in segments if segment.tokens > 0]
     tokens = sum(segment.tokens for segment in filled)
@@ -51,9 +56,25 @@ def attend(
         raise InvalidInputError(f"{query.shape[1]} query heads are not a multiple of {heads} KV heads")
     for segment in filled:
         _check_lengths(segment, (query.shape[0], heads), query.device)
-    fast = runs_triton(query.device) and supports(query, filled, visibility)
-    run = attend_triton if fast else attend_reference
-    return run(query, filled, visibility, scaling=scaling, softcap=softcap, sinks=sinks)
+    if slots is not None:
+        _check_slots(slots, filled, query)
+    if runs_triton(query.device) and supports(query, filled, visibility):
+        return attend_triton(
+            query, filled, visibility, scaling=scaling, softcap=softcap, sinks=sinks, slots=slots
+        )
+    if slots is not None:
+        filled = [segment.of_slots(slots) for segment in filled]
+    return attend_reference(query, filled, visibility, scaling=scaling, softcap=softcap, sinks=sinks)
+
+
+def _check_slots(slots: torch.Tensor, segments: Sequence[Segment], query: torch.Tensor) -> None:
+    if slots.dtype != torch.int64 or slots.shape != query.shape[:1] or slots.device != query.device:
+        raise InvalidInputError(
+            f"slots are {slots.dtype} {tuple(slots.shape)} on {slots.device}; "
+            f"give torch.int64 [{query.shape[0]}] on {query.device}"
+        )
+    if any(isinstance(segment, PackedSegment) and segment.table is None for segment in segments):
+        raise InvalidInputError("slots beside packed tokens without a table; give the segment its table")
 
 
 def _check_lengths(segment: Segment, shape: tuple[int, int], device: torch.device) -> None:

@@ -8,6 +8,9 @@ from quantpress.kernels.attend.dense import attend_tile
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 TILES = tl.constexpr(16)
+TRIES = tl.constexpr(3)
+"""Halvings in search of the smallest chunk, here and in `split_mma`."""
+
 MOST = tl.constexpr(32512.0)
 """Query coordinates are counted in units of their largest over 127 * 256: the high byte stays below 128."""
 
@@ -39,6 +42,7 @@ def _prepare(
     rows,
     block,
     head,
+    own,
     local,
     row,
     D: tl.constexpr,
@@ -52,9 +56,9 @@ def _prepare(
     x = tl.load(query_ptr + (head * rows + row) * D + channel).to(tl.float32)
     bias = 0.0
     if HAS_MEAN:
-        bias = tl.sum(x * tl.load(mean_ptr + head * D + channel), 0) * scale
+        bias = tl.sum(x * tl.load(mean_ptr + own * D + channel), 0) * scale
     if HAS_WEIGHT:
-        x = x / tl.load(weight_ptr + head * D + channel)
+        x = x / tl.load(weight_ptr + own * D + channel)
     y = tl.sum(_rotation(halves_ptr, D, HALVES) * (x * turn_factor)[None, :], 1)
     largest = tl.maximum(tl.max(tl.abs(y), 0), 1e-30)
     n = tl.floor(y * (MOST / largest) + 0.5).to(tl.int32)
@@ -68,7 +72,17 @@ def _prepare(
     tl.store(bias_ptr + block * R + local, bias)
 
 
-_VARYING = ["rows", "queries", "blocks", "first_tokens", "recent_tokens", "first_tiles", "tiles", "hidden"]
+_VARYING = [
+    "rows",
+    "queries",
+    "blocks",
+    "kv_heads",
+    "first_tokens",
+    "recent_tokens",
+    "first_tiles",
+    "tiles",
+    "hidden",
+]
 """Numbers for which no kernel is compiled anew."""
 
 
@@ -90,6 +104,7 @@ def first_kernel(
     recent_used_ptr,
     first_starts_ptr,
     recent_starts_ptr,
+    slots_ptr,
     o_ptr,
     m_ptr,
     l_ptr,
@@ -99,6 +114,7 @@ def first_kernel(
     rows,
     queries,
     blocks,
+    kv_heads,
     first_tokens,
     recent_tokens,
     first_tiles,
@@ -116,6 +132,7 @@ def first_kernel(
     RECENT_USED: tl.constexpr,
     FIRST_STARTS: tl.constexpr,
     RECENT_STARTS: tl.constexpr,
+    SLOTS: tl.constexpr,
     PLAIN: tl.constexpr,
     CHAINED: tl.constexpr,
 ):
@@ -127,10 +144,14 @@ def first_kernel(
     [N, 2R] int32 is what a sum over bytes b lacks for levels 2 * b + 1; bias [N, R] is q . mean. first and
     recent keys and values [BH, tokens, D] contiguous; o [N, tiles, R, DV], m and l [N, R, tiles] float32; the
     two used and starts [BH] int32, number of tokens in use and the first of them, count where their constant
-    says so. CHAINED: the next kernel may start, it waits by itself.
+    says so. SLOTS: weight, mean, keys and values are [slots * Hkv, ...], and slots [B] int64 says whose those
+    of each batch entry are. CHAINED: the next kernel may start, it waits by itself.
     """
     place, block = tl.program_id(0), tl.program_id(1).to(tl.int64)
     head, skipped = block // blocks, block % blocks * R
+    own = head
+    if SLOTS:
+        own = tl.load(slots_ptr + head // kv_heads) * kv_heads + head % kv_heads
     if CHAINED:
         gdc_launch_dependents()
     if place < R:
@@ -150,6 +171,7 @@ def first_kernel(
                 rows,
                 block,
                 head,
+                own,
                 place,
                 skipped + place,
                 D,
@@ -168,35 +190,38 @@ def first_kernel(
             q = q.to(tl.float32)
         if tile < first_tiles:
             from_token, begin, end, unseen = tile * TILE, 0, first_tokens, 0
-            k_ptr, v_ptr = first_k_ptr + head * first_tokens * D, first_v_ptr + head * first_tokens * DV
+            k_ptr, v_ptr = first_k_ptr + own * first_tokens * D, first_v_ptr + own * first_tokens * DV
             if FIRST_STARTS:
                 begin = tl.load(first_starts_ptr + head)
             if FIRST_USED:
                 end = tl.minimum(end, begin + tl.load(first_used_ptr + head))
         else:
             from_token, begin, end, unseen = (tile - first_tiles) * TILE, 0, recent_tokens, hidden
-            k_ptr, v_ptr = recent_k_ptr + head * recent_tokens * D, recent_v_ptr + head * recent_tokens * DV
+            k_ptr, v_ptr = recent_k_ptr + own * recent_tokens * D, recent_v_ptr + own * recent_tokens * DV
             if RECENT_STARTS:
                 begin = tl.load(recent_starts_ptr + head)
             if RECENT_USED:
                 end = tl.minimum(end, begin + tl.load(recent_used_ptr + head))
-        m, total, out = attend_tile(
-            q,
-            (skipped + row) % queries,
-            k_ptr,
-            v_ptr,
-            from_token,
-            begin,
-            end,
-            unseen,
-            scale,
-            softcap,
-            D,
-            DV,
-            R,
-            TILE,
-            PLAIN,
-        )
+        m, total = tl.full([R], -1e30, tl.float32), tl.zeros([R], tl.float32)
+        out = tl.zeros([DV, R], tl.float32)
+        if (from_token < end) & (from_token + TILE > begin):
+            m, total, out = attend_tile(
+                q,
+                (skipped + row) % queries,
+                k_ptr,
+                v_ptr,
+                from_token,
+                begin,
+                end,
+                unseen,
+                scale,
+                softcap,
+                D,
+                DV,
+                R,
+                TILE,
+                PLAIN,
+            )
         slot = block * tiles + tile
         kept = skipped + row < rows
         tl.store(o_ptr + (slot * R + row[None, :]) * DV + value[:, None], out, mask=kept[None, :])
@@ -218,9 +243,9 @@ def chunks_of_heads(
 ):
     """How a number of programs is shared out over heads by the pages that each has in use.
 
-    Returns: pages of a chunk, the first page of each head in use, how many are [HEADS], and its chunks
-    [HEADS], one to a program. Heads follow each other. At most `programs` chunks, if that is more than
-    `heads`.
+    Returns: the first page of each head in use, how many are [HEADS], and its chunks [HEADS], one to a
+    program, among which its pages are shared out evenly. Heads follow each other. At most `programs` chunks,
+    if that is more than `heads`.
     """
     head = tl.arange(0, HEADS)
     used = tl.load(used_ptr + head, mask=head < heads, other=0)
@@ -230,8 +255,14 @@ def chunks_of_heads(
     begin = start // TOKENS
     end = tl.minimum(start + used, pages * TOKENS)
     there = tl.where(used > 0, tl.cdiv(end, TOKENS) - begin, 0)
-    size = tl.maximum(tl.cdiv(tl.sum(there, 0), programs - heads), 1)
-    return size, begin, there, tl.cdiv(there, size)
+    total = tl.sum(there, 0)
+    low = tl.maximum(tl.cdiv(total, programs), 1)  # no smaller chunk could do
+    size = tl.maximum(tl.cdiv(total, programs - heads), 1)  # this one always does
+    for _ in tl.static_range(TRIES):
+        tried = (low + size) // 2
+        fits = tl.sum(tl.cdiv(there, tried), 0) <= programs
+        size, low = tl.where(fits, tried, size), tl.where(fits, low, tried + 1)
+    return begin, there, tl.cdiv(there, size)
 
 
 @triton.jit
@@ -312,7 +343,7 @@ def merge_kernel(
     holder, begin, end = block, 0, splits
     if HEADS:
         holder = head * 0 + row // R
-        _, _, _, chunks = chunks_of_heads(used_ptr, starts_ptr, heads, pages, splits, HEADS, STARTS, 128)
+        _, _, chunks = chunks_of_heads(used_ptr, starts_ptr, heads, pages, splits, HEADS, STARTS, 128)
         index = tl.arange(0, HEADS)
         begin = tl.sum(tl.where(index < head, chunks, 0), 0)
         end = begin + tl.sum(tl.where(index == head, chunks, 0), 0)

@@ -4,7 +4,7 @@ Shapes: B batch, Hq query heads, Hkv KV heads, Tq query tokens, T key tokens, D 
 values.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -41,6 +41,11 @@ class DenseSegment:
     @property
     def tokens(self) -> int:
         return self.keys.shape[2]
+
+    def of_slots(self, slots: torch.Tensor) -> "DenseSegment":
+        """With keys and values of sequences `slots` [B] out of all, copied."""
+        keys, values = (states.index_select(0, slots) for states in (self.keys, self.values))
+        return replace(self, keys=keys, values=values)
 
     @property
     def used(self) -> torch.Tensor | int:
@@ -124,6 +129,14 @@ class PackedSegment:
     @property
     def device(self) -> torch.device:
         return self._first.device
+
+    def of_slots(self, slots: torch.Tensor) -> "PackedSegment":
+        """With transforms of sequences `slots` [B] out of all, copied; pages are the table's."""
+        keys, values = (
+            replace(side, transform=side.transform.map(lambda part: part.index_select(0, slots)))
+            for side in (self.keys, self.values)
+        )
+        return replace(self, keys=keys, values=values)
 
     def narrow(self, start: int, stop: int) -> tuple[PackedSide, PackedSide]:
         """Keys and values of pages `start` to `stop` of every head, planes [B, Hkv, n, ...].

@@ -61,7 +61,7 @@ def split_plain_kernel(
     split, splits = tl.program_id(0), tl.num_programs(0)
     slot = tl.program_id(1).to(tl.int64) * splits + split
     if HEADS:
-        size, begin, in_use, chunks = chunks_of_heads(
+        begin, in_use, chunks = chunks_of_heads(
             used_ptr, starts_ptr, heads, pages, splits, HEADS, STARTS, PAGE_TOKENS
         )
         index = tl.arange(0, HEADS)
@@ -69,10 +69,11 @@ def split_plain_kernel(
         mine = tl.sum((ends <= split).to(tl.int32), 0)
         if mine >= heads:
             return
-        first = (split - tl.sum(tl.where(index < mine, chunks, 0), 0)) * size
-        last = tl.minimum(first + size, tl.sum(tl.where(index == mine, in_use, 0), 0))
+        local = split - tl.sum(tl.where(index < mine, chunks, 0), 0)
+        parts = tl.sum(tl.where(index == mine, chunks, 0), 0)
+        there = tl.sum(tl.where(index == mine, in_use, 0), 0)
         skipped = tl.sum(tl.where(index == mine, begin, 0), 0)
-        first, last = first + skipped, last + skipped
+        first, last = skipped + local * there // parts, skipped + (local + 1) * there // parts
         head = mine.to(tl.int64)
         block = head * blocks + tl.program_id(1)
     else:

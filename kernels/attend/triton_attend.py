@@ -83,6 +83,7 @@ def attend_triton(
     scaling: float,
     softcap: float | None = None,
     sinks: torch.Tensor | None = None,
+    slots: torch.Tensor | None = None,
     plain: bool = False,
 ) -> torch.Tensor:
     """As `quantpress.kernels.attend.attend`, for calls that `supports` accepts.
@@ -94,6 +95,7 @@ def attend_triton(
         scaling: factor on q.k.
         softcap: as there.
         sinks: as there.
+        slots: as there.
         plain: float32 arithmetic and plain loads, for Triton's interpreter.
 
     Returns:
@@ -112,7 +114,7 @@ def attend_triton(
     assert packed is not None
     cap = 0.0 if softcap is None else softcap * LOG2_E
     with torch.cuda.device(query.device) if query.is_cuda else contextlib.nullcontext():
-        call = _Call(query, packed, scaling * LOG2_E, cap, plain)
+        call = _Call(query, packed, slots, scaling * LOG2_E, cap, plain)
         prepared, dense = call.first(before, after)
         return call.merge(call.attend(prepared), dense, sinks)
 
@@ -124,9 +126,16 @@ class _Call:
     """
 
     def __init__(
-        self, query: torch.Tensor, packed: PackedSegment, scale: float, softcap: float, plain: bool
+        self,
+        query: torch.Tensor,
+        packed: PackedSegment,
+        slots: torch.Tensor | None,
+        scale: float,
+        softcap: float,
+        plain: bool,
     ) -> None:
         self.packed, self.scale, self.softcap, self.plain = packed, scale, softcap, plain
+        self.slots = _numbers(slots)
         self.batch, self.query_heads, self.queries, dim = query.shape
         self.kv_heads = packed.kv_heads
         self.heads = self.batch * self.kv_heads
@@ -183,6 +192,7 @@ class _Call:
             *(states for keys, values, _ in tails for states in (keys, values)),
             *lengths,
             *starts,
+            self.slots,
             *sums,
             self.scale,
             self.keys.codebook_of(0).unit,
@@ -190,6 +200,7 @@ class _Call:
             self.rows,
             self.queries,
             self.blocks,
+            self.kv_heads,
             *(tokens for _, _, tokens in tails),
             tiles[0],
             sum(tiles),
@@ -206,6 +217,7 @@ class _Call:
             RECENT_USED=lengths[1] is not None,
             FIRST_STARTS=starts[0] is not None,
             RECENT_STARTS=starts[1] is not None,
+            SLOTS=self.slots is not None,
             PLAIN=self.plain,
             CHAINED=bool(self.chained),
             num_warps=8 if max(dim, value_dim) > 128 else 4,

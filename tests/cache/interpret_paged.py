@@ -19,7 +19,7 @@ def errors(queries: int, order: list[int]) -> list[float]:
     segments = paged.pool.segments(plan, 0)
     visibility = Visibility(queries, sum(segment.tokens for segment in segments))
     assert supports(query, segments, visibility), "not covered"
-    got = attend_triton(query, segments, visibility, scaling=0.125, plain=True)
+    got = attend_triton(query, segments, visibility, scaling=0.125, slots=plan.chosen, plain=True)
     return [relative_error(got[i], exact(query[i], *dense(paged, s))) for i, s in enumerate(order)]
 
 

@@ -389,3 +389,22 @@ def test_wrong_lengths_are_refused() -> None:
         attend(query[:, :5], [dense(9, 64, 64)], Visibility(1, 9), scaling=1.0)
     with pytest.raises(InvalidInputError, match="attention over 0 tokens"):
         attend(query, [], Visibility(1, 0), scaling=1.0)
+
+
+def test_slots_pick_tokens_and_transforms() -> None:
+    """Sequences in any order, each with its own 16-bit tokens and transform, against each on its own."""
+    pages, tail = packed(64, 64, 4), dense(9, 64, 64)
+    lengths = torch.full((BATCH, KV_HEADS), pages.tokens, dtype=torch.int32)
+    pool = pooled(pages, lengths, 0 * lengths)
+    assert pool.table is not None and pages.keys.transform.mean is not None
+    slots = torch.arange(BATCH - 1, -1, -1)
+    turned = PackedSegment(pool.keys, pool.values, lengths, pool.table[slots])
+    query = torch.randn(BATCH, KV_HEADS * GROUP, 1, 64)
+    visibility = Visibility(1, pages.tokens + 9)
+    expected = attend(query, [pages, tail], visibility, scaling=0.1)
+    got = attend(query[slots], [turned, tail], visibility, scaling=0.1, slots=slots)
+    torch.testing.assert_close(got[slots], expected)
+    with pytest.raises(InvalidInputError, match=r"slots are torch.int32"):
+        attend(query, [pool, tail], visibility, scaling=0.1, slots=slots.int())
+    with pytest.raises(InvalidInputError, match="without a table"):
+        attend(query, [pages, tail], visibility, scaling=0.1, slots=slots)

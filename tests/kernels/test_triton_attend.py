@@ -33,6 +33,7 @@ from quantpress.kernels.attend.triton_attend import (
 )
 from quantpress.kernels.page_codec import RawPages, ScalarPages
 from tests.kernels.test_attend import KV_HEADS, causal_limit, dense, exact, packed, pooled
+from tests.kernels.triton_cases import interpret
 
 ROOT = Path(__file__).parents[2]
 INTERPRETED = [
@@ -71,6 +72,21 @@ def test_interpreter(part: int) -> None:
     assert max(errors) < 1e-4, dict(zip(map(str, cases), errors, strict=True))
 
 
+def test_programs_are_shared_out_by_pages() -> None:
+    """Heads of any lengths get at most all programs, and no program much more than its share."""
+    pytest.importorskip("triton")
+    out = interpret(str(ROOT / "tests" / "kernels" / "interpret_chunks.py"))
+    cases = [json.loads(line) for line in out.splitlines()]
+    assert len(cases) == 12
+    for programs, there, chunks in cases:
+        assert sum(chunks) <= programs
+        assert all((count > 0) == (pages > 0) for count, pages in zip(chunks, there, strict=True))
+        most = max(-(-pages // max(count, 1)) for count, pages in zip(chunks, there, strict=True))
+        assert most <= -(-sum(there) // (programs - len(there)))
+    programs, there, chunks = cases[-1]  # 64 sequences of 8 heads on an H100
+    assert set(there) == {31} and set(chunks) == {2}
+
+
 FLOATS = {"scale", "softcap", "unit", "turn_factor"}
 POINTERS = {
     "table_ptr": "*i32",
@@ -86,6 +102,7 @@ POINTERS = {
     **{f"{run}used_ptr": "*i32" for run in ("", "first_", "recent_")},
     **{f"{run}starts_ptr": "*i32" for run in ("", "first_", "recent_")},
     "places_ptr": "*i32",
+    "slots_ptr": "*i64",
     **{f"{run}_{side}_ptr": "*bf16" for run in ("first", "recent") for side in "kv"},
 }
 
@@ -164,7 +181,7 @@ def test_kernels_around_it_compile_without_a_gpu(capability: int, heads: int, di
     first = chained | {"D": dim, "TILE": DENSE_TILE, "HAS_WEIGHT": True, "HAS_MEAN": True}
     first |= {"FIRST_USED": True, "RECENT_USED": True, "PLAIN": False}
     first |= {"HALVES": 2 if dim == 64 else 1}
-    first |= {"FIRST_STARTS": heads == 0, "RECENT_STARTS": True}
+    first |= {"FIRST_STARTS": heads == 0, "RECENT_STARTS": True, "SLOTS": heads > 0}
     merge = chained | {"HAS_SINKS": True, "SIZE": MERGED, "HEADS": heads, "STARTS": heads > 0}
     for kernel, constants in ((first_kernel, first), (merge_kernel, merge)):
         binary = compiled(kernel, constants, capability, 8 if dim > 128 else 4)

@@ -1,0 +1,38 @@
+"""Run by `test_triton_attend.py` in Triton's interpreter: prints how programs are shared out over heads."""
+
+import json
+
+import torch
+import triton
+import triton.language as tl
+
+from quantpress.kernels.attend.ends import chunks_of_heads
+from quantpress.kernels.attend.triton_attend import shared_programs
+
+PAGES = 40
+
+
+@triton.jit
+def write_chunks(used_ptr, starts_ptr, there_ptr, chunks_ptr, heads, pages, programs, HEADS: tl.constexpr):
+    _, there, chunks = chunks_of_heads(used_ptr, starts_ptr, heads, pages, programs, HEADS, True, 128)
+    head = tl.arange(0, HEADS)
+    tl.store(there_ptr + head, there, mask=head < heads)
+    tl.store(chunks_ptr + head, chunks, mask=head < heads)
+
+
+def chunks(heads: int, most: int, used: torch.Tensor, starts: torch.Tensor) -> list[object]:
+    programs = shared_programs(PAGES, heads, most)
+    there, shares = (torch.empty(heads, dtype=torch.int32) for _ in range(2))
+    padded = max(1 << (heads - 1).bit_length(), 2)
+    write_chunks[(1,)](used, starts, there, shares, heads, PAGES, programs, HEADS=padded)
+    return [programs, there.tolist(), shares.tolist()]
+
+
+if __name__ == "__main__":
+    for heads, most in [(1, 16), (2, 132), (3, 7), (8, 1056), (8, 64), (24, 100), (64, 1056), (96, 1056)]:
+        used = torch.randint(PAGES * 128 + 1, (heads,), dtype=torch.int32)
+        starts = (torch.rand(heads) * (PAGES * 128 - used)).int()
+        print(json.dumps(chunks(heads, most, used, starts)))
+    for heads, tokens in [(8, 0), (8, 1), (256, 5000), (512, 31 * 128)]:
+        used = torch.full((heads,), tokens, dtype=torch.int32)
+        print(json.dumps(chunks(heads, 1056, used, 0 * used)))
