@@ -24,7 +24,9 @@ from tests.kernels.test_attend import (
 def error(key_bits: int, value_bits: int, dim: int, queries: int, dtype: str, extras: str) -> float:
     """Relative error of one call against float64 attention on the decoded tokens."""
     kind = getattr(torch, dtype)
-    pages = PackedSegment(packed(dim, dim, key_bits).keys, packed(dim, dim, value_bits).values)
+    rotation = next((kind for kind in ("haar", "identity") if kind in extras), "hadamard")
+    sides = [packed(dim, dim, bits, rotation=rotation) for bits in (key_bits, value_bits)]
+    pages = PackedSegment(sides[0].keys, sides[1].values)
     segments: list[Segment] = [pages]
     if "alone" not in extras:
         tail = dense(37, dim, dim, kind)

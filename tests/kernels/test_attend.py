@@ -16,9 +16,12 @@ BATCH, KV_HEADS, GROUP, PAGES = 2, 2, 3, 3
 TOLERANCE = 2e-6  # float32 arithmetic over 400 tokens, relative to the output's norm
 
 
-def packed(dim: int, value_dim: int, bits: float, estimator: str = "mse") -> PackedSegment:
-    key_codec = ScalarPages(CodecSpec(head_dim=dim, bits=bits, role="key", estimator=estimator))
-    value_codec = ScalarPages(CodecSpec(head_dim=value_dim, bits=bits, role="value"))
+def packed(
+    dim: int, value_dim: int, bits: float, estimator: str = "mse", rotation: str = "hadamard"
+) -> PackedSegment:
+    spec = CodecSpec(head_dim=dim, bits=bits, role="key", estimator=estimator, rotation=rotation)
+    key_codec = ScalarPages(spec)
+    value_codec = ScalarPages(CodecSpec(head_dim=value_dim, bits=bits, role="value", rotation=rotation))
     keys = torch.randn(BATCH, KV_HEADS, PAGES * 128, dim) * torch.rand(dim).exp() + 3 * torch.randn(dim)
     values = torch.randn(BATCH, KV_HEADS, PAGES * 128, value_dim)
     moment = torch.rand(BATCH, KV_HEADS, dim) + 0.1

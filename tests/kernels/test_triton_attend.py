@@ -51,6 +51,9 @@ INTERPRETED = [
     [3, 2, 64, 5, "float32", "pool right"],
     [2, 3, 64, 1, "float32", "pool right alone few"],
     [4, 3, 64, 20, "float32", "pool few"],
+    [3, 4, 64, 2, "float32", "haar"],
+    [4, 2, 128, 1, "bfloat16", "identity lengths"],
+    [2, 3, 64, 1, "float32", "haar pool"],
 ]
 
 
@@ -228,11 +231,17 @@ def test_rows_of_a_program(rows: int, dim: int, expected: int) -> None:
 
 
 def on_device(
-    batch: int, heads: int, tokens: int, dim: int, bits: tuple[int, int], size: float = 1.0
+    batch: int,
+    heads: int,
+    tokens: int,
+    dim: int,
+    bits: tuple[int, int],
+    size: float = 1.0,
+    rotation: str = "hadamard",
 ) -> PackedSegment:
     """Random packed pages with a mean key, weights, and values of any size, encoded on the GPU."""
     codecs = [
-        ScalarPages(CodecSpec(head_dim=dim, bits=b, role=r))
+        ScalarPages(CodecSpec(head_dim=dim, bits=b, role=r, rotation=rotation))
         for b, r in zip(bits, ("key", "value"), strict=True)
     ]
     keys = torch.randn(batch, heads, tokens, dim, device="cuda") + 2 * torch.randn(dim, device="cuda")
@@ -339,6 +348,19 @@ def test_pages_by_table_on_a_gpu(dim: int, bits: tuple[int, int], queries: int) 
     plain: list[Segment] = [pages, DenseSegment(recent, recent)]
     expected = attend_reference(query.double(), plain, whole, scaling=dim**-0.5)
     assert float((got.double() - expected).norm() / expected.norm()) < 2.5e-3
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rotation", ["haar", "identity"])
+def test_other_rotations_on_a_gpu(rotation: str) -> None:
+    pages = on_device(1, 2, 2048, 128, (4, 3), rotation=rotation)
+    query = torch.randn(1, 8, 3, 128, device="cuda")
+    recent = torch.randn(1, 2, 40, 128, device="cuda")
+    segments: list[Segment] = [pages, DenseSegment(recent, recent)]
+    assert supports(query, segments, Visibility(3, 2088))
+    got = attend(query, segments, Visibility(3, 2088), scaling=0.1)
+    expected = double_attention(query, segments, 0.1)
+    assert float((got - expected).norm() / expected.norm()) < 2e-3
 
 
 @pytest.mark.gpu
