@@ -116,7 +116,7 @@ def _exact_matrix(rotation: Rotation) -> Tensor:
         basis = torch.kron(_hartley(dim // power), _walsh_hadamard(power))
         signs = torch.randint(0, 2, (dim,), generator=generator, device="cpu").double() * 2 - 1
     rotated: Tensor = basis * signs
-    return rotated
+    return rotated.contiguous()  # QR's factor lies by columns; kernels read rows
 
 
 def _hartley(n: int) -> Tensor:

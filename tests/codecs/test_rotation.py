@@ -149,3 +149,11 @@ def test_a_tensor_of_another_width_or_of_integers_is_refused() -> None:
         Rotation(64).forward(torch.zeros(2, 63))
     with pytest.raises(InvalidInputError, match=r"torch\.int64; convert"):
         Rotation(4).inverse(torch.zeros(2, 4, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dim", [64, 80])
+def test_the_matrix_lies_by_rows(kind: str, dim: int) -> None:
+    """Kernels are given its address."""
+    for dtype in (torch.float64, torch.float32):
+        assert Rotation(dim, kind, seed=3).matrix(dtype=dtype).is_contiguous()
