@@ -16,6 +16,7 @@ import json
 import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -36,6 +37,8 @@ LAYOUTS = ("contiguous", "table", "uneven")
 WIDTHS = [(4, 4), (3, 3), (2, 2), (4, 2), (3, 2)]
 BACKENDS = (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION)
 SINKS, RECENT = 4, 128
+ENCODED = 64
+"""Pages of a head that are made of random numbers of their own."""
 
 
 @dataclass(frozen=True)
@@ -108,23 +111,34 @@ def baseline(shape: Shape) -> float:
     return min(times)
 
 
+def page_count(shape: Shape) -> int:
+    """Packed pages of each head."""
+    return (shape.tokens - SINKS - RECENT) // 128
+
+
+@lru_cache(maxsize=len(WIDTHS) + 1)
+def packed_side(shape: Shape, role: str, bits: int) -> PackedSide:
+    """Random keys or values: `ENCODED` pages of each head are encoded, and repeated as often as needed."""
+    pages = page_count(shape)
+    codec = ScalarPages(CodecSpec(head_dim=shape.head_dim, bits=bits, role=role))
+    lead = (shape.batch, shape.kv_heads)
+    states = torch.randn(
+        *lead, min(pages, ENCODED) * 128, shape.head_dim, device="cuda", dtype=torch.bfloat16
+    )
+    moment = torch.rand(*lead, shape.head_dim, device="cuda") + 0.1
+    transform = key_statistics(states, moment, codec.groups) if role == "key" else ChannelTransform()
+    planes = codec.encode(states, transform)
+    page = torch.arange(pages, device="cuda") % ENCODED
+    return PackedSide(codec, {name: plane[:, :, page] for name, plane in planes.items()}, transform)
+
+
 def packed(shape: Shape, key_bits: int, value_bits: int) -> list[Segment]:
     """Random tokens: sinks, packed pages, recent tokens; about `shape.tokens` in all for each head."""
-    pages = (shape.tokens - SINKS - RECENT) // 128 * 128
-    sides = []
-    for bits, role in ((key_bits, "key"), (value_bits, "value")):
-        codec = ScalarPages(CodecSpec(head_dim=shape.head_dim, bits=bits, role=role))
-        states = torch.randn(
-            shape.batch, shape.kv_heads, pages, shape.head_dim, device="cuda", dtype=torch.bfloat16
-        )
-        moment = torch.rand(shape.batch, shape.kv_heads, shape.head_dim, device="cuda") + 0.1
-        transform = key_statistics(states, moment, codec.groups) if role == "key" else ChannelTransform()
-        sides.append(PackedSide(codec, codec.encode(states, transform), transform))
     tail = [
         torch.randn(shape.batch, shape.kv_heads, n, shape.head_dim, device="cuda", dtype=torch.bfloat16)
-        for n in (SINKS, shape.tokens - SINKS - pages)
+        for n in (SINKS, shape.tokens - SINKS - page_count(shape) * 128)
     ]
-    middle = PackedSegment(*sides)
+    middle = PackedSegment(packed_side(shape, "key", key_bits), packed_side(shape, "value", value_bits))
     if shape.layout != "contiguous":
         middle = by_table(middle, uneven=shape.layout == "uneven")
     return [DenseSegment(tail[0], tail[0]), middle, DenseSegment(tail[1], tail[1])]
@@ -265,6 +279,7 @@ def main() -> None:
             continue
         dense_us = baseline(shape)
         rows += [measure(shape, key_bits, value_bits, dense_us) for key_bits, value_bits in WIDTHS]
+        packed_side.cache_clear()
         torch.cuda.empty_cache()
         if arguments.json:
             arguments.json.write_text(json.dumps([asdict(row) for row in rows], indent=1))
