@@ -8,9 +8,6 @@ from quantpress.kernels.attend.dense import attend_tile
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 TILES = tl.constexpr(16)
-TRIES = tl.constexpr(3)
-"""Halvings in search of the smallest chunk, here and in `split_mma`."""
-
 MOST = tl.constexpr(32512.0)
 """Query coordinates are counted in units of their largest over 127 * 256: the high byte stays below 128."""
 
@@ -255,13 +252,7 @@ def chunks_of_heads(
     begin = start // TOKENS
     end = tl.minimum(start + used, pages * TOKENS)
     there = tl.where(used > 0, tl.cdiv(end, TOKENS) - begin, 0)
-    total = tl.sum(there, 0)
-    low = tl.maximum(tl.cdiv(total, programs), 1)  # no smaller chunk could do
-    size = tl.maximum(tl.cdiv(total, programs - heads), 1)  # this one always does
-    for _ in tl.static_range(TRIES):
-        tried = (low + size) // 2
-        fits = tl.sum(tl.cdiv(there, tried), 0) <= programs
-        size, low = tl.where(fits, tried, size), tl.where(fits, low, tried + 1)
+    size = tl.maximum(tl.cdiv(tl.sum(there, 0), programs - heads), 1)
     return begin, there, tl.cdiv(there, size)
 
 

@@ -31,9 +31,6 @@ from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 from quantpress.kernels.attend.lookup import LOOKUP_2, LOOKUP_3, LOOKUP_3_HALF, LOOKUP_4
 
 PAGE_TOKENS = gl.constexpr(128)
-TRIES = gl.constexpr(3)
-"""As in `ends`."""
-
 MOST = gl.constexpr(32512.0)
 """Weights are counted in units of their largest over 127 * 256, so that the high byte stays below 128."""
 
@@ -390,14 +387,8 @@ def _share(used_ptr, starts_ptr, heads, pages, HEADS: gl.constexpr, STARTS: gl.c
     end = gl.minimum(start + used, pages * PAGE_TOKENS)
     begin = start // PAGE_TOKENS
     there = gl.where(used > 0, (end + PAGE_TOKENS - 1) // PAGE_TOKENS - begin, 0)
-    programs = gl.num_programs(0)
-    pages_in_use = gl.sum(there, 0)
-    low = gl.maximum((pages_in_use + programs - 1) // programs, 1)
-    size = gl.maximum((pages_in_use + programs - heads - 1) // (programs - heads), 1)
-    for _ in gl.static_range(TRIES):
-        tried = (low + size) // 2
-        fits = gl.sum((there + tried - 1) // tried, 0) <= programs
-        size, low = gl.where(fits, tried, size), gl.where(fits, low, tried + 1)
+    room = gl.num_programs(0) - heads
+    size = gl.maximum((gl.sum(there, 0) + room - 1) // room, 1)
     chunks = (there + size - 1) // size
     program = gl.program_id(0)
     mine = 0
