@@ -14,6 +14,7 @@ too: use "sdpa".
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,9 +22,12 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from quantpress.errors import InvalidInputError
-from quantpress.presses.model_support import decoder_of
+from quantpress.pipelines.query_chunks import attention_in_chunks
+from quantpress.presses.model_support import attention_modules, decoder_of
 
 DEFAULT_CHUNK_TOKENS = 2048
+QUERY_CHUNKS = 4  # queries are cut coarser: kernels of attention are best at 8192 and more
+Cut = Callable[[Callable[..., Any], int], Callable[..., Any]]  # from a whole forward to one in chunks
 # Names of feed-forward blocks in transformers' decoder layers; each maps [B, T, H] to [B, T, H] by position.
 FEED_FORWARDS = ("mlp", "feed_forward", "ffn", "block_sparse_moe", "moe", "shared_mlp", "shared_expert")
 
@@ -66,7 +70,10 @@ def chunked_prefill(model: PreTrainedModel, chunk_tokens: int = DEFAULT_CHUNK_TO
         )
     with ExitStack() as stack:
         for module in modules:
-            stack.enter_context(_forward_in_chunks(module, chunk_tokens))
+            stack.enter_context(_other_forward(module, partial(_in_chunks, module), chunk_tokens))
+        for module in attention_modules(model):
+            queries = QUERY_CHUNKS * chunk_tokens
+            stack.enter_context(_other_forward(module, partial(attention_in_chunks, module), queries))
         yield
 
 
@@ -85,11 +92,11 @@ def _is_norm(module: nn.Module) -> bool:
 
 
 @contextmanager
-def _forward_in_chunks(module: nn.Module, chunk_tokens: int) -> Iterator[None]:
+def _other_forward(module: nn.Module, cut: Cut, chunk_tokens: int) -> Iterator[None]:
     """Hooks of the module still run once, around the whole: only what they surround is cut."""
     own = "forward" in vars(module)  # accelerate puts one there
     whole = module.forward
-    module.forward = _in_chunks(module, whole, chunk_tokens)
+    module.forward = cut(whole, chunk_tokens)
     try:
         yield
     finally:
