@@ -22,14 +22,14 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from quantpress.errors import InvalidInputError
+from quantpress.pipelines.by_position import FEED_FORWARDS, in_chunks, is_norm
+from quantpress.pipelines.layer_chunks import attention_name, layer_in_chunks
 from quantpress.pipelines.query_chunks import attention_in_chunks
 from quantpress.presses.model_support import attention_modules, decoder_of
 
 DEFAULT_CHUNK_TOKENS = 2048
 QUERY_CHUNKS = 4  # queries are cut coarser: kernels of attention are best at 8192 and more
 Cut = Callable[[Callable[..., Any], int], Callable[..., Any]]  # from a whole forward to one in chunks
-# Names of feed-forward blocks in transformers' decoder layers; each maps [B, T, H] to [B, T, H] by position.
-FEED_FORWARDS = ("mlp", "feed_forward", "ffn", "block_sparse_moe", "moe", "shared_mlp", "shared_expert")
 
 
 def backbone(model: PreTrainedModel) -> nn.Module:
@@ -70,25 +70,28 @@ def chunked_prefill(model: PreTrainedModel, chunk_tokens: int = DEFAULT_CHUNK_TO
         )
     with ExitStack() as stack:
         for module in modules:
-            stack.enter_context(_other_forward(module, partial(_in_chunks, module), chunk_tokens))
-        for module in attention_modules(model):
-            queries = QUERY_CHUNKS * chunk_tokens
-            stack.enter_context(_other_forward(module, partial(attention_in_chunks, module), queries))
+            stack.enter_context(_other_forward(module, partial(_module_in_chunks, module), chunk_tokens))
+        attention = attention_modules(model)
+        for module in attention:
+            cut = partial(attention_in_chunks, module)
+            stack.enter_context(_other_forward(module, cut, QUERY_CHUNKS * chunk_tokens))
+        for layer in decoder_of(model).modules():
+            name = attention_name(layer, set(attention))
+            if name is not None and "forward" not in vars(layer):
+                stack.enter_context(
+                    _other_forward(layer, partial(layer_in_chunks, layer, name), chunk_tokens)
+                )
         yield
 
 
 def position_wise_modules(model: PreTrainedModel) -> list[nn.Module]:
-    """Feed-forward blocks of the text decoder and the norms beside them; empty when no name is known."""
-    found = []
-    for layer in decoder_of(model).modules():
+    """Feed-forward blocks of the text decoder, the norms beside them and its last; empty when none is known."""
+    decoder, found = decoder_of(model), []
+    for layer in decoder.modules():
         children = dict(layer.named_children())
         if any(name in FEED_FORWARDS for name in children):
-            found += [child for name, child in children.items() if name in FEED_FORWARDS or _is_norm(child)]
-    return found
-
-
-def _is_norm(module: nn.Module) -> bool:
-    return type(module).__name__.endswith("Norm")
+            found += [child for name, child in children.items() if name in FEED_FORWARDS or is_norm(child)]
+    return found + [child for child in decoder.children() if found and is_norm(child)]
 
 
 @contextmanager
@@ -106,39 +109,19 @@ def _other_forward(module: nn.Module, cut: Cut, chunk_tokens: int) -> Iterator[N
             del module.forward
 
 
-def _in_chunks(owner: nn.Module, forward: Callable[..., Any], chunk_tokens: int) -> Callable[..., Any]:
+def _module_in_chunks(owner: nn.Module, forward: Callable[..., Any], chunk_tokens: int) -> Callable[..., Any]:
     def chunked(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         if hidden_states.dim() != 3 or hidden_states.shape[1] <= chunk_tokens:  # [B, T, H]
             return forward(hidden_states, *args, **kwargs)
         if args or kwargs:  # they might go by position too: a residual, a mask, a routing
             _warn_whole(f"{type(owner).__name__} takes more than hidden states")
             return forward(hidden_states, *args, **kwargs)
-        first = forward(hidden_states[:, :chunk_tokens])
-        if not isinstance(first, torch.Tensor):
-            rest = hidden_states[:, chunk_tokens:].split(chunk_tokens, dim=1)
-            return _joined([first, *(forward(part) for part in rest)], hidden_states.shape[0])
-        result = first.new_empty(first.shape[0], hidden_states.shape[1], *first.shape[2:])
-        result[:, :chunk_tokens] = first
-        for start in range(chunk_tokens, hidden_states.shape[1], chunk_tokens):
-            result[:, start : start + chunk_tokens] = forward(hidden_states[:, start : start + chunk_tokens])
-        return result
+        return in_chunks(
+            lambda start, end: forward(hidden_states[:, start:end]), hidden_states.shape[1], chunk_tokens
+        )
 
     return chunked
 
 
 def _warn_whole(reason: str) -> None:
     warnings.warn(f"{reason}: it is computed whole, with intermediate tensors for every token", stacklevel=3)
-
-
-def _joined(parts: list[Any], batch: int) -> Any:
-    """Put together what a mixture of experts returns beside its output: [B, t, ...] or flat [B * t, ...]."""
-    if parts[0] is None:
-        return None
-    if isinstance(parts[0], torch.Tensor):
-        flat = parts[0].dim() < 3
-        if flat and batch > 1:
-            raise InvalidInputError(
-                f"flat routing scores of {batch} sequences cannot be put together; read one"
-            )
-        return torch.cat(parts, dim=0 if flat else 1)
-    return tuple(_joined(list(column), batch) for column in zip(*parts, strict=True))

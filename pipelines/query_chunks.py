@@ -14,6 +14,7 @@ from torch import nn
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from quantpress.pipelines.attention_functions import TRIP
+from quantpress.pipelines.by_position import in_chunks
 from quantpress.pipelines.causal_chunks import CausalChunks, NotInChunksError
 
 TOKEN_DIMENSIONS = {"position_embeddings": -2, "position_ids": -1, "cache_position": 0}
@@ -128,21 +129,17 @@ class _States:
 
 def _output(forward: Callable[..., Any], prefill: _Prefill, chunk_tokens: int) -> Any:
     states, attention = _States(prefill.cache, prefill.tokens), CausalChunks()
-    output = torch.empty(0)
-    rest: tuple[Any, ...] = ()
-    for start in range(0, prefill.tokens, chunk_tokens):
-        end = min(start + chunk_tokens, prefill.tokens)
+
+    def part(start: int, end: int) -> Any:
         with attention:
-            part, *others = forward(**prefill.chunk(start, end, states))
-        if start == 0:
-            if not attention.seen or any(one is not None for one in others):
-                raise NotInChunksError
-            output = part.new_empty(part.shape[0], prefill.tokens, *part.shape[2:])
-            rest = tuple(others)
-        output[:, start:end] = part
-        del part
+            output = forward(**prefill.chunk(start, end, states))
+        if not attention.seen or any(one is not None for one in output[1:]):
+            raise NotInChunksError
+        return output
+
+    output = in_chunks(part, prefill.tokens, chunk_tokens)
     states.hand_over(prefill.layer_idx)
-    return output, *rest
+    return output
 
 
 def _prefill(module: nn.Module, arguments: dict[str, Any], chunk_tokens: int) -> _Prefill | None:
