@@ -26,9 +26,9 @@ def in_chunks(part: Callable[[int, int], Any], tokens: int, chunk_tokens: int) -
     """Put together what is computed for one chunk of tokens after the other.
 
     Args:
-        part: from the first token of a chunk and the one behind its last to the result [B, t, ...], or to a tuple with
-            it in the first place. Other places may hold the same object for every chunk, or [B, t, ...], or what a
-            mixture of experts returns besides, flat [B * t, ...].
+        part: from the first token of a chunk and the one behind its last to the result [B, t, ...], or to a
+            tuple with it in the first place. Other places may hold the same object for every chunk, or [B,
+            t, ...], or what a mixture of experts returns besides, flat [B * t, ...].
         tokens: T.
         chunk_tokens: of each chunk but the last.
 

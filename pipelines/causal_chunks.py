@@ -1,8 +1,8 @@
 """Causal attention of a chunk of queries that stands behind earlier keys, without a mask tensor.
 
-torch's `is_causal` lines queries and keys up at their first tokens, which is wrong for a chunk that is not the
-first. Such a chunk attends twice, to the keys before it without a mask and to its own with `is_causal`, and the
-two results are weighed by their sums of exponentials:
+torch's `is_causal` lines queries and keys up at their first tokens, which is wrong for a chunk that is not
+the first. Such a chunk attends twice, to the keys before it without a mask and to its own with `is_causal`,
+and the two results are weighed by their sums of exponentials:
 
     softmax over both = s * before + (1 - s) * own,   s = sigmoid(lse_before - lse_own)
 
@@ -28,7 +28,7 @@ class NotInChunksError(Exception):
 
 
 class CausalChunks(TorchFunctionMode):
-    """While inside, causal `scaled_dot_product_attention` means: the queries are the last of the keys' tokens.
+    """While inside, queries of causal `scaled_dot_product_attention` are the last of the keys' tokens.
 
     Enter it for each chunk of one attention module, the first one first. Calls with a mask, and of a single
     query, are left as they are.
@@ -107,8 +107,8 @@ def kernel_of(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> Ke
         value: [B, Hkv, T, Dv].
 
     Returns:
-        A function of query, key, value, whether to be causal, and scale, that returns attention [B, Hq, T, Dv]
-        and the logarithm of the sum of exponentials [B, Hq, T, 1] float32. None where there is none.
+        A function of query, key, value, whether to be causal, and scale, that returns attention [B, Hq, T,
+        Dv] and the logarithm of the sum of exponentials [B, Hq, T, 1] float32. None where there is none.
     """
     heads = query.shape[1] != key.shape[1]
     choice = torch._fused_sdp_choice(query, key, value, None, 0.0, True, enable_gqa=heads)

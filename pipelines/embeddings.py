@@ -1,7 +1,7 @@
 """The memory of a context's embeddings, given back once the first decoder layer has read them.
 
-A model's forward has them in a variable until its end, though nothing reads them any more: as much as the hidden
-states of every layer after.
+A model's forward has them in a variable until its end, though nothing reads them any more: as much as the
+hidden states of every layer after.
 """
 
 import weakref
@@ -32,10 +32,10 @@ class Watcher:
 
 @contextmanager
 def freed_embeddings(model: PreTrainedModel, layers: list[nn.Module]) -> Iterator[None]:
-    """While inside, embeddings that a forward makes itself are NaN, and take no memory, behind the first layer.
+    """While inside, embeddings that a forward makes are NaN and take no memory behind the first layer.
 
-    Only for forwards that are given input ids. Nothing is freed where hooks might have kept the embeddings, where the
-    first layer gets anything else than they, and with gradients.
+    Only for forwards that are given input ids. Nothing is freed where hooks might have kept the embeddings,
+    where the first layer gets anything else than they, and with gradients.
 
     Args:
         model: decoder-only.

@@ -1,8 +1,8 @@
 """A decoder layer over chunks of tokens: all but its attention goes by position.
 
-The layer's own forward runs up to its attention, which sees all tokens, and stops there. Then it runs over each chunk
-of tokens with the output of attention in its place. So of norms, residual sums and the feed-forward nothing but the
-layer's output exists for all tokens.
+The layer's own forward runs up to its attention, which sees all tokens, and stops there. Then it runs over
+each chunk of tokens with the output of attention in its place. So of norms, residual sums and the
+feed-forward nothing but the layer's output exists for all tokens.
 """
 
 from collections.abc import Callable
@@ -37,8 +37,9 @@ def layer_in_chunks(
 ) -> Callable[..., Any]:
     """The forward of a decoder layer over chunks of tokens, wherever that gives the same.
 
-    That is for more than `chunk_tokens` tokens, without gradients, where nobody has hooks on norms and feed-forwards, and
-    where every tensor among the arguments is known to be meant for attention. Any other call goes to `forward`.
+    That is for more than `chunk_tokens` tokens, without gradients, where nobody has hooks on norms and
+    feed-forwards, and where every tensor among the arguments is known to be meant for attention. Any other
+    call goes to `forward`.
 
     Args:
         layer: one for which `attention_name` has found a name.
@@ -65,7 +66,7 @@ class _StoppedError(Exception):
 
 
 class _Attention:
-    """Takes the place of a layer's attention: computes it and stops the layer, later gives a part of the output."""
+    """Takes the place of attention: computes it and stops the layer, later gives a part of the output."""
 
     def __init__(self, module: nn.Module) -> None:
         self._module = module

@@ -1,14 +1,13 @@
 """One exact forward over a long context whose activations stay small.
 
-Attention and presses need to see the whole prefill at once, but the wide part of a decoder layer, its feed-
-forward, treats each position by itself. Run over chunks of the sequence, its intermediate tensors (three of
-them, each several times the hidden size) take O(chunk) instead of O(T), and the result is the same forward:
-nothing is approximated and every press still sees every token.
+Presses need to see the whole prefill at once, but little of a decoder layer does: its feed-forward, norms
+and sums treat each position by itself (`layer_chunks.py`), and a query needs no other query
+(`query_chunks.py`). Run over chunks of the sequence, their tensors take O(chunk) instead of O(T), and the
+result is the same forward up to rounding: nothing is left out and every press still sees every token.
 
-What stays O(T): the hidden states (residual, input and output of a layer: a few times T x hidden), queries,
-keys and values of the one layer at work, and its keys and values in the cache, which a quantizing press packs
-and frees before the next layer starts. With the "eager" attention implementation the T x T score matrix stays
-too: use "sdpa".
+What stays O(T): hidden states (input, normed input and output of the one layer at work, T x hidden each) and
+its keys and values, which a quantizing press packs and frees before the next layer starts. Attention is in
+chunks with the "sdpa" implementation only; "eager" has its T x T scores too.
 """
 
 import warnings
@@ -45,14 +44,17 @@ def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
 
 @contextmanager
 def chunked_prefill(model: PreTrainedModel, chunk_tokens: int = DEFAULT_CHUNK_TOKENS) -> Iterator[None]:
-    """While inside, feed-forwards and norms of every decoder layer run over chunks of the sequence.
+    """While inside, every decoder layer runs over chunks of the sequence.
 
     Longer sequences are cut, shorter ones (decoding) run as always. The model is as it was on exit, also
-    after an exception. A model whose layers are not understood runs whole, and one warning says so.
+    after an exception. Hooks on attention modules and layers run once, around the whole. Attention runs
+    whole with gradients, behind tokens that the cache holds already, in caches other than `DynamicCache`,
+    and with attention implementations other than "sdpa". A model whose layers are not understood runs
+    whole, and one warning says so.
 
     Args:
         model: a decoder-only model.
-        chunk_tokens: tokens in a chunk, at least 1.
+        chunk_tokens: tokens in a chunk, at least 1; of queries in attention four times as many.
 
     Raises:
         InvalidInputError: chunk_tokens is below 1.
@@ -85,7 +87,7 @@ def chunked_prefill(model: PreTrainedModel, chunk_tokens: int = DEFAULT_CHUNK_TO
 
 
 def position_wise_modules(model: PreTrainedModel) -> list[nn.Module]:
-    """Feed-forward blocks of the text decoder, the norms beside them and its last; empty when none is known."""
+    """Feed-forward blocks of the text decoder, norms beside them, its last one; empty if none is known."""
     decoder, found = decoder_of(model), []
     for layer in decoder.modules():
         children = dict(layer.named_children())

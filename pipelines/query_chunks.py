@@ -1,8 +1,9 @@
 """An attention module over chunks of queries: the same forward without a tensor of all queries.
 
-Each chunk goes through the module's own forward: projections, norms, rotary embedding, attention to all tokens so
-far, output projection. Keys and values are written into two tensors of full length, which become the cache's own at
-the end. Hooks on the module run once, around the whole: they see all hidden states, keys, values and outputs.
+Each chunk goes through the module's own forward: projections, norms, rotary embedding, attention to all
+tokens so far, output projection. Keys and values are written into two tensors of full length, which become
+the cache's own at the end. Hooks on the module run once, around the whole: they see all hidden states,
+keys, values and outputs.
 """
 
 from collections.abc import Callable
