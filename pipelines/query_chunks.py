@@ -95,7 +95,6 @@ class _States:
         self._cache = cache
         self._tokens = tokens
         self._filled = 0
-        self._kwargs: dict[str, Any] | None = None
         self._keys = self._values = torch.empty(0)
 
     def __getattr__(self, name: str) -> Any:
@@ -107,7 +106,6 @@ class _States:
         """Keys [B, Hkv, t, D] and values [B, Hkv, t, Dv] of the next tokens; returns all so far."""
         if not self._filled:
             self._keys, self._values = (self._room(states) for states in (keys, values))
-            self._kwargs = kwargs
         end = self._filled + keys.shape[2]
         for whole, part in ((self._keys, keys), (self._values, values)):
             whole[:, :, self._filled : end] = part
@@ -120,12 +118,11 @@ class _States:
     def hand_over(self, layer_idx: int) -> None:
         """Fill the cache's layer."""
         cache, keys, values = self._cache, self._keys, self._values
-        plain = type(cache).update is Cache.update and not cache.offloading
-        if plain and _held(cache, layer_idx) is DynamicLayer:  # `update` would copy them
-            cache.update(keys[:, :, :0], values[:, :, :0], layer_idx, self._kwargs)
+        if cache.offloading or _held(cache, layer_idx) is not DynamicLayer:
+            cache.update(keys, values, layer_idx)
+        else:  # `update` would copy them
+            cache.update(keys[:, :, :0], values[:, :, :0], layer_idx)
             cache.layers[layer_idx].keys, cache.layers[layer_idx].values = keys, values
-        else:
-            cache.update(keys, values, layer_idx, self._kwargs)
 
 
 def _output(forward: Callable[..., Any], prefill: _Prefill, chunk_tokens: int) -> Any:
@@ -155,7 +152,9 @@ def _prefill(module: nn.Module, arguments: dict[str, Any], chunk_tokens: int) ->
     if len(caches) != 1 or layer_idx is None or getattr(config, "_attn_implementation", None) != "sdpa":
         return None
     cache = arguments[caches[0]]
-    if _held(cache, layer_idx) not in _LAYERS or cache.get_seq_length(layer_idx):
+    if type(cache).update is not Cache.update or _held(cache, layer_idx) not in _LAYERS:
+        return None
+    if cache.get_seq_length(layer_idx):
         return None
     if not all(_fits(name, value, tokens) for name, value in arguments.items() if name != "hidden_states"):
         return None

@@ -107,6 +107,11 @@ def test_a_batch() -> None:
     torch.testing.assert_close(*outputs, rtol=1e-4, atol=1e-4)
 
 
+class _OwnUpdate(DynamicCache):
+    def update(self, *args: Any, **kwargs: Any) -> Any:
+        return super().update(*args, **kwargs)
+
+
 def left_whole() -> dict[str, Callable[[], tuple[PreTrainedModel, dict[str, Any]]]]:
     llama = tiny_model("llama")
 
@@ -117,6 +122,7 @@ def left_whole() -> dict[str, Callable[[], tuple[PreTrainedModel, dict[str, Any]
         "eager": lambda: (tiny_model("llama", "eager"), {}),
         "static": lambda: (llama, {"cache": StaticCache(config=llama.config, max_cache_len=TOKENS)}),
         "filled": lambda: (llama, {"cache": filled()}),
+        "own update": lambda: (llama, {"cache": _OwnUpdate()}),
         "no cache": lambda: (llama, {"cache": False}),
         "latent": lambda: (tiny_model("deepseek_v3"), {}),
     }
