@@ -31,7 +31,8 @@ What the figures are:
 
 - `memory` counts the model's own layers without loading weights. The bytes of a cache are those that are
   measured once it is there, for every press that keeps as many tokens as its ratio says; "about" marks the
-  others. Work space is an estimate: attention, feed-forward or packing of one layer, whichever needs most.
+  others. Work space is an estimate: attention, feed-forward, packing or the scores of a press in one layer,
+  whichever needs most.
 - `bench` and `compare` go through the pipeline. Peak memory is torch's own count on a GPU; on the CPU it is
   the process's resident memory, looked at every 5 milliseconds. Other work on the machine shows
   in every figure.

@@ -5,6 +5,8 @@ arguments.py        which arguments there are; the generation configuration
 prompt.py           context and questions as token ids, in chat form
 reading.py          one forward pass into a cache, under a press
 prefill.py          the same forward with small activations
+layer_chunks.py, query_chunks.py, causal_chunks.py, by_position.py   its layers and its attention in chunks
+embeddings.py       their memory, given back
 cached_context.py   a context that was read: ask it again, save it, load it
 saved_context.py    the same on disk
 decoding.py         one answer with model.generate
@@ -20,7 +22,7 @@ progress.py, stopwatch.py, report.py   what is shown while it works, and what it
 default_model/      the embedded default model
 fidelity.py         attention over packed keys beside exact attention
 commands/           what the commands of quantpress do
-model_outline.py, kept_tokens.py, memory_plan.py   what a model and its cache will weigh
+model_outline.py, kept_tokens.py, memory_plan.py, work_space.py   what a model and its cache will weigh
 key_statistics.py   what makes keys hard to pack
 token_clock.py      when each token of an answer came, and the memory that took
 haystack.py, demo.py   facts planted in a book, and who still knows them

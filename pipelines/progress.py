@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
+from quantpress.pipelines.embeddings import Watcher
 from quantpress.pipelines.prefill import decoder_layers
 
 LONG_CONTEXT = 8192  # tokens; a bar shows at once
@@ -36,7 +37,7 @@ def layer_progress(model: PreTrainedModel, tokens: int, show: bool | None = None
         leave=False,
         mininterval=0,  # layers are few
     )
-    hooks = [layer.register_forward_hook(lambda *_: bar.update() and None) for layer in layers]
+    hooks = [layer.register_forward_hook(Watcher(bar.update)) for layer in layers]
     try:
         with bar:
             yield

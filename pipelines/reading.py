@@ -8,8 +8,9 @@ from kvpress import BasePress
 from transformers import Cache, PreTrainedModel
 
 from quantpress.errors import InvalidInputError
+from quantpress.pipelines.embeddings import freed_embeddings
 from quantpress.pipelines.members import renumbers_positions
-from quantpress.pipelines.prefill import DEFAULT_CHUNK_TOKENS, backbone, chunked_prefill
+from quantpress.pipelines.prefill import DEFAULT_CHUNK_TOKENS, backbone, chunked_prefill, decoder_layers
 from quantpress.pipelines.progress import layer_progress
 from quantpress.pipelines.stopwatch import Stopwatch
 
@@ -75,7 +76,10 @@ def _read(
     tokens = context_ids.shape[1]
     chunk = chunk_length(tokens) if chunk_tokens is None else chunk_tokens
     timing = nullcontext() if watch is None else watch.measure("prefill")
-    with timing, nullcontext() if chunk == 0 else chunked_prefill(model, chunk):
+    with timing, ExitStack() as chunks:
+        if chunk:
+            chunks.enter_context(chunked_prefill(model, chunk))
+            chunks.enter_context(freed_embeddings(model, decoder_layers(model)))
         with ExitStack() as timers:
             _hook(watch, model, "start", timers)
             with nullcontext() if press is None else press(model):

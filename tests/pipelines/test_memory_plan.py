@@ -108,12 +108,13 @@ def test_a_model_that_cannot_be_packed_is_refused() -> None:
         Planner(ModelOutline.of("it", tiny_model("mistral_sliding")), parse_press("TurboQuant"))
 
 
-@pytest.mark.parametrize("press", ["none", "TurboQuant"])
-def test_the_work_space_is_near_what_the_profiler_sees(press: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("tokens", [1500, 5000, 11000])  # whole; layers in chunks; attention in chunks too
+@pytest.mark.parametrize("press", ["none", "TurboQuant", "ExpectedAttention(0.5)"])
+def test_the_work_space_is_near_what_the_profiler_sees(press: str, tokens: int, tmp_path: Path) -> None:
     shape = {"hidden_size": 256, "intermediate_size": 768, "num_attention_heads": 8, "head_dim": 32}
     config = LlamaConfig(vocab_size=64, num_hidden_layers=2, num_key_value_heads=4, **shape)
     model, cache = LlamaForCausalLM(config).to(torch.bfloat16).eval(), DynamicCache()
-    ids = torch.randint(64, (1, 1500))
+    ids = torch.randint(64, (1, tokens))
     with torch.no_grad(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         read_context(model, ids, cache, parse_press(press), progress=False)
     profiler.export_chrome_trace(str(tmp_path / "trace.json"))
@@ -123,10 +124,10 @@ def test_the_work_space_is_near_what_the_profiler_sees(press: str, tmp_path: Pat
     for _, change in changes:
         now += change
         peak = max(peak, now)
-    planned = Planner(ModelOutline.of("it", model), parse_press(press)).plan(1500)
+    planned = Planner(ModelOutline.of("it", model), parse_press(press)).plan(tokens)
     seen = peak - cache_memory(cache).total_bytes
     assert planned.activation_bytes is not None
-    assert 0.9 * seen < planned.activation_bytes < 1.4 * seen
+    assert 0.9 * seen < planned.activation_bytes < 1.35 * seen
 
 
 def test_presses_are_described_as_they_are_written() -> None:

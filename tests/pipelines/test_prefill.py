@@ -75,7 +75,7 @@ def test_chunks_compute_what_the_whole_computes(name, chunk_tokens):
         torch.testing.assert_close(layer.values, expected.values, rtol=1e-4, atol=1e-4)
 
 
-class _Largest(TorchDispatchMode):
+class Largest(TorchDispatchMode):
     """The number of elements of the largest tensor that any operation makes."""
 
     def __init__(self):
@@ -96,7 +96,7 @@ def test_the_largest_tensor_no_longer_grows_with_the_feed_forward():
     model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval()
     largest = {}
     for chunk_tokens in (None, 64):
-        with _Largest() as mode:
+        with Largest() as mode:
             _read(model, prompt(2048), chunk_tokens)
         largest[chunk_tokens] = mode.elements
     assert largest[None] == 2048 * 32 * 32
