@@ -3,7 +3,7 @@
     python benchmarks/random_model.py FOLDER
     python examples/needle_128k.py --model FOLDER --depths 1
 
-Its answers mean nothing. The tokenizer, and so the vocabulary, is the default model's, since no other one is at
+Its answers mean nothing. The tokenizer, and so the vocabulary, is the default model's, since no other is at
 hand without a hub: two embeddings of 49152 tokens in place of 128256, so 7.4 billion weights and not 8.0.
 """
 

@@ -72,7 +72,7 @@ def test_interpreter(part: int) -> None:
     assert run.returncode == 0, run.stderr
     errors = json.loads(run.stdout.splitlines()[-1])
     assert len(errors) == len(cases)
-    assert max(errors) < 1e-4, dict(zip(map(str, cases), errors, strict=True))
+    assert max(errors) < 2e-4, dict(zip(map(str, cases), errors, strict=True))
 
 
 def test_programs_are_shared_out_by_pages() -> None:
