@@ -245,6 +245,20 @@ def show(rows: list[Row]) -> None:
     Console(width=120).print(table)
 
 
+def markdown(rows: list[Row]) -> str:
+    """A table with one line a shape: microseconds of bf16, and of each pair of widths with the ratio."""
+    widths = list(dict.fromkeys((row.key_bits, row.value_bits) for row in rows))
+    head = ["B", "query heads", "KV heads", "head_dim", "tokens", "bf16"]
+    lines = [[*head, *(f"{key}/{value}" for key, value in widths)], ["---"] * (len(head) + len(widths))]
+    for shape, same in itertools.groupby(rows, key=lambda row: row.shape):
+        times = {(row.key_bits, row.value_bits): row for row in same}
+        dense_us = next(iter(times.values())).dense_us
+        numbers = (shape.batch, shape.kv_heads * shape.group, shape.kv_heads, shape.head_dim, shape.tokens)
+        cells = [f"{times[pair].packed_us:.1f} ({times[pair].ratio:.2f}x)" for pair in widths]
+        lines.append([*map(str, numbers), f"{dense_us:.1f}", *cells])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
 def main() -> None:
     """Parse arguments, measure, print."""
     parser = argparse.ArgumentParser(
@@ -257,7 +271,11 @@ def main() -> None:
     parser.add_argument(
         "--json", type=Path, help="write each row here as it is measured; rows there are kept"
     )
+    parser.add_argument("--markdown", action="store_true", help="print the rows of --json as Markdown")
     arguments = parser.parse_args()
+    if arguments.markdown:
+        print(markdown(read(arguments.json)))
+        return
     if not torch.cuda.is_available():
         raise SystemExit("benchmarks/attention.py needs a CUDA device; there is none here")
     shapes = [Shape(1, 8, 4, tokens, 128) for tokens in (8192, 32768, 131072)]
