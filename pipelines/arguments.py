@@ -17,7 +17,7 @@ from quantpress.pipelines.members import as_press, decode_time_presses, members
 
 DEFAULT_NEW_TOKENS = 50  # kvpress's
 READING = ("answer_prefix", "enable_thinking", "max_context_length")
-RUNNING = ("cache", "chunk_tokens", "cuda_graph", "press", "progress", "report")
+RUNNING = ("cache", "chunk_tokens", "compile", "cuda_graph", "press", "progress", "report")
 LOADING = ("local_files_only",)  # transformers.pipeline leaves it among a pipeline's own arguments
 
 # Beside the fields of GenerationConfig, what model.generate itself takes and the pipeline hands on.

@@ -52,7 +52,8 @@ def captured_decoding(
         model: decoder-only, on one CUDA device. On the CPU the same steps run eagerly.
         new_tokens: room to make in the cache for that many tokens, when it is first used; more than that make
             room again and capture again. None: a sixteenth more than there are, at least 1024.
-        cuda_graph: True: refuse a model that is not on a CUDA device; False: fixed addresses, never a graph.
+        cuda_graph: as everywhere, None: a graph where it can be; True: an error in place of the warning;
+            False: never a graph. Here the steps run at fixed addresses all the same.
         compile: run the steps through torch.compile(fullgraph=True) first, which joins the small kernels. It
             takes a minute or so, once for a model and shape; what it raises is handed on.
 
@@ -60,7 +61,8 @@ def captured_decoding(
         A `CapturedDecoding`, which counts what it did.
 
     Raises:
-        InvalidInputError: cuda_graph is True and the model is not on CUDA, or new_tokens is below 0.
+        InvalidInputError: cuda_graph is True and the model is not on CUDA, or what comes inside rules a graph
+            out; cuda_graph is no bool; new_tokens is below 0.
 
     Example:
         >>> # with press(model):
@@ -70,12 +72,12 @@ def captured_decoding(
     """
     if new_tokens is not None and new_tokens < 0:
         raise InvalidInputError(f"new_tokens is {new_tokens}; give 0 or more, or None")
+    check_choice(cuda_graph)
     if cuda_graph and model.device.type != "cuda":
         raise InvalidInputError(f"cuda_graph=True, but the model is on {model.device}; move it to CUDA")
     own = "forward" in vars(model)
     whole = model.forward
-    capture = model.device.type == "cuda" and cuda_graph is not False
-    steps = CapturedDecoding(model, whole, new_tokens, capture, compile)
+    steps = CapturedDecoding(model, whole, new_tokens, cuda_graph, compile)
 
     @functools.wraps(whole)
     def forward(*args: Any, **kwargs: Any) -> Any:
@@ -92,6 +94,16 @@ def captured_decoding(
         steps.close()
 
 
+def check_choice(cuda_graph: bool | None) -> None:
+    """Refuse what is no choice about graphs.
+
+    Raises:
+        InvalidInputError: it is not None, True or False.
+    """
+    if cuda_graph is not None and not isinstance(cuda_graph, bool):
+        raise InvalidInputError(f"cuda_graph is {cuda_graph!r}; give True, False or None")
+
+
 class CapturedDecoding:
     """What `captured_decoding` puts in the place of a model's forward.
 
@@ -99,13 +111,14 @@ class CapturedDecoding:
         model: the model.
         forward: its own forward.
         new_tokens: see `captured_decoding`.
-        capture: False: never a graph.
+        cuda_graph: as there.
         compile: run the steps through torch.compile.
 
     Attributes:
         replays: steps that were one launch of a graph.
         captures: graphs made.
         eager_steps: steps at fixed addresses without a graph.
+        warned: whether it was said why there is no graph; it is said once.
     """
 
     def __init__(
@@ -113,11 +126,14 @@ class CapturedDecoding:
         model: PreTrainedModel,
         forward: Callable[..., Any],
         new_tokens: int | None,
-        capture: bool,
+        cuda_graph: bool | None,
         compile: bool = False,
     ) -> None:
         self.replays = self.captures = self.eager_steps = 0
-        self._model, self._forward, self._new_tokens, self._capture = model, forward, new_tokens, capture
+        self.warned = False
+        self._model, self._forward, self._new_tokens = model, forward, new_tokens
+        self._capture = model.device.type == "cuda" and cuda_graph is not False
+        self._required = cuda_graph is True
         self._step_forward = torch.compile(forward, fullgraph=True, dynamic=False) if compile else forward
         self._signature = inspect.signature(forward)
         self._cache: FixedCache | None = None
@@ -125,7 +141,7 @@ class CapturedDecoding:
         self._static: SingleToken | None = None
         self._graph: tuple[torch.cuda.CUDAGraph, Any] | None = None
         self._cold = WARM_STEPS  # steps to run before the next capture
-        self._given_up = self._warned = self._was_step = False
+        self._given_up = self._was_step = False
         self._losses = 0
         self._unpadded = -1  # width of the last mask known to hide nothing
 
@@ -251,8 +267,10 @@ class CapturedDecoding:
         return False
 
     def _warn(self, reason: str) -> None:
-        if not self._warned:
-            self._warned = True
+        if self._required:
+            raise InvalidInputError(f"cuda_graph=True, but {reason}; leave cuda_graph out")
+        if not self.warned:
+            self.warned = True
             warnings.warn(f"decoding runs without a CUDA graph, which is slower: {reason}", stacklevel=2)
 
 

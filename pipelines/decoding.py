@@ -13,6 +13,7 @@ from quantpress.cache import continue_inputs
 from quantpress.cache.evicted_slots import MASKS, named_to_hide
 from quantpress.errors import InvalidInputError
 from quantpress.pipelines.arguments import GENERATE
+from quantpress.pipelines.captured import check_choice
 from quantpress.pipelines.members import decode_time_presses
 from quantpress.presses.model_support import attention_modules
 
@@ -83,7 +84,8 @@ def decides_capture(
     config: GenerationConfig,
     arguments: Mapping[str, Any],
     press: BasePress | None,
-    wanted: bool | None,
+    cuda_graph: bool | None,
+    compile: bool = False,
 ) -> bool:
     """Whether answers may be decoded under `captured_decoding`.
 
@@ -92,19 +94,33 @@ def decides_capture(
         config: from `answer_config`.
         arguments: the generation arguments.
         press: of the call.
-        wanted: the pipeline's cuda_graph.
+        cuda_graph: the pipeline's.
+        compile: the pipeline's.
 
     Raises:
-        InvalidInputError: `wanted` is True and something rules it out, or it is no bool.
+        InvalidInputError: one of them is True and something rules it out, or is no bool.
     """
-    if wanted not in (None, True, False):
-        raise InvalidInputError(f"cuda_graph is {wanted!r}; give True, False or None")
-    if wanted is False:
+    check_choice(cuda_graph)
+    if not isinstance(compile, bool):
+        raise InvalidInputError(f"compile is {compile!r}; give True or False")
+    if cuda_graph is False and compile:
+        raise InvalidInputError("compile=True, but cuda_graph=False; leave one of them out")
+    if cuda_graph is False:
         return False
     reason = _rules_out_capture(model, config, arguments, press)
-    if wanted and reason is not None:
-        raise InvalidInputError(f"cuda_graph=True, but {reason}; leave cuda_graph out")
+    refuse_capture(reason, cuda_graph, compile)
     return reason is None
+
+
+def refuse_capture(reason: str | None, cuda_graph: bool | None, compile: bool = False) -> None:
+    """Refuse an argument that asks for what `reason` rules out.
+
+    Raises:
+        InvalidInputError: there is a reason, and cuda_graph or compile is True.
+    """
+    if reason is not None and (cuda_graph or compile):
+        asked = "cuda_graph" if cuda_graph else "compile"
+        raise InvalidInputError(f"{asked}=True, but {reason}; leave {asked} out")
 
 
 def _rules_out_capture(
@@ -113,12 +129,20 @@ def _rules_out_capture(
     arguments: Mapping[str, Any],
     press: BasePress | None,
 ) -> str | None:
-    if model.device.type != "cuda":
-        return f"the model is on {model.device}"
+    reason = rules_out_press(model, press)
+    if reason is not None:
+        return reason
     if (config.num_beams or 1) > 1:
         return "beams reorder the cache between tokens"
     if is_assisted(config, arguments):
         return "assisted decoding checks several tokens at once"
+    return None
+
+
+def rules_out_press(model: PreTrainedModel, press: BasePress | None) -> str | None:
+    """Why no answer of this model under this press can be decoded by graphs; None when it can."""
+    if model.device.type != "cuda":
+        return f"the model is on {model.device}"
     acting = decode_time_presses(press)
     return f"{type(acting[0]).__name__} acts during decoding" if acting else None
 

@@ -11,6 +11,8 @@ from transformers.generation.configuration_utils import GenerationMode
 
 from quantpress.cache.text_cache import TextCache
 from quantpress.errors import InvalidInputError, UnsupportedModelError
+from quantpress.pipelines.captured import check_choice
+from quantpress.pipelines.decoding import refuse_capture, rules_out_press
 from quantpress.pipelines.generate_call import (
     CURRENT_CALL,
     GenerateCall,
@@ -35,7 +37,9 @@ PressOrBits: TypeAlias = BasePress | type[BasePress] | Sequence[Any] | str | flo
 _STATE = "_quantpress_enabled"
 
 
-def enable(model: PreTrainedModel, press: PressOrBits = None, **options: Any) -> "Enabled":
+def enable(
+    model: PreTrainedModel, press: PressOrBits = None, *, cuda_graph: bool | None = None, **options: Any
+) -> "Enabled":
     """Compress the cache of every later `model.generate`, with no other change.
 
     Whatever calls `generate` gets it: transformers' pipelines, `transformers serve`, code of others. The
@@ -45,7 +49,8 @@ def enable(model: PreTrainedModel, press: PressOrBits = None, **options: Any) ->
     calls with use_cache=False and forwards outside `generate` are left alone. `TextGenerationPipeline` takes
     the press of an enabled model where it is given none.
 
-    On CUDA, `captured_decoding(model)` around the calls replays their decode steps as graphs.
+    On CUDA the decode steps of greedy and sampled calls replay graphs, as in `captured_decoding`; each call
+    makes its own, and they go with it. `captured_decoding(model)` around the calls takes their place.
 
     Greedy, sampled, beam, assisted and prompt-lookup decoding work. Guesses that are rejected are dropped
     again; with codes they may move the moment at which a page of tokens is packed, so that assisted decoding
@@ -55,19 +60,24 @@ def enable(model: PreTrainedModel, press: PressOrBits = None, **options: Any) ->
         model: decoder-only, with `generate`.
         press: a press, a press class, a list of them (`Compose`), text (`parse_press`), code bits, or the
             name of a preset; None for `TurboQuant()`.
+        cuda_graph: None: decode by replaying graphs on CUDA where it can be done; what a call or a press
+            rules out by its nature (beams, guesses, acting during decoding) decodes as always, anything else
+            after one warning. True: both are errors. False: never.
         **options: fields of `TurboQuant`, with bits, a preset or None.
 
     Returns:
         What was done: `disable(model)` undoes it, and so does leaving it as a context.
 
     Raises:
-        InvalidInputError: the model is enabled already, or the arguments cannot be used.
+        InvalidInputError: the model is enabled already, or the arguments cannot be used; the model or the
+            press rules out cuda_graph=True.
         CompositionError: presses that do not go together.
         UnsupportedModelError: the model's cache cannot be packed, or `generate` does not make it.
 
     Raises (in `generate`):
         InvalidInputError: a setting that rules it out: a static or quantized cache, prefill_chunk_size,
-            continuous batching; assisted decoding from a prompt that an evictor thins out.
+            continuous batching; assisted decoding from a prompt that an evictor thins out; what rules out
+            cuda_graph=True.
 
     Example:
         >>> # enable(model, 4)
@@ -82,11 +92,13 @@ def enable(model: PreTrainedModel, press: PressOrBits = None, **options: Any) ->
             "call disable(model) first"
         )
     check_model(model)
+    check_choice(cuda_graph)
     chosen = _chosen_press(press, options)
+    refuse_capture(rules_out_press(model, chosen), cuda_graph)
     if not any(isinstance(member, AT_EXIT) for member in chosen):
         with chosen(model):  # what cannot work with this model says so now
             pass
-    return Enabled(model, chosen)
+    return Enabled(model, chosen, cuda_graph)
 
 
 def disable(model: PreTrainedModel) -> None:
@@ -112,14 +124,17 @@ class Enabled:
     Args:
         model: to work on.
         press: to read prompts under.
+        cuda_graph: see `enable`.
 
     Attributes:
-        press: the same.
+        model, press, cuda_graph: the same.
+        lock: held during each forward.
+        warned: whether it was said why there is no graph.
     """
 
-    def __init__(self, model: PreTrainedModel, press: Compose) -> None:
-        self.model, self.press = model, press
-        self._lock = ModelLock()
+    def __init__(self, model: PreTrainedModel, press: Compose, cuda_graph: bool | None = None) -> None:
+        self.model, self.press, self.cuda_graph = model, press, cuda_graph
+        self.lock, self.warned = ModelLock(), False
         self._decodes = bool(decode_time_presses(press))
         self._reads_again = any(isinstance(member, AT_EXIT) for member in press)
         vars(model)[_STATE] = self
@@ -150,13 +165,14 @@ class Enabled:
 
     def _generate(self, generate: Any, *args: Any, **kwargs: Any) -> Any:
         """`model.generate`."""
-        with self._lock if self._decodes else nullcontext(), ExitStack() as presses:
+        with self.lock if self._decodes else nullcontext(), ExitStack() as presses:
             call = GenerateCall(self, presses)
             token = CURRENT_CALL.set(call)
             try:
                 output = generate(*args, **kwargs)
             finally:
                 CURRENT_CALL.reset(token)
+                call.close()
             if call.cache is not None and call.cache.get_seq_length() == 0:
                 raise UnsupportedModelError(
                     f"{type(self.model).__name__} keeps keys and values in a cache of its own and left the "
@@ -168,6 +184,9 @@ class Enabled:
         self, prepare: Any, config: GenerationConfig, inputs: dict[str, Any], mode: GenerationMode, *rest: Any
     ) -> Any:
         """`model._prepare_cache_for_generation`, which puts a cache into `inputs`."""
+        call = self._current_call()
+        if call is not None:
+            call.choose_steps(mode, self._replaced[0].original)
         given = inputs.get("past_key_values")
         result = prepare(config, inputs, mode, *rest)
         if given is not None or config.use_cache is False:
@@ -181,16 +200,20 @@ class Enabled:
             )
         check_call(config, mode, self.press)
         inputs["past_key_values"] = cache = TextCache.of(made)
-        call = CURRENT_CALL.get()
-        if call is not None and call.owner is self:
+        if call is not None:
             call.cache = cache
         return result
+
+    def _current_call(self) -> GenerateCall | None:
+        """The call of this model's `generate` that is running in this thread."""
+        call = CURRENT_CALL.get()
+        return call if call is not None and call.owner is self else None
 
     def _forward(self, forward: Any, *args: Any, **kwargs: Any) -> Any:
         """`model.forward`: one at a time, since hooks of a press would see every other one too."""
         if torch.compiler.is_compiling():
             return forward(*args, **kwargs)
-        with self._lock:
+        with self.lock:
             cache = next((value for value in (*kwargs.values(), *args) if isinstance(value, TextCache)), None)
             return forward(*args, **kwargs) if cache is None else self._read(forward, cache, args, kwargs)
 
@@ -203,7 +226,9 @@ class Enabled:
             kwargs = with_positions(kwargs, cache, seen, new, self.model.device)
         with fitted_masks(self.model, cache, new):
             if seen and not (self._decodes or cache.masked):
-                return forward(*args, **kwargs)
+                call = self._current_call()
+                step = forward if call is None or call.steps is None else call.steps
+                return step(*args, **kwargs)
             with masks_of_cache(self.model, cache), self._pressing(seen):
                 output = forward(*args, **kwargs)
             cache.has_read(seen + new)
@@ -214,8 +239,8 @@ class Enabled:
     @contextmanager
     def _pressing(self, seen: int) -> Iterator[None]:
         """The press's context around a prefill, or, opened by the first forward, until `generate` ends."""
-        call = CURRENT_CALL.get()
-        if self._decodes and call is not None and call.owner is self:
+        call = self._current_call()
+        if self._decodes and call is not None:
             if not call.entered:
                 call.entered = True
                 call.presses.enter_context(self.press(self.model))

@@ -1,6 +1,7 @@
 """One call of `generate` on an enabled model: what it may ask for, and what of it must be kept apart."""
 
 import threading
+from collections.abc import Callable
 from contextlib import ExitStack
 from contextvars import ContextVar
 from typing import Any
@@ -11,6 +12,8 @@ from transformers.generation.configuration_utils import GenerationMode
 
 from quantpress.cache.text_cache import TextCache
 from quantpress.errors import InvalidInputError, UnsupportedModelError
+from quantpress.pipelines.captured import CapturedDecoding
+from quantpress.pipelines.decoding import refuse_capture, rules_out_press
 from quantpress.pipelines.members import decode_time_presses
 from quantpress.presses import Compose
 
@@ -25,13 +28,44 @@ class GenerateCall:
     Attributes:
         entered: whether the press's context is open until then.
         cache: the one that this call has made.
+        steps: its single-token forwards; None: they run as always.
     """
 
     def __init__(self, owner: Any, presses: ExitStack) -> None:
         self.owner, self.presses = owner, presses
         self.entered = False
         self.cache: TextCache | None = None
+        self.steps: CapturedDecoding | None = None
 
+    def choose_steps(self, mode: GenerationMode, forward: Callable[..., Any]) -> None:
+        """Decode by replaying graphs, where this call can.
+
+        Args:
+            mode: how it decodes.
+            forward: the model's own.
+
+        Raises:
+            InvalidInputError: it cannot, and the owner's cuda_graph is True.
+        """
+        owner = self.owner
+        if owner.cuda_graph is False or rules_out_press(owner.model, owner.press) is not None:
+            return
+        if mode not in TOKEN_BY_TOKEN:
+            refuse_capture(f"{mode.value} does not decode one token after the other", owner.cuda_graph)
+            return
+        self.steps = CapturedDecoding(owner.model, forward, None, owner.cuda_graph)
+        self.steps.warned = owner.warned
+
+    def close(self) -> None:
+        """Let the graphs go, and the cache grow again."""
+        if self.steps is not None:
+            with self.owner.lock:
+                self.owner.warned |= self.steps.warned
+                self.steps.close()
+
+
+TOKEN_BY_TOKEN = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
+"""Ways of decoding whose every step is one token on top of the one before."""
 
 CURRENT_CALL: ContextVar[GenerateCall | None] = ContextVar("generate call", default=None)
 

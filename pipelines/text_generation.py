@@ -14,7 +14,7 @@ from quantpress.errors import InvalidInputError
 from quantpress.pipelines import arguments as given
 from quantpress.pipelines.cached_context import CachedContext
 from quantpress.pipelines.captured import captured_decoding
-from quantpress.pipelines.decoding import check_decoding, decides_capture, generate_ids
+from quantpress.pipelines.decoding import check_decoding, decides_capture, generate_ids, refuse_capture
 from quantpress.pipelines.enabling import enabled_press
 from quantpress.pipelines.masks import fitted_masks
 from quantpress.pipelines.members import as_press, decode_time_presses
@@ -65,6 +65,8 @@ class TextGenerationPipeline(KVPressTextGenerationPipeline):
             CUDA device, over a cache that TurboQuant has packed; True to refuse what rules it out (the CPU,
             beams, assisted decoding, a press that acts during decoding, layers that are not packed); False
             never.
+        compile: run the captured step through torch.compile(fullgraph=True) first, which joins the small
+            kernels and takes a minute or so, once for a model and shape. What rules a graph out is refused.
         **generation: everything else that `model.generate` takes: do_sample, temperature, top_p, num_beams,
             stop_strings, streamer, prompt_lookup_num_tokens, assistant_model, logits_processor, ... Greedy
             decoding is the default, and starts from a neutral configuration: of the model's own only the
@@ -190,13 +192,14 @@ class TextGenerationPipeline(KVPressTextGenerationPipeline):
         progress: bool | None = None,
         chunk_tokens: int | None = None,
         cuda_graph: bool | None = None,
+        compile: bool = False,
         **generation: Any,
     ) -> dict[str, Any]:
         if press is None and "cached" not in input_tensors:  # which was read before, and how is settled
             press = enabled_press(self.model)
         config = given.answer_config(self.model, generation)
         check_decoding(config, generation, press)
-        captures = decides_capture(self.model, config, generation, press, cuda_graph)
+        captures = decides_capture(self.model, config, generation, press, cuda_graph, compile)
         if config.stop_strings is not None or "assistant_tokenizer" in generation:
             generation["tokenizer"] = self.tokenizer
         context_ids, questions = input_tensors["context_ids"], input_tensors["questions_ids"]
@@ -204,11 +207,10 @@ class TextGenerationPipeline(KVPressTextGenerationPipeline):
         watch = Stopwatch(self.model.device) if report else None
         how: dict[str, Any] = {"chunk_tokens": chunk_tokens, "progress": progress, "watch": watch}
         with self._context(input_tensors, cache, press, how) as (kept, position):
-            reason = (unfixable(kept) or uncapturable(self.model)) if cuda_graph else None
-            if reason is not None:
-                raise InvalidInputError(f"cuda_graph=True, but {reason}; leave cuda_graph out")
+            if cuda_graph or compile:
+                refuse_capture(unfixable(kept) or uncapturable(self.model), cuda_graph, compile)
             room = max(question.shape[1] for question in questions) + config.max_new_tokens
-            with self._decoding(kept, room) if captures else nullcontext():
+            with self._decoding(kept, room, cuda_graph, compile) if captures else nullcontext():
                 memory = cache_memory(kept) if report else None
                 ids = []
                 for question in questions:
@@ -248,12 +250,14 @@ class TextGenerationPipeline(KVPressTextGenerationPipeline):
         }
 
     @contextmanager
-    def _decoding(self, cache: Cache, new_tokens: int) -> Iterator[None]:
+    def _decoding(
+        self, cache: Cache, new_tokens: int, cuda_graph: bool | None, compile: bool
+    ) -> Iterator[None]:
         """Room for one question and answer, made once for all of them, and the captured step."""
         for layer in cache.layers:
             if isinstance(layer, PackedLayer):
                 layer.reserve(new_tokens)
-        with captured_decoding(self.model, new_tokens=new_tokens):
+        with captured_decoding(self.model, new_tokens=new_tokens, cuda_graph=cuda_graph, compile=compile):
             yield
 
     @contextmanager

@@ -1,7 +1,10 @@
 """On a CUDA device a captured decode step gives the tokens of the same step without a graph."""
 
+import contextlib
 import copy
 import functools
+import gc
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +14,9 @@ from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, PreTra
 
 from quantpress.cache import continue_inputs, install_packed_attention
 from quantpress.kernels.page_codec import RawPages
+from quantpress.pipelines import generate_call
 from quantpress.pipelines.captured import WARM_STEPS, CapturedDecoding, captured_decoding
+from quantpress.pipelines.enabling import enable
 from quantpress.presses import AdaKV, Compose, PyramidKV, SnapKV, TurboQuant
 from tests.pipelines.words import ours, text
 from tests.tiny_models import VOCABULARY, prompt
@@ -250,3 +255,77 @@ def test_the_pipeline_captures_once_for_all_questions(press: Any, monkeypatch: p
     assert [steps.captures for steps in made] == [1, 1]
     assert all(steps.replays == 3 * 199 - WARM_STEPS for steps in made)
     print([one["report"] for one in answers])
+
+
+@pytest.fixture
+def made(monkeypatch: pytest.MonkeyPatch) -> list[CapturedDecoding]:
+    """The steps of each call of an enabled model."""
+    steps: list[CapturedDecoding] = []
+
+    class Noted(CapturedDecoding):
+        def __init__(self, *arguments: Any) -> None:
+            super().__init__(*arguments)
+            steps.append(self)
+
+    monkeypatch.setattr(generate_call, "CapturedDecoding", Noted)
+    return steps
+
+
+@pytest.mark.parametrize("name", ["4_bits", "evicted", "head_wise"])
+def test_an_enabled_model_captures_by_itself(name: str, made: list[CapturedDecoding]) -> None:
+    """Two turns, a graph each, the tokens of the same steps without one."""
+    model, ids = copy.deepcopy(model_on_cuda()), prompt(1000).cuda()
+    options = {"max_new_tokens": 200, "do_sample": False, "return_dict_in_generate": True}
+    answers = []
+    for graph in (False, None):
+        with (
+            enable(model, PRESSES[name](), cuda_graph=graph),
+            captured_decoding(model, cuda_graph=False) if graph is False else contextlib.nullcontext(),
+        ):
+            first = model.generate(ids, **options)
+            turn = torch.cat([first.sequences, prompt(20, seed=4).cuda()], dim=1)
+            second = model.generate(turn, past_key_values=first.past_key_values, **options)
+            answers.append(second.sequences)
+    assert torch.equal(*answers) and answers[0].unique().numel() > 20
+    assert [(steps.captures, steps.replays) for steps in made] == [(1, 199 - WARM_STEPS)] * 2
+    assert "forward" not in vars(model)
+
+
+def test_calls_of_an_enabled_model_leave_no_memory(made: list[CapturedDecoding]) -> None:
+    model, ids, sizes = copy.deepcopy(model_on_cuda()), prompt(2000).cuda(), []
+    with enable(model, 4, cuda_graph=True):
+        for _ in range(6):
+            model.generate(ids, max_new_tokens=20, do_sample=False)
+            assert made.pop().captures == 1
+            gc.collect()
+            torch.cuda.empty_cache()
+            sizes.append((torch.cuda.memory_allocated(), torch.cuda.memory_reserved()))
+    assert sizes[1] == sizes[-1], sizes
+
+
+def test_an_enabled_model_captures_in_other_threads(made: list[CapturedDecoding]) -> None:
+    model, prompts = copy.deepcopy(model_on_cuda()), [prompt(500, seed=seed).cuda() for seed in range(3)]
+    options = {"max_new_tokens": 60, "do_sample": False}
+    answers: dict[int, torch.Tensor] = {}
+    with enable(model, 4, cuda_graph=True):
+        expected = [model.generate(ids, **options) for ids in prompts]
+        made.clear()
+
+        def answer(index: int) -> None:
+            answers[index] = model.generate(prompts[index], **options)
+
+        threads = [threading.Thread(target=answer, args=(index,)) for index in range(3)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert all(torch.equal(answers[index], expected[index]) for index in range(3))
+    assert [steps.captures for steps in made] == [1, 1, 1]
+
+
+def test_the_pipeline_compiles() -> None:
+    pipe = ours()
+    pipe.model = copy.deepcopy(pipe.model).cuda()
+    pipe.device = pipe.model.device
+    arguments = {"press": TurboQuant(bits=4), "question": text(5, seed=1), "max_new_tokens": 20}
+    assert pipe(text(900), compile=True, **arguments) == pipe(text(900), **arguments)

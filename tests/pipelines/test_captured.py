@@ -307,6 +307,57 @@ def test_several_questions_of_the_pipeline(name: str) -> None:
         assert torch.equal(one.keys + 0, two.keys + 0) and torch.equal(one.values + 0, two.values + 0)
 
 
+@pytest.fixture
+def on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Models pass for being on CUDA where the pipeline decides."""
+    rules_out = decoding._rules_out_capture
+    there = SimpleNamespace(device=torch.device("cuda"))
+    monkeypatch.setattr(decoding, "_rules_out_capture", lambda model, *rest: rules_out(there, *rest))
+
+
+@pytest.mark.usefixtures("on_cuda")
+def test_the_pipeline_hands_compile_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once for all questions, on the model's own forward, and what comes out is what runs."""
+    asked: list[dict[str, Any]] = []
+    ran: list[int] = []
+
+    def compiled(forward: Any, **options: Any) -> Any:
+        asked.append(options)
+
+        def step(**arguments: Any) -> Any:
+            ran.append(arguments["input_ids"].shape[1])
+            return forward(**arguments)
+
+        return step
+
+    monkeypatch.setattr(torch, "compile", compiled)
+    pipe, arguments = (
+        ours(),
+        {"questions": QUESTIONS[:2], "press": PACKED["turboquant"](), "max_new_tokens": 9},
+    )
+    expected = pipe(text(900), **arguments)
+    assert not asked
+    assert pipe(text(900), compile=True, **arguments) == expected
+    assert asked == [{"fullgraph": True, "dynamic": False}]
+    assert ran == [1] * 2 * 8
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        ({}, "compile=True, but the model is on cpu; leave compile out"),
+        ({"cuda_graph": False}, "compile=True, but cuda_graph=False"),
+        ({"cuda_graph": True}, "cuda_graph=True, but the model is on cpu"),
+        ({"compile": "reduce-overhead"}, "compile is 'reduce-overhead'"),
+    ],
+    ids=str,
+)
+def test_what_rules_compile_out_is_named(arguments: dict[str, Any], reason: str) -> None:
+    with pytest.raises(InvalidInputError, match=reason):
+        ours()(CONTEXT, question="w1", press=TurboQuant, **{"compile": True, **arguments})
+
+
+@pytest.mark.parametrize("asked", ["cuda_graph", "compile"])
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [
@@ -317,11 +368,7 @@ def test_several_questions_of_the_pipeline(name: str) -> None:
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else None,
 )
-def test_what_rules_a_graph_out_is_named(
-    arguments: dict[str, Any], reason: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    rules_out = decoding._rules_out_capture
-    on_cuda = SimpleNamespace(device=torch.device("cuda"))
-    monkeypatch.setattr(decoding, "_rules_out_capture", lambda model, *rest: rules_out(on_cuda, *rest))
-    with pytest.raises(InvalidInputError, match=f"cuda_graph=True, but {reason}"):
-        ours()(CONTEXT, question="w1", cuda_graph=True, **{"press": TurboQuant, **arguments})
+@pytest.mark.usefixtures("on_cuda")
+def test_what_rules_a_graph_out_is_named(arguments: dict[str, Any], reason: str, asked: str) -> None:
+    with pytest.raises(InvalidInputError, match=f"{asked}=True, but {reason}.*; leave {asked} out"):
+        ours()(CONTEXT, question="w1", **{"press": TurboQuant, asked: True, **arguments})
