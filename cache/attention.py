@@ -206,5 +206,7 @@ def _step_segments(
     module: torch.nn.Module, query: torch.Tensor, view: PackedView, kwargs: dict[str, Any]
 ) -> list[Segment] | None:
     """The segments of a step at fixed addresses, whose one query sees every token; None for other calls."""
-    limited = kwargs.get("sliding_window") is not None or named_to_hide(module) is not None
-    return list(view.step) if view.step is not None and query.shape[2] == 1 and not limited else None
+    if view.step is None or query.shape[2] != 1 or named_to_hide(module) is not None:
+        return None
+    windowed = view.packed.pages and kwargs.get("sliding_window") is not None  # plain layers keep to theirs
+    return None if windowed else list(view.step)

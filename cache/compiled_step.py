@@ -8,12 +8,9 @@ holds the number of the layer only: the cache is whichever is in a step when the
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-
-if TYPE_CHECKING:
-    from quantpress.cache.layer import PackedLayer
 
 stepping = False
 """Whether a step is running; torch.compile guards on it."""
@@ -22,7 +19,7 @@ _local = threading.local()
 
 
 @contextmanager
-def layers_of_a_step(layers: "Sequence[PackedLayer]") -> Iterator[None]:
+def layers_of_a_step(layers: Sequence[Any]) -> Iterator[None]:
     """While inside, `step_attention` means these layers."""
     global stepping
     _local.layers, stepping = layers, True

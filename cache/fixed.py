@@ -17,35 +17,12 @@ import torch
 from quantpress.cache.head_counts import HeadCounts
 from quantpress.cache.segments import first
 from quantpress.cache.settings import LayerSettings
+from quantpress.cache.step_counters import StepCounters
 from quantpress.cache.tokens import PackedTokens
 from quantpress.cache.view import PackedView
 from quantpress.errors import InvalidInputError
 from quantpress.kernels.attend import DenseSegment, Segment
 from quantpress.kernels.layout import PAGE_TOKENS
-
-
-class StepCounters:
-    """Where each layer's next token goes, and how many are in use, on the device.
-
-    Args:
-        layers: how many.
-        shape: (B, Hkv) of each.
-        device: where.
-
-    Attributes:
-        place: [layers, 1] int64, index in the window of the newest token.
-        packed, recent: [layers, B, Hkv] int32, tokens in use.
-    """
-
-    def __init__(self, layers: int, shape: tuple[int, int], device: torch.device) -> None:
-        self.place = torch.zeros(layers, 1, dtype=torch.int64, device=device)
-        self.packed = torch.zeros(layers, *shape, dtype=torch.int32, device=device)
-        self.recent = torch.zeros(layers, *shape, dtype=torch.int32, device=device)
-
-    def advance(self) -> None:
-        """One more token in every layer; the layers then write it. Belongs to the captured step."""
-        self.place += 1
-        self.recent += 1
 
 
 @dataclass(frozen=True)
@@ -76,10 +53,10 @@ class Window:
             states.new_zeros((*states.shape[:2], capacity, states.shape[-1]))
             for states in (tokens.recent.keys, tokens.recent.values)
         )
-        starts = None if tokens.heads is None else counters.packed.new_zeros(2, *counters.packed.shape[1:])
-        return cls(
-            keys, values, counters.place[layer], counters.packed[layer], counters.recent[layer], starts
-        )
+        place, recent, _ = counters.bound(layer, keys.shape[1])
+        packed = counters.packed[layer, :, : keys.shape[1]]
+        starts = None if tokens.heads is None else packed.new_zeros(2, *packed.shape)
+        return cls(keys, values, place, packed, recent, starts)
 
     @property
     def tensors(self) -> list[torch.Tensor]:

@@ -1,53 +1,65 @@
 """A whole cache at fixed addresses: what is done before, in and after each captured decode step."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from transformers.cache_utils import Cache
 
 from quantpress.cache.compiled_step import layers_of_a_step
-from quantpress.cache.fixed import FixedTokens, StepCounters, Window
+from quantpress.cache.fixed_holds import PackedHold, PlainHold, is_plain
+from quantpress.cache.fixed_plain import tokens_of
 from quantpress.cache.layer import PackedLayer
+from quantpress.cache.step_counters import StepCounters
 from quantpress.errors import InvalidInputError
 
-LEAST_ROOM = 1024  # tokens
-GROWTH = 16  # room for a sixteenth more tokens than there are
 
-
-def unfixable(cache: Cache) -> str | None:
-    """Why a cache cannot be used at fixed addresses; None when it can."""
+def never_fixable(cache: Cache) -> str | None:
+    """Why a cache of this kind cannot be used at fixed addresses; None when it can, once it has tokens."""
     if getattr(cache, "offloading", False):
         return "the cache is offloaded"
     if getattr(cache, "masked", None):
         return "a head-wise press masks tokens of the cache in place of removing them"
     layers = getattr(cache, "layers", [])
-    plain = [index for index, layer in enumerate(layers) if not isinstance(layer, PackedLayer)]
-    if plain or not layers:
-        names = ", ".join(map(str, plain[:8])) + (", ..." if len(plain) > 8 else "")
-        return f"layers {names} of the cache are not packed" if layers else "the cache has no layers"
-    if is_mixed(cache):
+    others = [(index, type(layer).__name__) for index, layer in enumerate(layers) if not _is_known(layer)]
+    if others or not layers:
+        names = ", ".join(str(index) for index, _ in others[:8]) + (", ..." if len(others) > 8 else "")
+        return f"layers {names} of the cache are {others[0][1]}s" if layers else "the cache has no layers"
+    packed = (layer.tokens for layer in layers if isinstance(layer, PackedLayer))
+    if any(tokens is not None and tokens.coarse is not None for tokens in packed):
         return "tokens are packed in two widths"
-    empty = [index for index, layer in enumerate(layers) if not layer.packed_tokens]
-    if empty:
-        return f"layer {empty[0]} of the cache has too few tokens to pack any"
     return None
 
 
-def is_mixed(cache: Cache) -> bool:
-    """Whether a packed layer has pages of two widths."""
-    packed = (layer.tokens for layer in cache.layers if isinstance(layer, PackedLayer))
-    return any(tokens is not None and tokens.coarse is not None for tokens in packed)
+def unfixable(cache: Cache) -> str | None:
+    """Why a cache cannot be used at fixed addresses now; None when it can."""
+    reason = never_fixable(cache)
+    if reason is not None:
+        return reason
+    for index, layer in enumerate(cache.layers):
+        if isinstance(layer, PackedLayer):
+            if not layer.packed_tokens:
+                return f"layer {index} of the cache has too few tokens to pack any"
+        elif not layer.get_seq_length():
+            return f"layer {index} of the cache has no tokens"
+    return None
+
+
+def _is_known(layer: object) -> bool:
+    return isinstance(layer, PackedLayer) or is_plain(layer)
 
 
 class FixedCache:
-    """The layers of a packed cache at fixed addresses.
+    """The layers of a cache at fixed addresses: packed ones, and transformers' own.
 
     Entering again after the layers have changed (a question was undone, beams were reordered) uses the same
-    memory for recent tokens; whether all addresses are the same as before is what `addresses` tells.
+    memory where it can; whether all addresses are the same as before is what `addresses` tells.
 
     Args:
         cache: one that is not `unfixable`.
+        windows: how far back attention looks, by layer index, for layers that look over a window only. A
+            sliding-window layer of transformers knows its own.
 
     Raises:
         InvalidInputError: it is.
@@ -60,35 +72,34 @@ class FixedCache:
         >>> # fixed.flush()
     """
 
-    def __init__(self, cache: Cache) -> None:
+    def __init__(self, cache: Cache, windows: Mapping[int, int] | None = None) -> None:
         reason = unfixable(cache)
         if reason is not None:
             raise InvalidInputError(f"a cache cannot be fixed: {reason}")
         self.cache = cache
-        self.layers: list[PackedLayer] = [la for la in cache.layers if isinstance(la, PackedLayer)]
-        shape, device = self.layers[0].view().shape[:2], self.layers[0].device
-        tokens = [layer.tokens for layer in self.layers]
+        self.layers: list[Any] = list(cache.layers)
+        shapes = [_shape(layer) for layer in self.layers]
         with torch.inference_mode(False), torch.no_grad():  # so that any mode may write to it
-            self.counters = StepCounters(len(self.layers), shape, device)
-            self.windows = [
-                Window.like(one, self.counters, index) for index, one in enumerate(tokens) if one is not None
+            heads = max(heads for _, heads in shapes)
+            self.counters = StepCounters(len(shapes), (shapes[0][0], heads), self.layers[0].device)
+            self.holds = [
+                PackedHold(layer, self.counters, index)
+                if isinstance(layer, PackedLayer)
+                else PlainHold(layer, self.counters, index, (windows or {}).get(index))
+                for index, layer in enumerate(self.layers)
             ]
 
     def fits(self, cache: Cache) -> bool:
         """Whether this memory can be used for what the cache holds now."""
         same = len(cache.layers) == len(self.layers)
         return same and all(
-            layer is own and layer.tokens is not None and window.fits(layer.tokens)
-            for layer, own, window in zip(cache.layers, self.layers, self.windows, strict=True)
+            layer is hold.layer and hold.fits() for layer, hold in zip(cache.layers, self.holds, strict=True)
         )
 
     @property
     def entered(self) -> bool:
         """Whether every layer is at its fixed addresses."""
-        return all(
-            layer.fixed is not None and layer.fixed.window is window
-            for layer, window in zip(self.layers, self.windows, strict=True)
-        )
+        return all(hold.entered for hold in self.holds)
 
     def enter(self, new_tokens: int | None = None) -> None:
         """Bring every layer to its fixed addresses.
@@ -97,15 +108,13 @@ class FixedCache:
             new_tokens: make room for so many; more come with new addresses. None: a sixteenth more than
                 there are, at least `LEAST_ROOM`.
         """
-        for layer, window in zip(self.layers, self.windows, strict=True):
-            room = max(LEAST_ROOM, layer.get_seq_length() // GROWTH) if new_tokens is None else new_tokens
-            layer.reserve(room)
-            layer.fix(window)
+        for hold in self.holds:
+            hold.enter(new_tokens)
 
     def release(self) -> None:
         """Let every layer grow again."""
-        for layer in self.layers:
-            layer.release()
+        for hold in self.holds:
+            hold.release()
 
     @contextmanager
     def step(self) -> Iterator[None]:
@@ -122,29 +131,29 @@ class FixedCache:
 
     def replayed(self) -> None:
         """Count on the host what a replayed step has counted on the device."""
-        for tokens, layer in zip(self._tokens(), self.layers, strict=True):
-            tokens.used += 1
-            layer.tokens_seen += 1
+        for hold in self.holds:
+            hold.count(1)
 
     def counts(self) -> list[int]:
-        """Recent tokens of each layer, as the host counts them."""
-        return [tokens.used for tokens in self._tokens()]
+        """Tokens of each layer, as the host counts them."""
+        return [hold.counted for hold in self.holds]
 
     def recount(self, counts: list[int]) -> None:
         """Go back to `counts`, after a capture that failed half way and has run nothing."""
-        for tokens, layer, used in zip(self._tokens(), self.layers, counts, strict=True):
-            layer.tokens_seen -= tokens.used - used
-            tokens.used = used
+        for hold, counted in zip(self.holds, counts, strict=True):
+            hold.count(counted - hold.counted)
 
     def flush(self) -> bool:
-        """After each step: make pages of full windows. Whether there were any."""
-        flushed = [tokens.flush() for tokens in self._tokens() if tokens.full]
+        """After each step: make pages of full windows, and room where there is none. Whether anything was."""
+        flushed = [hold.flush() for hold in self.holds if hold.full]
         return any(flushed)
 
     def addresses(self) -> list[int]:
         """Where everything lies that a step reads and writes."""
-        return [address for tokens in self._tokens() for address in tokens.addresses()]
+        return [address for hold in self.holds for address in hold.addresses()]
 
-    def _tokens(self) -> list[FixedTokens]:
-        tokens = [layer.fixed for layer in self.layers]
-        return [one for one in tokens if one is not None]
+
+def _shape(layer: Any) -> tuple[int, int]:
+    """(B, Hkv) of a layer with tokens."""
+    keys = (layer.view().sinks if isinstance(layer, PackedLayer) else tokens_of(layer)).keys
+    return keys.shape[0], keys.shape[1]

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from transformers.cache_utils import Cache
 
+from quantpress.cache.fixed_plain import tokens_of
 from quantpress.cache.layer import PackedLayer
 from quantpress.cache.tokens import PackedTokens
 
@@ -130,7 +131,8 @@ def _layer_memory(layer: Any, seen: set[int]) -> LayerMemory:
             LayerMemory(0, 0, 0, 0, 0, 0, 0) if layer.tokens is None else _packed_memory(layer.tokens, seen)
         )
     tensors = [t for t in vars(layer).values() if isinstance(t, torch.Tensor)]
-    states = [t for t in (layer.keys, layer.values) if isinstance(t, torch.Tensor)]
+    held = tokens_of(layer)
+    states = [t for t in (held.keys, held.values) if isinstance(t, torch.Tensor)]
     tokens = states[0].shape[-2] if states and states[0].dim() == 4 else 0
     numbers = sum(t.numel() for t in states)
     return LayerMemory(

@@ -6,6 +6,7 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicS
 
 from quantpress.cache.demotion import CoarsePages
 from quantpress.cache.fixed import FixedTokens
+from quantpress.cache.fixed_plain import FixedLayer
 from quantpress.cache.layer import PackedLayer
 from quantpress.cache.parts import Parts, rebuild, register_maker
 from quantpress.cache.saved_checks import check_tokens
@@ -47,9 +48,10 @@ def _layer_parts(index: int, layer: Any) -> Parts:
     if isinstance(layer, PackedLayer):
         return _packed_layer_parts(layer)
     tensors = {} if layer.get_seq_length() == 0 else {"keys": layer.keys, "values": layer.values}
-    if type(layer) is DynamicLayer:
+    kind = layer.plain if isinstance(layer, FixedLayer) else type(layer)
+    if kind is DynamicLayer:
         return Parts("dynamic_layer", tensors=tensors)
-    if type(layer) is DynamicSlidingWindowLayer:
+    if kind is DynamicSlidingWindowLayer:
         about = {"sliding_window": layer.sliding_window, "seen": layer.cumulative_length}
         return Parts("sliding_window_layer", about, tensors)
     raise InvalidInputError(

@@ -1,7 +1,7 @@
 """Decoding without the host: single-token forwards replay one CUDA graph of the whole model.
 
 A decode step of transformers is a few thousand kernel launches from Python, which takes longer than the
-kernels do. Over a packed cache at fixed addresses (`quantpress.cache.fixed`) every step is the same launches
+kernels do. Over a cache at fixed addresses (`quantpress.cache.fixed_cache`) every step is the same launches
 over the same memory, so they are recorded once and replayed with one call.
 """
 
@@ -14,12 +14,12 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedModel
-from transformers.utils.generic import ModelOutput
 
-from quantpress.cache.fixed_cache import FixedCache, is_mixed, unfixable
+from quantpress.cache.attention import install_packed_attention
+from quantpress.cache.fixed_cache import FixedCache, never_fixable, unfixable
 from quantpress.cache.layer import PackedLayer
 from quantpress.errors import InvalidInputError
-from quantpress.pipelines.single_token import SingleToken, hides_nothing, uncapturable
+from quantpress.pipelines.single_token import SingleToken, copied, hides_nothing, uncapturable, windows_of
 
 WARM_STEPS = 2
 """Steps that run eagerly, at fixed addresses, before the first capture: libraries and kernels load in them,
@@ -37,13 +37,14 @@ def captured_decoding(
     cuda_graph: bool | None = None,
     compile: bool = False,
 ) -> Iterator["CapturedDecoding"]:
-    """While inside, single-token forwards of the model over a packed cache replay a CUDA graph.
+    """While inside, single-token forwards of the model over a cache, packed or not, replay a CUDA graph.
 
     Everything around them stays as it is: `model.generate` with sampling, stopping criteria, processors and
     streamers. Logits are the caller's own copy. The first two tokens run as always, the third is captured
     (about one forward's time), and so is the next after the cache outgrew its room. Other forwards run as
-    always too: several tokens at once, padded batches, caches with a layer that is not packed yet. Where a
-    user would expect the speed and cannot have it, one warning says why.
+    always too: several tokens at once, padded batches, caches in which a packed layer has no full page yet.
+    `DynamicCache`'s own layers, full and sliding, take part with memory of their own. Where a user would
+    expect the speed and cannot have it, one warning says why.
 
     Hooks on parts of the model do not run in a replay; with any, nothing is captured. Do not change or move
     weights inside.
@@ -182,10 +183,9 @@ class CapturedDecoding:
         if self._cache is not None and ours and self._cache.entered:
             self._losses = 0
             return self._sees_all(step.mask)
-        reason = unfixable(step.cache)
-        if reason is not None:
-            packs = [isinstance(layer, PackedLayer) for layer in step.cache.layers]
-            if any(packs) and (not all(packs) or step.cache.offloading or is_mixed(step.cache)):
+        if unfixable(step.cache) is not None:
+            reason = never_fixable(step.cache)
+            if reason is not None and any(isinstance(layer, PackedLayer) for layer in step.cache.layers):
                 self._warn(reason)  # else it is packed in a while
             return False
         if not self._sees_all(step.mask):
@@ -200,7 +200,8 @@ class CapturedDecoding:
             if self._cache is not None:
                 self._cache.release()
             self._graph = None
-            self._cache = FixedCache(step.cache)
+            self._cache = FixedCache(step.cache, windows_of(self._model))
+            _let_attention_read()
         self._cache.enter(self._new_tokens)
         self._check_addresses()
         return True
@@ -241,7 +242,7 @@ class CapturedDecoding:
         graph, output = self._graph
         graph.replay()
         self.replays += 1
-        return _copied(output)
+        return copied(output)
 
     def _record(self, static: SingleToken) -> tuple[torch.cuda.CUDAGraph, Any]:
         """Capture a step. Nothing runs yet, but the host has counted it."""
@@ -274,15 +275,13 @@ class CapturedDecoding:
             warnings.warn(f"decoding runs without a CUDA graph, which is slower: {reason}", stacklevel=2)
 
 
+def _let_attention_read() -> None:
+    """Plain layers may be all there is: no press has let attention read what is ours."""
+    import kvpress  # noqa: F401  wraps attention functions on import, and has to be inside
+
+    install_packed_attention()
+
+
 def _first_line(error: Exception) -> str:
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0] if lines else ''}"
-
-
-def _copied(output: Any) -> Any:
-    """The tensors of a model's output in memory of their own: the next replay writes over them."""
-    if isinstance(output, ModelOutput):
-        return type(output)(**{name: _copied(value) for name, value in output.items()})
-    if isinstance(output, tuple):
-        return tuple(_copied(value) for value in output)
-    return output.clone() if isinstance(output, torch.Tensor) else output

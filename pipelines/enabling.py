@@ -1,8 +1,8 @@
 """One call on a model, and every `generate` after it uses a compressed cache."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from kvpress import BasePress
@@ -25,14 +25,11 @@ from quantpress.pipelines.generate_call import (
     without_places,
 )
 from quantpress.pipelines.masks import fitted_masks
-from quantpress.pipelines.members import as_press, decode_time_presses, renumbers_positions
+from quantpress.pipelines.members import PressOrBits, chosen_press, decode_time_presses, renumbers_positions
 from quantpress.pipelines.preserve import masks_of_cache
 from quantpress.pipelines.replaced import Replaced
-from quantpress.presses import Compose, TurboQuant
+from quantpress.presses import Compose
 from quantpress.presses.composition import AT_EXIT
-from quantpress.presses.presets import PRESETS
-
-PressOrBits: TypeAlias = BasePress | type[BasePress] | Sequence[Any] | str | float | None
 
 _STATE = "_quantpress_enabled"
 
@@ -93,7 +90,7 @@ def enable(
         )
     check_model(model)
     check_choice(cuda_graph)
-    chosen = _chosen_press(press, options)
+    chosen = chosen_press(press, options)
     refuse_capture(rules_out_press(model, chosen), cuda_graph)
     if not any(isinstance(member, AT_EXIT) for member in chosen):
         with chosen(model):  # what cannot work with this model says so now
@@ -248,18 +245,3 @@ class Enabled:
         else:
             with self.press(self.model) if seen == 0 else nullcontext():
                 yield
-
-
-def _chosen_press(press: PressOrBits, options: dict[str, Any]) -> Compose:
-    if press is None:
-        return Compose([TurboQuant(**options)])
-    if isinstance(press, str) and press in PRESETS:
-        return Compose([TurboQuant.preset(press, **options)])
-    if isinstance(press, (int, float)) and not isinstance(press, bool):
-        return Compose([TurboQuant(bits=press, **options)])
-    if options:
-        raise InvalidInputError(
-            f"{', '.join(options)} given beside {press!r}; set them on the press itself, TurboQuant(...)"
-        )
-    chosen = as_press(press)
-    return chosen if isinstance(chosen, Compose) else Compose([chosen])

@@ -4,14 +4,19 @@ kvpress's pipeline asks `isinstance(press, KeyRerotationPress)` and the like, wh
 composition does not answer. Here the question goes to every member.
 """
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from kvpress import BasePress, RestoreKVPress
 
 from quantpress.errors import InvalidInputError
 from quantpress.presses.composition import decodes, rerotates
 from quantpress.presses.expression import parse_press
+
+if TYPE_CHECKING:
+    from quantpress.presses import Compose
+
+PressOrBits: TypeAlias = BasePress | type[BasePress] | Sequence[Any] | str | float | None
 
 
 def as_press(press: Any) -> BasePress | None:
@@ -34,6 +39,30 @@ def as_press(press: Any) -> BasePress | None:
     raise InvalidInputError(
         f"press={press!r} is no press; give a kvpress press, a press class, a list of them, or text"
     )
+
+
+def chosen_press(press: PressOrBits, options: dict[str, Any]) -> "Compose":
+    """What a user gives `enable`, as a composition.
+
+    Raises:
+        CompositionError: presses that do not go together.
+        InvalidInputError: something else, or options beside a press.
+    """
+    from quantpress.presses import Compose, TurboQuant
+    from quantpress.presses.presets import PRESETS
+
+    if press is None:
+        return Compose([TurboQuant(**options)])
+    if isinstance(press, str) and press in PRESETS:
+        return Compose([TurboQuant.preset(press, **options)])
+    if isinstance(press, (int, float)) and not isinstance(press, bool):
+        return Compose([TurboQuant(bits=press, **options)])
+    if options:
+        raise InvalidInputError(
+            f"{', '.join(options)} given beside {press!r}; set them on the press itself, TurboQuant(...)"
+        )
+    chosen = as_press(press)
+    return chosen if isinstance(chosen, Compose) else Compose([chosen])
 
 
 def members(press: BasePress | None) -> Iterator[BasePress]:

@@ -10,6 +10,7 @@ from kvpress import BasePress, DMSPress
 from transformers import Cache, PreTrainedModel
 
 from quantpress.cache.evicted_slots import MASKS, named_to_hide
+from quantpress.cache.fixed_plain import FixedLayer
 from quantpress.cache.text_cache import TextCache
 from quantpress.pipelines.members import members
 from quantpress.presses.model_support import attention_modules
@@ -95,11 +96,14 @@ def _remember(layer: Any) -> Callable[[], None]:
     if hasattr(layer, "snapshot"):
         snapshot = layer.snapshot()
         return lambda: layer.restore(snapshot)
-    in_place = layer.is_compileable
+    if isinstance(layer, FixedLayer):
+        layer.release()
+    in_place, kind = layer.is_compileable, type(layer)
     state = {name: _held(value, in_place) for name, value in vars(layer).items()}
 
     def restore() -> None:
         vars(layer).clear()
+        layer.__class__ = kind
         vars(layer).update(state)
 
     return restore

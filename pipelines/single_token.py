@@ -1,4 +1,4 @@
-"""What a forward over one token was called with, and whether a model can be captured at all."""
+"""What a forward over one token was called with and gives, and whether a model can be captured at all."""
 
 import inspect
 from collections.abc import Mapping
@@ -10,9 +10,16 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
+from transformers.utils.generic import ModelOutput
 
 from quantpress.cache.evicted_slots import named_to_hide
-from quantpress.presses.model_support import attention_modules
+from quantpress.presses.model_support import (
+    attention_modules,
+    in_chunks,
+    is_sliding,
+    unreadable,
+    window_of,
+)
 
 COPIED = ("input_ids", "position_ids", "cache_position")
 OPTIONS = ("logits_to_keep", "return_dict", "use_cache")
@@ -115,6 +122,15 @@ def hides_nothing(mask: torch.Tensor) -> bool:
     return bool(mask.all())
 
 
+def copied(output: Any) -> Any:
+    """The tensors of a model's output in memory of their own: the next replay writes over them."""
+    if isinstance(output, ModelOutput):
+        return type(output)(**{name: copied(value) for name, value in output.items()})
+    if isinstance(output, tuple):
+        return tuple(copied(value) for value in output)
+    return output.clone() if isinstance(output, torch.Tensor) else output
+
+
 def uncapturable(model: PreTrainedModel) -> str | None:
     """Why replays of this model would not do what its forward does; None when they would."""
     devices = {tensor.device for tensor in chain(model.parameters(), model.buffers())}
@@ -124,12 +140,29 @@ def uncapturable(model: PreTrainedModel) -> str | None:
         return "the model is split by tensor parallelism"
     if model.training:
         return "the model is in training mode"
+    modules = attention_modules(model)
+    reason = unreadable(model)
+    if reason is not None:
+        return reason
+    if any(in_chunks(module) for module in modules):
+        return "attention looks back over chunks"
     for name, module in model.named_modules():
         if module is not model and any(map(_is_foreign, _hooks(module))):
             return f"{name} has a forward hook, which a replay would not run"
-    if any(named_to_hide(module) is not None for module in attention_modules(model)):
+    if any(named_to_hide(module) is not None for module in modules):
         return "a head-wise press masks tokens in place of removing them"
     return None
+
+
+def windows_of(model: PreTrainedModel) -> dict[int, int]:
+    """How many tokens a query sees, itself included, by the index of layers in which it does not see all."""
+    windows: dict[int, int] = {}
+    for module in filter(is_sliding, attention_modules(model)):
+        index: Any = module.layer_idx
+        window = window_of(module)
+        if window is not None:
+            windows[index] = window
+    return windows
 
 
 def _hooks(module: nn.Module) -> list[Any]:

@@ -62,9 +62,8 @@ class TextGenerationPipeline(KVPressTextGenerationPipeline):
         progress: a bar over the layers while reading; None shows it in a terminal when that takes long.
         chunk_tokens: see `chunked_prefill`; 0 never, None for contexts of more than 4096 tokens.
         cuda_graph: decode by replaying a CUDA graph (`captured_decoding`): None where it can be done, on a
-            CUDA device, over a cache that TurboQuant has packed; True to refuse what rules it out (the CPU,
-            beams, assisted decoding, a press that acts during decoding, layers that are not packed); False
-            never.
+            CUDA device; True to refuse what rules it out (the CPU, beams, assisted decoding, a press that
+            acts during decoding, a context too short to be packed); False never.
         compile: run the captured step through torch.compile(fullgraph=True) first, which joins the small
             kernels and takes a minute or so, once for a model and shape. What rules a graph out is refused.
         **generation: everything else that `model.generate` takes: do_sample, temperature, top_p, num_beams,

@@ -64,6 +64,19 @@ def is_sliding(module: nn.Module) -> bool:
     return window is not None and (positions is None or window < positions)
 
 
+def window_of(module: nn.Module) -> int | None:
+    """Tokens that a query of a sliding-window module sees, itself included."""
+    own = getattr(module, "sliding_window", None)
+    window = getattr(getattr(module, "config", None), "sliding_window", None) if own is None else own
+    return window if isinstance(window, int) else None
+
+
+def in_chunks(module: nn.Module) -> bool:
+    """Whether a query of this module sees its own chunk of the text only (Llama 4)."""
+    layer_types = getattr(getattr(module, "config", None), "layer_types", None)
+    return layer_types is not None and layer_types[module.layer_idx] == "chunked_attention"
+
+
 def full_attention_modules(model: nn.Module) -> list[nn.Module]:
     """The attention modules that see the whole context: those a press works on."""
     return [module for module in attention_modules(model) if not is_sliding(module)]
@@ -77,18 +90,14 @@ def check_packable(model: nn.Module) -> None:
             layers, or every layer is a sliding window.
     """
     name = type(model).__name__
-    modules = attention_modules(model)
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         raise UnsupportedModelError(
             f"{name} is an encoder-decoder model; TurboQuant packs decoder-only models"
         )
-    if not modules:
-        raise UnsupportedModelError(
-            f"{name} has no decoder attention with a cache that can be packed; use it without TurboQuant"
-        )
-    for module in modules:
-        _check_attention(name, module)
-    if all(is_sliding(module) for module in modules):
+    reason = unreadable(model)
+    if reason is not None:
+        raise UnsupportedModelError(f"{name} cannot be packed: {reason}; use it without TurboQuant")
+    if all(is_sliding(module) for module in attention_modules(model)):
         raise UnsupportedModelError(
             f"every layer of {name} is a sliding window, and those stay unpacked; use it without TurboQuant, "
             "or set config.sliding_window=None if the context fits the window"
@@ -119,27 +128,27 @@ def check_evictable(model: nn.Module) -> None:
         )
 
 
-def _check_attention(name: str, module: nn.Module) -> None:
+def unreadable(model: nn.Module) -> str | None:
+    """Why a model's attention cannot read layers of ours; None when it can."""
+    modules = attention_modules(model)
+    if not modules:
+        return "it has no decoder attention with a cache of keys and values"
+    return next((reason for reason in map(_unreadable, modules) if reason is not None), None)
+
+
+def _unreadable(module: nn.Module) -> str | None:
     attention = type(module).__name__
     config = getattr(module, "config", None)
     if getattr(config, "model_type", None) in _CHANGED_AFTER_CACHE:
-        raise UnsupportedModelError(
-            f"{name} cannot be packed: {attention} changes or shares keys and values after the cache has "
-            "returned them; use an eviction press without TurboQuant"
-        )
+        return f"{attention} changes or shares keys and values after the cache has returned them"
     if not hasattr(sys.modules[type(module).__module__], "ALL_ATTENTION_FUNCTIONS"):
-        raise UnsupportedModelError(
-            f"{name} cannot be packed: {attention} does not call attention through transformers' "
-            "ALL_ATTENTION_FUNCTIONS; use an eviction press without TurboQuant"
-        )
+        return f"{attention} does not call attention through transformers' ALL_ATTENTION_FUNCTIONS"
     if config is None:
-        raise UnsupportedModelError(
-            f"{name} cannot be packed: {attention} is not attention over a cache of keys and values; use it "
-            "without TurboQuant"
-        )
+        return f"{attention} is not attention over a cache of keys and values"
     implementation = getattr(config, "_attn_implementation", None) or "eager"
     if implementation not in SUPPORTED_ATTENTION:
-        raise UnsupportedModelError(
-            f"attn_implementation={implementation!r} cannot read packed layers; load {name} with "
-            f'attn_implementation="sdpa" (or one of {", ".join(SUPPORTED_ATTENTION)})'
+        return (
+            f"attn_implementation={implementation!r} cannot read packed layers (load it with "
+            f'attn_implementation="sdpa", or one of {", ".join(SUPPORTED_ATTENTION)})'
         )
+    return None

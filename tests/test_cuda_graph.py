@@ -19,7 +19,7 @@ from quantpress.pipelines.captured import WARM_STEPS, CapturedDecoding, captured
 from quantpress.pipelines.enabling import enable
 from quantpress.presses import AdaKV, Compose, PyramidKV, SnapKV, TurboQuant
 from tests.pipelines.words import ours, text
-from tests.tiny_models import VOCABULARY, prompt
+from tests.tiny_models import VOCABULARY, prompt, tiny_model
 
 pytestmark = pytest.mark.gpu
 NEW_TOKENS = 300  # several flushes
@@ -329,3 +329,60 @@ def test_the_pipeline_compiles() -> None:
     pipe.device = pipe.model.device
     arguments = {"press": TurboQuant(bits=4), "question": text(5, seed=1), "max_new_tokens": 20}
     assert pipe(text(900), compile=True, **arguments) == pipe(text(900), **arguments)
+
+
+@pytest.mark.parametrize("configured", [True, False], ids=["sliding_layers", "plain_layers"])
+@pytest.mark.parametrize("packed", [False, True], ids=["plain", "packed"])
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gemma3", "qwen2_sliding", "mistral_sliding"])
+def test_layers_that_nothing_packs_are_captured(family: str, packed: bool, configured: bool) -> None:
+    """Windows of 64 tokens go round; tokens of the eager step, and of plain layers in float32."""
+    if packed and family == "mistral_sliding":
+        pytest.skip("no layer to pack")
+    model, ids = copy.deepcopy(tiny_model(family)).cuda(), prompt(300).cuda()
+    options = {"max_new_tokens": 150, "do_sample": False, "pad_token_id": 0}
+
+    def filled() -> DynamicCache:
+        cache = DynamicCache(config=model.config) if configured else DynamicCache()
+        with torch.no_grad(), TurboQuant(codec=lossless)(model) if packed else contextlib.nullcontext():
+            model(ids[:, :-1], past_key_values=cache)
+        return cache
+
+    with captured_decoding(model, cuda_graph=False):
+        eager = model.generate(ids, past_key_values=filled(), **options)
+    with captured_decoding(model, cuda_graph=True) as steps:
+        got = model.generate(ids, past_key_values=filled(), **options)
+    assert torch.equal(got, eager) and got.unique().numel() > 20
+    assert (steps.captures, steps.replays) == (1, 150 - WARM_STEPS)
+    assert torch.equal(got, model.generate(ids, past_key_values=filled(), **options))
+
+
+def test_sliding_layers_do_not_wait_for_the_device() -> None:
+    model, token = copy.deepcopy(tiny_model("gemma3")).cuda().bfloat16(), prompt(1, seed=2).cuda()
+    cache, sizes = DynamicCache(config=model.config), []
+    with torch.no_grad(), captured_decoding(model, new_tokens=300) as steps:
+        model(prompt(40).cuda(), past_key_values=cache)
+        for number in range(120):  # the window fills after 24
+            torch.cuda.set_sync_debug_mode("error" if number > 5 else "default")
+            token = model(token, past_key_values=cache).logits[:, -1:].argmax(-1)
+            sizes.append(torch.cuda.memory_allocated())
+        torch.cuda.set_sync_debug_mode("default")
+    assert steps.replays == 120 - WARM_STEPS and sizes[10] == sizes[-1]
+
+
+def test_an_evicted_cache_is_captured() -> None:
+    model = model_on_cuda()
+    press = Compose([SnapKV(0.5)])
+    with captured_decoding(model, cuda_graph=False, new_tokens=NEW_TOKENS):
+        expected = answer(model, read(model, press))
+    with captured_decoding(model, cuda_graph=True, new_tokens=NEW_TOKENS) as steps:
+        got = answer(model, read(model, press))
+    assert torch.equal(got, expected) and steps.replays == NEW_TOKENS - 1 - WARM_STEPS
+
+
+def test_a_plain_cache_that_outgrows_its_room_is_captured_again() -> None:
+    model = model_on_cuda()
+    with captured_decoding(model, cuda_graph=False, new_tokens=10):
+        expected = answer(model, read(model, None), max_new_tokens=60)
+    with captured_decoding(model, cuda_graph=True, new_tokens=10) as steps:
+        got = answer(model, read(model, None), max_new_tokens=60)
+    assert torch.equal(got, expected) and steps.captures == 2

@@ -1,6 +1,7 @@
 """Attention over dense and packed segments: the public entry, and the seam where a device kernel goes in."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -8,6 +9,7 @@ from quantpress.errors import InvalidInputError
 from quantpress.kernels.attend.operands import DenseSegment, PackedSegment, PackedSide, Segment, Visibility
 from quantpress.kernels.attend.reference import attend_reference
 from quantpress.kernels.attend.triton_attend import attend_triton, supports
+from quantpress.kernels.attend.triton_dense import attend_dense, supports_dense
 from quantpress.kernels.available import runs_triton
 
 __all__ = ["DenseSegment", "PackedSegment", "PackedSide", "Segment", "Visibility", "attend"]
@@ -58,13 +60,14 @@ def attend(
         _check_lengths(segment, (query.shape[0], heads), query.device)
     if slots is not None:
         _check_slots(slots, filled, query)
-    if runs_triton(query.device) and supports(query, filled, visibility):
-        return attend_triton(
-            query, filled, visibility, scaling=scaling, softcap=softcap, sinks=sinks, slots=slots
-        )
+    options: dict[str, Any] = {"scaling": scaling, "softcap": softcap, "sinks": sinks}
+    fast = runs_triton(query.device)
+    if fast and supports(query, filled, visibility):
+        return attend_triton(query, filled, visibility, slots=slots, **options)
     if slots is not None:
         filled = [segment.of_slots(slots) for segment in filled]
-    return attend_reference(query, filled, visibility, scaling=scaling, softcap=softcap, sinks=sinks)
+    dense = fast and supports_dense(query, filled, visibility)
+    return (attend_dense if dense else attend_reference)(query, filled, visibility, **options)
 
 
 def _check_slots(slots: torch.Tensor, segments: Sequence[Segment], query: torch.Tensor) -> None:

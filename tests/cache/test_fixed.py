@@ -6,6 +6,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer, StaticLayer
 
 from quantpress.cache import PackedLayer, cache_memory
 from quantpress.cache.attention import attend_step
@@ -116,9 +117,8 @@ def test_device_counts_what_the_host_counts(settings: LayerSettings) -> None:
     fixed.enter()
     for count in (1, 130):
         steps(fixed, count)
-        for layer, window in zip(fixed.layers, fixed.windows, strict=True):
-            tokens = layer.fixed
-            assert tokens is not None
+        for layer in fixed.layers:
+            tokens, window = layer.fixed, layer.fixed.window
             assert window.recent.unique().tolist() == [tokens.used] == [int(window.place) + 1]
             assert window.packed.unique().tolist() == [tokens.packed]
 
@@ -221,7 +221,7 @@ def test_memory_counts_the_room() -> None:
             for plane in layer.tokens.key_pages.tensors + layer.tokens.value_pages.tensors
         )
         assert after.packed_bytes >= before.packed_bytes + 9 * page
-    window = fixed.windows[0]
+    window = fixed.layers[0].fixed.window
     assert memory.layers[0].dense_bytes >= window.keys.nbytes + window.values.nbytes
     fixed.release()
     assert cache_memory(cache).dense_bytes == plain.dense_bytes
@@ -244,14 +244,14 @@ def test_numbers_that_are_not_finite_are_refused_at_the_flush() -> None:
 
 
 def test_caches_that_cannot_be_fixed() -> None:
-    plain = DynamicCache()
-    plain.update(*states(300), 0)
-    mixed = filled(SETTINGS["lossless"])
-    mixed.layers.append(plain.layers[0])
+    static = filled(SETTINGS["lossless"])
+    static.layers.append(StaticLayer(300))
+    empty = filled(SETTINGS["lossless"])
+    empty.layers.append(DynamicLayer())
     short = filled(SETTINGS["lossless"], lengths=(300, 50))
     for cache, reason in (
-        (plain, "layers 0 of"),
-        (mixed, "layers 2 of"),
+        (static, "layers 2 of the cache are StaticLayers"),
+        (empty, "layer 2 of the cache has no tokens"),
         (short, "layer 1 of"),
         (DynamicCache(), "no layers"),
     ):
@@ -259,4 +259,4 @@ def test_caches_that_cannot_be_fixed() -> None:
         with pytest.raises(InvalidInputError, match=reason):
             FixedCache(cache)
     with pytest.raises(InvalidInputError, match="none of the 50 tokens"):
-        short.layers[1].fix(FixedCache(filled(SETTINGS["lossless"])).windows[0])
+        short.layers[1].fix(FixedCache(filled(SETTINGS["lossless"])).holds[0].window)

@@ -11,10 +11,11 @@ from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingW
 
 from quantpress.cache import LayerSettings, PackedLayer, cache_memory
 from quantpress.cache.cache_file import read_file
-from quantpress.cache.fixed import StepCounters, Window
+from quantpress.cache.fixed import Window
 from quantpress.cache.parts import Parts, rebuild
 from quantpress.cache.saved_codec import codec_of, codec_parts, constants_digest
 from quantpress.cache.saved_layers import cache_of, cache_parts
+from quantpress.cache.step_counters import StepCounters
 from quantpress.codecs.spec import CodecSpec
 from quantpress.errors import InvalidInputError
 from quantpress.kernels.attend import Visibility, attend

@@ -14,7 +14,7 @@ from quantpress.errors import InvalidInputError
 from quantpress.kernels.page_codec import RawPages
 from quantpress.pipelines import decoding
 from quantpress.pipelines.captured import captured_decoding
-from quantpress.presses import AdaKV, Compose, PyramidKV, SnapKV, TurboQuant
+from quantpress.presses import AdaKV, Compose, Demote, PyramidKV, SnapKV, TurboQuant
 from tests.cache.caches import lossless, packed_cache, scalar
 from tests.pipelines.cases import CONTEXT, DECODING, PACKED, QUESTIONS
 from tests.pipelines.words import ours, text
@@ -270,12 +270,12 @@ def test_warnings_name_the_reason() -> None:
         handle.remove()
     with captured_decoding(model), pytest.warns(UserWarning, match="beam search"):
         generate(model, ids, packed_cache(model, lossless(recent_tokens=16)), max_new_tokens=10, num_beams=2)
-    with (
-        captured_decoding(tiny_model("gemma3")),
-        pytest.warns(UserWarning, match="layers 0 of the cache are not packed"),
-    ):
-        gemma = tiny_model("gemma3")
-        generate(gemma, ids, packed_cache(gemma, lossless(recent_tokens=16)), max_new_tokens=5)
+    mixed = read(model, Compose([Demote(SnapKV(0.4, window_size=16)), TurboQuant(bits=4, recent_tokens=16)]))
+    with captured_decoding(model), pytest.warns(UserWarning, match="packed in two widths"):
+        generate(model, torch.cat([prompt(700), ids], 1), mixed, max_new_tokens=5)
+    bloom = tiny_model("bloom", "eager")
+    with captured_decoding(bloom), pytest.warns(UserWarning, match="does not call attention through"):
+        generate(bloom, ids, DynamicCache(), max_new_tokens=5)
 
 
 def test_wrong_arguments() -> None:
@@ -364,7 +364,7 @@ def test_what_rules_compile_out_is_named(arguments: dict[str, Any], reason: str)
         ({"num_beams": 2}, "beams reorder"),
         ({"prompt_lookup_num_tokens": 2}, "assisted decoding"),
         ({"press": DECODING["decoding"]()}, "DecodingPress acts"),
-        ({"press": None}, "layers 0, 1, 2 of the cache are not packed"),
+        ({"press": "Demote(SnapKV(0.5)) | TurboQuant(bits=4)"}, "tokens are packed in two widths"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else None,
 )

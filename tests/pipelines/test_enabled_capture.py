@@ -40,8 +40,8 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[CapturedDecoding]:
 
 @pytest.mark.parametrize(
     "press",
-    [lossless(), Compose([SNAP, lossless()]), Compose([KeyRerotation(StreamingLLM(0.3)), lossless()])],
-    ids=["packed", "evicted", "rerotated"],
+    [lossless(), Compose([SNAP, lossless()]), SNAP, Compose([KeyRerotation(StreamingLLM(0.3)), lossless()])],
+    ids=["packed", "evicted_and_packed", "evicted", "rerotated"],
 )
 def test_turns_of_a_chat(press: Any, made: list[CapturedDecoding]) -> None:
     """Each call has steps of its own, and leaves a cache that grows and can be given back."""
@@ -52,7 +52,7 @@ def test_turns_of_a_chat(press: Any, made: list[CapturedDecoding]) -> None:
             first = model.generate(IDS, **FULL)
             conversation = torch.cat([first.sequences, NEXT], dim=1)
             second = model.generate(conversation, past_key_values=first.past_key_values, **FULL)
-            assert all(layer.fixed is None for layer in second.past_key_values.layers)
+            assert all(getattr(la, "fixed", None) is None for la in second.past_key_values.layers)
             assert second.past_key_values.get_seq_length() == TOKENS + 10 + 20 + 9
             answers.append(second.sequences)
     assert torch.equal(*answers)
