@@ -120,6 +120,7 @@ class CapturedDecoding:
         captures: graphs made.
         eager_steps: steps at fixed addresses without a graph.
         warned: whether it was said why there is no graph; it is said once.
+        may_capture: asked before a graph is made; until it says True, steps run without.
     """
 
     def __init__(
@@ -132,6 +133,7 @@ class CapturedDecoding:
     ) -> None:
         self.replays = self.captures = self.eager_steps = 0
         self.warned = False
+        self.may_capture: Callable[[], bool] = lambda: True
         self._model, self._forward, self._new_tokens = model, forward, new_tokens
         self._capture = model.device.type == "cuda" and cuda_graph is not False
         self._required = cuda_graph is True
@@ -226,7 +228,7 @@ class CapturedDecoding:
         if self._static is None or not self._static.like(step):
             self._static, self._graph = step.static(self._model), None
         self._static.fill(step)
-        if self._graph is None and self._capture and self._cold <= 0:
+        if self._graph is None and self._capture and self._cold <= 0 and self.may_capture():
             try:
                 self._graph = self._record(self._static)
             except Exception as error:  # whatever the model does that a graph cannot hold

@@ -127,11 +127,13 @@ class Enabled:
         model, press, cuda_graph: the same.
         lock: held during each forward.
         warned: whether it was said why there is no graph.
+        calls: of `generate` that are running.
     """
 
     def __init__(self, model: PreTrainedModel, press: Compose, cuda_graph: bool | None = None) -> None:
         self.model, self.press, self.cuda_graph = model, press, cuda_graph
         self.lock, self.warned = ModelLock(), False
+        self.calls: list[GenerateCall] = []
         self._decodes = bool(decode_time_presses(press))
         self._reads_again = any(isinstance(member, AT_EXIT) for member in press)
         vars(model)[_STATE] = self
@@ -183,7 +185,7 @@ class Enabled:
         """`model._prepare_cache_for_generation`, which puts a cache into `inputs`."""
         call = self._current_call()
         if call is not None:
-            call.choose_steps(mode, self._replaced[0].original)
+            call.choose_steps(config, mode, self._replaced[0].original)
         given = inputs.get("past_key_values")
         result = prepare(config, inputs, mode, *rest)
         if given is not None or config.use_cache is False:

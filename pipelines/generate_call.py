@@ -29,6 +29,7 @@ class GenerateCall:
         entered: whether the press's context is open until then.
         cache: the one that this call has made.
         steps: its single-token forwards; None: they run as always.
+        samples: whether it draws random numbers between forwards.
     """
 
     def __init__(self, owner: Any, presses: ExitStack) -> None:
@@ -36,32 +37,47 @@ class GenerateCall:
         self.entered = False
         self.cache: TextCache | None = None
         self.steps: CapturedDecoding | None = None
+        self.samples = False
+        with owner.lock:
+            owner.calls.append(self)
 
-    def choose_steps(self, mode: GenerationMode, forward: Callable[..., Any]) -> None:
+    def choose_steps(
+        self, config: GenerationConfig, mode: GenerationMode, forward: Callable[..., Any]
+    ) -> None:
         """Decode by replaying graphs, where this call can.
 
         Args:
+            config: of the call.
             mode: how it decodes.
             forward: the model's own.
 
         Raises:
             InvalidInputError: it cannot, and the owner's cuda_graph is True.
         """
-        owner = self.owner
+        owner, self.samples = self.owner, bool(config.do_sample)
         if owner.cuda_graph is False or rules_out_press(owner.model, owner.press) is not None:
             return
         if mode not in TOKEN_BY_TOKEN:
             refuse_capture(f"{mode.value} does not decode one token after the other", owner.cuda_graph)
             return
         self.steps = CapturedDecoding(owner.model, forward, None, owner.cuda_graph)
-        self.steps.warned = owner.warned
+        self.steps.warned, self.steps.may_capture = owner.warned, self.may_capture
+
+    def may_capture(self) -> bool:
+        """Whether no other call can draw random numbers meanwhile, which CUDA's generator would refuse.
+
+        A call that starts now waits for the model, which a forward of this one holds.
+        """
+        return not any(call.samples for call in self.owner.calls if call is not self)
 
     def close(self) -> None:
         """Let the graphs go, and the cache grow again."""
-        if self.steps is not None:
-            with self.owner.lock:
-                self.owner.warned |= self.steps.warned
-                self.steps.close()
+        with self.owner.lock:
+            self.owner.calls.remove(self)
+            steps, self.steps = self.steps, None
+            if steps is not None:
+                self.owner.warned |= steps.warned
+                steps.close()
 
 
 TOKEN_BY_TOKEN = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)

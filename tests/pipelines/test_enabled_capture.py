@@ -175,6 +175,62 @@ def test_threads_step_under_the_lock_of_the_model(
     assert len(held) == 27 and all(held)
 
 
+def test_no_graph_is_made_while_another_call_samples(
+    made: list[CapturedDecoding], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A draw during a capture is an error of CUDA's generator. Calls that do not draw are no hindrance."""
+    model, asked = tiny_model("llama"), threading.local()
+    first, second, stepped = threading.Event(), threading.Event(), threading.Event()
+    allowed: dict[str, list[bool]] = {"sampled": [], "greedy": []}
+    run = CapturedDecoding._run
+
+    def noted(self: CapturedDecoding, step: Any) -> Any:
+        allowed[asked.name].append(self.may_capture())
+        if asked.name == "greedy":
+            stepped.set()
+        return run(self, step)
+
+    monkeypatch.setattr(CapturedDecoding, "_run", noted)
+    with enable(model, lossless()):
+
+        def answer(name: str, own: threading.Event, other: threading.Event) -> None:
+            asked.name = name
+
+            def meet(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+                own.set()  # in the middle of both calls
+                assert other.wait(30) and (name == "greedy" or ids.shape[1] == TOKENS or stepped.wait(30))
+                return scores
+
+            options = {**GREEDY, "do_sample": name == "sampled", "logits_processor": [meet]}
+            model.generate(IDS, **options)
+
+        threads = [
+            threading.Thread(target=answer, args=("sampled", first, second)),
+            threading.Thread(target=answer, args=("greedy", second, first)),
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert all(allowed["sampled"]) and not allowed["greedy"][0]
+        asked.name = "greedy"
+        allowed["greedy"].clear()
+        model.generate(IDS, **GREEDY)
+    assert all(allowed["greedy"]) and len(allowed["greedy"]) == 9
+
+
+def test_steps_run_without_a_graph_until_one_may_be_made() -> None:
+    """On the CPU a capture fails and is given up with a warning, which is an error here."""
+    model = tiny_model("llama")
+    with enable(model, lossless()), captured_decoding(model) as steps:
+        steps._capture, steps.may_capture = True, lambda: False
+        model.generate(IDS, **GREEDY)
+        assert steps.eager_steps == 9
+        steps.may_capture = lambda: True
+        with pytest.warns(UserWarning, match="cannot be captured"):
+            model.generate(IDS, **GREEDY)
+
+
 def test_captured_decoding_around_takes_their_place(made: list[CapturedDecoding]) -> None:
     model = tiny_model("llama")
     with enable(model, lossless()):
