@@ -80,6 +80,13 @@ class Layout:
         return HeadCounts.of(self.in_use, self.absent, sinks, evicted, whole_from)
 
 
+def prefill_layout(settings: LayerSettings, hidden: torch.Tensor) -> Layout:
+    """Where `pack_by_head` puts the tokens that `hidden` [B, Hkv, T] bool leaves."""
+    slot = torch.arange(hidden.shape[2], device=hidden.device)
+    sinks_from = (slot < settings.sink_tokens) | (slot < last_hidden(hidden).unsqueeze(-1))
+    return Layout.of(~hidden, settings.sink_tokens, sinks_from, settings.recent_tokens)
+
+
 def pack_by_head(
     settings: LayerSettings,
     keys: torch.Tensor,
@@ -106,9 +113,7 @@ def pack_by_head(
         wanted = f"bool {tuple(keys.shape[:3])}"
         raise InvalidInputError(f"hidden must be {wanted}, got {hidden.dtype} {tuple(hidden.shape)}")
     slots, last = hidden.shape[2], last_hidden(hidden)
-    slot = torch.arange(slots, device=hidden.device)
-    sinks_from = (slot < settings.sink_tokens) | (slot < last.unsqueeze(-1))
-    layout = Layout.of(~hidden, settings.sink_tokens, sinks_from, settings.recent_tokens)
+    layout = prefill_layout(settings, hidden)
     tokens = PackedTokens(settings, keys[:, :, :0], values[:, :, :0])
     tokens.query_moment = query_moment
     heads = layout.counts(slots, int(last.amax()) + 1)

@@ -2,6 +2,7 @@
 
 import torch
 
+from quantpress.cache.eviction import prefill_layout
 from quantpress.cache.memory import BYTES_16_BIT, LayerMemory
 from quantpress.cache.settings import LayerSettings
 from quantpress.codecs.transform import ChannelTransform
@@ -11,6 +12,7 @@ from quantpress.kernels.page_codec import PageCodec
 
 _STATISTIC_BYTES = 4  # of a channel's mean or weight, float32
 _ORDER_BYTES = 2  # of a channel's place, int16
+_COUNT_BYTES = 4  # of a head's counts and of a page's row, int32
 
 
 def layer_estimate(
@@ -58,6 +60,25 @@ def layer_estimate(
         bf16_bytes=bf16_bytes,
         token_bytes=token_bytes,
     )
+
+
+def head_wise_bytes(settings: LayerSettings, hidden: torch.Tensor, balanced: bool = True) -> int:
+    """The bytes of one layer right after a head-wise eviction, in a model of 16 bits.
+
+    Args:
+        settings: how it is stored.
+        hidden: [B, Hkv, T] bool, True where a head does not keep a token. Waits for its device.
+        balanced: whether queries are known to balance the channels with.
+    """
+    layout = prefill_layout(settings, hidden)
+    keys, values = settings.key_codec, settings.value_codec
+    heads = hidden.shape[0] * hidden.shape[1]
+    dense = layout.sinks.shape[2] + layout.rest.shape[2] - layout.packed
+    pages = layout.packed // PAGE_TOKENS
+    counts = 2 * _COUNT_BYTES + pages * _COUNT_BYTES  # sinks, absent places, a line of the table
+    of_a_head = dense * (keys.head_dim + values.head_dim) * BYTES_16_BIT + counts
+    of_a_head += _statistics(settings, pages > 0, balanced)
+    return heads * of_a_head + int(layout.held.sum()) * (page_nbytes(keys) + page_nbytes(values))
 
 
 def page_nbytes(codec: PageCodec) -> int:

@@ -5,7 +5,7 @@ kvpress's presses alone. All of them are held for real; nothing is simulated.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from kvpress import BasePress
 
@@ -31,11 +31,13 @@ class Arm:
         name: unique in a run; what tables and records call it.
         make: makes a fresh press for every reading; None keeps the cache as it is.
         kind: "control", "eviction", "quantizer", "combined", "grid" or "yours".
+        one_by_one: its press takes no batch: documents are read one at a time.
     """
 
     name: str
     make: MakePress
     kind: str
+    one_by_one: bool = field(default=False, kw_only=True)
 
 
 def check_names(arms: Sequence[Arm]) -> None:

@@ -1,7 +1,8 @@
 """At the same bytes: n tokens in 16 bits, 4n in 4, 5n in 3 or 7n in 2?
 
 For each budget, press and width, a ratio is found with which evicting and packing leaves as many bytes as the
-budget allows. Records hold the bytes that were then measured.
+budget allows; KVzip's in each text, since its heads keep different numbers of tokens. Records hold the bytes
+that were then measured.
 """
 
 from collections.abc import Sequence
@@ -13,7 +14,8 @@ from transformers import PreTrainedConfig
 
 from quantpress.cache.codec import TurboQuantCodec
 from quantpress.errors import InvalidInputError
-from quantpress.pipelines.evaluation.arms import Arm
+from quantpress.pipelines.evaluation.arms import Arm, MakePress
+from quantpress.pipelines.evaluation.filled_kvzip import filled_kvzip
 from quantpress.presses import (
     Compose,
     ExpectedAttention,
@@ -31,6 +33,9 @@ PRESSES = {
     "ExpectedAttention": ExpectedAttention,
     "KeyDiff": KeyDiff,
 }
+HEAD_WISE = "KVzip"
+"""Reads the context twice and chooses tokens head by head, one text at a time."""
+GRID_PRESSES = (*PRESSES, HEAD_WISE)
 SINK_TOKENS, RECENT_TOKENS = 4, 32
 """Windows of the packed arms; few recent tokens, since at small budgets they would be most of the bytes."""
 DENSE_BITS = 16
@@ -92,7 +97,7 @@ class GridArm(Arm):
         press: the evictor's name, or `EVERY_TOKEN`.
         bits: the width of what is kept; 16 is not packed.
         budget: bytes allowed, as a part of the whole context's in 16 bits.
-        tokens: kept.
+        tokens: kept, in every head alike; KVzip's heads keep about as many, each its own number.
     """
 
     press: str
@@ -108,26 +113,34 @@ def grid_arms(
 
     Args:
         shape: of the cache.
-        presses: names out of `PRESSES`.
+        presses: names out of `GRID_PRESSES`.
         widths: bits, 16 for no packing.
         budgets: parts of the whole context's bytes in 16 bits.
 
     Raises:
-        InvalidInputError: a press that is not in `PRESSES`, or a budget that holds no token.
+        InvalidInputError: a press that is not in `GRID_PRESSES`, or a budget that holds no token.
     """
-    unknown = [name for name in presses if name not in PRESSES]
+    unknown = [name for name in presses if name not in GRID_PRESSES]
     if unknown:
-        raise InvalidInputError(f"the grid has no press {unknown[0]!r}; use some of {', '.join(PRESSES)}")
+        raise InvalidInputError(
+            f"the grid has no press {unknown[0]!r}; use some of {', '.join(GRID_PRESSES)}"
+        )
     arms: dict[str, GridArm] = {}
     for budget in budgets:
         for bits in widths:
             tokens = shape.tokens(budget, bits)
             whole = tokens == shape.context
             for press in (EVERY_TOKEN,) if whole else presses:
-                name = f"{EVERY_TOKEN}, {bits} bits" if whole else f"{press}, {tokens} tokens, {bits} bits"
-                make = partial(make_press, press, bits, tokens, shape.context)
-                arms.setdefault(name, GridArm(name, make, "grid", press, bits, budget, tokens))
-    return list(arms.values())
+                name = f"{press}, {bits} bits" if whole else f"{press}, {tokens} tokens, {bits} bits"
+                make: MakePress = partial(make_press, press, bits, tokens, shape.context)
+                if press == HEAD_WISE:
+                    name = f"{press} within {budget:g}, {bits} bits"
+                    make = partial(
+                        filled_kvzip, budget * shape.bytes(shape.context, DENSE_BITS), _quantizer(bits)
+                    )
+                arm = GridArm(name, make, "grid", press, bits, budget, tokens, one_by_one=press == HEAD_WISE)
+                arms.setdefault(name, arm)
+    return sorted(arms.values(), key=lambda arm: arm.press == HEAD_WISE)  # the slowest last
 
 
 def make_press(name: str, bits: int, tokens: int, context: int) -> BasePress | None:
@@ -135,7 +148,13 @@ def make_press(name: str, bits: int, tokens: int, context: int) -> BasePress | N
     evictor = None
     if tokens < context:  # kvpress keeps int(context * (1 - ratio))
         evictor = PRESSES[name](1 - (tokens + 0.5) / context)
+    quantizer = _quantizer(bits)
+    if evictor is None or quantizer is None:
+        return evictor or quantizer
+    return Compose([evictor, quantizer])
+
+
+def _quantizer(bits: int) -> TurboQuant | None:
     if bits == DENSE_BITS:
-        return evictor
-    quantizer = TurboQuant(bits=bits, sink_tokens=SINK_TOKENS, recent_tokens=RECENT_TOKENS)
-    return quantizer if evictor is None else Compose([evictor, quantizer])
+        return None
+    return TurboQuant(bits=bits, sink_tokens=SINK_TOKENS, recent_tokens=RECENT_TOKENS, detect_sinks=0)

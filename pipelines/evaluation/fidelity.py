@@ -14,7 +14,7 @@ from quantpress.cache import cache_memory
 from quantpress.errors import InvalidInputError, NonFiniteError
 from quantpress.pipelines.evaluation.attention_error import AttentionError, attention_errors
 from quantpress.pipelines.evaluation.documents import Document
-from quantpress.pipelines.evaluation.reference import read_reference
+from quantpress.pipelines.evaluation.reference import Reference, read_reference
 from quantpress.pipelines.evaluation.teacher_forcing import CHUNK_TOKENS, divergence, score_continuation
 from quantpress.pipelines.preserve import unchanged_model
 from quantpress.pipelines.reading import read_context
@@ -81,12 +81,12 @@ class FidelityProbe:
         with torch.inference_mode():
             self.reference = read_reference(model, self.ids, self.context, queries)
 
-    @torch.inference_mode()
-    def over(self, press: BasePress | None) -> list[Fidelity]:
+    def over(self, press: BasePress | None, *, one_by_one: bool = False) -> list[Fidelity]:
         """Read the documents under a press and score their continuations over what it has left.
 
         Args:
             press: None keeps the whole cache, and shows what chunks and rounding alone change.
+            one_by_one: read one document at a time, for a press that takes no batch.
 
         Returns:
             One result for each document.
@@ -95,15 +95,21 @@ class FidelityProbe:
             InvalidInputError: the press cannot compress contexts of this length.
             NonFiniteError: the model's logits over this cache hold NaN or infinity.
         """
-        ids, context = self.ids, self.context
+        count = self.ids.shape[0]
+        parts = [slice(i, i + 1) for i in range(count)] if one_by_one else [slice(0, count)]
+        return [result for part in parts for result in self._over(press, part)]
+
+    @torch.inference_mode()
+    def _over(self, press: BasePress | None, entries: slice) -> list[Fidelity]:
+        ids, context, reference = self.ids[entries], self.context, self.reference.of(entries)
         cache, begin = DynamicCache(), time.perf_counter()
         with unchanged_model(self.model), torch.random.fork_rng([ids.device] if ids.is_cuda else []):
             torch.manual_seed(0)  # some presses draw random projections
             position = read_context(self.model, ids[:, :context], cache, press, progress=False)
             memory = cache_memory(cache)
             with _named_failure(press):
-                errors = attention_errors(self.model, self.reference, cache, memory) if self.queries else None
-                kl, agree, nll, reference_nll = self._scored(cache, position)
+                errors = attention_errors(self.model, reference, cache, memory) if self.queries else None
+                kl, agree, nll, reference_nll = self._scored(cache, position, ids, reference)
         batch, seconds = ids.shape[0], time.perf_counter() - begin
         whole = context * sum(layer.token_bytes for layer in memory.layers)
         return [
@@ -120,13 +126,15 @@ class FidelityProbe:
             for i in range(batch)
         ]
 
-    def _scored(self, cache: Cache, position: int) -> list[list[Any]]:
+    def _scored(
+        self, cache: Cache, position: int, ids: torch.Tensor, reference: Reference
+    ) -> list[list[Any]]:
         """What `_compare` finds, over the whole continuation."""
         parts, done = [], 0
-        continuation = self.ids[:, self.context :]
+        continuation = ids[:, self.context :]
         for other in score_continuation(self.model, cache, continuation, position, self.chunk_tokens):
             end = done + other.shape[1]
-            exact = self.reference.log_probs[:, done:end]
+            exact = reference.log_probs[:, done:end]
             parts.append(_compare(exact, other, continuation[:, done + 1 : end + 1]))
             done = end
         columns = [torch.cat(column, dim=1) for column in zip(*parts, strict=True)]

@@ -22,6 +22,7 @@ def report(records: Records, findings: Findings) -> str:
         parts += ["## Fidelity of continuations", FIDELITY_NOTE, fidelity_table(findings.fidelity)]
     if findings.grid:
         parts += ["## Eviction and bits at equal bytes", GRID_NOTE, grid_table(findings.grid)]
+        parts += [_budget_note(findings.grid)]
     if findings.tasks:
         parts += ["## Tasks", TASK_NOTE, task_table(findings.tasks), _weak_note(findings.tasks)]
     refused = [f"- {line['arm']}, {line['case']}: {line['reason']}" for line in records.of(REFUSED)]
@@ -29,6 +30,8 @@ def report(records: Records, findings: Findings) -> str:
         parts += ["## Refused", "\n".join(refused)]
     return "\n\n".join(part for part in parts if part) + "\n"
 
+
+BUDGET_TOLERANCE = 0.01
 
 FIDELITY_NOTE = """\
 KL(uncompressed || compressed) in nats over the tokens of each continuation, teacher-forced through the
@@ -155,6 +158,13 @@ def _heading(records: Records) -> str:
         f"{found.get('transformers')}, kvpress {found.get('kvpress')}, seed {found.get('seed')}. "
         f"{suite.get('documents')} documents of {suite.get('context')} + {suite.get('continuation')} tokens."
     )
+
+
+def _budget_note(rows: Sequence[FidelityRow]) -> str:
+    """Rows whose measured bytes are not those of their budget."""
+    off = {row.arm: 1 / row.ratio / row.budget - 1 for row in rows if row.budget}
+    shown = ", ".join(f"{arm} {part:+.1%}" for arm, part in off.items() if abs(part) > BUDGET_TOLERANCE)
+    return shown and f"More than {BUDGET_TOLERANCE:.0%} over or under the bytes of the budget: {shown}."
 
 
 def _weak_note(rows: Sequence[TaskRow]) -> str:

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -33,6 +33,11 @@ class AttentionCall:
     values: torch.Tensor
     options: dict[str, Any]
 
+    def of(self, entries: slice) -> "AttentionCall":
+        """The same call with some of its documents."""
+        query, keys, values = (t[entries] for t in (self.query, self.keys, self.values))
+        return replace(self, query=query, keys=keys, values=values)
+
 
 @dataclass(frozen=True)
 class Reference:
@@ -45,6 +50,11 @@ class Reference:
 
     log_probs: torch.Tensor
     attention: dict[int, AttentionCall]
+
+    def of(self, entries: slice) -> "Reference":
+        """The same for some of the documents, without a copy."""
+        attention = {layer: call.of(entries) for layer, call in self.attention.items()}
+        return Reference(self.log_probs[entries], attention)
 
 
 def read_reference(model: PreTrainedModel, ids: torch.Tensor, context: int, queries: int = 0) -> Reference:

@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from quantpress.errors import QuantPressError
 from quantpress.pipelines.evaluation.arms import UNCOMPRESSED, Arm, check_names
 from quantpress.pipelines.evaluation.documents import make_documents
-from quantpress.pipelines.evaluation.equal_bytes import Shape, grid_arms
+from quantpress.pipelines.evaluation.equal_bytes import GridArm, Shape, grid_arms
 from quantpress.pipelines.evaluation.fidelity import FidelityProbe
 from quantpress.pipelines.evaluation.records import Records
 from quantpress.pipelines.evaluation.suites import PARTS, Suite
@@ -134,10 +134,13 @@ class Runner:
                 missing = [one for one in batch if not self._has(measure, arm, one.name)]
                 if missing:
                     probe = probe or FidelityProbe(self.pipe.model, batch, queries=queries)
-                    results = self._refusable(measure, arm, partial(probe.over, arm.make()))
+                    results = self._refusable(
+                        measure, arm, partial(probe.over, arm.make(), one_by_one=arm.one_by_one)
+                    )
                     for document, result in zip(batch, results or (), strict=False):
                         if document in missing:
-                            self.records.add(measure, arm.name, document.name, **result.as_dict())
+                            figures = {**result.as_dict(), **_budget(arm)}
+                            self.records.add(measure, arm.name, document.name, **figures)
                 done += len(batch)
                 if advance is not None:
                     advance(done, total)
@@ -158,6 +161,11 @@ class Runner:
                 raise
             self.records.add(REFUSED, arm.name, measure, reason=str(error))
             return None
+
+
+def _budget(arm: Arm) -> dict[str, float]:
+    """What an arm of the grid was allowed, for its record."""
+    return {"budget": arm.budget} if isinstance(arm, GridArm) else {}
 
 
 def run_settings(pipe: TextGenerationPipeline, model_name: str, suite: Suite, seed: int) -> dict[str, Any]:

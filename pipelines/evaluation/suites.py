@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from quantpress.errors import InvalidInputError
 from quantpress.pipelines.evaluation.arms import UNCOMPRESSED
-from quantpress.pipelines.evaluation.equal_bytes import PRESSES
+from quantpress.pipelines.evaluation.equal_bytes import GRID_PRESSES
 from quantpress.pipelines.evaluation.task_runs import TASKS
 
 PARTS = ("fidelity", "grid", "tasks")
@@ -80,7 +80,7 @@ FULL = Suite(
     task_tokens=4096,
     samples=10,
     task_arms=(),
-    grid_presses=tuple(PRESSES),
+    grid_presses=GRID_PRESSES,
     grid_bits=(16, 8, 4, 3, 2),
     grid_budgets=(1 / 4, 1 / 8, 1 / 16),
     batch=8,

@@ -41,6 +41,7 @@ class FidelityRow:
             attention was not compared.
         attention_kl: of the attention weights, in nats; None where tokens were evicted.
         seconds: for one document.
+        budget: bytes allowed, as a part of all tokens' in 16 bits; None outside the grid.
     """
 
     arm: str
@@ -58,6 +59,7 @@ class FidelityRow:
     attention_error: tuple[float, float] | None
     attention_kl: float | None
     seconds: float
+    budget: float | None = None
 
 
 @dataclass(frozen=True)
@@ -141,6 +143,7 @@ def _fidelity_row(arm: str, lines: Sequence[Record]) -> FidelityRow:
         attention_error=None if output is None else (float(output.mean()), float(output.max())),
         attention_kl=float(np.mean(weights)) if weights and None not in weights else None,
         seconds=float(np.mean([line["seconds"] for line in lines])),
+        budget=lines[0].get("budget"),
     )
 
 

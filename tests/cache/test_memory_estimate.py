@@ -7,7 +7,7 @@ import torch
 from transformers.cache_utils import DynamicCache
 
 from quantpress.cache import LayerSettings, PackedLayer, cache_memory
-from quantpress.cache.memory_estimate import layer_estimate, page_nbytes
+from quantpress.cache.memory_estimate import head_wise_bytes, layer_estimate, page_nbytes
 from quantpress.codecs.spec import CodecSpec
 from quantpress.errors import InvalidInputError
 from quantpress.kernels.page_codec import RawPages, ScalarPages
@@ -37,6 +37,21 @@ def test_the_estimate_is_the_measurement(name: str, tokens: int, plain: bool) ->
     cache.layers = [PackedLayer.from_states(*states, settings, query_moment=moment)]
     (measured,) = cache_memory(cache).layers
     assert layer_estimate(settings, tokens, heads, 64, 32, batch) == measured
+
+
+@pytest.mark.parametrize("tokens", [3, 131, 700])
+@pytest.mark.parametrize("kept", [0.02, 0.3, 0.9])
+@pytest.mark.parametrize("raw", [False, True], ids=["3 bits", "raw"])
+def test_the_estimate_of_ragged_heads_is_the_measurement(tokens: int, kept: float, raw: bool) -> None:
+    keys, values = (ScalarPages(CodecSpec(64, 3, role)) for role in ("key", "value"))
+    settings = LayerSettings(RawPages(64), RawPages(64), 0, 0) if raw else LayerSettings(keys, values, 4, 32)
+    heads = torch.tensor([0.1, 1.0, 1.5]).view(1, 3, 1) * kept
+    hidden = torch.rand(1, 3, tokens) > heads
+    cache = DynamicCache()
+    states = (torch.randn(1, 3, tokens, 64).bfloat16() for _ in range(2))
+    moment = None if raw else torch.rand(1, 3, 64) + 0.1
+    cache.layers = [PackedLayer.from_states(*states, settings, query_moment=moment, hidden=hidden)]
+    assert head_wise_bytes(settings, hidden) == cache_memory(cache).total_bytes
 
 
 def test_layers_that_are_not_packed_and_other_codecs() -> None:
