@@ -171,10 +171,12 @@ class Packer:
         if not count or keys.shape[2] < first + count + recent + PAGE_TOKENS:
             return None
         if is_padded(call.attention_mask):
-            raise InvalidInputError(
-                "sinks cannot be detected in a padded batch, whose mask goes by slot; give contexts one at a "
-                "time, or of equal length, or detect_sinks=0"
+            self._warn(
+                "sinks are not detected in a padded batch, whose mask goes by slot: they are packed, which "
+                "costs accuracy. Give contexts one at a time, or of equal length; TurboQuant(detect_sinks=0) "
+                "is the same without this warning"
             )
+            return None
         try:
             return places_with_sinks_first(call, keys, first, recent, count, hidden)
         except UnknownAttentionError as reason:
@@ -194,13 +196,15 @@ class Packer:
         return self.demote.demotion(self.press, call.module, scores, keys.shape[-1], values.shape[-1])
 
     def _warn_of_queries(self, call: PrefillCall, reason: Exception, effect: str, remedy: str) -> None:
+        self._warn(
+            f"the queries of {type(call.module).__name__} are not known ({reason}): its keys are packed "
+            f"{effect}, which costs accuracy; TurboQuant({remedy}) is the same without this warning"
+        )
+
+    def _warn(self, message: str) -> None:
         if not self._warned:
             self._warned = True
-            warnings.warn(
-                f"the queries of {type(call.module).__name__} are not known ({reason}): its keys are packed "
-                f"{effect}, which costs accuracy; TurboQuant({remedy}) is the same without this warning",
-                stacklevel=3,
-            )
+            warnings.warn(message, stacklevel=4)
 
     def _moment(self, call: PrefillCall, keys: torch.Tensor, originals: States | None) -> torch.Tensor | None:
         all_keys = keys if originals is None else originals[0]

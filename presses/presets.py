@@ -2,10 +2,14 @@
 
 from typing import Any
 
+WINDOWS = {"detect_sinks": 8, "recent_tokens": 64}
+"""Eight detected tokens a head are worth more than the 64 recent ones that they replace in short contexts:
+`docs/choosing.md` has the figures."""
+
 PRESETS: dict[str, dict[str, Any]] = {
-    "quality": {"key_bits": 8, "value_bits": 4},
-    "balanced": {"bits": 4},
-    "small": {"bits": 3},
+    "quality": {"key_bits": 8, "value_bits": 4, **WINDOWS},
+    "balanced": {"bits": 4, **WINDOWS},
+    "small": {"bits": 3, **WINDOWS},
     "paper": {
         "bits": 4,
         "mean_key": False,
@@ -15,4 +19,5 @@ PRESETS: dict[str, dict[str, Any]] = {
         "codebook": "lloyd_max",
     },
 }
-"""`paper` is TurboQuant as published; the others have what `TurboQuant` adds to it by default."""
+"""`paper` is TurboQuant as published, in the windows of `TurboQuant()`; the others have what `TurboQuant`
+adds to it by default, and find sinks wherever they are."""

@@ -6,13 +6,16 @@ kvpress's presses alone. All of them are held for real; nothing is simulated.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 from kvpress import BasePress
 
+from quantpress.cache.settings import DEFAULT_SINK_TOKENS
 from quantpress.errors import InvalidInputError
 from quantpress.kernels.page_codec import PageCodec
 from quantpress.pipelines.evaluation.uniform_pages import UniformPages
 from quantpress.presses import Compose, ExpectedAttention, Knorm, Random, SnapKV, StreamingLLM, TurboQuant
+from quantpress.presses.presets import WINDOWS
 
 UNCOMPRESSED = "uncompressed"
 KIVI_GROUP = 32
@@ -105,32 +108,52 @@ def evictions() -> list[Arm]:
 def quantizers() -> list[Arm]:
     """TurboQuant by its presets and widths, and as published at the same true bits.
 
-    Those without recent tokens have as few of them in 16 bits as plain integers have.
+    The first ones have the presets' windows: 4 first and 8 detected tokens of each head and 64 recent ones in
+    16 bits; TurboQuant as published has 12 first ones, so as many. The last ones have the class's windows.
     """
-    return [
-        Arm("TurboQuant quality", lambda: TurboQuant.preset("quality"), "quantizer"),
-        Arm("TurboQuant 4/4", lambda: TurboQuant(bits=4), "quantizer"),
-        Arm("TurboQuant 4/3", lambda: TurboQuant(key_bits=4, value_bits=3), "quantizer"),
-        Arm("TurboQuant 3/3", lambda: TurboQuant(bits=3), "quantizer"),
-        Arm("TurboQuant 2/2", lambda: TurboQuant(bits=2), "quantizer"),
-        Arm("TurboQuant 4/4, no recent", lambda: TurboQuant(bits=4, recent_tokens=0), "quantizer"),
-        Arm("TurboQuant 3/3, no recent", lambda: TurboQuant(bits=3, recent_tokens=0), "quantizer"),
-        Arm("as published 4/4", lambda: TurboQuant.preset("paper"), "quantizer"),
-        Arm(
-            "as published 4/3",
-            lambda: TurboQuant.preset("paper", key_bits=4, value_bits=3),
-            "quantizer",
-        ),
-        Arm("as published 3/3", lambda: TurboQuant.preset("paper", bits=3), "quantizer"),
-    ]
+    small, paper = partial(TurboQuant.preset, "small"), partial(TurboQuant.preset, "paper")
+    same = {
+        "sink_tokens": DEFAULT_SINK_TOKENS + WINDOWS["detect_sinks"],
+        "recent_tokens": WINDOWS["recent_tokens"],
+    }
+    makes: dict[str, Callable[[], TurboQuant]] = {
+        "preset quality": partial(TurboQuant.preset, "quality"),
+        "preset balanced": partial(TurboQuant.preset, "balanced"),
+        "preset small, keys 4 bits": partial(small, key_bits=4),
+        "preset small": small,
+        "preset small, 2 bits": partial(small, bits=2),
+        "as published 4/4": partial(paper, bits=4, **same),
+        "as published 3.5": partial(paper, bits=3.5, **same),
+        "as published 3/3": partial(paper, bits=3, **same),
+        "TurboQuant 4/4": partial(TurboQuant, 4),
+        "TurboQuant 3.5": partial(TurboQuant, 3.5),
+        "TurboQuant 3/3": partial(TurboQuant, 3),
+        "as published 3.5, 128 recent": partial(paper, bits=3.5),
+        "as published 3/3, 128 recent": partial(paper, bits=3),
+    }
+    return [Arm(name, make, "quantizer") for name, make in makes.items()]
+
+
+AGAINST_PUBLISHED = {
+    "preset balanced": "as published 4/4",
+    "preset small, keys 4 bits": "as published 3.5",
+    "preset small": "as published 3/3",
+    "TurboQuant 3.5": "as published 3.5, 128 recent",
+    "TurboQuant 3/3": "as published 3/3, 128 recent",
+}
+"""Arms and TurboQuant as published in as many bits."""
 
 
 def combined() -> list[Arm]:
     """Eviction, then packing."""
     return [
-        Arm("SnapKV(0.5) | TurboQuant 4/4", lambda: Compose([SnapKV(0.5), TurboQuant(bits=4)]), "combined"),
-        Arm("SnapKV(0.5) | TurboQuant 3/3", lambda: Compose([SnapKV(0.5), TurboQuant(bits=3)]), "combined"),
+        Arm(f"SnapKV(0.5) | preset {name}", partial(_behind_snapkv, name), "combined")
+        for name in ("balanced", "small")
     ]
+
+
+def _behind_snapkv(preset: str) -> Compose:
+    return Compose([SnapKV(0.5), TurboQuant.preset(preset)])
 
 
 def every_arm() -> list[Arm]:

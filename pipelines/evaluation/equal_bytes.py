@@ -13,7 +13,9 @@ from kvpress import BasePress
 from transformers import PreTrainedConfig
 
 from quantpress.cache.codec import TurboQuantCodec
+from quantpress.cache.settings import DEFAULT_SINK_TOKENS
 from quantpress.errors import InvalidInputError
+from quantpress.kernels.layout import PAGE_TOKENS
 from quantpress.pipelines.evaluation.arms import Arm, MakePress
 from quantpress.pipelines.evaluation.filled_kvzip import filled_kvzip
 from quantpress.presses import (
@@ -36,8 +38,10 @@ PRESSES = {
 HEAD_WISE = "KVzip"
 """Reads the context twice and chooses tokens head by head, one text at a time."""
 GRID_PRESSES = (*PRESSES, HEAD_WISE)
-SINK_TOKENS, RECENT_TOKENS = 4, 32
-"""Windows of the packed arms; few recent tokens, since at small budgets they would be most of the bytes."""
+RECENT_TOKENS = 32
+"""Of the packed arms; few, since at small budgets they would be most of the bytes."""
+DETECTED_SINKS = 8
+"""Of each head, but behind KVzip, which acts after sinks could be detected."""
 DENSE_BITS = 16
 EVERY_TOKEN = "every token"
 """In place of a press, where the budget holds the whole context."""
@@ -69,9 +73,11 @@ class Shape:
         """What `tokens` tokens take in `bits` bits, sinks, recent tokens and metadata included."""
         if bits == DENSE_BITS:
             return tokens * self.layers * self.kv_heads * self.head_dim * 2 * DENSE_BITS // 8
+        sinks = DEFAULT_SINK_TOKENS
+        if tokens >= sinks + DETECTED_SINKS + RECENT_TOKENS + PAGE_TOKENS:  # fewer are packed without
+            sinks += DETECTED_SINKS
         codec = TurboQuantCodec(self.head_dim, bits)
-        report = codec.memory_report(tokens, self.layers, self.kv_heads, SINK_TOKENS, RECENT_TOKENS)
-        return report.total_bytes
+        return codec.memory_report(tokens, self.layers, self.kv_heads, sinks, RECENT_TOKENS).total_bytes
 
     def tokens(self, budget: float, bits: int) -> int:
         """The most tokens whose bytes are at most `budget` of the whole context's in 16 bits.
@@ -136,7 +142,7 @@ def grid_arms(
                 if press == HEAD_WISE:
                     name = f"{press} within {budget:g}, {bits} bits"
                     make = partial(
-                        filled_kvzip, budget * shape.bytes(shape.context, DENSE_BITS), _quantizer(bits)
+                        filled_kvzip, budget * shape.bytes(shape.context, DENSE_BITS), _quantizer(bits, 0)
                     )
                 arm = GridArm(name, make, "grid", press, bits, budget, tokens, one_by_one=press == HEAD_WISE)
                 arms.setdefault(name, arm)
@@ -154,7 +160,7 @@ def make_press(name: str, bits: int, tokens: int, context: int) -> BasePress | N
     return Compose([evictor, quantizer])
 
 
-def _quantizer(bits: int) -> TurboQuant | None:
+def _quantizer(bits: int, detect_sinks: int = DETECTED_SINKS) -> TurboQuant | None:
     if bits == DENSE_BITS:
         return None
-    return TurboQuant(bits=bits, sink_tokens=SINK_TOKENS, recent_tokens=RECENT_TOKENS, detect_sinks=0)
+    return TurboQuant(bits=bits, recent_tokens=RECENT_TOKENS, detect_sinks=detect_sinks)

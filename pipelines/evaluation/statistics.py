@@ -100,11 +100,31 @@ def paired_difference(values: Numbers, reference: Numbers) -> Estimate:
     Raises:
         InvalidInputError: the two differ in length, or are empty.
     """
-    if len(values) != len(reference):
-        raise InvalidInputError(
-            f"{len(values)} values and {len(reference)} references cannot be paired; give one for each case"
-        )
-    return mean_interval(np.subtract(values, reference))
+    ours, theirs = _paired(values, reference)
+    return mean_interval(ours - theirs)
+
+
+def paired_ratio(values: Numbers, reference: Numbers) -> Estimate:
+    """Mean of the reference over the mean of the values, pairs resampled together.
+
+    Args:
+        values: one for each document.
+        reference: of the same documents.
+
+    Raises:
+        InvalidInputError: the two differ in length, or are empty.
+
+    Example:
+        >>> paired_ratio([1.0, 2.0], [2.0, 4.0])
+        Estimate(value=2.0, low=2.0, high=2.0)
+    """
+    pair = _paired(values, reference)
+
+    def ratio(ours: NDArray[np.float64], theirs: NDArray[np.float64], axis: int = -1) -> NDArray[np.float64]:
+        found: NDArray[np.float64] = theirs.mean(axis) / ours.mean(axis)
+        return found
+
+    return _estimate(float(ratio(*pair)), pair, ratio, vectorized=True)
 
 
 @dataclass(frozen=True)
@@ -143,6 +163,14 @@ def mcnemar(right: Sequence[bool], reference: Sequence[bool]) -> McNemar:
     gained = sum(ours and not theirs for ours, theirs in pairs)
     differing = lost + gained
     return McNemar(lost, gained, float(binomtest(lost, differing).pvalue) if differing else 1.0)
+
+
+def _paired(values: Numbers, reference: Numbers) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    if len(values) != len(reference) or not len(values):
+        raise InvalidInputError(
+            f"{len(values)} values and {len(reference)} references cannot be paired; give one for each case"
+        )
+    return np.asarray(values, dtype=np.float64), np.asarray(reference, dtype=np.float64)
 
 
 def _filled(documents: Sequence[Numbers]) -> list[NDArray[np.float64]]:

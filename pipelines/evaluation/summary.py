@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from quantpress.pipelines.evaluation.arms import UNCOMPRESSED
+from quantpress.pipelines.evaluation.arms import AGAINST_PUBLISHED, UNCOMPRESSED
 from quantpress.pipelines.evaluation.records import Record, Records
 from quantpress.pipelines.evaluation.statistics import (
     Estimate,
@@ -17,6 +17,7 @@ from quantpress.pipelines.evaluation.statistics import (
     mean_by_document,
     mean_interval,
     paired_difference,
+    paired_ratio,
 )
 
 WEAK = 0.5
@@ -88,22 +89,44 @@ class TaskRow:
 
 
 @dataclass(frozen=True)
+class PairRow:
+    """How much nearer to the uncompressed model an arm is than TurboQuant as published in as many bits.
+
+    Args:
+        arm, published: their names.
+        bits, published_bits: bits a value, measured.
+        ratio: mean KL as published over the arm's, document by document.
+        net: the same less the KL of the uncompressed arm, which rounding makes; None where no more is left.
+    """
+
+    arm: str
+    published: str
+    bits: float
+    published_bits: float
+    ratio: Estimate
+    net: Estimate | None
+
+
+@dataclass(frozen=True)
 class Findings:
     """All rows of a run.
 
     Args:
         fidelity, grid: of continuations, over the arms and over those of equal bytes.
         tasks: of answers.
+        pairs: of the arms of `AGAINST_PUBLISHED`.
     """
 
     fidelity: list[FidelityRow]
     grid: list[FidelityRow]
     tasks: list[TaskRow]
+    pairs: list[PairRow]
 
     @classmethod
     def of(cls, records: Records) -> "Findings":
         """What there are results for."""
-        return cls(fidelity_rows(records), fidelity_rows(records, "grid"), task_rows(records))
+        rows = fidelity_rows(records)
+        return cls(rows, fidelity_rows(records, "grid"), task_rows(records), pair_rows(records, rows))
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
@@ -145,6 +168,30 @@ def _fidelity_row(arm: str, lines: Sequence[Record]) -> FidelityRow:
         seconds=float(np.mean([line["seconds"] for line in lines])),
         budget=lines[0].get("budget"),
     )
+
+
+def pair_rows(records: Records, rows: Sequence[FidelityRow]) -> list[PairRow]:
+    """One row for each pair of `AGAINST_PUBLISHED` with results on the same documents.
+
+    Args:
+        records: of a run.
+        rows: what `fidelity_rows` makes of them.
+    """
+    kl: dict[str, dict[str, float]] = defaultdict(dict)
+    for line in records.of("fidelity"):
+        kl[line["arm"]][line["case"]] = float(np.mean(line["kl"]))
+    bits = {row.arm: row.bits_per_value for row in rows}
+    found = []
+    for arm, published in AGAINST_PUBLISHED.items():
+        cases = [case for case in kl[arm] if case in kl[published] and case in kl[UNCOMPRESSED]]
+        if cases:
+            ours, theirs, floor = (
+                np.array([kl[name][case] for case in cases]) for name in (arm, published, UNCOMPRESSED)
+            )
+            net = paired_ratio(ours - floor, theirs - floor) if (ours > floor).all() else None
+            figures = bits[arm], bits[published], paired_ratio(ours, theirs), net
+            found.append(PairRow(arm, published, *figures))
+    return found
 
 
 def task_rows(records: Records) -> list[TaskRow]:

@@ -63,7 +63,7 @@ def make_cases(
     tasks: Sequence[str] = tuple(TASKS),
     seed: int = 0,
 ) -> list[Case]:
-    """The needle grid, and samples of the other tasks.
+    """The needle grid, then samples of the other tasks, so ordered that a run cut short has some of each.
 
     Args:
         tokenizer: counts tokens.
@@ -75,7 +75,7 @@ def make_cases(
         seed: the same seed gives the same cases on every machine.
     """
     grid = [needle_tasks.needle(tokenizer, length, seed, depth) for length in lengths for depth in depths]
-    others = [TASKS[name](tokenizer, tokens, seed + i) for name in tasks for i in range(samples)]
+    others = [TASKS[name](tokenizer, tokens, seed + i) for i in range(samples) for name in tasks]
     return [*grid, *others]
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import DynamicCache
 
+from quantpress.cache import cache_memory
 from quantpress.errors import CompositionError, InvalidInputError
 from quantpress.presses import AdaKV, Compose, Knorm, KVzip, SnapKV, TurboQuant
 from tests.presses.reading import answer, lossless, read
@@ -67,15 +68,20 @@ def test_refusals() -> None:
         TurboQuant(detect_sinks=-1)
     with pytest.raises(CompositionError, match="KVzip acts after the prefill, where sinks are detected"):
         Compose([KVzip(0.5), TurboQuant(detect_sinks=4)])
+
+
+def test_a_padded_batch_is_packed_without_and_told() -> None:
     model, ids = tiny_model("llama"), prompt(TOKENS, batch=2)
     mask = torch.ones_like(ids)
     mask[1, :10] = 0
-    with (
-        pytest.raises(InvalidInputError, match="sinks cannot be detected in a padded batch"),
-        torch.inference_mode(),
-        TurboQuant(detect_sinks=4)(model),
-    ):
-        model.model(ids, attention_mask=mask, past_key_values=DynamicCache())
+    told, plain = DynamicCache(), DynamicCache()
+    with torch.inference_mode():
+        with TurboQuant()(model):
+            model.model(ids, attention_mask=mask, past_key_values=plain)
+        with TurboQuant(detect_sinks=4)(model), pytest.warns(UserWarning, match="padded batch") as warned:
+            model.model(ids, attention_mask=mask, past_key_values=told)
+    assert len(warned) == 1 and told.layers[0].tokens.sinks.tokens == 4
+    assert cache_memory(told) == cache_memory(plain) and told.layers[0].tokens.packed
 
 
 def test_unknown_queries_are_told() -> None:

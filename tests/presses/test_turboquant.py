@@ -70,7 +70,9 @@ def test_bad_settings_are_named(options: dict[str, Any], error: type[Exception],
 def test_presets() -> None:
     quality, balanced, small, paper = map(TurboQuant.preset, ("quality", "balanced", "small", "paper"))
     assert (quality.key_bits, quality.value_bits) == (8, 4)
-    assert balanced == TurboQuant(4) == TurboQuant() and small == TurboQuant(3)
+    assert balanced == TurboQuant(4, detect_sinks=8, recent_tokens=64)
+    assert small == TurboQuant.preset("balanced", bits=3) and TurboQuant(4) == TurboQuant()
+    assert (quality.detect_sinks, paper.detect_sinks, paper.recent_tokens) == (8, 0, 128)
     assert (paper.mean_key, paper.balance, paper.scale, paper.codebook) == (False, False, "norm", "lloyd_max")
     assert TurboQuant.preset("paper", bits=2, seed=5).bits == 2
     with pytest.raises(

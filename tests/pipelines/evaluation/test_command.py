@@ -46,7 +46,7 @@ def test_a_suite_writes_results_tables_and_pictures(tiny, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert printed.strip() == (tmp_path / "report.md").read_text("utf-8").strip()
     for arm in every_arm():
-        assert f"| {arm.name} |".replace(" | T", " \\| T") in printed
+        assert f"| {arm.name} |".replace(") | ", ") \\| ") in printed
     assert "| Knorm(0.2) \\| TurboQuant(bits=3) |" in printed
     names = {path.name for path in tmp_path.iterdir()}
     assert names >= {"results.jsonl", "report.md", "needles.png", "divergence.png", "memory.png", "front.png"}

@@ -69,7 +69,7 @@ def test_an_interrupted_run_goes_on(tmp_path, monkeypatch, after):
         patch.setattr(Records, "add", interrupted)
         run(tmp_path / "parts.jsonl")
     over, measured = FidelityProbe.over, []
-    monkeypatch.setattr(FidelityProbe, "over", lambda self, press: measured.append(1) or over(self, press))
+    monkeypatch.setattr(FidelityProbe, "over", lambda *args, **how: measured.append(1) or over(*args, **how))
     again = run(tmp_path / "parts.jsonl")
     assert without_seconds(again) == without_seconds(whole)
     assert len(measured) == sum(line["measure"] in ("fidelity", "grid") for line in whole.lines) - min(
@@ -112,7 +112,7 @@ def test_without_the_uncompressed_cache_there_is_no_run(tmp_path, monkeypatch):
     with pytest.raises(InvalidInputError, match="'TurboQuant'"):
         run(tmp_path / "results.jsonl", [*ARMS, ARMS[1]])
 
-    def fails(self, press):
+    def fails(self, press, **how):
         raise InvalidInputError("the model is broken")
 
     monkeypatch.setattr(FidelityProbe, "over", fails)

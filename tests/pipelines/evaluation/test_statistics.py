@@ -14,6 +14,7 @@ from quantpress.pipelines.evaluation.statistics import (
     mean_by_document,
     mean_interval,
     paired_difference,
+    paired_ratio,
 )
 
 
@@ -73,6 +74,16 @@ def test_pairs_are_compared_case_by_case() -> None:
     assert (found.value, found.low, found.high) == pytest.approx((0.1, 0.1, 0.1))
 
 
+def test_a_ratio_is_of_means_and_keeps_pairs() -> None:
+    """Documents differ widely, but each by the same factor: no resample changes the ratio of means."""
+    values = np.geomspace(0.001, 10, 9)
+    found = paired_ratio(values, 3 * values)
+    assert (found.value, found.low, found.high) == pytest.approx((3, 3, 3))
+    found = paired_ratio([1.0, 1.0], [1.0, 3.0])
+    assert (found.value, found.low, found.high) == (2, 1, 3)
+    assert paired_ratio([1.0, 4.0], [10.0, 10.0]).value == 4  # not the mean of 10 and 2.5
+
+
 @pytest.mark.parametrize(("lost", "gained"), [(0, 0), (1, 0), (5, 1), (8, 8), (20, 5)])
 def test_mcnemar_is_the_exact_binomial_test(lost: int, gained: int) -> None:
     both = 7
@@ -91,6 +102,8 @@ def test_mcnemar_is_the_exact_binomial_test(lost: int, gained: int) -> None:
         lambda: by_document([], np.mean),
         lambda: by_document([[]], np.mean),
         lambda: paired_difference([1.0], [1.0, 2.0]),
+        lambda: paired_ratio([1.0], [1.0, 2.0]),
+        lambda: paired_ratio([], []),
         lambda: mcnemar([True], []),
     ],
 )

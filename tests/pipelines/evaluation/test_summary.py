@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from quantpress.pipelines.evaluation import figures
+from quantpress.pipelines.evaluation.arms import AGAINST_PUBLISHED
 from quantpress.pipelines.evaluation.markdown import report
 from quantpress.pipelines.evaluation.records import Records
 from quantpress.pipelines.evaluation.summary import (
@@ -81,6 +82,34 @@ def test_figures_of_tasks(records):
     assert (small.test.lost, small.test.gained, small.test.p_value) == (1, 0, 1.0)
     assert small.ratio == 4.0
     assert weak_tasks([reference, small]) == {"quote": pytest.approx(0.4)}
+
+
+def test_arms_are_compared_with_turboquant_as_published(tmp_path):
+    found = Records(tmp_path / "results.jsonl", {})
+    arm, published = "preset small", AGAINST_PUBLISHED["preset small"]
+    fixed = {"agree": [1], "nll": [2.0], "reference_nll": [2.0], "seconds": 1.0, "attention": None}
+    kl = {"uncompressed": [1.0, 1.0, 9.0], arm: [2.0, 4.0, 9.0], published: [5.0, 7.0]}
+    for name, documents in kl.items():
+        for i, one in enumerate(documents):
+            found.add("fidelity", name, f"piece {i}", kl=[one], resident_bytes=4, bf16_bytes=16, **fixed)
+    (row,) = Findings.of(found).pairs
+    assert (row.arm, row.published, row.bits) == (arm, published, 4.0)
+    assert (row.ratio.value, row.net.value) == (2.0, 2.5)  # of the two documents that both have
+    assert (
+        "| preset small | 4.00 | as published 3/3 | 4.00 | 2.00 [1.75, 2.50] | 2.50 [2.00, 4.00] |"
+        in report(found, Findings.of(found))
+    )
+    found.add("fidelity", published, "piece 2", kl=[20.0], resident_bytes=4, bf16_bytes=16, **fixed)
+    assert Findings.of(found).pairs[0].net is None
+
+
+def test_bytes_off_the_budget_are_told(records):
+    fixed = {"agree": [1], "nll": [2.0], "reference_nll": [2.0], "seconds": 1.0, "attention": None}
+    for name, part in {"near": 0.2485, "under": 0.24, "over": 0.26}.items():
+        size = {"resident_bytes": 1e6 * part, "bf16_bytes": 1e6, "budget": 0.25}
+        records.add("grid", f"{name}, 4 bits", "piece 0", kl=[0.1], **size, **fixed)
+    told = "1% over or under the bytes of the budget: under, 4 bits -4.0%, over, 4 bits +4.0%."
+    assert told in report(records, Findings.of(records))
 
 
 def test_the_front_is_what_nothing_beats(records, seed):
