@@ -1,5 +1,6 @@
 """Pieces of a book: a context that is read, and the continuation that is scored."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -24,6 +25,21 @@ class Document:
     context: int
 
 
+@dataclass(frozen=True)
+class Pieces:
+    """So many documents of a text.
+
+    Args:
+        count: how many.
+        context: T, tokens that are read.
+        continuation: N, tokens that follow.
+    """
+
+    count: int
+    context: int
+    continuation: int
+
+
 def make_documents(
     tokenizer: PreTrainedTokenizerBase, text: str, count: int, context: int, continuation: int
 ) -> list[Document]:
@@ -39,21 +55,81 @@ def make_documents(
     Raises:
         InvalidInputError: a count is too small, or the text too short.
     """
-    if min(count, context) < 1 or continuation < 2:
+    source = _Source.of(tokenizer, text)
+    starts = source.starts(Pieces(count, context, continuation))
+    return [source.document(f"piece {i + 1}", at, context, continuation) for i, at in enumerate(starts)]
+
+
+def make_unread_documents(
+    tokenizer: PreTrainedTokenizerBase, text: str, wanted: Pieces, read: Sequence[Pieces]
+) -> list[Document]:
+    """Pieces of a text that overlap none of those that `make_documents` makes of it, nor one another.
+
+    What is tuned on these can be reported on those.
+
+    Args:
+        tokenizer: as for `make_documents`.
+        text: running prose.
+        wanted: what to make.
+        read: what must not overlap.
+
+    Raises:
+        InvalidInputError: a count is too small, or too little text is left.
+    """
+    source = _Source.of(tokenizer, text)
+    own = source.own(wanted)
+    taken = [(at, at + source.own(pieces)) for pieces in read for at in source.starts(pieces)]
+    starts, at = [], 0
+    for begin, end in sorted([*taken, (len(source.tokens), len(source.tokens))]):
+        while at + own <= begin:
+            starts.append(at)
+            at += own
+        at = max(at, end)
+    if len(starts) < wanted.count:
         raise InvalidInputError(
-            f"{count} documents of {context} + {continuation} tokens; give at least 1 of 1 + 2 tokens"
+            f"the text has room for {len(starts)} unread documents of {wanted.context} + "
+            f"{wanted.continuation} tokens; ask for so many, not {wanted.count}, or for shorter ones"
         )
-    front = chat_form(tokenizer, END_OF_CONTEXT[:1])[0].removesuffix(END_OF_CONTEXT[:1])
-    before = tokenizer.encode(front, add_special_tokens=False) if front else []
-    tokens = tokenizer.encode(text, add_special_tokens=False, verbose=False)
-    own = context + continuation - len(before)
-    if own <= continuation or own * count > len(tokens):
-        raise InvalidInputError(
-            f"{count} documents of {context} + {continuation} tokens need {own * count} tokens of text and "
-            f"a context of more than {len(before)}; the text has {len(tokens)}: ask for fewer or give more"
-        )
-    stride = len(tokens) // count
+    chosen = [starts[i * len(starts) // wanted.count] for i in range(wanted.count)]
     return [
-        Document(f"piece {i + 1}", torch.tensor([*before, *tokens[i * stride : i * stride + own]]), context)
-        for i in range(count)
+        source.document(f"unread {i + 1}", at, wanted.context, wanted.continuation)
+        for i, at in enumerate(chosen)
     ]
+
+
+@dataclass(frozen=True)
+class _Source:
+    """A text as token ids, and those that begin a user's turn."""
+
+    before: list[int]
+    tokens: list[int]
+
+    @classmethod
+    def of(cls, tokenizer: PreTrainedTokenizerBase, text: str) -> "_Source":
+        front = chat_form(tokenizer, END_OF_CONTEXT[:1])[0].removesuffix(END_OF_CONTEXT[:1])
+        before = tokenizer.encode(front, add_special_tokens=False) if front else []
+        return cls(before, tokenizer.encode(text, add_special_tokens=False, verbose=False))
+
+    def own(self, pieces: Pieces) -> int:
+        """Tokens of the text in each piece."""
+        if min(pieces.count, pieces.context) < 1 or pieces.continuation < 2:
+            raise InvalidInputError(
+                f"{pieces.count} documents of {pieces.context} + {pieces.continuation} tokens; give at least "
+                "1 of 1 + 2 tokens"
+            )
+        return pieces.context + pieces.continuation - len(self.before)
+
+    def starts(self, pieces: Pieces) -> list[int]:
+        """Where equally spread pieces begin."""
+        own = self.own(pieces)
+        if own <= pieces.continuation or own * pieces.count > len(self.tokens):
+            raise InvalidInputError(
+                f"{pieces.count} documents of {pieces.context} + {pieces.continuation} tokens need "
+                f"{own * pieces.count} tokens of text and a context of more than {len(self.before)}; the "
+                f"text has {len(self.tokens)}: ask for fewer or give more"
+            )
+        return [i * (len(self.tokens) // pieces.count) for i in range(pieces.count)]
+
+    def document(self, name: str, at: int, context: int, continuation: int) -> Document:
+        own = context + continuation - len(self.before)
+        return Document(name, torch.tensor([*self.before, *self.tokens[at : at + own]]), context)

@@ -8,7 +8,7 @@ from torch.nn import functional
 from transformers import DynamicCache
 
 from quantpress.errors import InvalidInputError, NonFiniteError
-from quantpress.pipelines.evaluation.documents import Document, make_documents
+from quantpress.pipelines.evaluation.documents import Document, Pieces, make_documents, make_unread_documents
 from quantpress.pipelines.evaluation.fidelity import FidelityProbe
 from quantpress.pipelines.evaluation.reference import attend
 from quantpress.pipelines.evaluation.teacher_forcing import divergence, float32_logits, score_continuation
@@ -238,6 +238,30 @@ def test_documents_are_pieces_of_the_text_that_do_not_overlap(chat):
         start = i * (500 // 3)
         assert document.ids[front:].tolist() == ids[start : start + 120 - front]
     assert len({document.name for document in found}) == 3
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_unread_documents_overlap_nothing_that_was_read(chat):
+    tokenizer, words, front = word_tokenizer(chat), text(900), 2 if chat else 1
+    ids = tokenizer.encode(words, add_special_tokens=False)
+    read = [Pieces(3, 100, 20), Pieces(2, 40, 10)]
+    unread = make_unread_documents(tokenizer, words, Pieces(6, 50, 5), read)
+    assert len(unread) == 6 and {len(one.ids) for one in unread} == {55}
+    spans = []
+    for documents in (unread, *(make_documents(tokenizer, words, *_sizes(one)) for one in read)):
+        for one in documents:
+            own = one.ids[front:].tolist()
+            spans.append(
+                next({i + j for j in range(len(own))} for i in range(900) if ids[i : i + len(own)] == own)
+            )
+    for i, span in enumerate(spans[:6]):
+        assert not any(span & other for other in spans[i + 1 :])
+    with pytest.raises(InvalidInputError, match=r"room for \d unread documents"):
+        make_unread_documents(tokenizer, words, Pieces(20, 50, 5), read)
+
+
+def _sizes(pieces):
+    return pieces.count, pieces.context, pieces.continuation
 
 
 @pytest.mark.parametrize(("count", "context", "new"), [(5, 100, 20), (0, 100, 20), (1, 1, 20), (1, 100, 1)])

@@ -1,0 +1,54 @@
+"""Benchmarks that run without a GPU: they measure what they say."""
+
+import importlib.util
+import sys
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from quantpress.pipelines.evaluation.suites import QUICK
+from quantpress.pipelines.model_outline import outline
+from quantpress.presses import TurboQuant
+from quantpress.presses.expression import parse_press
+from tests.pipelines.words import ours, text
+
+
+@pytest.fixture(scope="module")
+def defaults() -> ModuleType:
+    """benchmarks/defaults.py as a module."""
+    path = Path(__file__).parents[1] / "benchmarks" / "defaults.py"
+    spec = importlib.util.spec_from_file_location("quantpress_benchmark_defaults", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_settings_are_presses_and_differ(defaults: ModuleType) -> None:
+    presses = [parse_press(one) for one in defaults.every_setting()]
+    assert all(isinstance(one, TurboQuant) for one in presses)
+    assert len({repr(one) for one in presses}) == len(presses)
+
+
+def test_the_table_compares_with_the_first_press_and_a_run_goes_on(
+    defaults: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(defaults, "load_pipeline", lambda *names: ours())
+    monkeypatch.setattr(defaults, "book_text", lambda: text(6000))
+    monkeypatch.setattr(defaults, "outline", lambda model: outline("layers=3,kv_heads=2,head_dim=32"))
+    monkeypatch.setattr(defaults, "SUITES", {"one": replace(QUICK, documents=3, context=300, continuation=9)})
+    presses = ["TurboQuant(4, recent_tokens=8)", "TurboQuant(1, recent_tokens=8)"]
+    words = ["defaults.py", "--context", "300", "--continuation", "9", "--documents", "2"]
+    words += [word for press in presses for word in ("--press", press)]
+    monkeypatch.setattr(sys, "argv", [*words, "--output", str(tmp_path)])
+    defaults.main()
+    first = capsys.readouterr().out
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in first.splitlines()[2:]]
+    assert [row[0] for row in rows] == presses and rows[0][3] == "1.00 [1.00, 1.00]"
+    kl = [float(row[2].split()[0]) for row in rows]
+    assert float(rows[1][3].split()[0]) == pytest.approx(kl[1] / kl[0], rel=0.05) and kl[1] > 5 * kl[0]
+    monkeypatch.delattr(defaults.FidelityProbe, "over")
+    defaults.main()
+    assert capsys.readouterr().out == first
