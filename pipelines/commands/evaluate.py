@@ -36,6 +36,7 @@ def main(
     seed: int = 0,
     figures: bool = True,
     json: bool = False,
+    report_only: bool = False,
 ) -> None:
     """Run a suite, or what is left of it, and write its tables and pictures.
 
@@ -51,10 +52,12 @@ def main(
         seed: of the tasks' texts and numbers.
         figures: draw pictures, for which matplotlib is needed.
         json: print the figures as one JSON object instead of the tables.
+        report_only: measure nothing, load no model: only write what the folder's results show, wherever they
+            were measured.
 
     Raises:
-        InvalidInputError: an argument that cannot be used, a folder with results of other settings, or
-            figures without matplotlib.
+        InvalidInputError: an argument that cannot be used, a folder with results of other settings (or, to
+            report on, with none), or figures without matplotlib.
         ModelFilesError: the default model could not be fetched.
     """
     unknown = [part for part in parts if part not in PARTS]
@@ -65,11 +68,13 @@ def main(
     check_names(arms)
     if figures:
         check_matplotlib()
-    pipe = load_pipeline(model, device, dtype)
-    settings = run_settings(pipe, model_name(pipe), sized, seed)
     folder = Path(f"quantpress-eval-{suite}") if output is None else output
-    records = Records(folder / RESULTS, settings)
-    Runner(pipe, sized, arms, records, seed=seed).run(parts)
+    if report_only:
+        records = Records.read(folder / RESULTS)
+    else:
+        pipe = load_pipeline(model, device, dtype)
+        records = Records(folder / RESULTS, run_settings(pipe, model_name(pipe), sized, seed))
+        Runner(pipe, sized, arms, records, seed=seed).run(parts)
     findings = Findings.of(records)
     text = report(records, findings)
     (folder / REPORT).write_text(text, encoding="utf-8")

@@ -146,7 +146,7 @@ def grid_arms(
                     )
                 arm = GridArm(name, make, "grid", press, bits, budget, tokens, one_by_one=press == HEAD_WISE)
                 arms.setdefault(name, arm)
-    return sorted(arms.values(), key=lambda arm: arm.press == HEAD_WISE)  # the slowest last
+    return list(arms.values())
 
 
 def make_press(name: str, bits: int, tokens: int, context: int) -> BasePress | None:

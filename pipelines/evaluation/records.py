@@ -38,6 +38,20 @@ class Records:
             self._write({"measure": "settings", **self.settings})
         self._done = {_key(line) for line in self.lines}
 
+    @classmethod
+    def read(cls, path: Path) -> "Records":
+        """The lines of a file, whatever its settings: to be reported on.
+
+        Raises:
+            InvalidInputError: there is no such file, or it is none of results.
+        """
+        try:
+            header = json.loads(path.read_text(encoding="utf-8").partition("\n")[0])
+            settings = {name: value for name, value in header.items() if name != "measure"}
+        except (OSError, ValueError, AttributeError) as error:
+            raise InvalidInputError(f"{path} is no file of results; give the folder of a run") from error
+        return cls(path, settings)
+
     def _resume(self) -> None:
         try:
             text = self.path.read_text(encoding="utf-8")

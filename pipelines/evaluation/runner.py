@@ -85,7 +85,8 @@ class Runner:
         suite = self.suite
         shape = Shape.of(self.pipe.model.config, suite.context)
         arms = grid_arms(shape, suite.grid_presses, suite.grid_bits, suite.grid_budgets)
-        self._score("grid", arms, 0, advance)
+        for slow in (False, True):  # whole rows of the others first, should the run be cut short
+            self._score("grid", [arm for arm in arms if arm.one_by_one is slow], 0, advance)
 
     def tasks(self, advance: Callable[[int, int], None] | None = None) -> None:
         """Answers of the arms that the suite names, the user's own among them."""
@@ -117,6 +118,8 @@ class Runner:
         queries: int,
         advance: Callable[[int, int], None] | None,
     ) -> None:
+        if not arms:
+            return
         suite = self.suite
         documents = make_documents(
             self.pipe.tokenizer,

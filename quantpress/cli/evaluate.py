@@ -42,6 +42,9 @@ def evaluate(
     seed: Annotated[int, typer.Option(help="Of the tasks' texts and numbers.")] = 0,
     figures: Annotated[bool, typer.Option(help="Draw pictures; needs matplotlib.")] = True,
     json: Json = False,
+    report_only: Annotated[
+        bool, typer.Option("--report-only", help="Measure nothing: tables and pictures of the results there.")
+    ] = False,
 ) -> None:
     """Measure quality, memory and answers of many cache compressions, with controls, on any model."""
     sizes: dict[str, Any] = {
@@ -65,4 +68,5 @@ def evaluate(
         seed=seed,
         figures=figures,
         json=json,
+        report_only=report_only,
     )

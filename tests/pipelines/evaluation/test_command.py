@@ -67,6 +67,23 @@ def test_json_holds_every_row_and_a_second_run_adds_nothing(tiny, tmp_path, caps
     assert first["grid"] == first["tasks"] == first["refused"] == []
 
 
+def test_results_of_another_machine_are_reported_on(tiny, tmp_path, capsys):
+    command.main("quick", tmp_path, parts=["fidelity"], sizes=SIZES, figures=False)
+    written = (tmp_path / "report.md").read_text("utf-8")
+    path, asked = tmp_path / "results.jsonl", len(tiny)
+    path.write_text(path.read_text("utf-8").replace('"device": "cpu"', '"device": "a GPU"', 1), "utf-8")
+    with pytest.raises(InvalidInputError, match="device"):
+        command.main("quick", tmp_path, parts=["fidelity"], sizes=SIZES, figures=False)
+    before = path.read_bytes()
+    command.main(output=tmp_path, report_only=True)
+    assert (tmp_path / "report.md").read_text("utf-8") == written.replace("on cpu", "on a GPU")
+    assert path.read_bytes() == before and (tmp_path / "divergence.png").exists()
+    assert len(tiny) == asked + 1  # by the refused run, not by the report
+    with pytest.raises(InvalidInputError, match="no file of results"):
+        command.main(output=tmp_path / "empty", report_only=True)
+    assert not (tmp_path / "empty").exists()
+
+
 def test_a_press_that_there_is_not_is_named_at_once(tiny, tmp_path):
     with pytest.raises(InvalidInputError, match="did you mean 'SnapKV'"):
         command.main("quick", tmp_path, presses=["SnapKVV(0.5)"])
