@@ -26,7 +26,7 @@ class AttentionError:
         layers: the layer indices.
         output: |o' - o| / |o| over all queries of a head.
         divergence: mean KL(attention || compressed attention) over the queries, in nats; None where tokens
-            were evicted, since the two do not weigh the same tokens.
+            were evicted or moved, since the two do not weigh the same tokens.
     """
 
     layers: list[int]
@@ -44,7 +44,7 @@ class AttentionError:
 
 
 def attention_errors(
-    model: PreTrainedModel, reference: Reference, cache: Cache, memory: CacheMemory
+    model: PreTrainedModel, reference: Reference, cache: Cache, memory: CacheMemory, in_order: bool = True
 ) -> list[AttentionError]:
     """Compare the context's attention layer by layer, before anything is appended to the cache.
 
@@ -53,6 +53,7 @@ def attention_errors(
         reference: with its attention, of the same documents.
         cache: the compressed context.
         memory: of the cache.
+        in_order: whether the cache holds tokens in the order of the text.
 
     Returns:
         One entry for each document of the batch.
@@ -62,7 +63,7 @@ def attention_errors(
         held: Any = cache.layers[layer]
         outputs.append(_output_error(model, call, held.keys, held.values))
         kept_all = memory.layers[layer].tokens_kept == call.keys.shape[2] and not _masks(call)
-        divergences.append(_attention_divergence(call, held.keys) if kept_all else None)
+        divergences.append(_attention_divergence(call, held.keys) if kept_all and in_order else None)
     layers = list(reference.attention)
     whole = [one for one in divergences if one is not None]
     everywhere = len(whole) == len(divergences)

@@ -16,8 +16,10 @@ from quantpress.pipelines.evaluation.attention_error import AttentionError, atte
 from quantpress.pipelines.evaluation.documents import Document
 from quantpress.pipelines.evaluation.reference import Reference, read_reference
 from quantpress.pipelines.evaluation.teacher_forcing import CHUNK_TOKENS, divergence, score_continuation
+from quantpress.pipelines.kept_tokens import parts
 from quantpress.pipelines.preserve import unchanged_model
 from quantpress.pipelines.reading import read_context
+from quantpress.presses import Demote
 
 
 @dataclass(frozen=True)
@@ -96,8 +98,8 @@ class FidelityProbe:
             NonFiniteError: the model's logits over this cache hold NaN or infinity.
         """
         count = self.ids.shape[0]
-        parts = [slice(i, i + 1) for i in range(count)] if one_by_one else [slice(0, count)]
-        return [result for part in parts for result in self._over(press, part)]
+        entries = [slice(i, i + 1) for i in range(count)] if one_by_one else [slice(0, count)]
+        return [result for some in entries for result in self._over(press, some)]
 
     @torch.inference_mode()
     def _over(self, press: BasePress | None, entries: slice) -> list[Fidelity]:
@@ -108,7 +110,10 @@ class FidelityProbe:
             position = read_context(self.model, ids[:, :context], cache, press, progress=False)
             memory = cache_memory(cache)
             with _named_failure(press):
-                errors = attention_errors(self.model, reference, cache, memory) if self.queries else None
+                ordered = not _moves_tokens(press)
+                errors = (
+                    attention_errors(self.model, reference, cache, memory, ordered) if self.queries else None
+                )
                 kl, agree, nll, reference_nll = self._scored(cache, position, ids, reference)
         batch, seconds = ids.shape[0], time.perf_counter() - begin
         whole = context * sum(layer.token_bytes for layer in memory.layers)
@@ -130,17 +135,22 @@ class FidelityProbe:
         self, cache: Cache, position: int, ids: torch.Tensor, reference: Reference
     ) -> list[list[Any]]:
         """What `_compare` finds, over the whole continuation."""
-        parts, done = [], 0
+        chunks, done = [], 0
         continuation = ids[:, self.context :]
         for other in score_continuation(self.model, cache, continuation, position, self.chunk_tokens):
             end = done + other.shape[1]
             exact = reference.log_probs[:, done:end]
-            parts.append(_compare(exact, other, continuation[:, done + 1 : end + 1]))
+            chunks.append(_compare(exact, other, continuation[:, done + 1 : end + 1]))
             done = end
-        columns = [torch.cat(column, dim=1) for column in zip(*parts, strict=True)]
+        columns = [torch.cat(column, dim=1) for column in zip(*chunks, strict=True)]
         if not all(bool(column.isfinite().all()) for column in columns):
             raise NonFiniteError("the logits over this cache are not finite; try another dtype or press")
         return [column.tolist() for column in columns]
+
+
+def _moves_tokens(press: BasePress | None) -> bool:
+    """Whether attention over the compressed context counts its tokens in another order."""
+    return any(isinstance(one, Demote) or getattr(one, "detect_sinks", 0) for one in parts(press))
 
 
 @contextmanager

@@ -155,6 +155,8 @@ def test_weights_are_not_compared_where_tokens_are_gone():
     headwise = probe.over(Compose([AdaKV(SnapKV(0.5, window_size=16)), lossless()]))[0]
     assert headwise.attention.divergence is None
     assert max(headwise.kl) > 0.01
+    moved = probe.over(lossless(detect_sinks=4))[0].attention
+    assert moved.divergence is None and torch.tensor(moved.output).max() < 1e-4
 
 
 def test_heads_that_keep_different_tokens_are_measured_as_kvpress_masks_them():
