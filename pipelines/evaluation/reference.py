@@ -25,6 +25,7 @@ class AttentionCall:
         keys: [B, Hkv, T, D].
         values: [B, Hkv, T, Dv].
         options: scaling, softcap and learned sinks, as the model passed them.
+        output: [B, n, Hq, Dv] float32, of these queries over the context alone; None until it is computed.
     """
 
     module: torch.nn.Module
@@ -32,11 +33,13 @@ class AttentionCall:
     keys: torch.Tensor
     values: torch.Tensor
     options: dict[str, Any]
+    output: torch.Tensor | None = None
 
     def of(self, entries: slice) -> "AttentionCall":
         """The same call with some of its documents."""
         query, keys, values = (t[entries] for t in (self.query, self.keys, self.values))
-        return replace(self, query=query, keys=keys, values=values)
+        output = None if self.output is None else self.output[entries]
+        return replace(self, query=query, keys=keys, values=values, output=output)
 
 
 @dataclass(frozen=True)
@@ -69,7 +72,11 @@ def read_reference(model: PreTrainedModel, ids: torch.Tensor, context: int, quer
     calls: dict[int, AttentionCall] = {}
     with float32_logits(model), _recorded(model, calls, context, queries):
         logits = model(input_ids=ids, use_cache=False, logits_to_keep=ids.shape[1] - context).logits
-    return Reference(logits[:, :-1].float().log_softmax(-1), calls)
+    exact = {
+        layer: replace(call, output=attend(model, call, call.keys, call.values).float())
+        for layer, call in calls.items()  # now, before a head-wise press masks anything
+    }
+    return Reference(logits[:, :-1].float().log_softmax(-1), exact)
 
 
 @contextmanager
