@@ -26,17 +26,63 @@ def first_number(cell: str) -> float:
 @pytest.mark.parametrize(
     ("setting", "measured"),
     [
-        ('`TurboQuant.preset("quality")`: keys 8, values 4', "TurboQuant quality"),
-        ('`TurboQuant.preset("balanced")`, `TurboQuant()`', "TurboQuant 4/4"),
-        ('`TurboQuant.preset("small")`', "TurboQuant 3/3"),
-        ("`TurboQuant(bits=2)`", "TurboQuant 2/2"),
+        ('`TurboQuant.preset("quality")`: keys 8, values 4', "preset quality"),
+        ('`TurboQuant.preset("balanced")`', "preset balanced"),
+        ('`TurboQuant.preset("small", key_bits=4)`', "preset small, keys 4 bits"),
+        ('`TurboQuant.preset("small")`', "preset small"),
+        ('`TurboQuant.preset("small", bits=2)`', "preset small, 2 bits"),
+        ("`TurboQuant()`", "TurboQuant 4/4"),
+        ("`TurboQuant(bits=3)`", "TurboQuant 3/3"),
     ],
 )
 def test_divergence_of_settings(setting: str, measured: str) -> None:
+    here, there = cells("docs/choosing.md", setting), fidelity_cells(measured)
+    assert (first_number(here[2]), first_number(here[3])) == (first_number(there[1]), first_number(there[3]))
+
+
+def fidelity_cells(arm: str) -> list[str]:
     evaluation = page("docs/evaluation.md")
-    fidelity = evaluation[evaluation.index("### Fidelity") : evaluation.index("### Equal bytes")]
-    (row,) = [line for line in fidelity.splitlines() if line.startswith(f"| {measured} |")]
-    assert first_number(cells("docs/choosing.md", setting)[2]) == first_number(row.split(" | ")[3])
+    fidelity = evaluation[evaluation.index("### Fidelity") : evaluation.index("### Against")]
+    (row,) = [line for line in fidelity.splitlines() if line.startswith(f"| {arm} |")]
+    return [cell.strip() for cell in row.split(" | ")]
+
+
+@pytest.mark.parametrize(
+    ("cache", "measured"),
+    [
+        ("uncompressed", "uncompressed"),
+        ('`TurboQuant.preset("balanced")`, 4 bits', "preset balanced"),
+        ('`TurboQuant.preset("small")`, 3 bits', "preset small"),
+        ("TurboQuant as published, 3 bits", "as published 3/3"),
+        ("KIVI, 4 bits", "KIVI 4 bits"),
+        ("plain integers, 4 bits", "int4 per token"),
+        ("kvpress's SnapKV(0.5)", "SnapKV(0.5)"),
+        ('`SnapKV(0.5) \\| TurboQuant.preset("small")`', "SnapKV(0.5) \\| preset small"),
+    ],
+)
+def test_the_first_table_is_the_evaluations(cache: str, measured: str) -> None:
+    readme = page("README.md")
+    first = readme[: readme.index("![")]
+    (row,) = [line for line in first.splitlines() if line.startswith(f"| {cache} |")]
+    kl, agreement, bits = (first_number(cell) for cell in row.split(" | ")[1:4])
+    there = fidelity_cells(measured)
+    assert (kl, bits) == (first_number(there[3]), first_number(there[1]))
+    assert agreement == pytest.approx(100 * first_number(there[6]))
+
+
+def test_the_first_table_has_the_speed_below_it() -> None:
+    readme = page("README.md")
+    bf16, four, three = cells("README.md", "131072")[1:4]
+    assert f"| {round(float(bf16))} us |" in readme
+    for cell in (four, three):
+        micros, ratio = re.findall(r"[\d.]+", cell)
+        assert f"| {round(float(micros))} us ({ratio}x) |" in readme
+
+
+def test_the_picture_is_there_and_small() -> None:
+    (name,) = re.findall(r"!\[[^\]]+\]\(([^)]+\.png)\)", page("README.md"))
+    picture = (ROOT / name).read_bytes()
+    assert picture.startswith(b"\x89PNG") and 10_000 < len(picture) < 150_000
 
 
 @pytest.mark.parametrize(
