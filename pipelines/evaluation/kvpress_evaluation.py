@@ -23,7 +23,7 @@ from quantpress.pipelines import register
 from quantpress.presses import Compose, TurboQuant
 
 QUANTIZERS: dict[str, Callable[[], TurboQuant]] = {
-    "turboquant_quality": lambda: TurboQuant.preset("quality"),
+    "turboquant_quality": lambda: TurboQuant(key_bits=8, value_bits=4),
     "turboquant4": lambda: TurboQuant(bits=4),
     "turboquant3": lambda: TurboQuant(bits=3),
     "turboquant2": lambda: TurboQuant(bits=2),
