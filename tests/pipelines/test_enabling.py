@@ -90,7 +90,7 @@ def test_bits_are_bits_in_memory() -> None:
         (None, "TurboQuant(4)"),
         (3, "TurboQuant(3)"),
         (2.5, "TurboQuant(2.5)"),
-        ("quality", "TurboQuant(4, key_bits=8, value_bits=4)"),
+        ("quality", "TurboQuant(4, key_bits=8, value_bits=4, recent_tokens=64, detect_sinks=8)"),
         (TurboQuant, "TurboQuant(4)"),
         ("SnapKV(0.5) | TurboQuant(bits=3)", "SnapKV(0.5) | TurboQuant(3)"),
         ([SnapKV, TurboQuant], "SnapKV(0.5) | TurboQuant(4)"),
