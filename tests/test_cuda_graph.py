@@ -6,6 +6,7 @@ import functools
 import gc
 import threading
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -278,13 +279,17 @@ def test_an_enabled_model_captures_by_itself(name: str, made: list[CapturedDecod
     options = {"max_new_tokens": 200, "do_sample": False, "return_dict_in_generate": True}
     answers = []
     for graph in (False, None):
-        with (
-            enable(model, PRESSES[name](), cuda_graph=graph),
-            captured_decoding(model, cuda_graph=False) if graph is False else contextlib.nullcontext(),
-        ):
-            first = model.generate(ids, **options)
+        with enable(model, PRESSES[name](), cuda_graph=graph):
+            steps = (  # the cache grows again between the turns, as it does behind a call of its own
+                partial(captured_decoding, model, cuda_graph=False)
+                if graph is False
+                else contextlib.nullcontext
+            )
+            with steps():
+                first = model.generate(ids, **options)
             turn = torch.cat([first.sequences, prompt(20, seed=4).cuda()], dim=1)
-            second = model.generate(turn, past_key_values=first.past_key_values, **options)
+            with steps():
+                second = model.generate(turn, past_key_values=first.past_key_values, **options)
             answers.append(second.sequences)
     assert torch.equal(*answers) and answers[0].unique().numel() > 20
     assert [(steps.captures, steps.replays) for steps in made] == [(1, 199 - WARM_STEPS)] * 2
