@@ -6,7 +6,6 @@ import functools
 import gc
 import threading
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import pytest
@@ -281,7 +280,7 @@ def test_an_enabled_model_captures_by_itself(name: str, made: list[CapturedDecod
     for graph in (False, None):
         with enable(model, PRESSES[name](), cuda_graph=graph):
             steps = (  # the cache grows again between the turns, as it does behind a call of its own
-                partial(captured_decoding, model, cuda_graph=False)
+                functools.partial(captured_decoding, model, cuda_graph=False)
                 if graph is False
                 else contextlib.nullcontext
             )
