@@ -9,6 +9,7 @@ from kvpress import BasePress
 from transformers import DynamicCache, GenerationConfig, PreTrainedModel
 from transformers.generation.configuration_utils import GenerationMode
 
+from quantpress.cache.evicted_slots import MASKS
 from quantpress.cache.text_cache import TextCache
 from quantpress.errors import InvalidInputError, UnsupportedModelError
 from quantpress.pipelines.captured import check_choice
@@ -30,6 +31,7 @@ from quantpress.pipelines.preserve import masks_of_cache
 from quantpress.pipelines.replaced import Replaced
 from quantpress.presses import Compose
 from quantpress.presses.composition import AT_EXIT
+from quantpress.presses.model_support import attention_modules
 
 _STATE = "_quantpress_enabled"
 
@@ -136,6 +138,7 @@ class Enabled:
         self.calls: list[GenerateCall] = []
         self._decodes = bool(decode_time_presses(press))
         self._reads_again = any(isinstance(member, AT_EXIT) for member in press)
+        self._attention = attention_modules(model)
         vars(model)[_STATE] = self
         self._replaced = [
             Replaced(model, "forward", self._forward),
@@ -227,13 +230,18 @@ class Enabled:
             if seen and not (self._decodes or cache.masked):
                 call = self._current_call()
                 step = forward if call is None or call.steps is None else call.steps
-                return step(*args, **kwargs)
+                with masks_of_cache(self.model, cache) if self._is_masked() else nullcontext():
+                    return step(*args, **kwargs)
             with masks_of_cache(self.model, cache), self._pressing(seen):
                 output = forward(*args, **kwargs)
             cache.has_read(seen + new)
         if seen == 0 and renumbers_positions(self.press):
             cache.position_shift = max(cache.evicted.values(), default=0)
         return output
+
+    def _is_masked(self) -> bool:
+        """Whether a head-wise press has left masks of another cache on the model."""
+        return any(vars(module).get(MASKS) is not None for module in self._attention)
 
     @contextmanager
     def _pressing(self, seen: int) -> Iterator[None]:

@@ -5,6 +5,7 @@ import pickle
 from pathlib import Path
 from typing import Any
 
+import kvpress
 import pytest
 import torch
 from torch import nn
@@ -25,6 +26,7 @@ from quantpress.presses import (
     Knorm,
     TurboQuant,
 )
+from quantpress.presses.model_support import attention_modules
 from tests.pipelines.enabled import FULL, GREEDY, IDS, NO_END, SNAP, TOKENS, packed, state
 from tests.pipelines.words import ours, text, word_tokenizer
 from tests.presses.reading import lossless
@@ -244,3 +246,16 @@ def test_a_method_of_the_object_s_own_is_put_back() -> None:
     inner.undo()
     outer.undo()
     assert vars(layer)["forward"] is own
+
+
+def test_masks_that_an_earlier_press_left_on_the_model_are_not_of_this_cache() -> None:
+    """kvpress's head-wise presses leave them there until the next prefill through plain attention."""
+    model = copy.deepcopy(tiny_model("llama"))
+    with enable(model, 4):
+        expected = model.generate(IDS, **GREEDY)
+        with kvpress.AdaKVPress(kvpress.KnormPress(0.5))(model):
+            model(IDS.repeat(1, 2), past_key_values=DynamicCache())
+        left = [module.masked_key_indices for module in attention_modules(model)]
+        assert all(mask is not None for mask in left)
+        assert torch.equal(model.generate(IDS, **GREEDY), expected)
+        assert [module.masked_key_indices for module in attention_modules(model)] == left
