@@ -14,10 +14,10 @@ from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, PreTra
 
 from quantpress.cache import continue_inputs, install_packed_attention
 from quantpress.kernels.page_codec import RawPages
-from quantpress.pipelines import generate_call
 from quantpress.pipelines.captured import WARM_STEPS, CapturedDecoding, captured_decoding
 from quantpress.pipelines.enabling import enable
 from quantpress.presses import AdaKV, Compose, PyramidKV, SnapKV, TurboQuant
+from tests.pipelines.enabled import noted_steps
 from tests.pipelines.words import ours, text
 from tests.tiny_models import VOCABULARY, prompt, tiny_model
 
@@ -260,15 +260,7 @@ def test_the_pipeline_captures_once_for_all_questions(press: Any, monkeypatch: p
 @pytest.fixture
 def made(monkeypatch: pytest.MonkeyPatch) -> list[CapturedDecoding]:
     """The steps of each call of an enabled model."""
-    steps: list[CapturedDecoding] = []
-
-    class Noted(CapturedDecoding):
-        def __init__(self, *arguments: Any) -> None:
-            super().__init__(*arguments)
-            steps.append(self)
-
-    monkeypatch.setattr(generate_call, "CapturedDecoding", Noted)
-    return steps
+    return noted_steps(monkeypatch)
 
 
 @pytest.mark.parametrize("name", ["4_bits", "evicted", "head_wise"])

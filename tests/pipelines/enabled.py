@@ -2,9 +2,12 @@
 
 from typing import Any
 
+import pytest
 from torch import nn
 
 from quantpress.cache import PackedLayer
+from quantpress.pipelines import generate_call
+from quantpress.pipelines.captured import CapturedDecoding
 from quantpress.presses import SnapKV
 from tests.tiny_models import prompt
 
@@ -29,3 +32,16 @@ def state(model: nn.Module) -> dict[str, Any]:
             inner = list(value.items()) if isinstance(value, dict) else value
             found[f"{name}.{attribute}"] = [(k, id(v)) for k, v in inner] if inner is not value else id(value)
     return found
+
+
+def noted_steps(monkeypatch: pytest.MonkeyPatch) -> list[CapturedDecoding]:
+    """The steps that every later call of an enabled model makes."""
+    steps: list[CapturedDecoding] = []
+
+    class Noted(CapturedDecoding):
+        def __init__(self, *arguments: Any) -> None:
+            super().__init__(*arguments)
+            steps.append(self)
+
+    monkeypatch.setattr(generate_call, "CapturedDecoding", Noted)
+    return steps

@@ -11,8 +11,7 @@ from typer.testing import CliRunner
 
 from quantpress import cli
 from quantpress.errors import CacheFileError, InvalidInputError
-from tests.pipelines.words import ours, text, word_tokenizer
-from tests.tiny_models import tiny_model
+from tests.pipelines.words import model_folder, ours, text
 
 CONTEXT = text(500)
 QUESTIONS = ["w1 w2", "w7"]
@@ -22,10 +21,7 @@ PRESS = "SnapKV(0.5, window_size=16) | TurboQuant(bits=3)"
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A folder with model and tokenizer."""
-    folder = tmp_path_factory.mktemp("model")
-    tiny_model("llama").save_pretrained(folder)
-    word_tokenizer().save_pretrained(folder)
-    return str(folder)
+    return model_folder(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture

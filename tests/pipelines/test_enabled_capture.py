@@ -15,7 +15,7 @@ from quantpress.pipelines.captured import CapturedDecoding, captured_decoding
 from quantpress.pipelines.decoding import rules_out_press
 from quantpress.pipelines.enabling import disable, enable
 from quantpress.presses import Compose, Decoding, KeyRerotation, Knorm, StreamingLLM
-from tests.pipelines.enabled import FULL, GREEDY, IDS, NEXT, NO_END, SNAP, TOKENS, state
+from tests.pipelines.enabled import FULL, GREEDY, IDS, NEXT, NO_END, SNAP, TOKENS, noted_steps, state
 from tests.presses.reading import lossless
 from tests.tiny_models import prompt, tiny_model
 
@@ -25,17 +25,9 @@ ON_CUDA = SimpleNamespace(device=torch.device("cuda"))
 @pytest.fixture
 def made(monkeypatch: pytest.MonkeyPatch) -> list[CapturedDecoding]:
     """Every call's steps, of models that pass for being on CUDA."""
-    steps: list[CapturedDecoding] = []
-
-    class Noted(CapturedDecoding):
-        def __init__(self, *arguments: Any) -> None:
-            super().__init__(*arguments)
-            steps.append(self)
-
     for module in (enabling, generate_call):
         monkeypatch.setattr(module, "rules_out_press", lambda model, press: rules_out_press(ON_CUDA, press))
-    monkeypatch.setattr(generate_call, "CapturedDecoding", Noted)
-    return steps
+    return noted_steps(monkeypatch)
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from quantpress.pipelines.commands import bench, compare, inspect, loading, memo
 from quantpress.pipelines.commands.inspect import CANDIDATES, Candidate, suggested
 from quantpress.pipelines.model_outline import EXAMPLE_SHAPE
 from quantpress.pipelines.token_clock import TokenClock
-from tests.pipelines.words import ours, text, word_tokenizer
+from tests.pipelines.words import model_folder, ours, text, word_tokenizer
 from tests.tiny_models import tiny_model
 
 CONTEXT = text(500)
@@ -27,10 +27,7 @@ PRESSES = ("TurboQuant(bits=8)", "SnapKV(0.5, window_size=16) | TurboQuant(bits=
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A folder with model and tokenizer."""
-    folder = tmp_path_factory.mktemp("model")
-    tiny_model("llama").save_pretrained(folder)
-    word_tokenizer().save_pretrained(folder)
-    return str(folder)
+    return model_folder(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 """A tiny tokenizer made on the spot, texts for it, and pipelines of tiny models."""
 
 from functools import cache
+from pathlib import Path
 
 import torch
 from kvpress import KVPressTextGenerationPipeline
@@ -47,3 +48,10 @@ def ours(family: str = "llama", chat: bool = False, **options: object) -> TextGe
 def theirs(family: str = "llama", chat: bool = False) -> KVPressTextGenerationPipeline:
     """kvpress's pipeline of the same."""
     return KVPressTextGenerationPipeline(model=tiny_model(family), tokenizer=word_tokenizer(chat))
+
+
+def model_folder(folder: Path) -> str:
+    """A folder that now has a tiny model and its tokenizer."""
+    tiny_model("llama").save_pretrained(folder)
+    word_tokenizer().save_pretrained(folder)
+    return str(folder)
