@@ -321,19 +321,18 @@ def merge_kernel(
     SIZE: tl.constexpr,
     HEADS: tl.constexpr,
     STARTS: tl.constexpr,
+    EACH: tl.constexpr,
     CHAINED: tl.constexpr,
 ):
-    """Join the splits of one row of one (batch, KV head), rotate back once, join the 16-bit tokens.
+    """Join the splits of EACH rows of one (batch, KV head), rotate back once, join the 16-bit tokens.
 
     o [N, splits, R, DV], m and l [N, R, splits]; dense_o, dense_m, dense_l the same with tiles; sinks [Hkv *
     G] logits; rotation [DV, DV]; out [BH, rows, DV]. Where HEADS is not 0,
     o, m and l are [blocks, splits, ...], the splits shared out over the heads by `chunks_of_heads`.
     """
-    row, head = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    block, local = head * blocks + row // R, row % R
-    holder, begin, end = block, 0, splits
+    head = tl.program_id(1).to(tl.int64)
+    begin, end = 0, splits
     if HEADS:
-        holder = head * 0 + row // R
         _, _, chunks = chunks_of_heads(used_ptr, starts_ptr, heads, pages, splits, HEADS, STARTS, 128)
         index = tl.arange(0, HEADS)
         begin = tl.sum(tl.where(index < head, chunks, 0), 0)
@@ -342,29 +341,35 @@ def merge_kernel(
     turn = tl.load(rotation_ptr + value[:, None] * DV + value[None, :])  # float32: to convert it takes 0.5 us
     if CHAINED:
         gdc_wait()
-    m = tl.full([1], -1e30, tl.float32)
-    total = tl.zeros([1], tl.float32)
-    y = tl.zeros([DV], tl.float32)
-    o, ms, ls = _load(o_ptr, m_ptr, l_ptr, begin, end, splits, holder, local, DV, R, SIZE)
-    dense_o, dense_ms, dense_ls = _load(
-        dense_o_ptr, dense_m_ptr, dense_l_ptr, 0, tiles, tiles, block, local, DV, R, TILES
-    )
-    m, total, y = _join(m, total, y, o, ms, ls)
-    for start in range(begin + SIZE, end, SIZE):
-        o, ms, ls = _load(o_ptr, m_ptr, l_ptr, start, end, splits, holder, local, DV, R, SIZE)
-        m, total, y = _join(m, total, y, o, ms, ls)
-    turned = tl.sum(turn * (y * unit)[:, None], 0)
-    m, total, turned = _join(m, total, turned, dense_o, dense_ms, dense_ls)
-    for start in range(TILES, tiles, TILES):
+    for step in range(EACH):
+        row = tl.minimum(tl.program_id(0) * EACH + step, rows - 1)
+        block, local = head * blocks + row // R, row % R
+        holder = block
+        if HEADS:
+            holder = head * 0 + row // R
+        m = tl.full([1], -1e30, tl.float32)
+        total = tl.zeros([1], tl.float32)
+        y = tl.zeros([DV], tl.float32)
+        o, ms, ls = _load(o_ptr, m_ptr, l_ptr, begin, end, splits, holder, local, DV, R, SIZE)
         dense_o, dense_ms, dense_ls = _load(
-            dense_o_ptr, dense_m_ptr, dense_l_ptr, start, tiles, tiles, block, local, DV, R, TILES
+            dense_o_ptr, dense_m_ptr, dense_l_ptr, 0, tiles, tiles, block, local, DV, R, TILES
         )
+        m, total, y = _join(m, total, y, o, ms, ls)
+        for start in range(begin + SIZE, end, SIZE):
+            o, ms, ls = _load(o_ptr, m_ptr, l_ptr, start, end, splits, holder, local, DV, R, SIZE)
+            m, total, y = _join(m, total, y, o, ms, ls)
+        turned = tl.sum(turn * (y * unit)[:, None], 0)
         m, total, turned = _join(m, total, turned, dense_o, dense_ms, dense_ls)
-    if HAS_SINKS:
-        sink = tl.load(sinks_ptr + head % kv_heads * group + row // queries).to(tl.float32) * LOG2_E
-        new = tl.maximum(m, sink)
-        decay = tl.exp2(m - new)
-        turned = turned * decay
-        total = total * decay + tl.exp2(sink - new)
-    total = tl.where(total == 0, 1.0, total)  # nothing in use
-    tl.store(out_ptr + (head * rows + row) * DV + value, turned / total)
+        for start in range(TILES, tiles, TILES):
+            dense_o, dense_ms, dense_ls = _load(
+                dense_o_ptr, dense_m_ptr, dense_l_ptr, start, tiles, tiles, block, local, DV, R, TILES
+            )
+            m, total, turned = _join(m, total, turned, dense_o, dense_ms, dense_ls)
+        if HAS_SINKS:
+            sink = tl.load(sinks_ptr + head % kv_heads * group + row // queries).to(tl.float32) * LOG2_E
+            new = tl.maximum(m, sink)
+            decay = tl.exp2(m - new)
+            turned = turned * decay
+            total = total * decay + tl.exp2(sink - new)
+        total = tl.where(total == 0, 1.0, total)  # nothing in use
+        tl.store(out_ptr + (head * rows + row) * DV + value, turned / total)

@@ -367,16 +367,17 @@ def _heads_layout(HEADS):
     return gl.BlockedLayout([max(HEADS // 32, 1)], [32], [1], [0])
 
 
-@gluon.constexpr_function
-def _log2(n):
-    return n.bit_length() - 1
+@gluon.jit
+def _add(a, b):
+    return a + b
 
 
 @gluon.jit
 def _share(used_ptr, starts_ptr, heads, pages, HEADS: gl.constexpr, STARTS: gl.constexpr):
-    """With a page table: this program's head, the first and last page of its chunk, or a head of -1.
+    """With a page table: this program's head, the first and last page of its chunk, the same if it has none.
 
-    As `chunks_of_heads` of `ends` has it: heads get as many programs as their pages need, in order.
+    As `chunks_of_heads` of `ends` has it: heads get as many programs as their pages need, in order. The
+    quotient is exact for less than 2 ** 21 pages a head, and 16 divisions of integers would take 0.3 us.
     """
     lanes: gl.constexpr = _heads_layout(HEADS)
     head = gl.arange(0, HEADS, layout=lanes)
@@ -389,18 +390,17 @@ def _share(used_ptr, starts_ptr, heads, pages, HEADS: gl.constexpr, STARTS: gl.c
     there = gl.where(used > 0, (end + PAGE_TOKENS - 1) // PAGE_TOKENS - begin, 0)
     room = gl.num_programs(0) - heads
     size = gl.maximum((gl.sum(there, 0) + room - 1) // room, 1)
-    chunks = (there + size - 1) // size
+    chunks = ((there + size).to(gl.float32) - 0.5) * (1.0 / size.to(gl.float32))
+    chunks = chunks.to(gl.int32)
+    ends = gl.associative_scan(chunks, 0, _add)
     program = gl.program_id(0)
-    mine = 0
-    for bit in gl.static_range(_log2(HEADS)):
-        tried = mine + (HEADS >> (bit + 1))
-        mine = gl.where(gl.sum(gl.where(head < tried, chunks, 0), 0) <= program, tried, mine)
-    local = program - gl.sum(gl.where(head < mine, chunks, 0), 0)
-    parts = gl.maximum(gl.sum(gl.where(head == mine, chunks, 0), 0), 1)
-    own = gl.sum(gl.where(head == mine, there, 0), 0)
-    skipped = gl.sum(gl.where(head == mine, begin, 0), 0)
-    last = gl.minimum((local + 1) * own // parts, own)  # there may be more programs than chunks
-    return mine, skipped + local * own // parts, skipped + last
+    own = (ends - chunks <= program) & (program < ends)
+    mine = gl.sum(gl.where(own, head, 0), 0)
+    local = program - gl.sum(gl.where(own, ends - chunks, 0), 0)
+    parts = gl.maximum(gl.sum(gl.where(own, chunks, 0), 0), 1)  # there may be more programs than chunks
+    held = gl.sum(gl.where(own, there, 0), 0)
+    skipped = gl.sum(gl.where(own, begin, 0), 0)
+    return mine, skipped + local * held // parts, skipped + (local + 1) * held // parts
 
 
 @gluon.jit

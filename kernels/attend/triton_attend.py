@@ -33,6 +33,9 @@ MOST_SPLITS = 128
 MERGED = 64
 """Partial sums that the merge takes at a time."""
 
+MERGES = 4
+"""Programs of the merge that a multiprocessor holds; more would read the rotation once more."""
+
 PLAIN_PROGRAMS = 16
 """Programs in all of the plain kernel."""
 
@@ -295,9 +298,12 @@ class _Call:
 
     def _programs(self) -> int:
         """Programs of the split kernel that run at a time."""
+        return PLAIN_PROGRAMS if self.plain else PROGRAMS * self._multiprocessors()
+
+    def _multiprocessors(self) -> int:
         if self.plain:
-            return PLAIN_PROGRAMS
-        return PROGRAMS * torch.cuda.get_device_properties(self.query.device).multi_processor_count
+            return 1
+        return torch.cuda.get_device_properties(self.query.device).multi_processor_count
 
     def _tail(self, segment: DenseSegment | None) -> tuple[torch.Tensor, torch.Tensor, int]:
         """Keys, values and number of tokens kept as they are; the query stands in for none."""
@@ -314,7 +320,8 @@ class _Call:
 
         value_dim = self.values.head_dim
         out = self._new(self.heads, self.rows, value_dim, dtype=self.query.dtype)
-        merge_kernel[(self.rows, self.heads)](
+        each = rows_of_merge(self.rows, self.heads, self._multiprocessors())
+        merge_kernel[(-(-self.rows // each), self.heads)](
             *sums,
             *dense,
             sinks,
@@ -338,6 +345,7 @@ class _Call:
             SIZE=MERGED,
             HEADS=self.padded,
             STARTS=self.starts is not None,
+            EACH=each,
             CHAINED=bool(self.chained),
             num_warps=4 if value_dim <= 128 else 8,
             **self.chained,
@@ -364,6 +372,20 @@ def split_count(pages: int, blocks: int, programs: int) -> int:
         programs: that run at a time.
     """
     return max(1, min(pages, programs // blocks, MOST_SPLITS))
+
+
+def rows_of_merge(rows: int, heads: int, multiprocessors: int) -> int:
+    """Rows that a program of the merge takes one after the other, each with the rotation that it has read.
+
+    Args:
+        rows: of a KV head.
+        heads: B * Hkv.
+        multiprocessors: of the GPU.
+    """
+    each = 1
+    while each < rows and heads * -(-rows // each) > MERGES * multiprocessors:
+        each *= 2
+    return each
 
 
 @lru_cache(maxsize=16)

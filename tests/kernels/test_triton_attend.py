@@ -186,6 +186,7 @@ def test_kernels_around_it_compile_without_a_gpu(capability: int, heads: int, di
     first |= {"HALVES": 2 if dim == 64 else 1}
     first |= {"FIRST_STARTS": heads == 0, "RECENT_STARTS": True, "SLOTS": heads > 0}
     merge = chained | {"HAS_SINKS": True, "SIZE": MERGED, "HEADS": heads, "STARTS": heads > 0}
+    merge |= {"EACH": 4 if heads else 1}
     for kernel, constants in ((first_kernel, first), (merge_kernel, merge)):
         binary = compiled(kernel, constants, capability, 8 if dim > 128 else 4)
         assert len(binary.asm["cubin"]) > 0

@@ -5,7 +5,8 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from quantpress.pipelines.causal_chunks import MERGED_TOKENS, CausalChunks, NotInChunksError
+from quantpress.pipelines import causal_chunks
+from quantpress.pipelines.causal_chunks import CausalChunks, Kernel, NotInChunksError, earlier_keys
 
 HEADS = 4
 
@@ -63,10 +64,34 @@ def test_chunks_are_right_to_twice_the_error_of_the_whole(
     assert (found - exact).abs().max() <= 2 * (whole - exact).abs().max() + 1e-6
 
 
+@pytest.mark.parametrize("kv_heads", [1, 4])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_chunks_that_are_weighed_in_parts(dtype: torch.dtype) -> None:
-    chunk = MERGED_TOKENS + 100
-    test_chunks_are_right_to_twice_the_error_of_the_whole(2 * chunk + 50, chunk, dtype, 2, None)
+@pytest.mark.parametrize("tokens", [15 * 32, 15 * 32 + 7])
+def test_keys_in_blocks_of_few_lengths(
+    tokens: int, dtype: torch.dtype, kv_heads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As for a kernel that prepares each number of keys."""
+    lengths = set()
+
+    def attend(query: torch.Tensor, key: torch.Tensor, *rest: object) -> object:
+        if query.shape[2] == 32:
+            lengths.add(key.shape[2])
+        return causal_chunks._flash_cpu(query, key, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(causal_chunks, "kernel_of", lambda *_: Kernel(attend, prepares=True))  # type: ignore[arg-type]
+    test_chunks_are_right_to_twice_the_error_of_the_whole(tokens, 32, dtype, kv_heads, None)
+    assert lengths == {32, 64, 128, 256}
+
+
+def test_blocks_cover_the_keys_once() -> None:
+    for chunks in range(40):
+        blocks = list(earlier_keys(chunks * 8, 8))
+        assert [key for first, last in reversed(blocks) for key in range(first, last)] == list(
+            range(chunks * 8)
+        )
+        lengths = [last - first for first, last in blocks]
+        assert lengths == sorted(set(lengths))
+        assert all((length // 8).bit_count() == 1 for length in lengths)
 
 
 def test_a_call_with_a_mask_is_left_as_it_is() -> None:

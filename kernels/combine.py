@@ -1,0 +1,52 @@
+"""Two attentions to different keys as one, weighed by their sums of exponentials."""
+
+import contextlib
+
+import torch
+
+from quantpress.kernels.available import runs_triton
+
+ROWS = 1024  # query tokens weighed at a time in float32 where there is no kernel
+
+
+def combine_attention(
+    output: torch.Tensor, log_sum: torch.Tensor, other: torch.Tensor, other_log_sum: torch.Tensor
+) -> None:
+    """Take attention to other keys into `output` and `log_sum`, in place, in float32 arithmetic.
+
+        output = s * other + (1 - s) * output,   s = sigmoid(other_log_sum - log_sum)
+
+    Args:
+        output: [B, H, T, D], attention to some keys.
+        log_sum: [B, H, T, 1] float32 (or more), natural logarithm of its sum of exponentials.
+        other: like `output`, to other keys.
+        other_log_sum: like `log_sum`.
+    """
+    if runs_triton(output.device) and _has_kernel(output, other):
+        launch_combine(output, log_sum, other, other_log_sum)
+        return
+    share = torch.sigmoid(other_log_sum - log_sum)
+    exact = torch.promote_types(output.dtype, torch.float32)
+    for start in range(0, output.shape[2], ROWS):
+        rows = (slice(None), slice(None), slice(start, start + ROWS))
+        output[rows] = torch.lerp(output[rows].to(exact), other[rows].to(exact), share[rows].to(exact))
+    torch.logaddexp(log_sum, other_log_sum, out=log_sum)
+
+
+def _has_kernel(*outputs: torch.Tensor) -> bool:
+    return all(one.stride(3) == 1 and one.dtype in (torch.bfloat16, torch.float16) for one in outputs)
+
+
+def launch_combine(
+    output: torch.Tensor, log_sum: torch.Tensor, other: torch.Tensor, other_log_sum: torch.Tensor
+) -> None:
+    """As `combine_attention`, by the Triton kernel: channels of 16-bit outputs lie side by side."""
+    from quantpress.kernels.combine_kernel import TOKENS, combine_kernel
+
+    batch, heads, tokens, channels = output.shape
+    padded = 1 << (channels - 1).bit_length()
+    strides = [one.stride(dim) for one in (output, log_sum, other, other_log_sum) for dim in range(3)]
+    with torch.cuda.device(output.device) if output.is_cuda else contextlib.nullcontext():
+        combine_kernel[(-(-tokens // TOKENS.value), batch * heads)](
+            output, log_sum, other, other_log_sum, heads, tokens, channels, *strides, CHANNELS=padded
+        )
