@@ -21,6 +21,7 @@ import gc
 import importlib.metadata
 import json
 import sys
+import traceback
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -110,6 +111,7 @@ def measure(alternative: Alternative, bits: str, tokens: int, device: str, timed
     try:
         us, timing, note = fastest(attention)
     except Exception as error:  # what was found out so far stays
+        traceback.print_exc()
         return replace(row, note=said(error))
     return replace(row, us=us, timing=timing, note=note)
 
@@ -139,6 +141,7 @@ def child(alternative: Alternative, arguments: argparse.Namespace) -> None:
                     with torch.inference_mode():
                         row = measure(alternative, bits, tokens, device, not arguments.check)
                 except Exception as error:  # whatever another package raises is its row
+                    traceback.print_exc()
                     row = Row(alternative.name, installed(alternative), bits, tokens, note=said(error))
                 print(json.dumps(asdict(row)), file=file, flush=True)
                 gc.collect()
@@ -150,7 +153,9 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--tokens", type=int, nargs="+", default=[32768, 131072], help="multiples of 128 from 512 on")
+    parser.add_argument(
+        "--tokens", type=int, nargs="+", default=[32768, 131072], help="multiples of 128 from 512 on"
+    )
     names = [one.name for one in ALTERNATIVES]
     parser.add_argument("--only", nargs="+", default=names, help=f"some of: {'; '.join(names)}")
     parser.add_argument("--sites", type=Path, help="a folder with a folder for each package")

@@ -39,20 +39,24 @@ class Process:
             stdin.write("\n")
 
     def rows(self, timeout: float) -> list[Row]:
-        """Wait for its rows; one more says so if it did not end well."""
-        note = ""
+        """Wait for its rows; one more says so if it did not end well, and what it printed goes to stderr."""
+        late = ""
         try:
-            if self.process.wait(timeout):
-                lines = self.log.read_text(errors="replace").strip().splitlines()
-                note = f"process ended: {lines[-1][:160] if lines else self.process.returncode}"
+            self.process.wait(timeout)
         except subprocess.TimeoutExpired:
+            late = f"took more than {timeout:.0f} s"
             self.process.kill()
             self.process.wait()
-            note = f"took more than {timeout:.0f} s"
+        lines = self.log.read_text(errors="replace").strip().splitlines()
         written = self.output.read_text().splitlines() if self.output.exists() else []
         self.folder.cleanup()
         found = [Row(**json.loads(line)) for line in written]
-        return [*found, Row(self.alternative.name, "", "", self.tokens[-1], note=note)] if note else found
+        if self.process.returncode:
+            note = late or f"process ended: {' '.join(lines[-1:])[:160] or self.process.returncode}"
+            found.append(Row(self.alternative.name, "", "", self.tokens[-1], note=note))
+        if any(row.note and row.us is None for row in found):
+            print(f"--- {self.alternative.name}", *lines[-20:], sep="\n", file=sys.stderr)
+        return found
 
 
 def compile_all(chosen: list[Alternative], arguments: argparse.Namespace) -> dict[str, Process]:
