@@ -135,7 +135,7 @@ class PagePool(PoolStorage):
         16-bit tokens and transforms are those of every slot; `plan.chosen` says which of them are meant.
         """
         keys, values = (self._packed(side, layer) for side in (self.keys, self.values))
-        packed = PackedSegment(keys, values, plan.packed, plan.table)
+        packed = PackedSegment(keys, values, plan.packed, plan.table, shares=plan.shares)
         newest = DenseSegment(self.keys.window[layer], self.values.window[layer], plan.window)
         if not self.settings.sink_tokens:
             return [packed, newest]

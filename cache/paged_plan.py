@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from quantpress.errors import InvalidInputError
+from quantpress.kernels.attend.shares import PageShares, page_shares
 from quantpress.kernels.layout import PAGE_TOKENS
 
 
@@ -21,6 +22,7 @@ class PagedPlan:
         packed: [B, Hkv] int32, tokens in use in the pages.
         window: [B, Hkv] int32, tokens in use behind them.
         ends: [B] int64, tokens in use in each window.
+        shares: how attention shares the pages out over programs; None where its kernels do not run.
         most_queries: query tokens of one call at most, as far as the host knows.
     """
 
@@ -31,6 +33,7 @@ class PagedPlan:
     packed: torch.Tensor
     window: torch.Tensor
     ends: torch.Tensor
+    shares: PageShares | None
     most_queries: int = sys.maxsize
 
     @property
@@ -79,13 +82,16 @@ def paged_plan(
     def per_head(counts: torch.Tensor) -> torch.Tensor:
         return counts.unsqueeze(1).expand(-1, kv_heads).contiguous()
 
+    table = block_tables.unsqueeze(1) * kv_heads + head.view(1, -1, 1)
+    lengths = per_head(packed)
     return PagedPlan(
         slots=torch.arange(batch, device=device) if slots is None else slots,
         in_order=slots is None,
-        table=block_tables.unsqueeze(1) * kv_heads + head.view(1, -1, 1),
+        table=table,
         sinks=per_head(sinks),
-        packed=per_head(packed),
+        packed=lengths,
         window=per_head(window),
         ends=window.long(),
+        shares=page_shares(lengths, table),
         most_queries=most_queries,
     )

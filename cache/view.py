@@ -206,8 +206,11 @@ def select_entries(segment: PackedSegment, entries: torch.Tensor) -> PackedSegme
         planes = {name: select(plane) if own else plane for name, plane in packed.planes.items()}
         return PackedSide(packed.codec, planes, packed.transform.map(select))
 
-    counted = [None if t is None else select(t) for t in (segment.lengths, segment.table, segment.starts)]
-    return PackedSegment(side(segment.keys), side(segment.values), *counted)
+    lengths, table, starts = (
+        None if tensor is None else select(tensor)
+        for tensor in (segment.lengths, segment.table, segment.starts)
+    )
+    return PackedSegment(side(segment.keys), side(segment.values), lengths, table, starts)
 
 
 def _clipped(pages: PackedSegment, tokens: int, dtype: torch.dtype) -> list[Segment]:

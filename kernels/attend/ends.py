@@ -256,6 +256,45 @@ def chunks_of_heads(
     return begin, there, tl.cdiv(there, size)
 
 
+@triton.jit(do_not_specialize=["heads", "pages", "programs"])
+def share_kernel(
+    used_ptr,
+    table_ptr,
+    programs_ptr,
+    heads_ptr,
+    heads,
+    pages,
+    programs,
+    HEADS: tl.constexpr,
+    SIZE: tl.constexpr,
+):
+    """Write down the shares of SIZE programs: see `quantpress.kernels.attend.shares`.
+
+    used [heads] int32; table [heads, pages] int32; programs [programs, 4] and heads [heads, 2] int32.
+    """
+    part = tl.program_id(0) * SIZE + tl.arange(0, SIZE)
+    head = tl.arange(0, HEADS)
+    _, there, chunks = chunks_of_heads(used_ptr, used_ptr, heads, pages, programs, HEADS, False, 128)
+    ends = tl.cumsum(chunks, 0)
+    begins = ends - chunks
+    own = (begins[None, :] <= part[:, None]) & (part[:, None] < ends[None, :])
+    mine = tl.sum(tl.where(own, head[None, :], 0), 1)
+    local = part - tl.sum(tl.where(own, begins[None, :], 0), 1)
+    parts = tl.maximum(tl.sum(tl.where(own, chunks[None, :], 0), 1), 1)
+    held = tl.sum(tl.where(own, there[None, :], 0), 1)  # 0 for programs that are left over
+    first, last = local * held // parts, (local + 1) * held // parts
+    live = part < programs
+    place = tl.load(table_ptr + mine.to(tl.int64) * pages + tl.minimum(first, pages - 1), mask=live, other=0)
+    at = programs_ptr + part * 4
+    tl.store(at, mine, mask=live)
+    tl.store(at + 1, first, mask=live)
+    tl.store(at + 2, last, mask=live)
+    tl.store(at + 3, place, mask=live)
+    if tl.program_id(0) == 0:
+        tl.store(heads_ptr + head * 2, begins, mask=head < heads)
+        tl.store(heads_ptr + head * 2 + 1, ends, mask=head < heads)
+
+
 @triton.jit
 def _load(
     o_ptr,
@@ -305,6 +344,7 @@ def merge_kernel(
     out_ptr,
     used_ptr,
     starts_ptr,
+    shares_ptr,
     splits,
     tiles,
     rows,
@@ -321,6 +361,7 @@ def merge_kernel(
     SIZE: tl.constexpr,
     HEADS: tl.constexpr,
     STARTS: tl.constexpr,
+    SHARED: tl.constexpr,
     EACH: tl.constexpr,
     CHAINED: tl.constexpr,
 ):
@@ -328,11 +369,15 @@ def merge_kernel(
 
     o [N, splits, R, DV], m and l [N, R, splits]; dense_o, dense_m, dense_l the same with tiles; sinks [Hkv *
     G] logits; rotation [DV, DV]; out [BH, rows, DV]. Where HEADS is not 0,
-    o, m and l are [blocks, splits, ...], the splits shared out over the heads by `chunks_of_heads`.
+    o, m and l are [blocks, splits, ...], the splits shared out over the heads by `chunks_of_heads`, or, if
+    SHARED, as shares [BH, 2] int32 has it.
     """
     head = tl.program_id(1).to(tl.int64)
     begin, end = 0, splits
-    if HEADS:
+    if SHARED:
+        begin = tl.load(shares_ptr + head * 2)
+        end = tl.load(shares_ptr + head * 2 + 1)
+    elif HEADS:
         _, _, chunks = chunks_of_heads(used_ptr, starts_ptr, heads, pages, splits, HEADS, STARTS, 128)
         index = tl.arange(0, HEADS)
         begin = tl.sum(tl.where(index < head, chunks, 0), 0)

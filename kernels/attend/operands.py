@@ -10,6 +10,7 @@ import torch
 
 from quantpress.codecs.transform import ChannelTransform
 from quantpress.errors import InvalidInputError
+from quantpress.kernels.attend.shares import PageShares
 from quantpress.kernels.layout import PAGE_TOKENS
 from quantpress.kernels.page_codec import PageCodec, Planes
 
@@ -94,6 +95,7 @@ class PackedSegment:
             Where no token is in use any row that there is will do.
         starts: [B, Hkv] int32 on the same device: the tokens in use are starts <= t < starts + lengths of
             the P * 128; None: 0. Whole pages may lie before a start. Comes with `lengths`.
+        shares: of `page_shares` for these lengths and this table, without starts; None: each call finds them.
 
     Raises:
         InvalidInputError: a table that is not int32 [B, Hkv, P], or a table or starts without lengths.
@@ -104,9 +106,12 @@ class PackedSegment:
     lengths: torch.Tensor | None = None
     table: torch.Tensor | None = None
     starts: torch.Tensor | None = None
+    shares: PageShares | None = None
 
     def __post_init__(self) -> None:
         _check_counted(self.lengths, self.starts, self.table)
+        if self.shares is not None and (self.table is None or self.starts is not None):
+            raise InvalidInputError("shares are of pages by table, without starts; leave them out")
 
     @property
     def pages(self) -> int:

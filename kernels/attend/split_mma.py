@@ -564,6 +564,7 @@ def split_mma_kernel(
     used_ptr,
     starts_ptr,
     places_ptr,
+    shares_ptr,
     o_ptr,
     m_ptr,
     l_ptr,
@@ -590,6 +591,7 @@ def split_mma_kernel(
     USED: gl.constexpr,
     STARTS: gl.constexpr,
     HEADS: gl.constexpr,
+    SHARED: gl.constexpr,
     CAPPED: gl.constexpr,
     CHAINED: gl.constexpr,
 ):
@@ -602,7 +604,8 @@ def split_mma_kernel(
     S and A the numbers of programs on the axes. `softcap` counts if CAPPED.
     Where HEADS, a power of two of at least `heads`, is not 0, page p of a head is page places[head, p] of
     [pages there are], places [heads, places_row] int32, axis 0 is shared out over the heads by how many pages
-    each has in use, and axis 1 counts blocks of rows of a head.
+    each has in use, and axis 1 counts blocks of rows of a head. If SHARED, shares [S, 4] int32 of
+    `PageShares` has been made before, and HEADS is only not 0.
     HALVES is 2 to take a page in two steps, groups of tokens 0, 2, 4, 6 before 1, 3, 5, 7.
     CHAINED: started before `first_kernel` has ended.
     """
@@ -612,7 +615,11 @@ def split_mma_kernel(
     splits = gl.num_programs(0)
     slot = gl.program_id(1).to(gl.int64) * splits + split
     if HEADS:
-        mine, first, last = _share(used_ptr, starts_ptr, heads, pages, HEADS, STARTS)
+        if SHARED:
+            share = shares_ptr + split * 4
+            mine, first, last = gl.load(share), gl.load(share + 1), gl.load(share + 2)
+        else:
+            mine, first, last = _share(used_ptr, starts_ptr, heads, pages, HEADS, STARTS)
         if first >= last:
             return
         head = mine.to(gl.int64)
@@ -644,7 +651,10 @@ def split_mma_kernel(
     if USED:
         clean = HALVES * (gl.minimum(gl.maximum(used // PAGE_TOKENS, turn), last) - turn)
     # An empty split reads the first page all the same, and throws it away.
-    place = _place(places_ptr, gl.minimum(_page(0, turn, first, last, STARTS), pages - 1), HEADS > 0)
+    if SHARED:
+        place = gl.load(shares_ptr + split * 4 + 3).to(gl.int64)
+    else:
+        place = _place(places_ptr, gl.minimum(_page(0, turn, first, last, STARTS), pages - 1), HEADS > 0)
     ka, kb, kc = _key_words(k_ptr + place * k_page, 0, D, K_BITS, HALVES)
     if CHAINED:
         _wait_for_queries()

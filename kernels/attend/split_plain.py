@@ -28,6 +28,7 @@ def split_plain_kernel(
     used_ptr,
     starts_ptr,
     places_ptr,
+    shares_ptr,
     o_ptr,
     m_ptr,
     l_ptr,
@@ -53,6 +54,7 @@ def split_plain_kernel(
     USED: tl.constexpr,
     STARTS: tl.constexpr,
     HEADS: tl.constexpr,
+    SHARED: tl.constexpr,
 ):
     """Partial softmax sums of one split (axis 0) of one (batch, KV head, block of rows) (axis 1).
 
@@ -60,7 +62,12 @@ def split_plain_kernel(
     """
     split, splits = tl.program_id(0), tl.num_programs(0)
     slot = tl.program_id(1).to(tl.int64) * splits + split
-    if HEADS:
+    if SHARED:
+        share = shares_ptr + split * 4
+        mine, first, last = tl.load(share), tl.load(share + 1), tl.load(share + 2)
+        if first >= last:
+            return
+    elif HEADS:
         begin, in_use, chunks = chunks_of_heads(
             used_ptr, starts_ptr, heads, pages, splits, HEADS, STARTS, PAGE_TOKENS
         )
@@ -74,6 +81,7 @@ def split_plain_kernel(
         there = tl.sum(tl.where(index == mine, in_use, 0), 0)
         skipped = tl.sum(tl.where(index == mine, begin, 0), 0)
         first, last = skipped + local * there // parts, skipped + (local + 1) * there // parts
+    if HEADS:
         head = mine.to(tl.int64)
         block = head * blocks + tl.program_id(1)
     else:

@@ -13,6 +13,7 @@ import torch
 
 from quantpress.codecs.spec import CodecSpec
 from quantpress.kernels.attend.operands import DenseSegment, PackedSegment, PackedSide, Segment, Visibility
+from quantpress.kernels.attend.shares import PageShares
 from quantpress.kernels.page_codec import ScalarPages
 from quantpress.kernels.rotation_matrix import rotation_matrix
 
@@ -152,6 +153,7 @@ class _Call:
         self.table = packed.table if packed.table is None else _in_rows(packed.table)
         self.pages = packed.pages
         self.padded = 0 if self.table is None else max(1 << (self.heads - 1).bit_length(), 2)
+        self.shares: PageShares | None = None
         self.chained = {"launch_pdl": True} if not plain and chains(query.device) else {}
 
     def _new(self, *shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -239,6 +241,8 @@ class _Call:
             grid = (split_count(self.pages, count, self._programs()), count)
         else:
             grid = (shared_programs(self.pages, self.heads, self._programs() // self.blocks), self.blocks)
+            if self.packed.shares is not None and self.packed.shares.programs.shape[0] == grid[0]:
+                self.shares = self.packed.shares
         sums = self._sums(grid[1], grid[0], value_dim)
         if not self.plain:
             codes = [plane.view(torch.int32) for plane in codes]
@@ -254,7 +258,8 @@ class _Call:
             "V_BITS": books[1].bits,
             "USED": self.used is not None,
             "STARTS": self.starts is not None,
-            "HEADS": self.padded,
+            "HEADS": self.padded if self.shares is None else 1,
+            "SHARED": self.shares is not None,
         }
         if self.plain:
             from quantpress.kernels.attend.split_plain import split_plain_kernel
@@ -269,6 +274,7 @@ class _Call:
                 self.used,
                 self.starts,
                 self.table,
+                None if self.shares is None else self.shares.programs,
                 *numbers,
                 **constants,
             )
@@ -286,6 +292,7 @@ class _Call:
                 self.used,
                 self.starts,
                 self.table,
+                None if self.shares is None else self.shares.programs,
                 *numbers,
                 **constants,
                 HALVES=steps_of_page(books[0].bits, books[1].bits, value_dim, self.block),
@@ -298,12 +305,10 @@ class _Call:
 
     def _programs(self) -> int:
         """Programs of the split kernel that run at a time."""
-        return PLAIN_PROGRAMS if self.plain else PROGRAMS * self._multiprocessors()
+        return PLAIN_PROGRAMS if self.plain else programs_at_a_time(self.query.device)
 
     def _multiprocessors(self) -> int:
-        if self.plain:
-            return 1
-        return torch.cuda.get_device_properties(self.query.device).multi_processor_count
+        return 1 if self.plain else programs_at_a_time(self.query.device) // PROGRAMS
 
     def _tail(self, segment: DenseSegment | None) -> tuple[torch.Tensor, torch.Tensor, int]:
         """Keys, values and number of tokens kept as they are; the query stands in for none."""
@@ -329,6 +334,7 @@ class _Call:
             out,
             self.used,
             self.starts,
+            None if self.shares is None else self.shares.heads,
             sums[0].shape[1],
             dense[0].shape[1],
             self.rows,
@@ -343,8 +349,9 @@ class _Call:
             R=self.block,
             HAS_SINKS=sinks is not None,
             SIZE=MERGED,
-            HEADS=self.padded,
+            HEADS=self.padded if self.shares is None else 1,
             STARTS=self.starts is not None,
+            SHARED=self.shares is not None,
             EACH=each,
             CHAINED=bool(self.chained),
             num_warps=4 if value_dim <= 128 else 8,
@@ -372,6 +379,11 @@ def split_count(pages: int, blocks: int, programs: int) -> int:
         programs: that run at a time.
     """
     return max(1, min(pages, programs // blocks, MOST_SPLITS))
+
+
+def programs_at_a_time(device: torch.device) -> int:
+    """Programs of the split kernel that a GPU runs at a time."""
+    return PROGRAMS * torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def rows_of_merge(rows: int, heads: int, multiprocessors: int) -> int:

@@ -2,12 +2,14 @@
 
 import json
 import sys
+from dataclasses import replace
 
 import torch
 
 from quantpress.kernels.attend import DenseSegment, PackedSegment, Segment, Visibility, triton_attend
 from quantpress.kernels.attend.reference import attend_reference
-from quantpress.kernels.attend.triton_attend import attend_triton, supports
+from quantpress.kernels.attend.shares import launch_shares
+from quantpress.kernels.attend.triton_attend import attend_triton, shared_programs, supports
 from tests.kernels.test_attend import (
     GROUP,
     KV_HEADS,
@@ -61,8 +63,15 @@ def pool_error(segments: list[Segment], query: torch.Tensor, extras: str) -> flo
         starts = (torch.rand(lengths.shape) * (segment.tokens - lengths + 1)).int()
         if "right" in extras:
             starts = segment.tokens - lengths
+        if "shared" in extras:
+            starts = 0 * starts
         if isinstance(segment, PackedSegment):
-            changed.append(pooled(segment, lengths, starts))
+            pool = pooled(segment, lengths, starts)
+            if "shared" in extras:
+                assert pool.table is not None
+                count = shared_programs(pool.pages, lengths.numel(), triton_attend.PLAIN_PROGRAMS)
+                pool = replace(pool, starts=None, shares=launch_shares(lengths, pool.table, count))
+            changed.append(pool)
         else:
             changed.append(DenseSegment(segment.keys, segment.values, lengths, starts))
     visibility = Visibility(queries, sum(segment.tokens for segment in segments))

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 
 from quantpress.kernels.attend.ends import chunks_of_heads
+from quantpress.kernels.attend.shares import launch_shares
 from quantpress.kernels.attend.triton_attend import shared_programs
 
 PAGES = 40
@@ -28,6 +29,13 @@ def chunks(heads: int, most: int, used: torch.Tensor, starts: torch.Tensor) -> l
     return [programs, there.tolist(), shares.tolist()]
 
 
+def shares(heads: int, most: int, used: torch.Tensor) -> list[object]:
+    """What `page_shares` writes down for pages of a pool in any order."""
+    table = torch.randperm(heads * PAGES, dtype=torch.int32).view(1, heads, PAGES)
+    found = launch_shares(used.view(1, heads), table, shared_programs(PAGES, heads, most))
+    return [used.tolist(), table[0].tolist(), found.programs.tolist(), found.heads.tolist()]
+
+
 if __name__ == "__main__":
     for heads, most in [(1, 16), (2, 132), (3, 7), (8, 1056), (8, 64), (24, 100), (64, 1056), (96, 1056)]:
         used = torch.randint(PAGES * 128 + 1, (heads,), dtype=torch.int32)
@@ -36,3 +44,7 @@ if __name__ == "__main__":
     for heads, tokens in [(8, 0), (8, 1), (256, 5000), (512, 31 * 128)]:
         used = torch.full((heads,), tokens, dtype=torch.int32)
         print(json.dumps(chunks(heads, 1056, used, 0 * used)))
+    for heads, most in [(1, 16), (3, 7), (8, 64), (24, 100)]:
+        used = torch.randint(PAGES * 128 + 1, (heads,), dtype=torch.int32)
+        used[heads // 2] = 0 if heads > 1 else PAGES * 128
+        print(json.dumps(shares(heads, most, used)))

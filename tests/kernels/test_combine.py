@@ -15,7 +15,7 @@ SHAPES = [(1, 1, 1, 8), (2, 3, 70, 80), (1, 2, ROWS + 5, 64)]
 def parts(
     shape: tuple[int, ...], dtype: torch.dtype, device: str = "cpu"
 ) -> tuple[list[torch.Tensor], torch.Tensor, torch.Tensor]:
-    """What two kernels give for keys that differ much in weight, in another order of dimensions; the truth."""
+    """What two kernels give for keys of very different weight, and what both together are."""
     batch, heads, tokens, channels = shape
     scores = torch.randn(2, batch, heads, tokens, 6, dtype=torch.float64) * 4
     scores[1] += torch.randn(batch, heads, tokens, 1) * 20
@@ -62,7 +62,7 @@ def test_interpreter() -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_compiles_without_a_gpu(dtype: torch.dtype, capability: int) -> None:
     pytest.importorskip("triton")
-    from quantpress.kernels.combine_kernel import combine_kernel
+    from quantpress.kernels.combine.triton_kernel import combine_kernel
 
     arguments: dict[str, Any] = dict.fromkeys(combine_kernel.arg_names, 1 << 20)
     arguments |= {"output_ptr": torch.empty(1, dtype=dtype), "other_ptr": torch.empty(1, dtype=dtype)}

@@ -5,6 +5,7 @@ import math
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from quantpress.kernels.attend import (
     attend,
 )
 from quantpress.kernels.attend.reference import attend_reference
+from quantpress.kernels.attend.shares import PROGRAMS_AT_A_TIME, page_shares
 from quantpress.kernels.attend.triton_attend import (
     DENSE_TILE,
     MERGED,
@@ -51,6 +53,7 @@ INTERPRETED = [
     [3, 2, 64, 5, "float32", "pool right"],
     [2, 3, 64, 1, "float32", "pool right alone few"],
     [4, 3, 64, 20, "float32", "pool few"],
+    [3, 3, 64, 1, "float32", "pool shared"],
     [3, 4, 64, 2, "float32", "haar"],
     [4, 2, 128, 1, "bfloat16", "identity lengths"],
     [2, 3, 64, 1, "float32", "haar pool"],
@@ -79,8 +82,8 @@ def test_programs_are_shared_out_by_pages() -> None:
     """Heads of any lengths get at most all programs, and no program much more than its share."""
     pytest.importorskip("triton")
     out = interpret(str(ROOT / "tests" / "kernels" / "interpret_chunks.py"))
-    cases = [json.loads(line) for line in out.splitlines()]
-    assert len(cases) == 12
+    lines = [json.loads(line) for line in out.splitlines()]
+    cases, shares = lines[:12], lines[12:]
     for programs, there, chunks in cases:
         assert sum(chunks) <= programs
         assert all((count > 0) == (pages > 0) for count, pages in zip(chunks, there, strict=True))
@@ -88,6 +91,17 @@ def test_programs_are_shared_out_by_pages() -> None:
         assert most <= -(-sum(there) // (programs - len(there)))
     programs, there, chunks = cases[-1]  # 64 sequences of 8 heads on an H100
     assert set(there) == {31} and set(chunks) == {2}
+    assert len(shares) == 4
+    for used, table, programs, bounds in shares:
+        assert [begin for begin, _ in bounds] == [0, *(end for _, end in bounds[:-1])]
+        for head, (tokens, (begin, end)) in enumerate(zip(used, bounds, strict=True)):
+            own = programs[begin:end]
+            assert all(program[0] == head for program in own)
+            assert [page for _, first, last, _ in own for page in range(first, last)] == [
+                *range(-(-tokens // 128))
+            ]
+            assert [place for *_, place in own] == [table[head][first] for _, first, _, _ in own]
+        assert all(first == last for _, first, last, _ in programs[bounds[-1][1] :])
 
 
 FLOATS = {"scale", "softcap", "unit", "turn_factor"}
@@ -104,7 +118,7 @@ POINTERS = {
     "out_ptr": "*bf16",
     **{f"{run}used_ptr": "*i32" for run in ("", "first_", "recent_")},
     **{f"{run}starts_ptr": "*i32" for run in ("", "first_", "recent_")},
-    "places_ptr": "*i32",
+    **{f"{name}_ptr": "*i32" for name in ("places", "shares", "programs", "heads")},
     "slots_ptr": "*i64",
     **{f"{run}_{side}_ptr": "*bf16" for run in ("first", "recent") for side in "kv"},
 }
@@ -151,7 +165,7 @@ def compiled(kernel: Any, constants: dict[str, Any], capability: int, warps: int
         (3, 3, 256, 8),
     ],
 )
-@pytest.mark.parametrize(("capability", "heads"), [(80, 0), (90, 0), (90, 64), (100, 0)])
+@pytest.mark.parametrize(("capability", "heads"), [(80, 0), (90, 1), (90, 64), (100, 0)])
 def test_split_kernel_compiles_without_a_gpu(
     heads: int, capability: int, key_bits: int, value_bits: int, dim: int, rows: int
 ) -> None:
@@ -165,7 +179,8 @@ def test_split_kernel_compiles_without_a_gpu(
         "CAPPED": capability == 80,
         "CHAINED": capability >= 90,
         "HEADS": heads,
-        "STARTS": heads > 0,
+        "SHARED": heads == 1,
+        "STARTS": heads > 1,
     }
     kernel = compiled(split_mma_kernel, constants, capability, 1)
     assert "mma.sync.aligned.m16n8k32.row.col.satfinite.s32.s8.s8.s32" in kernel.asm["ptx"]
@@ -178,7 +193,7 @@ def test_split_kernel_compiles_without_a_gpu(
 @pytest.mark.parametrize(("capability", "heads"), [(80, 0), (90, 0), (90, 64), (100, 32)])
 def test_kernels_around_it_compile_without_a_gpu(capability: int, heads: int, dim: int) -> None:
     pytest.importorskip("triton")
-    from quantpress.kernels.attend.ends import first_kernel, merge_kernel
+    from quantpress.kernels.attend.ends import first_kernel, merge_kernel, share_kernel
 
     chained = {"CHAINED": capability >= 90, "R": 8, "DV": dim}
     first = chained | {"D": dim, "TILE": DENSE_TILE, "HAS_WEIGHT": True, "HAS_MEAN": True}
@@ -186,8 +201,9 @@ def test_kernels_around_it_compile_without_a_gpu(capability: int, heads: int, di
     first |= {"HALVES": 2 if dim == 64 else 1}
     first |= {"FIRST_STARTS": heads == 0, "RECENT_STARTS": True, "SLOTS": heads > 0}
     merge = chained | {"HAS_SINKS": True, "SIZE": MERGED, "HEADS": heads, "STARTS": heads > 0}
-    merge |= {"EACH": 4 if heads else 1}
-    for kernel, constants in ((first_kernel, first), (merge_kernel, merge)):
+    merge |= {"EACH": 4 if heads else 1, "SHARED": heads == 32}
+    share = {"HEADS": max(heads, 2), "SIZE": PROGRAMS_AT_A_TIME}
+    for kernel, constants in ((first_kernel, first), (merge_kernel, merge), (share_kernel, share)):
         binary = compiled(kernel, constants, capability, 8 if dim > 128 else 4)
         assert len(binary.asm["cubin"]) > 0
         assert binary.metadata.shared <= 99 * 1024  # of consumer GPUs
@@ -349,6 +365,25 @@ def test_pages_by_table_on_a_gpu(dim: int, bits: tuple[int, int], queries: int) 
     plain: list[Segment] = [pages, DenseSegment(recent, recent)]
     expected = attend_reference(query.double(), plain, whole, scaling=dim**-0.5)
     assert float((got.double() - expected).norm() / expected.norm()) < 2.5e-3
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("queries", [1, 7])
+@pytest.mark.parametrize("batch", [1, 40])
+def test_shares_made_before_give_the_same_on_a_gpu(batch: int, queries: int) -> None:
+    pages = on_device(batch, 3, 20 * 128, 128, (3, 4))
+    lengths = torch.randint(20 * 128 + 1, (batch, 3), dtype=torch.int32, device="cuda")
+    lengths[0, 1] = 0
+    found = pooled(pages, lengths, 0 * lengths)
+    assert found.table is not None
+    shared = replace(found, starts=None, shares=page_shares(lengths, found.table))
+    assert shared.shares is not None
+    recent = torch.randn(batch, 3, 40, 128, device="cuda")
+    query = torch.randn(batch, 12, queries, 128, device="cuda")
+    segments = [[one, DenseSegment(recent, recent)] for one in (shared, replace(found, starts=None))]
+    visibility = Visibility(queries, 20 * 128 + 40)
+    got, expected = (attend(query, one, visibility, scaling=0.1) for one in segments)
+    assert torch.equal(got, expected)
 
 
 @pytest.mark.gpu

@@ -41,7 +41,7 @@ def launch_combine(
     output: torch.Tensor, log_sum: torch.Tensor, other: torch.Tensor, other_log_sum: torch.Tensor
 ) -> None:
     """As `combine_attention`, by the Triton kernel: channels of 16-bit outputs lie side by side."""
-    from quantpress.kernels.combine_kernel import TOKENS, combine_kernel
+    from quantpress.kernels.combine.triton_kernel import TOKENS, combine_kernel
 
     batch, heads, tokens, channels = output.shape
     padded = 1 << (channels - 1).bit_length()
