@@ -277,10 +277,13 @@ def test_an_enabled_model_captures_by_itself(name: str, made: list[CapturedDecod
                 else contextlib.nullcontext
             )
             with steps():
-                first = model.generate(ids, **options)
+                first = model.generate(ids, attention_mask=torch.ones_like(ids), **options)
             turn = torch.cat([first.sequences, prompt(20, seed=4).cuda()], dim=1)
+            seen = torch.ones_like(turn)  # the padding token may be among those generated
             with steps():
-                second = model.generate(turn, past_key_values=first.past_key_values, **options)
+                second = model.generate(
+                    turn, attention_mask=seen, past_key_values=first.past_key_values, **options
+                )
             answers.append(second.sequences)
     assert torch.equal(*answers) and answers[0].unique().numel() > 20
     assert [(steps.captures, steps.replays) for steps in made] == [(1, 199 - WARM_STEPS)] * 2
