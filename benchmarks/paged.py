@@ -3,17 +3,18 @@
     python benchmarks/paged.py
     python benchmarks/paged.py --json out.json
 
-"contiguous" reads pages in a row without a table, as the cache of a model does. "rows" is a plan of every
-row, what a captured step has; "listed" one of the sequences in another order. The plan is made once for all
-layers and timed apart, as are `write` (one token of every sequence, one layer) and `extend` (host and device,
-once a step, mean over 128 steps, in which every sequence packs one page). All but `extend` are replays of
-CUDA graphs. Outputs are compared first.
+"contiguous" reads pages in a row without a table, as the cache of a model does; "lengths" the same with the
+numbers of tokens in use on the device, as every captured step has them. "rows" is a plan of every row, what a
+captured step has; "listed" one of the sequences in another order. Ratios are to "lengths". The plan is made
+once for all layers and timed apart, as are `write` (one token of every sequence, one layer) and `extend` (host
+and device, once a step, mean over 128 steps, in which every sequence packs one page). All but `extend` are
+replays of CUDA graphs. Outputs are compared first.
 """
 
 import argparse
 import json
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -38,6 +39,7 @@ class Row:
     tokens: int
     bits: tuple[int, int]
     contiguous_us: float
+    lengths_us: float
     rows_us: float
     listed_us: float
     plan_us: float
@@ -80,7 +82,7 @@ def contiguous(paged: PagedAttention, plan: PagedPlan) -> list[Segment]:
         for side in (middle.keys, middle.values)
     ]
     tails = [tail[:, :, :used].contiguous() for tail in (last.keys, last.values)]
-    return [DenseSegment(first.keys, first.values), PackedSegment(*sides), DenseSegment(*tails)]
+    return [DenseSegment(first.keys, first.values), PackedSegment(sides[0], sides[1]), DenseSegment(*tails)]
 
 
 def microseconds(call: object) -> float:
@@ -102,7 +104,14 @@ def measure(sequences: int, tokens: int, bits: tuple[int, int]) -> Row:
     plain = contiguous(paged, plan)
     visibility = Visibility(1, sum(segment.tokens for segment in plain))
     expected = attend(query, plain, visibility, scaling=HEAD_DIM**-0.5).float()
-    for got in (paged.attend(query, plan), paged.attend(query[order], listed)[order]):
+    first, _, last = paged.pool.segments(plan, 0)
+    counted = [first, replace(plain[1], lengths=plan.packed), last]
+    room = Visibility(1, sum(segment.tokens for segment in counted))
+    for got in (
+        attend(query, counted, room, scaling=HEAD_DIM**-0.5),
+        paged.attend(query, plan),
+        paged.attend(query[order], listed)[order],
+    ):
         assert (got.float() - expected).norm() < 1e-2 * expected.norm(), "outputs differ"
     new = states(sequences, KV_HEADS, 1)
     for _ in range(128):  # kernels are compiled when the first pages are packed
@@ -111,6 +120,7 @@ def measure(sequences: int, tokens: int, bits: tuple[int, int]) -> Row:
         microseconds(call)
         for call in (
             lambda: attend(query, plain, visibility, scaling=HEAD_DIM**-0.5),
+            lambda: attend(query, counted, room, scaling=HEAD_DIM**-0.5),
             lambda: paged.attend(query, plan),
             lambda: paged.attend(query, listed),
             lambda: paged.plan(),
@@ -130,13 +140,32 @@ def show(rows: list[Row]) -> None:
     """Print the table."""
     device = torch.cuda.get_device_name(0)
     table = Table(title=f"{device}, torch {torch.__version__}, triton {triton.__version__}; microseconds")
-    for name in ("sequences", "tokens", "bits", "contiguous", "rows", "listed", "plan", "write", "extend"):
+    for name in (
+        "sequences",
+        "tokens",
+        "bits",
+        "contiguous",
+        "lengths",
+        "rows",
+        "listed",
+        "plan",
+        "write",
+        "extend",
+    ):
         table.add_column(name, justify="right")
     for row in rows:
-        ratios = [f"{us:.1f} ({us / row.contiguous_us:.2f}x)" for us in (row.rows_us, row.listed_us)]
+        ratios = [f"{us:.1f} ({us / row.lengths_us:.2f}x)" for us in (row.rows_us, row.listed_us)]
         rest = [f"{us:.1f}" for us in (row.plan_us, row.write_us, row.extend_us)]
         bits = f"{row.bits[0]}/{row.bits[1]}"
-        table.add_row(str(row.sequences), str(row.tokens), bits, f"{row.contiguous_us:.1f}", *ratios, *rest)
+        table.add_row(
+            str(row.sequences),
+            str(row.tokens),
+            bits,
+            f"{row.contiguous_us:.1f}",
+            f"{row.lengths_us:.1f}",
+            *ratios,
+            *rest,
+        )
     Console(width=120).print(table)
 
 

@@ -55,12 +55,11 @@ class PagePool(PoolStorage):
             InvalidInputError: a tensor has the wrong dtype or shape.
         """
         sinks = self.settings.sink_tokens
-        heads = self.size.kv_heads
         if slots is None and block_tables.shape[0] != self.size.slots:
             raise InvalidInputError(
                 f"block_tables have {block_tables.shape[0]} rows for {self.size.slots} slots; name the slots"
             )
-        return paged_plan(block_tables, context_lens, page_counts, slots, heads, sinks, most_queries)
+        return paged_plan(block_tables, context_lens, page_counts, slots, self.size, sinks, most_queries)
 
     @torch.no_grad()
     def write(self, keys: torch.Tensor, values: torch.Tensor, plan: PagedPlan, *, layer: int = 0) -> None:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
+from quantpress.cache.pool_side import PoolSize
 from quantpress.errors import InvalidInputError
 from quantpress.kernels.attend.shares import PageShares, page_shares
 from quantpress.kernels.layout import PAGE_TOKENS
@@ -52,7 +53,7 @@ def paged_plan(
     context_lens: torch.Tensor,
     page_counts: torch.Tensor,
     slots: torch.Tensor | None,
-    kv_heads: int,
+    size: PoolSize,
     sink_tokens: int,
     most_queries: int,
 ) -> PagedPlan:
@@ -74,15 +75,14 @@ def paged_plan(
             f"slots are {slots.dtype} {tuple(slots.shape)}; give torch.int64 [{batch}], or None for all"
         )
     device = block_tables.device
-    head = torch.arange(kv_heads, dtype=torch.int32, device=device)
     packed = page_counts * PAGE_TOKENS
     sinks = (page_counts > 0).to(torch.int32) * sink_tokens
     window = context_lens - sinks - packed
 
     def per_head(counts: torch.Tensor) -> torch.Tensor:
-        return counts.unsqueeze(1).expand(-1, kv_heads).contiguous()
+        return counts.unsqueeze(1).expand(-1, size.kv_heads).contiguous()
 
-    table = block_tables.unsqueeze(1) * kv_heads + head.view(1, -1, 1)
+    table = size.rows(block_tables)
     lengths = per_head(packed)
     return PagedPlan(
         slots=torch.arange(batch, device=device) if slots is None else slots,

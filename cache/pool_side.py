@@ -36,6 +36,15 @@ class PoolSize:
             if not isinstance(value, int) or value < 1:
                 raise InvalidInputError(f"{field.name} is {value!r}; give a whole number, 1 or more")
 
+    def rows(self, blocks: torch.Tensor) -> torch.Tensor:
+        """Rows of the planes: blocks [A, P] -> [A, Hkv, P], of the same dtype.
+
+        The pages of a head lie in a row. With all heads of a block side by side, 64 KB at 4 bits, 64
+        sequences were read 4 % slower on an H100.
+        """
+        heads = torch.arange(self.kv_heads, dtype=blocks.dtype, device=blocks.device)
+        return blocks.unsqueeze(1) + heads.view(1, -1, 1) * self.blocks
+
 
 class PoolSide:
     """Packed pages, 16-bit tokens and channel transforms of the keys (or of the values) of every slot.
@@ -50,7 +59,7 @@ class PoolSide:
         device: where.
 
     Attributes:
-        planes: by name, [L, blocks * Hkv, ...]; the page of block b and head h is row b * Hkv + h.
+        planes: by name, [L, Hkv * blocks, ...]; the page of block b and head h is row h * blocks + b.
         sinks: [L, S, Hkv, sink_tokens, D].
         window: [L, S, Hkv, window_tokens, D].
         parts: by name, [L, S, Hkv, D]; finite also where no page depends on them yet.
@@ -72,7 +81,7 @@ class PoolSide:
             empty = torch.zeros(1, 1, PAGE_TOKENS, dim, dtype=dtype, device=device)
             page = codec.encode(empty, ChannelTransform())
             self.planes: Planes = {
-                name: plane.new_zeros(size.layers, size.blocks * size.kv_heads, *plane.shape[3:])
+                name: plane.new_zeros(size.layers, size.kv_heads * size.blocks, *plane.shape[3:])
                 for name, plane in page.items()
             }
             self.sinks = empty.new_zeros(*lead, sink_tokens, dim)

@@ -193,8 +193,7 @@ class PoolStorage:
 
     def _places(self, blocks: Sequence[Sequence[int]]) -> torch.Tensor:
         """Rows of the planes: blocks [A, P] -> [A, Hkv, P] int64."""
-        held = torch.tensor(blocks, dtype=torch.int64, device=self.device).unsqueeze(1)
-        return held * self.size.kv_heads + self._head.view(1, -1, 1)
+        return self.size.rows(torch.tensor(blocks, dtype=torch.int64, device=self.device))
 
     def check_states(self, keys: torch.Tensor, values: torch.Tensor, lead: tuple[int, ...]) -> None:
         """Refuse keys that are not floating [*lead, D], and values that are not [*lead, Dv].

@@ -31,8 +31,8 @@ PROGRAMS = 8
 MOST_SPLITS = 128
 """More programs for one block of rows would cost more in the merge than they save."""
 
-MERGED = 64
-"""Partial sums that the merge takes at a time."""
+MERGED = (16, 64)
+"""Partial sums that the merge takes at a time, where a head has at most 16, and where it may have more."""
 
 MERGES = 4
 """Programs of the merge that a multiprocessor holds; more would read the rotation once more."""
@@ -153,6 +153,7 @@ class _Call:
         self.table = packed.table if packed.table is None else _in_rows(packed.table)
         self.pages = packed.pages
         self.padded = 0 if self.table is None else max(1 << (self.heads - 1).bit_length(), 2)
+        self.sharing = 1 if self.table is None else self.heads  # heads that share the programs
         self.shares: PageShares | None = None
         self.chained = {"launch_pdl": True} if not plain and chains(query.device) else {}
 
@@ -348,7 +349,7 @@ class _Call:
             DV=value_dim,
             R=self.block,
             HAS_SINKS=sinks is not None,
-            SIZE=MERGED,
+            SIZE=MERGED[sums[0].shape[1] > MERGED[0] * self.sharing],
             HEADS=self.padded if self.shares is None else 1,
             STARTS=self.starts is not None,
             SHARED=self.shares is not None,

@@ -44,7 +44,7 @@ def dense(paged: PagedAttention, sequence: int, layer: int = 0) -> tuple[torch.T
         heads = []
         for head in range(pool.size.kv_heads):
             parts = [side.sinks[layer, sequence, head, :front].double()]
-            at = [block * pool.size.kv_heads + head for block in blocks]
+            at = [head * pool.size.blocks + block for block in blocks]
             if blocks:
                 planes = {name: plane[layer, at][None, None] for name, plane in side.planes.items()}
                 transform = side.transform(layer, None).map(

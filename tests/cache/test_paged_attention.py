@@ -230,7 +230,7 @@ def test_written_pages_never_change() -> None:
     sequence = paged.add(*random_states(paged, tokens=700))
 
     def pages(blocks: list[int]) -> list[torch.Tensor]:
-        at = [block * KV_HEADS + head for block in blocks for head in range(KV_HEADS)]
+        at = paged.pool.size.rows(torch.tensor([blocks])).flatten()
         return [plane[:, at].clone() for plane in paged.pool.packed_tensors()]
 
     blocks = paged.blocks(sequence)

@@ -200,7 +200,7 @@ def test_kernels_around_it_compile_without_a_gpu(capability: int, heads: int, di
     first |= {"FIRST_USED": True, "RECENT_USED": True, "PLAIN": False}
     first |= {"HALVES": 2 if dim == 64 else 1}
     first |= {"FIRST_STARTS": heads == 0, "RECENT_STARTS": True, "SLOTS": heads > 0}
-    merge = chained | {"HAS_SINKS": True, "SIZE": MERGED, "HEADS": heads, "STARTS": heads > 0}
+    merge = chained | {"HAS_SINKS": True, "SIZE": MERGED[heads > 0], "HEADS": heads, "STARTS": heads > 0}
     merge |= {"EACH": 4 if heads else 1, "SHARED": heads == 32}
     share = {"HEADS": max(heads, 2), "SIZE": PROGRAMS_AT_A_TIME}
     for kernel, constants in ((first_kernel, first), (merge_kernel, merge), (share_kernel, share)):
