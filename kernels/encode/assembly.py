@@ -33,16 +33,29 @@ def rounding_assembly(book: Codebook, rule: str) -> str:
     t, levels = book.thresholds[half:], book.levels[half:]
     lines = ["abs.f32 a, $2;", "setp.le.f32 n, $2, 0f00000000;"]
     if rule == "norm" and book.bits == 4:  # a search by halves: fewer steps where nobody needs the level
-        lines += [_above("p", _hex(-t[3] * _STEEP)), _mad("w", "p", t[1] - t[5], -t[1]), _above("q", "w")]
+        lines += [
+            _above("p", hex_float(-t[3] * _STEEP)),
+            _mad("w", "p", t[1] - t[5], -t[1]),
+            _above("q", "w"),
+        ]
         lines += [_mad("w", "p", t[0] - t[4], -t[0]), _mad("v", "p", t[2] - t[6] - t[0] + t[4], t[0] - t[2])]
-        lines += ["fma.rn.f32 w, q, v, w;", _above("r", "w"), f"fma.rn.f32 v, p, {_hex(4)}, {_hex(_WHOLE)};"]
-        lines += [f"fma.rn.f32 v, q, {_hex(2)}, v;", "add.f32 v, v, r;", "mov.b32 m, v;", "and.b32 m, m, 7;"]
+        lines += [
+            "fma.rn.f32 w, q, v, w;",
+            _above("r", "w"),
+            f"fma.rn.f32 v, p, {hex_float(4)}, {hex_float(_WHOLE)};",
+        ]
+        lines += [
+            f"fma.rn.f32 v, q, {hex_float(2)}, v;",
+            "add.f32 v, v, r;",
+            "mov.b32 m, v;",
+            "and.b32 m, m, 7;",
+        ]
     else:
         marked = [round(level / levels[-1] * _TOP) * 8 + size for size, level in enumerate(levels)]
-        lines += [f"mov.f32 v, {_hex(_WHOLE + marked[0])};"]
+        lines += [f"mov.f32 v, {hex_float(_WHOLE + marked[0])};"]
         for i, threshold in enumerate(t):
-            lines += [_above("p", _hex(-threshold * _STEEP))]
-            lines += [f"fma.rn.f32 v, p, {_hex(marked[i + 1] - marked[i])}, v;"]
+            lines += [_above("p", hex_float(-threshold * _STEEP))]
+            lines += [f"fma.rn.f32 v, p, {hex_float(marked[i + 1] - marked[i])}, v;"]
         lines += ["mov.b32 m, v;", "and.b32 m, m, 7;"]
     if book.bits == 4:
         lines += ["shl.b32 m, m, $3;", "@n or.b32 m, m, $4;", "mov.b32 $0, m;"]
@@ -52,7 +65,7 @@ def rounding_assembly(book: Codebook, rule: str) -> str:
         lines += ["mov.f32 $1, 0f00000000;"]
     else:
         factor = "v" if rule == "norm_corrected" else "a"
-        lines += [f"sub.f32 v, v, {_hex(_WHOLE)};", f"mul.f32 $1, v, {factor};"]
+        lines += [f"sub.f32 v, v, {hex_float(_WHOLE)};", f"mul.f32 $1, v, {factor};"]
     registers = ".reg .pred n; .reg .f32 a, p, q, r, v, w; .reg .b32 m;"
     return "{ " + registers + "\n" + "\n".join(lines) + "\n}"
 
@@ -89,13 +102,14 @@ def _above(result: str, negated: str) -> str:
 
 def _mad(result: str, switch: str, slope: float, offset: float) -> str:
     """(slope * switch + offset) * 2**60."""
-    return f"fma.rn.f32 {result}, {switch}, {_hex(slope * _STEEP)}, {_hex(offset * _STEEP)};"
+    return f"fma.rn.f32 {result}, {switch}, {hex_float(slope * _STEEP)}, {hex_float(offset * _STEEP)};"
 
 
-def _bits(x: float) -> int:
+def float_bits(x: float) -> int:
     """A number as the bits of a float32."""
     return int(struct.unpack("<I", struct.pack("<f", x))[0])
 
 
-def _hex(x: float) -> str:
-    return f"0f{_bits(x):08X}"
+def hex_float(x: float) -> str:
+    """A number as a float32 immediate."""
+    return f"0f{float_bits(x):08X}"

@@ -1,4 +1,7 @@
-"""Launching of the Triton encode kernel: what it supports, its settings and its operands."""
+"""Launching of the Triton encode kernel: what it supports, its settings and its operands.
+
+On Hopper, calls that `hopper_encode.covers` go to its kernel first, and here what is out of that one's range.
+"""
 
 from dataclasses import dataclass
 from functools import lru_cache
@@ -12,6 +15,7 @@ from quantpress.codecs.spec import CodecSpec
 from quantpress.codecs.transform import ChannelTransform
 from quantpress.errors import NonFiniteError
 from quantpress.kernels.encode.assembly import rounding_assembly, squares_assembly, summand_unit
+from quantpress.kernels.encode.hopper_encode import covers, launch_hopper
 from quantpress.kernels.encode.nearest import nearest_level
 from quantpress.kernels.encode.triton_kernel import CAREFUL, QUICK, QUICK_UNIT, RAW, encode_pages_kernel
 from quantpress.kernels.layout import PAGE_TOKENS, page_bytes
@@ -109,7 +113,7 @@ def launch_encode(
         x: as for `encode_pages`, like the next two.
         spec: the codec.
         transform: the channel transform.
-        settings: how to launch; chosen for the shape when None.
+        settings: how to launch the kernel of all GPUs; when None the kernel and its settings are chosen.
         direct: whether the modes for vectors of ordinary length may be used.
 
     Returns:
@@ -127,6 +131,9 @@ def launch_encode(
         planes[f"scale{i}"] = x.new_empty(batch, heads, pages, PAGE_TOKENS, dtype=spec.torch_scale_dtype)
     flag = torch.zeros(1, dtype=torch.int32, device=x.device)
     if pages * batch * heads == 0:
+        return planes, flag
+    if direct and settings is None and covers(x, spec, transform):
+        launch_hopper(x, spec, transform, planes, flag)
         return planes, flag
     settings = settings or encode_settings(x, spec, is_roomy(x.device))
     grid = (-(-pages // settings.pages), batch * heads)

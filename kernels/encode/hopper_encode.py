@@ -1,0 +1,154 @@
+"""Launching of the Hopper encode kernel: the calls that it covers, and its operands."""
+
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from quantpress.codecs.codebook import Codebook
+from quantpress.codecs.rotation import Rotation
+from quantpress.codecs.spec import CodecSpec
+from quantpress.codecs.transform import ChannelTransform
+from quantpress.kernels.encode.octets import (
+    FACTOR,
+    GATHER_CONSTRAINTS,
+    gather_assembly,
+    octet_assembly,
+    octet_constraints,
+    octet_table,
+    rounding_polynomial,
+    zero_fields,
+)
+from quantpress.kernels.layout import PAGE_TOKENS
+from quantpress.kernels.rotation_matrix import rotation_matrix
+
+HOPPER = 9
+CHANNELS = 128
+WIDTHS = (2, 3, 4)
+RULES = {"key": "norm_corrected", "value": "unbiased"}
+WARPS = 4
+REGISTERS = 128
+PROGRAMS = 4  # that share a multiprocessor
+
+_ALIGNED = 16  # bytes that one thread copies at once; strides in numbers, a multiple that Triton knows of
+_KEY_UNIT = 2.0**6  # keys are multiplied by this: two float16 parts then hold what float32 does ...
+_KEY_SHORT = 2.0**-8  # ... of norms from here on
+_VALUE_UNITS = {
+    torch.bfloat16: 2.0**30,
+    torch.float16: 2.0**10,
+}  # of the rotation: norms 2**-49 to 2**26, or all
+_VALUE_SHORT = 2.0**-16  # norm of a product whose sums with levels are normal float32 numbers
+
+
+def covers(x: Tensor, spec: CodecSpec, transform: ChannelTransform) -> bool:
+    """Whether the kernel is used: the cache's own codecs of 2, 3 and 4 bits at head_dim 128, on sm_90.
+
+    Args:
+        x: [B, Hkv, T, D], channels contiguous; vectors at multiples of 16 bytes, in 16 bits.
+        spec: one group, int8 codebook, Hadamard rotation, and the scale rule of its role.
+        transform: mean and weight for keys only, no order.
+    """
+    codec = spec.head_dim == CHANNELS and spec.bits in WIDTHS and spec.estimator == "mse"
+    codec = codec and spec.rotation == "hadamard" and spec.codebook == "int8"
+    codec = codec and spec.scale_rule == RULES[spec.role]
+    moved = transform.tensors().keys() <= ({"mean", "weight"} if spec.role == "key" else set())
+    steps = [stride for size, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True) if size > 1]
+    placed = x.stride(-1) == 1 and not any(step % _ALIGNED for step in steps) and not x.data_ptr() % _ALIGNED
+    return codec and moved and placed and x.dtype in _VALUE_UNITS and _is_hopper(x.device)
+
+
+@lru_cache(maxsize=16)
+def _is_hopper(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == HOPPER
+
+
+def launch_hopper(
+    x: Tensor, spec: CodecSpec, transform: ChannelTransform, planes: dict[str, Tensor], flag: Tensor
+) -> None:
+    """Encode at least one page into `planes`. The flag becomes 2 where `encode_pages_kernel` has to do it."""
+    from quantpress.kernels.encode.hopper_kernel import encode_hopper_kernel
+
+    heads = x.shape[0] * x.shape[1]
+    pages = x.shape[2] // PAGE_TOKENS
+    units = -(-pages // 2) if spec.bits == 3 else pages  # what one round of a program encodes
+    places = torch.cuda.get_device_properties(x.device).multi_processor_count * PROGRAMS
+    grid = (max(1, min(units, places // heads)), heads)
+    with torch.cuda.device(x.device):
+        encode_hopper_kernel[grid](
+            **hopper_arguments(x, spec, transform, planes, flag), num_warps=WARPS, maxnreg=REGISTERS
+        )
+
+
+def hopper_arguments(
+    x: Tensor, spec: CodecSpec, transform: ChannelTransform, planes: dict[str, Tensor], flag: Tensor
+) -> dict[str, Any]:
+    """The kernel's arguments by name."""
+    values, book = spec.role == "value", spec.codebook_of(0)
+    unit = _VALUE_UNITS[x.dtype] if values else 1.0
+    matrix, factor = _matrix(
+        spec.rotation_of(0), values, x.dtype if values else torch.float16, unit, x.device
+    )
+    factor /= unit if values else _KEY_UNIT
+    strides = {
+        f"stride_{axis}": x.stride(i) if x.shape[i] > 1 else 0 for i, axis in enumerate(("b", "h", "t"))
+    }
+    parts = {name: part.contiguous() for name, part in transform.tensors().items()}
+    return _constants(book, values) | {
+        "x_ptr": x,
+        "mean_ptr": parts.get("mean", flag),
+        "weight_ptr": parts.get("weight", flag),
+        "matrix_ptr": matrix,
+        "table_ptr": _table(book, values, x.device),
+        "words_ptr": planes["codes0"].view(torch.int32),
+        "scale_ptr": planes["scale0"],
+        "flag_ptr": flag,
+        **strides,
+        "heads": x.shape[1],
+        "pages": x.shape[2] // PAGE_TOKENS,
+        "factor": factor,
+        "unit_of_sum": book.unit * (2.0**149 / FACTOR if values else 1.0),
+        "largest": torch.finfo(spec.torch_scale_dtype).max,
+        "least": (_VALUE_SHORT if values else _KEY_SHORT / factor) ** 2,
+        "MEAN": "mean" in parts,
+        "WEIGHT": "weight" in parts,
+    }
+
+
+@lru_cache(maxsize=16)
+def _constants(book: Codebook, values: bool) -> dict[str, Any]:
+    zeros = zero_fields(book.bits, values)
+    return {
+        "ASM": octet_assembly(book, values),
+        "REGISTERS": octet_constraints(values),
+        "GATHER": gather_assembly(book.bits),
+        "GATHER_REGISTERS": GATHER_CONSTRAINTS,
+        "ZERO0": zeros[0],
+        "ZERO1": zeros[1],
+        "STEEP": rounding_polynomial(book).scale / (FACTOR if values else 1.0),
+        "BITS": book.bits,
+        "VALUES": values,
+        "KEY_UNIT": _KEY_UNIT,
+    }
+
+
+@lru_cache(maxsize=64)
+def _matrix(
+    rotation: Rotation, values: bool, dtype: torch.dtype, unit: float, device: torch.device
+) -> tuple[Tensor, float]:
+    """[128, 128] of -unit and unit, columns in the order of the kernel's tiles, and the rotation's factor."""
+    with torch.inference_mode(False), torch.no_grad():  # kept: must stay usable outside inference mode
+        matrix = rotation_matrix(rotation, torch.device("cpu"))
+        column = torch.arange(CHANNELS)
+        o, e, t, s = column // 16, column // 8 % 2, column // 2 % 4, column % 2
+        channel = 2 * e + s + (16 * o + 4 * t if values else 64 * (o // 4) + 16 * t + 4 * (o % 4))
+        entries = (matrix.halves[0].float() * unit).to(dtype)
+        return entries[:, channel].contiguous().to(device), matrix.factor
+
+
+@lru_cache(maxsize=64)
+def _table(book: Codebook, values: bool, device: torch.device) -> Tensor:
+    """[12] int32: each number of `octet_table` once for each lane t."""
+    with torch.inference_mode(False), torch.no_grad():
+        words = torch.tensor(octet_table(book, values), dtype=torch.int32)
+        return words.repeat_interleave(4).to(device)
