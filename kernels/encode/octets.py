@@ -81,7 +81,7 @@ def octet_assembly(book: Codebook, values: bool) -> str:
 
     Returns:
         In: y[0][0 to 3] and y[1][0 to 3]; for each row the polynomial's scale over the vector's norm (values:
-        over FACTOR too); `zero_fields` of zero vectors, joined; the three of `octet_table`. Out: the word, the
+        over FACTOR too); `zero_fields` of zero vectors, joined; the three of `octet_table`. Out: the word,
         nibble of y[h][i] at bit 8 i + 4 h (values) or 16 h + 4 i (keys); for each row the sum over i of
         |y| FACTOR level 2**-149 (values) or of level**2 (keys), levels in units of the codebook's.
     """

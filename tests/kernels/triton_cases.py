@@ -1,8 +1,10 @@
 """What the tests of the Triton encode and decode kernels share: codecs, vectors, compiling without a GPU."""
 
 import os
+import re
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -66,12 +68,19 @@ def interpret(script: str, *arguments: str) -> str:
     return run.stdout
 
 
-def compile_only(kernel: Any, arguments: dict[str, Any], capability: int, warps: int) -> Any:
+def compile_only(
+    kernel: Any, arguments: dict[str, Any], capability: int, warps: int, registers: int | None = None
+) -> Any:
     """Compile a kernel for an NVIDIA GPU that need not be here, as these arguments would."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
+    source_type: Any = ASTSource
+    if kernel.is_gluon():
+        from triton.experimental.gluon import _runtime
+
+        source_type = _runtime.GluonASTSource
     constants = {param.name for param in kernel.params if param.is_constexpr}
     signature, values, attributes = {}, {}, {}
     for i, name in enumerate(kernel.arg_names):
@@ -84,5 +93,20 @@ def compile_only(kernel: Any, arguments: dict[str, Any], capability: int, warps:
             attributes[(i,)] = [["tt.divisibility", 16]]
         else:
             signature[name] = "fp32" if isinstance(value, float) else "i32"
-    source = ASTSource(kernel, signature, values, attributes)
-    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps})
+            if value % 16 == 0:
+                attributes[(i,)] = [["tt.divisibility", 16]]
+    source = source_type(kernel, signature, values, attributes)
+    options = {"num_warps": warps, "maxnreg": registers}
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+
+
+def resources(compiled: Any) -> dict[str, int]:
+    """What the machine code of a compiled kernel takes, by the names of `cuobjdump`: REG, STACK, ..."""
+    from triton import knobs
+
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        command = [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
+        printed = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
+    return {name: int(count) for name, count in re.findall(r"\b([A-Z]+):(\d+)", printed)}

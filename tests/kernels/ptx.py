@@ -1,0 +1,77 @@
+"""The few instructions of PTX that the encode kernels' assembly uses, in numpy."""
+
+import numpy as np
+from numpy.typing import NDArray
+
+Words = NDArray[np.uint32]
+
+
+def run_ptx(text: str, inputs: list[Words], outputs: int) -> list[Words]:
+    """Run inline assembly: bits of 32-bit registers in, bits of the first `outputs` ones out."""
+    registers = {f"${outputs + i}": word for i, word in enumerate(inputs)}
+    shape = np.broadcast_shapes(*(word.shape for word in inputs))
+
+    def read(name: str) -> Words:
+        if name in registers:
+            return registers[name]
+        number = int(name[2:], 16) if name.startswith("0f") else int(name, 0)
+        return np.full(shape, number & 0xFFFFFFFF, np.uint32)
+
+    body = text[text.index("\n") : text.rindex("}")]
+    for line in filter(None, (part.strip() for part in body.split(";"))):
+        name, rest = line.split(None, 1)
+        target, *sources = (part.strip() for part in rest.split(","))
+        registers[target] = _step(name, [read(source) for source in sources])
+    return [registers[f"${i}"] for i in range(outputs)]
+
+
+def _step(name: str, words: list[Words]) -> Words:
+    if ".f32" in name:
+        return _floating(name, [word.view(np.float32) for word in words]).view(np.uint32)
+    first, *others = words
+    if name == "mov.b32":
+        return first
+    if name == "lop3.b32":
+        return _table(int(others[2].flat[0]), first, *others[:2])
+    if name == "prmt.b32":
+        return _permuted(first, *others)
+    if name == "dp4a.u32.u32":
+        return others[1] + sum((_byte(first, k) * _byte(others[0], k) for k in range(4)), np.uint32(0))
+    two = {"add.u32": np.add, "or.b32": np.bitwise_or, "xor.b32": np.bitwise_xor}
+    two |= {"shl.b32": np.left_shift, "shr.u32": np.right_shift}
+    return np.asarray(two[name](first, others[0]), np.uint32)
+
+
+def _floating(name: str, x: list[NDArray[np.float32]]) -> NDArray[np.float32]:
+    if name == "abs.f32":
+        return np.abs(x[0])
+    if name.startswith("fma"):
+        exact = x[0].astype(np.float64) * x[1] + x[2]
+        return np.asarray(exact.clip(0, 1) if ".sat" in name else exact, np.float32)
+    two = {"mul.f32": np.multiply, "mul.rn.f32": np.multiply, "add.rn.f32": np.add}
+    return np.asarray(two[name](*x), np.float32)
+
+
+def _byte(word: Words, k: int) -> Words:
+    return word >> np.uint32(8 * k) & np.uint32(255)
+
+
+def _table(wanted: int, a: Words, b: Words, c: Words) -> Words:
+    """Any function of three bits: bit 4 a + 2 b + c of `wanted`."""
+    out = np.zeros_like(a)
+    for k in range(8):
+        if wanted >> k & 1:
+            out = out | (a if k & 4 else ~a) & (b if k & 2 else ~b) & (c if k & 1 else ~c)
+    return out
+
+
+def _permuted(a: Words, b: Words, selector: Words) -> Words:
+    """Byte k of the result is the one that nibble k selects; where its upper bit is set, that one's sign."""
+    both = np.stack([_byte(word, k) for word in np.broadcast_arrays(a, b) for k in range(4)])
+    out = np.zeros_like(selector)
+    for k in range(4):
+        nibble = selector >> np.uint32(4 * k) & np.uint32(15)
+        byte = np.take_along_axis(both, (nibble & 7).astype(np.int64)[None], 0)[0]
+        byte = np.where(nibble & 8, np.where(byte & 128, np.uint32(255), np.uint32(0)), byte)
+        out = out | byte << np.uint32(8 * k)
+    return out

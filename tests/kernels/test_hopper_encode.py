@@ -1,0 +1,297 @@
+"""The Hopper encode kernel: its assembly in numpy, compiled without a GPU, and on a GPU."""
+
+import numpy as np
+import pytest
+import torch
+
+from quantpress.codecs.spec import CodecSpec
+from quantpress.codecs.transform import ChannelTransform
+from quantpress.errors import NonFiniteError
+from quantpress.kernels.encode import hopper_encode
+from quantpress.kernels.encode.octets import (
+    FACTOR,
+    gather_assembly,
+    octet_assembly,
+    octet_table,
+    rounding_polynomial,
+    zero_fields,
+)
+from quantpress.kernels.layout import PAGE_TOKENS, page_bytes
+from tests.kernels.ptx import Words, run_ptx
+from tests.kernels.test_triton_encode import check, on_gpu
+from tests.kernels.triton_cases import NEAR_TIE, compile_only, resources, transform_of, vectors
+
+pytest.importorskip("triton")
+
+BITS = (2, 3, 4)
+ROLES = ("key", "value")
+PLAIN = ChannelTransform()
+DTYPES = (torch.bfloat16, torch.float16)
+
+
+def codes_of(unit: torch.Tensor, spec: CodecSpec) -> tuple[torch.Tensor, torch.Tensor]:
+    """The code of each coordinate, and whether it is one of two at a tie."""
+    thresholds = torch.tensor(spec.codebook_of(0).thresholds, dtype=torch.float64)
+    unit = unit.double()
+    return torch.searchsorted(thresholds, unit), (unit[..., None] - thresholds).abs().amin(-1) < NEAR_TIE
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_the_polynomial_rounds_to_the_nearest_level(bits: int) -> None:
+    """In float32: near the thresholds, up to 1, and at 0."""
+    spec = CodecSpec(128, bits, "key")
+    rounding, thresholds = rounding_polynomial(spec.codebook_of(0)), spec.codebook_of(0).thresholds
+    steps = torch.linspace(-5, 5, 10001, dtype=torch.float64) * NEAR_TIE
+    near = torch.cat([t + steps for t in thresholds if t > 0])
+    unit = torch.cat((near, torch.rand(100000, dtype=torch.float64), torch.tensor([0.0, 1.0]))).float()
+    scale, shift, *coefficients = (
+        np.float32(number) for number in (rounding.scale, rounding.shift, *rounding.coefficients)
+    )
+    b = np.float32(unit.double().numpy() * scale + shift).clip(0, 1)
+    f = np.zeros_like(b)
+    for coefficient in coefficients:
+        f = np.float32(f.astype(np.float64) * b + coefficient)
+    magnitude = np.rint(f.astype(np.float64) * b)
+    codes, tie = codes_of(unit, spec)
+    wrong = torch.from_numpy(magnitude) != codes.clamp(min=2 ** (bits - 1)) - 2 ** (bits - 1)
+    assert not (wrong & ~tie).any()
+    assert tie.sum() > 1000 and (~tie).sum() > 100000
+
+
+def octets(spec: CodecSpec, y: torch.Tensor) -> tuple[Words, torch.Tensor, torch.Tensor]:
+    """The assembly on y[n, h, i], each row part of a vector of 32 rows as long.
+
+    Returns:
+        The words [n], the sums [n, h] in float64 and the unit coordinates y / norm.
+    """
+    book, values = spec.codebook_of(0), spec.role == "value"
+    norm = y.norm(dim=-1, keepdim=True) * 32**0.5
+    over = 1 / norm.masked_fill(norm == 0, 1)
+    steep = (over * (rounding_polynomial(book).scale / (FACTOR if values else 1))).squeeze(-1)
+    zeros = torch.tensor(zero_fields(spec.groups[0].bits, values))
+    zero = (torch.where(norm.squeeze(-1) == 0, zeros, 0)).sum(-1).to(torch.int32)
+    table = torch.tensor(octet_table(book, values), dtype=torch.int32).expand(len(y), 3)
+    floats = torch.cat((y.flatten(1), steep), 1).float().view(torch.int32)
+    inputs = torch.cat((floats, zero[:, None], table), 1).T.contiguous()
+    word, *sums = run_ptx(octet_assembly(book, values), list(inputs.numpy().view(np.uint32)), 3)
+    added = np.stack([part.view(np.float32) if values else part for part in sums], 1).astype(np.float64)
+    return word, torch.from_numpy(added), y * over
+
+
+@pytest.mark.parametrize("role", ROLES)
+@pytest.mark.parametrize("bits", BITS)
+def test_eight_coordinates_in_assembly(bits: int, role: str) -> None:
+    """Fields and sums are those of the levels, whatever the vector's length."""
+    spec = CodecSpec(128, bits, role)
+    book, values = spec.codebook_of(0), role == "value"
+    length = torch.rand(4096, 2, 1).mul(60).exp2() if values else torch.rand(4096, 2, 1).mul(8).exp2()
+    y = torch.randn(4096, 2, 4).mul(length * (2.0**-10 if values else 1.0)).float()
+    y[5, 0], y[6, 1], y[7] = 0, 0, 0
+    word, sums, unit = octets(spec, y)
+    codes, tie = codes_of(unit, spec)
+    row, column = torch.arange(2)[:, None], torch.arange(4)
+    place = 8 * column + 4 * row if values else 16 * row + 4 * column
+    got = fields(torch.from_numpy(word.astype(np.int64))[:, None, None], place, place, bits)
+    if bits == 4:
+        sign_at = 8 * column + 7 - 4 * row  # where a page has it, of keys too
+        got = fields(torch.from_numpy(word.astype(np.int64))[:, None, None], place, sign_at, bits)
+    assert ((got == codes) | tie).all() and tie.float().mean() < 1e-3
+    assert all((got[at] == 2 ** (bits - 1) - 1).all() for at in ((5, 0), (6, 1), 7)), "zero vectors"
+    levels = torch.tensor(book.scaled, dtype=torch.float64)[got]
+    levels = levels * y * FACTOR * 2.0**-149 if values else levels.square()
+    torch.testing.assert_close(sums, levels.sum(-1), rtol=1e-6, atol=0)
+
+
+def fields(word: torch.Tensor, place: torch.Tensor, sign_at: torch.Tensor, bits: int) -> torch.Tensor:
+    """Codes out of a nibble at `place` of a word, the sign of 4 bits at `sign_at`."""
+    if bits < 4:
+        return word >> place & (2**bits - 1)
+    magnitude = word >> place & 7
+    return torch.where((word >> sign_at & 1) == 1, 7 - magnitude, 8 + magnitude)
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_lanes_join_the_words_of_values(bits: int) -> None:
+    """Four lanes, tokens of two parts, each with four channels: a channel's word is as the layout says."""
+    spec = CodecSpec(128, bits, "value")
+    y = torch.randn(1000, 4, 2, 4)  # [n, lane, part, channel]
+    lanes = [octets(spec, y[:, lane])[0] for lane in range(4)]
+    unit = torch.stack([octets(spec, y[:, lane])[2] for lane in range(4)], 1)
+    words = np.stack(run_ptx(gather_assembly(bits), lanes, 4), -1).astype(np.int64)  # [n, channel]
+    codes, tie = codes_of(unit, spec)
+    lane, part = torch.arange(4)[:, None, None], torch.arange(2)[:, None]
+    word = torch.from_numpy(words)[:, None, None, :]
+    got = fields(word, 16 * part + 4 * lane, 8 * lane + 7 - 4 * part, bits)
+    assert ((got == codes) | tie).all()
+
+
+@pytest.fixture
+def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hopper_encode, "_is_hopper", lambda device: True)
+
+
+def test_what_it_covers(hopper: None) -> None:
+    x = torch.empty(2, 3, 2 * PAGE_TOKENS, 128, dtype=torch.bfloat16)
+    key, value = CodecSpec(128, 3, "key"), CodecSpec(128, 3, "value")
+    moved = transform_of(key, heads=3, batch=2)
+    for bits in BITS:
+        assert hopper_encode.covers(x, CodecSpec(128, bits, "key"), moved)
+        assert hopper_encode.covers(x.half(), CodecSpec(128, bits, "value", scale_dtype="float32"), PLAIN)
+    assert hopper_encode.covers(x.transpose(1, 2).contiguous().transpose(1, 2), key, PLAIN)
+    assert hopper_encode.covers(x[:1, :1, :, :], key, PLAIN)
+    assert not hopper_encode.covers(x, value, moved)
+    ordered = ChannelTransform(order=torch.arange(128).expand(2, 3, 128).to(torch.int16))
+    assert not hopper_encode.covers(x, key, ordered)
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        CodecSpec(128, 1, "key"),
+        CodecSpec(128, 8, "key"),
+        CodecSpec(128, 3.5, "value"),
+        CodecSpec(64, 3, "key"),
+        CodecSpec(256, 3, "key"),
+        CodecSpec(128, 3, "key", scale="unbiased"),
+        CodecSpec(128, 3, "value", scale="norm"),
+        CodecSpec(128, 3, "key", codebook="lloyd_max"),
+        CodecSpec(128, 3, "key", rotation="haar"),
+        CodecSpec(128, 3, "key", estimator="prod"),
+    ],
+    ids=str,
+)
+def test_codecs_it_leaves_to_others(spec: CodecSpec, hopper: None) -> None:
+    assert not hopper_encode.covers(torch.empty(1, 1, 128, spec.head_dim).bfloat16(), spec, PLAIN)
+
+
+def test_vectors_it_leaves_to_others(hopper: None) -> None:
+    spec, x = CodecSpec(128, 3, "key"), torch.empty(1, 2, 128, 256, dtype=torch.bfloat16)
+    assert hopper_encode.covers(x[..., :128], spec, PLAIN) and hopper_encode.covers(
+        x[..., 8:136], spec, PLAIN
+    )
+    for other in (x[..., 4:132], x[..., ::2], x[..., :128].float()):
+        assert not hopper_encode.covers(other, spec, PLAIN)
+    uneven = torch.empty(1, 2, 128, 136, dtype=torch.bfloat16)[..., :128]
+    assert not hopper_encode.covers(uneven, spec, PLAIN)
+
+
+def test_other_devices_are_left_to_others() -> None:
+    assert not hopper_encode.covers(torch.empty(1, 1, 128, 128).bfloat16(), CodecSpec(128, 3, "key"), PLAIN)
+
+
+@pytest.mark.parametrize("role", ROLES)
+@pytest.mark.parametrize("bits", BITS)
+def test_compiles(bits: int, role: str) -> None:
+    from quantpress.kernels.encode.hopper_kernel import encode_hopper_kernel
+
+    spec, x = CodecSpec(128, bits, role), torch.empty(1, 8, 2 * PAGE_TOKENS, 128, dtype=torch.bfloat16)
+    planes = {
+        "codes0": torch.empty(1, 8, 2, page_bytes(bits, 128), dtype=torch.uint8),
+        "scale0": torch.empty(1, 8, 2, PAGE_TOKENS, dtype=torch.float16),
+    }
+    transform = transform_of(spec, heads=8) if role == "key" else PLAIN
+    flag = torch.zeros(1, dtype=torch.int32)
+    arguments = hopper_encode.hopper_arguments(x, spec, transform, planes, flag)
+    compiled = compile_only(
+        encode_hopper_kernel, arguments, 90, hopper_encode.WARPS, registers=hopper_encode.REGISTERS
+    )
+    taken = resources(compiled)
+    assert taken["REG"] <= 128 and taken["STACK"] <= 16
+    room = 228 * 1024 // hopper_encode.PROGRAMS - 1024  # the system keeps 1 KB of each program's
+    assert compiled.metadata.shared <= room
+
+
+gpu = pytest.mark.gpu
+
+
+def launched(x: torch.Tensor, spec: CodecSpec, transform: ChannelTransform) -> int:
+    """The flag of the first launch on a GPU, which has to be the Hopper kernel's."""
+    from quantpress.kernels.encode.triton_encode import launch_encode
+
+    if torch.cuda.get_device_capability()[0] != hopper_encode.HOPPER:
+        pytest.skip("needs compute capability 9.x")
+    x, transform = x.cuda(), transform.map(lambda part: part.cuda())
+    assert hopper_encode.covers(x, spec, transform)
+    return int(launch_encode(x, spec, transform)[1])
+
+
+def ordinary(dtype: torch.dtype, pages: int, heads: int = 3, batch: int = 2) -> torch.Tensor:
+    """Uneven channels, lengths that the kernel takes."""
+    return (torch.randn(batch, heads, pages * PAGE_TOKENS, 128) * torch.rand(128).mul(3).exp2()).to(dtype)
+
+
+@gpu
+@pytest.mark.parametrize("pages", [1, 2, 7, 600])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("role", ROLES)
+@pytest.mark.parametrize("bits", BITS)
+def test_pages_on_a_gpu(bits: int, role: str, dtype: torch.dtype, pages: int) -> None:
+    spec = CodecSpec(128, bits, role)
+    x = ordinary(dtype, pages) if pages < 100 else ordinary(dtype, pages, heads=1, batch=1)
+    x[0, 0, 7] = 0
+    transform = transform_of(spec, heads=x.shape[1], batch=x.shape[0]) if role == "key" else PLAIN
+    assert launched(x, spec, transform) == 0
+    check(on_gpu(x, spec, transform), x, spec, transform)
+
+
+@gpu
+@pytest.mark.parametrize("scale_dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("bits", BITS)
+def test_parts_of_a_transform_and_scale_dtypes_on_a_gpu(bits: int, scale_dtype: str) -> None:
+    spec = CodecSpec(128, bits, "key", scale_dtype=scale_dtype)
+    x = ordinary(torch.bfloat16, 3)
+    whole = transform_of(spec, heads=3, batch=2)
+    for transform in (PLAIN, ChannelTransform(mean=whole.mean), ChannelTransform(weight=whole.weight)):
+        assert launched(x, spec, transform) == 0
+        check(on_gpu(x, spec, transform), x, spec, transform)
+
+
+@gpu
+@pytest.mark.parametrize(("role", "power"), [("key", -16), ("key", 20), ("value", -60), ("value", 40)])
+@pytest.mark.parametrize("bits", BITS)
+def test_lengths_out_of_range_are_encoded_again_on_a_gpu(bits: int, role: str, power: int) -> None:
+    spec = CodecSpec(128, bits, role, scale_dtype="float32")
+    x = ordinary(torch.bfloat16, 3)
+    assert launched(x, spec, PLAIN) == 0
+    x[1, 2, 300:] *= 2.0**power
+    assert launched(x, spec, PLAIN) == 2
+    check(on_gpu(x, spec, PLAIN), x, spec, PLAIN)
+
+
+@gpu
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("role", ROLES)
+@pytest.mark.parametrize("bits", BITS)
+def test_what_is_not_finite_is_refused_on_a_gpu(bits: int, role: str, bad: float) -> None:
+    spec = CodecSpec(128, bits, role)
+    for page in range(3):
+        x = ordinary(torch.float16, 3)
+        x[1, 2, page * PAGE_TOKENS + 100, 127] = bad
+        assert launched(x, spec, PLAIN) == 2
+        with pytest.raises(NonFiniteError):
+            on_gpu(x, spec, PLAIN)
+
+
+@gpu
+@pytest.mark.parametrize("role", ROLES)
+def test_strides_on_a_gpu(role: str) -> None:
+    spec = CodecSpec(128, 3, role)
+    by_token = torch.randn(2, 3 * PAGE_TOKENS, 4, 128).bfloat16().cuda().transpose(1, 2)
+    wide = torch.randn(2, 4, 3 * PAGE_TOKENS + 1, 384).bfloat16().cuda()
+    for x in (by_token, wide[:, :, 1:, 128:256], wide[:1, :1, 1:, 8:136], by_token[:, :2].flip(0)):
+        assert launched(x, spec, PLAIN) == 0
+        check(on_gpu(x, spec, PLAIN), x.cpu(), spec, PLAIN)
+    odd = wide[:, :, 1:, 4:132]  # in no copy of 16 bytes
+    assert not hopper_encode.covers(odd, spec, PLAIN)
+    check(on_gpu(odd, spec, PLAIN), odd.cpu(), spec, PLAIN)
+
+
+@gpu
+@pytest.mark.parametrize("role", ROLES)
+@pytest.mark.parametrize("bits", BITS)
+def test_the_kernel_of_all_gpus_on_a_gpu(bits: int, role: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the other GPUs run, and this one where a vector is out of range."""
+    monkeypatch.setattr("quantpress.kernels.encode.triton_encode.covers", lambda *_: False)
+    spec, x = CodecSpec(128, bits, role), vectors(128, torch.bfloat16)
+    for transform in (PLAIN, transform_of(spec)):
+        check(on_gpu(x, spec, transform), x, spec, transform)
