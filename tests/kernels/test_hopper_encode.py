@@ -215,21 +215,24 @@ def launched(x: torch.Tensor, spec: CodecSpec, transform: ChannelTransform) -> i
     return int(launch_encode(x, spec, transform)[1])
 
 
-def ordinary(dtype: torch.dtype, pages: int, heads: int = 3, batch: int = 2) -> torch.Tensor:
-    """Uneven channels, lengths that the kernel takes."""
-    return (torch.randn(batch, heads, pages * PAGE_TOKENS, 128) * torch.rand(128).mul(3).exp2()).to(dtype)
+def ordinary(dtype: torch.dtype, pages: int) -> torch.Tensor:
+    """Uneven channels, lengths that the kernel takes; [2, 3, T, 128]."""
+    return (torch.randn(2, 3, pages * PAGE_TOKENS, 128) * torch.rand(128).mul(3).exp2()).to(dtype)
 
 
 @gpu
-@pytest.mark.parametrize("pages", [1, 2, 7, 600])
+@pytest.mark.parametrize("programs", [hopper_encode.PROGRAMS, 0], ids=["many", "one_a_head"])
+@pytest.mark.parametrize("pages", [1, 2, 7])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("role", ROLES)
 @pytest.mark.parametrize("bits", BITS)
-def test_pages_on_a_gpu(bits: int, role: str, dtype: torch.dtype, pages: int) -> None:
-    spec = CodecSpec(128, bits, role)
-    x = ordinary(dtype, pages) if pages < 100 else ordinary(dtype, pages, heads=1, batch=1)
+def test_pages_on_a_gpu(
+    bits: int, role: str, dtype: torch.dtype, pages: int, programs: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hopper_encode, "PROGRAMS", programs)
+    spec, x = CodecSpec(128, bits, role), ordinary(dtype, pages)
     x[0, 0, 7] = 0
-    transform = transform_of(spec, heads=x.shape[1], batch=x.shape[0]) if role == "key" else PLAIN
+    transform = transform_of(spec, heads=3, batch=2) if role == "key" else PLAIN
     assert launched(x, spec, transform) == 0
     check(on_gpu(x, spec, transform), x, spec, transform)
 
@@ -278,7 +281,7 @@ def test_strides_on_a_gpu(role: str) -> None:
     spec = CodecSpec(128, 3, role)
     by_token = torch.randn(2, 3 * PAGE_TOKENS, 4, 128).bfloat16().cuda().transpose(1, 2)
     wide = torch.randn(2, 4, 3 * PAGE_TOKENS + 1, 384).bfloat16().cuda()
-    for x in (by_token, wide[:, :, 1:, 128:256], wide[:1, :1, 1:, 8:136], by_token[:, :2].flip(0)):
+    for x in (by_token, wide[:, :, 1:, 128:256], wide[:1, :1, 1:, 8:136], by_token[:1].expand(2, -1, -1, -1)):
         assert launched(x, spec, PLAIN) == 0
         check(on_gpu(x, spec, PLAIN), x.cpu(), spec, PLAIN)
     odd = wide[:, :, 1:, 4:132]  # in no copy of 16 bytes
