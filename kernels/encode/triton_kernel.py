@@ -240,7 +240,7 @@ def _plain_fields(
     field = tl.zeros(u.shape, tl.int32)
     if BITS == 8:
         at = (u - tl.load(table_ptr + 512)) * tl.load(table_ptr + 513)
-        cell = tl.minimum(tl.maximum(at, 0.0), cells - 1.0).to(tl.int32)
+        cell = tl.minimum(tl.where(at > 0.0, at, 0.0), cells - 1.0).to(tl.int32)  # 0 for NaN
         code = tl.load(table_ptr + 514 + cell).to(tl.int32)
         code += (u > tl.load(table_ptr + code)).to(tl.int32)
         level = tl.abs(tl.load(table_ptr + 256 + code))
