@@ -17,6 +17,7 @@ from quantpress.kernels.encode.octets import (
     zero_fields,
 )
 from quantpress.kernels.layout import PAGE_TOKENS, page_bytes
+from tests.kernels.emulate_gluon import emulate
 from tests.kernels.ptx import Words, run_ptx
 from tests.kernels.test_triton_encode import check, on_gpu
 from tests.kernels.triton_cases import NEAR_TIE, compile_only, resources, transform_of, vectors
@@ -125,6 +126,53 @@ def test_lanes_join_the_words_of_values(bits: int) -> None:
     assert ((got == codes) | tie).all()
 
 
+def emulated(
+    x: torch.Tensor, spec: CodecSpec, transform: ChannelTransform
+) -> tuple[dict[str, torch.Tensor], int]:
+    """Planes and flag of the kernel's own source, run by two programs a head: all but registers' layouts."""
+    from quantpress.kernels.encode import hopper_kernel
+
+    planes, flag = planes_for(x, spec), torch.zeros(1, dtype=torch.int32)
+    arguments = hopper_encode.hopper_arguments(x, spec, transform, planes, flag)
+    emulate(hopper_kernel, "encode_hopper_kernel", arguments, (2, x.shape[0] * x.shape[1]))
+    return planes, int(flag)
+
+
+@pytest.mark.parametrize("role", ROLES)
+@pytest.mark.parametrize(
+    ("bits", "dtype"), [(4, torch.float16), *((bits, torch.bfloat16) for bits in BITS)], ids=str
+)
+def test_emulated(bits: int, dtype: torch.dtype, role: str) -> None:
+    spec, x = CodecSpec(128, bits, role), torch.randn(1, 2, 3 * PAGE_TOKENS + 1, 128).to(dtype)[:, :, 1:]
+    x[0, 1, 7] = 0
+    transform = transform_of(spec) if role == "key" else PLAIN
+    planes, flag = emulated(x, spec, transform)
+    assert flag == 0
+    check(planes, x, spec, transform)
+
+
+@pytest.mark.parametrize(
+    ("role", "inside", "outside"), [("key", (-10, 3), (-15, 13)), ("value", (-51, 21), (-57, 26))]
+)
+def test_emulated_lengths(role: str, inside: tuple[int, ...], outside: tuple[int, ...]) -> None:
+    """Right up to where the flag is raised."""
+    spec = CodecSpec(128, 4, role, scale_dtype="float32")
+    for power in (*inside, *outside):
+        x = torch.randn(1, 1, PAGE_TOKENS, 128).bfloat16()
+        x[0, 0, 77] *= 2.0**power
+        planes, flag = emulated(x, spec, PLAIN)
+        assert flag == (2 if power in outside else 0), power
+        if not flag:
+            check(planes, x, spec, PLAIN)
+
+
+def planes_for(x: torch.Tensor, spec: CodecSpec) -> dict[str, torch.Tensor]:
+    """Planes that hold rubbish."""
+    lead = (*x.shape[:2], x.shape[2] // PAGE_TOKENS)
+    codes = torch.full((*lead, page_bytes(spec.groups[0].bits, 128)), 0xA5, dtype=torch.uint8)
+    return {"codes0": codes, "scale0": torch.full((*lead, PAGE_TOKENS), -1.0, dtype=spec.torch_scale_dtype)}
+
+
 @pytest.fixture
 def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hopper_encode, "_is_hopper", lambda device: True)
@@ -185,10 +233,7 @@ def test_compiles(bits: int, role: str) -> None:
     from quantpress.kernels.encode.hopper_kernel import encode_hopper_kernel
 
     spec, x = CodecSpec(128, bits, role), torch.empty(1, 8, 2 * PAGE_TOKENS, 128, dtype=torch.bfloat16)
-    planes = {
-        "codes0": torch.empty(1, 8, 2, page_bytes(bits, 128), dtype=torch.uint8),
-        "scale0": torch.empty(1, 8, 2, PAGE_TOKENS, dtype=torch.float16),
-    }
+    planes = planes_for(x, spec)
     transform = transform_of(spec, heads=8) if role == "key" else PLAIN
     flag = torch.zeros(1, dtype=torch.int32)
     arguments = hopper_encode.hopper_arguments(x, spec, transform, planes, flag)

@@ -1,0 +1,154 @@
+"""A Gluon kernel's source run in PyTorch, its assembly in numpy: what it computes, whatever its layouts."""
+
+from types import FunctionType, ModuleType, SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+
+from tests.kernels.ptx import run_ptx
+
+
+class Tile(torch.Tensor):
+    """A tensor with what the language's tensors have beside."""
+
+    type: Any = SimpleNamespace(layout=None)
+
+    def to(self, dtype: torch.dtype, bitcast: bool = False) -> Any:
+        return self.view(dtype) if bitcast else super().to(dtype)
+
+    def __iadd__(self, other: Any) -> Any:  # a new value, as there
+        return self + other
+
+
+class Pointer:
+    """A pointer to a tensor's memory, or tensors of them."""
+
+    def __init__(self, tensor: torch.Tensor, offset: Any = 0) -> None:
+        size = tensor.untyped_storage().nbytes() // tensor.element_size()
+        self.memory = tensor.as_strided((size,), (1,), 0)
+        self.offset = offset if isinstance(offset, torch.Tensor) else tensor.storage_offset() + offset
+        self.dtype = SimpleNamespace(element_ty=tensor.dtype)
+
+    def __add__(self, steps: Any) -> "Pointer":
+        moved = Pointer(self.memory)
+        moved.offset = self.offset + steps
+        return moved
+
+    def read(self, mask: Any = True) -> torch.Tensor:
+        offset, mask = torch.broadcast_tensors(torch.as_tensor(self.offset), torch.as_tensor(mask))
+        return self.memory[torch.where(mask, offset, 0)].where(mask, 0)
+
+    def write(self, value: Any, mask: Any = True) -> None:
+        value = torch.as_tensor(value).to(self.memory.dtype)
+        mask, offset, value = torch.broadcast_tensors(
+            torch.as_tensor(mask), torch.as_tensor(self.offset), value
+        )
+        self.memory[offset[mask]] = value[mask]
+
+
+class Shared:
+    """A piece of shared memory."""
+
+    def __init__(self, held: torch.Tensor) -> None:
+        self.held = held
+
+    def slice(self, start: int, length: int, dim: int = 0) -> "Shared":
+        return Shared(self.held.narrow(dim, start, length))
+
+    def load(self, layout: Any) -> Any:
+        return self.held.clone().as_subclass(Tile)
+
+
+class Language:
+    """The language's functions, for one program of a grid."""
+
+    float16, float32, int32, int64 = torch.float16, torch.float32, torch.int32, torch.int64
+    rsqrt, sqrt, reshape, expand_dims = torch.rsqrt, torch.sqrt, torch.reshape, torch.unsqueeze
+    permute, static_range = torch.permute, range
+
+    def __init__(self, place: tuple[int, int], grid: tuple[int, int]) -> None:
+        self.place, self.grid = place, grid
+
+    def __getattr__(self, name: str) -> Any:
+        if name.endswith("Layout"):
+            return lambda *_, **__: None
+        raise AttributeError(name)
+
+    def program_id(self, axis: int) -> Any:
+        return torch.tensor(self.place[axis]).as_subclass(Tile)
+
+    def num_programs(self, axis: int) -> int:
+        return self.grid[axis]
+
+    def arange(self, start: int, stop: int, layout: Any) -> Any:
+        return torch.arange(start, stop).as_subclass(Tile)
+
+    def full(self, shape: list[int], value: float, dtype: torch.dtype, layout: Any) -> Any:
+        return torch.full(shape, value, dtype=dtype).as_subclass(Tile)
+
+    def where(self, condition: Any, a: Any, b: Any) -> Any:
+        return torch.where(condition, torch.as_tensor(a), torch.as_tensor(b))
+
+    def minimum(self, a: Any, b: float) -> Any:
+        return a.clamp(max=b)
+
+    def sum(self, x: Any, axis: int) -> Any:
+        return x.sum(axis).to(x.dtype)
+
+    def split(self, x: Any) -> Any:
+        return x.unbind(-1)
+
+    def join(self, a: Any, b: Any) -> Any:
+        return torch.stack((a, b), -1)
+
+    def convert_layout(self, x: Any, layout: Any) -> Any:
+        return x
+
+    def load(self, pointer: Pointer) -> Any:
+        return pointer.read().as_subclass(Tile)
+
+    def store(self, pointer: Pointer, value: Any, mask: Any = True) -> None:
+        pointer.write(value, mask)
+
+    def allocate_shared_memory(self, dtype: Any, shape: Any, layout: Any, value: Any = None) -> Shared:
+        return Shared(torch.full(shape, torch.nan, dtype=dtype) if value is None else value.to(dtype))
+
+    def inline_asm_elementwise(
+        self, asm: str, constraints: str, args: Any, dtype: Any, is_pure: bool, pack: int
+    ) -> Any:
+        words = [x.to(torch.float32 if x.is_floating_point() else torch.int32) for x in args]
+        plain = [x.as_subclass(torch.Tensor).contiguous().numpy().view(np.uint32) for x in words]
+        results = run_ptx(asm, list(np.broadcast_arrays(*plain)), len(dtype))
+        return [
+            torch.from_numpy(x.view(np.int32)).view(kind).as_subclass(Tile)
+            for x, kind in zip(results, dtype, strict=True)
+        ]
+
+
+def _product(a: Any, b: Shared, y: Any, use_acc: bool = True, is_async: bool = False) -> Any:
+    exact = (a.held if isinstance(a, Shared) else a).double() @ b.held.double()
+    return (exact + y if use_acc else exact).float().as_subclass(Tile)
+
+
+def emulate(module: ModuleType, kernel: str, arguments: dict[str, Any], grid: tuple[int, int]) -> None:
+    """Run every program of a grid, one after the other."""
+    copies = SimpleNamespace(
+        async_copy_global_to_shared=lambda to, pointer, mask=True: to.held.copy_(pointer.read(mask)),
+        commit_group=lambda: None,
+        wait_group=lambda count: None,
+    )
+    names: dict[str, Any] = {
+        name: getattr(held, "value", held) for name, held in vars(module).items() if not name.startswith("__")
+    }
+    names |= {"async_copy": copies, "fence_async_shared": lambda: None, "warpgroup_mma": _product}
+    names["warpgroup_mma_wait"] = lambda count, results: results[0]
+    for name, held in vars(module).items():
+        if hasattr(held, "arg_names"):
+            names[name] = FunctionType(held.fn.__code__, names, name, held.fn.__defaults__)
+        elif hasattr(held, "fn"):  # of layouts
+            names[name] = lambda *_: None
+    call = {name: Pointer(one) if isinstance(one, torch.Tensor) else one for name, one in arguments.items()}
+    for place in ((i, j) for j in range(grid[1]) for i in range(grid[0])):
+        names["gl"] = Language(place, grid)
+        names[kernel](**call)
