@@ -24,6 +24,7 @@ from rich.table import Table
 from quantpress.codecs.spec import CodecSpec
 from quantpress.codecs.transform import ChannelTransform
 from quantpress.kernels.decode import decode_pages
+from quantpress.kernels.encode.hopper_encode import covers
 from quantpress.kernels.encode.reference import encode_pages_reference
 from quantpress.kernels.encode.triton_encode import EncodeSettings, launch_encode
 from quantpress.kernels.layout import PAGE_TOKENS, unpack_pages
@@ -34,7 +35,10 @@ CHECKED_PAGES = 8
 
 @dataclass(frozen=True)
 class Row:
-    """What was measured at one pair of widths; times of keys, of values and of the copy in microseconds."""
+    """What was measured at one pair of widths; times of keys, of values and of the copy in microseconds.
+
+    `hopper`: the kernel for Hopper encoded both sides.
+    """
 
     key_bits: int
     value_bits: int
@@ -44,6 +48,7 @@ class Row:
     bytes: int
     decode_us: float
     ties: int
+    hopper: bool
 
     @property
     def encode_us(self) -> float:
@@ -111,7 +116,8 @@ def measure(
     source = torch.randn(moved // 8, device="cuda")
     target = torch.empty_like(source)
     copy = microseconds(lambda: target.copy_(source))
-    return Row(key_bits, value_bits, times[0], times[1], copy, moved, decode, differing)
+    hopper = settings is None and all(covers(*side) for side in sides)
+    return Row(key_bits, value_bits, times[0], times[1], copy, moved, decode, differing, hopper)
 
 
 def main() -> None:
@@ -141,6 +147,7 @@ def main() -> None:
     ):
         table.add_column(title, justify="right")
     table.add_column("codes at ties", justify="right")
+    table.add_column("kernel", justify="right")
     for row in rows:
         cells = [f"{row.bytes / 1e6:.0f}", f"{row.key_us:.0f}", f"{row.value_us:.0f}"]
         cells += [
@@ -149,6 +156,7 @@ def main() -> None:
             f"{row.bytes / row.copy_us / 1e6:.2f}",
         ]
         cells += [f"{row.ratio:.0%}", f"{row.decode_us:.0f}", str(row.ties)]
+        cells += ["Hopper" if row.hopper else "Triton"]
         table.add_row(f"{row.key_bits}/{row.value_bits}", *cells)
     Console(width=130).print(table)
     if options.json:
