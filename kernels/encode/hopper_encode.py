@@ -34,10 +34,7 @@ PROGRAMS = 4  # that share a multiprocessor
 _ALIGNED = 16  # bytes that one thread copies at once; strides in numbers, a multiple that Triton knows of
 _KEY_UNIT = 2.0**6  # keys are multiplied by this: two float16 parts then hold what float32 does ...
 _KEY_SHORT = 2.0**-8  # ... of norms from here on
-_VALUE_UNITS = {
-    torch.bfloat16: 2.0**30,
-    torch.float16: 2.0**10,
-}  # of the rotation: norms 2**-49 to 2**26, or all
+_VALUE_UNITS = {torch.bfloat16: 2.0**30, torch.float16: 2.0**10}  # of the rotation: norms to 2**26; all
 _VALUE_SHORT = 2.0**-16  # norm of a product whose sums with levels are normal float32 numbers
 
 
