@@ -4,11 +4,11 @@
     python benchmarks/paged.py --json out.json
 
 "contiguous" reads pages in a row without a table, as the cache of a model does; "lengths" the same with the
-numbers of tokens in use on the device, as every captured step has them. "rows" is a plan of every row, what a
-captured step has; "listed" one of the sequences in another order. Ratios are to "lengths". The plan is made
-once for all layers and timed apart, as are `write` (one token of every sequence, one layer) and `extend` (host
-and device, once a step, mean over 128 steps, in which every sequence packs one page). All but `extend` are
-replays of CUDA graphs. Outputs are compared first.
+numbers of tokens in use on the device, as every captured step has them. "rows" is a plan of every row, what
+a captured step has; "listed" one of the sequences in another order. Ratios are to "lengths". The plan is made
+once for all layers and timed apart, as are `write` (one token of every sequence, one layer) and `extend`
+(host and device, once a step, mean over 128 steps, in which every sequence packs one page). All but `extend`
+are replays of CUDA graphs. Outputs are compared first.
 """
 
 import argparse

@@ -5,8 +5,7 @@ import contextlib
 import torch
 
 from quantpress.kernels.available import runs_triton
-
-ROWS = 1024  # query tokens weighed at a time in float32 where there is no kernel
+from quantpress.kernels.combine.reference import combine_reference
 
 
 def combine_attention(
@@ -24,13 +23,8 @@ def combine_attention(
     """
     if runs_triton(output.device) and _has_kernel(output, other):
         launch_combine(output, log_sum, other, other_log_sum)
-        return
-    share = torch.sigmoid(other_log_sum - log_sum)
-    exact = torch.promote_types(output.dtype, torch.float32)
-    for start in range(0, output.shape[2], ROWS):
-        rows = (slice(None), slice(None), slice(start, start + ROWS))
-        output[rows] = torch.lerp(output[rows].to(exact), other[rows].to(exact), share[rows].to(exact))
-    torch.logaddexp(log_sum, other_log_sum, out=log_sum)
+    else:
+        combine_reference(output, log_sum, other, other_log_sum)
 
 
 def _has_kernel(*outputs: torch.Tensor) -> bool:

@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 import torch
 
-from quantpress.kernels.combine import ROWS, combine_attention, launch_combine
+from quantpress.kernels.combine import combine_attention, launch_combine
+from quantpress.kernels.combine.reference import ROWS
 from tests.kernels.triton_cases import compile_only, interpret
 
 SHAPES = [(1, 1, 1, 8), (2, 3, 70, 80), (1, 2, ROWS + 5, 64)]
