@@ -102,11 +102,11 @@ def test_processes_that_end_badly_are_rows_too(
         "assert sys.stdin.readline() == '\\n'\n"
         "row = {'name': word['--child'], 'version': '1', 'bits': '4/4', 'tokens': int(word['--tokens'])}\n"
         "open(word['--json'], 'w').write(json.dumps(row) + '\\n')\n"
-        "print('illegal memory access')\n"
+        "print('illegal memory access', flush=True)\n"
         "{'dies': lambda: os._exit(3), 'hangs': lambda: time.sleep(60)}.get(word['--child'], int)()\n"
     )
     monkeypatch.setattr(processes, "SCRIPT", str(script))
-    arguments = argparse.Namespace(sites=None, tokens=[256], timeout=2.0, check=False)
+    arguments = argparse.Namespace(sites=None, tokens=[256], timeout=3.0, check=False)
     chosen = [
         peers.Alternative(name, {}, print, builds=name == "works") for name in ("works", "dies", "hangs")
     ]
@@ -116,7 +116,7 @@ def test_processes_that_end_badly_are_rows_too(
         ("dies", "4/4", ""),
         ("dies", "", "process ended: illegal memory access"),
         ("hangs", "4/4", ""),
-        ("hangs", "", "took more than 2 s"),
+        ("hangs", "", "took more than 3 s"),
         ("works", "4/4", ""),
     ]
 
