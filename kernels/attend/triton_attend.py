@@ -35,7 +35,7 @@ MERGED = (16, 64)
 """Partial sums that the merge takes at a time, where a head has at most 16, and where it may have more."""
 
 MERGES = 4
-"""Programs of the merge that a multiprocessor holds; more would read the rotation once more."""
+"""Programs of the merge for each multiprocessor, before they take several rows: each reads the rotation."""
 
 PLAIN_PROGRAMS = 16
 """Programs in all of the plain kernel."""
