@@ -27,9 +27,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 MOST_SQUARE = gl.constexpr(2.0**120)  # of a vector as it leaves the product
-STEP = gl.constexpr(
-    32
-)  # channels of keys that one product takes: what is split at a time has to fit registers
+STEP = gl.constexpr(32)
+"""Channels of keys that one product takes: what is split at a time has to fit registers."""
 
 
 @gluon.constexpr_function

@@ -22,14 +22,11 @@ FACTOR = 2.0**64
 
 GATHER_CONSTRAINTS = "=&r,=&r,=&r,=&r,r,r,r,r"
 
-_MAGIC = (
-    2.0**23 + 0x8880
-)  # the last four bits take the magnitude; `prmt` then picks one byte, and three zeros
-_BASE = {
-    4: 0,
-    3: 4,
-    2: 2,
-}  # what field a magnitude of 0 has: 2**(bits - 1) but for the sign and magnitude of 4
+_MAGIC = 2.0**23 + 0x8880
+"""The last four bits take the magnitude; `prmt` then picks one byte, and three zeros."""
+
+_BASE = {4: 0, 3: 4, 2: 2}
+"""What field a magnitude of 0 has: 2**(bits - 1) but for the sign and magnitude of 4."""
 
 
 @dataclass(frozen=True)
