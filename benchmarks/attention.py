@@ -5,7 +5,8 @@
     python benchmarks/attention.py --paged    pages read through a table, and heads of different lengths
     python benchmarks/attention.py --full --batch 1 --json out.json    in parts; one that was cut off goes on
 
-Both sides are replayed as CUDA graphs. The time is of the whole call: preparing the query, packed tokens,
+Both sides are replayed as CUDA graphs, over several caches in turn, as the layers of a model have them: one
+short one would stay in the GPU's L2 cache. The time is of the whole call: preparing the query, packed tokens,
 4 sinks and 128 recent tokens in 16 bits, and the merge. The baseline is the fastest of torch's backends.
 Correctness is checked first, against float64 attention on the decoded cache of the first and the last head.
 """
@@ -13,10 +14,11 @@ Correctness is checked first, against float64 attention on the decoded cache of 
 import argparse
 import itertools
 import json
+import math
 import warnings
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from functools import lru_cache
+from dataclasses import asdict, dataclass, replace
+from functools import lru_cache, partial
 from pathlib import Path
 
 import torch
@@ -37,6 +39,9 @@ LAYOUTS = ("contiguous", "table", "uneven")
 WIDTHS = [(4, 4), (3, 3), (2, 2), (4, 2), (3, 2)]
 BACKENDS = (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION)
 SINKS, RECENT = 4, 128
+COLD = 4
+"""All caches that are read in turn together hold so many times what the L2 cache does, if ten are enough."""
+
 ENCODED = 64
 """Pages of a head that are made of random numbers of their own."""
 
@@ -68,44 +73,47 @@ class Row:
     error: float
 
 
-def microseconds(call: Callable[[], object], repeats: int = 10) -> float:
-    """Median time of one call, from replays of a CUDA graph of several."""
+def microseconds(*calls: Callable[[], object], repeats: int = 10) -> float:
+    """Median time of one call, from replays of a CUDA graph of several, the given ones in turn."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        for _ in range(3):
+        for call in [*calls] * 3:
             call()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        for _ in range(repeats):
-            call()
+        for index in range(repeats):
+            calls[index % len(calls)]()
     median = triton.testing.do_bench(graph.replay, warmup=20, rep=100, return_mode="median")
     return float(median) * 1000 / repeats
 
 
+def caches(size: int) -> int:
+    """How many caches of `size` bytes are read in turn, so that hardly any of them stays in the L2 cache."""
+    return min(10, math.ceil(COLD * torch.cuda.get_device_properties(0).L2_cache_size / size))
+
+
 def baseline(shape: Shape) -> float:
     """Microseconds of the fastest of torch's attention backends on bfloat16 keys and values."""
-    query, keys, values = (
-        torch.randn(shape.batch, heads, tokens, shape.head_dim, device="cuda", dtype=torch.bfloat16)
-        for heads, tokens in (
-            (shape.kv_heads * shape.group, 1),
-            (shape.kv_heads, shape.tokens),
-            (shape.kv_heads, shape.tokens),
-        )
-    )
 
-    def call() -> torch.Tensor:
+    def states(heads: int, tokens: int) -> torch.Tensor:
+        return torch.randn(shape.batch, heads, tokens, shape.head_dim, device="cuda", dtype=torch.bfloat16)
+
+    def attended(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
         return torch.nn.functional.scaled_dot_product_attention(
             query, keys, values, enable_gqa=shape.group > 1
         )
 
+    query, first = states(shape.kv_heads * shape.group, 1), states(shape.kv_heads, shape.tokens)
+    both = [first] + [states(shape.kv_heads, shape.tokens) for _ in range(2 * caches(2 * first.nbytes) - 1)]
+    calls = [partial(attended, query, *pair) for pair in zip(both[::2], both[1::2], strict=True)]
     times = []
     warnings.simplefilter("ignore")  # torch explains at length why a backend does not take a shape
     for backend in BACKENDS:
         try:
             with sdpa_kernel(backend):
-                times.append(microseconds(call))
+                times.append(microseconds(*calls))
         except RuntimeError:
             continue  # this backend does not take this shape
     return min(times)
@@ -185,6 +193,24 @@ def exact(query: torch.Tensor, segments: list[Segment], group: int, head: int) -
     return torch.stack(outputs).unsqueeze(2)
 
 
+def tensors(segment: Segment) -> list[torch.Tensor]:
+    """The tensors whose bytes count: codes and scales, or tokens in 16 bits."""
+    if isinstance(segment, PackedSegment):
+        return [plane for side in (segment.keys, segment.values) for plane in side.planes.values()]
+    return [segment.keys, segment.values]
+
+
+def copied(segment: Segment) -> Segment:
+    """The same tokens elsewhere in memory."""
+    if isinstance(segment, PackedSegment):
+        keys, values = (
+            replace(side, planes={name: plane.clone() for name, plane in side.planes.items()})
+            for side in (segment.keys, segment.values)
+        )
+        return replace(segment, keys=keys, values=values)
+    return replace(segment, keys=segment.keys.clone(), values=segment.values.clone())
+
+
 def measure(shape: Shape, key_bits: int, value_bits: int, dense_us: float) -> Row:
     """Check and time one shape and pair of widths."""
     segments = packed(shape, key_bits, value_bits)
@@ -199,12 +225,9 @@ def measure(shape: Shape, key_bits: int, value_bits: int, dense_us: float) -> Ro
         expected = exact(query, segments, shape.group, head)
         part = got[:, head * shape.group : (head + 1) * shape.group]
         error = max(error, float((part - expected).norm() / expected.norm()))
-    time = microseconds(lambda: attend(query, segments, visibility, scaling=scaling))
-    pages = segments[1]
-    assert isinstance(pages, PackedSegment)
-    planes = [plane for side in (pages.keys, pages.values) for plane in side.planes.values()]
-    tails = [t for s in segments if isinstance(s, DenseSegment) for t in (s.keys, s.values)]
-    size = sum(tensor.numel() * tensor.element_size() for tensor in planes + tails)
+    size = sum(tensor.nbytes for segment in segments for tensor in tensors(segment))
+    several = [segments] + [[*map(copied, segments)] for _ in range(caches(size) - 1)]
+    time = microseconds(*(partial(attend, query, one, visibility, scaling=scaling) for one in several))
     return Row(shape, key_bits, value_bits, time, dense_us, dense_us / time, size, size / time / 1e6, error)
 
 

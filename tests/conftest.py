@@ -9,7 +9,7 @@ import os
 import random
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -49,6 +49,16 @@ def seed() -> int:
         if module is not None:
             getattr(module, "manual_seed" if name == "torch" else "seed")(value)
     return value
+
+
+@pytest.fixture(autouse=True)
+def gpu_memory(request: pytest.FixtureRequest) -> Iterator[None]:
+    """A gpu test gives its memory back, so that several processes can share a GPU."""
+    yield
+    if request.node.get_closest_marker("gpu") is not None:
+        import torch
+
+        torch.cuda.empty_cache()
 
 
 @pytest.fixture(scope="session")

@@ -2,6 +2,7 @@
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents
 
 
 @triton.jit
@@ -12,29 +13,18 @@ def tanh(x):
 
 
 @triton.jit
-def attend_tile(
-    q,
-    query,
+def load_tile(
     k_ptr,
     v_ptr,
     start,
     begin,
     end,
-    hidden,
-    scale,
-    softcap,
     D: tl.constexpr,
     DV: tl.constexpr,
-    R: tl.constexpr,
     TILE: tl.constexpr,
     PLAIN: tl.constexpr,
 ):
-    """Softmax sums over `TILE` tokens from `start`, of those from `begin` to `end`: m and l [R], o [DV, R].
-
-    q [D, 2R], its second half zero, and query [R], the query token of each row; k [tokens, D] and v [tokens,
-    DV] contiguous. The weights are split into a high part and a residual in the values' own dtype. Query i
-    does not see the last hidden - i tokens.
-    """
+    """Keys [TILE, D] and values [DV, TILE] of the tokens from `start`, zero but from `begin` to `end`."""
     at = start + tl.arange(0, TILE)
     channel, value = tl.arange(0, D), tl.arange(0, DV)
     live = (at >= begin) & (at < end)
@@ -43,6 +33,46 @@ def attend_tile(
     if PLAIN:
         k = k.to(tl.float32)
         v = v.to(tl.float32)
+    return k, v
+
+
+@triton.jit
+def load_queries(query_ptr, head, skipped, rows, D: tl.constexpr, R: tl.constexpr, PLAIN: tl.constexpr):
+    """R rows of a head's queries: [D, 2R], the second half zero."""
+    column = tl.arange(0, 2 * R)
+    live = (column < R) & (skipped + column < rows)
+    at = (head * rows + skipped + column[None, :]) * D + tl.arange(0, D)[:, None]
+    q = tl.load(query_ptr + at, mask=live[None, :], other=0.0)
+    if PLAIN:
+        q = q.to(tl.float32)
+    return q
+
+
+@triton.jit
+def attend_tile(
+    q,
+    query,
+    k,
+    v,
+    start,
+    begin,
+    end,
+    hidden,
+    scale,
+    softcap,
+    DV: tl.constexpr,
+    R: tl.constexpr,
+    TILE: tl.constexpr,
+    CHAINED: tl.constexpr,
+):
+    """Softmax sums over `TILE` tokens from `start`, of those from `begin` to `end`: m and l [R], o [DV, R].
+
+    q [D, 2R] of `load_queries` and query [R], the query token of each row; k and v of `load_tile`. The
+    weights are split into a high part and a residual in the values' own dtype. Query i does not see the last
+    hidden - i tokens. CHAINED: the next kernel may start when the tile is there.
+    """
+    at = start + tl.arange(0, TILE)
+    live = (at >= begin) & (at < end)
     both = tl.dot(k, q, input_precision="ieee")
     s = tl.sum(tl.reshape(both, [TILE, 2, R]), 1) * scale
     if softcap > 0:
@@ -50,6 +80,8 @@ def attend_tile(
     seen = live[:, None] & (at[:, None] < end - tl.maximum(hidden - query[None, :], 0))
     s = tl.where(seen, s, float("-inf"))
     m = tl.maximum(tl.max(s, 0), -1e30)
+    if CHAINED:
+        gdc_launch_dependents()
     p = tl.exp2(s - m[None, :])
     column = tl.arange(0, 2 * R)
     twice = tl.reshape(tl.broadcast_to(p[:, None, :], [TILE, 2, R]), [TILE, 2 * R])

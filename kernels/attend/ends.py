@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from quantpress.kernels.attend.dense import attend_tile
+from quantpress.kernels.attend.dense import attend_tile, load_queries, load_tile
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 TILES = tl.constexpr(16)
@@ -47,17 +47,27 @@ def _prepare(
     HALVES: tl.constexpr,
     HAS_WEIGHT: tl.constexpr,
     HAS_MEAN: tl.constexpr,
+    CHAINED: tl.constexpr,
 ):
-    """One row to code space, in whole numbers n = 256 * high + low of 16 bits."""
+    """One row to code space, in whole numbers n = 256 * high + low of 16 bits.
+
+    Everything is loaded before the first sum, which it would wait behind, and before the next kernel starts,
+    whose first loads are of several MB.
+    """
     channel = tl.arange(0, D)
+    turn = _rotation(halves_ptr, D, HALVES)
     x = tl.load(query_ptr + (head * rows + row) * D + channel).to(tl.float32)
-    bias = 0.0
     if HAS_MEAN:
-        bias = tl.sum(x * tl.load(mean_ptr + own * D + channel), 0) * scale
+        mean = tl.load(mean_ptr + own * D + channel)
     if HAS_WEIGHT:
-        x = x / tl.load(weight_ptr + own * D + channel)
-    y = tl.sum(_rotation(halves_ptr, D, HALVES) * (x * turn_factor)[None, :], 1)
+        weight = tl.load(weight_ptr + own * D + channel)
+    weighed = x * turn_factor
+    if HAS_WEIGHT:
+        weighed = weighed / weight
+    y = tl.sum(turn * weighed[None, :], 1)
     largest = tl.maximum(tl.max(tl.abs(y), 0), 1e-30)
+    if CHAINED:
+        gdc_launch_dependents()
     n = tl.floor(y * (MOST / largest) + 0.5).to(tl.int32)
     high = (n + 128) >> 8
     at = block * 2 * R + local // 8 * 16 + local % 8
@@ -66,6 +76,9 @@ def _prepare(
     tl.store(start_ptr + at, 0)
     tl.store(start_ptr + at + 8, tl.sum(n, 0) >> 1)  # a level is 2 * b + 1
     tl.store(factor_ptr + block * R + local, 2.0 * largest / MOST * scale * unit)
+    bias = 0.0
+    if HAS_MEAN:
+        bias = tl.sum(x * mean, 0) * scale
     tl.store(bias_ptr + block * R + local, bias)
 
 
@@ -142,15 +155,14 @@ def first_kernel(
     recent keys and values [BH, tokens, D] contiguous; o [N, tiles, R, DV], m and l [N, R, tiles] float32; the
     two used and starts [BH] int32, number of tokens in use and the first of them, count where their constant
     says so. SLOTS: weight, mean, keys and values are [slots * Hkv, ...], and slots [B] int64 says whose those
-    of each batch entry are. CHAINED: the next kernel may start, it waits by itself.
+    of each batch entry are. CHAINED: the next kernel starts when all programs
+    have loaded what they need, and waits by itself.
     """
     place, block = tl.program_id(0), tl.program_id(1).to(tl.int64)
     head, skipped = block // blocks, block % blocks * R
     own = head
     if SLOTS:
         own = tl.load(slots_ptr + head // kv_heads) * kv_heads + head % kv_heads
-    if CHAINED:
-        gdc_launch_dependents()
     if place < R:
         if skipped + place < rows:
             _prepare(
@@ -176,15 +188,11 @@ def first_kernel(
                 HALVES,
                 HAS_WEIGHT,
                 HAS_MEAN,
+                CHAINED,
             )
     else:
         tile = place - R
-        column, row, value = tl.arange(0, 2 * R), tl.arange(0, R), tl.arange(0, DV)
-        live = (column < R) & (skipped + column < rows)
-        at = (head * rows + skipped + column[None, :]) * D + tl.arange(0, D)[:, None]
-        q = tl.load(query_ptr + at, mask=live[None, :], other=0.0)
-        if PLAIN:
-            q = q.to(tl.float32)
+        row, value = tl.arange(0, R), tl.arange(0, DV)
         if tile < first_tiles:
             from_token, begin, end, unseen = tile * TILE, 0, first_tokens, 0
             k_ptr, v_ptr = first_k_ptr + own * first_tokens * D, first_v_ptr + own * first_tokens * DV
@@ -202,22 +210,23 @@ def first_kernel(
         m, total = tl.full([R], -1e30, tl.float32), tl.zeros([R], tl.float32)
         out = tl.zeros([DV, R], tl.float32)
         if (from_token < end) & (from_token + TILE > begin):
+            k, v = load_tile(k_ptr, v_ptr, from_token, begin, end, D, DV, TILE, PLAIN)
+            q = load_queries(query_ptr, head, skipped, rows, D, R, PLAIN)  # last: they go by shared memory
             m, total, out = attend_tile(
                 q,
                 (skipped + row) % queries,
-                k_ptr,
-                v_ptr,
+                k,
+                v,
                 from_token,
                 begin,
                 end,
                 unseen,
                 scale,
                 softcap,
-                D,
                 DV,
                 R,
                 TILE,
-                PLAIN,
+                CHAINED,
             )
         slot = block * tiles + tile
         kept = skipped + row < rows

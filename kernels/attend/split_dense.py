@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from quantpress.kernels.attend.dense import attend_tile
+from quantpress.kernels.attend.dense import attend_tile, load_queries, load_tile
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 
@@ -48,20 +48,17 @@ def dense_split_kernel(
     share = tl.cdiv(tl.cdiv(tl.maximum(end - begin, 0), TILE), SPLITS) * TILE
     low = begin + split * share
     high = tl.minimum(low + share, end)
-    column, row, value = tl.arange(0, 2 * R), tl.arange(0, R), tl.arange(0, DV)
-    live = (column < R) & (skipped + column < rows)
-    at = (head * rows + skipped + column[None, :]) * D + tl.arange(0, D)[:, None]
-    q = tl.load(query_ptr + at, mask=live[None, :], other=0.0)
-    if PLAIN:
-        q = q.to(tl.float32)
+    row, value = tl.arange(0, R), tl.arange(0, DV)
+    q = load_queries(query_ptr, head, skipped, rows, D, R, PLAIN)
     k_ptr += head * tokens * D
     v_ptr += head * tokens * DV
     m = tl.full([R], -1e30, tl.float32)
     total = tl.zeros([R], tl.float32)
     out = tl.zeros([DV, R], tl.float32)
     for start in range(low, high, TILE):
+        k, v = load_tile(k_ptr, v_ptr, start, low, high, D, DV, TILE, PLAIN)
         tile_m, tile_total, tile_out = attend_tile(
-            q, 0 * row, k_ptr, v_ptr, start, low, high, 0, scale, softcap, D, DV, R, TILE, PLAIN
+            q, 0 * row, k, v, start, low, high, 0, scale, softcap, DV, R, TILE, False
         )
         highest = tl.maximum(m, tile_m)
         old, new = tl.exp2(m - highest), tl.exp2(tile_m - highest)

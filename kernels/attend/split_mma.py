@@ -34,6 +34,9 @@ PAGE_TOKENS = gl.constexpr(128)
 MOST = gl.constexpr(32512.0)
 """Weights are counted in units of their largest over 127 * 256, so that the high byte stays below 128."""
 
+READ_ONCE = gl.constexpr("evict_first")
+"""Codes do not push out of the L2 cache what is read again."""
+
 _SPLIT = gl.constexpr("""{ .reg .f32 a, b, c, d; .reg .b32 u, v, w, x;
 add.f32 a, $2, 0f4B400080;
 add.f32 b, $3, 0f4B400080;
@@ -69,7 +72,7 @@ def _load_keys(ptr, GAP: gl.constexpr, VECTORS: gl.constexpr, D: gl.constexpr, R
     row = vector // blocks % 2 * 2 + vector // (2 * blocks) * GAP
     own = (lane // 4 % 2 + lane // 8 * 4) * 16 + lane % 4 * 4
     at = (row * 16 + vector % blocks * (16 * ROWS))[:, None, None] + own[None, :, None] + word[None, None, :]
-    return gl.load(ptr + at)
+    return gl.load(ptr + at, eviction_policy=READ_ONCE)
 
 
 @gluon.jit
@@ -82,7 +85,8 @@ def _load_values(ptr, GAP: gl.constexpr, VECTORS: gl.constexpr, C: gl.constexpr)
     columns: gl.constexpr = C // 32
     at = vector // columns * (GAP * C) + vector % columns * 32
     own = lane % 4 * C + lane // 4 * 4
-    return gl.load(ptr + at[:, None, None] + own[None, :, None] + word[None, None, :])
+    at = at[:, None, None] + own[None, :, None] + word[None, None, :]
+    return gl.load(ptr + at, eviction_policy=READ_ONCE)
 
 
 @gluon.jit
@@ -656,6 +660,14 @@ def split_mma_kernel(
     else:
         place = _place(places_ptr, gl.minimum(_page(0, turn, first, last, STARTS), pages - 1), HEADS > 0)
     ka, kb, kc = _key_words(k_ptr + place * k_page, 0, D, K_BITS, HALVES)
+    tables = gl.allocate_shared_memory(gl.int32, [4, 32], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    table = table_ptr + gl.arange(0, 32, layout=gl.BlockedLayout([1], [32], [1], [0]))
+    low_k, high_k = gl.load(table), gl.load(table + 32)
+    low_v, high_v = gl.load(table + 64), gl.load(table + 96)
+    tables.index(0).store(low_k)
+    tables.index(1).store(high_k)
+    tables.index(2).store(low_v)
+    tables.index(3).store(high_v)
     if CHAINED:
         _wait_for_queries()
     at = gl.arange(0, D, layout=gl.SliceLayout(0, left))
@@ -664,11 +676,6 @@ def split_mma_kernel(
     q = gl.load(q_ptr + (block * (2 * R) + q_row[:, None]) * D + channel[None, :])
     s_row = gl.arange(0, 2 * R, layout=gl.SliceLayout(1, mma))
     start = gl.load(start_ptr + block * (2 * R) + s_row)[:, None] + gl.full([2 * R, 32], 0, gl.int32, mma)
-    lanes: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
-    tables = gl.allocate_shared_memory(gl.int32, [4, 32], gl.SwizzledSharedLayout(1, 1, 1, [0]))
-    for i in gl.static_range(4):
-        tables.index(i).store(gl.load(table_ptr + i * 32 + gl.arange(0, 32, layout=lanes)))
-
     blank, _ = _halves(gl.full([2 * R, 32], 0.0, gl.float32, mma), R, 32)
     scored: gl.constexpr = blank.type.layout
     by_row: gl.constexpr = gl.SliceLayout(1, scored)

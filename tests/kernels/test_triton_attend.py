@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -185,6 +186,10 @@ def test_split_kernel_compiles_without_a_gpu(
     kernel = compiled(split_mma_kernel, constants, capability, 1)
     assert "mma.sync.aligned.m16n8k32.row.col.satfinite.s32.s8.s8.s32" in kernel.asm["ptx"]
     assert ("griddepcontrol.wait" in kernel.asm["ptx"]) == (capability >= 90)
+    if capability >= 90:  # tables of levels and the first codes are on their way before the queries are there
+        before = kernel.asm["ptx"].split("griddepcontrol.wait")[0]
+        codes = re.findall(r"ld\.global\.L1::evict_first\.L2::cache_hint\.v4", before)
+        assert codes and before.count("ld.global.b32") >= 4
     assert kernel.metadata.shared <= 8 * 1024  # the output's way out
     assert len(kernel.asm["cubin"]) > 0
 
@@ -207,6 +212,30 @@ def test_kernels_around_it_compile_without_a_gpu(capability: int, heads: int, di
         binary = compiled(kernel, constants, capability, 8 if dim > 128 else 4)
         assert len(binary.asm["cubin"]) > 0
         assert binary.metadata.shared <= 99 * 1024  # of consumer GPUs
+
+
+def test_the_next_kernel_starts_behind_the_loads() -> None:
+    """Its own, of several MB, would go before them."""
+    pytest.importorskip("triton")
+    from quantpress.kernels.attend.ends import first_kernel
+
+    constants = {
+        "D": 128,
+        "DV": 128,
+        "R": 8,
+        "TILE": DENSE_TILE,
+        "HALVES": 1,
+        "PLAIN": False,
+        "CHAINED": True,
+    }
+    constants |= dict.fromkeys(("HAS_WEIGHT", "HAS_MEAN", "RECENT_USED"), True)
+    constants |= dict.fromkeys(("FIRST_USED", "FIRST_STARTS", "RECENT_STARTS", "SLOTS"), False)
+    ptx = compiled(first_kernel, constants, 90, 4).asm["ptx"]
+    query, tokens, rest = ptx.split("griddepcontrol.launch_dependents")
+    assert "ld.global" in query and "ld.global" in tokens and "ld.global" not in rest
+    matrix = 128 * 128 // (8 * 4 * 32)  # loads of 16 bytes
+    assert query.count("ld.global.v4") == matrix, "the rotation"
+    assert len(re.findall(r"ld\.global\.b(16|32)", query)) == 3, "query, mean and weights"
 
 
 def test_calls_that_are_covered() -> None:
