@@ -32,7 +32,7 @@ test: $(VENV)/.ready-test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not gpu" $(ARGS)
 
 test-gpu: $(VENV)/.ready-test
-	$(BIN)/python -m pytest -m gpu $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m gpu $(ARGS)
 
 check: $(VENV)/.ready-dev
 	$(BIN)/ruff format --check .
