@@ -59,7 +59,8 @@ class TurboQuant(Pipeable, BasePress):
         boundary_layers: so many of the first and of the last layers get `boundary_bits`; `layer_bits` wins.
         boundary_bits: their bits or (key bits, value bits); 16 leaves them unpacked.
         balance_window: how many of the last queries of the prefill the balance looks at.
-        codec: makes the codec of (head_dim, "key" or "value", layer index), instead of all of the above.
+        codec: makes the codec of (head_dim, "key" or "value", layer index), instead of widths, rotation,
+            scale, codebook and estimator; `layer_bits` and `boundary_layers` then only leave layers unpacked.
         detect_sinks: so many more tokens of each head are kept in 16 bits: those that the last queries of the
             prefill attend to most, wherever they are. Cutting such a layer short into its context drops
             tokens in the order in which they are stored. In a padded batch none are, with a warning.
@@ -107,8 +108,22 @@ class TurboQuant(Pipeable, BasePress):
                 raise InvalidInputError(f"layer_bits names layer {index!r}; give the index of a layer")
             if self.codec is None:
                 self._codecs(index, 0, _REFERENCE_HEAD_DIM, _REFERENCE_HEAD_DIM)
-        if self.codec is None and self.boundary_layers:
+        if self.codec is not None:
+            self._check_unpacked(self.codec)
+        elif self.boundary_layers:
             replace(self, layer_bits={0: self.boundary_bits}, boundary_layers=0)  # checks them
+
+    def _check_unpacked(self, codec: CodecFactory) -> None:
+        """Beside codecs of one's own, layers have no widths, but for those that stay unpacked."""
+        named = {f"layer_bits[{index}]": bits for index, bits in (self.layer_bits or {}).items()}
+        if self.boundary_layers:
+            named["boundary_bits"] = self.boundary_bits
+        for name, bits in named.items():
+            if _pair(bits) != (UNPACKED_BITS, UNPACKED_BITS):
+                raise InvalidInputError(
+                    f"{name} is {bits!r}, but codec={codec!r} decides how layers are packed: give 16 to "
+                    "leave layers unpacked, and choose by layer inside codec otherwise"
+                )
 
     @classmethod
     def preset(cls, name: str, **overrides: Any) -> "TurboQuant":
@@ -216,11 +231,11 @@ class TurboQuant(Pipeable, BasePress):
         self, layer_idx: int | None, layers: int, key_dim: int, value_dim: int
     ) -> tuple[PageCodec, PageCodec] | None:
         """Codecs of keys and values of one of `layers` layers; None leaves it unpacked."""
-        if self.codec is not None:
-            return self.codec(key_dim, "key", layer_idx or 0), self.codec(value_dim, "value", layer_idx or 0)
         key_bits, value_bits = self._widths(layer_idx, layers)
         if key_bits == value_bits == UNPACKED_BITS and layer_idx is not None:
             return None
+        if self.codec is not None:
+            return self.codec(key_dim, "key", layer_idx or 0), self.codec(value_dim, "value", layer_idx or 0)
         rest = (self.rotation, self.seed, self.scale, self.codebook)
         return (
             ScalarPages(CodecSpec(key_dim, key_bits, "key", *rest, self.estimator)),

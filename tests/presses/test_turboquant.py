@@ -34,6 +34,10 @@ def spec_of(layer: Any, role: str) -> CodecSpec:
     return codec.spec
 
 
+def raw_pages(head_dim: int, role: str, layer_idx: int) -> RawPages:
+    return RawPages(head_dim, 32)
+
+
 # --- settings ---
 
 
@@ -59,6 +63,12 @@ def spec_of(layer: Any, role: str) -> CodecSpec:
         ({"codebook": "nf4"}, InvalidInputError, "codebook='nf4'"),
         ({"estimator": "qjl"}, InvalidInputError, "estimator='qjl'"),
         ({"seed": -3}, InvalidInputError, "seed"),
+        ({"codec": raw_pages, "layer_bits": {1: 8}}, InvalidInputError, r"layer_bits\[1\] is 8, but codec"),
+        (
+            {"codec": raw_pages, "boundary_layers": 1, "boundary_bits": (16, 4)},
+            InvalidInputError,
+            r"boundary_bits is \(16, 4\), but codec",
+        ),
     ],
     ids=lambda value: repr(value) if isinstance(value, dict) else "",
 )
@@ -162,6 +172,19 @@ def test_codec_factory_is_asked_per_layer() -> None:
 
     read(tiny_model("llama"), TurboQuant(codec=factory), IDS)
     assert set(asked) == {(HEAD_DIM, role, layer) for role in ("key", "value") for layer in range(3)}
+
+
+@pytest.mark.parametrize(
+    ("options", "packed"),
+    [
+        ({"layer_bits": {0: 16}}, [False, True, True]),
+        ({"layer_bits": {-1: (16, 16)}}, [True, True, False]),
+        ({"boundary_layers": 1}, [False, True, False]),
+    ],
+)
+def test_layers_stay_unpacked_beside_a_codec(options: dict[str, Any], packed: list[bool]) -> None:
+    cache = read(tiny_model("llama"), TurboQuant(codec=raw_pages, recent_tokens=16, **options), IDS)
+    assert [isinstance(layer, PackedLayer) for layer in cache.layers] == packed
 
 
 @pytest.mark.parametrize("mean_key", [False, True])
