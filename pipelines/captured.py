@@ -63,7 +63,8 @@ def captured_decoding(
 
     Raises:
         InvalidInputError: cuda_graph is True and the model is not on CUDA, or what comes inside rules a graph
-            out; cuda_graph is no bool; new_tokens is below 0.
+            out; cuda_graph is no bool; new_tokens is below 0; compile is True and the model is enabled with a
+            press that numbers positions anew, which a compiled step does not see.
 
     Example:
         >>> # with press(model):
@@ -76,6 +77,8 @@ def captured_decoding(
     check_choice(cuda_graph)
     if cuda_graph and model.device.type != "cuda":
         raise InvalidInputError(f"cuda_graph=True, but the model is on {model.device}; move it to CUDA")
+    if compile:
+        _check_compiled(model)
     own = "forward" in vars(model)
     whole = model.forward
     steps = CapturedDecoding(model, whole, new_tokens, cuda_graph, compile)
@@ -93,6 +96,23 @@ def captured_decoding(
         else:
             del model.forward
         steps.close()
+
+
+def _check_compiled(model: PreTrainedModel) -> None:
+    """Refuse to compile the steps of a model whose positions an enabled press counts.
+
+    Raises:
+        InvalidInputError: as said.
+    """
+    from quantpress.pipelines.enabling import enabled_press
+    from quantpress.pipelines.members import renumbers_positions
+
+    press = enabled_press(model)
+    if press is not None and renumbers_positions(press):
+        raise InvalidInputError(
+            f"compile=True, but the model is enabled with {press!r}, which numbers positions anew: a "
+            "compiled step would not see them; leave compile out, or disable(model) and read under the press"
+        )
 
 
 def check_choice(cuda_graph: bool | None) -> None:

@@ -240,3 +240,22 @@ def test_the_choice_is_checked() -> None:
         enable(model, 4, cuda_graph="yes")  # type: ignore[arg-type]
     disable(model)
     assert "forward" not in vars(model)
+
+
+def test_a_compiled_step_does_not_count_positions() -> None:
+    """A press that numbers positions anew rules it out, and the model is left as it was; others do not."""
+    model = tiny_model("llama")
+    with enable(model, KeyRerotation(StreamingLLM(0.5))):
+        before = state(model)
+        with (
+            pytest.raises(
+                InvalidInputError, match=r"compile=True, but the model is enabled with .*KeyRerotation"
+            ),
+            captured_decoding(model, compile=True),
+        ):
+            pytest.fail("entered")
+        assert state(model) == before
+        with captured_decoding(model):
+            pass
+    with enable(model, SNAP), captured_decoding(model, compile=True):
+        pass
