@@ -35,9 +35,10 @@ class Pointer:
         moved.offset = self.offset + steps
         return moved
 
-    def read(self, mask: Any = True) -> torch.Tensor:
+    def read(self, mask: Any = True, other: float = 0) -> torch.Tensor:
         offset, mask = torch.broadcast_tensors(torch.as_tensor(self.offset), torch.as_tensor(mask))
-        return self.memory[torch.where(mask, offset, 0)].where(mask, 0)
+        assert bool((offset[mask] >= 0).all()), "a load in front of the memory"
+        return self.memory[torch.where(mask, offset, 0)].where(mask, other)
 
     def write(self, value: Any, mask: Any = True) -> None:
         value = torch.as_tensor(value).to(self.memory.dtype)
@@ -53,6 +54,12 @@ class Shared:
     def __init__(self, held: torch.Tensor) -> None:
         self.held = held
 
+    def index(self, at: int) -> "Shared":
+        return Shared(self.held[at])
+
+    def store(self, value: torch.Tensor) -> None:
+        self.held.copy_(value)
+
     def slice(self, start: int, length: int, dim: int = 0) -> "Shared":
         return Shared(self.held.narrow(dim, start, length))
 
@@ -63,9 +70,10 @@ class Shared:
 class Language:
     """The language's functions, for one program of a grid."""
 
-    float16, float32, int32, int64 = torch.float16, torch.float32, torch.int32, torch.int64
+    float16, float32 = torch.float16, torch.float32
+    int8, int32, int64 = torch.int8, torch.int32, torch.int64
     rsqrt, sqrt, reshape, expand_dims = torch.rsqrt, torch.sqrt, torch.reshape, torch.unsqueeze
-    permute, static_range = torch.permute, range
+    permute, static_range, abs, exp2 = torch.permute, range, torch.abs, torch.exp2
 
     def __init__(self, place: tuple[int, int], grid: tuple[int, int]) -> None:
         self.place, self.grid = place, grid
@@ -90,11 +98,20 @@ class Language:
     def where(self, condition: Any, a: Any, b: Any) -> Any:
         return torch.where(condition, torch.as_tensor(a), torch.as_tensor(b))
 
-    def minimum(self, a: Any, b: float) -> Any:
-        return a.clamp(max=b)
+    def minimum(self, a: Any, b: Any) -> Any:
+        return torch.minimum(*_tiles(a, b))
+
+    def maximum(self, a: Any, b: Any) -> Any:
+        return torch.maximum(*_tiles(a, b))
+
+    def max(self, x: Any, axis: int) -> Any:
+        return x.amax(axis)
 
     def sum(self, x: Any, axis: int) -> Any:
         return x.sum(axis).to(x.dtype)
+
+    def associative_scan(self, x: Any, axis: int, add: Any) -> Any:
+        return x.cumsum(axis).to(x.dtype)
 
     def split(self, x: Any) -> Any:
         return x.unbind(-1)
@@ -102,28 +119,50 @@ class Language:
     def join(self, a: Any, b: Any) -> Any:
         return torch.stack((a, b), -1)
 
-    def convert_layout(self, x: Any, layout: Any) -> Any:
+    def convert_layout(self, x: Any, layout: Any, assert_trivial: bool = False) -> Any:
         return x
 
-    def load(self, pointer: Pointer) -> Any:
-        return pointer.read().as_subclass(Tile)
+    def load(self, pointer: Pointer, mask: Any = True, other: float = 0, eviction_policy: str = "") -> Any:
+        return pointer.read(mask, other).as_subclass(Tile)
 
     def store(self, pointer: Pointer, value: Any, mask: Any = True) -> None:
         pointer.write(value, mask)
 
     def allocate_shared_memory(self, dtype: Any, shape: Any, layout: Any, value: Any = None) -> Shared:
-        return Shared(torch.full(shape, torch.nan, dtype=dtype) if value is None else value.to(dtype))
+        if value is None:
+            garbage = torch.nan if dtype.is_floating_point else torch.iinfo(dtype).min
+            return Shared(torch.full(shape, garbage, dtype=dtype))
+        return Shared(value.to(dtype))
 
     def inline_asm_elementwise(
         self, asm: str, constraints: str, args: Any, dtype: Any, is_pure: bool, pack: int
     ) -> Any:
-        words = [x.to(torch.float32 if x.is_floating_point() else torch.int32) for x in args]
+        if asm.lstrip().startswith(("bar.sync", "griddepcontrol")):
+            return torch.zeros((), dtype=dtype).as_subclass(Tile)
+        if asm.startswith("ex2.approx"):
+            return torch.exp2(args[0]).as_subclass(Tile)
+        words = torch.broadcast_tensors(*map(torch.as_tensor, args))
+        words = [x.to(torch.float32 if x.is_floating_point() else torch.int32) for x in words]
         plain = [x.as_subclass(torch.Tensor).contiguous().numpy().view(np.uint32) for x in words]
-        results = run_ptx(asm, list(np.broadcast_arrays(*plain)), len(dtype))
+        if pack > 1:  # registers of so many elements each, those of an output joined in one
+            plain = [x.reshape(-1, pack)[:, k] for x in plain for k in range(pack)]
+        results = run_ptx(asm, plain, len(dtype))
         return [
-            torch.from_numpy(x.view(np.int32)).view(kind).as_subclass(Tile)
+            torch.from_numpy(x.view(np.int32)).view(kind).as_subclass(Tile).reshape(words[0].shape)
             for x, kind in zip(results, dtype, strict=True)
         ]
+
+
+def _tiles(*values: Any) -> list[Any]:
+    """Numbers and tensors as tensors of one dtype."""
+    tensors = [torch.as_tensor(value).as_subclass(Tile) for value in values]
+    if any(x.is_floating_point() for x in tensors):
+        return [x if x.is_floating_point() else x.to(torch.float32) for x in tensors]
+    return tensors
+
+
+def _whole_product(a: Any, b: Any, start: Any) -> Any:
+    return (a.long() @ b.long() + start).to(torch.int32).as_subclass(Tile)
 
 
 def _product(a: Any, b: Shared, y: Any, use_acc: bool = True, is_async: bool = False) -> Any:
@@ -142,7 +181,7 @@ def emulate(module: ModuleType, kernel: str, arguments: dict[str, Any], grid: tu
         name: getattr(held, "value", held) for name, held in vars(module).items() if not name.startswith("__")
     }
     names |= {"async_copy": copies, "fence_async_shared": lambda: None, "warpgroup_mma": _product}
-    names["warpgroup_mma_wait"] = lambda count, results: results[0]
+    names |= {"warpgroup_mma_wait": lambda count, results: results[0], "mma_v2": _whole_product}
     for name, held in vars(module).items():
         if hasattr(held, "arg_names"):
             names[name] = FunctionType(held.fn.__code__, names, name, held.fn.__defaults__)

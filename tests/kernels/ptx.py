@@ -1,4 +1,4 @@
-"""The few instructions of PTX that the encode kernels' assembly uses, in numpy."""
+"""The few instructions of PTX that the kernels' assembly uses, in numpy."""
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,7 +37,7 @@ def _step(name: str, words: list[Words]) -> Words:
         return _permuted(first, *others)
     if name == "dp4a.u32.u32":
         return others[1] + sum((_byte(first, k) * _byte(others[0], k) for k in range(4)), np.uint32(0))
-    two = {"add.u32": np.add, "or.b32": np.bitwise_or, "xor.b32": np.bitwise_xor}
+    two = {"add.u32": np.add, "and.b32": np.bitwise_and, "or.b32": np.bitwise_or, "xor.b32": np.bitwise_xor}
     two |= {"shl.b32": np.left_shift, "shr.u32": np.right_shift}
     return np.asarray(two[name](first, others[0]), np.uint32)
 
@@ -48,7 +48,7 @@ def _floating(name: str, x: list[NDArray[np.float32]]) -> NDArray[np.float32]:
     if name.startswith("fma"):
         exact = x[0].astype(np.float64) * x[1] + x[2]
         return np.asarray(exact.clip(0, 1) if ".sat" in name else exact, np.float32)
-    two = {"mul.f32": np.multiply, "mul.rn.f32": np.multiply, "add.rn.f32": np.add}
+    two = {"mul.f32": np.multiply, "mul.rn.f32": np.multiply, "add.f32": np.add, "add.rn.f32": np.add}
     return np.asarray(two[name](*x), np.float32)
 
 

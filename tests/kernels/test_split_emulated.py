@@ -1,0 +1,173 @@
+"""The split kernel for tensor cores: its source in PyTorch, its assembly in numpy, through its own launch."""
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from quantpress.kernels.attend import PackedSegment, Visibility
+from quantpress.kernels.attend import triton_attend as launching
+from quantpress.kernels.attend.reference import attend_reference
+from tests.kernels.test_attend import BATCH, GROUP, KV_HEADS, PAGES, in_use, packed, pooled, some_lengths
+
+pytest.importorskip("triton")
+
+MOST = 127 * 256
+PROGRAMS = 8  # of one multiprocessor: most have more than one page
+
+
+class Emulated:
+    """In the place of a kernel: `kernel[grid](...)` runs every program here."""
+
+    def __init__(self) -> None:
+        from quantpress.kernels.attend import split_mma
+
+        kernel = split_mma.split_mma_kernel
+        self.module, self.fn, self.arg_names = split_mma, kernel.fn, kernel.arg_names
+        self.launches: list[dict[str, Any]] = []
+
+    def __getitem__(self, grid: tuple[int, int]) -> Callable[..., None]:
+        from tests.kernels.emulate_gluon import emulate
+
+        def launch(*arguments: Any, num_warps: int, launch_pdl: bool = False, **constants: Any) -> None:
+            assert num_warps == 1
+            given = dict(zip(self.arg_names, arguments, strict=False)) | constants
+            self.launches.append(given)
+            emulate(self.module, "split_mma_kernel", given, grid)
+
+        return launch
+
+
+@pytest.fixture
+def emulated(monkeypatch: pytest.MonkeyPatch) -> Emulated:
+    """The launch finds a GPU of one multiprocessor."""
+    kernel = Emulated()
+    monkeypatch.setattr(kernel.module, "split_mma_kernel", kernel)
+    monkeypatch.setattr(launching, "programs_at_a_time", lambda device: PROGRAMS)
+    monkeypatch.setattr(launching, "chains", lambda device: True)
+    return kernel
+
+
+def prepared(call: Any, scale: float) -> list[torch.Tensor]:
+    """What the first kernel hands on: q, factor, start and bias, as `split_mma_kernel` has them."""
+    transform, rows, dim = call.packed.keys.transform, call.rows, call.keys.head_dim
+    query = call.query.double()  # [BH, rows, D]
+    bias = (query * transform.mean.flatten(0, 1).unsqueeze(1)).sum(-1) * scale
+    y = call.keys.rotation_of(0).forward(query / transform.weight.flatten(0, 1).unsqueeze(1))
+    largest = y.abs().amax(-1, keepdim=True)
+    numbers = (y * (MOST / largest)).round().int()
+    high = (numbers + 128) >> 8
+    count, block, blocks = call.heads * call.blocks, call.block, call.blocks
+
+    def by_block(x: torch.Tensor) -> torch.Tensor:
+        padded = torch.zeros(call.heads, blocks * block, *x.shape[2:], dtype=x.dtype)
+        padded[:, :rows] = x
+        return padded.view(count, block, *x.shape[2:])
+
+    parts = torch.stack((by_block(high), by_block(numbers - 256 * high)), 1)  # [N, high or low, R, D]
+    q = parts.unflatten(2, (-1, 8)).transpose(1, 2).flatten(1, 3)
+    sums = by_block(numbers.sum(-1, dtype=torch.int32) >> 1)
+    start = torch.stack((torch.zeros_like(sums), sums), 1).unflatten(2, (-1, 8)).transpose(1, 2).flatten(1)
+    unit = call.keys.codebook_of(0).unit
+    factor = by_block((2 * largest / MOST * scale * unit).squeeze(-1).float())
+    assert q.shape == (count, 2 * block, dim) and start.shape == q.shape[:2]
+    return [q.to(torch.int8), factor, start, by_block(bias.float())]
+
+
+def joined(call: Any, sums: list[torch.Tensor]) -> torch.Tensor:
+    """What the merge makes of the splits: [B, Hq, Tq, Dv]."""
+    o, m, totals = (x.double() for x in sums)  # [A, S, R, DV], [A, R, S] twice
+    out = torch.zeros(call.heads, call.rows, o.shape[-1], dtype=torch.float64)
+    shares = None if call.shares is None else call.shares.heads
+    if call.table is not None and shares is None:
+        shares = shares_of(call)
+    for head in range(call.heads):
+        for row in range(call.rows):
+            at, local = row // call.block, row % call.block
+            held = slice(None) if shares is None else slice(*shares[head].tolist())
+            at = at if shares is not None else head * call.blocks + at
+            parts, largest, total = o[at, held, local], m[at, local, held], totals[at, local, held]
+            if not len(parts):
+                continue
+            weights = (largest - largest.max()).exp2()
+            whole = (weights * total).sum()
+            if whole > 0:
+                out[head, row] = (weights.unsqueeze(-1) * parts).sum(0) / whole
+    out = call.values.rotation_of(0).inverse(out * call.values.codebook_of(0).unit)
+    return out.view(call.batch, call.query_heads, call.queries, -1)
+
+
+def shares_of(call: Any) -> torch.Tensor:
+    """[heads, 2]: the programs of each head, in order, as many as its share of the pages asks for."""
+    starts = torch.zeros_like(call.used) if call.starts is None else call.starts
+    there = torch.where(call.used > 0, (starts + call.used + 127) // 128 - starts // 128, 0).flatten()
+    programs = launching.shared_programs(call.pages, call.heads, PROGRAMS // call.blocks)
+    size = max(math.ceil(int(there.sum()) / (programs - call.heads)), 1)
+    ends = torch.ceil(there / size).long().cumsum(0)
+    return torch.stack((torch.cat((ends.new_zeros(1), ends[:-1])), ends), 1)
+
+
+def run(
+    pages: PackedSegment, queries: int, softcap: float | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention over packed tokens alone, and what it should be."""
+    dim, scaling = pages.keys.codec.head_dim, 0.2
+    query = torch.randn(BATCH, KV_HEADS * GROUP, queries, dim)
+    scale = scaling * launching.LOG2_E
+    cap = 0.0 if softcap is None else softcap * launching.LOG2_E
+    call = launching._Call(query, pages, None, scale, cap, plain=False)
+    got = joined(call, call.attend(prepared(call, scale)))
+    visibility = Visibility(queries, pages.tokens, causal=False)
+    expected = attend_reference(query.double(), [pages], visibility, scaling=scaling, softcap=softcap)
+    return got, expected
+
+
+def check(got: torch.Tensor, expected: torch.Tensor) -> None:
+    assert got.shape == expected.shape
+    assert float((got - expected).norm() / expected.norm()) < 2e-4
+
+
+@pytest.mark.parametrize(
+    ("key_bits", "value_bits", "dim", "queries"),
+    [
+        *((key, value, 128, 1) for key in (2, 3, 4) for value in (2, 3, 4)),
+        *((bits, bits, 64, 1) for bits in (2, 3, 4)),
+        *((bits, bits, 256, 1) for bits in (2, 3, 4)),
+        (4, 4, 128, 5),
+        (3, 3, 128, 5),
+        (3, 2, 64, 12),
+        (2, 4, 256, 5),
+    ],
+)
+def test_widths_and_head_dims(
+    key_bits: int, value_bits: int, dim: int, queries: int, emulated: Emulated
+) -> None:
+    keys, values = packed(dim, dim, key_bits), packed(dim, dim, value_bits)
+    check(*run(PackedSegment(keys.keys, values.values), queries))
+    assert len(emulated.launches) == 1
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_lengths_starts_and_tables(bits: int, emulated: Emulated) -> None:
+    """Tokens not in use are NaN or noise; none of a head, all of another."""
+    pages = packed(128, 128, bits)
+    lengths = some_lengths(pages.tokens)
+    poisoned, _ = in_use(pages, lengths)
+    assert isinstance(poisoned, PackedSegment)
+    check(*run(poisoned, 1))
+    starts = (torch.rand(lengths.shape) * (pages.tokens - lengths + 1)).int()
+    check(*run(pooled(pages, lengths, starts), 1))
+    check(*run(replace(pooled(pages, lengths, 0 * starts), starts=None), 1))
+    given = [(launch["USED"], launch["STARTS"], launch["HEADS"] > 0) for launch in emulated.launches]
+    assert given == [(True, False, False), (True, True, True), (True, False, True)]
+
+
+def test_softcap_and_one_page(emulated: Emulated) -> None:
+    pages = packed(128, 128, 3)
+    check(*run(pages, 1, softcap=3.0))
+    (keys, values) = pages.narrow(0, 1)
+    check(*run(PackedSegment(keys, values), 1))
+    assert pages.pages == PAGES and emulated.launches[1]["pages"] == 1
