@@ -155,8 +155,8 @@ def first_kernel(
     recent keys and values [BH, tokens, D] contiguous; o [N, tiles, R, DV], m and l [N, R, tiles] float32; the
     two used and starts [BH] int32, number of tokens in use and the first of them, count where their constant
     says so. SLOTS: weight, mean, keys and values are [slots * Hkv, ...], and slots [B] int64 says whose those
-    of each batch entry are. CHAINED: the next kernel starts when all programs
-    have loaded what they need, and waits by itself.
+    of each batch entry are. CHAINED: the next kernel starts when all programs have loaded what they need, and
+    waits by itself.
     """
     place, block = tl.program_id(0), tl.program_id(1).to(tl.int64)
     head, skipped = block // blocks, block % blocks * R

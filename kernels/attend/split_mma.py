@@ -35,7 +35,7 @@ MOST = gl.constexpr(32512.0)
 """Weights are counted in units of their largest over 127 * 256, so that the high byte stays below 128."""
 
 READ_ONCE = gl.constexpr("evict_first")
-"""Codes do not push out of the L2 cache what is read again."""
+"""Codes leave the L2 cache first: most are read once, and they push out nothing that is read again."""
 
 _SPLIT = gl.constexpr("""{ .reg .f32 a, b, c, d; .reg .b32 u, v, w, x;
 add.f32 a, $2, 0f4B400080;

@@ -63,12 +63,6 @@ def raw_pages(head_dim: int, role: str, layer_idx: int) -> RawPages:
         ({"codebook": "nf4"}, InvalidInputError, "codebook='nf4'"),
         ({"estimator": "qjl"}, InvalidInputError, "estimator='qjl'"),
         ({"seed": -3}, InvalidInputError, "seed"),
-        ({"codec": raw_pages, "layer_bits": {1: 8}}, InvalidInputError, r"layer_bits\[1\] is 8, but codec"),
-        (
-            {"codec": raw_pages, "boundary_layers": 1, "boundary_bits": (16, 4)},
-            InvalidInputError,
-            r"boundary_bits is \(16, 4\), but codec",
-        ),
     ],
     ids=lambda value: repr(value) if isinstance(value, dict) else "",
 )
@@ -172,6 +166,18 @@ def test_codec_factory_is_asked_per_layer() -> None:
 
     read(tiny_model("llama"), TurboQuant(codec=factory), IDS)
     assert set(asked) == {(HEAD_DIM, role, layer) for role in ("key", "value") for layer in range(3)}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"layer_bits": {1: 8}}, r"layer_bits\[1\] is 8, but codec"),
+        ({"boundary_layers": 1, "boundary_bits": (16, 4)}, r"boundary_bits is \(16, 4\), but codec"),
+    ],
+)
+def test_widths_of_layers_beside_a_codec(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(InvalidInputError, match=message):
+        TurboQuant(codec=raw_pages, **options)
 
 
 @pytest.mark.parametrize(
