@@ -90,7 +90,7 @@ def microseconds(*calls: Callable[[], object], repeats: int = 10) -> float:
 
 
 def caches(size: int) -> int:
-    """How many caches of `size` bytes are read in turn, so that hardly any of them stays in the L2 cache."""
+    """How many caches of `size` bytes are read in turn, so that little of them stays in the L2 cache."""
     return min(10, math.ceil(COLD * torch.cuda.get_device_properties(0).L2_cache_size / size))
 
 
