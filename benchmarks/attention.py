@@ -40,7 +40,7 @@ WIDTHS = [(4, 4), (3, 3), (2, 2), (4, 2), (3, 2)]
 BACKENDS = (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION)
 SINKS, RECENT = 4, 128
 COLD = 4
-"""All caches that are read in turn together hold so many times what the L2 cache does, if ten are enough."""
+"""All caches that are read in turn together hold so many times what the L2 cache does."""
 
 ENCODED = 64
 """Pages of a head that are made of random numbers of their own."""
@@ -73,25 +73,26 @@ class Row:
     error: float
 
 
-def microseconds(*calls: Callable[[], object], repeats: int = 10) -> float:
-    """Median time of one call, from replays of a CUDA graph of several, the given ones in turn."""
+def microseconds(*calls: Callable[[], object], least: int = 10) -> float:
+    """Median time of one call, from replays of a CUDA graph of `least` or more, the given ones in turn."""
+    calls *= math.ceil(least / len(calls))
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        for call in [*calls] * 3:
+        for call in calls:
             call()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        for index in range(repeats):
-            calls[index % len(calls)]()
+        for call in calls:
+            call()
     median = triton.testing.do_bench(graph.replay, warmup=20, rep=100, return_mode="median")
-    return float(median) * 1000 / repeats
+    return float(median) * 1000 / len(calls)
 
 
 def caches(size: int) -> int:
     """How many caches of `size` bytes are read in turn, so that little of them stays in the L2 cache."""
-    return min(10, math.ceil(COLD * torch.cuda.get_device_properties(0).L2_cache_size / size))
+    return math.ceil(COLD * torch.cuda.get_device_properties(0).L2_cache_size / size)
 
 
 def baseline(shape: Shape) -> float:
