@@ -26,7 +26,7 @@ second product. A tile is 32 tokens, two groups x of 16.
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.ampere import mma_v2
+from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 
 from quantpress.kernels.attend.lookup import LOOKUP_2, LOOKUP_3, LOOKUP_3_HALF, LOOKUP_4
 
@@ -35,7 +35,7 @@ MOST = gl.constexpr(32512.0)
 """Weights are counted in units of their largest over 127 * 256, so that the high byte stays below 128."""
 
 READ_ONCE = gl.constexpr("evict_first")
-"""Codes leave the L2 cache first: most are read once, and they push out nothing that is read again."""
+"""Codes leave the L2 cache first: they are read once, and push out nothing that is read again."""
 
 _SPLIT = gl.constexpr("""{ .reg .f32 a, b, c, d; .reg .b32 u, v, w, x;
 add.f32 a, $2, 0f4B400080;
@@ -62,8 +62,8 @@ def _bytes_layout(VECTORS):
 
 
 @gluon.jit
-def _load_keys(ptr, GAP: gl.constexpr, VECTORS: gl.constexpr, D: gl.constexpr, ROWS: gl.constexpr):
-    """16 or 32 rows of packed keys: [VECTORS, 32, 4] words; groups of 16 rows are GAP rows apart."""
+def _key_places(GAP: gl.constexpr, VECTORS: gl.constexpr, D: gl.constexpr, ROWS: gl.constexpr):
+    """Where 16 or 32 rows of packed keys lie: [VECTORS, 32, 4]; groups of 16 rows are GAP rows apart."""
     layout: gl.constexpr = gl.SliceLayout(3, _bytes_layout(VECTORS))
     vector = gl.arange(0, VECTORS, layout=gl.SliceLayout(1, gl.SliceLayout(2, layout)))
     lane = gl.arange(0, 32, layout=gl.SliceLayout(0, gl.SliceLayout(2, layout)))
@@ -71,13 +71,13 @@ def _load_keys(ptr, GAP: gl.constexpr, VECTORS: gl.constexpr, D: gl.constexpr, R
     blocks: gl.constexpr = D // 64
     row = vector // blocks % 2 * 2 + vector // (2 * blocks) * GAP
     own = (lane // 4 % 2 + lane // 8 * 4) * 16 + lane % 4 * 4
-    at = (row * 16 + vector % blocks * (16 * ROWS))[:, None, None] + own[None, :, None] + word[None, None, :]
-    return gl.load(ptr + at, eviction_policy=READ_ONCE)
+    at = row * 16 + vector % blocks * (16 * ROWS)
+    return at[:, None, None] + own[None, :, None] + word[None, None, :]
 
 
 @gluon.jit
-def _load_values(ptr, GAP: gl.constexpr, VECTORS: gl.constexpr, C: gl.constexpr):
-    """4 or 8 rows of packed values: [VECTORS, 32, 4] words; groups of 4 rows are GAP rows apart."""
+def _value_places(GAP: gl.constexpr, VECTORS: gl.constexpr, C: gl.constexpr):
+    """Where 4 or 8 rows of packed values lie: [VECTORS, 32, 4]; groups of 4 rows are GAP rows apart."""
     layout: gl.constexpr = gl.SliceLayout(3, _bytes_layout(VECTORS))
     vector = gl.arange(0, VECTORS, layout=gl.SliceLayout(1, gl.SliceLayout(2, layout)))
     lane = gl.arange(0, 32, layout=gl.SliceLayout(0, gl.SliceLayout(2, layout)))
@@ -85,8 +85,39 @@ def _load_values(ptr, GAP: gl.constexpr, VECTORS: gl.constexpr, C: gl.constexpr)
     columns: gl.constexpr = C // 32
     at = vector // columns * (GAP * C) + vector % columns * 32
     own = lane % 4 * C + lane // 4 * 4
-    at = at[:, None, None] + own[None, :, None] + word[None, None, :]
-    return gl.load(ptr + at, eviction_policy=READ_ONCE)
+    return at[:, None, None] + own[None, :, None] + word[None, None, :]
+
+
+@gluon.jit
+def _load(ptr, places):
+    return gl.load(ptr + places, eviction_policy=READ_ONCE)
+
+
+@gluon.jit
+def _room(WORDS: gl.constexpr, STAGED: gl.constexpr):
+    """Shared memory for the words of a page of 3 bits, three times WORDS; hardly any if not STAGED."""
+    plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [2, 1, 0])
+    shape: gl.constexpr = [3, WORDS // 128, 32, 4] if STAGED else [3, 1, 1, 4]
+    return gl.allocate_shared_memory(gl.int32, shape, plain)
+
+
+@gluon.jit
+def _fetch(room, ptr, places, step, PART: gl.constexpr):
+    """The words of a page of 3 bits to shared memory, before its first step; nothing before its second.
+
+    A lane copies the words that it reads itself. No L2::evict_first: `cp.async` has none in Triton.
+    """
+    if step % 2 == 0:
+        for part in gl.static_range(3):
+            async_copy.async_copy_global_to_shared(room.index(part), ptr + part * PART + places)
+    async_copy.commit_group()
+
+
+@gluon.jit
+def _fetched(room, VECTORS: gl.constexpr):
+    """The words out of shared memory: three tensors as `_key_words` has them."""
+    layout: gl.constexpr = gl.SliceLayout(3, _bytes_layout(VECTORS))
+    return room.index(0).load(layout), room.index(1).load(layout), room.index(2).load(layout)
 
 
 @gluon.jit
@@ -95,25 +126,25 @@ def _key_words(ptr, step, D: gl.constexpr, BITS: gl.constexpr, HALVES: gl.conste
     if HALVES == 2:
         half = step % 2 * (16 * 16)
         if BITS == 3:  # both halves lie in each word
-            a = _load_keys(ptr, 0, D // 32, D, 16)
-            b = _load_keys(ptr + 4 * D, 0, D // 32, D, 16)
-            c = _load_keys(ptr + 8 * D, 0, D // 32, D, 16)
+            a = _load(ptr, _key_places(0, D // 32, D, 16))
+            b = _load(ptr + 4 * D, _key_places(0, D // 32, D, 16))
+            c = _load(ptr + 8 * D, _key_places(0, D // 32, D, 16))
         else:
             if BITS == 4:
-                a = _load_keys(ptr + half, 32, D // 16, D, 64)
+                a = _load(ptr + half, _key_places(32, D // 16, D, 64))
             else:
-                a = _load_keys(ptr + half, 0, D // 32, D, 32)
+                a = _load(ptr + half, _key_places(0, D // 32, D, 32))
             b, c = a, a
     elif BITS == 4:
-        a = _load_keys(ptr, 16, D // 16, D, 64)
-        b = _load_keys(ptr + 32 * 16, 16, D // 16, D, 64)
+        a = _load(ptr, _key_places(16, D // 16, D, 64))
+        b = _load(ptr + 32 * 16, _key_places(16, D // 16, D, 64))
         c = a
     elif BITS == 3:
-        a = _load_keys(ptr, 0, D // 32, D, 16)
-        b = _load_keys(ptr + 4 * D, 0, D // 32, D, 16)
-        c = _load_keys(ptr + 8 * D, 0, D // 32, D, 16)
+        a = _load(ptr, _key_places(0, D // 32, D, 16))
+        b = _load(ptr + 4 * D, _key_places(0, D // 32, D, 16))
+        c = _load(ptr + 8 * D, _key_places(0, D // 32, D, 16))
     else:
-        a = _load_keys(ptr, 16, D // 16, D, 32)
+        a = _load(ptr, _key_places(16, D // 16, D, 32))
         b, c = a, a
     return a, b, c
 
@@ -124,25 +155,25 @@ def _value_words(ptr, step, C: gl.constexpr, BITS: gl.constexpr, HALVES: gl.cons
     if HALVES == 2:
         half = step % 2 * (4 * C)
         if BITS == 3:
-            a = _load_values(ptr, 0, C // 32, C)
-            b = _load_values(ptr + 4 * C, 0, C // 32, C)
-            c = _load_values(ptr + 8 * C, 0, C // 32, C)
+            a = _load(ptr, _value_places(0, C // 32, C))
+            b = _load(ptr + 4 * C, _value_places(0, C // 32, C))
+            c = _load(ptr + 8 * C, _value_places(0, C // 32, C))
         else:
             if BITS == 4:
-                a = _load_values(ptr + half, 8, C // 16, C)
+                a = _load(ptr + half, _value_places(8, C // 16, C))
             else:
-                a = _load_values(ptr + half, 0, C // 32, C)
+                a = _load(ptr + half, _value_places(0, C // 32, C))
             b, c = a, a
     elif BITS == 4:
-        a = _load_values(ptr, 4, C // 16, C)
-        b = _load_values(ptr + 8 * C, 4, C // 16, C)
+        a = _load(ptr, _value_places(4, C // 16, C))
+        b = _load(ptr + 8 * C, _value_places(4, C // 16, C))
         c = a
     elif BITS == 3:
-        a = _load_values(ptr, 0, C // 32, C)
-        b = _load_values(ptr + 4 * C, 0, C // 32, C)
-        c = _load_values(ptr + 8 * C, 0, C // 32, C)
+        a = _load(ptr, _value_places(0, C // 32, C))
+        b = _load(ptr + 4 * C, _value_places(0, C // 32, C))
+        c = _load(ptr + 8 * C, _value_places(0, C // 32, C))
     else:
-        a = _load_values(ptr, 4, C // 16, C)
+        a = _load(ptr, _value_places(4, C // 16, C))
         b, c = a, a
     return a, b, c
 
@@ -416,12 +447,12 @@ def _place(table_ptr, page, PAGED: gl.constexpr):
 
 
 @gluon.jit
-def _page(index, turn, first, last, STARTS: gl.constexpr):
-    """The page that comes at `index` of those from `first` to `last`: they begin at `turn` and go round."""
-    page = turn + index
+def _page(index, first, stride, count, lead, STARTS: gl.constexpr):
+    """The page that comes at `index` of `count`, `stride` apart from `first` on: `lead` of them come last."""
     if STARTS:
-        page = gl.where(page >= last, page - (last - first), page)
-    return page
+        index += lead
+        index = gl.where(index >= count, index - count, index)
+    return first + index * stride
 
 
 @gluon.jit
@@ -431,6 +462,9 @@ def _step(
     ka,
     kb,
     kc,
+    va,
+    vb,
+    vc,
     m,
     total,
     weight,
@@ -440,6 +474,8 @@ def _step(
     factor,
     bias,
     tables,
+    key_room,
+    value_room,
     places_ptr,
     k_ptr,
     ks_ptr,
@@ -449,9 +485,10 @@ def _step(
     ks_page,
     v_page,
     vs_page,
-    turn,
     first,
-    last,
+    stride,
+    count,
+    lead,
     unused,
     used,
     softcap,
@@ -466,25 +503,40 @@ def _step(
     STARTS: gl.constexpr,
     PAGED: gl.constexpr,
     CAPPED: gl.constexpr,
+    HALF: gl.constexpr,
+    STAGED_K: gl.constexpr,
+    STAGED_V: gl.constexpr,
 ):
     """Take a page, or one half of it, into the sums; its keys are there, those of the next are fetched.
 
-    MASKED: not all of its tokens need be in use.
+    MASKED: not all of its tokens need be in use. Words of 3 bits hold both halves: they are loaded for the
+    first and kept for the second, in shared memory if STAGED_K or STAGED_V, else in ka, kb, kc, va, vb, vc,
+    and HALF is which half it is; -1 where there are no such words, or each half loads them.
     """
-    ahead = gl.minimum(step + 1, HALVES * (last - first) - 1)
-    next_place = _place(places_ptr, _page(ahead // HALVES, turn, first, last, STARTS), PAGED)
-    va, vb, vc = _value_words(v_ptr + place * v_page, step, DV, V_BITS, HALVES)
+    ahead = gl.minimum(step + 1, HALVES * count - 1)
+    next_place = _place(places_ptr, _page(ahead // HALVES, first, stride, count, lead, STARTS), PAGED)
+    if STAGED_V:
+        _fetch(value_room, v_ptr + place * v_page, _value_places(0, DV // 32, DV), step, 4 * DV)
+    elif HALF != 1 or V_BITS != 3:
+        va, vb, vc = _value_words(v_ptr + place * v_page, step, DV, V_BITS, HALVES)
     ks = _load_scales(ks_ptr + place * ks_page, step, HALVES)
     vs = _load_scales(vs_ptr + place * vs_page, step, HALVES)
-    _order(step)
-    k0, k1, k2, k3 = _levels(ka, kb, kc, step, tables, 0, D, K_BITS, HALVES)
+    if STAGED_K:
+        async_copy.wait_group(1 if STAGED_V else 0)
+        k0, k1, k2, k3 = _levels(*_fetched(key_room, D // 32), step, tables, 0, D, K_BITS, HALVES)
+    else:
+        _order(step)
+        k0, k1, k2, k3 = _levels(ka, kb, kc, step, tables, 0, D, K_BITS, HALVES)
     s0 = _sums(q, k0, start, R, D, mma)
     s1 = _sums(q, k1, start, R, D, mma)
     if HALVES == 1:
         s2 = _sums(q, k2, start, R, D, mma)
         s3 = _sums(q, k3, start, R, D, mma)
     place = next_place
-    ka, kb, kc = _key_words(k_ptr + place * k_page, ahead, D, K_BITS, HALVES)
+    if STAGED_K:
+        _fetch(key_room, k_ptr + place * k_page, _key_places(0, D // 32, D, 16), ahead, 4 * D)
+    elif HALF != 0 or K_BITS != 3:
+        ka, kb, kc = _key_words(k_ptr + place * k_page, ahead, D, K_BITS, HALVES)
     _order(step)
 
     ks0, ks1, ks2, ks3 = _tiles(ks, HALVES)
@@ -502,7 +554,7 @@ def _step(
         scale = factor
     if MASKED:
         column = gl.arange(0, 32, layout=gl.SliceLayout(0, s0.type.layout))
-        token = _page(step // HALVES, turn, first, last, STARTS) * PAGE_TOKENS
+        token = _page(step // HALVES, first, stride, count, lead, STARTS) * PAGE_TOKENS
         token += column // 16 * (16 * HALVES) + column % 8 // 2 * 4 + column // 8 % 2 * 2 + column % 2
         if HALVES == 2:
             token += step % 2 * 16
@@ -539,7 +591,11 @@ def _step(
     weight = weight * decay + gl.sum(w, 1) * gain
 
     units = (MOST / most)[:, None]
-    v0, v1, v2, v3 = _levels(va, vb, vc, step, tables, 1, DV, V_BITS, HALVES)
+    if STAGED_V:
+        async_copy.wait_group(1 if STAGED_K else 0)
+        v0, v1, v2, v3 = _levels(*_fetched(value_room, DV // 32), step, tables, 1, DV, V_BITS, HALVES)
+    else:
+        v0, v1, v2, v3 = _levels(va, vb, vc, step, tables, 1, DV, V_BITS, HALVES)
     o = gl.full([2 * R, DV], 0, gl.int32, mma)
     o = mma_v2(_weight_operand(w0, units, R, mma), _value_operand(v0, DV, mma), o)
     o = mma_v2(_weight_operand(w1, units, R, mma), _value_operand(v1, DV, mma), o)
@@ -551,7 +607,7 @@ def _step(
     fade = gl.convert_layout(decay, gl.SliceLayout(1, acc.type.layout))[:, None]
     grow = gl.convert_layout(gain * most * (1.0 / MOST), gl.SliceLayout(1, acc.type.layout))[:, None]
     acc = acc * fade + part * grow
-    return place, ka, kb, kc, m, total, weight, acc
+    return place, ka, kb, kc, va, vb, vc, m, total, weight, acc
 
 
 @gluon.jit(do_not_specialize=["pages", "heads", "blocks", "places_row", "rows"])
@@ -597,6 +653,7 @@ def split_mma_kernel(
     HEADS: gl.constexpr,
     SHARED: gl.constexpr,
     CAPPED: gl.constexpr,
+    STAGED: gl.constexpr,
     CHAINED: gl.constexpr,
 ):
     """Partial softmax sums of one split (axis 0) of one (batch, KV head, block of R rows) (axis 1).
@@ -610,7 +667,8 @@ def split_mma_kernel(
     [pages there are], places [heads, places_row] int32, axis 0 is shared out over the heads by how many pages
     each has in use, and axis 1 counts blocks of rows of a head. If SHARED, shares [S, 4] int32 of
     `PageShares` has been made before, and HEADS is only not 0.
-    HALVES is 2 to take a page in two steps, groups of tokens 0, 2, 4, 6 before 1, 3, 5, 7.
+    HALVES is 2 to take a page in two steps, groups of tokens 0, 2, 4, 6 before 1, 3, 5, 7; STAGED if words
+    of 3 bits wait in shared memory for the second.
     CHAINED: started before `first_kernel` has ended.
     """
     mma: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [1, 1], [16, 8])
@@ -626,6 +684,7 @@ def split_mma_kernel(
             mine, first, last = _share(used_ptr, starts_ptr, heads, pages, HEADS, STARTS)
         if first >= last:
             return
+        stride, count = 1, last - first
         head = mine.to(gl.int64)
         block = head * blocks + gl.program_id(1)
         places_ptr += head * places_row
@@ -642,24 +701,34 @@ def split_mma_kernel(
     if not HEADS:
         begin = unused // PAGE_TOKENS
         there = (used + PAGE_TOKENS - 1) // PAGE_TOKENS - begin
-        first = begin + split * there // splits
-        last = begin + (split + 1) * there // splits
+        first, stride = begin + split, splits  # all programs together read what lies together
+        count = (there - split + splits - 1) // splits
         k_ptr += head * k_head
         v_ptr += head * v_head
         ks_ptr += head * ks_head
         vs_ptr += head * vs_head
-    turn = first
+    lead, clean = 0, count
     if STARTS:  # pages whose tokens are not all in use come last
-        turn = gl.minimum(gl.maximum((unused + PAGE_TOKENS - 1) // PAGE_TOKENS, first), last)
-    clean = HALVES * (last - first)
+        lead = (first * PAGE_TOKENS < unused).to(gl.int32)
+        clean = clean - lead
     if USED:
-        clean = HALVES * (gl.minimum(gl.maximum(used // PAGE_TOKENS, turn), last) - turn)
+        clean = clean - ((first + (count - 1) * stride + 1) * PAGE_TOKENS > used).to(gl.int32)
+    clean = HALVES * gl.maximum(clean, 0)
     # An empty split reads the first page all the same, and throws it away.
     if SHARED:
         place = gl.load(shares_ptr + split * 4 + 3).to(gl.int64)
     else:
-        place = _place(places_ptr, gl.minimum(_page(0, turn, first, last, STARTS), pages - 1), HEADS > 0)
-    ka, kb, kc = _key_words(k_ptr + place * k_page, 0, D, K_BITS, HALVES)
+        place = _place(
+            places_ptr, gl.minimum(_page(0, first, stride, count, lead, STARTS), pages - 1), HEADS > 0
+        )
+    STAGED_K: gl.constexpr = STAGED and K_BITS == 3
+    STAGED_V: gl.constexpr = STAGED and V_BITS == 3
+    key_room, value_room = _room(4 * D, STAGED_K), _room(4 * DV, STAGED_V)
+    if STAGED_K:
+        ka, kb, kc = first, first, first
+        _fetch(key_room, k_ptr + place * k_page, _key_places(0, D // 32, D, 16), 0, 4 * D)
+    else:
+        ka, kb, kc = _key_words(k_ptr + place * k_page, 0, D, K_BITS, HALVES)
     tables = gl.allocate_shared_memory(gl.int32, [4, 32], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     table = table_ptr + gl.arange(0, 32, layout=gl.BlockedLayout([1], [32], [1], [0]))
     low_k, high_k = gl.load(table), gl.load(table + 32)
@@ -687,53 +756,68 @@ def split_mma_kernel(
     weight = gl.full([R], 0.0, gl.float32, by_row)
     acc, _ = _halves(gl.full([2 * R, DV], 0.0, gl.float32, mma), R, DV)
     summed: gl.constexpr = gl.SliceLayout(1, acc.type.layout)
+    KEPT: gl.constexpr = HALVES == 2 and (K_BITS == 3 or V_BITS == 3) and max(D, DV) <= 128
+    STEPS: gl.constexpr = 2 if KEPT else 1  # words of 3 bits stay in registers for both
     begin = 0
     for part in gl.static_range(2 if USED or STARTS else 1):  # the second: pages with tokens not in use
-        for step in range(begin, clean):
-            place, ka, kb, kc, m, total, weight, acc = _step(
-                step,
-                place,
-                ka,
-                kb,
-                kc,
-                m,
-                total,
-                weight,
-                acc,
-                q,
-                start,
-                factor,
-                bias,
-                tables,
-                places_ptr,
-                k_ptr,
-                ks_ptr,
-                v_ptr,
-                vs_ptr,
-                k_page,
-                ks_page,
-                v_page,
-                vs_page,
-                turn,
-                first,
-                last,
-                unused,
-                used,
-                softcap,
-                mma,
-                D,
-                DV,
-                R,
-                K_BITS,
-                V_BITS,
-                HALVES,
-                part == 1,
-                STARTS,
-                HEADS > 0,
-                CAPPED,
-            )
-        begin, clean = clean, HALVES * (last - first)
+        for turns in range(begin // STEPS, clean // STEPS):
+            va, vb, vc = ka, kb, kc  # in place of values, which are loaded first
+            for half in gl.static_range(STEPS):
+                place, ka, kb, kc, va, vb, vc, m, total, weight, acc = _step(
+                    STEPS * turns + half,
+                    place,
+                    ka,
+                    kb,
+                    kc,
+                    va,
+                    vb,
+                    vc,
+                    m,
+                    total,
+                    weight,
+                    acc,
+                    q,
+                    start,
+                    factor,
+                    bias,
+                    tables,
+                    key_room,
+                    value_room,
+                    places_ptr,
+                    k_ptr,
+                    ks_ptr,
+                    v_ptr,
+                    vs_ptr,
+                    k_page,
+                    ks_page,
+                    v_page,
+                    vs_page,
+                    first,
+                    stride,
+                    count,
+                    lead,
+                    unused,
+                    used,
+                    softcap,
+                    mma,
+                    D,
+                    DV,
+                    R,
+                    K_BITS,
+                    V_BITS,
+                    HALVES,
+                    part == 1,
+                    STARTS,
+                    HEADS > 0,
+                    CAPPED,
+                    half if KEPT else -1,
+                    STAGED_K,
+                    STAGED_V,
+                )
+        begin, clean = clean, HALVES * count
 
+    if STAGED_K or STAGED_V:  # what follows takes the same shared memory
+        async_copy.wait_group(0)
     if not CAPPED:
         m += bias
     out = 2.0 * acc + gl.convert_layout(weight, summed)[:, None]

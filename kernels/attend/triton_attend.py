@@ -28,6 +28,9 @@ DENSE_TILE = 32
 PROGRAMS = 8
 """Programs of the split kernel, of one warp each, that a multiprocessor holds: 255 registers a thread."""
 
+STAGED_BYTES = 28 * 1024
+"""Most shared memory of such a program: keys and values of 3 bits, tables, and what the system keeps."""
+
 MOST_SPLITS = 128
 """More programs for one block of rows would cost more in the merge than they save."""
 
@@ -238,6 +241,7 @@ class _Call:
         codes = [side.planes["codes0"] for side in sides]
         scales = [side.planes["scale0"] for side in sides]
         count, value_dim = self.heads * self.blocks, self.values.head_dim
+        dim = max(self.keys.head_dim, value_dim)
         if self.table is None:
             grid = (split_count(self.pages, count, self._programs()), count)
         else:
@@ -296,7 +300,8 @@ class _Call:
                 None if self.shares is None else self.shares.programs,
                 *numbers,
                 **constants,
-                HALVES=steps_of_page(books[0].bits, books[1].bits, value_dim, self.block),
+                HALVES=steps_of_page(books[0].bits, books[1].bits, dim, self.block),
+                STAGED=stages_words(books[0].bits, books[1].bits, dim, q.device),
                 CAPPED=self.softcap > 0,
                 CHAINED=bool(self.chained),
                 num_warps=1,
@@ -371,6 +376,14 @@ def steps_of_page(key_bits: int, value_bits: int, head_dim: int, rows: int) -> i
     return 2 if 4 in (key_bits, value_bits) or head_dim > 128 or rows > 8 else 1
 
 
+def stages_words(key_bits: int, value_bits: int, head_dim: int, device: torch.device) -> bool:
+    """Whether words of 3 bits, of which each step takes a part, wait for the second step in shared memory.
+
+    With a head_dim of 256 there are too many for registers, and to load them twice takes half as long again.
+    """
+    return 3 in (key_bits, value_bits) and head_dim > 128 and shared_memory(device) >= PROGRAMS * STAGED_BYTES
+
+
 def split_count(pages: int, blocks: int, programs: int) -> int:
     """Programs for each block of rows, so that all of them together fill the GPU once.
 
@@ -385,6 +398,11 @@ def split_count(pages: int, blocks: int, programs: int) -> int:
 def programs_at_a_time(device: torch.device) -> int:
     """Programs of the split kernel that a GPU runs at a time."""
     return PROGRAMS * torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def shared_memory(device: torch.device) -> int:
+    """Bytes of shared memory of a multiprocessor."""
+    return int(torch.cuda.get_device_properties(device).shared_memory_per_multiprocessor)
 
 
 def rows_of_merge(rows: int, heads: int, multiprocessors: int) -> int:

@@ -173,7 +173,9 @@ def _product(a: Any, b: Shared, y: Any, use_acc: bool = True, is_async: bool = F
 def emulate(module: ModuleType, kernel: str, arguments: dict[str, Any], grid: tuple[int, int]) -> None:
     """Run every program of a grid, one after the other."""
     copies = SimpleNamespace(
-        async_copy_global_to_shared=lambda to, pointer, mask=True: to.held.copy_(pointer.read(mask)),
+        async_copy_global_to_shared=lambda to, pointer, mask=True, eviction_policy="": to.held.copy_(
+            pointer.read(mask)
+        ),
         commit_group=lambda: None,
         wait_group=lambda count: None,
     )

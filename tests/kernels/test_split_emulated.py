@@ -11,6 +11,7 @@ import torch
 from quantpress.kernels.attend import PackedSegment, Visibility
 from quantpress.kernels.attend import triton_attend as launching
 from quantpress.kernels.attend.reference import attend_reference
+from tests.kernels import emulate_gluon
 from tests.kernels.test_attend import BATCH, GROUP, KV_HEADS, PAGES, in_use, packed, pooled, some_lengths
 
 pytest.importorskip("triton")
@@ -48,6 +49,7 @@ def emulated(monkeypatch: pytest.MonkeyPatch) -> Emulated:
     monkeypatch.setattr(kernel.module, "split_mma_kernel", kernel)
     monkeypatch.setattr(launching, "programs_at_a_time", lambda device: PROGRAMS)
     monkeypatch.setattr(launching, "chains", lambda device: True)
+    monkeypatch.setattr(launching, "shared_memory", lambda device: 228 * 1024)
     return kernel
 
 
@@ -104,7 +106,8 @@ def shares_of(call: Any) -> torch.Tensor:
     """[heads, 2]: the programs of each head, in order, as many as its share of the pages asks for."""
     starts = torch.zeros_like(call.used) if call.starts is None else call.starts
     there = torch.where(call.used > 0, (starts + call.used + 127) // 128 - starts // 128, 0).flatten()
-    programs = launching.shared_programs(call.pages, call.heads, PROGRAMS // call.blocks)
+    at_a_time = launching.programs_at_a_time(call.query.device)
+    programs = launching.shared_programs(call.pages, call.heads, at_a_time // call.blocks)
     size = max(math.ceil(int(there.sum()) / (programs - call.heads)), 1)
     ends = torch.ceil(there / size).long().cumsum(0)
     return torch.stack((torch.cat((ends.new_zeros(1), ends[:-1])), ends), 1)
@@ -150,10 +153,22 @@ def test_widths_and_head_dims(
     assert len(emulated.launches) == 1
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4])
-def test_lengths_starts_and_tables(bits: int, emulated: Emulated) -> None:
-    """Tokens not in use are NaN or noise; none of a head, all of another."""
-    pages = packed(128, 128, bits)
+@pytest.mark.parametrize(
+    ("key_bits", "value_bits", "dim"), [(2, 2, 128), (3, 3, 128), (4, 4, 128), (4, 3, 128), (3, 3, 256)]
+)
+@pytest.mark.parametrize("programs", [PROGRAMS, 3 * PROGRAMS])
+def test_lengths_starts_and_tables(
+    programs: int,
+    key_bits: int,
+    value_bits: int,
+    dim: int,
+    emulated: Emulated,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Tokens not in use are NaN or noise; none of a head, all of another; a page a program, or more."""
+    monkeypatch.setattr(launching, "programs_at_a_time", lambda device: programs)
+    keys, values = packed(dim, dim, key_bits), packed(dim, dim, value_bits)
+    pages = PackedSegment(keys.keys, values.values)
     lengths = some_lengths(pages.tokens)
     poisoned, _ = in_use(pages, lengths)
     assert isinstance(poisoned, PackedSegment)
@@ -161,8 +176,56 @@ def test_lengths_starts_and_tables(bits: int, emulated: Emulated) -> None:
     starts = (torch.rand(lengths.shape) * (pages.tokens - lengths + 1)).int()
     check(*run(pooled(pages, lengths, starts), 1))
     check(*run(replace(pooled(pages, lengths, 0 * starts), starts=None), 1))
+    check(*run(replace(pages, lengths=lengths, starts=starts), 1))
     given = [(launch["USED"], launch["STARTS"], launch["HEADS"] > 0) for launch in emulated.launches]
-    assert given == [(True, False, False), (True, True, True), (True, False, True)]
+    assert given == [(True, False, False), (True, True, True), (True, False, True), (True, True, False)]
+
+
+@pytest.mark.parametrize(
+    ("key_bits", "value_bits", "dim", "queries", "held"),
+    [
+        (4, 4, 128, 1, "registers"),
+        (4, 3, 128, 1, "registers"),
+        (3, 4, 64, 1, "registers"),
+        (3, 3, 128, 5, "registers"),
+        (3, 3, 256, 1, "shared memory"),
+        (2, 3, 256, 1, "shared memory"),
+        (3, 4, 256, 1, "shared memory"),
+    ],
+)
+def test_words_are_read_once(
+    key_bits: int,
+    value_bits: int,
+    dim: int,
+    queries: int,
+    held: str,
+    emulated: Emulated,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Where a page is taken in two steps: words of 3 bits hold tokens of both."""
+    keys, values = packed(dim, dim, key_bits), packed(dim, dim, value_bits)
+    pages = PackedSegment(keys.keys, values.values)
+    counts = {side.planes["codes0"].data_ptr(): [] for side in (pages.keys, pages.values)}
+    read = emulate_gluon.Pointer.read
+
+    def counted(pointer: Any, mask: Any = True, other: float = 0) -> torch.Tensor:
+        offsets = counts.get(pointer.memory.data_ptr())
+        if offsets is not None:
+            offsets.append(torch.as_tensor(pointer.offset).flatten())
+        return read(pointer, mask, other)
+
+    monkeypatch.setattr(emulate_gluon.Pointer, "read", counted)
+    check(*run(pages, queries))
+    launch = emulated.launches[0]
+    assert (launch["HALVES"], launch["STAGED"]) == (2, held == "shared memory")
+    times = [torch.cat(offsets).unique(return_counts=True)[1] for offsets in counts.values()]
+    words = pages.values.planes["codes0"].view(torch.int32).numel()
+    assert times[1].shape == (words,) and bool((times[1] == 1).all())
+    programs = launch["o_ptr"].shape[:2].numel()
+    ahead = 0 if launch["STAGED"] and key_bits == 3 else programs  # a page that is there already
+    words = pages.keys.planes["codes0"].view(torch.int32).numel()
+    page = words // (pages.pages * launch["heads"])
+    assert times[0].shape == (words,) and int(times[0].sum()) <= words + ahead * page
 
 
 def test_softcap_and_one_page(emulated: Emulated) -> None:

@@ -29,6 +29,8 @@ from quantpress.kernels.attend.shares import PROGRAMS_AT_A_TIME, page_shares
 from quantpress.kernels.attend.triton_attend import (
     DENSE_TILE,
     MERGED,
+    PROGRAMS,
+    STAGED_BYTES,
     block_rows,
     split_count,
     steps_of_page,
@@ -164,21 +166,24 @@ def compiled(kernel: Any, constants: dict[str, Any], capability: int, warps: int
         (4, 3, 128, 16),
         (2, 4, 64, 16),
         (3, 3, 256, 8),
+        (4, 3, 256, 8),
     ],
 )
 @pytest.mark.parametrize(("capability", "heads"), [(80, 0), (90, 1), (90, 64), (100, 0)])
 def test_split_kernel_compiles_without_a_gpu(
     heads: int, capability: int, key_bits: int, value_bits: int, dim: int, rows: int
 ) -> None:
-    """On int8 tensor cores, and every code goes from memory to registers without shared memory."""
+    """On int8 tensor cores; codes go from memory to registers, 3 bits at head_dim 256 by shared memory."""
     pytest.importorskip("triton")
     from quantpress.kernels.attend.split_mma import split_mma_kernel
 
+    staged = dim == 256 and 3 in (key_bits, value_bits) and capability >= 90
     constants = {"D": dim, "DV": dim, "R": rows, "K_BITS": key_bits, "V_BITS": value_bits}
     constants |= {"HALVES": steps_of_page(key_bits, value_bits, dim, rows), "USED": heads > 0}
     constants |= {
         "CAPPED": capability == 80,
         "CHAINED": capability >= 90,
+        "STAGED": staged,
         "HEADS": heads,
         "SHARED": heads == 1,
         "STARTS": heads > 1,
@@ -189,8 +194,12 @@ def test_split_kernel_compiles_without_a_gpu(
     if capability >= 90:  # tables of levels and the first codes are on their way before the queries are there
         before = kernel.asm["ptx"].split("griddepcontrol.wait")[0]
         codes = re.findall(r"ld\.global\.L1::evict_first\.L2::cache_hint\.v4", before)
-        assert codes and before.count("ld.global.b32") >= 4
-    assert kernel.metadata.shared <= 8 * 1024  # the output's way out
+        assert (codes or (staged and "cp.async.cg" in before)) and before.count("ld.global.b32") >= 4
+    room = STAGED_BYTES - 1024 if staged else 8 * 1024  # else the output's way out
+    assert kernel.metadata.shared <= room and PROGRAMS * STAGED_BYTES <= 228 * 1024
+    assert ("cp.async" in kernel.asm["ptx"]) == staged
+    if staged:  # an empty split's words must not come after the output has taken their place
+        assert re.search(r"cp\.async\.wait_group\s+0", kernel.asm["ptx"].rsplit("mma.sync", 1)[1])
     assert len(kernel.asm["cubin"]) > 0
 
 
