@@ -272,8 +272,10 @@ class CapturedDecoding:
         counts = fixed.counts()
         graph = torch.cuda.CUDAGraph()
         try:
-            recording = torch.cuda.graph(graph, capture_error_mode="thread_local")  # streamers have threads
-            with torch.cuda.device(self._model.device), recording, fixed.step():
+            device = self._model.device
+            stream = _capture_stream(device)  # streamers have threads of their own
+            recording = torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local")
+            with torch.cuda.device(device), recording, fixed.step():
                 output = self._step_forward(**static.arguments())
         except BaseException:
             fixed.recount(counts)
@@ -295,6 +297,12 @@ class CapturedDecoding:
         if not self.warned:
             self.warned = True
             warnings.warn(f"decoding runs without a CUDA graph, which is slower: {reason}", stacklevel=2)
+
+
+@functools.lru_cache
+def _capture_stream(device: torch.device) -> torch.cuda.Stream:
+    """One for each device: torch keeps one, of whichever was current at the first capture of the process."""
+    return torch.cuda.Stream(device)
 
 
 def _let_attention_read() -> None:
