@@ -11,6 +11,7 @@ import torch
 from quantpress.kernels.attend import PackedSegment, Visibility
 from quantpress.kernels.attend import triton_attend as launching
 from quantpress.kernels.attend.reference import attend_reference
+from quantpress.kernels.attend.shares import PageShares
 from tests.kernels import emulate_gluon
 from tests.kernels.test_attend import BATCH, GROUP, KV_HEADS, PAGES, in_use, packed, pooled, some_lengths
 
@@ -107,10 +108,26 @@ def shares_of(call: Any) -> torch.Tensor:
     starts = torch.zeros_like(call.used) if call.starts is None else call.starts
     there = torch.where(call.used > 0, (starts + call.used + 127) // 128 - starts // 128, 0).flatten()
     at_a_time = launching.programs_at_a_time(call.query.device)
-    programs = launching.shared_programs(call.pages, call.heads, at_a_time // call.blocks)
-    size = max(math.ceil(int(there.sum()) / (programs - call.heads)), 1)
+    return bounds_of(there, launching.shared_programs(call.pages, call.heads, at_a_time // call.blocks))
+
+
+def bounds_of(there: torch.Tensor, programs: int) -> torch.Tensor:
+    size = max(math.ceil(int(there.sum()) / (programs - len(there))), 1)
     ends = torch.ceil(there / size).long().cumsum(0)
     return torch.stack((torch.cat((ends.new_zeros(1), ends[:-1])), ends), 1)
+
+
+def with_shares(pages: PackedSegment) -> PackedSegment:
+    """Pages by table, without starts, with what `page_shares` writes down for one block of rows."""
+    assert isinstance(pages.lengths, torch.Tensor) and pages.table is not None
+    rows, there = pages.table.flatten(0, 1), (pages.lengths.flatten() + 127) // 128
+    count = launching.shared_programs(pages.pages, len(there), launching.programs_at_a_time(rows.device))
+    bounds, programs = bounds_of(there, count), torch.zeros(count, 4, dtype=torch.int32)
+    for head, (begin, end) in enumerate(bounds.tolist()):
+        for local in range(end - begin):
+            held = (head, local, end - begin, int(rows[head, local]))
+            programs[begin + local] = torch.tensor(held)
+    return replace(pages, starts=None, shares=PageShares(programs, bounds.int()))
 
 
 def run(
@@ -177,8 +194,16 @@ def test_lengths_starts_and_tables(
     check(*run(pooled(pages, lengths, starts), 1))
     check(*run(replace(pooled(pages, lengths, 0 * starts), starts=None), 1))
     check(*run(replace(pages, lengths=lengths, starts=starts), 1))
-    given = [(launch["USED"], launch["STARTS"], launch["HEADS"] > 0) for launch in emulated.launches]
-    assert given == [(True, False, False), (True, True, True), (True, False, True), (True, True, False)]
+    check(*run(with_shares(pooled(pages, lengths, 0 * starts)), 1))
+    given = [tuple(launch[name] for name in ("STARTS", "HEADS", "SHARED")) for launch in emulated.launches]
+    padded = given[1][1]
+    assert padded > 1 and given == [
+        (False, 0, False),
+        (True, padded, False),
+        (False, padded, False),
+        (True, 0, False),
+        (False, 1, True),
+    ]
 
 
 @pytest.mark.parametrize(
