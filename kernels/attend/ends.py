@@ -291,14 +291,13 @@ def share_kernel(
     local = part - tl.sum(tl.where(own, begins[None, :], 0), 1)
     parts = tl.maximum(tl.sum(tl.where(own, chunks[None, :], 0), 1), 1)
     held = tl.sum(tl.where(own, there[None, :], 0), 1)  # 0 for programs that are left over
-    some = held > 0
-    first, stride = tl.where(some, local, 0), tl.where(some, parts, 0)
+    first, last = local * held // parts, (local + 1) * held // parts
     live = part < programs
-    place = tl.load(table_ptr + mine.to(tl.int64) * pages + first, mask=live, other=0)
+    place = tl.load(table_ptr + mine.to(tl.int64) * pages + tl.minimum(first, pages - 1), mask=live, other=0)
     at = programs_ptr + part * 4
     tl.store(at, mine, mask=live)
     tl.store(at + 1, first, mask=live)
-    tl.store(at + 2, stride, mask=live)
+    tl.store(at + 2, last, mask=live)
     tl.store(at + 3, place, mask=live)
     if tl.program_id(0) == 0:
         tl.store(heads_ptr + head * 2, begins, mask=head < heads)

@@ -18,8 +18,8 @@ class PageShares:
     """Shares of pages, on the device.
 
     Args:
-        programs: [S, 4] int32, for each program: a head out of B * Hkv, its first page of it, the step to its
-            next (the number of programs of the head; 0: nothing to do), and the row of the first.
+        programs: [S, 4] int32, for each program: a head out of B * Hkv, its first page of it, the one behind
+            its last (the same: nothing to do), and the row of the first.
         heads: [B * Hkv, 2] int32, for each head its first program and the one behind its last.
     """
 

@@ -409,7 +409,7 @@ def _add(a, b):
 
 @gluon.jit
 def _share(used_ptr, starts_ptr, heads, pages, HEADS: gl.constexpr, STARTS: gl.constexpr):
-    """With a page table: this program's head, its first page, the step to the next, and how many it has.
+    """With a page table: this program's head, the first and last page of its chunk, the same if it has none.
 
     As `chunks_of_heads` of `ends` has it: heads get as many programs as their pages need, in order. The
     quotient is exact for less than 2 ** 21 pages a head, and 16 divisions of integers would take 0.3 us.
@@ -435,7 +435,7 @@ def _share(used_ptr, starts_ptr, heads, pages, HEADS: gl.constexpr, STARTS: gl.c
     parts = gl.maximum(gl.sum(gl.where(own, chunks, 0), 0), 1)  # there may be more programs than chunks
     held = gl.sum(gl.where(own, there, 0), 0)
     skipped = gl.sum(gl.where(own, begin, 0), 0)
-    return mine, skipped + local, parts, (held - local + parts - 1) // parts
+    return mine, skipped + local * held // parts, skipped + (local + 1) * held // parts
 
 
 @gluon.jit
@@ -667,7 +667,6 @@ def split_mma_kernel(
     [pages there are], places [heads, places_row] int32, axis 0 is shared out over the heads by how many pages
     each has in use, and axis 1 counts blocks of rows of a head. If SHARED, shares [S, 4] int32 of
     `PageShares` has been made before, and HEADS is only not 0.
-    A program takes pages a stride apart, so that all of a head together read what lies together.
     HALVES is 2 to take a page in two steps, groups of tokens 0, 2, 4, 6 before 1, 3, 5, 7; STAGED if words
     of 3 bits wait in shared memory for the second.
     CHAINED: started before `first_kernel` has ended.
@@ -680,12 +679,12 @@ def split_mma_kernel(
     if HEADS:
         if SHARED:
             share = shares_ptr + split * 4
-            mine, first, stride = gl.load(share), gl.load(share + 1), gl.load(share + 2)
-            count = stride
+            mine, first, last = gl.load(share), gl.load(share + 1), gl.load(share + 2)
         else:
-            mine, first, stride, count = _share(used_ptr, starts_ptr, heads, pages, HEADS, STARTS)
-        if count <= 0:
+            mine, first, last = _share(used_ptr, starts_ptr, heads, pages, HEADS, STARTS)
+        if first >= last:
             return
+        stride, count = 1, last - first
         head = mine.to(gl.int64)
         block = head * blocks + gl.program_id(1)
         places_ptr += head * places_row
@@ -699,12 +698,10 @@ def split_mma_kernel(
     if STARTS:
         unused = gl.load(starts_ptr + head)
         used = gl.minimum(used + unused, pages * PAGE_TOKENS)
-    if SHARED:
-        count = ((used + PAGE_TOKENS - 1) // PAGE_TOKENS - first + stride - 1) // stride
     if not HEADS:
         begin = unused // PAGE_TOKENS
         there = (used + PAGE_TOKENS - 1) // PAGE_TOKENS - begin
-        first, stride = begin + split, splits
+        first, stride = begin + split, splits  # all programs of a head together read what lies together
         count = (there - split + splits - 1) // splits
         k_ptr += head * k_head
         v_ptr += head * v_head

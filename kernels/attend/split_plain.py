@@ -64,8 +64,8 @@ def split_plain_kernel(
     slot = tl.program_id(1).to(tl.int64) * splits + split
     if SHARED:
         share = shares_ptr + split * 4
-        mine, first, stride = tl.load(share), tl.load(share + 1), tl.load(share + 2)
-        if stride == 0:
+        mine, first, last = tl.load(share), tl.load(share + 1), tl.load(share + 2)
+        if first >= last:
             return
     elif HEADS:
         begin, in_use, chunks = chunks_of_heads(
@@ -77,10 +77,10 @@ def split_plain_kernel(
         if mine >= heads:
             return
         local = split - tl.sum(tl.where(index < mine, chunks, 0), 0)
-        stride = tl.sum(tl.where(index == mine, chunks, 0), 0)
+        parts = tl.sum(tl.where(index == mine, chunks, 0), 0)
         there = tl.sum(tl.where(index == mine, in_use, 0), 0)
         skipped = tl.sum(tl.where(index == mine, begin, 0), 0)
-        first, count = skipped + local, tl.cdiv(there - local, stride)
+        first, last = skipped + local * there // parts, skipped + (local + 1) * there // parts
     if HEADS:
         head = mine.to(tl.int64)
         block = head * blocks + tl.program_id(1)
@@ -94,11 +94,9 @@ def split_plain_kernel(
     if STARTS:
         unused = tl.load(starts_ptr + head)
         used = tl.minimum(used + unused, pages * PAGE_TOKENS)
-    if SHARED:
-        count = tl.cdiv(tl.cdiv(used, PAGE_TOKENS) - first, stride)
     if not HEADS:
-        first, stride = split, splits
-        count = (tl.cdiv(used, PAGE_TOKENS) - split + splits - 1) // splits
+        there = tl.cdiv(used, PAGE_TOKENS)
+        first, last = split * there // splits, (split + 1) * there // splits
         k_ptr += head * k_head
         v_ptr += head * v_head
         ks_ptr += head * ks_head
@@ -112,8 +110,8 @@ def split_plain_kernel(
     m = tl.full([R], -1e30, tl.float32)
     total = tl.zeros([R], tl.float32)
     acc = tl.zeros([DV, R], tl.float32)
-    for step in range(count * 4):
-        page = head * 0 + first + step // 4 * stride  # int64 like head
+    for step in range(first * 4, last * 4):
+        page = head * 0 + step // 4  # int64 like head
         inside = step % 4 * TILE + token
         at = page * PAGE_TOKENS + inside
         live = (at >= unused) & (at < used)

@@ -1,5 +1,6 @@
 """The split kernel for tensor cores: its source in PyTorch, its assembly in numpy, through its own launch."""
 
+import itertools
 import math
 from collections.abc import Callable
 from dataclasses import replace
@@ -124,9 +125,10 @@ def with_shares(pages: PackedSegment) -> PackedSegment:
     count = launching.shared_programs(pages.pages, len(there), launching.programs_at_a_time(rows.device))
     bounds, programs = bounds_of(there, count), torch.zeros(count, 4, dtype=torch.int32)
     for head, (begin, end) in enumerate(bounds.tolist()):
-        for local in range(end - begin):
-            held = (head, local, end - begin, int(rows[head, local]))
-            programs[begin + local] = torch.tensor(held)
+        parts = end - begin
+        edges = [local * int(there[head]) // max(parts, 1) for local in range(parts + 1)]
+        for local, (first, last) in enumerate(itertools.pairwise(edges)):
+            programs[begin + local] = torch.tensor((head, first, last, int(rows[head, first])))
     return replace(pages, starts=None, shares=PageShares(programs, bounds.int()))
 
 

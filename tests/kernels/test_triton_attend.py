@@ -100,12 +100,11 @@ def test_programs_are_shared_out_by_pages() -> None:
         for head, (tokens, (begin, end)) in enumerate(zip(used, bounds, strict=True)):
             own = programs[begin:end]
             assert all(program[0] == head for program in own)
-            pages = -(-tokens // 128)
-            taken = [[*range(first, pages, step)] for _, first, step, _ in own]
-            assert sorted(page for some in taken for page in some) == [*range(pages)]
-            assert max(map(len, taken), default=0) - min(map(len, taken), default=0) <= 1
+            assert [page for _, first, last, _ in own for page in range(first, last)] == [
+                *range(-(-tokens // 128))
+            ]
             assert [place for *_, place in own] == [table[head][first] for _, first, _, _ in own]
-        assert all(step == 0 for _, _, step, _ in programs[bounds[-1][1] :])
+        assert all(first == last for _, first, last, _ in programs[bounds[-1][1] :])
 
 
 FLOATS = {"scale", "softcap", "unit", "turn_factor"}
