@@ -1,8 +1,8 @@
 """Decode attention straight from the codes, on int8 tensor cores (Gluon), for NVIDIA GPUs from Ampere on.
 
 One program is one warp; it reads the packed tokens of one split of one KV head, a page at a time, and keeps
-everything in registers. For token t and row r (a query head of the group and a query token), in units of
-log 2, with b the signed bytes of a codebook's odd levels:
+everything in registers but words of 3 bits at a head_dim of 256. For token t and row r (a query head of the
+group and a query token), in units of log 2, with b the signed bytes of a codebook's odd levels:
 
     s[t, r] = k_scale[t] factor[r] sum_c (2 b[t, c] + 1) q[c, r],    p[t, r] = exp2(s[t, r] - m[r])
     o[r] += sum_t p[t, r] v_scale[t] (2 b[t, :] + 1),                l[r] += sum_t p[t, r]
@@ -12,8 +12,9 @@ numbers of 16 bits, split into a high and a low byte: rows r and r + 8 of one `m
 holds and adds up. Products of bytes are exact, so 2 ** -16 of the largest query coordinate, or weight, is all
 that is lost.
 
-A packed word goes from memory to the tensor core without leaving its thread: `prmt` makes bytes of its codes
-(see `lookup`), and rows and columns of the products are counted so that each thread loads 16 bytes at a time:
+A packed word goes from memory (`words`) to the tensor core without leaving its thread: `prmt` makes bytes of
+its codes (`lookup`, `levels`), and rows and columns of the products are counted so that each thread loads 16
+bytes at a time:
 
     K operand    thread 4 * g + t, column g of tile b: token 16 * x + 4 * (g // 2) + 2 * b + g % 2,
                  row 64 * v + 32 * u + 16 * h + 4 * t + i: channel 64 * v + 16 * t + 8 * u + 4 * h + i
@@ -28,349 +29,31 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 
-from quantpress.kernels.attend.lookup import LOOKUP_2, LOOKUP_3, LOOKUP_3_HALF, LOOKUP_4
+from quantpress.kernels.attend.levels import levels_of, value_operand
+from quantpress.kernels.attend.tiles import (
+    MOST,
+    capped,
+    exp2,
+    high_and_low,
+    load_scales,
+    scaled,
+    scales_of_tiles,
+    seen_or,
+    sums_with_keys,
+    weigh,
+    weight_operand,
+)
+from quantpress.kernels.attend.words import (
+    fetch_words,
+    fetched_words,
+    key_places,
+    key_words,
+    room_for_words,
+    value_places,
+    value_words,
+)
 
 PAGE_TOKENS = gl.constexpr(128)
-MOST = gl.constexpr(32512.0)
-"""Weights are counted in units of their largest over 127 * 256, so that the high byte stays below 128."""
-
-READ_ONCE = gl.constexpr("evict_first")
-"""Codes leave the L2 cache first: they are read once, and push out nothing that is read again."""
-
-_SPLIT = gl.constexpr("""{ .reg .f32 a, b, c, d; .reg .b32 u, v, w, x;
-add.f32 a, $2, 0f4B400080;
-add.f32 b, $3, 0f4B400080;
-add.f32 c, $4, 0f4B400080;
-add.f32 d, $5, 0f4B400080;
-mov.b32 u, a;
-mov.b32 v, b;
-mov.b32 w, c;
-mov.b32 x, d;
-prmt.b32 u, u, v, 0x5140;
-prmt.b32 w, w, x, 0x5140;
-prmt.b32 v, u, w, 0x5410;
-prmt.b32 $0, u, w, 0x7632;
-xor.b32 $1, v, 0x80808080; }""")
-"""Four weights n -> their high bytes and low bytes, n = 256 * high + low with low from -128 to 127: adding
-1.5 * 2 ** 23 + 128 leaves n + 128 in the low bits of a float32."""
-
-
-@gluon.constexpr_function
-def _bytes_layout(VECTORS):
-    """[VECTORS, 32 lanes, 4 words, 4 bytes]: each lane holds its own words."""
-    return gl.BlockedLayout([VECTORS, 1, 4, 4], [1, 32, 1, 1], [1, 1, 1, 1], [3, 2, 1, 0])
-
-
-@gluon.jit
-def _key_places(GAP: gl.constexpr, VECTORS: gl.constexpr, D: gl.constexpr, ROWS: gl.constexpr):
-    """Where 16 or 32 rows of packed keys lie: [VECTORS, 32, 4]; groups of 16 rows are GAP rows apart."""
-    layout: gl.constexpr = gl.SliceLayout(3, _bytes_layout(VECTORS))
-    vector = gl.arange(0, VECTORS, layout=gl.SliceLayout(1, gl.SliceLayout(2, layout)))
-    lane = gl.arange(0, 32, layout=gl.SliceLayout(0, gl.SliceLayout(2, layout)))
-    word = gl.arange(0, 4, layout=gl.SliceLayout(0, gl.SliceLayout(1, layout)))
-    blocks: gl.constexpr = D // 64
-    row = vector // blocks % 2 * 2 + vector // (2 * blocks) * GAP
-    own = (lane // 4 % 2 + lane // 8 * 4) * 16 + lane % 4 * 4
-    at = row * 16 + vector % blocks * (16 * ROWS)
-    return at[:, None, None] + own[None, :, None] + word[None, None, :]
-
-
-@gluon.jit
-def _value_places(GAP: gl.constexpr, VECTORS: gl.constexpr, C: gl.constexpr):
-    """Where 4 or 8 rows of packed values lie: [VECTORS, 32, 4]; groups of 4 rows are GAP rows apart."""
-    layout: gl.constexpr = gl.SliceLayout(3, _bytes_layout(VECTORS))
-    vector = gl.arange(0, VECTORS, layout=gl.SliceLayout(1, gl.SliceLayout(2, layout)))
-    lane = gl.arange(0, 32, layout=gl.SliceLayout(0, gl.SliceLayout(2, layout)))
-    word = gl.arange(0, 4, layout=gl.SliceLayout(0, gl.SliceLayout(1, layout)))
-    columns: gl.constexpr = C // 32
-    at = vector // columns * (GAP * C) + vector % columns * 32
-    own = lane % 4 * C + lane // 4 * 4
-    return at[:, None, None] + own[None, :, None] + word[None, None, :]
-
-
-@gluon.jit
-def _load(ptr, places):
-    return gl.load(ptr + places, eviction_policy=READ_ONCE)
-
-
-@gluon.jit
-def _room(WORDS: gl.constexpr, STAGED: gl.constexpr):
-    """Shared memory for the words of a page of 3 bits, three times WORDS; hardly any if not STAGED."""
-    plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [2, 1, 0])
-    shape: gl.constexpr = [3, WORDS // 128, 32, 4] if STAGED else [3, 1, 1, 4]
-    return gl.allocate_shared_memory(gl.int32, shape, plain)
-
-
-@gluon.jit
-def _fetch(room, ptr, places, step, PART: gl.constexpr):
-    """The words of a page of 3 bits to shared memory, before its first step; nothing before its second.
-
-    A lane copies the words that it reads itself. No L2::evict_first: `cp.async` has none in Triton.
-    """
-    if step % 2 == 0:
-        for part in gl.static_range(3):
-            async_copy.async_copy_global_to_shared(room.index(part), ptr + part * PART + places)
-    async_copy.commit_group()
-
-
-@gluon.jit
-def _fetched(room, VECTORS: gl.constexpr):
-    """The words out of shared memory: three tensors as `_key_words` has them."""
-    layout: gl.constexpr = gl.SliceLayout(3, _bytes_layout(VECTORS))
-    return room.index(0).load(layout), room.index(1).load(layout), room.index(2).load(layout)
-
-
-@gluon.jit
-def _key_words(ptr, step, D: gl.constexpr, BITS: gl.constexpr, HALVES: gl.constexpr):
-    """The words of keys of a page, or of one half of it: three tensors, not all of them used."""
-    if HALVES == 2:
-        half = step % 2 * (16 * 16)
-        if BITS == 3:  # both halves lie in each word
-            a = _load(ptr, _key_places(0, D // 32, D, 16))
-            b = _load(ptr + 4 * D, _key_places(0, D // 32, D, 16))
-            c = _load(ptr + 8 * D, _key_places(0, D // 32, D, 16))
-        else:
-            if BITS == 4:
-                a = _load(ptr + half, _key_places(32, D // 16, D, 64))
-            else:
-                a = _load(ptr + half, _key_places(0, D // 32, D, 32))
-            b, c = a, a
-    elif BITS == 4:
-        a = _load(ptr, _key_places(16, D // 16, D, 64))
-        b = _load(ptr + 32 * 16, _key_places(16, D // 16, D, 64))
-        c = a
-    elif BITS == 3:
-        a = _load(ptr, _key_places(0, D // 32, D, 16))
-        b = _load(ptr + 4 * D, _key_places(0, D // 32, D, 16))
-        c = _load(ptr + 8 * D, _key_places(0, D // 32, D, 16))
-    else:
-        a = _load(ptr, _key_places(16, D // 16, D, 32))
-        b, c = a, a
-    return a, b, c
-
-
-@gluon.jit
-def _value_words(ptr, step, C: gl.constexpr, BITS: gl.constexpr, HALVES: gl.constexpr):
-    """The same of values."""
-    if HALVES == 2:
-        half = step % 2 * (4 * C)
-        if BITS == 3:
-            a = _load(ptr, _value_places(0, C // 32, C))
-            b = _load(ptr + 4 * C, _value_places(0, C // 32, C))
-            c = _load(ptr + 8 * C, _value_places(0, C // 32, C))
-        else:
-            if BITS == 4:
-                a = _load(ptr + half, _value_places(8, C // 16, C))
-            else:
-                a = _load(ptr + half, _value_places(0, C // 32, C))
-            b, c = a, a
-    elif BITS == 4:
-        a = _load(ptr, _value_places(4, C // 16, C))
-        b = _load(ptr + 8 * C, _value_places(4, C // 16, C))
-        c = a
-    elif BITS == 3:
-        a = _load(ptr, _value_places(0, C // 32, C))
-        b = _load(ptr + 4 * C, _value_places(0, C // 32, C))
-        c = _load(ptr + 8 * C, _value_places(0, C // 32, C))
-    else:
-        a = _load(ptr, _value_places(4, C // 16, C))
-        b, c = a, a
-    return a, b, c
-
-
-@gluon.jit
-def _repeat(words, VECTORS: gl.constexpr):
-    """[VECTORS, 32, 4] -> [VECTORS, 32, 4, 4], the same register four times."""
-    return words[:, :, :, None] + gl.full([VECTORS, 32, 4, 4], 0, gl.int32, _bytes_layout(VECTORS))
-
-
-@gluon.jit
-def _register(tables, ROW: gl.constexpr, VECTORS: gl.constexpr):
-    """One register of the lookup table, out of shared memory."""
-    layout: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(2, gl.SliceLayout(3, _bytes_layout(VECTORS))))
-    return tables.index(ROW).load(layout)[None, :][:, :, None][:, :, :, None]
-
-
-@gluon.jit
-def _pair(a, b, VECTORS: gl.constexpr):
-    """Two groups of 16 tokens -> a tile."""
-    return gl.join(a, b).permute([4, 0, 1, 2, 3]).reshape([2 * VECTORS, 32, 4, 4])
-
-
-@gluon.jit
-def _levels(
-    a, b, c, step, tables, SIDE: gl.constexpr, D: gl.constexpr, BITS: gl.constexpr, HALVES: gl.constexpr
-):
-    """int8 levels of the tiles: [D / 16, 32, 4, 4] each; four of a page, two (twice) of a half."""
-    N: gl.constexpr = D // 16 if BITS == 4 or (BITS == 2 and HALVES == 1) else D // 32
-    low = _register(tables, 2 * SIDE, N)
-    if BITS != 2:
-        high = _register(tables, 2 * SIDE + 1, N)
-    if BITS == 4:
-        w, x = gl.inline_asm_elementwise(
-            LOOKUP_4,
-            "=&r,=&r,r,r,r,r,r,r,r,r,r,r,r,r",
-            [_repeat(a, N), low, high],
-            dtype=(gl.int8, gl.int8),
-            is_pure=True,
-            pack=4,
-        )
-        if HALVES == 2:
-            y, z = w, x
-        else:
-            y = x
-            x, z = gl.inline_asm_elementwise(
-                LOOKUP_4,
-                "=&r,=&r,r,r,r,r,r,r,r,r,r,r,r,r",
-                [_repeat(b, N), low, high],
-                dtype=(gl.int8, gl.int8),
-                is_pure=True,
-                pack=4,
-            )
-    elif BITS == 3 and HALVES == 2:
-        w0, w1, x0, x1 = gl.inline_asm_elementwise(
-            LOOKUP_3_HALF,
-            "=&r,=&r,=&r,=&r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r",
-            [_repeat(a, N), _repeat(b, N), _repeat(c, N), low, high, step % 2 * 16],
-            dtype=(gl.int8, gl.int8, gl.int8, gl.int8),
-            is_pure=True,
-            pack=4,
-        )
-        w, x = _pair(w0, w1, N), _pair(x0, x1, N)
-        y, z = w, x
-    elif BITS == 3:
-        w0, w1, x0, x1, y0, y1, z0, z1 = gl.inline_asm_elementwise(
-            LOOKUP_3,
-            "=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r",
-            [_repeat(a, N), _repeat(b, N), _repeat(c, N), low, high],
-            dtype=(gl.int8, gl.int8, gl.int8, gl.int8, gl.int8, gl.int8, gl.int8, gl.int8),
-            is_pure=True,
-            pack=4,
-        )
-        w, x, y, z = _pair(w0, w1, N), _pair(x0, x1, N), _pair(y0, y1, N), _pair(z0, z1, N)
-    else:
-        w, x, y, z = gl.inline_asm_elementwise(
-            LOOKUP_2,
-            "=&r,=&r,=&r,=&r,r,r,r,r,r,r,r,r",
-            [_repeat(a, N), low],
-            dtype=(gl.int8, gl.int8, gl.int8, gl.int8),
-            is_pure=True,
-            pack=4,
-        )
-        if HALVES == 2:
-            w = _pair(w, x, N)
-            x = _pair(y, z, N)
-            y, z = w, x
-    return w, x, y, z
-
-
-@gluon.jit
-def _key_operand(levels, D: gl.constexpr, mma: gl.constexpr):
-    """[D / 16, 32, 4, 4] int8 -> [D, 32], the right operand of the scores."""
-    x = levels.reshape([2, 2, D // 64, 4, 2, 4, 2, 2, 4])  # x b v | n e t | u h i
-    x = x.permute([2, 6, 7, 5, 8, 0, 1, 3, 4]).reshape([D, 32])
-    return gl.convert_layout(x, gl.DotOperandLayout(1, mma, 4), assert_trivial=True)
-
-
-@gluon.jit
-def _value_operand(levels, C: gl.constexpr, mma: gl.constexpr):
-    """[C / 16, 32, 4, 4] int8 -> [32, C], the right operand of the sum."""
-    x = levels.reshape([2, C // 32, 8, 4, 4, 4])  # h c | g t | u i
-    x = x.permute([0, 3, 5, 1, 4, 2]).reshape([32, C])
-    return gl.convert_layout(x, gl.DotOperandLayout(1, mma, 4), assert_trivial=True)
-
-
-@gluon.jit
-def _load_scales(ptr, step, HALVES: gl.constexpr):
-    """float16 scales of the tokens of a page (or half) in the order of `_tiles`."""
-    if HALVES == 2:
-        half: gl.constexpr = gl.DistributedLinearLayout(
-            [[1], [2], [16], [32]], [[4], [8], [0], [0], [0]], [], [], [64]
-        )
-        at = gl.arange(0, 64, layout=half)
-        x = gl.load(ptr + step % 2 * 16 + at // 16 * 32 + at % 16)
-    else:
-        whole: gl.constexpr = gl.DistributedLinearLayout(
-            [[1], [2], [16], [32], [64]], [[4], [8], [0], [0], [0]], [], [], [128]
-        )
-        x = gl.load(ptr + gl.arange(0, 128, layout=whole))
-    return x
-
-
-@gluon.jit
-def _tiles(x, HALVES: gl.constexpr):
-    """[64 or 128], token 32 j + 16 x + 4 n + 2 b + e -> [32] of tile j, columns 16 x + 8 b + 2 n + e."""
-    x = x.to(gl.float32)
-    if HALVES == 2:
-        x = x.reshape([2, 2, 4, 2, 2]).permute([1, 3, 2, 4, 0])
-        a, b = gl.split(x)
-        c, d = a, b
-    else:
-        x = x.reshape([2, 2, 2, 4, 2, 2]).permute([2, 4, 3, 5, 0, 1])
-        even, odd = gl.split(x)
-        a, c = gl.split(even)
-        b, d = gl.split(odd)
-    return a.reshape([32]), b.reshape([32]), c.reshape([32]), d.reshape([32])
-
-
-@gluon.jit
-def _halves(x, R: gl.constexpr, N: gl.constexpr):
-    """[2 R, N], rows 16 m + 8 * (high, low) + r -> high and low parts [R, N]."""
-    high, low = gl.split(x.reshape([R // 8, 2, 8, N]).permute([0, 2, 3, 1]))
-    return high.reshape([R, N]), low.reshape([R, N])
-
-
-@gluon.jit
-def _sums(q, k, start, R: gl.constexpr, D: gl.constexpr, mma: gl.constexpr):
-    """sum_c (b + 1 / 2) q: [R, 32] float32."""
-    high, low = _halves(mma_v2(q, _key_operand(k, D, mma), start), R, 32)
-    return (high * 256 + low).to(gl.float32)
-
-
-@gluon.jit
-def _scaled(x, scales):
-    """x [R, 32] times one scale a column."""
-    return x * gl.convert_layout(scales, gl.SliceLayout(0, x.type.layout), assert_trivial=True)[None, :]
-
-
-@gluon.jit
-def _capped(s, factor, bias, softcap):
-    """softcap * tanh(score / softcap)."""
-    x = (s * factor + bias) / softcap
-    e = gl.exp2(-2.8853900817779268 * gl.abs(x))
-    t = (1.0 - e) / (1.0 + e)
-    return softcap * gl.where(x < 0, -t, t)
-
-
-@gluon.jit
-def _exp2(x):
-    return gl.inline_asm_elementwise(
-        "ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=gl.float32, is_pure=True, pack=1
-    )
-
-
-@gluon.jit
-def _seen(x, token, first, end, other: gl.constexpr):
-    """x [R, 32] where the token of its column is one from `first` to `end`, `other` elsewhere."""
-    return gl.where(((token >= first) & (token < end))[None, :], x, other)
-
-
-@gluon.jit
-def _weigh(s, factor, top, vs):
-    """p = exp2(factor * s - top), and p * v_scale."""
-    p = _exp2(s * factor - top)
-    return p, _scaled(p, vs)
-
-
-@gluon.jit
-def _weight_operand(w, scale, R: gl.constexpr, mma: gl.constexpr):
-    """w * scale, from 0 to 32512: [R, 32] float32 -> [2 R, 32] int8, the left operand of the sum."""
-    high, low = gl.inline_asm_elementwise(
-        _SPLIT, "=&r,=&r,f,f,f,f", [w * scale], dtype=(gl.int8, gl.int8), is_pure=True, pack=4
-    )
-    x = gl.join(high, low).reshape([R // 8, 8, 2, 2, 4, 2, 2])  # m r x b n e part
-    x = x.permute([0, 6, 1, 2, 4, 3, 5]).reshape([2 * R, 32])
-    return gl.convert_layout(x, gl.DotOperandLayout(0, mma, 4), assert_trivial=True)
 
 
 @gluon.jit
@@ -516,39 +199,39 @@ def _step(
     ahead = gl.minimum(step + 1, HALVES * count - 1)
     next_place = _place(places_ptr, _page(ahead // HALVES, first, stride, count, lead, STARTS), PAGED)
     if STAGED_V:
-        _fetch(value_room, v_ptr + place * v_page, _value_places(0, DV // 32, DV), step, 4 * DV)
+        fetch_words(value_room, v_ptr + place * v_page, value_places(0, DV // 32, DV), step, 4 * DV)
     elif HALF != 1 or V_BITS != 3:
-        va, vb, vc = _value_words(v_ptr + place * v_page, step, DV, V_BITS, HALVES)
-    ks = _load_scales(ks_ptr + place * ks_page, step, HALVES)
-    vs = _load_scales(vs_ptr + place * vs_page, step, HALVES)
+        va, vb, vc = value_words(v_ptr + place * v_page, step, DV, V_BITS, HALVES)
+    ks = load_scales(ks_ptr + place * ks_page, step, HALVES)
+    vs = load_scales(vs_ptr + place * vs_page, step, HALVES)
     if STAGED_K:
         async_copy.wait_group(1 if STAGED_V else 0)
-        k0, k1, k2, k3 = _levels(*_fetched(key_room, D // 32), step, tables, 0, D, K_BITS, HALVES)
+        k0, k1, k2, k3 = levels_of(*fetched_words(key_room, D // 32), step, tables, 0, D, K_BITS, HALVES)
     else:
         _order(step)
-        k0, k1, k2, k3 = _levels(ka, kb, kc, step, tables, 0, D, K_BITS, HALVES)
-    s0 = _sums(q, k0, start, R, D, mma)
-    s1 = _sums(q, k1, start, R, D, mma)
+        k0, k1, k2, k3 = levels_of(ka, kb, kc, step, tables, 0, D, K_BITS, HALVES)
+    s0 = sums_with_keys(q, k0, start, R, D, mma)
+    s1 = sums_with_keys(q, k1, start, R, D, mma)
     if HALVES == 1:
-        s2 = _sums(q, k2, start, R, D, mma)
-        s3 = _sums(q, k3, start, R, D, mma)
+        s2 = sums_with_keys(q, k2, start, R, D, mma)
+        s3 = sums_with_keys(q, k3, start, R, D, mma)
     place = next_place
     if STAGED_K:
-        _fetch(key_room, k_ptr + place * k_page, _key_places(0, D // 32, D, 16), ahead, 4 * D)
+        fetch_words(key_room, k_ptr + place * k_page, key_places(0, D // 32, D, 16), ahead, 4 * D)
     elif HALF != 0 or K_BITS != 3:
-        ka, kb, kc = _key_words(k_ptr + place * k_page, ahead, D, K_BITS, HALVES)
+        ka, kb, kc = key_words(k_ptr + place * k_page, ahead, D, K_BITS, HALVES)
     _order(step)
 
-    ks0, ks1, ks2, ks3 = _tiles(ks, HALVES)
-    s0, s1 = _scaled(s0, ks0), _scaled(s1, ks1)
+    ks0, ks1, ks2, ks3 = scales_of_tiles(ks, HALVES)
+    s0, s1 = scaled(s0, ks0), scaled(s1, ks1)
     if HALVES == 1:
-        s2, s3 = _scaled(s2, ks2), _scaled(s3, ks3)
+        s2, s3 = scaled(s2, ks2), scaled(s3, ks3)
     if CAPPED:
-        s0 = _capped(s0, factor[:, None], bias[:, None], softcap)
-        s1 = _capped(s1, factor[:, None], bias[:, None], softcap)
+        s0 = capped(s0, factor[:, None], bias[:, None], softcap)
+        s1 = capped(s1, factor[:, None], bias[:, None], softcap)
         if HALVES == 1:
-            s2 = _capped(s2, factor[:, None], bias[:, None], softcap)
-            s3 = _capped(s3, factor[:, None], bias[:, None], softcap)
+            s2 = capped(s2, factor[:, None], bias[:, None], softcap)
+            s3 = capped(s3, factor[:, None], bias[:, None], softcap)
         scale = gl.full([R], 1.0, gl.float32, m.type.layout)
     else:
         scale = factor
@@ -558,34 +241,34 @@ def _step(
         token += column // 16 * (16 * HALVES) + column % 8 // 2 * 4 + column // 8 % 2 * 2 + column % 2
         if HALVES == 2:
             token += step % 2 * 16
-        s0 = _seen(s0, token, unused, used, float("-inf"))
-        s1 = _seen(s1, token + 32 * HALVES, unused, used, float("-inf"))
+        s0 = seen_or(s0, token, unused, used, float("-inf"))
+        s1 = seen_or(s1, token + 32 * HALVES, unused, used, float("-inf"))
         if HALVES == 1:
-            s2 = _seen(s2, token + 64, unused, used, float("-inf"))
-            s3 = _seen(s3, token + 96, unused, used, float("-inf"))
+            s2 = seen_or(s2, token + 64, unused, used, float("-inf"))
+            s3 = seen_or(s3, token + 96, unused, used, float("-inf"))
 
     largest = gl.maximum(s0, s1)
     if HALVES == 1:
         largest = gl.maximum(largest, gl.maximum(s2, s3))
     top = gl.maximum(gl.max(largest, 1) * scale, -1e30)
-    vs0, vs1, vs2, vs3 = _tiles(vs, HALVES)
-    p0, w0 = _weigh(s0, scale[:, None], top[:, None], vs0)
-    p1, w1 = _weigh(s1, scale[:, None], top[:, None], vs1)
+    vs0, vs1, vs2, vs3 = scales_of_tiles(vs, HALVES)
+    p0, w0 = weigh(s0, scale[:, None], top[:, None], vs0)
+    p1, w1 = weigh(s1, scale[:, None], top[:, None], vs1)
     if MASKED:  # a value scale may be NaN
-        w0 = _seen(w0, token, unused, used, 0.0)
-        w1 = _seen(w1, token + 32 * HALVES, unused, used, 0.0)
+        w0 = seen_or(w0, token, unused, used, 0.0)
+        w1 = seen_or(w1, token + 32 * HALVES, unused, used, 0.0)
     p, w, heaviest = p0 + p1, w0 + w1, gl.maximum(w0, w1)
     if HALVES == 1:
-        p2, w2 = _weigh(s2, scale[:, None], top[:, None], vs2)
-        p3, w3 = _weigh(s3, scale[:, None], top[:, None], vs3)
+        p2, w2 = weigh(s2, scale[:, None], top[:, None], vs2)
+        p3, w3 = weigh(s3, scale[:, None], top[:, None], vs3)
         if MASKED:
-            w2 = _seen(w2, token + 64, unused, used, 0.0)
-            w3 = _seen(w3, token + 96, unused, used, 0.0)
+            w2 = seen_or(w2, token + 64, unused, used, 0.0)
+            w3 = seen_or(w3, token + 96, unused, used, 0.0)
         p, w = p + p2 + p3, w + w2 + w3
         heaviest = gl.maximum(heaviest, gl.maximum(w2, w3))
     most = gl.maximum(gl.max(heaviest, 1), 1e-30)
     new = gl.maximum(m, top)
-    decay, gain = _exp2(m - new), _exp2(top - new)
+    decay, gain = exp2(m - new), exp2(top - new)
     m = new
     total = total * decay + gl.sum(p, 1) * gain
     weight = weight * decay + gl.sum(w, 1) * gain
@@ -593,16 +276,16 @@ def _step(
     units = (MOST / most)[:, None]
     if STAGED_V:
         async_copy.wait_group(1 if STAGED_K else 0)
-        v0, v1, v2, v3 = _levels(*_fetched(value_room, DV // 32), step, tables, 1, DV, V_BITS, HALVES)
+        v0, v1, v2, v3 = levels_of(*fetched_words(value_room, DV // 32), step, tables, 1, DV, V_BITS, HALVES)
     else:
-        v0, v1, v2, v3 = _levels(va, vb, vc, step, tables, 1, DV, V_BITS, HALVES)
+        v0, v1, v2, v3 = levels_of(va, vb, vc, step, tables, 1, DV, V_BITS, HALVES)
     o = gl.full([2 * R, DV], 0, gl.int32, mma)
-    o = mma_v2(_weight_operand(w0, units, R, mma), _value_operand(v0, DV, mma), o)
-    o = mma_v2(_weight_operand(w1, units, R, mma), _value_operand(v1, DV, mma), o)
+    o = mma_v2(weight_operand(w0, units, R, mma), value_operand(v0, DV, mma), o)
+    o = mma_v2(weight_operand(w1, units, R, mma), value_operand(v1, DV, mma), o)
     if HALVES == 1:
-        o = mma_v2(_weight_operand(w2, units, R, mma), _value_operand(v2, DV, mma), o)
-        o = mma_v2(_weight_operand(w3, units, R, mma), _value_operand(v3, DV, mma), o)
-    high, low = _halves(o, R, DV)
+        o = mma_v2(weight_operand(w2, units, R, mma), value_operand(v2, DV, mma), o)
+        o = mma_v2(weight_operand(w3, units, R, mma), value_operand(v3, DV, mma), o)
+    high, low = high_and_low(o, R, DV)
     part = (high * 256 + low).to(gl.float32)
     fade = gl.convert_layout(decay, gl.SliceLayout(1, acc.type.layout))[:, None]
     grow = gl.convert_layout(gain * most * (1.0 / MOST), gl.SliceLayout(1, acc.type.layout))[:, None]
@@ -723,12 +406,12 @@ def split_mma_kernel(
         )
     STAGED_K: gl.constexpr = STAGED and K_BITS == 3
     STAGED_V: gl.constexpr = STAGED and V_BITS == 3
-    key_room, value_room = _room(4 * D, STAGED_K), _room(4 * DV, STAGED_V)
+    key_room, value_room = room_for_words(4 * D, STAGED_K), room_for_words(4 * DV, STAGED_V)
     if STAGED_K:
         ka, kb, kc = first, first, first
-        _fetch(key_room, k_ptr + place * k_page, _key_places(0, D // 32, D, 16), 0, 4 * D)
+        fetch_words(key_room, k_ptr + place * k_page, key_places(0, D // 32, D, 16), 0, 4 * D)
     else:
-        ka, kb, kc = _key_words(k_ptr + place * k_page, 0, D, K_BITS, HALVES)
+        ka, kb, kc = key_words(k_ptr + place * k_page, 0, D, K_BITS, HALVES)
     tables = gl.allocate_shared_memory(gl.int32, [4, 32], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     table = table_ptr + gl.arange(0, 32, layout=gl.BlockedLayout([1], [32], [1], [0]))
     low_k, high_k = gl.load(table), gl.load(table + 32)
@@ -745,7 +428,7 @@ def split_mma_kernel(
     q = gl.load(q_ptr + (block * (2 * R) + q_row[:, None]) * D + channel[None, :])
     s_row = gl.arange(0, 2 * R, layout=gl.SliceLayout(1, mma))
     start = gl.load(start_ptr + block * (2 * R) + s_row)[:, None] + gl.full([2 * R, 32], 0, gl.int32, mma)
-    blank, _ = _halves(gl.full([2 * R, 32], 0.0, gl.float32, mma), R, 32)
+    blank, _ = high_and_low(gl.full([2 * R, 32], 0.0, gl.float32, mma), R, 32)
     scored: gl.constexpr = blank.type.layout
     by_row: gl.constexpr = gl.SliceLayout(1, scored)
     row = gl.arange(0, R, layout=by_row)
@@ -754,7 +437,7 @@ def split_mma_kernel(
     m = gl.full([R], -1e30, gl.float32, by_row)
     total = gl.full([R], 0.0, gl.float32, by_row)
     weight = gl.full([R], 0.0, gl.float32, by_row)
-    acc, _ = _halves(gl.full([2 * R, DV], 0.0, gl.float32, mma), R, DV)
+    acc, _ = high_and_low(gl.full([2 * R, DV], 0.0, gl.float32, mma), R, DV)
     summed: gl.constexpr = gl.SliceLayout(1, acc.type.layout)
     KEPT: gl.constexpr = HALVES == 2 and (K_BITS == 3 or V_BITS == 3) and max(D, DV) <= 128
     STEPS: gl.constexpr = 2 if KEPT else 1  # words of 3 bits stay in registers for both

@@ -1,5 +1,6 @@
 """A Gluon kernel's source run in PyTorch, its assembly in numpy: what it computes, whatever its layouts."""
 
+import sys
 from types import FunctionType, ModuleType, SimpleNamespace
 from typing import Any
 
@@ -170,6 +171,21 @@ def _product(a: Any, b: Shared, y: Any, use_acc: bool = True, is_async: bool = F
     return (exact + y if use_acc else exact).float().as_subclass(Tile)
 
 
+def everything_in(module: ModuleType) -> dict[str, Any]:
+    """What the module's functions may name, and those that it takes from other modules."""
+    names, todo, seen = {}, [module], set()
+    while todo:
+        one = todo.pop()
+        seen.add(one.__name__)
+        for name, held in vars(one).items():
+            if not name.startswith("__"):
+                assert names.setdefault(name, held) is held, f"{name} is two things"
+            home = getattr(getattr(held, "fn", None), "__module__", None)
+            if home is not None and home.startswith("quantpress.") and home not in seen:
+                todo.append(sys.modules[home])
+    return names
+
+
 def emulate(module: ModuleType, kernel: str, arguments: dict[str, Any], grid: tuple[int, int]) -> None:
     """Run every program of a grid, one after the other."""
     copies = SimpleNamespace(
@@ -179,12 +195,11 @@ def emulate(module: ModuleType, kernel: str, arguments: dict[str, Any], grid: tu
         commit_group=lambda: None,
         wait_group=lambda count: None,
     )
-    names: dict[str, Any] = {
-        name: getattr(held, "value", held) for name, held in vars(module).items() if not name.startswith("__")
-    }
+    held_by_name = everything_in(module)
+    names: dict[str, Any] = {name: getattr(held, "value", held) for name, held in held_by_name.items()}
     names |= {"async_copy": copies, "fence_async_shared": lambda: None, "warpgroup_mma": _product}
     names |= {"warpgroup_mma_wait": lambda count, results: results[0], "mma_v2": _whole_product}
-    for name, held in vars(module).items():
+    for name, held in held_by_name.items():
         if hasattr(held, "arg_names"):
             names[name] = FunctionType(held.fn.__code__, names, name, held.fn.__defaults__)
         elif hasattr(held, "fn"):  # of layouts

@@ -1,0 +1,121 @@
+"""Scores and weights of tiles of 32 tokens, by thread as the products have them (Gluon; see `split_mma`)."""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import mma_v2
+
+from quantpress.kernels.attend.levels import key_operand
+
+MOST = gl.constexpr(32512.0)
+"""Weights are counted in units of their largest over 127 * 256, so that the high byte stays below 128."""
+
+_SPLIT = gl.constexpr("""{ .reg .f32 a, b, c, d; .reg .b32 u, v, w, x;
+add.f32 a, $2, 0f4B400080;
+add.f32 b, $3, 0f4B400080;
+add.f32 c, $4, 0f4B400080;
+add.f32 d, $5, 0f4B400080;
+mov.b32 u, a;
+mov.b32 v, b;
+mov.b32 w, c;
+mov.b32 x, d;
+prmt.b32 u, u, v, 0x5140;
+prmt.b32 w, w, x, 0x5140;
+prmt.b32 v, u, w, 0x5410;
+prmt.b32 $0, u, w, 0x7632;
+xor.b32 $1, v, 0x80808080; }""")
+"""Four weights n -> their high bytes and low bytes, n = 256 * high + low with low from -128 to 127: adding
+1.5 * 2 ** 23 + 128 leaves n + 128 in the low bits of a float32."""
+
+
+@gluon.jit
+def load_scales(ptr, step, HALVES: gl.constexpr):
+    """float16 scales of the tokens of a page (or half) in the order of `scales_of_tiles`."""
+    if HALVES == 2:
+        half: gl.constexpr = gl.DistributedLinearLayout(
+            [[1], [2], [16], [32]], [[4], [8], [0], [0], [0]], [], [], [64]
+        )
+        at = gl.arange(0, 64, layout=half)
+        x = gl.load(ptr + step % 2 * 16 + at // 16 * 32 + at % 16)
+    else:
+        whole: gl.constexpr = gl.DistributedLinearLayout(
+            [[1], [2], [16], [32], [64]], [[4], [8], [0], [0], [0]], [], [], [128]
+        )
+        x = gl.load(ptr + gl.arange(0, 128, layout=whole))
+    return x
+
+
+@gluon.jit
+def scales_of_tiles(x, HALVES: gl.constexpr):
+    """[64 or 128], token 32 j + 16 x + 4 n + 2 b + e -> [32] of tile j, columns 16 x + 8 b + 2 n + e."""
+    x = x.to(gl.float32)
+    if HALVES == 2:
+        x = x.reshape([2, 2, 4, 2, 2]).permute([1, 3, 2, 4, 0])
+        a, b = gl.split(x)
+        c, d = a, b
+    else:
+        x = x.reshape([2, 2, 2, 4, 2, 2]).permute([2, 4, 3, 5, 0, 1])
+        even, odd = gl.split(x)
+        a, c = gl.split(even)
+        b, d = gl.split(odd)
+    return a.reshape([32]), b.reshape([32]), c.reshape([32]), d.reshape([32])
+
+
+@gluon.jit
+def high_and_low(x, R: gl.constexpr, N: gl.constexpr):
+    """[2 R, N], rows 16 m + 8 * (high, low) + r -> high and low parts [R, N]."""
+    high, low = gl.split(x.reshape([R // 8, 2, 8, N]).permute([0, 2, 3, 1]))
+    return high.reshape([R, N]), low.reshape([R, N])
+
+
+@gluon.jit
+def sums_with_keys(q, k, start, R: gl.constexpr, D: gl.constexpr, mma: gl.constexpr):
+    """sum_c (b + 1 / 2) q: [R, 32] float32."""
+    high, low = high_and_low(mma_v2(q, key_operand(k, D, mma), start), R, 32)
+    return (high * 256 + low).to(gl.float32)
+
+
+@gluon.jit
+def scaled(x, scales):
+    """x [R, 32] times one scale a column."""
+    return x * gl.convert_layout(scales, gl.SliceLayout(0, x.type.layout), assert_trivial=True)[None, :]
+
+
+@gluon.jit
+def capped(s, factor, bias, softcap):
+    """softcap * tanh(score / softcap)."""
+    x = (s * factor + bias) / softcap
+    e = gl.exp2(-2.8853900817779268 * gl.abs(x))
+    t = (1.0 - e) / (1.0 + e)
+    return softcap * gl.where(x < 0, -t, t)
+
+
+@gluon.jit
+def exp2(x):
+    """2 ** x by one instruction."""
+    return gl.inline_asm_elementwise(
+        "ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=gl.float32, is_pure=True, pack=1
+    )
+
+
+@gluon.jit
+def seen_or(x, token, first, end, other: gl.constexpr):
+    """x [R, 32] where the token of its column is one from `first` to `end`, `other` elsewhere."""
+    return gl.where(((token >= first) & (token < end))[None, :], x, other)
+
+
+@gluon.jit
+def weigh(s, factor, top, vs):
+    """p = exp2(factor * s - top), and p * v_scale."""
+    p = exp2(s * factor - top)
+    return p, scaled(p, vs)
+
+
+@gluon.jit
+def weight_operand(w, scale, R: gl.constexpr, mma: gl.constexpr):
+    """w * scale, from 0 to 32512: [R, 32] float32 -> [2 R, 32] int8, the left operand of the sum."""
+    high, low = gl.inline_asm_elementwise(
+        _SPLIT, "=&r,=&r,f,f,f,f", [w * scale], dtype=(gl.int8, gl.int8), is_pure=True, pack=4
+    )
+    x = gl.join(high, low).reshape([R // 8, 8, 2, 2, 4, 2, 2])  # m r x b n e part
+    x = x.permute([0, 6, 1, 2, 4, 3, 5]).reshape([2 * R, 32])
+    return gl.convert_layout(x, gl.DotOperandLayout(0, mma, 4), assert_trivial=True)
