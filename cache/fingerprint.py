@@ -45,14 +45,15 @@ def model_fingerprint(model: nn.Module) -> dict[str, Any]:
     """Plain values that only the same model has.
 
     Args:
-        model: its weights in memory, on any device.
+        model: its weights in memory, on any device, or where accelerate keeps those of a `device_map`, which
+            are then read once more.
 
     Returns:
         "config", the fields that count, "weights" and "dtype"; and "name", where it was loaded from, which
         does not count.
 
     Raises:
-        UnsupportedModelError: a weight is not in memory.
+        UnsupportedModelError: a weight is nowhere.
     """
     config: Any = getattr(model, "config", None)
     fields = {} if config is None else config.get_text_config(decoder=True).to_dict()
@@ -62,7 +63,7 @@ def model_fingerprint(model: nn.Module) -> dict[str, Any]:
         "config": json.loads(json.dumps(kept, sort_keys=True, default=str)),
         "name": str(getattr(config, "name_or_path", "")) or None,
         "dtype": str(next(iter(parameters.values())).dtype).removeprefix("torch.") if parameters else None,
-        "weights": _weights_digest(parameters),
+        "weights": _weights_digest(model, parameters),
     }
 
 
@@ -79,16 +80,30 @@ def difference(saved: dict[str, Any], here: dict[str, Any]) -> str | None:
     return None if saved.get("weights") == here.get("weights") else "it has the same form, but other weights"
 
 
-def _weights_digest(parameters: dict[str, nn.Parameter]) -> str:
+def _weights_digest(model: nn.Module, parameters: dict[str, nn.Parameter]) -> str:
     digest = hashlib.sha256()
-    for name, weight in sorted(parameters.items()):
-        if weight.is_meta:
+    for name, parameter in sorted(parameters.items()):
+        weight = _offloaded(model, name) if parameter.is_meta else parameter
+        if weight is None:
             raise UnsupportedModelError(
-                f"{name} is not in memory (offloaded, or never loaded), so the model cannot be told from "
-                "others; load it without disk or meta offloading to save and load caches"
+                f"{name} was never loaded (it is on the meta device): the model cannot be told from others; "
+                "load its weights to read a context once and ask it again"
             )
         digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}\n".encode())
         flat = weight.detach().reshape(-1)
         sample = flat[:: max(1, flat.numel() // SAMPLE)][:SAMPLE].cpu().contiguous()
         digest.update(sample.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+def _offloaded(model: nn.Module, name: str) -> torch.Tensor | None:
+    """A weight that accelerate keeps in memory or on disk until its module, or one around it, is called."""
+    parts = name.split(".")
+    for cut in range(len(parts) - 1, -1, -1):
+        hook = getattr(model.get_submodule(".".join(parts[:cut])), "_hf_hook", None)
+        for one in getattr(hook, "hooks", (hook,)):  # several may share a module
+            kept, own = getattr(one, "weights_map", None) or {}, ".".join(parts[cut:])
+            if own in kept:
+                weight: torch.Tensor = kept[own]
+                return weight
+    return None

@@ -79,7 +79,7 @@ class CachedContext:
 
         Raises:
             InvalidInputError: the press keeps notes about the context on itself.
-            UnsupportedModelError: a weight is not in memory.
+            UnsupportedModelError: a weight was never loaded.
         """
         if any(isinstance(member, DMSPress) and member.decoding for member in members(press)):
             raise InvalidInputError(
@@ -181,7 +181,7 @@ class CachedContext:
 
         Raises:
             CacheFileError: damaged, cut short, of another version, model, rotation or press; with the reason.
-            UnsupportedModelError: a weight of the model is not in memory.
+            UnsupportedModelError: a weight of the model was never loaded.
         """
         known = model_fingerprint(model)
         saved = load_context(path, model, known, verify)

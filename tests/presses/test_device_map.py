@@ -3,6 +3,8 @@
 accelerate brings a layer's weights in when the layer is called; outside of that they are on no device.
 """
 
+import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,7 +12,9 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from quantpress.cache import PackedLayer
-from quantpress.errors import UnsupportedModelError
+from quantpress.errors import CacheFileError, UnsupportedModelError
+from quantpress.pipelines.cached_context import CachedContext
+from quantpress.pipelines.text_generation import TextGenerationPipeline
 from quantpress.presses import (
     AdaKV,
     Compose,
@@ -22,6 +26,7 @@ from quantpress.presses import (
     SnapKV,
     TurboQuant,
 )
+from tests.pipelines.words import text, word_tokenizer
 from tests.presses.reading import lossless
 from tests.tiny_models import prompt, tiny_model
 
@@ -69,6 +74,23 @@ def test_answers_as_in_one_piece(split: PreTrainedModel, name: str) -> None:
     assert torch.equal(got.sequences, expected.sequences)
     assert all(isinstance(layer, PackedLayer) and layer.packed_tokens for layer in got.past_key_values.layers)
     assert torch.equal(split.generate(IDS, max_new_tokens=8, do_sample=False), before)
+
+
+def test_a_context_of_the_split_model_is_one_of_the_whole(split: PreTrainedModel, tmp_path: Path) -> None:
+    """Weights on disk are told from others too; a saved context goes from one to the other."""
+    whole = tiny_model("llama")
+    pipes = [TextGenerationPipeline(model=model, tokenizer=word_tokenizer()) for model in (split, whole)]
+    options = {"question": text(5, seed=1), "max_new_tokens": 8}
+    press = Compose([SnapKV(0.5), TurboQuant(4, recent_tokens=16)])
+    expected = pipes[1](text(420), press=press, **options)
+    read = pipes[0].read(text(420), press=press)
+    assert pipes[0](text(420), press=press, **options) == pipes[0](read, **options) == expected
+    read.save(tmp_path / "context.safetensors")
+    assert pipes[1](CachedContext.load(tmp_path / "context.safetensors", whole), **options) == expected
+    changed = copy.deepcopy(whole)
+    changed.model.layers[2].mlp.up_proj.weight.data += 1
+    with pytest.raises(CacheFileError, match="other weights"):
+        CachedContext.load(tmp_path / "context.safetensors", changed)
 
 
 def test_a_press_that_reads_weights_itself_is_refused(split: PreTrainedModel) -> None:
