@@ -44,8 +44,8 @@ class PeakMemory:
     """The most memory in use between two points, over what was in use at the first.
 
     Attributes:
-        bytes: on a CUDA device what torch has allocated, exactly. Elsewhere what the process has resident,
-            looked at every 5 milliseconds.
+        bytes: on CUDA devices what torch has allocated, exactly; of several, the sum of each one's most.
+            Elsewhere what the process has resident, looked at every 5 milliseconds.
     """
 
     def __init__(self) -> None:
@@ -53,21 +53,23 @@ class PeakMemory:
 
 
 @contextmanager
-def peak_memory(device: torch.device) -> Iterator[PeakMemory]:
-    """Watch the memory of a device, or of this process, while inside.
+def peak_memory(*devices: torch.device) -> Iterator[PeakMemory]:
+    """Watch the memory of CUDA devices, or of this process, while inside.
 
     Args:
-        device: where the work is done.
+        *devices: where the work is done. Others than CUDA's do not count beside one of CUDA's.
     """
     found = PeakMemory()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
+    on_gpu = {device for device in devices if device.type == "cuda"}
+    if on_gpu:
+        for device in on_gpu:
+            torch.cuda.synchronize(device)
+            torch.cuda.reset_peak_memory_stats(device)
+        before = sum(map(torch.cuda.memory_allocated, on_gpu))
         try:
             yield found
         finally:
-            found.bytes = torch.cuda.max_memory_allocated(device) - before
+            found.bytes = sum(map(torch.cuda.max_memory_allocated, on_gpu)) - before
         return
     process, done = psutil.Process(), threading.Event()
     before = process.memory_info().rss

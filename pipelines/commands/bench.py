@@ -16,7 +16,7 @@ from kvpress import BasePress
 from rich.table import Table
 
 from quantpress.errors import InvalidInputError
-from quantpress.pipelines.commands.loading import load_pipeline, machine, model_name
+from quantpress.pipelines.commands.loading import devices_of, load_pipeline, machine, model_name
 from quantpress.pipelines.commands.output import progress
 from quantpress.pipelines.haystack import book_piece
 from quantpress.pipelines.kept_tokens import described
@@ -170,7 +170,7 @@ def _once(
     gc.collect()
     _give_back_memory(pipe.device)
     clock = TokenClock()
-    with peak_memory(pipe.device) as peak:
+    with peak_memory(*devices_of(pipe)) as peak:
         begin = time.perf_counter()
         result = pipe(
             text,

@@ -1,6 +1,7 @@
 """The model and the texts that a command is given."""
 
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from quantpress.pipelines.demo import default_pipeline
 from quantpress.pipelines.text_generation import TextGenerationPipeline
 
 STDIN = "-"
+AUTO = "auto"
 
 
 def load_pipeline(
@@ -23,7 +25,8 @@ def load_pipeline(
 
     Args:
         model: an id on the hub or a folder; None or its name for the default model.
-        device: such as "cuda:1" or "cpu"; None for a GPU where there is one.
+        device: such as "cuda:1" or "cpu"; None for a GPU where there is one; "auto" to spread the model over
+            all of them, and over memory where they are too small, as accelerate sees fit.
         dtype: such as "bfloat16"; None for the model's own, and for the default model the quicker one.
 
     Raises:
@@ -37,15 +40,16 @@ def load_pipeline(
             pipe = default_pipeline()
             if kind is not None:
                 pipe.model.to(kind)
-            if device is not None:
+            if device not in (None, AUTO):
                 pipe.device = torch.device(device)
                 pipe.model.to(pipe.device)
             return pipe
         register()
         make: Any = transformers.pipeline
-        if device is None:
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-        loaded: TextGenerationPipeline = make(TASK, model=model, device=device, dtype=kind or "auto")
+        place = {"device": device or ("cuda" if torch.cuda.is_available() else "cpu")}
+        if device == AUTO:
+            place = {"device_map": AUTO}
+        loaded: TextGenerationPipeline = make(TASK, model=model, dtype=kind or "auto", **place)
     except (OSError, ValueError, RuntimeError) as error:
         raise InvalidInputError(
             f"{model or DEFAULT_MODEL_NAME} cannot be loaded: {str(error).splitlines()[0]}"
@@ -73,11 +77,24 @@ def read_text(file: str) -> str:
 
 def machine(pipe: TextGenerationPipeline) -> dict[str, Any]:
     """Where a pipeline runs, for figures: device, dtype, threads and versions."""
-    device = pipe.device
     return {
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "device": device_names(pipe),
         "dtype": str(pipe.model.dtype).removeprefix("torch."),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
+
+
+def devices_of(pipe: TextGenerationPipeline) -> list[torch.device]:
+    """Where a pipeline and the weights of its model are, the pipeline's own first."""
+    held = [weight.device for weight in pipe.model.parameters() if not weight.is_meta]
+    return list(dict.fromkeys([pipe.device, *held]))
+
+
+def device_names(pipe: TextGenerationPipeline) -> str:
+    """The GPUs that a model is on, such as "2 x NVIDIA H200"; else the type of its device."""
+    names = Counter(torch.cuda.get_device_name(one) for one in devices_of(pipe) if one.type == "cuda")
+    return " + ".join(f"{count} x {name}" if count > 1 else name for name, count in names.items()) or (
+        pipe.device.type
+    )

@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import transformers
 from typer.testing import CliRunner
 
 from quantpress import cli
 from quantpress.errors import CacheFileError, InvalidInputError
+from quantpress.pipelines.commands.loading import load_pipeline
 from tests.pipelines.words import model_folder, ours, text
 
 CONTEXT = text(500)
@@ -71,6 +73,24 @@ def test_text_comes_from_the_standard_input(model: str, context: str, tmp_path: 
     assert answers(piped) == answers(named)
     with pytest.raises(InvalidInputError, match="--output"):
         invoke("pack", "-", "-m", model, input=CONTEXT)
+
+
+def test_a_model_spread_over_all_devices_answers_the_same(
+    model: str, context: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With one device, as here, all of it is there; tests with two GPUs spread one by hand."""
+    options = ["run", context, "-q", "w1", "-m", model, "--json"]
+    expected, places = answers(invoke(*options)), []
+    make: Any = transformers.pipeline
+
+    def noted(*args: Any, **kwargs: Any) -> Any:
+        places.append((kwargs.get("device"), kwargs.get("device_map")))
+        return make(*args, **kwargs)
+
+    monkeypatch.setattr(transformers, "pipeline", noted)
+    assert answers(invoke(*options, "--device", "auto")) == expected
+    assert places == [(None, "auto")]
+    assert load_pipeline(None, "auto").device == load_pipeline(None).device
 
 
 def test_people_get_answers_and_a_table(model: str, context: str) -> None:
