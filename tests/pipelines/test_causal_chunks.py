@@ -61,7 +61,9 @@ def test_chunks_are_right_to_twice_the_error_of_the_whole(
     whole = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=True)
     found = in_chunks(query, key, value, chunk, scale)
     assert found.dtype == dtype
-    assert (found - exact).abs().max() <= 2 * (whole - exact).abs().max() + 1e-6
+    assert (found - exact).norm() <= 2 * (whole - exact).norm() + 1e-6
+    largest = value.abs().max() * torch.finfo(dtype).eps  # both parts are rounded, and their sum
+    assert (found - exact).abs().max() <= 4 * largest + (whole - exact).abs().max()
 
 
 @pytest.mark.parametrize("kv_heads", [1, 4])
