@@ -87,9 +87,9 @@ def machine(pipe: TextGenerationPipeline) -> dict[str, Any]:
 
 
 def devices_of(pipe: TextGenerationPipeline) -> list[torch.device]:
-    """Where a pipeline and the weights of its model are, the pipeline's own first."""
-    held = [weight.device for weight in pipe.model.parameters() if not weight.is_meta]
-    return list(dict.fromkeys([pipe.device, *held]))
+    """Where the weights of a pipeline's model are; `pipe.device` may be "cuda" without a number."""
+    held = (weight.device for weight in pipe.model.parameters() if not weight.is_meta)
+    return list(dict.fromkeys(held)) or [pipe.device]
 
 
 def device_names(pipe: TextGenerationPipeline) -> str:

@@ -4,15 +4,17 @@ import json
 import os
 import stat
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 import transformers
 from typer.testing import CliRunner
 
 from quantpress import cli
 from quantpress.errors import CacheFileError, InvalidInputError
-from quantpress.pipelines.commands.loading import load_pipeline
+from quantpress.pipelines.commands.loading import device_names, devices_of, load_pipeline
 from tests.pipelines.words import model_folder, ours, text
 
 CONTEXT = text(500)
@@ -130,3 +132,23 @@ def test_what_cannot_be_done_is_one_clear_error(
     given = [{"TEXT": context, "MODEL": model}.get(one, one) for one in arguments]
     with pytest.raises(error, match=reason):
         CliRunner().invoke(cli.app, given, catch_exceptions=False)
+
+
+@pytest.mark.parametrize(
+    ("places", "named"),
+    [
+        (["cuda:0", "cuda:0"], "H100"),
+        (["cuda:0", "cuda:1", "meta"], "2 x H100"),
+        (["cuda:1", "cpu", "cuda:2"], "H100 + A100"),
+        (["cpu", "meta"], "cpu"),
+    ],
+)
+def test_devices_of_a_model_count_once(
+    places: list[str], named: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights = [SimpleNamespace(device=torch.device(place), is_meta=place == "meta") for place in places]
+    on = torch.device("cuda" if "cuda" in places[0] else "cpu")  # transformers leaves the number out
+    pipe: Any = SimpleNamespace(device=on, model=SimpleNamespace(parameters=lambda: weights))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda one: "A100" if one.index == 2 else "H100")
+    assert device_names(pipe) == named
+    assert devices_of(pipe) == [torch.device(one) for one in dict.fromkeys(places) if one != "meta"]
