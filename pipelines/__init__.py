@@ -25,6 +25,7 @@ commands/           what the commands of quantpress do
 model_outline.py, kept_tokens.py, memory_plan.py, work_space.py   what a model and its cache will weigh
 key_statistics.py   what makes keys hard to pack
 token_clock.py      when each token of an answer came, and the memory that took
+devices.py          which devices a model is on, and what they are called
 haystack.py, demo.py   facts planted in a book, and who still knows them
 evaluation/         quality against controls: divergence, attention, tasks, equal bytes
 """

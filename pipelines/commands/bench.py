@@ -16,8 +16,9 @@ from kvpress import BasePress
 from rich.table import Table
 
 from quantpress.errors import InvalidInputError
-from quantpress.pipelines.commands.loading import devices_of, load_pipeline, machine, model_name
+from quantpress.pipelines.commands.loading import load_pipeline, machine, model_name
 from quantpress.pipelines.commands.output import progress
+from quantpress.pipelines.devices import devices_of
 from quantpress.pipelines.haystack import book_piece
 from quantpress.pipelines.kept_tokens import described
 from quantpress.pipelines.report import Report, format_bytes

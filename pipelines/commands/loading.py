@@ -1,7 +1,6 @@
 """The model and the texts that a command is given."""
 
 import sys
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ from quantpress.errors import InvalidInputError
 from quantpress.pipelines import TASK, register
 from quantpress.pipelines.default_model import DEFAULT_MODEL_NAME
 from quantpress.pipelines.demo import default_pipeline
+from quantpress.pipelines.devices import device_names
 from quantpress.pipelines.text_generation import TextGenerationPipeline
 
 STDIN = "-"
@@ -84,17 +84,3 @@ def machine(pipe: TextGenerationPipeline) -> dict[str, Any]:
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
-
-
-def devices_of(pipe: TextGenerationPipeline) -> list[torch.device]:
-    """Where the weights of a pipeline's model are; `pipe.device` may be "cuda" without a number."""
-    held = (weight.device for weight in pipe.model.parameters() if not weight.is_meta)
-    return list(dict.fromkeys(held)) or [pipe.device]
-
-
-def device_names(pipe: TextGenerationPipeline) -> str:
-    """The GPUs that a model is on, such as "2 x NVIDIA H200"; else the type of its device."""
-    names = Counter(torch.cuda.get_device_name(one) for one in devices_of(pipe) if one.type == "cuda")
-    return " + ".join(f"{count} x {name}" if count > 1 else name for name, count in names.items()) or (
-        pipe.device.type
-    )

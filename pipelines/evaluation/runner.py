@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from quantpress.errors import QuantPressError
+from quantpress.pipelines.devices import device_names
 from quantpress.pipelines.evaluation.arms import UNCOMPRESSED, Arm, check_names
 from quantpress.pipelines.evaluation.documents import make_documents
 from quantpress.pipelines.evaluation.equal_bytes import GridArm, Shape, grid_arms
@@ -176,7 +177,7 @@ def run_settings(pipe: TextGenerationPipeline, model_name: str, suite: Suite, se
     return {
         "model": model_name,
         "dtype": str(pipe.model.dtype).removeprefix("torch."),
-        "device": torch.cuda.get_device_name(pipe.device) if pipe.device.type == "cuda" else pipe.device.type,
+        "device": device_names(pipe),
         "seed": seed,
         "suite": asdict(suite),
         "torch": torch.__version__,

@@ -14,7 +14,8 @@ from typer.testing import CliRunner
 
 from quantpress import cli
 from quantpress.errors import CacheFileError, InvalidInputError
-from quantpress.pipelines.commands.loading import device_names, devices_of, load_pipeline
+from quantpress.pipelines.commands.loading import load_pipeline
+from quantpress.pipelines.devices import device_names, devices_of
 from tests.pipelines.words import model_folder, ours, text
 
 CONTEXT = text(500)
