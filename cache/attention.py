@@ -40,7 +40,7 @@ def install_packed_attention() -> None:
     """
     for name in list(ALL_ATTENTION_FUNCTIONS.keys()):
         function = ALL_ATTENTION_FUNCTIONS[name]
-        if not hasattr(function, _MARK) and "paged" not in name and name != "flex_attention":
+        if not reads_packed(function) and "paged" not in name and name != "flex_attention":
             ALL_ATTENTION_FUNCTIONS[name] = _dispatch(
                 function, caps=name not in IGNORES_SOFTCAP, masks=name in TAKES_MASKS
             )
@@ -59,6 +59,11 @@ def uninstall_packed_attention() -> None:
             del ALL_ATTENTION_FUNCTIONS[name]
         elif original is not None:
             ALL_ATTENTION_FUNCTIONS[name] = original
+
+
+def reads_packed(function: Any) -> bool:
+    """Whether an attention function is one that `install_packed_attention` has wrapped."""
+    return hasattr(function, _MARK)
 
 
 def model_eager_attention(

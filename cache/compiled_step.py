@@ -13,20 +13,30 @@ from typing import Any
 import torch
 
 stepping = False
-"""Whether a step is running; torch.compile guards on it."""
+"""Whether a step is running, in any thread; torch.compile guards on it."""
 
+_running = 0
+_counting = threading.Lock()
 _local = threading.local()
 
 
 @contextmanager
 def layers_of_a_step(layers: Sequence[Any]) -> Iterator[None]:
     """While inside, `step_attention` means these layers."""
-    global stepping
-    _local.layers, stepping = layers, True
+    _local.layers = layers
+    _count(1)
     try:
         yield
     finally:
-        _local.layers, stepping = (), False
+        _count(-1)
+        _local.layers = ()
+
+
+def _count(steps: int) -> None:
+    global stepping, _running
+    with _counting:
+        _running += steps
+        stepping = _running > 0
 
 
 def is_compiled_step() -> bool:

@@ -122,7 +122,24 @@ def check_reading(arguments: Mapping[str, Any]) -> None:
         raise InvalidInputError(f"{name} has no effect on reading; read takes {', '.join(known)}")
 
 
-def answer_config(model: PreTrainedModel, arguments: Mapping[str, Any]) -> GenerationConfig:
+class AnswerConfig(GenerationConfig):
+    """A configuration that `model.generate` takes as it is: the model's own fills in nothing."""
+
+    @classmethod
+    def of(cls, given: GenerationConfig | None) -> "AnswerConfig":
+        """All that a configuration says; None says nothing."""
+        config = cls()
+        for name, value in vars(given).items() if given is not None else ():
+            setattr(config, name, copy.deepcopy(value))
+        return config
+
+    def update(self, defaults_only: bool = False, allow_custom_entries: bool = False, **entries: Any) -> Any:
+        if defaults_only and allow_custom_entries:  # only `generate` asks so, with the model's own entries
+            return entries
+        return super().update(defaults_only, allow_custom_entries, **entries)
+
+
+def answer_config(model: PreTrainedModel, arguments: Mapping[str, Any]) -> AnswerConfig:
     """The whole generation configuration of an answer.
 
     Without sampling it is neutral: of the model's own configuration only the special tokens are taken, so
@@ -136,8 +153,7 @@ def answer_config(model: PreTrainedModel, arguments: Mapping[str, Any]) -> Gener
     Raises:
         InvalidInputError: a field of the given generation_config cannot have its effect here.
     """
-    given = arguments.get("generation_config")
-    config = GenerationConfig() if given is None else copy.deepcopy(given)
+    config = AnswerConfig.of(arguments.get("generation_config"))
     config.update(**{name: value for name, value in arguments.items() if name in FIELDS})
     for name in REFUSED:
         _refuse(name, getattr(config, name, None))

@@ -7,6 +7,7 @@ over the same memory, so they are recorded once and replayed with one call.
 
 import functools
 import inspect
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,7 +20,9 @@ from quantpress.cache.attention import install_packed_attention
 from quantpress.cache.fixed_cache import FixedCache, never_fixable, unfixable
 from quantpress.cache.layer import PackedLayer
 from quantpress.errors import InvalidInputError
+from quantpress.pipelines.captured_forward import CapturedForward
 from quantpress.pipelines.single_token import SingleToken, copied, hides_nothing, uncapturable, windows_of
+from quantpress.presses.model_lock import model_lock
 
 WARM_STEPS = 2
 """Steps that run eagerly, at fixed addresses, before the first capture: libraries and kernels load in them,
@@ -43,6 +46,7 @@ def captured_decoding(
     streamers. Logits are the caller's own copy. The first two tokens run as always, the third is captured
     (about one forward's time), and so is the next after the cache outgrew its room. Other forwards run as
     always too: several tokens at once, padded batches, caches in which a packed layer has no full page yet.
+    Several threads may be inside, each in a context of its own or all in one.
     `DynamicCache`'s own layers, full and sliding, take part with memory of their own. Where a user would
     expect the speed and cannot have it, one warning says why.
 
@@ -77,24 +81,30 @@ def captured_decoding(
     check_choice(cuda_graph)
     if cuda_graph and model.device.type != "cuda":
         raise InvalidInputError(f"cuda_graph=True, but the model is on {model.device}; move it to CUDA")
+    with capturing(model, new_tokens, cuda_graph, compile) as steps:
+        yield steps
+
+
+@contextmanager
+def capturing(
+    model: PreTrainedModel,
+    new_tokens: int | None,
+    cuda_graph: bool | None,
+    compile: bool,
+    shared: bool = True,
+) -> Iterator["CapturedDecoding"]:
+    """`captured_decoding` of arguments that fit together; `shared` as in `Opened`."""
     if compile:
         _check_compiled(model)
-    own = "forward" in vars(model)
-    whole = model.forward
-    steps = CapturedDecoding(model, whole, new_tokens, cuda_graph, compile)
-
-    @functools.wraps(whole)
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        return steps(*args, **kwargs)
-
-    model.forward = forward
+    with model_lock(model):
+        forward = CapturedForward.of(model)
+        steps = CapturedDecoding(model, forward.original, new_tokens, cuda_graph, compile)
+        opened = forward.open(steps, shared)
     try:
         yield steps
     finally:
-        if own:
-            model.forward = whole
-        else:
-            del model.forward
+        with model_lock(model):
+            forward.close(opened)
         steps.close()
 
 
@@ -154,6 +164,7 @@ class CapturedDecoding:
         self.replays = self.captures = self.eager_steps = 0
         self.warned = False
         self.may_capture: Callable[[], bool] = lambda: True
+        self._busy = threading.RLock()  # streamers and their like call from several threads
         self._model, self._forward, self._new_tokens = model, forward, new_tokens
         self._capture = model.device.type == "cuda" and cuda_graph is not False
         self._required = cuda_graph is True
@@ -170,6 +181,10 @@ class CapturedDecoding:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The model's forward."""
+        with self._busy:
+            return self._step(args, kwargs)
+
+    def _step(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         step = SingleToken.read(self._signature, args, kwargs)
         if step is None or self._given_up or torch.is_grad_enabled() or not self._ready(step):
             self._was_step = False
@@ -191,9 +206,10 @@ class CapturedDecoding:
 
     def close(self) -> None:
         """Let the cache grow again, and all memory go."""
-        if self._cache is not None:
-            self._cache.release()
-        self._cache = self._static = self._graph = None
+        with self._busy:
+            if self._cache is not None:
+                self._cache.release()
+            self._cache = self._static = self._graph = None
 
     def _fixed(self) -> FixedCache:
         assert self._cache is not None

@@ -1,7 +1,6 @@
 """One answer: `model.generate` on top of a context that was read, and maybe evicted and packed, before."""
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -55,9 +54,8 @@ def generate_ids(
     inputs = continue_inputs(cache, question_ids, tokens_seen=tokens_seen, history=history)
     if (config.num_beams or 1) > 1:
         _repeat(model, cache, config.num_beams)
-    with _no_other_configuration(model):
-        generate: Any = model.generate
-        ids: torch.Tensor = generate(**inputs, past_key_values=cache, generation_config=config, **extras)
+    generate: Any = model.generate
+    ids: torch.Tensor = generate(**inputs, past_key_values=cache, generation_config=config, **extras)
     return ids[0, inputs["input_ids"].shape[1] :]
 
 
@@ -166,17 +164,6 @@ def uniform_length(cache: Cache) -> int:
             "them all to one length, so use a press that keeps the same number in every layer"
         )
     return lengths.pop()
-
-
-@contextmanager
-def _no_other_configuration(model: PreTrainedModel) -> Iterator[None]:
-    """`generate` would fill empty fields of a configuration, which `answer_config` has decided on."""
-    own = model.generation_config
-    model.generation_config = GenerationConfig()
-    try:
-        yield
-    finally:
-        model.generation_config = own
 
 
 def _last_ids(context_ids: torch.Tensor, kept: int) -> torch.Tensor:

@@ -1,5 +1,6 @@
 """One call on a model, and every `generate` after it uses a compressed cache."""
 
+import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
@@ -17,7 +18,6 @@ from quantpress.pipelines.decoding import refuse_capture, rules_out_press
 from quantpress.pipelines.generate_call import (
     CURRENT_CALL,
     GenerateCall,
-    ModelLock,
     check_call,
     check_model,
     refuse_continuous_batching,
@@ -31,6 +31,7 @@ from quantpress.pipelines.preserve import masks_of_cache
 from quantpress.pipelines.replaced import Replaced
 from quantpress.presses import Compose
 from quantpress.presses.composition import AT_EXIT
+from quantpress.presses.model_lock import ModelLock, model_lock
 from quantpress.presses.model_support import attention_modules
 
 _STATE = "_quantpress_enabled"
@@ -54,6 +55,8 @@ def enable(
     Greedy, sampled, beam, assisted and prompt-lookup decoding work. Guesses that are rejected are dropped
     again; with codes they may move the moment at which a page of tokens is packed, so that assisted decoding
     gives the same tokens as greedy decoding only with a lossless codec.
+
+    Threads may call `generate` at the same time: they take turns, forward by forward.
 
     Args:
         model: decoder-only, with `generate`.
@@ -85,23 +88,26 @@ def enable(
         >>> # with enable(model, Compose([SnapKV, TurboQuant(bits=3)])):
         >>> #     model.generate(**inputs, max_new_tokens=100)
     """
-    if _STATE in vars(model):
-        raise InvalidInputError(
-            f"{type(model).__name__} is enabled already, with {vars(model)[_STATE].press!r}; "
-            "call disable(model) first"
-        )
     check_model(model)
     check_choice(cuda_graph)
     chosen = chosen_press(press, options)
     refuse_capture(rules_out_press(model, chosen), cuda_graph)
-    if not any(isinstance(member, AT_EXIT) for member in chosen):
-        with chosen(model):  # what cannot work with this model says so now
-            pass
-    return Enabled(model, chosen, cuda_graph)
+    with model_lock(model):
+        if _STATE in vars(model):
+            raise InvalidInputError(
+                f"{type(model).__name__} is enabled already, with {vars(model)[_STATE].press!r}; "
+                "call disable(model) first"
+            )
+        if not any(isinstance(member, AT_EXIT) for member in chosen):
+            with chosen(model):  # what cannot work with this model says so now
+                pass
+        return Enabled(model, chosen, cuda_graph)
 
 
 def disable(model: PreTrainedModel) -> None:
     """Undo `enable`: the model is as it was. Does nothing where it is not enabled.
+
+    Calls of `generate` that run in other threads come to their end before.
 
     Raises:
         InvalidInputError: a method of the model was replaced since by something else.
@@ -127,14 +133,13 @@ class Enabled:
 
     Attributes:
         model, press, cuda_graph: the same.
-        lock: held during each forward.
         warned: whether it was said why there is no graph.
         calls: of `generate` that are running.
     """
 
     def __init__(self, model: PreTrainedModel, press: Compose, cuda_graph: bool | None = None) -> None:
         self.model, self.press, self.cuda_graph = model, press, cuda_graph
-        self.lock, self.warned = ModelLock(), False
+        self.warned = self._ending = False
         self.calls: list[GenerateCall] = []
         self._decodes = bool(decode_time_presses(press))
         self._reads_again = any(isinstance(member, AT_EXIT) for member in press)
@@ -146,6 +151,11 @@ class Enabled:
             Replaced(model, "_prepare_cache_for_generation", self._prepare_cache),
             Replaced(model, "init_continuous_batching", refuse_continuous_batching),
         ]
+
+    @property
+    def lock(self) -> ModelLock:
+        """Held during each forward."""
+        return model_lock(self.model)
 
     def __enter__(self) -> "Enabled":
         return self
@@ -159,14 +169,24 @@ class Enabled:
 
     def disable(self) -> None:
         """See `quantpress.disable`."""
-        for replaced in self._replaced:
-            replaced.check()
-        for replaced in self._replaced:
-            replaced.undo()
-        del vars(self.model)[_STATE]
+        with self.lock:
+            for replaced in self._replaced:
+                replaced.check()
+            self._ending = True
+            running = [call for call in self.calls if call.thread is not threading.current_thread()]
+        for call in running:
+            call.ended.wait()
+        with self.lock:
+            if vars(self.model).get(_STATE) is not self:
+                return  # another thread was quicker
+            for replaced in self._replaced:
+                replaced.undo()
+            del vars(self.model)[_STATE]
 
     def _generate(self, generate: Any, *args: Any, **kwargs: Any) -> Any:
         """`model.generate`."""
+        if self._ending:
+            return generate(*args, **kwargs)
         with self.lock if self._decodes else nullcontext(), ExitStack() as presses:
             call = GenerateCall(self, presses)
             token = CURRENT_CALL.set(call)
@@ -191,7 +211,7 @@ class Enabled:
             call.choose_steps(config, mode, self._replaced[0].original)
         given = inputs.get("past_key_values")
         result = prepare(config, inputs, mode, *rest)
-        if given is not None or config.use_cache is False:
+        if given is not None or config.use_cache is False or (call is None and self._ending):
             return result
         made = inputs.get("past_key_values")
         if type(made) is not DynamicCache:

@@ -30,6 +30,8 @@ class GenerateCall:
         cache: the one that this call has made.
         steps: its single-token forwards; None: they run as always.
         samples: whether it draws random numbers between forwards.
+        thread: that made the call.
+        ended: set when the call has ended.
     """
 
     def __init__(self, owner: Any, presses: ExitStack) -> None:
@@ -38,6 +40,7 @@ class GenerateCall:
         self.cache: TextCache | None = None
         self.steps: CapturedDecoding | None = None
         self.samples = False
+        self.thread, self.ended = threading.current_thread(), threading.Event()
         with owner.lock:
             owner.calls.append(self)
 
@@ -78,29 +81,13 @@ class GenerateCall:
             if steps is not None:
                 self.owner.warned |= steps.warned
                 steps.close()
+        self.ended.set()
 
 
 TOKEN_BY_TOKEN = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
 """Ways of decoding whose every step is one token on top of the one before."""
 
 CURRENT_CALL: ContextVar[GenerateCall | None] = ContextVar("generate call", default=None)
-
-
-class ModelLock:
-    """A reentrant lock that copies and pickles as a new one."""
-
-    def __init__(self) -> None:
-        self._lock = threading.RLock()
-
-    def __enter__(self) -> None:
-        self._lock.acquire()
-
-    def __exit__(self, *exception: object) -> None:
-        self._lock.release()
-
-    # A lock itself can do neither; the copy of a model needs none of the original's.
-    def __reduce__(self) -> tuple[type, tuple[()]]:
-        return type(self), ()
 
 
 def check_model(model: Any) -> None:

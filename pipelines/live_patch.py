@@ -10,6 +10,7 @@ from quantpress.pipelines.attention_functions import SDPA, TRIP, functions_taken
 from quantpress.pipelines.attention_record import AttentionRecord
 from quantpress.pipelines.replaced import Replaced
 from quantpress.pipelines.round_trip import RoundTrip
+from quantpress.presses.model_lock import model_lock
 
 _STATE = "_quantpress_attention_patch"
 
@@ -54,11 +55,12 @@ def patch_attention(
             f"model incompatible: a {type(model).__name__} is no torch.nn.Module; of a pipeline give the "
             "part that holds the attention, such as pipe.model, pipe.unet or pipe.transformer"
         )
-    if _STATE in vars(model):
-        raise InvalidInputError(
-            f"the attention of {type(model).__name__} is patched already; remove that first"
-        )
-    return AttentionPatch(model, trip, enabled)
+    with model_lock(model):
+        if _STATE in vars(model):
+            raise InvalidInputError(
+                f"the attention of {type(model).__name__} is patched already; remove that first"
+            )
+        return AttentionPatch(model, trip, enabled)
 
 
 class AttentionPatch:
@@ -97,10 +99,11 @@ class AttentionPatch:
 
     def remove(self) -> None:
         """Put the model's own forward back; does nothing when that is done already."""
-        if self._forward is not None:
-            self._forward.undo()
-            self._forward = None
-            del vars(self.model)[_STATE]
+        with model_lock(self.model):
+            if self._forward is not None:
+                self._forward.undo()
+                self._forward = None
+                del vars(self.model)[_STATE]
 
     def __enter__(self) -> "AttentionPatch":
         return self

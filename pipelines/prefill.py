@@ -24,6 +24,7 @@ from quantpress.errors import InvalidInputError
 from quantpress.pipelines.by_position import FEED_FORWARDS, in_chunks, is_norm
 from quantpress.pipelines.layer_chunks import attention_name, layer_in_chunks
 from quantpress.pipelines.query_chunks import attention_in_chunks
+from quantpress.presses.model_lock import model_lock
 from quantpress.presses.model_support import attention_modules, decoder_of
 
 DEFAULT_CHUNK_TOKENS = 2048
@@ -50,7 +51,7 @@ def chunked_prefill(model: PreTrainedModel, chunk_tokens: int = DEFAULT_CHUNK_TO
     after an exception. Hooks on attention modules and layers run once, around the whole. Attention runs
     whole with gradients, behind tokens that the cache holds already, in caches other than `DynamicCache`,
     and with attention implementations other than "sdpa". A model whose layers are not understood runs
-    whole, and one warning says so.
+    whole, and one warning says so. Other threads wait meanwhile with what they would put on the model.
 
     Args:
         model: a decoder-only model.
@@ -70,7 +71,7 @@ def chunked_prefill(model: PreTrainedModel, chunk_tokens: int = DEFAULT_CHUNK_TO
         _warn_whole(
             f"{type(model).__name__} has no feed-forward block known by name ({', '.join(FEED_FORWARDS)})"
         )
-    with ExitStack() as stack:
+    with model_lock(model), ExitStack() as stack:
         for module in modules:
             stack.enter_context(_other_forward(module, partial(_module_in_chunks, module), chunk_tokens))
         attention = attention_modules(model)

@@ -13,6 +13,7 @@ from quantpress.cache.evicted_slots import MASKS, named_to_hide
 from quantpress.cache.fixed_plain import FixedLayer
 from quantpress.cache.text_cache import TextCache
 from quantpress.pipelines.members import members
+from quantpress.presses.model_lock import model_lock
 from quantpress.presses.model_support import attention_modules
 from quantpress.presses.restore import left_as_found
 
@@ -54,22 +55,23 @@ def preserved_context(cache: Cache, model: PreTrainedModel, press: BasePress | N
 def unchanged_model(model: PreTrainedModel, keep_masks: bool = False) -> Iterator[None]:
     """Take away on exit, also after an exception, all that presses leave on a model.
 
-    `left_as_found` leaves the masks of head-wise presses; here they go too.
+    `left_as_found` leaves the masks of head-wise presses; here they go too. Other threads wait meanwhile.
 
     Args:
         model: the model that presses will be applied to.
         keep_masks: leave `masked_key_indices` after a success, for a caller who goes on with the cache.
     """
-    modules = attention_modules(model)
-    masks = [getattr(module, MASKS, None) for module in modules]
-    with left_as_found(model):
-        yield
-    if not keep_masks:
-        for module, mask in zip(modules, masks, strict=True):
-            if mask is None:
-                vars(module).pop(MASKS, None)
-            else:
-                setattr(module, MASKS, mask)
+    with model_lock(model):
+        modules = attention_modules(model)
+        masks = [getattr(module, MASKS, None) for module in modules]
+        with left_as_found(model):
+            yield
+        if not keep_masks:
+            for module, mask in zip(modules, masks, strict=True):
+                if mask is None:
+                    vars(module).pop(MASKS, None)
+                else:
+                    setattr(module, MASKS, mask)
 
 
 @contextmanager

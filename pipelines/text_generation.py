@@ -13,7 +13,7 @@ from quantpress.cache.fixed_cache import unfixable
 from quantpress.errors import InvalidInputError
 from quantpress.pipelines import arguments as given
 from quantpress.pipelines.cached_context import CachedContext
-from quantpress.pipelines.captured import captured_decoding
+from quantpress.pipelines.captured import capturing
 from quantpress.pipelines.decoding import check_decoding, decides_capture, generate_ids, refuse_capture
 from quantpress.pipelines.enabling import enabled_press
 from quantpress.pipelines.masks import fitted_masks
@@ -84,6 +84,8 @@ class TextGenerationPipeline(KVPressTextGenerationPipeline):
         InvalidInputError: any other argument that cannot be used.
 
     `read` reads a context once and for all: what it returns is taken in place of a text, and can be saved.
+
+    Threads may share a pipeline: the model answers one call after the other, in the order in which they came.
 
     Example:
         >>> # pipe = pipeline("kv-press-text-generation", press=Compose([SnapKV, TurboQuant]))
@@ -256,7 +258,7 @@ class TextGenerationPipeline(KVPressTextGenerationPipeline):
         for layer in cache.layers:
             if isinstance(layer, PackedLayer):
                 layer.reserve(new_tokens)
-        with captured_decoding(self.model, new_tokens=new_tokens, cuda_graph=cuda_graph, compile=compile):
+        with capturing(self.model, new_tokens, cuda_graph, compile, shared=False):
             yield
 
     @contextmanager

@@ -24,6 +24,7 @@ from kvpress import BasePress, ScorerPress
 
 from quantpress.errors import CompositionError, QuantPressError
 from quantpress.presses.demote import Demote
+from quantpress.presses.piping import Pipeable
 from quantpress.presses.turboquant import TurboQuant
 
 AT_EXIT = (kvpress.KVzipPress, kvpress.FastKVzipPress, kvpress.KVComposePress)
@@ -194,7 +195,8 @@ def _check_complete(press: BasePress) -> None:
 
 def _has_own(press: BasePress, base: type[BasePress], *names: str) -> bool:
     own = vars(press)
-    return any(name in own or getattr(type(press), name) is not getattr(base, name) for name in names)
+    inherited = {name: (getattr(base, name), getattr(Pipeable, name, None)) for name in names}
+    return any(name in own or getattr(type(press), name) not in inherited[name] for name in names)
 
 
 def _check_quantizer(presses: tuple[BasePress, ...]) -> None:

@@ -1,15 +1,30 @@
-"""The `|` between presses: `SnapKV(0.5) | TurboQuant(4)` is `Compose([SnapKV(0.5), TurboQuant(4)])`."""
+"""What our presses have beside kvpress's: `|`, and one thread at a time on a model.
 
+`SnapKV(0.5) | TurboQuant(4)` is `Compose([SnapKV(0.5), TurboQuant(4)])`.
+"""
+
+from collections.abc import Generator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from kvpress import BasePress
+from transformers.modeling_utils import PreTrainedModel
+
+from quantpress.presses.model_lock import model_lock
 
 if TYPE_CHECKING:
     from quantpress.presses.compose import Compose
 
 
 class Pipeable:
-    """Adds `|` to a press. The other side may be any press, or a press class."""
+    """Goes before a press class of kvpress: adds `|`, whose other side may be any press or press class."""
+
+    @contextmanager
+    def __call__(self, model: PreTrainedModel) -> Generator[None, None, None]:
+        """Apply the press to every prefill inside the context; other threads wait for the model meanwhile."""
+        upstream: Any = super()
+        with model_lock(model), upstream.__call__(model):
+            yield
 
     def __or__(self, other: Any) -> "Compose":
         return _compose(self, other) if _is_press(other) else NotImplemented

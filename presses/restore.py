@@ -13,6 +13,8 @@ from torch import nn
 from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from quantpress.cache.attention import reads_packed
+from quantpress.presses.model_lock import model_lock
 from quantpress.presses.model_support import attention_modules, decoder_of
 
 _KEPT = "masked_key_indices"  # head-wise presses leave it on purpose, for attention after the prefill
@@ -26,9 +28,16 @@ def left_as_found(model: nn.Module) -> Iterator[None]:
 
     Always: attributes that were added to attention modules are removed and `forward` is put back where it was
     replaced (presses remove their hooks themselves). After an exception also: kvpress's
-    `masked_key_indices`, the attention implementation, transformers' attention functions, and a cache whose
-    prefill did not come to its end is empty again.
+    `masked_key_indices`, the attention implementation, transformers' attention functions but for ours, which
+    other threads may need, and a cache whose prefill did not come to its end is empty again. Other threads
+    wait until then with what they would put on the model (`model_lock`).
     """
+    with model_lock(model), _restored(model):
+        yield
+
+
+@contextmanager
+def _restored(model: nn.Module) -> Iterator[None]:
     modules = attention_modules(model)
     undo_forward = [_undo_attribute(part, "forward") for part in _parts(model)]
     before = [_Attributes(module) for module in modules]
@@ -120,7 +129,10 @@ def _undo_attribute(owner: Any, name: str) -> Callable[[], None]:
 
 
 def _restore_functions(before: dict[str, Any]) -> None:
+    """Undo what presses did to functions that all models share; ours stay, other threads may need them."""
     for name, function in list(ALL_ATTENTION_FUNCTIONS.items()):
+        if reads_packed(function) or type(function).__module__.startswith("quantpress."):
+            continue
         if name not in before:
             del ALL_ATTENTION_FUNCTIONS[name]
         elif function is not before[name]:

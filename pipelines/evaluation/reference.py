@@ -1,5 +1,6 @@
 """What the uncompressed model says about a document, and the queries with which it reads its context."""
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -11,8 +12,10 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from quantpress.cache.attention import install_packed_attention
 from quantpress.pipelines.evaluation.teacher_forcing import float32_logits
+from quantpress.presses.model_support import attention_modules
 
 _PASSED_ON = ("scaling", "softcap", "s_aux")
+_RECORDING = threading.RLock()
 
 
 @dataclass(frozen=True)
@@ -83,10 +86,18 @@ def read_reference(model: PreTrainedModel, ids: torch.Tensor, context: int, quer
 def _recorded(
     model: PreTrainedModel, calls: dict[int, AttentionCall], context: int, queries: int
 ) -> Iterator[None]:
-    """Wrap the model's attention function for one forward."""
+    """Wrap the model's attention function for one forward; all models share it, so one at a time."""
     if not queries:
         yield
         return
+    with _RECORDING:
+        yield from _recorded_alone(model, calls, context, queries)
+
+
+def _recorded_alone(
+    model: PreTrainedModel, calls: dict[int, AttentionCall], context: int, queries: int
+) -> Iterator[None]:
+    own, this = set(attention_modules(model)), threading.current_thread()
     install_packed_attention()
     name = model.config._attn_implementation
     function: Any = ALL_ATTENTION_FUNCTIONS[name]
@@ -99,7 +110,8 @@ def _recorded(
         *args: Any,
         **kwargs: Any,
     ) -> Any:
-        if kwargs.get("sliding_window") is None:
+        mine = module in own and threading.current_thread() is this
+        if mine and kwargs.get("sliding_window") is None:
             layer: Any = module.layer_idx
             calls[layer] = AttentionCall(
                 module,

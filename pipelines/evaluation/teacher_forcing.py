@@ -15,6 +15,7 @@ from transformers import Cache, PreTrainedModel
 
 from quantpress.errors import InvalidInputError
 from quantpress.pipelines.masks import fitted_masks
+from quantpress.presses.model_lock import model_lock
 
 CHUNK_TOKENS = 64
 
@@ -59,8 +60,14 @@ def score_continuation(
 def float32_logits(model: PreTrainedModel) -> Iterator[None]:
     """While inside, the language-modelling head multiplies in float32.
 
-    In bf16 logits are rounded to steps of up to 0.125, which adds some 1e-3 nats to every divergence.
+    In bf16 logits are rounded to steps of up to 0.125, which adds some 1e-3 nats to every divergence. Other
+    threads wait meanwhile.
     """
+    with model_lock(model):
+        yield from _float32_logits(model)
+
+
+def _float32_logits(model: PreTrainedModel) -> Iterator[None]:
     head = model.get_output_embeddings()
     if head is None or not isinstance(getattr(head, "weight", None), torch.Tensor):
         yield

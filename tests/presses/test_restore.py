@@ -13,6 +13,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from quantpress.cache import PackedLayer, install_packed_attention, uninstall_packed_attention
+from quantpress.cache.attention import model_eager_attention
 from quantpress.errors import InvalidInputError
 from quantpress.presses import (
     AdaKV,
@@ -72,7 +73,12 @@ def without_masks(state: dict[str, Any]) -> dict[str, Any]:
 
 
 def functions() -> dict[str, Any]:
-    return {name: ALL_ATTENTION_FUNCTIONS[name] for name in list(ALL_ATTENTION_FUNCTIONS.keys())}
+    """Transformers' attention functions, whether packed attention is installed around them or not."""
+    found = {
+        name: getattr(function, "_quantpress_original", function)
+        for name, function in ALL_ATTENTION_FUNCTIONS.items()
+    }
+    return {name: function for name, function in found.items() if function is not model_eager_attention}
 
 
 @contextmanager
