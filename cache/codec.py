@@ -153,8 +153,9 @@ class TurboQuantCodec:
         if samples < 2:
             raise InvalidInputError(f"samples must be at least 2, got {samples}")
         generator = torch.Generator().manual_seed(seed)
-        x = torch.randn(samples, self.spec.head_dim, generator=generator)
-        x *= torch.exp2(4 * torch.rand(samples, 1, generator=generator))  # lengths over four binades
+        x = torch.empty(samples, self.spec.head_dim, dtype=torch.float32, device="cpu")
+        x.normal_(generator=generator)
+        x *= torch.exp2(4 * x.new_empty(samples, 1).uniform_(generator=generator))  # lengths over four binades
         decoded = self.decode(self.encode(x, ChannelTransform()))  # no channel stands out
         energy = x.square().sum(-1)
         bias = ((x * decoded).sum(-1) / energy).mean() - 1

@@ -68,8 +68,8 @@ def benchmark(codec: "TurboQuantCodec", vectors: int, device: torch.device, repe
         if count < 1:
             raise InvalidInputError(f"{name} must be at least 1, got {count}")
     dim = codec.spec.head_dim
-    x = torch.randn(vectors, dim, device=device).bfloat16()
-    q = torch.randn(QUERIES, dim, device=device)
+    x = torch.randn(vectors, dim, dtype=torch.float32, device=device).bfloat16()
+    q = torch.randn(QUERIES, dim, dtype=torch.float32, device=device)
     other, packed, narrow = torch.empty_like(x), codec.encode(x), q.bfloat16()
 
     def seconds(work: Callable[[], Any]) -> float:

@@ -49,7 +49,7 @@ def estimate(
     grouped = spread.reshape(prod(lead), -1, spec.head_dim)
     scores = _by_entry(grouped, planes, spec, vectors)  # [entries, more queries, N]
     scores = scores.view(*spread.shape[:-1], vectors)
-    back = torch.tensor(order).argsort().tolist()
+    back = sorted(range(len(order)), key=order.__getitem__)
     return scores.permute(back) + bias.unsqueeze(-1)
 
 

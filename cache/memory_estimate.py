@@ -83,7 +83,7 @@ def head_wise_bytes(settings: LayerSettings, hidden: torch.Tensor, balanced: boo
 
 def page_nbytes(codec: PageCodec) -> int:
     """Bytes of a page of one head, scales included: what the codec makes of a page of zeros."""
-    page = torch.zeros(1, 1, PAGE_TOKENS, codec.head_dim, dtype=torch.bfloat16)
+    page = torch.zeros(1, 1, PAGE_TOKENS, codec.head_dim, dtype=torch.bfloat16, device="cpu")
     return sum(plane.nbytes for plane in codec.encode(page, ChannelTransform()).values())
 
 

@@ -98,7 +98,7 @@ class PagedAttention(PagedSequences):
             raise InvalidInputError(f"{query_heads} query heads are not a multiple of {kv_heads} KV heads")
         if max_tokens is not None and max_tokens < 1:
             raise InvalidInputError(f"max_tokens is {max_tokens}; give 1 or more, or leave it out")
-        pool = PagePool(settings, size, dtype, torch.empty(0, device=device).device)
+        pool = PagePool(settings, size, dtype, torch.empty(0, dtype=dtype, device=device).device)
         super().__init__(pool, max_tokens)
         self.query_heads = query_heads
 
@@ -224,7 +224,7 @@ class PagedAttention(PagedSequences):
         tables = [self.block_tables, self.context_lens, self.page_counts]
         slots = None
         if sequences is not None and chosen != list(range(self.pool.size.slots)):
-            slots = torch.tensor(chosen, dtype=torch.int64).to(self.device, non_blocking=True)
+            slots = torch.tensor(chosen, dtype=torch.int64, device="cpu").to(self.device, non_blocking=True)
             tables = [table.index_select(0, slots) for table in tables]
         if sequences is not None or self.device.type == "cpu":  # a graph would keep the number of now
             tables[0] = tables[0][:, : max([1, *(blocks for blocks, _ in held)])]

@@ -224,10 +224,11 @@ class PagedSequences:
         if not sequences:
             return
         known = [(number, self._sequences[number]) for number in sequences]
-        counts = torch.tensor([[number, of.tokens, len(of.blocks)] for number, of in known])
+        listed = [[number, of.tokens, len(of.blocks)] for number, of in known]
+        counts = torch.tensor(listed, dtype=torch.int64, device="cpu")
         slots, tokens, pages = counts.T.contiguous().to(self.pool.device, non_blocking=True)
         self.context_lens[slots] = tokens.int()
         self.page_counts[slots] = pages.int()
         for number in moved:
             blocks = self._sequences[number].blocks
-            self.block_tables[number, : len(blocks)] = torch.tensor(blocks, dtype=torch.int32)
+            self.block_tables[number, : len(blocks)] = torch.tensor(blocks, dtype=torch.int32, device="cpu")

@@ -87,8 +87,8 @@ class PoolSide:
             self.sinks = empty.new_zeros(*lead, sink_tokens, dim)
             self.window = empty.new_zeros(*lead, window_tokens, dim)
             neutral = {
-                "mean": torch.zeros(dim, device=device),
-                "weight": torch.ones(dim, device=device),
+                "mean": torch.zeros(dim, dtype=torch.float32, device=device),
+                "weight": torch.ones(dim, dtype=torch.float32, device=device),
                 "order": torch.arange(dim, dtype=torch.int16, device=device),
             }
             self._neutral = {name: neutral[name] for name in parts}

@@ -118,7 +118,7 @@ class PoolStorage:
         chosen = [p for p in packings if len(p.blocks) == size and not p.first]
         if not chosen:
             return []
-        slots = torch.tensor([p.slot for p in chosen], device=self.device)
+        slots = torch.tensor([p.slot for p in chosen], dtype=torch.int64, device=self.device)
         planes = []
         for side in (self.keys, self.values):
             states = side.window[:, slots, :, : size * PAGE_TOKENS].flatten(0, 1)
@@ -134,7 +134,7 @@ class PoolStorage:
         return first_pages(self.settings, layer, slot, blocks, keys, values, moment)
 
     def _store(self, pages: Pages) -> None:
-        layers, places = torch.tensor(pages.layers, device=self.device), self._places(pages.blocks)
+        layers, places = torch.tensor(pages.layers, dtype=torch.int64, device=self.device), self._places(pages.blocks)
         for side, planes in zip((self.keys, self.values), pages.planes, strict=True):
             side.store(planes, layers, places)
         if pages.made is not None:
@@ -182,7 +182,7 @@ class PoolStorage:
         whole = []
         front = self.settings.sink_tokens if blocks else 0
         held = tokens - front - len(blocks) * PAGE_TOKENS
-        slots, places = torch.tensor([slot], device=self.device), self._places([blocks])[0]
+        slots, places = torch.tensor([slot], dtype=torch.int64, device=self.device), self._places([blocks])[0]
         for side in (self.keys, self.values):
             parts = [side.sinks[layer, slot, :, :front]]
             if blocks:

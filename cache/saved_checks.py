@@ -121,7 +121,7 @@ def _check_transform(transform: ChannelTransform, shape: tuple[int, ...], side: 
 
 @lru_cache(maxsize=64)
 def _one_page(codec: Any, dtype: torch.dtype) -> dict[str, Tensor]:
-    vectors = torch.zeros(1, 1, PAGE_TOKENS, codec.head_dim, dtype=dtype)
+    vectors = torch.zeros(1, 1, PAGE_TOKENS, codec.head_dim, dtype=dtype, device="cpu")
     page: dict[str, Tensor] = codec.encode(vectors, ChannelTransform())
     return page
 

@@ -46,7 +46,7 @@ def constants_digest(spec: CodecSpec) -> str:
     digest = hashlib.sha256()
     for group in range(len(spec.groups)):
         digest.update(_grid(spec.rotation_of(group).matrix()))
-        digest.update(_grid(torch.tensor(spec.codebook_of(group).levels, dtype=torch.float64)))
+        digest.update(_grid(torch.tensor(spec.codebook_of(group).levels, dtype=torch.float64, device="cpu")))
     if spec.estimator == "prod":
         digest.update(_grid(spec.sketch_matrix()))
     return digest.hexdigest()

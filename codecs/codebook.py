@@ -66,14 +66,14 @@ class Codebook:
     def level_tensor(
         self, device: torch.device | str | None = None, dtype: torch.dtype = torch.float32
     ) -> Tensor:
-        """[2**bits] levels as a tensor."""
-        return torch.tensor(self.levels, dtype=dtype, device=device)
+        """[2**bits] levels as a tensor, on the CPU when no device is given."""
+        return torch.tensor(self.levels, dtype=dtype, device="cpu" if device is None else device)
 
     def threshold_tensor(
         self, device: torch.device | str | None = None, dtype: torch.dtype = torch.float32
     ) -> Tensor:
-        """[2**bits - 1] thresholds as a tensor."""
-        return torch.tensor(self.thresholds, dtype=dtype, device=device)
+        """[2**bits - 1] thresholds as a tensor, on the CPU when no device is given."""
+        return torch.tensor(self.thresholds, dtype=dtype, device="cpu" if device is None else device)
 
     def quantize(self, u: Tensor) -> Tensor:
         """Codes of the nearest levels: [...] floating -> [...] uint8."""

@@ -17,6 +17,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from quantpress.codecs.surroundings import exact_product
+
 SQRT_HALF_PI = math.sqrt(math.pi / 2)
 
 
@@ -32,7 +34,7 @@ def sketch_matrix(
 
 def sketch(residual: Tensor, matrix: Tensor) -> Tensor:
     """Signs of S r: [..., D] floating and S [D, D] -> [..., D] of +1 and -1 in r's dtype (0 counts as +1)."""
-    projected = residual @ matrix.T
+    projected = exact_product(residual, matrix.T)
     return torch.where(projected < 0, -1.0, 1.0).to(residual.dtype)
 
 
@@ -47,7 +49,7 @@ def decode_sketch(signs: Tensor, norm: Tensor, matrix: Tensor) -> Tensor:
     Returns:
         sqrt(pi/2) / D * |r| * S^T signs, [..., D].
     """
-    return (signs @ matrix) * (norm * (SQRT_HALF_PI / matrix.shape[0]))[..., None]
+    return exact_product(signs, matrix) * (norm * (SQRT_HALF_PI / matrix.shape[0]))[..., None]
 
 
 def sketch_variance(residual_norm: float, query_norm: float, cosine: float, dim: int) -> float:

@@ -13,6 +13,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from quantpress.codecs.surroundings import exact_product
 from quantpress.errors import InvalidInputError
 
 ROTATION_KINDS = ("hadamard", "haar", "identity")
@@ -68,7 +69,8 @@ class Rotation:
         """Rotate: y = x @ R.T.
 
         Args:
-            x: [..., D] floating. 16-bit input is rotated in float32.
+            x: [..., D] floating. 16-bit input is rotated in float32, also where `torch.autocast` or
+                `torch.set_float32_matmul_precision` would have less.
 
         Returns:
             [..., D] on x's device, float64 for float64 input and float32 otherwise.
@@ -77,12 +79,12 @@ class Rotation:
             InvalidInputError: x's last dimension is not D, or x is not floating.
         """
         x = self._checked(x)
-        return x if self.kind == "identity" else x @ self.matrix(x.device, x.dtype).T
+        return x if self.kind == "identity" else exact_product(x, self.matrix(x.device, x.dtype).T)
 
     def inverse(self, y: Tensor) -> Tensor:
         """Undo `forward`: x = y @ R. Arguments, result and errors as for `forward`."""
         y = self._checked(y)
-        return y if self.kind == "identity" else y @ self.matrix(y.device, y.dtype)
+        return y if self.kind == "identity" else exact_product(y, self.matrix(y.device, y.dtype))
 
     def _checked(self, x: Tensor) -> Tensor:
         if x.ndim == 0 or x.shape[-1] != self.dim:

@@ -34,8 +34,8 @@ class RunningMoments:
     def __init__(self, head_dim: int) -> None:
         self.head_dim = head_dim
         self.count = 0
-        self._mean = torch.zeros(head_dim, dtype=torch.float64)
-        self._deviation = torch.zeros(head_dim, dtype=torch.float64)
+        self._mean = torch.zeros(head_dim, dtype=torch.float64, device="cpu")
+        self._deviation = torch.zeros(head_dim, dtype=torch.float64, device="cpu")
 
     def update(self, x: Tensor) -> None:
         """Take more vectors [..., D] floating into account.

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from quantpress.codecs.budget import ChannelGroup
 from quantpress.codecs.moments import finite, relative_moment, token_energy, token_mean
+from quantpress.codecs.surroundings import in_named_dtypes
 from quantpress.errors import InvalidInputError
 
 DEFAULT_FLOOR = 0.05
@@ -125,6 +126,7 @@ class ChannelTransform:
         return x.float()
 
 
+@in_named_dtypes
 def key_statistics(
     keys: Tensor,
     query_moment: Tensor | None,
@@ -169,6 +171,7 @@ def key_statistics(
     return ChannelTransform(centre, weight, order)
 
 
+@in_named_dtypes
 def value_statistics(
     values: Tensor, groups: Sequence[ChannelGroup], in_use: Tensor | None = None
 ) -> ChannelTransform:

@@ -233,7 +233,7 @@ def _quad_codes(bits: int) -> Tensor:
     half = (1 << (bits - 1)) - 1
     lanes = []
     with torch.inference_mode(False):  # kept: must stay usable outside inference mode
-        index = torch.arange(_QUAD_INDICES[bits])
+        index = torch.arange(_QUAD_INDICES[bits], device="cpu")
         for lane, sign_bit in enumerate(_QUAD_SIGNS):
             field = index >> (4 * lane)
             negative = (index >> sign_bit) & 1

@@ -45,7 +45,7 @@ def rotation_matrix(rotation: Rotation, device: torch.device, inverse: bool = Fa
             high = (exact / factor).half()
             parts = [high, exact / factor - high.double()]
         size = padded(rotation.dim)
-        halves = torch.zeros(len(parts), size, size, dtype=torch.float16)
+        halves = torch.zeros(len(parts), size, size, dtype=torch.float16, device="cpu")
         for half, part in zip(halves, parts, strict=True):
             half[: rotation.dim, : rotation.dim] = part.half()
         return RotationMatrix(halves.to(device), factor)

@@ -38,7 +38,7 @@ def in_chunks(part: Callable[[int, int], Any], tokens: int, chunk_tokens: int) -
     Raises:
         InvalidInputError: flat results of several sequences.
     """
-    whole = torch.empty(0)
+    whole = torch.empty(0, dtype=torch.float32, device="cpu")
     others: list[Iterable[Any]] = []
     single = True
     for start in range(0, tokens, chunk_tokens):

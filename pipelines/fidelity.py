@@ -15,6 +15,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from quantpress.cache import PackedLayer
 from quantpress.cache.visibility import causal_mask
+from quantpress.codecs.surroundings import in_named_dtypes
 from quantpress.errors import InvalidInputError, UnsupportedModelError
 from quantpress.kernels.layout import PAGE_TOKENS
 from quantpress.pipelines.prefill import backbone
@@ -175,6 +176,7 @@ def _compared(
     )
 
 
+@in_named_dtypes
 def _attended(
     query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, seen: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:

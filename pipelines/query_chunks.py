@@ -95,7 +95,7 @@ class _States:
         self._cache = cache
         self._tokens = tokens
         self._filled = 0
-        self._keys = self._values = torch.empty(0)
+        self._keys = self._values = torch.empty(0, dtype=torch.float32, device="cpu")
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._cache, name)

@@ -19,6 +19,7 @@ Measured on SmolLM2-135M: KL to the unquantized model in nats, 256 tokens behind
 
 import torch
 
+from quantpress.codecs.surroundings import without_autocast
 from quantpress.presses.prefill import PrefillCall
 from quantpress.presses.queries import last_queries
 
@@ -74,9 +75,10 @@ def _mean_attention(call: PrefillCall, keys: torch.Tensor, hidden: torch.Tensor 
     grouped = queries.reshape(batch, heads, -1, dim)  # [B, Hkv, G * W, D]
     scaling = getattr(call.module, "scaling", dim**-0.5)
     attention = torch.empty(keys.shape[:3], dtype=torch.float32, device=keys.device)
-    for head in range(heads):
-        scores = grouped[:, head].float() @ keys[:, head].float().mT * scaling  # [B, G * W, T]
-        if hidden is not None:
-            scores.masked_fill_(hidden[:, head, None], torch.finfo(scores.dtype).min)
-        attention[:, head] = scores.softmax(dim=-1).mean(dim=1)
+    with without_autocast():
+        for head in range(heads):
+            scores = grouped[:, head].float() @ keys[:, head].float().mT * scaling  # [B, G * W, T]
+            if hidden is not None:
+                scores.masked_fill_(hidden[:, head, None], torch.finfo(scores.dtype).min)
+            attention[:, head] = scores.softmax(dim=-1).mean(dim=1)
     return attention

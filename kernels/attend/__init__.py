@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from quantpress.codecs.surroundings import in_named_dtypes
 from quantpress.errors import InvalidInputError
 from quantpress.kernels.attend.operands import DenseSegment, PackedSegment, PackedSide, Segment, Visibility
 from quantpress.kernels.attend.reference import attend_reference
@@ -15,6 +16,7 @@ from quantpress.kernels.available import runs_triton
 __all__ = ["DenseSegment", "PackedSegment", "PackedSide", "Segment", "Visibility", "attend"]
 
 
+@in_named_dtypes
 def attend(
     query: torch.Tensor,
     segments: Sequence[Segment],

@@ -33,7 +33,7 @@ def lookup_table(keys: Codebook, values: Codebook, device: torch.device) -> torc
                 levels = levels[len(levels) // 2 :]
             held = [(level - 1) // 2 & 0xFF for level in levels] + [0] * (8 - len(levels))
             rows += [sum(byte << (8 * i) for i, byte in enumerate(held[at : at + 4])) for at in (0, 4)]
-        words = torch.tensor(rows, dtype=torch.int64).to(torch.int32)  # wraps to the same bits
+        words = torch.tensor(rows, dtype=torch.int64, device="cpu").to(torch.int32)  # wraps to the same bits
         return words[:, None].expand(-1, LANES).contiguous().to(device)
 
 

@@ -4,10 +4,12 @@ import contextlib
 
 import torch
 
+from quantpress.codecs.surroundings import in_named_dtypes
 from quantpress.kernels.available import runs_triton
 from quantpress.kernels.combine.reference import combine_reference
 
 
+@in_named_dtypes
 def combine_attention(
     output: torch.Tensor, log_sum: torch.Tensor, other: torch.Tensor, other_log_sum: torch.Tensor
 ) -> None:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from quantpress.codecs.spec import CodecSpec
+from quantpress.codecs.surroundings import in_named_dtypes
 from quantpress.codecs.transform import ChannelTransform
 from quantpress.kernels.available import runs_triton
 from quantpress.kernels.decode.reference import (
@@ -20,6 +21,7 @@ from quantpress.kernels.decode.reference import (
 __all__ = ["decode_code_space", "decode_pages", "from_code_space", "to_code_space"]
 
 
+@in_named_dtypes
 def decode_code_space(planes: dict[str, Tensor], spec: CodecSpec) -> Tensor:
     """Decode pages into code space, where q.x = to_code_space(query(q)) . y + bias(q).
 
@@ -46,6 +48,7 @@ def decode_code_space(planes: dict[str, Tensor], spec: CodecSpec) -> Tensor:
     return decode_code_space_reference(planes, spec)
 
 
+@in_named_dtypes
 def decode_pages(
     planes: dict[str, Tensor], spec: CodecSpec, transform: ChannelTransform, dtype: torch.dtype
 ) -> Tensor:

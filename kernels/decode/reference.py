@@ -13,6 +13,7 @@ from torch import Tensor
 from quantpress.codecs.codebook import Codebook
 from quantpress.codecs.qjl import SQRT_HALF_PI
 from quantpress.codecs.spec import CodecSpec
+from quantpress.codecs.surroundings import exact_product
 from quantpress.codecs.transform import ChannelTransform
 from quantpress.errors import InvalidInputError
 from quantpress.kernels.layout import PAGE_TOKENS, page_bytes, page_table, read_pages
@@ -41,7 +42,8 @@ def decode_code_space_reference(planes: dict[str, Tensor], spec: CodecSpec) -> T
     if spec.estimator == "prod":
         signs = torch.empty_like(out)  # times the residual norm
         _decode_plane(planes["sketch"], planes["residual"], sign_table(device), 1, spec.role, signs)
-        out += (signs @ spec.sketch_matrix(device, torch.float32)).mul_(SQRT_HALF_PI / spec.head_dim)
+        sketched = exact_product(signs, spec.sketch_matrix(device, torch.float32))
+        out += sketched.mul_(SQRT_HALF_PI / spec.head_dim)
     return result
 
 
@@ -130,4 +132,4 @@ def level_table(book: Codebook, device: torch.device) -> Tensor:
 def sign_table(device: torch.device) -> Tensor:
     """The same for the signs of a sketch."""
     with torch.inference_mode(False), torch.no_grad():
-        return page_table(torch.tensor([-1.0, 1.0], device=device), 1)
+        return page_table(torch.tensor([-1.0, 1.0], dtype=torch.float32, device=device), 1)

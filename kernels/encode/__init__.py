@@ -3,6 +3,7 @@
 from torch import Tensor
 
 from quantpress.codecs.spec import CodecSpec
+from quantpress.codecs.surroundings import in_named_dtypes
 from quantpress.codecs.transform import ChannelTransform
 from quantpress.kernels.available import runs_triton
 from quantpress.kernels.encode.reference import check_vectors, encode_pages_reference
@@ -10,6 +11,7 @@ from quantpress.kernels.encode.reference import check_vectors, encode_pages_refe
 __all__ = ["encode_pages"]
 
 
+@in_named_dtypes
 def encode_pages(x: Tensor, spec: CodecSpec, transform: ChannelTransform) -> dict[str, Tensor]:
     """Quantize vectors and pack their codes into pages.
 

@@ -136,7 +136,7 @@ def _matrix(
     """[128, 128] of -unit and unit, columns in the order of the kernel's tiles, and the rotation's factor."""
     with torch.inference_mode(False), torch.no_grad():  # kept: must stay usable outside inference mode
         matrix = rotation_matrix(rotation, torch.device("cpu"))
-        column = torch.arange(CHANNELS)
+        column = torch.arange(CHANNELS, device="cpu")
         o, e, t, s = column // 16, column // 8 % 2, column // 2 % 4, column % 2
         channel = 2 * e + s + (16 * o + 4 * t if values else 64 * (o // 4) + 16 * t + 4 * (o % 4))
         entries = (matrix.halves[0].float() * unit).to(dtype)
@@ -147,5 +147,5 @@ def _matrix(
 def _table(book: Codebook, values: bool, device: torch.device) -> Tensor:
     """[12] int32: each number of `octet_table` once for each lane t."""
     with torch.inference_mode(False), torch.no_grad():
-        words = torch.tensor(octet_table(book, values), dtype=torch.int32)
+        words = torch.tensor(octet_table(book, values), dtype=torch.int32, device="cpu")
         return words.repeat_interleave(4).to(device)

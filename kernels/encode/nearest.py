@@ -52,13 +52,13 @@ class NearestLevel:
 def nearest_level(book: Codebook, device: torch.device) -> NearestLevel:
     """The rounding of a codebook on a device; cached."""
     with torch.inference_mode(False), torch.no_grad():  # kept: must stay usable outside inference mode
-        thresholds = book.threshold_tensor()
+        thresholds = book.threshold_tensor("cpu")
         gap = float(thresholds.double().diff().min()) if len(thresholds) > 1 else 1.0
         width = gap / CELLS_PER_GAP
         origin = float(thresholds[0]) - 2 * width
         cells = int((float(thresholds[-1]) - origin) / width) + 3
-        starts = origin + width * torch.arange(cells, dtype=torch.float64)
+        starts = origin + width * torch.arange(cells, dtype=torch.float64, device="cpu")
         first = torch.searchsorted(thresholds.double(), starts - width, out_int32=True)
-        endless = torch.cat((thresholds, torch.tensor([float("inf")])))
+        endless = torch.cat((thresholds, thresholds.new_tensor([float("inf")])))
         levels = book.level_tensor(device)
         return NearestLevel(levels, endless.to(device), first.to(device), origin, 1 / width)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from quantpress.codecs.rotation import Rotation
 from quantpress.codecs.spec import CodecSpec
+from quantpress.codecs.surroundings import exact_product
 from quantpress.codecs.transform import ChannelTransform
 from quantpress.errors import InvalidInputError, NonFiniteError
 from quantpress.kernels.encode.nearest import nearest_level
@@ -77,7 +78,7 @@ def _encode_chunk(x: Tensor, spec: CodecSpec, transform: ChannelTransform) -> di
         if spec.estimator == "prod":
             stored = (scale.float() / norm.masked_fill(norm == 0, 1.0)).unsqueeze(-1)
             residual = unit - stored * levels
-            sketch = residual @ spec.sketch_matrix(x.device, torch.float32).T >= 0
+            sketch = exact_product(residual, spec.sketch_matrix(x.device, torch.float32).T) >= 0
             planes["sketch"] = pack_pages(sketch.to(torch.uint8), 1, spec.role)
             planes["residual"] = _saturate(norm * torch.linalg.vector_norm(residual, dim=-1), dtype)
     return planes

@@ -239,7 +239,7 @@ def _assembly(book: Codebook, spec: CodecSpec) -> tuple[str, str, float]:
 def _grid_table(book: Codebook, device: torch.device) -> tuple[Tensor, int]:
     with torch.inference_mode(False), torch.no_grad():
         nearest = nearest_level(book, torch.device("cpu"))
-        ends = torch.tensor([nearest.origin, nearest.pitch])
+        ends = nearest.levels.new_tensor([nearest.origin, nearest.pitch])
         table = torch.cat((nearest.thresholds, nearest.levels, ends, nearest.first.float()))
         return table.to(device), len(nearest.first)
 

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from quantpress.codecs.spec import CodecSpec
+from quantpress.codecs.surroundings import in_named_dtypes
 from quantpress.errors import InvalidInputError
 from quantpress.kernels.decode.reference import check_planes
 from quantpress.kernels.score.reference import inner_products_reference
@@ -11,6 +12,7 @@ from quantpress.kernels.score.reference import inner_products_reference
 __all__ = ["inner_products"]
 
 
+@in_named_dtypes
 def inner_products(query: Tensor, planes: dict[str, Tensor], spec: CodecSpec) -> Tensor:
     """Estimate q.x for every query and packed vector.
 

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from quantpress.codecs.qjl import SQRT_HALF_PI
 from quantpress.codecs.spec import CodecSpec
+from quantpress.codecs.surroundings import exact_product
 from quantpress.kernels.decode.reference import WORKSPACE_VALUES, level_table, sign_table
 from quantpress.kernels.layout import PAGE_TOKENS, read_pages
 
@@ -22,7 +23,7 @@ def inner_products_reference(query: Tensor, planes: dict[str, Tensor], spec: Cod
         _add(out, part, planes[f"codes{i}"], planes[f"scale{i}"], table, group.bits, spec.role)
         start += group.channels
     if spec.estimator == "prod":
-        sketched = query @ spec.sketch_matrix(device, torch.float32).T * (SQRT_HALF_PI / dim)
+        sketched = exact_product(query, spec.sketch_matrix(device, torch.float32).T) * (SQRT_HALF_PI / dim)
         _add(out, sketched, planes["sketch"], planes["residual"], sign_table(device), 1, spec.role)
     return out
 

@@ -12,6 +12,7 @@ from transformers import Cache, PreTrainedModel
 
 from quantpress.cache import CacheMemory
 from quantpress.cache.states import PackedStates
+from quantpress.codecs.surroundings import in_named_dtypes
 from quantpress.pipelines.evaluation.reference import AttentionCall, Reference, attend
 from quantpress.pipelines.evaluation.teacher_forcing import divergence
 
@@ -93,6 +94,7 @@ def _attention_divergence(call: AttentionCall, keys: torch.Tensor) -> torch.Tens
     return divergence(_log_weights(call, call.keys), _log_weights(call, dense)).mean(-1)
 
 
+@in_named_dtypes
 def _log_weights(call: AttentionCall, keys: torch.Tensor) -> torch.Tensor:
     """[B, Hq, n, T] float32 log of the attention weights; a softcap and learned sinks are left out."""
     groups = call.query.shape[1] // keys.shape[1]

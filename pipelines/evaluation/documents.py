@@ -132,4 +132,5 @@ class _Source:
 
     def document(self, name: str, at: int, context: int, continuation: int) -> Document:
         own = context + continuation - len(self.before)
-        return Document(name, torch.tensor([*self.before, *self.tokens[at : at + own]]), context)
+        ids = [*self.before, *self.tokens[at : at + own]]
+        return Document(name, torch.tensor(ids, dtype=torch.int64, device="cpu"), context)

@@ -72,7 +72,7 @@ class FilledKVzip(KVzip):
 
     def _hidden(self, module: Any) -> torch.Tensor:
         """[1, Hkv, T] bool, on the CPU, where kvpress keeps the names of slots."""
-        hidden = torch.zeros(self.score_val.shape[1:], dtype=torch.bool)
+        hidden = torch.zeros(self.score_val.shape[1:], dtype=torch.bool, device="cpu")
         hidden[tuple(index.cpu() for index in module.masked_key_indices)] = True
         return hidden
 

@@ -123,7 +123,7 @@ class _Said(StoppingCriteria):
     def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
         texts = [self.decode(ids[1:]) for ids in input_ids]  # the first is the context's last
         said = [any(stop in text for stop in self.stops) for text in texts]
-        return torch.tensor(said, device=input_ids.device)
+        return torch.tensor(said, dtype=torch.bool, device=input_ids.device)
 
 
 def lm_eval_model(pipe: TextGenerationPipeline, press: BasePress | None = None) -> Any:

@@ -13,6 +13,7 @@ import torch
 from torch.nn import functional
 from transformers import Cache, PreTrainedModel
 
+from quantpress.codecs.surroundings import in_named_dtypes
 from quantpress.errors import InvalidInputError
 from quantpress.pipelines.masks import fitted_masks
 from quantpress.presses.model_lock import model_lock
@@ -75,7 +76,7 @@ def _float32_logits(model: PreTrainedModel) -> Iterator[None]:
     weight = head.weight.float()
     bias = head.bias.float() if isinstance(getattr(head, "bias", None), torch.Tensor) else None
     own = vars(head).get("forward")
-    head.forward = lambda hidden: functional.linear(hidden.float(), weight, bias)
+    head.forward = in_named_dtypes(lambda hidden: functional.linear(hidden.float(), weight, bias))
     try:
         yield
     finally:

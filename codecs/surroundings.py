@@ -1,0 +1,74 @@
+"""Arithmetic in the dtypes that the code names, whatever the user has set around it.
+
+`torch.autocast` would run our float32 products in 16 bits, and `torch.set_float32_matmul_precision` would run
+those of a rotation in TF32 or bfloat16. What is stored must depend on neither. Default dtype and default device
+need nothing of the kind: every factory in this package names both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import wraps
+from typing import ParamSpec, TypeVar
+
+import torch
+from torch import Tensor
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+
+_KINDS = ("cpu", "cuda")
+_FULL_PRECISION = ("ieee", "none")
+
+
+@contextmanager
+def without_autocast() -> Iterator[None]:
+    """Turn `torch.autocast` off in this thread, for as long as the context lasts."""
+    kinds = [kind for kind in _KINDS if torch.is_autocast_enabled(kind)]
+    for kind in kinds:
+        torch.set_autocast_enabled(kind, False)
+    try:
+        yield
+    finally:
+        for kind in kinds:
+            torch.set_autocast_enabled(kind, True)
+
+
+def in_named_dtypes(function: Callable[_P, _R]) -> Callable[_P, _R]:
+    """Decorate a function to run without `torch.autocast`."""
+
+    @wraps(function)
+    def call(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        if not any(map(torch.is_autocast_enabled, _KINDS)):  # a decode step comes here once a layer
+            return function(*args, **kwargs)
+        with without_autocast():
+            return function(*args, **kwargs)
+
+    return call
+
+
+@in_named_dtypes
+def exact_product(x: Tensor, matrix: Tensor) -> Tensor:
+    """x @ matrix, to the precision of its dtype.
+
+    Where torch may multiply float32 matrices in less, the product runs in float64 and is rounded once. The
+    setting itself is left alone: it holds for all threads.
+
+    Args:
+        x: [..., C] float32 or float64.
+        matrix: [C, K], of x's dtype.
+
+    Returns:
+        [..., K] of x's dtype.
+    """
+    if x.dtype == torch.float32 and _multiplies_in_less(x.device.type):
+        return (x.double() @ matrix.double()).float()
+    return x @ matrix
+
+
+def _multiplies_in_less(kind: str) -> bool:
+    """Whether torch may multiply float32 matrices on this kind of device in TF32 or bfloat16."""
+    if kind == "cuda":
+        return torch.backends.cuda.matmul.fp32_precision not in _FULL_PRECISION
+    return kind == "cpu" and torch.backends.mkldnn.matmul.fp32_precision not in _FULL_PRECISION
