@@ -42,9 +42,11 @@ class PagedAttention(PagedSequences):
         recent_tokens: last tokens kept in 16 bits, at least.
         mean_key: subtract each head's mean key before encoding.
         balance: weight key channels, where `add` is told of the queries.
-        codecs: of keys and of values, in place of `bits`.
+        codecs: of keys and of values, in place of `bits` and `scale_dtype`.
         dtype: of the 16-bit tokens.
         device: where.
+        scale_dtype: of the stored scales, "float16", "bfloat16" or "float32". float16 holds scales to 65504; a
+            longer vector is an error.
 
     Attributes:
         pool: the memory, for an engine that manages blocks itself; see `quantpress.cache.page_pool`.
@@ -89,9 +91,10 @@ class PagedAttention(PagedSequences):
         codecs: tuple[PageCodec, PageCodec] | None = None,
         dtype: torch.dtype = torch.bfloat16,
         device: torch.device | str = "cpu",
+        scale_dtype: str = "float16",
     ) -> None:
         if codecs is None:
-            codecs = _codecs(bits, head_dim, head_dim if value_dim is None else value_dim)
+            codecs = _codecs(bits, head_dim, head_dim if value_dim is None else value_dim, scale_dtype)
         settings = LayerSettings(*codecs, sink_tokens, recent_tokens, mean_key, balance)
         size = PoolSize(num_blocks, max_sequences, layers, kv_heads)
         if query_heads < 1 or query_heads % kv_heads:
@@ -288,9 +291,11 @@ class PagedAttention(PagedSequences):
         return states
 
 
-def _codecs(bits: float | tuple[float, float], key_dim: int, value_dim: int) -> tuple[PageCodec, PageCodec]:
+def _codecs(
+    bits: float | tuple[float, float], key_dim: int, value_dim: int, scale_dtype: str
+) -> tuple[PageCodec, PageCodec]:
     key_bits, value_bits = bits if isinstance(bits, tuple) else (bits, bits)
     return (
-        ScalarPages(CodecSpec(key_dim, key_bits, "key")),
-        ScalarPages(CodecSpec(value_dim, value_bits, "value")),
+        ScalarPages(CodecSpec(key_dim, key_bits, "key", scale_dtype=scale_dtype)),
+        ScalarPages(CodecSpec(value_dim, value_bits, "value", scale_dtype=scale_dtype)),
     )

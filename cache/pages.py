@@ -50,7 +50,8 @@ class PageStore:
         """Put pages behind the last one.
 
         Args:
-            planes: [B, Hkv, N, ...] with the names, dtypes and trailing shapes of the first ones.
+            planes: [B, Hkv, N, ...] with the names and trailing shapes of the first ones. Where a dtype differs,
+                all pages go over to the wider of the two.
         """
         added = next(iter(planes.values())).shape[2]
         if not self.buffers:
@@ -58,8 +59,10 @@ class PageStore:
             self.pages = added
             return
         wanted = self.pages + added
-        if wanted > self._memory.pages or not self._at_the_end():
-            self._move(wanted + wanted // GROWTH)
+        dtypes = {name: torch.promote_types(old.dtype, planes[name].dtype) for name, old in self.buffers.items()}
+        wider = any(old.dtype != dtypes[name] for name, old in self.buffers.items())
+        if wider or wanted > self._memory.pages or not self._at_the_end():
+            self._move(max(wanted + wanted // GROWTH, wider * self._memory.pages), dtypes)
         for name, buffer in self.buffers.items():
             buffer[:, :, self.pages : wanted] = planes[name]
         self.pages = wanted
@@ -73,12 +76,13 @@ class PageStore:
         others = (store.pages for store in self._memory.stores if store is not self)
         return self._may_write and max(others, default=0) <= self.pages
 
-    def _move(self, pages: int) -> None:
+    def _move(self, pages: int, dtypes: dict[str, torch.dtype] | None = None) -> None:
         larger: Planes = {}
         with torch.inference_mode(False), torch.no_grad():  # so that any mode may write to it later
             for name, buffer in self.buffers.items():
+                dtype = buffer.dtype if dtypes is None else dtypes[name]
                 larger[name] = torch.empty(
-                    (*buffer.shape[:2], pages, *buffer.shape[3:]), dtype=buffer.dtype, device=buffer.device
+                    (*buffer.shape[:2], pages, *buffer.shape[3:]), dtype=dtype, device=buffer.device
                 )
                 larger[name][:, :, : self.pages] = buffer[:, :, : self.pages]
                 larger[name][:, :, self.pages :] = 0  # a page table names pages that there are

@@ -1,6 +1,7 @@
 """The tensors of paged attention, and how tokens become pages in them."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
@@ -9,14 +10,15 @@ from quantpress.cache.pool_side import PoolSide, PoolSize
 from quantpress.cache.settings import LayerSettings
 from quantpress.errors import InvalidInputError
 from quantpress.kernels.layout import PAGE_TOKENS
-from quantpress.kernels.page_codec import PageCodec
+from quantpress.kernels.page_codec import PageCodec, ScalarPages
 
 
 class PoolStorage:
     """Blocks and slots of a number of layers; see `quantpress.cache.page_pool`.
 
     Args:
-        settings: codecs and windows; `recent_tokens` is the least that stays in a window behind pages.
+        settings: codecs and windows; `recent_tokens` is the least that stays in a window behind pages. Scales
+            of "auto" are float16: the memory is there before the vectors.
         size: how much there is room for.
         dtype: of the 16-bit tokens.
         device: where.
@@ -29,6 +31,8 @@ class PoolStorage:
     def __init__(
         self, settings: LayerSettings, size: PoolSize, dtype: torch.dtype, device: torch.device
     ) -> None:
+        key_codec, value_codec = (_in_one_dtype(one) for one in (settings.key_codec, settings.value_codec))
+        settings = replace(settings, key_codec=key_codec, value_codec=value_codec)
         self.settings, self.size, self.dtype, self.device = settings, size, dtype, device
         self.window_tokens = settings.sink_tokens + settings.recent_tokens + PAGE_TOKENS
         self._head = torch.arange(size.kv_heads, device=device)
@@ -71,7 +75,8 @@ class PoolStorage:
 
         Raises:
             NonFiniteError: what is to be packed holds NaN or infinity; nothing was changed.
-            InvalidInputError: wrong shapes, or the wrong number of blocks.
+            InvalidInputError: wrong shapes, or the wrong number of blocks; a scale that its dtype does not
+                hold, and then nothing was changed.
         """
         tokens = keys.shape[1] if keys.dim() == 3 else 0
         self.check_states(keys, values, (self.size.kv_heads, tokens))
@@ -219,3 +224,7 @@ class PoolStorage:
     def metadata_tensors(self) -> list[torch.Tensor]:
         """The channel transforms, and query moments that wait for a first page."""
         return [*self.keys.metadata, *self.values.metadata, *self._moments.values()]
+
+
+def _in_one_dtype(codec: PageCodec) -> PageCodec:
+    return codec.in_one_dtype if isinstance(codec, ScalarPages) else codec

@@ -15,7 +15,7 @@ from quantpress.cache.tokens import PackedTokens
 from quantpress.codecs.transform import ChannelTransform
 from quantpress.errors import InvalidInputError
 from quantpress.kernels.layout import PAGE_TOKENS
-from quantpress.kernels.page_codec import PageCodec
+from quantpress.kernels.page_codec import PageCodec, ScalarPages
 
 
 def check_tokens(tokens: PackedTokens) -> None:
@@ -105,6 +105,10 @@ def check_planes(
     page = _one_page(key, dtype)
     wanted = {name: (plane.dtype, (*leading, *plane.shape[3:])) for name, plane in page.items()}
     found = {name: (plane.dtype, tuple(plane.shape)) for name, plane in planes.items()}
+    if isinstance(codec, ScalarPages) and codec.spec.scale_dtype == "auto":  # scales may have become wider
+        wide = {torch.float16: torch.float32}
+        wider = {name: (wide.get(dtype, dtype), shape) for name, (dtype, shape) in wanted.items()}
+        wanted = wider if found == wider else wanted
     _check(found == wanted, f"the pages {found} of {codec}")
 
 

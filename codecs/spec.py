@@ -18,7 +18,12 @@ from quantpress.errors import InvalidInputError, UnsupportedBitsError
 ROLES = ("key", "value")
 SCALE_RULES = ("auto", "norm_corrected", "unbiased", "norm")
 ESTIMATORS = ("mse", "prod")
-SCALE_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+SCALE_DTYPES = {
+    "auto": torch.float16,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "float32": torch.float32,
+}
 PROD_BITS = (2, 3, 4)
 MAX_SPEC_SEED = 2**32
 
@@ -42,7 +47,9 @@ class CodecSpec:
             values, norm for "prod".
         codebook: "int8" or "lloyd_max". An 8-bit group uses lloyd_max either way.
         estimator: "mse", or "prod": a (bits - 1)-bit code and a 1-bit QJL sketch of what it leaves over.
-        scale_dtype: "float16", "bfloat16" or "float32", for scales and residual norms.
+        scale_dtype: of scales and residual norms. "auto": float16, and float32 for pages with vectors that
+            float16 does not hold, see `quantpress.kernels.encode`. "float16": a scale of 65504 or more is an
+            error, and small ones lose precision from 6e-5 on. "bfloat16" and "float32" hold every length.
 
     Raises:
         UnsupportedBitsError: `bits` cannot be stored (with this estimator).
@@ -63,7 +70,7 @@ class CodecSpec:
     scale: str = "auto"
     codebook: str = "int8"
     estimator: str = "mse"
-    scale_dtype: str = "float16"
+    scale_dtype: str = "auto"
 
     def __post_init__(self) -> None:
         _check_choice("role", self.role, ROLES)
@@ -98,12 +105,15 @@ class CodecSpec:
 
     @property
     def torch_scale_dtype(self) -> torch.dtype:
-        """`scale_dtype` as torch's own."""
+        """`scale_dtype` as torch's own; float16 for "auto", as nearly every page has it."""
         return SCALE_DTYPES[self.scale_dtype]
 
     @property
     def bits_per_value(self) -> float:
-        """True bits stored per channel: codes, one scale a group, and for "prod" residual norm and sketch."""
+        """True bits stored per channel: codes, one scale a group, and for "prod" residual norm and sketch.
+
+        Pages whose scales "auto" stores in float32 take 16 bits more a scale.
+        """
         codes = sum(group.channels * group.bits for group in self.groups)
         scalars = len(self.groups)
         if self.estimator == "prod":

@@ -11,7 +11,7 @@ Attention works in *code space*, where decoding is cheapest: for any vector x an
 up to the codec's own error. Keys are scored there, values are summed there and brought back once per query.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -85,6 +85,13 @@ class ScalarPages:
     @property
     def head_dim(self) -> int:
         return self.spec.head_dim
+
+    @property
+    def in_one_dtype(self) -> "ScalarPages":
+        """The same with scales of one dtype, for memory that is allocated before there are vectors."""
+        if self.spec.scale_dtype != "auto":
+            return self
+        return ScalarPages(replace(self.spec, scale_dtype="float16"))
 
     @property
     def groups(self) -> tuple[ChannelGroup, ...]:

@@ -60,7 +60,9 @@ class TurboQuant(Pipeable, BasePress):
         boundary_bits: their bits or (key bits, value bits); 16 leaves them unpacked.
         balance_window: how many of the last queries of the prefill the balance looks at.
         codec: makes the codec of (head_dim, "key" or "value", layer index), instead of widths, rotation,
-            scale, codebook and estimator; `layer_bits` and `boundary_layers` then only leave layers unpacked.
+            scale, its dtype, codebook and estimator; `layer_bits` and `boundary_layers` then only leave layers unpacked.
+        scale_dtype: of the stored scales: "auto", which is float16 except in layers that need float32;
+            "float16", "bfloat16" or "float32"; see `CodecSpec`.
         detect_sinks: so many more tokens of each head are kept in 16 bits: those that the last queries of the
             prefill attend to most, wherever they are. Cutting such a layer short into its context drops
             tokens in the order in which they are stored. In a padded batch none are, with a warning.
@@ -97,6 +99,7 @@ class TurboQuant(Pipeable, BasePress):
     detect_sinks: int = 0
     boundary_layers: int = 0
     boundary_bits: float | tuple[float, float] = UNPACKED_BITS
+    scale_dtype: str = "auto"
 
     def __post_init__(self) -> None:
         for name in ("sink_tokens", "recent_tokens", "balance_window", "detect_sinks", "boundary_layers"):
@@ -238,8 +241,8 @@ class TurboQuant(Pipeable, BasePress):
             return self.codec(key_dim, "key", layer_idx or 0), self.codec(value_dim, "value", layer_idx or 0)
         rest = (self.rotation, self.seed, self.scale, self.codebook)
         return (
-            ScalarPages(CodecSpec(key_dim, key_bits, "key", *rest, self.estimator)),
-            ScalarPages(CodecSpec(value_dim, value_bits, "value", *rest)),
+            ScalarPages(CodecSpec(key_dim, key_bits, "key", *rest, self.estimator, self.scale_dtype)),
+            ScalarPages(CodecSpec(value_dim, value_bits, "value", *rest, scale_dtype=self.scale_dtype)),
         )
 
     def _widths(self, layer_idx: int | None, layers: int) -> tuple[float, float]:

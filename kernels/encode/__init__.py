@@ -7,6 +7,7 @@ from quantpress.codecs.surroundings import in_named_dtypes
 from quantpress.codecs.transform import ChannelTransform
 from quantpress.kernels.available import runs_triton
 from quantpress.kernels.encode.reference import check_vectors, encode_pages_reference
+from quantpress.kernels.encode.scale_range import encode_in_range
 
 __all__ = ["encode_pages"]
 
@@ -29,17 +30,22 @@ def encode_pages(x: Tensor, spec: CodecSpec, transform: ChannelTransform) -> dic
 
     Returns:
         For each channel group i "codes{i}" [B, Hkv, P, page_bytes] uint8 and "scale{i}" [B, Hkv, P, 128] in
-        the spec's scale dtype. The "prod" estimator adds "sketch" [B, Hkv, P, page_bytes(1, D)] uint8, code 1
+        the spec's scale dtype, for "auto" float16 where it holds them and else float32. The "prod" estimator adds "sketch" [B, Hkv, P, page_bytes(1, D)] uint8, code 1
         where sketch_matrix @ r >= 0 for the residual r = y - s * c, and "residual" [B, Hkv, P, 128], |r|.
-        A zero vector has scale 0. A scale beyond its dtype becomes that dtype's largest finite number.
+        A zero vector has scale 0.
 
     Raises:
-        InvalidInputError: x has the wrong shape or dtype.
+        InvalidInputError: x has the wrong shape or dtype, or a scale is larger than its dtype
+            holds: float16 where the spec asks for it, else float32.
         NonFiniteError: x holds NaN or infinity.
 
     Source: TurboQuant, arXiv 2504.19874, Algorithms 1 and 2.
     """
     check_vectors(x, spec, transform)
+    return encode_in_range(lambda stored: _encode(x, stored, transform), spec)
+
+
+def _encode(x: Tensor, spec: CodecSpec, transform: ChannelTransform) -> dict[str, Tensor]:
     if runs_triton(x.device):
         from quantpress.kernels.encode.triton_encode import encode_pages_triton, supports_encode
 

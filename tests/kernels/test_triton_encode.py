@@ -24,7 +24,7 @@ from tests.kernels.triton_cases import (
 
 pytest.importorskip("triton")
 
-SCALE_ROUNDING = {"float16": 2**-11, "bfloat16": 2**-8, "float32": 4e-6}
+SCALE_ROUNDING = {"auto": 2**-11, "float16": 2**-11, "bfloat16": 2**-8, "float32": 4e-6}
 SHAPES = [(128, bits) for bits in (1, 2, 3, 4, 8, 2.5, 3.5)]
 SHAPES += [(dim, bits) for dim in (64, 80, 96, 256) for bits in (2.5, 3, 4)]
 

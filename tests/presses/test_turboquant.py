@@ -353,3 +353,15 @@ def test_fewer_sinks_than_the_quantizer_pins() -> None:
     press = Compose([StreamingLLM(0.5, n_sink=2), TurboQuant(2, sink_tokens=6, recent_tokens=16)])
     layers = packed_layers(read(tiny_model("llama"), press, IDS))
     assert [layer.settings.sink_tokens for layer in layers] == [6, 6, 6]
+
+
+def test_a_float32_model_under_autocast() -> None:
+    """The keys that a plain cache holds under the same autocast, to the precision of 8 bits."""
+    model, press = tiny_model("llama"), TurboQuant(4, key_bits=8, recent_tokens=16)
+    with torch.autocast("cpu", torch.bfloat16):
+        exact, cache = read(model, None, IDS), read(model, press, IDS)
+        for plain, layer in zip(exact.layers, packed_layers(cache), strict=True):
+            assert layer.packed_tokens == 384
+            assert (layer.keys - plain.keys).norm() < 0.02 * plain.keys.norm()
+        answer(model, cache, IDS.shape[1], tokens=150)
+    assert packed_layers(cache)[0].packed_tokens == 512
