@@ -155,7 +155,9 @@ class TurboQuantCodec:
         generator = torch.Generator().manual_seed(seed)
         x = torch.empty(samples, self.spec.head_dim, dtype=torch.float32, device="cpu")
         x.normal_(generator=generator)
-        x *= torch.exp2(4 * x.new_empty(samples, 1).uniform_(generator=generator))  # lengths over four binades
+        x *= torch.exp2(
+            4 * x.new_empty(samples, 1).uniform_(generator=generator)
+        )  # lengths over four binades
         decoded = self.decode(self.encode(x, ChannelTransform()))  # no channel stands out
         energy = x.square().sum(-1)
         bias = ((x * decoded).sum(-1) / energy).mean() - 1

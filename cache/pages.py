@@ -59,7 +59,9 @@ class PageStore:
             self.pages = added
             return
         wanted = self.pages + added
-        dtypes = {name: torch.promote_types(old.dtype, planes[name].dtype) for name, old in self.buffers.items()}
+        dtypes = {
+            name: torch.promote_types(old.dtype, planes[name].dtype) for name, old in self.buffers.items()
+        }
         wider = any(old.dtype != dtypes[name] for name, old in self.buffers.items())
         if wider or wanted > self._memory.pages or not self._at_the_end():
             self._move(max(wanted + wanted // GROWTH, wider * self._memory.pages), dtypes)

@@ -139,7 +139,10 @@ class PoolStorage:
         return first_pages(self.settings, layer, slot, blocks, keys, values, moment)
 
     def _store(self, pages: Pages) -> None:
-        layers, places = torch.tensor(pages.layers, dtype=torch.int64, device=self.device), self._places(pages.blocks)
+        layers, places = (
+            torch.tensor(pages.layers, dtype=torch.int64, device=self.device),
+            self._places(pages.blocks),
+        )
         for side, planes in zip((self.keys, self.values), pages.planes, strict=True):
             side.store(planes, layers, places)
         if pages.made is not None:

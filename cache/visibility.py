@@ -133,7 +133,8 @@ def whole_mask(rule: Visibility, query: torch.Tensor) -> torch.Tensor:
     heads = 1 if rule.dropped is None else rule.dropped.shape[1]
     limit = rule.bias(0, rule.tokens, (batch, heads, query_heads // heads, queries), query.device)
     whole = torch.zeros(
-        batch, heads, query_heads // heads, queries, rule.tokens, dtype=torch.float32, device=query.device)
+        batch, heads, query_heads // heads, queries, rule.tokens, dtype=torch.float32, device=query.device
+    )
     whole = whole if limit is None else whole + limit
     if rule.mask is None and rule.causal:
         whole = whole + additive(causal_mask(queries, rule.tokens, None, query.device))

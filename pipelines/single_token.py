@@ -65,7 +65,9 @@ class SingleToken:
         ):
             return None
         if places["cache_position"] is None:
-            places["cache_position"] = torch.full((1,), cache.get_seq_length(), dtype=torch.int64, device=ids.device)
+            places["cache_position"] = torch.full(
+                (1,), cache.get_seq_length(), dtype=torch.int64, device=ids.device
+            )
         if places["position_ids"] is None:
             places["position_ids"] = places["cache_position"].unsqueeze(0)
         return cls(cache, mask, {"input_ids": ids, **places}, options)

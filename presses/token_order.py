@@ -103,5 +103,7 @@ def _row_hashes(x: torch.Tensor) -> torch.Tensor:
 def _multipliers(count: int, device: torch.device) -> torch.Tensor:
     generator = torch.Generator().manual_seed(_HASH_SEED)
     limits = torch.iinfo(torch.int64)
-    numbers = torch.randint(limits.min, limits.max, (count,), generator=generator, dtype=torch.int64, device="cpu")
+    numbers = torch.randint(
+        limits.min, limits.max, (count,), generator=generator, dtype=torch.int64, device="cpu"
+    )
     return (numbers | 1).to(device)

@@ -29,7 +29,7 @@ xor.b32 $1, v, 0x80808080; }""")
 
 @gluon.jit
 def load_scales(ptr, step, HALVES: gl.constexpr):
-    """float16 scales of the tokens of a page (or half) in the order of `scales_of_tiles`."""
+    """Scales of the tokens of a page (or half) in the order of `scales_of_tiles`."""
     if HALVES == 2:
         half: gl.constexpr = gl.DistributedLinearLayout(
             [[1], [2], [16], [32]], [[4], [8], [0], [0], [0]], [], [], [64]

@@ -28,7 +28,9 @@ def states(tokens: int, size: float = 1.0) -> States:
 def error(layer: PackedLayer, exact: States, size: float, query: torch.Tensor) -> torch.Tensor:
     """|o' - o| / |o| against torch's own attention, the logits divided by `size`: [1, 2, 8]."""
     scaling = 32**-0.5 / size
-    near = attend(query, layer.view().segments(), Visibility(8, exact[0].shape[2], causal=False), scaling=scaling)
+    near = attend(
+        query, layer.view().segments(), Visibility(8, exact[0].shape[2], causal=False), scaling=scaling
+    )
     out = scaled_dot_product_attention(query, *exact, scale=scaling)
     return (near - out).norm(dim=-1) / out.norm(dim=-1)
 
@@ -54,10 +56,18 @@ def test_pages_that_come_later_widen_the_scales_of_all() -> None:
     bytes_before = cache_memory(layers_of(layer)).layers[0].packed_bytes
     layer.update(*later)
     assert layer.packed_tokens == 512
-    assert all(map(torch.equal, (layer.keys[:, :, :260] + 0, layer.values[:, :, :260] + 0), (s[:, :, :260] for s in before)))
+    assert all(
+        map(
+            torch.equal,
+            (layer.keys[:, :, :260] + 0, layer.values[:, :, :260] + 0),
+            (s[:, :, :260] for s in before),
+        )
+    )
     assert error(layer, joined(first, later), 2.0**20, query).max() < 0.3
     pages = 2 * 2 * 4  # heads, sides, pages
-    used = sum(p.nbytes for s in (layer.tokens.key_pages, layer.tokens.value_pages) for p in s.planes.values())
+    used = sum(
+        p.nbytes for s in (layer.tokens.key_pages, layer.tokens.value_pages) for p in s.planes.values()
+    )
     assert used == pages * (128 * 32 // 2 + 128 * 4)  # 4 bits a code, 4 bytes a scale
     assert cache_memory(layers_of(layer)).layers[0].packed_bytes >= used
     other = again(layer)
@@ -91,7 +101,9 @@ def again(layer: PackedLayer) -> PackedLayer:
     """Apart and together again, as in a file."""
     parts = cache_parts(layers_of(layer))
     outline = json.loads(json.dumps(parts.outline()))
-    return cache_of(Parts.from_outline(outline, {name: t.clone() for name, t in parts.flat().items()})).layers[0]
+    return cache_of(
+        Parts.from_outline(outline, {name: t.clone() for name, t in parts.flat().items()})
+    ).layers[0]
 
 
 def test_a_pool_says_what_it_needs() -> None:

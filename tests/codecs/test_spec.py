@@ -146,7 +146,11 @@ def test_json_of_another_version_is_refused(data: dict[str, Any], message: str) 
         ({"scale": "max"}, InvalidInputError, "scale='max' is unknown; use one of auto"),
         ({"codebook": "nf4"}, InvalidInputError, "codebook='nf4' is unknown; use one of int8"),
         ({"estimator": "qjl"}, InvalidInputError, "estimator='qjl' is unknown; use one of mse, prod"),
-        ({"scale_dtype": "float8"}, InvalidInputError, "scale_dtype='float8' is unknown; use one of auto, float16"),
+        (
+            {"scale_dtype": "float8"},
+            InvalidInputError,
+            "scale_dtype='float8' is unknown; use one of auto, float16",
+        ),
         ({"seed": -1}, InvalidInputError, "0 to 2\\*\\*32 - 1, got -1"),
         ({"seed": 1.5}, InvalidInputError, "got 1.5"),
         ({"estimator": "prod", "bits": 1}, UnsupportedBitsError, "got 1; use one of them or estimator='mse'"),

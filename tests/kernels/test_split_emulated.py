@@ -172,6 +172,15 @@ def test_widths_and_head_dims(
     assert len(emulated.launches) == 1
 
 
+def test_scales_beyond_float16(emulated: Emulated) -> None:
+    pages = packed(128, 128, 3)
+    values = {
+        name: plane if plane.dtype == torch.uint8 else plane.float() * 2**20
+        for name, plane in pages.values.planes.items()
+    }
+    check(*run(replace(pages, values=replace(pages.values, planes=values)), 1))
+
+
 @pytest.mark.parametrize(
     ("key_bits", "value_bits", "dim"), [(2, 2, 128), (3, 3, 128), (4, 4, 128), (4, 3, 128), (3, 3, 256)]
 )

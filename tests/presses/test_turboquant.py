@@ -1,5 +1,6 @@
 """`TurboQuant`: its settings, what it packs, and what it refuses."""
 
+import copy
 import gc
 import weakref
 from typing import Any
@@ -9,7 +10,7 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from quantpress.cache import PackedLayer
+from quantpress.cache import PackedLayer, cache_memory
 from quantpress.codecs.spec import CodecSpec
 from quantpress.errors import (
     InvalidInputError,
@@ -365,3 +366,32 @@ def test_a_float32_model_under_autocast() -> None:
             assert (layer.keys - plain.keys).norm() < 0.02 * plain.keys.norm()
         answer(model, cache, IDS.shape[1], tokens=150)
     assert packed_layers(cache)[0].packed_tokens == 512
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_values_beyond_float16_cost_no_accuracy(dtype: torch.dtype) -> None:
+    """Values times 2**17 and what reads them over 2**17: another model with the same logits."""
+    usual, wide = (copy.deepcopy(tiny_model("llama")).to(dtype) for _ in range(2))
+    for layer in wide.model.layers:
+        layer.self_attn.v_proj.weight.data *= 2**17
+        layer.self_attn.o_proj.weight.data /= 2**17
+    exact = logits(usual, read(usual, None, IDS))
+    assert torch.equal(logits(wide, read(wide, None, IDS)), exact)
+    press = TurboQuant(4, recent_tokens=16)
+    caches = [read(model, press, IDS) for model in (usual, wide)]
+    assert caches[1].layers[1].tokens.value_pages.planes["scale0"].abs().max() > 2**16
+    errors = [(logits(model, cache) - exact).norm() for model, cache in zip((usual, wide), caches, strict=True)]
+    assert errors[1] < 1.1 * errors[0]
+    used = [cache_memory(cache).layers[1].packed_bytes for cache in caches]
+    assert used[1] - used[0] == 2 * 384 * 2  # heads, packed tokens, bytes more of a value's scale
+    narrow = TurboQuant(4, recent_tokens=16, scale_dtype="float16")
+    with pytest.raises(InvalidInputError, match='a value has a scale of .* scale_dtype="float32"'):
+        read(wide, narrow, IDS)
+
+
+def logits(model: Any, cache: DynamicCache) -> torch.Tensor:
+    """Of the next token, behind a copy of the cache."""
+    position = torch.tensor([[IDS.shape[1]]])
+    with torch.inference_mode():
+        output = model(input_ids=IDS[:, :1], past_key_values=copy.deepcopy(cache), position_ids=position)
+    return output.logits[0, -1].float()
