@@ -45,8 +45,8 @@ class PagedAttention(PagedSequences):
         codecs: of keys and of values, in place of `bits` and `scale_dtype`.
         dtype: of the 16-bit tokens.
         device: where.
-        scale_dtype: of the stored scales, "float16", "bfloat16" or "float32". float16 holds scales to 65504; a
-            longer vector is an error.
+        scale_dtype: of the stored scales, "float16", "bfloat16" or "float32". float16 holds scales below
+            65504; a longer vector is an error.
 
     Attributes:
         pool: the memory, for an engine that manages blocks itself; see `quantpress.cache.page_pool`.

@@ -50,8 +50,8 @@ class PageStore:
         """Put pages behind the last one.
 
         Args:
-            planes: [B, Hkv, N, ...] with the names and trailing shapes of the first ones. Where a dtype differs,
-                all pages go over to the wider of the two.
+            planes: [B, Hkv, N, ...] with the names and trailing shapes of the first ones. Where a dtype
+                differs, all pages go over to the wider of the two.
         """
         added = next(iter(planes.values())).shape[2]
         if not self.buffers:

@@ -1,7 +1,6 @@
 """The tensors of paged attention, and how tokens become pages in them."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import torch
 
@@ -10,7 +9,7 @@ from quantpress.cache.pool_side import PoolSide, PoolSize
 from quantpress.cache.settings import LayerSettings
 from quantpress.errors import InvalidInputError
 from quantpress.kernels.layout import PAGE_TOKENS
-from quantpress.kernels.page_codec import PageCodec, ScalarPages
+from quantpress.kernels.page_codec import PageCodec
 
 
 class PoolStorage:
@@ -31,8 +30,7 @@ class PoolStorage:
     def __init__(
         self, settings: LayerSettings, size: PoolSize, dtype: torch.dtype, device: torch.device
     ) -> None:
-        key_codec, value_codec = (_in_one_dtype(one) for one in (settings.key_codec, settings.value_codec))
-        settings = replace(settings, key_codec=key_codec, value_codec=value_codec)
+        settings = settings.in_one_dtype
         self.settings, self.size, self.dtype, self.device = settings, size, dtype, device
         self.window_tokens = settings.sink_tokens + settings.recent_tokens + PAGE_TOKENS
         self._head = torch.arange(size.kv_heads, device=device)
@@ -227,7 +225,3 @@ class PoolStorage:
     def metadata_tensors(self) -> list[torch.Tensor]:
         """The channel transforms, and query moments that wait for a first page."""
         return [*self.keys.metadata, *self.values.metadata, *self._moments.values()]
-
-
-def _in_one_dtype(codec: PageCodec) -> PageCodec:
-    return codec.in_one_dtype if isinstance(codec, ScalarPages) else codec

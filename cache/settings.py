@@ -1,9 +1,9 @@
 """How a packed layer stores tokens."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from quantpress.errors import InvalidInputError
-from quantpress.kernels.page_codec import PageCodec
+from quantpress.kernels.page_codec import PageCodec, ScalarPages
 
 DEFAULT_SINK_TOKENS = 4
 """Attention sinks kept in 16 bits: packing them multiplied the output error by 4.6 to 7 on two models."""
@@ -39,3 +39,12 @@ class LayerSettings:
         for name in ("sink_tokens", "recent_tokens"):
             if getattr(self, name) < 0:
                 raise InvalidInputError(f"{name} is {getattr(self, name)}; give 0 or more")
+
+    @property
+    def in_one_dtype(self) -> "LayerSettings":
+        """The same with `ScalarPages.in_one_dtype` for both codecs."""
+        keys, values = (
+            codec.in_one_dtype if isinstance(codec, ScalarPages) else codec
+            for codec in (self.key_codec, self.value_codec)
+        )
+        return replace(self, key_codec=keys, value_codec=values)

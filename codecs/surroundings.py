@@ -1,8 +1,8 @@
 """Arithmetic in the dtypes that the code names, whatever the user has set around it.
 
 `torch.autocast` would run our float32 products in 16 bits, and `torch.set_float32_matmul_precision` would run
-those of a rotation in TF32 or bfloat16. What is stored must depend on neither. Default dtype and default device
-need nothing of the kind: every factory in this package names both.
+those of a rotation in TF32 or bfloat16. What is stored must depend on neither. Default dtype and default
+device need nothing of the kind: every factory in this package names both.
 """
 
 from __future__ import annotations

@@ -104,7 +104,7 @@ def check_packed_by(press: BasePress, model: PreTrainedModel, cache: Cache, path
         if quantizer is not None:
             sinks = found.sink_tokens if found else quantizer.sink_tokens
             wanted = quantizer.layer_settings(module, layer.keys.shape[-1], layer.values.shape[-1], sinks)
-        if found != wanted:
+        if _plain(found) != _plain(wanted):
             before, now = _fields(found), _fields(wanted)
             names = [name for name in before if name in now and before[name] != now[name]]
             shown = ", ".join(f"{name} was {before[name]!r}, is {now[name]!r}" for name in names)
@@ -112,6 +112,11 @@ def check_packed_by(press: BasePress, model: PreTrainedModel, cache: Cache, path
                 f"{path} was not packed as this press packs (layer {index}: {shown}); pack it again, or load "
                 "it without press="
             )
+
+
+def _plain(settings: LayerSettings | None) -> LayerSettings | None:
+    """Scales of "auto" as the float16 that they are in nearly every layer: files know each plane's dtype."""
+    return None if settings is None else settings.in_one_dtype
 
 
 def _fields(settings: LayerSettings | None) -> dict[str, Any]:

@@ -344,8 +344,8 @@ def split_mma_kernel(
     table [4, 32] int32 of `lookup_table`; q [N, 2R, D] int8, factor and bias [N, R] float32, start [N, 2R]
     int32, from `first_kernel`, N = heads * blocks; k and v: pages of words, int32, their strides in words;
     scales of any float dtype; used [heads] int32, tokens in use, if USED, from token starts [heads] int32 on,
-    if STARTS; o [A, S, R, DV], of which rows up to the last of a head's `rows` are written, m and l [A, R, S] float32,
-    S and A the numbers of programs on the axes. `softcap` counts if CAPPED.
+    if STARTS; o [A, S, R, DV], of which rows up to the last of a head's `rows` are written, m and l [A, R, S]
+    float32, S and A the numbers of programs on the axes. `softcap` counts if CAPPED.
     Where HEADS, a power of two of at least `heads`, is not 0, page p of a head is page places[head, p] of
     [pages there are], places [heads, places_row] int32, axis 0 is shared out over the heads by how many pages
     each has in use, and axis 1 counts blocks of rows of a head. If SHARED, shares [S, 4] int32 of

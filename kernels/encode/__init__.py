@@ -30,7 +30,8 @@ def encode_pages(x: Tensor, spec: CodecSpec, transform: ChannelTransform) -> dic
 
     Returns:
         For each channel group i "codes{i}" [B, Hkv, P, page_bytes] uint8 and "scale{i}" [B, Hkv, P, 128] in
-        the spec's scale dtype, for "auto" float16 where it holds them and else float32. The "prod" estimator adds "sketch" [B, Hkv, P, page_bytes(1, D)] uint8, code 1
+        the spec's scale dtype, for "auto" float16 where it holds them and else float32. The "prod" estimator
+        adds "sketch" [B, Hkv, P, page_bytes(1, D)] uint8, code 1
         where sketch_matrix @ r >= 0 for the residual r = y - s * c, and "residual" [B, Hkv, P, 128], |r|.
         A zero vector has scale 0.
 

@@ -1,8 +1,8 @@
 """Scales that their dtype does not hold: found after encoding, and stored in float32 or refused.
 
 float16 holds 65504 at most. Below 2**-14 it loses a bit of precision with every halving, and a scale below
-2**-25 becomes 0. A head's largest scale decides: where it lies between the two, the error of its smaller scales
-is at most 2**-11 of the largest, which is what float16 makes of any scale.
+2**-25 becomes 0. A head's largest scale decides: where it lies between the two, the error of its smaller
+scales is at most 2**-11 of the largest, which is what float16 makes of any scale.
 """
 
 from collections.abc import Callable
@@ -42,7 +42,8 @@ def encode_in_range(encode: Encode, spec: CodecSpec) -> dict[str, Tensor]:
     if high >= torch.finfo(dtype).max:
         high = _range(encode(_in_float32(spec)))[1]
         raise InvalidInputError(
-            f"a {spec.role} has a scale of {high:.4g}, but {dtype} holds less than {torch.finfo(dtype).max:.5g}; "
+            f"a {spec.role} has a scale of {high:.4g}, but {dtype} holds less than "
+            f"{torch.finfo(dtype).max:.5g}; "
             'use scale_dtype="float32", or look for what makes the model so large'
         )
     return planes

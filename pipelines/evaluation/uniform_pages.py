@@ -89,8 +89,8 @@ class UniformPages:
         step = ((grouped.amax(-1, keepdim=True) - low.float()) / (2**self.bits - 1)).half()
         if not bool((low.isfinite() & step.isfinite()).all()):
             raise InvalidInputError(
-                f"numbers to {float(grouped.abs().max()):.4g} do not fit into uniform codes, which keep minimum "
-                "and step in float16, at most 65504; leave this control out"
+                f"numbers to {float(grouped.abs().max()):.4g} do not fit into uniform codes, which keep "
+                "minimum and step in float16, at most 65504; leave this control out"
             )
         codes = (grouped - low.float()) / step.float().clamp(min=torch.finfo(torch.float16).tiny)
         codes = self._ungrouped(codes.round_().clamp_(0, 2**self.bits - 1))

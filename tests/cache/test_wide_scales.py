@@ -111,7 +111,7 @@ def test_a_pool_says_what_it_needs() -> None:
     keys, values = (s[0] for s in states(400, 2.0**20))
     paged = small(recent_tokens=16)
     free = paged.free_blocks
-    with pytest.raises(InvalidInputError, match='a key has a scale of .*scale_dtype="float32"'):
+    with pytest.raises(InvalidInputError, match=r'a key has a scale of .*scale_dtype="float32"'):
         paged.add(keys, values)
     assert paged.free_blocks == free
     wide = small(recent_tokens=16, scale_dtype="float32")

@@ -218,7 +218,7 @@ def test_float16_asked_for_refuses_what_it_does_not_hold() -> None:
 
 def test_a_scale_beyond_float32_is_refused() -> None:
     x = torch.randn(1, 1, PAGE_TOKENS, 64).sign() * torch.finfo(torch.float32).max
-    with pytest.raises(InvalidInputError, match="torch.float32 holds less than 3.4028e"):
+    with pytest.raises(InvalidInputError, match=r"torch.float32 holds less than 3.4028e"):
         encode_pages(x, CodecSpec(64, 3, "key"), ChannelTransform())
 
 

@@ -380,12 +380,14 @@ def test_values_beyond_float16_cost_no_accuracy(dtype: torch.dtype) -> None:
     press = TurboQuant(4, recent_tokens=16)
     caches = [read(model, press, IDS) for model in (usual, wide)]
     assert caches[1].layers[1].tokens.value_pages.planes["scale0"].abs().max() > 2**16
-    errors = [(logits(model, cache) - exact).norm() for model, cache in zip((usual, wide), caches, strict=True)]
+    errors = [
+        (logits(model, cache) - exact).norm() for model, cache in zip((usual, wide), caches, strict=True)
+    ]
     assert errors[1] < 1.1 * errors[0]
     used = [cache_memory(cache).layers[1].packed_bytes for cache in caches]
     assert used[1] - used[0] == 2 * 384 * 2  # heads, packed tokens, bytes more of a value's scale
     narrow = TurboQuant(4, recent_tokens=16, scale_dtype="float16")
-    with pytest.raises(InvalidInputError, match='a value has a scale of .* scale_dtype="float32"'):
+    with pytest.raises(InvalidInputError, match=r'a value has a scale of .* scale_dtype="float32"'):
         read(wide, narrow, IDS)
 
 
