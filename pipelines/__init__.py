@@ -33,6 +33,8 @@ evaluation/         quality against controls: divergence, attention, tasks, equa
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from quantpress.task import TASK
+
 if TYPE_CHECKING:
     from quantpress.pipelines.captured import captured_decoding
     from quantpress.pipelines.enabling import disable, enable
@@ -53,7 +55,6 @@ __all__ = [
     "register",
 ]
 
-TASK = "kv-press-text-generation"
 _LAZY = {
     "Report": "quantpress.pipelines.report",
     "TextGenerationPipeline": "quantpress.pipelines.text_generation",
@@ -65,10 +66,13 @@ _LAZY = {
 }
 
 
-def register() -> None:
+def register() -> dict[str, Any]:
     """Make `transformers.pipeline(TASK)` build our pipeline, with the default model; may be called again.
 
-    kvpress registers its own pipeline under the same name when it is imported, so it is imported before.
+    Importing quantpress has promised that already, see `quantpress.task`.
+
+    Returns:
+        The entry of the task in transformers' registry.
     """
     from transformers import AutoModelForCausalLM
     from transformers.pipelines import PIPELINE_REGISTRY
@@ -76,9 +80,9 @@ def register() -> None:
     from quantpress.pipelines.default_model import LazyDefault
     from quantpress.pipelines.text_generation import TextGenerationPipeline  # imports kvpress
 
-    registered = PIPELINE_REGISTRY.supported_tasks.get(TASK)
-    if registered is not None and registered["impl"] is TextGenerationPipeline:
-        return
+    registered: dict[str, Any] = PIPELINE_REGISTRY.supported_tasks.get(TASK, {})
+    if dict.get(registered, "impl") is TextGenerationPipeline:  # of dict: a `LazyTask` would come back here
+        return registered
     PIPELINE_REGISTRY.supported_tasks.pop(TASK, None)  # or it would log that it replaces it
     PIPELINE_REGISTRY.register_pipeline(
         TASK,
@@ -87,6 +91,8 @@ def register() -> None:
         default=LazyDefault(),
         type="text",
     )
+    entry: dict[str, Any] = PIPELINE_REGISTRY.supported_tasks[TASK]
+    return entry
 
 
 def __getattr__(name: str) -> Any:

@@ -60,8 +60,8 @@ class TurboQuant(Pipeable, BasePress):
         boundary_bits: their bits or (key bits, value bits); 16 leaves them unpacked.
         balance_window: how many of the last queries of the prefill the balance looks at.
         codec: makes the codec of (head_dim, "key" or "value", layer index), instead of widths, rotation,
-            scale, its dtype, codebook and estimator; `layer_bits` and `boundary_layers` then only leave layers
-            unpacked.
+            scale, its dtype, codebook and estimator; `layer_bits` and `boundary_layers` then leave layers
+            unpacked only.
         scale_dtype: of the stored scales: "auto", which is float16 except in layers that need float32;
             "float16", "bfloat16" or "float32"; see `CodecSpec`.
         detect_sinks: so many more tokens of each head are kept in 16 bits: those that the last queries of the

@@ -4,8 +4,9 @@
 >>> press = Compose([SnapKV, TurboQuant])
 
 Importing quantpress is light: torch, transformers and kvpress are imported when a name that needs them is
-first used. Every press of `quantpress.presses` can be imported from here too. Naming a press or a pipeline
-also registers the task "kv-press-text-generation", so that `transformers.pipeline` finds it.
+first used. Every press of `quantpress.presses` can be imported from here too. From the import on
+`transformers.pipeline("kv-press-text-generation")` makes our pipeline, whoever imports kvpress before or after
+(`quantpress.task`).
 """
 
 from importlib import import_module
@@ -27,6 +28,7 @@ from quantpress.errors import (
     UnsupportedHeadDimError,
     UnsupportedModelError,
 )
+from quantpress.task import watch_imports
 
 if TYPE_CHECKING:
     from quantpress.cache import PackedLayer, PagedAttention, cache_memory, continue_inputs
@@ -94,6 +96,9 @@ _LAZY = {
 }
 
 
+watch_imports()
+
+
 def __getattr__(name: str) -> Any:
     if name in _FOLDERS:
         return import_module(f"quantpress.{name}")
@@ -103,8 +108,6 @@ def __getattr__(name: str) -> Any:
         home = "quantpress.presses"
     if home is None:
         raise AttributeError(f"module 'quantpress' has no attribute {name!r}")
-    if home.startswith(("quantpress.presses", "quantpress.pipelines")):
-        import_module("quantpress.pipelines").register()
     value = getattr(import_module(home), name)
     globals()[name] = value
     return value

@@ -1,0 +1,72 @@
+"""The task "kv-press-text-generation" is ours once quantpress is imported, whoever imports kvpress, and when.
+
+kvpress registers its own pipeline under that name when it is imported. Importing kvpress takes seconds, so it is
+not imported here: an entry that knows where our pipeline is takes the place in transformers' registry, at once
+if transformers.pipelines is there, and again behind each import that would change it. Using the entry loads the
+pipeline.
+"""
+
+import sys
+from importlib import import_module
+from typing import Any
+
+TASK = "kv-press-text-generation"
+_WATCHED = ("transformers.pipelines", "kvpress.pipeline")
+
+
+class LazyTask(dict[str, Any]):
+    """What transformers' registry says about the task; filled in when somebody asks."""
+
+    def _filled(self) -> dict[str, Any]:
+        if not dict.__len__(self):
+            self.update(import_module("quantpress.pipelines").register())
+        return dict(self)
+
+    def __getitem__(self, key: str) -> Any:
+        return self._filled()[key]
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._filled()
+
+    def get(self, key: str, default: Any = None) -> Any:
+        return self._filled().get(key, default)
+
+
+class _Watcher:
+    """A finder that finds nothing of its own: it asks the others, and claims the task behind the import."""
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
+        if name not in _WATCHED:
+            return None
+        for finder in sys.meta_path:
+            find = None if finder is self else getattr(finder, "find_spec", None)
+            spec = None if find is None else find(name, path, target)
+            if spec is not None and spec.loader is not None:
+                run = spec.loader.exec_module
+
+                def run_and_claim(module: Any, run: Any = run) -> None:
+                    run(module)
+                    claim_task()
+
+                spec.loader.exec_module = run_and_claim
+                return spec
+        return None
+
+
+def claim_task() -> None:
+    """Put our entry into transformers' registry, if that is loaded and has another one or none."""
+    registry = getattr(sys.modules.get("transformers.pipelines"), "PIPELINE_REGISTRY", None)
+    if registry is None:
+        return
+    registered = registry.supported_tasks.get(TASK)
+    ours = getattr(sys.modules.get("quantpress.pipelines.text_generation"), "TextGenerationPipeline", None)
+    if isinstance(registered, LazyTask) or (ours is not None and (registered or {}).get("impl") is ours):
+        return
+    registry.supported_tasks[TASK] = LazyTask()
+
+
+def watch_imports() -> None:
+    """Claim the task now and behind every import that would change it; may be called again."""
+    if not any(isinstance(finder, _Watcher) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _Watcher())  # type: ignore[arg-type]
+    claim_task()
