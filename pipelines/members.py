@@ -7,11 +7,13 @@ composition does not answer. Here the question goes to every member.
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from kvpress import BasePress, RestoreKVPress
+from kvpress import BasePress, FinchPress, RestoreKVPress
+from transformers import PreTrainedModel
 
 from quantpress.errors import InvalidInputError
-from quantpress.presses.composition import decodes, rerotates
+from quantpress.presses.composition import decodes, rerotates, with_inner
 from quantpress.presses.expression import parse_press
+from quantpress.presses.names import Finch, name_delimiter
 
 if TYPE_CHECKING:
     from quantpress.presses import Compose
@@ -63,6 +65,20 @@ def chosen_press(press: PressOrBits, options: dict[str, Any]) -> "Compose":
         )
     chosen = as_press(press)
     return chosen if isinstance(chosen, Compose) else Compose([chosen])
+
+
+def hand_tokenizer(press: BasePress | None, model: PreTrainedModel, tokenizer: Any) -> None:
+    """Tell the presses that need a delimiter in the text (Finch) which token it is, if nobody has yet.
+
+    kvpress's own FinchPress has the model embed the delimiter, so that a model without room for one more
+    token grows by it; `Finch` does not.
+    """
+    for finch in (inner for member in members(press) for inner in with_inner(member)):
+        if isinstance(finch, FinchPress) and finch.delimiter_token_id is None:
+            name_delimiter(finch, tokenizer)
+            rows = model.get_input_embeddings().weight.shape[0]
+            if not isinstance(finch, Finch) and finch.delimiter_token_id >= rows:
+                model.resize_token_embeddings(finch.delimiter_token_id + 1)
 
 
 def members(press: BasePress | None) -> Iterator[BasePress]:

@@ -1,7 +1,6 @@
 """Reading the context: one forward pass into a cache, under a press."""
 
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, nullcontext
 
 import torch
 from kvpress import BasePress
@@ -13,6 +12,8 @@ from quantpress.pipelines.members import renumbers_positions
 from quantpress.pipelines.prefill import DEFAULT_CHUNK_TOKENS, backbone, chunked_prefill, decoder_layers
 from quantpress.pipelines.progress import layer_progress
 from quantpress.pipelines.stopwatch import Stopwatch
+from quantpress.presses.failures import named_assertion
+from quantpress.presses.guard import named_context
 
 
 def read_context(
@@ -46,22 +47,8 @@ def read_context(
     if held:
         raise InvalidInputError(f"the cache already holds {held} tokens; give a new one for every context")
     tokens = context_ids.shape[1]
-    with _named_failure(press, tokens):
+    with named_assertion(press, tokens):
         return _read(model, context_ids, cache, press, chunk_tokens, progress, watch)
-
-
-@contextmanager
-def _named_failure(press: BasePress | None, tokens: int) -> Iterator[None]:
-    """kvpress asserts what a press needs of a context, mostly its length; name the press and the remedy."""
-    try:
-        yield
-    except AssertionError as error:
-        if press is None:
-            raise
-        raise InvalidInputError(
-            f"{press!r} cannot compress this context of {tokens} tokens: {error}. "
-            "Give a longer context, a press with smaller windows, or press=None"
-        ) from error
 
 
 def _read(
@@ -82,7 +69,7 @@ def _read(
             chunks.enter_context(freed_embeddings(model, decoder_layers(model)))
         with ExitStack() as timers:
             _hook(watch, model, "start", timers)
-            with nullcontext() if press is None else press(model):
+            with nullcontext() if press is None else named_context(press, model):
                 _hook(watch, model, "stop", timers)
                 with layer_progress(model, tokens, progress):
                     # by name: KVzip and its kin read these two from the keyword arguments

@@ -17,7 +17,7 @@ from quantpress.pipelines.captured import capturing
 from quantpress.pipelines.decoding import check_decoding, decides_capture, generate_ids, refuse_capture
 from quantpress.pipelines.enabling import enabled_press
 from quantpress.pipelines.masks import fitted_masks
-from quantpress.pipelines.members import as_press, decode_time_presses
+from quantpress.pipelines.members import as_press, decode_time_presses, hand_tokenizer
 from quantpress.pipelines.preserve import preserved_context, unchanged_model
 from quantpress.pipelines.prompt import (
     chat_form,
@@ -102,6 +102,7 @@ class TextGenerationPipeline(KVPressTextGenerationPipeline):
             reading["questions"] = given.asked(rest.pop("question", None), rest.pop("questions", None))
         if "press" in running:
             running["press"] = as_press(running["press"])
+            hand_tokenizer(running["press"], self.model, self.tokenizer)
         given.check_generation_arguments(rest)
         return reading, {**running, **rest}, shaping
 

@@ -17,21 +17,12 @@ from transformers.modeling_utils import PreTrainedModel
 
 from quantpress.errors import CompositionError, QuantPressError, UnsupportedModelError
 from quantpress.presses.composition import AT_EXIT, decodes, moves_slots, name_of, with_inner
+from quantpress.presses.failures import UNEXPLAINED, named_failure
 from quantpress.presses.model_support import attention_modules, is_sliding
 from quantpress.presses.packing import hooked
 from quantpress.presses.prefill import check_padding, is_padded, prefill_call
 
 Hook = Callable[..., Any]
-
-_UNEXPLAINED = (
-    AttributeError,
-    IndexError,
-    KeyError,
-    NotImplementedError,
-    RuntimeError,
-    TypeError,
-    ValueError,
-)
 
 
 @contextmanager
@@ -39,6 +30,7 @@ def guarded(press: BasePress, model: PreTrainedModel) -> Iterator[None]:
     """Enter a press's context without its hooks on sliding-window layers.
 
     Raises (from inside, at a prefill):
+        InvalidInputError: it cannot compress this context.
         CompositionError: it evicts from a padded batch, at once or while decoding, or evicts only when its
             context ends and is used around `generate`.
         UnsupportedModelError: the press failed, in a model that kvpress does not support or whose weights are
@@ -53,10 +45,37 @@ def guarded(press: BasePress, model: PreTrainedModel) -> Iterator[None]:
                 if is_sliding(module):
                     del module._forward_hooks[hook_id]
                     module._forward_hooks_with_kwargs.pop(hook_id, None)
-                elif not supported:
-                    module._forward_hooks[hook_id] = _explained(press, module._forward_hooks[hook_id])
+                else:
+                    explain = named if supported else _explained
+                    module._forward_hooks[hook_id] = explain(press, module._forward_hooks[hook_id])
         with hooked(model, _check(press)):
             yield
+
+
+@contextmanager
+def named_context(press: BasePress, model: PreTrainedModel) -> Iterator[None]:
+    """A press's own context, where a press of kvpress names its failures at a prefill."""
+    modules = attention_modules(model) if type(press).__module__.startswith("kvpress.") else []
+    before = [set(module._forward_hooks) for module in modules]
+    with press(model):
+        for module, known in zip(modules, before, strict=True):
+            for hook_id in set(module._forward_hooks) - known:
+                module._forward_hooks[hook_id] = named(press, module._forward_hooks[hook_id])
+        yield
+
+
+def named(press: BasePress, hook: Hook) -> Hook:
+    """The hook of a press, which raises `InvalidInputError` where it cannot compress a context."""
+
+    @functools.wraps(hook)
+    def run(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
+        call = prefill_call(module, args, kwargs)
+        if call is None:
+            return hook(module, args, kwargs, output)
+        with named_failure(press, call.tokens):
+            return hook(module, args, kwargs, output)
+
+    return run
 
 
 def _check(press: BasePress) -> Hook:
@@ -88,7 +107,7 @@ def _explained(press: BasePress, hook: Hook) -> Hook:
             result = hook(module, args, kwargs, output)
         except (QuantPressError, torch.OutOfMemoryError):
             raise
-        except _UNEXPLAINED as error:
+        except UNEXPLAINED as error:
             raise _unsupported(press, module, str(error)) from error
         if call is not None and _head_dims(call.cache.layers[call.layer_idx]) != before:
             raise _unsupported(press, module, "it cut the channels of keys or values")

@@ -11,6 +11,7 @@ import kvpress
 from kvpress import ScorerPress
 
 from quantpress.errors import InvalidInputError
+from quantpress.presses.failures import NamedFailures
 from quantpress.presses.names import (
     DEFAULT_RATIO,
     ExpectedAttention,
@@ -38,7 +39,7 @@ def _inner_press(owner: object, press: Any) -> ScorerPress:
     return press
 
 
-class WrappingPress(Pipeable):
+class WrappingPress(NamedFailures, Pipeable):
     """Checks the inner press with an exception before kvpress asserts it."""
 
     press: ScorerPress
@@ -85,7 +86,7 @@ class CriticalAdaKV(WrappingPress, kvpress.CriticalAdaKVPress):
     press: ScorerPress = field(default_factory=SnapKV)
 
 
-class CriticalKV(Pipeable, kvpress.CriticalKVPress):
+class CriticalKV(NamedFailures, Pipeable, kvpress.CriticalKVPress):
     """Scores times the size of the projected values, in two stages."""
 
     def __init__(

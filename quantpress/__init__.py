@@ -5,8 +5,8 @@
 
 Importing quantpress is light: torch, transformers and kvpress are imported when a name that needs them is
 first used. Every press of `quantpress.presses` can be imported from here too. From the import on
-`transformers.pipeline("kv-press-text-generation")` makes our pipeline, whoever imports kvpress before or after
-(`quantpress.task`).
+`transformers.pipeline("kv-press-text-generation")` makes our pipeline, whether kvpress is imported before,
+after or never (`quantpress.task`).
 """
 
 from importlib import import_module

@@ -1,9 +1,9 @@
 """The task "kv-press-text-generation" is ours once quantpress is imported, whoever imports kvpress, and when.
 
-kvpress registers its own pipeline under that name when it is imported. Importing kvpress takes seconds, so it is
-not imported here: an entry that knows where our pipeline is takes the place in transformers' registry, at once
-if transformers.pipelines is there, and again behind each import that would change it. Using the entry loads the
-pipeline.
+kvpress registers its own pipeline under that name when it is imported. Importing kvpress takes seconds, so it
+is not imported here: an entry that knows where our pipeline is takes the place in transformers' registry, at
+once if transformers.pipelines is there, and again behind each import that would change it. Using the entry
+loads the pipeline.
 """
 
 import sys

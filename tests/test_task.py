@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -12,7 +13,8 @@ import sys
 sys.path.insert(0, {folder!r})
 from tests.pipelines.words import word_tokenizer
 from tests.tiny_models import tiny_model
-pipe = transformers.pipeline("kv-press-text-generation", model=tiny_model("llama"), tokenizer=word_tokenizer())
+parts = {{"model": tiny_model("llama"), "tokenizer": word_tokenizer()}}
+pipe = transformers.pipeline("kv-press-text-generation", **parts)
 assert type(pipe).__module__ == "quantpress.pipelines.text_generation", type(pipe)
 assert "default" in PIPELINE_REGISTRY.check_task("kv-press-text-generation")[1]
 print(pipe("w1 " * 90, question="w2", press="Knorm(0.5)", max_new_tokens=2)["answer"] is not None)
@@ -37,8 +39,7 @@ def run(code: str) -> str:
     ids=["kvpress first", "quantpress first", "kvpress never", "registered by kvpress again"],
 )
 def test_the_task_is_ours(imports: str) -> None:
-    folder = str(__import__("pathlib").Path(__file__).parents[1])
-    assert run(imports + ASK.format(folder=folder)).endswith("True\n")
+    assert run(imports + ASK.format(folder=str(Path(__file__).parents[1]))).endswith("True\n")
 
 
 def test_importing_quantpress_stays_light() -> None:
