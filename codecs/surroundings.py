@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -69,6 +69,6 @@ def exact_product(x: Tensor, matrix: Tensor) -> Tensor:
 
 def _multiplies_in_less(kind: str) -> bool:
     """Whether torch may multiply float32 matrices on this kind of device in TF32 or bfloat16."""
-    if kind == "cuda":
-        return torch.backends.cuda.matmul.fp32_precision not in _FULL_PRECISION
-    return kind == "cpu" and torch.backends.mkldnn.matmul.fp32_precision not in _FULL_PRECISION
+    backends: Any = torch.backends
+    backend = {"cuda": backends.cuda, "cpu": backends.mkldnn}.get(kind)
+    return backend is not None and backend.matmul.fp32_precision not in _FULL_PRECISION

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from quantpress.errors import InvalidInputError
 from quantpress.presses.composition import decodes, rerotates, with_inner
 from quantpress.presses.expression import parse_press
-from quantpress.presses.names import Finch, name_delimiter
+from quantpress.presses.finch import Finch, name_delimiter
 
 if TYPE_CHECKING:
     from quantpress.presses import Compose
@@ -75,10 +75,10 @@ def hand_tokenizer(press: BasePress | None, model: PreTrainedModel, tokenizer: A
     """
     for finch in (inner for member in members(press) for inner in with_inner(member)):
         if isinstance(finch, FinchPress) and finch.delimiter_token_id is None:
-            name_delimiter(finch, tokenizer)
-            rows = model.get_input_embeddings().weight.shape[0]
-            if not isinstance(finch, Finch) and finch.delimiter_token_id >= rows:
-                model.resize_token_embeddings(finch.delimiter_token_id + 1)
+            token = name_delimiter(finch, tokenizer)
+            embedding: Any = model.get_input_embeddings()
+            if not isinstance(finch, Finch) and token >= embedding.weight.shape[0]:
+                model.resize_token_embeddings(token + 1)
 
 
 def members(press: BasePress | None) -> Iterator[BasePress]:

@@ -3,10 +3,12 @@
 compose.py        Compose: several presses as one
 composition.py    which presses go together
 guard.py          a press's context, with errors that say what is wrong
+failures.py       which press failed at which context, and the remedy
 demote.py         Demote: fewer bits for tokens that a press would evict
 turboquant.py     TurboQuant: packs what is left in 2 to 4 bits
 presets.py        its settings by name
 names.py          kvpress's evicting presses under short names, with defaults that evict
+finch.py          Finch, whose delimiter a pipeline makes a token
 wrappers.py       kvpress's presses that work through another press
 packing.py        from prefilled layers to packed layers, inside the forward pass
 head_wise.py      what head-wise presses name, and what of it is left out
@@ -25,6 +27,7 @@ Importing this imports kvpress.
 
 from quantpress.presses.compose import Compose
 from quantpress.presses.demote import Demote
+from quantpress.presses.finch import Finch
 from quantpress.presses.names import (
     CUR,
     TOVA,
@@ -34,7 +37,6 @@ from quantpress.presses.names import (
     ExpectedAttention,
     ExpectedAttentionStats,
     FastKVzip,
-    Finch,
     KeyDiff,
     Knorm,
     KVCompose,

@@ -68,5 +68,5 @@ def claim_task() -> None:
 def watch_imports() -> None:
     """Claim the task now and behind every import that would change it; may be called again."""
     if not any(isinstance(finder, _Watcher) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _Watcher())  # type: ignore[arg-type]
+        sys.meta_path.insert(0, _Watcher())
     claim_task()

@@ -76,7 +76,12 @@ def _float32_logits(model: PreTrainedModel) -> Iterator[None]:
     weight = head.weight.float()
     bias = head.bias.float() if isinstance(getattr(head, "bias", None), torch.Tensor) else None
     own = vars(head).get("forward")
-    head.forward = in_named_dtypes(lambda hidden: functional.linear(hidden.float(), weight, bias))
+
+    @in_named_dtypes
+    def forward(hidden: torch.Tensor) -> torch.Tensor:
+        return functional.linear(hidden.float(), weight, bias)
+
+    head.forward = forward
     try:
         yield
     finally:
