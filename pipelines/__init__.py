@@ -33,8 +33,6 @@ evaluation/         quality against controls: divergence, attention, tasks, equa
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from quantpress.task import TASK
-
 if TYPE_CHECKING:
     from quantpress.pipelines.captured import captured_decoding
     from quantpress.pipelines.enabling import disable, enable
@@ -55,6 +53,7 @@ __all__ = [
     "register",
 ]
 
+TASK = "kv-press-text-generation"
 _LAZY = {
     "Report": "quantpress.pipelines.report",
     "TextGenerationPipeline": "quantpress.pipelines.text_generation",

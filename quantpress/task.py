@@ -10,7 +10,7 @@ import sys
 from importlib import import_module
 from typing import Any
 
-TASK = "kv-press-text-generation"
+TASK = "kv-press-text-generation"  # as `quantpress.pipelines` has it
 _WATCHED = ("transformers.pipelines", "kvpress.pipeline")
 
 

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from quantpress import pipelines, task
+
 ASK = """
 import transformers
 from transformers.pipelines import PIPELINE_REGISTRY
@@ -40,6 +42,10 @@ def run(code: str) -> str:
 )
 def test_the_task_is_ours(imports: str) -> None:
     assert run(imports + ASK.format(folder=str(Path(__file__).parents[1]))).endswith("True\n")
+
+
+def test_the_name_is_that_of_the_pipelines() -> None:
+    assert task.TASK == pipelines.TASK
 
 
 def test_importing_quantpress_stays_light() -> None:
