@@ -54,12 +54,13 @@ class TextCache(DynamicCache):
         """Say how long the text is that the layers stem from, after a press has worked on them.
 
         Args:
-            tokens: of the text, each of which every layer has seen.
+            tokens: of the text, each of which every layer has seen; a layer that nothing was written to has
+                seen none.
         """
         self.evicted = {
             index: tokens - layer.get_seq_length()
             for index, layer in enumerate(self.layers)
-            if tokens != layer.get_seq_length()
+            if layer.is_initialized and tokens != layer.get_seq_length()
         }
 
     def get_seq_length(self, layer_idx: int = 0) -> int:

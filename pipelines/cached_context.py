@@ -18,6 +18,7 @@ from quantpress.errors import InvalidInputError
 from quantpress.pipelines.members import decode_time_presses, members
 from quantpress.pipelines.saved_context import Masks, check_packed_by, load_context, save_context
 from quantpress.presses.composition import short_repr
+from quantpress.presses.filling import check_keeps
 from quantpress.presses.model_support import attention_modules
 
 
@@ -118,6 +119,8 @@ class CachedContext:
 
         Raises:
             InvalidInputError: another model.
+            UnsupportedModelError: it is in a state in which it looks at no cache: training mode with gradient
+                checkpointing.
 
         Example:
             >>> # with context.opened(model) as cache:
@@ -129,6 +132,7 @@ class CachedContext:
             raise InvalidInputError(
                 f"this context was read by another model: {reason}; read it again with this one"
             )
+        check_keeps(model)
         install_packed_attention()
         modules = attention_modules(model)
         before = [vars(module).get(MASKS) for module in modules]

@@ -31,6 +31,7 @@ from quantpress.pipelines.preserve import masks_of_cache
 from quantpress.pipelines.replaced import Replaced
 from quantpress.presses import Compose
 from quantpress.presses.composition import AT_EXIT
+from quantpress.presses.filling import check_keeps
 from quantpress.presses.model_lock import ModelLock, model_lock
 from quantpress.presses.model_support import attention_modules
 
@@ -46,8 +47,9 @@ def enable(
     prompt is read under the press; its context is closed before the first new token, or at the end of the
     call for presses that act during decoding. A cache that `generate` has made may be given back to it with
     the whole conversation, as transformers' users do: it goes on where it was. Caches of the caller's own,
-    calls with use_cache=False and forwards outside `generate` are left alone. `TextGenerationPipeline` takes
-    the press of an enabled model where it is given none.
+    calls with use_cache=False and forwards outside `generate` are left alone (use_cache=False in the model's
+    own configuration does not count). `TextGenerationPipeline` takes the press of an enabled model where it
+    is given none.
 
     On CUDA the decode steps of greedy and sampled calls replay graphs, as in `captured_decoding`; each call
     makes its own, and they go with it. `captured_decoding(model)` around the calls takes their place.
@@ -189,6 +191,8 @@ class Enabled:
             return generate(*args, **kwargs)
         with self.lock if self._decodes else nullcontext(), ExitStack() as presses:
             call = GenerateCall(self, presses)
+            if self.model.generation_config.use_cache is False:  # left by a training, not asked for by the call
+                kwargs.setdefault("use_cache", True)
             token = CURRENT_CALL.set(call)
             try:
                 output = generate(*args, **kwargs)
@@ -210,6 +214,8 @@ class Enabled:
         if call is not None:
             call.choose_steps(config, mode, self._replaced[0].original)
         given = inputs.get("past_key_values")
+        if config.use_cache is not False and (given is None or isinstance(given, TextCache)):
+            check_keeps(self.model)
         result = prepare(config, inputs, mode, *rest)
         if given is not None or config.use_cache is False or (call is None and self._ending):
             return result

@@ -4,7 +4,6 @@ The model is built from its configuration on the "meta" device, which holds shap
 architecture that transformers knows is counted by its own code.
 """
 
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,6 @@ from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
-    DynamicCache,
     LlamaConfig,
     PreTrainedConfig,
     PreTrainedModel,
@@ -109,10 +107,9 @@ class ModelOutline:
         total = int(getattr(config, "num_hidden_layers", len(layers)))
         kind = dtype or model.dtype
         parameters = {id(one): one for one in model.parameters()}.values()  # tied ones count once
-        own = own_cache(model)
         try:
             check_packable(model)
-            refusal = None if own is None else _not_in_layers(model, own)
+            refusal = None
         except UnsupportedModelError as error:
             refusal = str(error)
         return cls(
@@ -159,26 +156,6 @@ def outline(model: str | None = None) -> ModelOutline:
     return ModelOutline.of(
         model or DEFAULT_MODEL_NAME, made, stored if isinstance(stored, torch.dtype) else torch.bfloat16
     )
-
-
-def _not_in_layers(model: PreTrainedModel, cache: str) -> str:
-    return (
-        f"{type(model).__name__} keeps its state in a {cache}, not in layers of a DynamicCache: it cannot be "
-        "packed"
-    )
-
-
-def own_cache(model: PreTrainedModel) -> str | None:
-    """The class of cache that a model with states besides keys and values brings along; None for all others.
-
-    Such a class is defined beside the model, and is no DynamicCache (Jamba, Falcon H1, LFM2, ...).
-    """
-    place = type(model).__module__
-    for name, kind in vars(sys.modules[place]).items():
-        defined = isinstance(kind, type) and kind.__module__ == place and name.endswith("Cache")
-        if defined and not issubclass(kind, DynamicCache):
-            return name
-    return None
 
 
 def _without_weights(config: PreTrainedConfig) -> PreTrainedModel:

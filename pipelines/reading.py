@@ -14,6 +14,9 @@ from quantpress.pipelines.progress import layer_progress
 from quantpress.pipelines.stopwatch import Stopwatch
 from quantpress.presses.failures import named_assertion
 from quantpress.presses.guard import named_context
+from quantpress.presses.filling import check_filled, check_keeps, count_kept, warn_of_chance
+from quantpress.presses.model_support import check_hookable
+from quantpress.presses.piping import Pipeable
 
 
 def read_context(
@@ -42,13 +45,21 @@ def read_context(
 
     Raises:
         InvalidInputError: the cache already holds tokens, or the press cannot compress this context.
+        UnsupportedModelError: the model does not keep what it reads in this cache (`presses/filling.py`).
     """
+    check_keeps(model)
     held = max((layer.get_seq_length() for layer in cache.layers), default=0)
     if held:
         raise InvalidInputError(f"the cache already holds {held} tokens; give a new one for every context")
+    if press is not None and not isinstance(press, Pipeable):  # ours do both by themselves
+        check_hookable(model)
+        count_kept(model, cache)
+    warn_of_chance(model)
     tokens = context_ids.shape[1]
     with named_assertion(press, tokens):
-        return _read(model, context_ids, cache, press, chunk_tokens, progress, watch)
+        position = _read(model, context_ids, cache, press, chunk_tokens, progress, watch)
+    check_filled(model, cache)
+    return position
 
 
 def _read(
@@ -73,7 +84,7 @@ def _read(
                 _hook(watch, model, "stop", timers)
                 with layer_progress(model, tokens, progress):
                     # by name: KVzip and its kin read these two from the keyword arguments
-                    backbone(model)(input_ids=context_ids, past_key_values=cache)
+                    backbone(model)(input_ids=context_ids, past_key_values=cache, use_cache=True)
                 timers.close()
                 if watch is not None:
                     watch.start()  # some presses do their work on exit

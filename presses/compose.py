@@ -22,6 +22,7 @@ from quantpress.presses.composition import (
     with_inner,
 )
 from quantpress.presses.demote import Demote
+from quantpress.presses.filling import filled_caches
 from quantpress.presses.guard import guarded
 from quantpress.presses.model_support import check_evictable
 from quantpress.presses.names import check_ratio
@@ -184,6 +185,7 @@ class Compose(Pipeable, BasePress):
             self.quantizer.post_init_from_model(model)
         if self.evictors:
             check_evictable(model)
+        stack.enter_context(filled_caches(model, evicts=bool(self.evictors)))
         if packer is not None:
             stack.enter_context(packer.recording(model))
         for press in self.evictors:

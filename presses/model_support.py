@@ -1,8 +1,10 @@
 """Which parts of a model a press works on, and which models can be packed at all."""
 
 import sys
+from typing import Any
 
 from torch import nn
+from transformers.cache_utils import DynamicCache
 
 from quantpress.errors import UnsupportedModelError
 
@@ -82,12 +84,49 @@ def full_attention_modules(model: nn.Module) -> list[nn.Module]:
     return [module for module in attention_modules(model) if not is_sliding(module)]
 
 
+def own_cache(model: nn.Module) -> str | None:
+    """The class of cache that a model with states besides keys and values brings along; None for all others.
+
+    Such a class is defined beside the model, and is no DynamicCache (Jamba, Falcon H1, LFM2, ...).
+    """
+    for place in dict.fromkeys((type(model).__module__, type(decoder_of(model)).__module__)):
+        for name, kind in vars(sys.modules[place]).items():
+            defined = isinstance(kind, type) and kind.__module__ == place and name.endswith("Cache")
+            if defined and not issubclass(kind, DynamicCache):
+                return name
+    return None
+
+
+def unlayered(model: nn.Module) -> str | None:
+    """Why a model (Jamba, Qwen3-Next, MiniMax, ...) cannot read into a DynamicCache; None when it can."""
+    for part in (model, decoder_of(model)):
+        dynamic: Any = getattr(part, "_supports_default_dynamic_cache", None)
+        if callable(dynamic) and not dynamic():
+            cache = own_cache(model) or "cache of its own kind"
+            return (
+                f"{type(model).__name__} keeps its state in a {cache}, not in layers of a DynamicCache: it "
+                "cannot be read into, compressed or asked here; use model.generate without presses"
+            )
+    return None
+
+
+def check_layered(model: nn.Module) -> None:
+    """Refuse a model that cannot read into layers of a DynamicCache.
+
+    Raises:
+        UnsupportedModelError: names the cache that it brings along.
+    """
+    reason = unlayered(model)
+    if reason is not None:
+        raise UnsupportedModelError(reason)
+
+
 def check_packable(model: nn.Module) -> None:
     """Refuse a model whose cache cannot be packed.
 
     Raises:
         UnsupportedModelError: the model's attention, or its attention implementation, cannot read packed
-            layers, or every layer is a sliding window.
+            layers, its states are in another cache than a DynamicCache, or every layer is a sliding window.
     """
     name = type(model).__name__
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
@@ -97,6 +136,7 @@ def check_packable(model: nn.Module) -> None:
     reason = unreadable(model)
     if reason is not None:
         raise UnsupportedModelError(f"{name} cannot be packed: {reason}; use it without TurboQuant")
+    check_layered(model)
     if all(is_sliding(module) for module in attention_modules(model)):
         raise UnsupportedModelError(
             f"every layer of {name} is a sliding window, and those stay unpacked; use it without TurboQuant, "
@@ -104,21 +144,38 @@ def check_packable(model: nn.Module) -> None:
         )
 
 
-def check_evictable(model: nn.Module) -> None:
-    """Refuse a model in which kvpress finds no layers that it could evict from.
+def check_hookable(model: nn.Module) -> None:
+    """Refuse a model in which kvpress cannot put its hooks, or would look for keys that layers share.
 
     Raises:
         UnsupportedModelError: `model.model.layers[i].self_attn` (or the same below
-            `model.model.language_model`) is not there, or every layer is a sliding window.
+            `model.model.language_model`) is not there, states are in another cache than a DynamicCache, or
+            layers read the keys of others.
     """
+    check_layered(model)
+    name = type(model).__name__
     inner = getattr(model, "model", None)
     inner = getattr(inner, "language_model", inner)
     layers = getattr(inner, "layers", None)
     if layers is None or any(getattr(layer, "self_attn", None) is None for layer in layers):
         raise UnsupportedModelError(
-            f"kvpress finds no model.model.layers[i].self_attn in {type(model).__name__}; give the model "
-            "with its language-model head (...ForCausalLM), or use a quantizer alone"
+            f"kvpress finds no model.model.layers[i].self_attn in {name}; give the model with its "
+            "language-model head (...ForCausalLM), or use a quantizer alone"
         )
+    if any(getattr(module, "is_kv_shared_layer", False) for module in attention_modules(model)):
+        raise UnsupportedModelError(
+            f"layers of {name} read keys and values of others, and kvpress looks for each layer's own; use "
+            "it without presses"
+        )
+
+
+def check_evictable(model: nn.Module) -> None:
+    """Refuse a model that presses can evict nothing from.
+
+    Raises:
+        UnsupportedModelError: as for `check_hookable`, or every layer is a sliding window.
+    """
+    check_hookable(model)
     modules = attention_modules(model)
     if modules and all(is_sliding(module) for module in modules):
         raise UnsupportedModelError(

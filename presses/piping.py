@@ -1,4 +1,4 @@
-"""What our presses have beside kvpress's: `|`, and one thread at a time on a model.
+"""What our presses have beside kvpress's: `|`, one thread at a time, an error where nothing is cached.
 
 `SnapKV(0.5) | TurboQuant(4)` is `Compose([SnapKV(0.5), TurboQuant(4)])`.
 """
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from kvpress import BasePress
 from transformers.modeling_utils import PreTrainedModel
 
+from quantpress.presses.filling import filled_caches
 from quantpress.presses.model_lock import model_lock
 
 if TYPE_CHECKING:
@@ -21,9 +22,13 @@ class Pipeable:
 
     @contextmanager
     def __call__(self, model: PreTrainedModel) -> Generator[None, None, None]:
-        """Apply the press to every prefill inside the context; other threads wait for the model meanwhile."""
+        """Apply the press to every prefill inside the context; other threads wait for the model meanwhile.
+
+        Raises:
+            UnsupportedModelError, InvalidInputError: as for `filled_caches`.
+        """
         upstream: Any = super()
-        with model_lock(model), upstream.__call__(model):
+        with model_lock(model), filled_caches(model), upstream.__call__(model):
             yield
 
     def __or__(self, other: Any) -> "Compose":

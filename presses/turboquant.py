@@ -16,6 +16,7 @@ from quantpress.codecs.spec import CodecSpec
 from quantpress.errors import InvalidInputError
 from quantpress.kernels.page_codec import PageCodec, ScalarPages
 from quantpress.presses.filled_cache import pack_cache
+from quantpress.presses.filling import filled_caches
 from quantpress.presses.model_support import attention_modules, check_packable, full_attention_modules
 from quantpress.presses.packing import Packer
 from quantpress.presses.piping import Pipeable
@@ -192,7 +193,7 @@ class TurboQuant(Pipeable, BasePress):
         """
         with left_as_found(model):
             self.post_init_from_model(model)
-            with Packer(self).packing(model):
+            with filled_caches(model, evicts=False), Packer(self).packing(model):
                 yield
 
     def forward_hook(

@@ -12,6 +12,7 @@ import torch
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    BambaConfig,
     BloomConfig,
     DeepseekV2Config,
     DeepseekV3Config,
@@ -21,9 +22,11 @@ from transformers import (
     GPT2Config,
     GPTNeoXConfig,
     GptOssConfig,
+    GraniteMoeHybridConfig,
     JambaConfig,
     Lfm2Config,
     LlamaConfig,
+    MiniMaxConfig,
     MistralConfig,
     NemotronConfig,
     Phi3Config,
@@ -31,6 +34,7 @@ from transformers import (
     PreTrainedModel,
     Qwen2Config,
     Qwen3Config,
+    Qwen3NextConfig,
 )
 
 VOCABULARY = 256
@@ -117,7 +121,38 @@ _OTHERS: dict[str, tuple[type, dict[str, Any]]] = {
     "bloom": (BloomConfig, {"n_head": 4, "n_layer": 3}),
     "nemotron": (NemotronConfig, {}),
 }
+_MAMBA = {"mamba_n_heads": 4, "mamba_d_head": 64, "mamba_d_state": 8, "mamba_n_groups": 1}
+HYBRID: dict[str, tuple[type, dict[str, Any]]] = {  # more with a cache of their own, refused everywhere
+    "qwen3_next": (
+        Qwen3NextConfig,
+        {
+            "head_dim": HEAD_DIM,
+            "num_experts": 2,
+            "num_experts_per_tok": 1,
+            "moe_intermediate_size": 32,
+            "shared_expert_intermediate_size": 32,
+            "layer_types": ["linear_attention", "linear_attention", "full_attention"],
+            **{f"linear_{side}_head_dim": 16 for side in ("key", "value")},
+            **{f"linear_num_{side}_heads": 2 for side in ("key", "value")},
+        },
+    ),
+    "bamba": (BambaConfig, {"attn_layer_indices": [1], **_MAMBA}),
+    "granite_hybrid": (
+        GraniteMoeHybridConfig,
+        {
+            "layer_types": ["mamba", "attention", "attention"],
+            "shared_intermediate_size": 32,
+            **_EXPERTS,
+            **_MAMBA,
+        },
+    ),
+    "minimax": (
+        MiniMaxConfig,
+        {"layer_types": ["linear_attention", "full_attention", "full_attention"], **_EXPERTS},
+    ),
+}
 _CONFIGS.update(_OTHERS)
+_CONFIGS.update(HYBRID)
 
 
 @functools.cache

@@ -16,12 +16,13 @@ from quantpress.pipelines.commands.output import progress
 from quantpress.pipelines.fidelity import attention_fidelity
 from quantpress.pipelines.haystack import book_piece
 from quantpress.pipelines.key_statistics import OUTLIER, KeyStatistics
-from quantpress.pipelines.model_outline import LayerOutline, ModelOutline, own_cache
+from quantpress.pipelines.model_outline import LayerOutline, ModelOutline
 from quantpress.pipelines.preserve import unchanged_model
 from quantpress.pipelines.prompt import cut_to, token_ids
 from quantpress.pipelines.reading import read_context
 from quantpress.pipelines.text_generation import TextGenerationPipeline
 from quantpress.presses.expression import parse_press
+from quantpress.presses.model_support import unlayered
 from quantpress.presses.turboquant import TurboQuant
 
 DEFAULT_TOKENS = 1024
@@ -172,7 +173,7 @@ def main(
     text = book_piece(pipe.tokenizer, tokens) if text is None else text
     ids = cut_to(token_ids(pipe.tokenizer, text, "text"), tokens).to(pipe.model.device)
     outline = ModelOutline.of(model_name(pipe), pipe.model)
-    keys = {} if own_cache(pipe.model) else _keys(pipe, ids)
+    keys = {} if unlayered(pipe.model) or not outline.layers else _keys(pipe, ids)
     candidates: list[Candidate] = []
     refusal = outline.refusal
     if refusal is None:

@@ -2,12 +2,14 @@
 
 from typing import Any
 
+import kvpress
 import pytest
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
 from quantpress.cache import PackedLayer
 from quantpress.errors import CompositionError, UnsupportedModelError
+from quantpress.pipelines.text_generation import TextGenerationPipeline
 from quantpress.presses import (
     AdaKV,
     Compose,
@@ -17,6 +19,7 @@ from quantpress.presses import (
     StreamingLLM,
     TurboQuant,
 )
+from tests.pipelines.words import text, word_tokenizer
 from tests.presses.reading import answer, lossless, read
 from tests.tiny_models import prompt, tiny_model
 
@@ -25,7 +28,7 @@ IDS = prompt(TOKENS)
 HALF_SLIDING = ["gemma2", "gpt_oss", "qwen2_sliding", "qwen3_sliding"]
 OTHER_HEADS = ["multi_query", "multi_head"]
 LATENT = ["deepseek_v2", "deepseek_v3"]
-OTHER_CACHE = ["jamba", "falcon_h1", "lfm2"]
+OTHER_CACHE = ["jamba", "falcon_h1", "lfm2", "qwen3_next", "bamba", "granite_hybrid", "minimax"]
 UNKNOWN_QUERIES = pytest.mark.filterwarnings("ignore:the queries of .* are not known")
 
 
@@ -101,7 +104,7 @@ def test_latent_attention_has_keys_and_values_of_different_head_dim(family: str)
         ("phi", SnapKV(0.5), "SnapKV does not work with PhiAttention: .*kvpress supports Gemma3ForCond"),
         ("gpt2", Knorm(0.5), "kvpress finds no model.model.layers"),
         ("gpt_neox", Knorm(0.5), "kvpress finds no model.model.layers"),
-        ("jamba", Knorm(0.5), "kvpress finds no model.model.layers"),
+        ("jamba", Knorm(0.5), "in a HybridMambaAttentionDynamicCache, not in layers of a"),
         ("falcon_h1", Knorm(0.5), "in a FalconHybridMambaAttentionDynamicCache, not in layers of a"),
         ("mistral_sliding", SnapKV(0.5), "every layer of Mistral.* nothing would be evicted"),
     ],
@@ -120,11 +123,20 @@ def test_eviction_that_kvpress_cannot_do_is_refused(
 
 @pytest.mark.parametrize("family", OTHER_CACHE)
 def test_a_cache_of_another_kind_is_refused(family: str) -> None:
-    """Not silently left alone: nothing would be packed."""
-    model = tiny_model(family)
-    with pytest.raises(UnsupportedModelError, match=r"in a .*Cache, not in layers of a"), TurboQuant()(model):
-        model.generate(IDS, max_new_tokens=2, do_sample=False)
-    assert model.generate(IDS, max_new_tokens=2, do_sample=False).shape[1] == TOKENS + 2
+    """At the start, by contexts and by the pipeline, which cannot do without its own cache."""
+    model, refused = (
+        tiny_model(family),
+        r"in a .*[cC]ache.*, not in layers of a|is not attention over a cache",
+    )
+    for press in (TurboQuant(), Knorm(0.5), Compose([Knorm(0.5)])):
+        with pytest.raises(UnsupportedModelError, match=refused), press(model):
+            pytest.fail("entered")
+    pipe = TextGenerationPipeline(model=model, tokenizer=word_tokenizer())
+    for press in (None, TurboQuant(), Knorm(0.5), kvpress.KnormPress(0.5)):
+        for call in (pipe, pipe.read):
+            with pytest.raises(UnsupportedModelError, match=refused):
+                call(text(30), press=press)
+    assert model.generate(IDS[:, :40], max_new_tokens=2, do_sample=False).shape[1] == 42
 
 
 @pytest.mark.parametrize("family", ["bloom", "nemotron"])

@@ -118,5 +118,5 @@ def test_a_press_that_only_evicts_after_the_quantizer() -> None:
 
 def test_without_a_cache_there_is_nothing_to_do() -> None:
     model = tiny_model("llama")
-    with torch.inference_mode(), TurboQuant()(model):
+    with pytest.warns(UserWarning, match="nothing can be compressed"), TurboQuant()(model):
         model.model(input_ids=IDS, use_cache=False)
