@@ -22,6 +22,7 @@ from transformers import (
 from quantpress.errors import InvalidInputError, UnsupportedModelError
 from quantpress.pipelines.default_model import DEFAULT_MODEL_NAME, ensure_default_model
 from quantpress.presses.model_support import attention_modules, check_packable, is_sliding
+from quantpress.presses.positions import position_count
 
 SHAPE_FIELDS = {
     "layers": "num_hidden_layers",
@@ -121,7 +122,7 @@ class ModelOutline:
             dtype=kind,
             hidden=getattr(config, "hidden_size", None),
             intermediate=getattr(config, "intermediate_size", None),
-            positions=getattr(config, "max_position_embeddings", None),
+            positions=position_count(model.config),
             refusal=refusal,
             quantized=getattr(model.config, "quantization_config", None) is not None,
         )

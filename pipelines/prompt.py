@@ -9,6 +9,7 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from quantpress.errors import ContextTooLongError, EmptyContextError, InvalidInputError
+from quantpress.presses.positions import position_count
 
 logger = logging.getLogger(__name__)
 END_OF_CONTEXT = "<|end of context|>"
@@ -112,8 +113,3 @@ def warn_of_positions(
             f"{positions}: the end of an answer may be noise; a smaller max_context_length makes room",
             stacklevel=2,
         )
-
-
-def position_count(config: PreTrainedConfig) -> int | None:
-    """Positions that the model was made for; None when it does not say."""
-    return getattr(config.get_text_config(), "max_position_embeddings", None)

@@ -7,6 +7,7 @@ from torch import nn
 from transformers.cache_utils import DynamicCache
 
 from quantpress.errors import UnsupportedModelError
+from quantpress.presses.positions import position_count
 
 SUPPORTED_ATTENTION = ("eager", "flash_attention_2", "flash_attention_3", "sdpa")
 """Values of `attn_implementation` that packed layers work with."""
@@ -62,8 +63,10 @@ def is_sliding(module: nn.Module) -> bool:
     if getattr(module, "is_sliding", False):
         return True
     window = getattr(module, "sliding_window", None) or getattr(config, "sliding_window", None)
-    positions = getattr(config, "max_position_embeddings", None)
-    return window is not None and (positions is None or window < positions)
+    if window is None:
+        return False
+    positions = None if config is None else position_count(config)
+    return positions is None or window < positions
 
 
 def window_of(module: nn.Module) -> int | None:

@@ -98,6 +98,10 @@ _OTHERS: dict[str, tuple[type, dict[str, Any]]] = {
     "qwen2_sliding": (Qwen2Config, {"use_sliding_window": True, **_SLIDING}),
     "qwen3_sliding": (Qwen3Config, {"head_dim": HEAD_DIM, "use_sliding_window": True, **_SLIDING}),
     "mistral_sliding": (MistralConfig, {"head_dim": HEAD_DIM, "sliding_window": 64}),
+    "mistral_wide": (
+        MistralConfig,
+        {"head_dim": HEAD_DIM, "sliding_window": 8192},
+    ),  # wider than all positions
     # Heads: one KV head for all, as many as query heads, keys and values of different head_dim.
     "multi_query": (LlamaConfig, {"num_key_value_heads": 1}),
     "multi_head": (LlamaConfig, {"num_key_value_heads": 4}),

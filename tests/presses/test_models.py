@@ -7,7 +7,8 @@ import pytest
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
-from quantpress.cache import PackedLayer
+from quantpress import enable
+from quantpress.cache import PackedLayer, continue_inputs
 from quantpress.errors import CompositionError, UnsupportedModelError
 from quantpress.pipelines.text_generation import TextGenerationPipeline
 from quantpress.presses import (
@@ -146,6 +147,47 @@ def test_attention_that_is_not_patched_is_refused(family: str) -> None:
         TurboQuant()(tiny_model(family, "eager")),
     ):
         pytest.fail("entered")
+
+
+# Windows that never slide
+
+
+def greedy(model: PreTrainedModel, cache: Any, ids: torch.Tensor, seen: int, tokens: int = 6) -> torch.Tensor:
+    """[1, tokens] after `ids`, which stand at position `seen` of the text; the last one is not fed."""
+    answered = []
+    with torch.inference_mode():
+        for _ in range(tokens):
+            places = torch.arange(seen, seen + ids.shape[1])[None]
+            ids = model(ids, past_key_values=cache, position_ids=places).logits[:, -1:].argmax(-1)
+            seen += places.shape[1]
+            answered.append(ids)
+    return torch.cat(answered, dim=1)
+
+
+def test_a_window_wider_than_all_positions_is_evicted_from() -> None:
+    """Against kvpress and a plain DynamicCache in the same model without a window."""
+    wide, plain, second = tiny_model("mistral_wide"), tiny_model("mistral"), prompt(7, seed=5)
+    reference = DynamicCache()
+    with kvpress.KnormPress(0.5)(plain):
+        first = greedy(plain, reference, IDS, 0, 1)
+    first = torch.cat([first, greedy(plain, reference, first, TOKENS, 5)], 1)
+    more = torch.cat([first[:, -1:], second], 1)
+    then = greedy(plain, reference, more, TOKENS + 5)
+
+    options: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False}
+    with enable(wide, Compose([Knorm(0.5)])):
+        one = wide.generate(IDS, return_dict_in_generate=True, **options)
+        assert torch.equal(one.sequences[:, TOKENS:], first)
+        ids = torch.cat([one.sequences, second], 1)
+        two = wide.generate(ids, past_key_values=one.past_key_values, **options)
+    assert torch.equal(two[:, ids.shape[1] :], then)
+
+    cache = DynamicCache(config=wide.config)
+    with Compose([Knorm(0.5)])(wide):
+        assert torch.equal(greedy(wide, cache, IDS, 0, 1), first[:, :1])
+    inputs = continue_inputs(cache, first[:, :1], tokens_seen=TOKENS)
+    got = wide.generate(**inputs, past_key_values=cache, **{**options, "max_new_tokens": 5})
+    assert torch.equal(got[:, 1:], first[:, 1:])
 
 
 # Batches
