@@ -79,7 +79,9 @@ class TextGenerationPipeline(KVPressTextGenerationPipeline):
 
     Raises (of a call):
         EmptyContextError: the context, or a question with what the chat form adds, has no token.
-        ContextTooLongError: the context has more tokens than the model has positions.
+        ContextTooLongError: the context has more tokens than the model has positions (`position_count`).
+        UnsupportedModelError: the model does not keep what it reads in a DynamicCache: a hybrid or state-space
+            model, or one in training mode with gradient checkpointing.
         CompositionError: a list of presses that do not go together.
         InvalidInputError: any other argument that cannot be used.
 
@@ -130,7 +132,7 @@ class TextGenerationPipeline(KVPressTextGenerationPipeline):
             **options: press, max_context_length, enable_thinking, chunk_tokens and progress, as for a call.
 
         Raises:
-            EmptyContextError, ContextTooLongError, CompositionError: as for a call.
+            EmptyContextError, ContextTooLongError, CompositionError, UnsupportedModelError: as for a call.
             InvalidInputError: another argument, or a press that keeps notes about the context on itself.
 
         Example:
