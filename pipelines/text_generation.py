@@ -80,8 +80,8 @@ class TextGenerationPipeline(KVPressTextGenerationPipeline):
     Raises (of a call):
         EmptyContextError: the context, or a question with what the chat form adds, has no token.
         ContextTooLongError: the context has more tokens than the model has positions (`position_count`).
-        UnsupportedModelError: the model does not keep what it reads in a DynamicCache: a hybrid or state-space
-            model, or one in training mode with gradient checkpointing.
+        UnsupportedModelError: the model does not keep what it reads in a DynamicCache: a hybrid or
+            state-space model, or one in training mode with gradient checkpointing.
         CompositionError: a list of presses that do not go together.
         InvalidInputError: any other argument that cannot be used.
 
