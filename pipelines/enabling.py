@@ -191,7 +191,7 @@ class Enabled:
             return generate(*args, **kwargs)
         with self.lock if self._decodes else nullcontext(), ExitStack() as presses:
             call = GenerateCall(self, presses)
-            if self.model.generation_config.use_cache is False:  # left by a training, not asked for by the call
+            if self.model.generation_config.use_cache is False:  # left there by a training
                 kwargs.setdefault("use_cache", True)
             token = CURRENT_CALL.set(call)
             try:

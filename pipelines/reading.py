@@ -13,8 +13,8 @@ from quantpress.pipelines.prefill import DEFAULT_CHUNK_TOKENS, backbone, chunked
 from quantpress.pipelines.progress import layer_progress
 from quantpress.pipelines.stopwatch import Stopwatch
 from quantpress.presses.failures import named_assertion
-from quantpress.presses.guard import named_context
 from quantpress.presses.filling import check_filled, check_keeps, count_kept, warn_of_chance
+from quantpress.presses.guard import named_context
 from quantpress.presses.model_support import check_hookable
 from quantpress.presses.piping import Pipeable
 

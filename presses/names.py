@@ -58,7 +58,7 @@ class RereadingPress(EvictingPress):
         """
         with ExitStack() as stack:
             try:
-                stack.enter_context(super().__call__(model))  # type: ignore[misc]
+                stack.enter_context(super().__call__(model))
             except OSError as error:
                 raise InvalidInputError(
                     f"{type(self).__name__} loads the tokenizer that has its model's name, and there is none "
