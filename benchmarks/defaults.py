@@ -11,9 +11,11 @@ was interrupted goes on from there.
 """
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import torch
 from rich.console import Console
 from rich.progress import track
 
@@ -89,7 +91,7 @@ def main() -> None:
 
 def report(presses: list[str], records: Records, context: int, model: str | None) -> str:
     """A table in Markdown, the first press in front."""
-    sizes = outline(model)
+    sizes = replace(outline(model), dtype=torch.bfloat16)
     kl = {press: [line["kl"] for line in records.of("fidelity", press)] for press in presses}
     means = {press: [float(np.mean(one)) for one in documents] for press, documents in kl.items()}
     rows = []

@@ -171,6 +171,7 @@ class TurboQuantCodec:
         sink_tokens: int = 4,
         recent_tokens: int = 128,
         batch: int = 1,
+        dtype: torch.dtype = torch.bfloat16,
     ) -> MemoryReport:
         """Weigh a cache whose keys and values both have this codec's format.
 
@@ -178,14 +179,16 @@ class TurboQuantCodec:
             context: tokens cached per sequence.
             layers: layers that are packed.
             kv_heads: KV heads per layer.
-            sink_tokens: first tokens kept in 16 bits.
-            recent_tokens: last tokens kept in 16 bits, at least.
+            sink_tokens: first tokens kept in `dtype`.
+            recent_tokens: last tokens kept in `dtype`, at least.
             batch: sequences.
+            dtype: of the keys and values that the model computes.
 
         Raises:
             InvalidInputError: a count is out of range.
         """
-        return memory_report(self.spec, context, layers, kv_heads, sink_tokens, recent_tokens, batch)
+        counts = (context, layers, kv_heads, sink_tokens, recent_tokens, batch)
+        return memory_report(self.spec, *counts, dtype)
 
     def benchmark(
         self, vectors: int = 65536, device: torch.device | str = "cpu", repeats: int = 5

@@ -12,7 +12,6 @@ from quantpress.kernels.layout import PAGE_TOKENS, page_bytes
 
 BIAS_ROOM = 1e-3  # absolute; a rounded scale and a finite sample move the bias even of very fine codes
 
-_DENSE_BYTES = 2  # of one coordinate that is kept in 16 bits
 _STATISTIC_BYTES = 4  # mean and weight are float32
 _ORDER_BYTES = 2  # a channel order is int16
 
@@ -68,13 +67,13 @@ class MemoryReport:
     Args:
         context: tokens cached per sequence.
         packed_tokens: those in whole packed pages.
-        dense_tokens: those in 16 bits: sinks, recent ones, and what does not fill a page.
+        dense_tokens: those in the model's own dtype: sinks, recent ones, and what does not fill a page.
         code_bytes: packed codes (and sketches).
         scale_bytes: scales (and residual norms).
-        dense_bytes: 16-bit tokens.
+        dense_bytes: those tokens.
         metadata_bytes: mean key and channel weights per head, and channel orders where there are two groups;
             before the first page the query moment that the weights will be made of.
-        bf16_bytes: the same cache uncompressed.
+        uncompressed_bytes: the same cache uncompressed, in the model's own dtype.
     """
 
     context: int
@@ -84,7 +83,7 @@ class MemoryReport:
     scale_bytes: int
     dense_bytes: int
     metadata_bytes: int
-    bf16_bytes: int
+    uncompressed_bytes: int
 
     @property
     def total_bytes(self) -> int:
@@ -94,7 +93,7 @@ class MemoryReport:
     @property
     def ratio(self) -> float:
         """Uncompressed bytes over bytes kept."""
-        return self.bf16_bytes / self.total_bytes
+        return self.uncompressed_bytes / self.total_bytes
 
 
 def expected_distortion(spec: CodecSpec) -> tuple[float, float]:
@@ -162,6 +161,7 @@ def memory_report(
     sink_tokens: int,
     recent_tokens: int,
     batch: int,
+    dtype: torch.dtype,
 ) -> MemoryReport:
     """Weigh a cache whose keys and values both have this codec's format.
 
@@ -193,7 +193,7 @@ def memory_report(
         dense_tokens=dense_tokens,
         code_bytes=2 * heads * pages * code_page,
         scale_bytes=2 * heads * pages * PAGE_TOKENS * scalars * spec.torch_scale_dtype.itemsize,
-        dense_bytes=2 * heads * dense_tokens * spec.head_dim * _DENSE_BYTES,
+        dense_bytes=2 * heads * dense_tokens * spec.head_dim * dtype.itemsize,
         metadata_bytes=heads * spec.head_dim * metadata,
-        bf16_bytes=2 * heads * context * spec.head_dim * _DENSE_BYTES,
+        uncompressed_bytes=2 * heads * context * spec.head_dim * dtype.itemsize,
     )

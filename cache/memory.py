@@ -10,8 +10,6 @@ from quantpress.cache.fixed_plain import tokens_of
 from quantpress.cache.layer import PackedLayer
 from quantpress.cache.tokens import PackedTokens
 
-BYTES_16_BIT = 2
-
 
 @dataclass(frozen=True)
 class LayerMemory:
@@ -21,10 +19,11 @@ class LayerMemory:
         tokens: tokens the layer counts, those included that single heads have evicted.
         packed_tokens: how many of them are in packed pages (the head with most).
         packed_bytes: codes, scales and room to grow.
-        dense_bytes: tokens kept in 16 bits (or the model's dtype).
+        dense_bytes: tokens kept in the model's own dtype.
         metadata_bytes: mean keys, channel weights and orders, page tables and counts of heads.
-        bf16_bytes: what the tokens that heads keep take in 16 bits.
-        token_bytes: what one token takes in 16 bits, in every head.
+        uncompressed_bytes: what the tokens that heads keep take uncompressed, in the model's own dtype.
+        token_bytes: what one token takes uncompressed, in every head.
+        numbers: how many numbers the keys and values of the tokens that heads keep have.
     """
 
     tokens: int
@@ -32,8 +31,9 @@ class LayerMemory:
     packed_bytes: int
     dense_bytes: int
     metadata_bytes: int
-    bf16_bytes: int
+    uncompressed_bytes: int
     token_bytes: int
+    numbers: int
 
     @property
     def total_bytes(self) -> int:
@@ -43,7 +43,7 @@ class LayerMemory:
     @property
     def tokens_kept(self) -> float:
         """Tokens kept, the mean over heads: fewer than `tokens` where single heads have evicted some."""
-        return self.bf16_bytes / self.token_bytes if self.token_bytes else 0.0
+        return self.uncompressed_bytes / self.token_bytes if self.token_bytes else 0.0
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class CacheMemory:
 
     @property
     def dense_bytes(self) -> int:
-        """Tokens kept in 16 bits (or the model's dtype)."""
+        """Tokens kept in the model's own dtype."""
         return self._sum("dense_bytes")
 
     @property
@@ -80,20 +80,27 @@ class CacheMemory:
         return self._sum("total_bytes")
 
     @property
-    def bf16_bytes(self) -> int:
-        """What the kept tokens take in 16 bits."""
-        return self._sum("bf16_bytes")
+    def uncompressed_bytes(self) -> int:
+        """What the kept tokens take uncompressed, in the model's own dtype."""
+        return self._sum("uncompressed_bytes")
+
+    @property
+    def numbers(self) -> int:
+        """How many numbers the keys and values of the kept tokens have."""
+        return self._sum("numbers")
 
     @property
     def ratio(self) -> float:
-        """16-bit bytes of the kept tokens over the bytes kept; 1.0 for an empty cache."""
-        return self.bf16_bytes / self.total_bytes if self.total_bytes else 1.0
+        """Uncompressed bytes of the kept tokens over the bytes kept; 1.0 for an empty cache.
+
+        An uncompressed cache has 1.0 in every dtype, unless it keeps more than its tokens alive.
+        """
+        return self.uncompressed_bytes / self.total_bytes if self.total_bytes else 1.0
 
     @property
     def bits_per_value(self) -> float:
         """True bits per cached number, everything included; 0.0 for an empty cache."""
-        values = self.bf16_bytes // BYTES_16_BIT
-        return 8 * self.total_bytes / values if values else 0.0
+        return 8 * self.total_bytes / self.numbers if self.numbers else 0.0
 
     def as_dict(self) -> dict[str, Any]:
         """Plain numbers, for JSON."""
@@ -102,7 +109,7 @@ class CacheMemory:
             "dense_bytes",
             "metadata_bytes",
             "total_bytes",
-            "bf16_bytes",
+            "uncompressed_bytes",
             "ratio",
             "bits_per_value",
         )
@@ -127,36 +134,37 @@ def cache_memory(cache: Cache) -> CacheMemory:
 
 def _layer_memory(layer: Any, seen: set[int]) -> LayerMemory:
     if isinstance(layer, PackedLayer):
-        return (
-            LayerMemory(0, 0, 0, 0, 0, 0, 0) if layer.tokens is None else _packed_memory(layer.tokens, seen)
-        )
+        return LayerMemory(*[0] * 8) if layer.tokens is None else _packed_memory(layer.tokens, seen)
     tensors = [t for t in vars(layer).values() if isinstance(t, torch.Tensor)]
     held = tokens_of(layer)
     states = [t for t in (held.keys, held.values) if isinstance(t, torch.Tensor)]
     tokens = states[0].shape[-2] if states and states[0].dim() == 4 else 0
-    numbers = sum(t.numel() for t in states)
+    uncompressed = sum(t.nbytes for t in states)
     return LayerMemory(
         tokens=tokens,
         packed_tokens=0,
         packed_bytes=0,
         dense_bytes=storage_bytes(states, seen),
         metadata_bytes=storage_bytes(tensors, seen),
-        bf16_bytes=numbers * BYTES_16_BIT,
-        token_bytes=numbers // tokens * BYTES_16_BIT if tokens else 0,
+        uncompressed_bytes=uncompressed,
+        token_bytes=uncompressed // tokens if tokens else 0,
+        numbers=sum(t.numel() for t in states),
     )
 
 
 def _packed_memory(tokens: PackedTokens, seen: set[int]) -> LayerMemory:
     keys, values = tokens.sinks.keys, tokens.sinks.values
-    numbers = keys.shape[-1] + values.shape[-1]  # of a token in one head
+    kept = kept_tokens(tokens)
+    of_a_head = keys.shape[-1] * keys.element_size() + values.shape[-1] * values.element_size()  # one token
     return LayerMemory(
         tokens=len(tokens),
         packed_tokens=tokens.packed_tokens,
         packed_bytes=storage_bytes(tokens.packed_tensors(), seen),
         dense_bytes=storage_bytes(tokens.dense_tensors(), seen),
         metadata_bytes=storage_bytes(tokens.metadata_tensors(), seen),
-        bf16_bytes=kept_tokens(tokens) * numbers * BYTES_16_BIT,
-        token_bytes=keys.shape[0] * keys.shape[1] * numbers * BYTES_16_BIT,
+        uncompressed_bytes=kept * of_a_head,
+        token_bytes=keys.shape[0] * keys.shape[1] * of_a_head,
+        numbers=kept * (keys.shape[-1] + values.shape[-1]),
     )
 
 

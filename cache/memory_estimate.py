@@ -3,7 +3,7 @@
 import torch
 
 from quantpress.cache.eviction import prefill_layout
-from quantpress.cache.memory import BYTES_16_BIT, LayerMemory
+from quantpress.cache.memory import LayerMemory
 from quantpress.cache.settings import LayerSettings
 from quantpress.codecs.transform import ChannelTransform
 from quantpress.errors import InvalidInputError
@@ -23,8 +23,9 @@ def layer_estimate(
     value_dim: int | None = None,
     batch: int = 1,
     balanced: bool = True,
+    dtype: torch.dtype = torch.bfloat16,
 ) -> LayerMemory:
-    """The bytes of one layer right after a prefill, in a model of 16 bits.
+    """The bytes of one layer right after a prefill.
 
     Args:
         settings: how it is stored; None for a layer that is not packed.
@@ -34,6 +35,7 @@ def layer_estimate(
         value_dim: Dv of the values; D when left out.
         batch: B.
         balanced: whether queries are known to balance the channels with.
+        dtype: of the keys and values that the model computes.
 
     Raises:
         InvalidInputError: a count is below 1 (tokens: below 0).
@@ -44,31 +46,38 @@ def layer_estimate(
         if count < 1:
             raise InvalidInputError(f"{name} is out of range: {count - (name == 'tokens')}")
     heads, width = batch * kv_heads, head_dim + value_dim
-    token_bytes = heads * width * BYTES_16_BIT
-    bf16_bytes = tokens * token_bytes
+    token_bytes = heads * width * dtype.itemsize
+    whole, numbers = tokens * token_bytes, tokens * heads * width
     if settings is None:
-        return LayerMemory(tokens, 0, 0, bf16_bytes, 0, bf16_bytes, token_bytes)
+        return LayerMemory(tokens, 0, 0, whole, 0, whole, token_bytes, numbers)
     pages = max(0, tokens - settings.sink_tokens - settings.recent_tokens) // PAGE_TOKENS
     dense = tokens - pages * PAGE_TOKENS
-    page = page_nbytes(settings.key_codec) + page_nbytes(settings.value_codec)
+    page = page_nbytes(settings.key_codec, dtype) + page_nbytes(settings.value_codec, dtype)
     return LayerMemory(
         tokens=tokens,
         packed_tokens=pages * PAGE_TOKENS,
         packed_bytes=heads * pages * page,
-        dense_bytes=heads * dense * width * BYTES_16_BIT,
+        dense_bytes=heads * dense * width * dtype.itemsize,
         metadata_bytes=heads * _statistics(settings, pages > 0, balanced),
-        bf16_bytes=bf16_bytes,
+        uncompressed_bytes=whole,
         token_bytes=token_bytes,
+        numbers=numbers,
     )
 
 
-def head_wise_bytes(settings: LayerSettings, hidden: torch.Tensor, balanced: bool = True) -> int:
-    """The bytes of one layer right after a head-wise eviction, in a model of 16 bits.
+def head_wise_bytes(
+    settings: LayerSettings,
+    hidden: torch.Tensor,
+    balanced: bool = True,
+    dtype: torch.dtype = torch.bfloat16,
+) -> int:
+    """The bytes of one layer right after a head-wise eviction.
 
     Args:
         settings: how it is stored.
         hidden: [B, Hkv, T] bool, True where a head does not keep a token. Waits for its device.
         balanced: whether queries are known to balance the channels with.
+        dtype: of the keys and values that the model computes.
     """
     layout = prefill_layout(settings, hidden)
     keys, values = settings.key_codec, settings.value_codec
@@ -76,14 +85,15 @@ def head_wise_bytes(settings: LayerSettings, hidden: torch.Tensor, balanced: boo
     dense = layout.sinks.shape[2] + layout.rest.shape[2] - layout.packed
     pages = layout.packed // PAGE_TOKENS
     counts = 2 * _COUNT_BYTES + pages * _COUNT_BYTES  # sinks, absent places, a line of the table
-    of_a_head = dense * (keys.head_dim + values.head_dim) * BYTES_16_BIT + counts
+    of_a_head = dense * (keys.head_dim + values.head_dim) * dtype.itemsize + counts
     of_a_head += _statistics(settings, pages > 0, balanced)
-    return heads * of_a_head + int(layout.held.sum()) * (page_nbytes(keys) + page_nbytes(values))
+    page = page_nbytes(keys, dtype) + page_nbytes(values, dtype)
+    return heads * of_a_head + int(layout.held.sum()) * page
 
 
-def page_nbytes(codec: PageCodec) -> int:
+def page_nbytes(codec: PageCodec, dtype: torch.dtype = torch.bfloat16) -> int:
     """Bytes of a page of one head, scales included: what the codec makes of a page of zeros."""
-    page = torch.zeros(1, 1, PAGE_TOKENS, codec.head_dim, dtype=torch.bfloat16, device="cpu")
+    page = torch.zeros(1, 1, PAGE_TOKENS, codec.head_dim, dtype=dtype, device="cpu")
     return sum(plane.nbytes for plane in codec.encode(page, ChannelTransform()).values())
 
 

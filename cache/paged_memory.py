@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from quantpress.cache.memory import BYTES_16_BIT, storage_bytes
+from quantpress.cache.memory import storage_bytes
 from quantpress.cache.pool_storage import PoolStorage
 from quantpress.kernels.layout import PAGE_TOKENS
 
@@ -16,12 +16,12 @@ class PagedMemory:
 
     Args:
         packed_bytes: codes and scales of all blocks.
-        dense_bytes: room for 16-bit tokens of all sequences.
+        dense_bytes: room for tokens of all sequences in the pool's own dtype.
         metadata_bytes: mean keys, channel weights and orders of all sequences.
         table_bytes: block tables and lengths.
         packed_tokens: tokens that the blocks have room for.
-        dense_tokens: tokens that there is room for in 16 bits.
-        bf16_bytes_per_token: what a token takes in 16 bits.
+        dense_tokens: tokens that there is room for in the pool's own dtype.
+        uncompressed_bytes_per_token: what a token takes in that dtype.
     """
 
     packed_bytes: int
@@ -30,7 +30,7 @@ class PagedMemory:
     table_bytes: int
     packed_tokens: int
     dense_tokens: int
-    bf16_bytes_per_token: int
+    uncompressed_bytes_per_token: int
 
     @property
     def total_bytes(self) -> int:
@@ -44,9 +44,9 @@ class PagedMemory:
 
     @property
     def ratio(self) -> float:
-        """16-bit bytes of all tokens that there is room for, over the bytes held."""
+        """Uncompressed bytes of all tokens that there is room for, over the bytes held."""
         tokens = self.packed_tokens + self.dense_tokens
-        return tokens * self.bf16_bytes_per_token / self.total_bytes
+        return tokens * self.uncompressed_bytes_per_token / self.total_bytes
 
 
 def paged_memory(pool: PoolStorage, tables: Sequence[torch.Tensor]) -> PagedMemory:
@@ -60,5 +60,5 @@ def paged_memory(pool: PoolStorage, tables: Sequence[torch.Tensor]) -> PagedMemo
         table_bytes=storage_bytes(list(tables), seen),
         packed_tokens=size.blocks * PAGE_TOKENS,
         dense_tokens=size.slots * pool.window_tokens,
-        bf16_bytes_per_token=size.layers * size.kv_heads * channels * BYTES_16_BIT,
+        uncompressed_bytes_per_token=size.layers * size.kv_heads * channels * pool.dtype.itemsize,
     )

@@ -25,26 +25,27 @@ text = plant(book_text(), [], pipe.tokenizer, options.tokens)  # the beginning o
 context = pipe.read(text, press=TurboQuant(bits=options.bits))
 
 memory = context.memory  # of the tensors' storage: what is resident, not what a bit width promises
-print(f"read: {context.tokens_seen:,} tokens, {len(memory.layers)} layers")
+dtype = str(pipe.model.dtype).removeprefix("torch.")
+print(f"read: {context.tokens_seen:,} tokens, {len(memory.layers)} layers in {dtype}")
 print(f"  codes and scales                {format_bytes(memory.packed_bytes):>12}")
-print(f"  sinks, recent tokens in 16 bits {format_bytes(memory.dense_bytes):>12}")
+print(f"  sinks and recent tokens         {format_bytes(memory.dense_bytes):>12}")
 print(f"  mean keys and channel weights   {format_bytes(memory.metadata_bytes):>12}")
 print(f"  all                             {format_bytes(memory.total_bytes):>12}")
-print(f"  uncompressed, 16 bits           {format_bytes(memory.bf16_bytes):>12}")
+print(f"  uncompressed                    {format_bytes(memory.uncompressed_bytes):>12}")
 print(f"  {memory.bits_per_value:.2f} bits a value, {memory.ratio:.2f}x smaller")
 
 
 def estimate(tokens: int) -> tuple[int, int]:
-    """Bytes of a cache of `tokens` tokens with the settings of this one, packed and in 16 bits."""
+    """Bytes of a cache of `tokens` tokens with the settings of this one, packed and uncompressed."""
     packed = whole = 0
     for layer in context.cache.layers:
         keys, values = layer.keys.shape, layer.values.shape  # [B, Hkv, T, D]
         settings = layer.settings if isinstance(layer, PackedLayer) else None
-        figures = layer_estimate(settings, tokens, keys[1], keys[3], values[3])
-        packed, whole = packed + figures.total_bytes, whole + figures.bf16_bytes
+        figures = layer_estimate(settings, tokens, keys[1], keys[3], values[3], dtype=pipe.model.dtype)
+        packed, whole = packed + figures.total_bytes, whole + figures.uncompressed_bytes
     return packed, whole
 
 
 for tokens in (context.tokens_seen, options.context):
     packed, whole = estimate(tokens)
-    print(f"computed for {tokens:,} tokens in 16 bits: {format_bytes(whole)}, packed: {format_bytes(packed)}")
+    print(f"computed for {tokens:,} tokens in {dtype}: {format_bytes(whole)}, packed: {format_bytes(packed)}")

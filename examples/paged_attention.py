@@ -75,4 +75,5 @@ memory = paged.memory()
 print(f"{served} tokens served in {steps} steps")
 print(f"{memory.total_bytes / 2**20:.1f} MiB, all of it taken at the start, for", end=" ")
 print(f"{memory.packed_tokens} packed and {memory.dense_tokens} 16-bit tokens")
-print(f"a packed token takes {memory.bytes_per_token:.0f} bytes, in 16 bits {memory.bf16_bytes_per_token}")
+whole = memory.uncompressed_bytes_per_token
+print(f"a packed token takes {memory.bytes_per_token:.0f} bytes, in 16 bits {whole}")

@@ -46,7 +46,7 @@ class Watch(BaseStreamer):
     def end(self) -> None:
         seen = self.cache.layers[0].tokens_seen
         whole = sum(layer.token_bytes * seen for layer in cache_memory(self.cache).layers)
-        print(f"at most {format_bytes(self.most)}; all {seen:,} tokens in 16 bits: {format_bytes(whole)}")
+        print(f"at most {format_bytes(self.most)}; all {seen:,} tokens uncompressed: {format_bytes(whole)}")
 
 
 cut: Any = Decoding(Knorm(0), compression_interval=options.interval, target_size=options.budget)

@@ -18,7 +18,7 @@ STACKS = [
     Compose([SnapKV(compression_ratio=0.75), TurboQuant(bits=3)]),  # a quarter of the tokens, 3 bits
     SnapKV(0.5) | TurboQuant(key_bits=4, value_bits=2),  # the same with |, and two widths
     "StreamingLLM(0.5) | TurboQuant(bits=4)",  # the same as text
-    StreamingLLM(0.5, n_sink=8) | TurboQuant(sink_tokens=8),  # 8 first tokens survive, in 16 bits
+    StreamingLLM(0.5, n_sink=8) | TurboQuant(sink_tokens=8),  # 8 first tokens survive, unpacked
     Knorm(0.3) | SnapKV(0.3) | TurboQuant,  # two evictors: 0.7 x 0.7 of the tokens
     AdaKV(SnapKV(0.5)) | TurboQuant,  # each head keeps a number of tokens of its own
     Demote(SnapKV(0.5), bits=2) | TurboQuant(bits=4),  # evicts nothing: half of the tokens get 2 bits

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+import torch
 from kvpress import BasePress, StreamingLLMPress
 
 from quantpress.cache.memory import CacheMemory, LayerMemory
@@ -35,7 +36,7 @@ class MemoryPlan:
         batch: sequences.
         cache: layer by layer, all sequences.
         exact: whether the number of tokens kept is sure; else it is what the press aims at.
-        whole_bytes: the cache of all tokens in 16 bits.
+        whole_bytes: the cache of all tokens uncompressed, in the model's dtype.
         weights_bytes: of the model; None where unknown.
         activation_bytes: most of what reading the context needs beside weights and cache; an estimate, None
             where the widths are unknown.
@@ -52,7 +53,7 @@ class MemoryPlan:
 
     @property
     def ratio(self) -> float:
-        """The whole cache in 16 bits over this one."""
+        """The whole cache uncompressed over this one."""
         return self.whole_bytes / self.cache.total_bytes if self.cache.total_bytes else 1.0
 
     @property
@@ -193,7 +194,8 @@ class Planner:
             sinks = [one.n_sink for one in self._evictors if isinstance(one, StreamingLLMPress)]
             pinned = max([self._quantizer.sink_tokens, *sinks]) + self._quantizer.detect_sinks
             settings = self._quantizer.layer_settings(layer.module, layer.head_dim, layer.value_dim, pinned)
-        return _Kind(settings, layer.sliding, layer.kv_heads, layer.head_dim, layer.value_dim)
+        shape = (layer.kv_heads, layer.head_dim, layer.value_dim)
+        return _Kind(settings, layer.sliding, *shape, self.model.dtype)
 
 
 @dataclass(frozen=True)
@@ -205,9 +207,11 @@ class _Kind:
     kv_heads: int
     head_dim: int
     value_dim: int
+    dtype: torch.dtype
 
     def estimate(self, tokens: int, batch: int) -> LayerMemory:
-        return layer_estimate(self.settings, tokens, self.kv_heads, self.head_dim, self.value_dim, batch)
+        shape = (self.kv_heads, self.head_dim, self.value_dim, batch)
+        return layer_estimate(self.settings, tokens, *shape, dtype=self.dtype)
 
 
 def _largest(fits: Callable[[int], bool]) -> int:

@@ -17,9 +17,9 @@ class Report:
         tokens_seen: tokens of the context.
         tokens_kept: tokens stored, the mean over layers and heads. Head-wise kvpress presses without a
             quantizer only mask: what they store counts.
-        bits_per_value: true bits per stored number: codes, scales, 16-bit sinks and recent tokens, all.
+        bits_per_value: true bits per stored number: codes, scales, sinks and recent tokens, all.
         resident_bytes: bytes of every tensor that the cache keeps once the context is read.
-        bf16_bytes: what all tokens seen would take uncompressed, in 16 bits.
+        uncompressed_bytes: what all tokens seen would take uncompressed, in the model's own dtype.
         prefill_s: seconds of reading the context, without the presses.
         compress_s: seconds in the presses' hooks and exits.
         decode_s: seconds of all answers, their questions included.
@@ -30,7 +30,7 @@ class Report:
     tokens_kept: float
     bits_per_value: float
     resident_bytes: int
-    bf16_bytes: int
+    uncompressed_bytes: int
     prefill_s: float
     compress_s: float
     decode_s: float
@@ -54,7 +54,7 @@ class Report:
             tokens_kept=sum(layer.tokens_kept for layer in filled) / max(1, len(filled)),
             bits_per_value=memory.bits_per_value,
             resident_bytes=memory.total_bytes,
-            bf16_bytes=sum(layer.token_bytes * tokens_seen for layer in filled),
+            uncompressed_bytes=sum(layer.token_bytes * tokens_seen for layer in filled),
             prefill_s=seconds["prefill"],
             compress_s=seconds["compress"],
             decode_s=seconds["decode"],
@@ -63,8 +63,8 @@ class Report:
 
     @property
     def ratio(self) -> float:
-        """Uncompressed 16-bit bytes over resident bytes; 1.0 when nothing is stored."""
-        return self.bf16_bytes / self.resident_bytes if self.resident_bytes else 1.0
+        """Uncompressed bytes over resident bytes; 1.0 when nothing is stored."""
+        return self.uncompressed_bytes / self.resident_bytes if self.resident_bytes else 1.0
 
     @property
     def tokens_per_s(self) -> float:
@@ -83,7 +83,7 @@ class Report:
         table.add_row("tokens kept", f"{self.tokens_kept:,.0f}")
         table.add_row("bits per value", f"{self.bits_per_value:.2f}")
         table.add_row("resident", format_bytes(self.resident_bytes))
-        table.add_row("uncompressed, 16 bits", format_bytes(self.bf16_bytes))
+        table.add_row("uncompressed", format_bytes(self.uncompressed_bytes))
         table.add_row("ratio", f"{self.ratio:.2f}x")
         table.add_row("prefill", f"{self.prefill_s:.2f} s")
         table.add_row("compress", f"{self.compress_s:.2f} s")

@@ -191,10 +191,10 @@ def test_stacks(run: Run, tiny_folder: str) -> None:
 def test_memory_computed_is_memory_measured(run: Run, tiny_folder: str) -> None:
     printed = run("measure_memory.py", "--model", tiny_folder, "--tokens", "700", "--context", "100000")
     measured = re.search(r"  all +(.+)", printed)[1]
-    tokens, whole, packed = re.search(r"for (\d+) tokens in 16 bits: (.+), packed: (.+)", printed).groups()
+    tokens, whole, packed = re.search(r"for (\d+) tokens in bfloat16: (.+), packed: (.+)", printed).groups()
     assert packed == measured
     assert whole == f"{int(tokens) * 2 * 2 * 32 * 2 * 2 / 1024:.1f} KiB"
-    long = re.search(r"for 100,000 tokens in 16 bits: ([\d.]+) MiB, packed: ([\d.]+) MiB", printed)
+    long = re.search(r"for 100,000 tokens in bfloat16: ([\d.]+) MiB, packed: ([\d.]+) MiB", printed)
     assert 3 < float(long[1]) / float(long[2]) < 4
 
 
@@ -205,7 +205,7 @@ def test_a_long_answer_stays_within_its_budget(run: Run, tiny_folder: str) -> No
     assert len(kept) == 10 and kept == sorted(kept) and kept[0] < 150 and kept[-1] <= 192 + 16
     most, seen, whole = re.search(r"at most ([\d.]+) KiB; all (\d+) .*: ([\d.]+) KiB", printed).groups()
     assert int(seen) > 230
-    assert float(most) < (192 + 16) / int(seen) * float(whole)  # less than its tokens in 16 bits
+    assert float(most) < (192 + 16) / int(seen) * float(whole)  # less than its tokens uncompressed
 
 
 @pytest.mark.slow

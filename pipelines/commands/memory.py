@@ -38,6 +38,11 @@ class Sized:
 
     exit_status = 0
 
+    @property
+    def dtype(self) -> str:
+        """Of the weights, and of whatever of the cache is not packed."""
+        return str(self.model.dtype).removeprefix("torch.")
+
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for JSON. Activations, and what a GPU has room for, are estimates."""
         plans = [plan.as_dict() for plan in self.plans]
@@ -51,6 +56,7 @@ class Sized:
             "weights_bytes": self.model.weights_bytes,
             "quantized": self.model.quantized,
             "positions": self.model.positions,
+            "dtype": self.dtype,
         }
         return {"model": model, "gpu_bytes": self.gpu_bytes, "presses": plans}
 
@@ -59,7 +65,7 @@ class Sized:
         sequences = "" if first.batch == 1 else f", {first.batch} sequences"
         table = Table(title=f"{self.model.name}: {first.context:,} tokens{sequences}")
         table.add_column("cache", overflow="fold", min_width=24)
-        names = ["codes", "16-bit\ntokens", "metadata", "in all", "ratio", "bits a\nvalue"]
+        names = ["codes", "tokens\nnot packed", "metadata", "in all", "ratio", "bits a\nvalue"]
         names += ["longest\ncontext", "largest\nbatch"] if self.rooms else []
         for name in names:
             table.add_column(name, justify="right")
@@ -76,10 +82,9 @@ class Sized:
     def _notes(self) -> list[str]:
         model, plan = self.model, self.plans[-1]
         sliding = sum(layer.sliding for layer in model.layers)
-        notes = []
+        notes = [f"The ratio is to all tokens uncompressed, in {self.dtype}."]
         if model.weights_bytes is not None:
-            dtype = str(model.dtype).removeprefix("torch.")
-            notes.append(f"Weights: {format_bytes(model.weights_bytes)} in {dtype}.")
+            notes.append(f"Weights: {format_bytes(model.weights_bytes)} in {self.dtype}.")
             if model.quantized:
                 notes.append("The checkpoint is quantized and weighs less: say how much with --weights.")
         if plan.activation_bytes is not None:
@@ -96,7 +101,7 @@ class Sized:
             notes.append(f"The model itself was made for {model.positions:,} tokens.")
         if sliding:
             notes.append(
-                f"{sliding} sliding-window layers stay in 16 bits, whole, as the pipeline keeps them."
+                f"{sliding} sliding-window layers stay in {self.dtype}, whole, as the pipeline keeps them."
             )
         if model.other_layers:
             notes.append(f"{model.other_layers} layers without attention are not counted.")

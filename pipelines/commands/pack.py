@@ -23,7 +23,7 @@ class Packed:
         tokens: of the context.
         file_bytes: size of the file.
         resident_bytes: of the cache.
-        bf16_bytes: what the kept tokens take in 16 bits.
+        uncompressed_bytes: what the kept tokens take uncompressed, in the model's own dtype.
         bits_per_value: true bits per kept number.
     """
 
@@ -33,7 +33,7 @@ class Packed:
     tokens: int
     file_bytes: int
     resident_bytes: int
-    bf16_bytes: int
+    uncompressed_bytes: int
     bits_per_value: float
 
     exit_status = 0
@@ -84,6 +84,6 @@ def main(
         tokens=context.token_ids.shape[1],
         file_bytes=size,
         resident_bytes=memory.total_bytes,
-        bf16_bytes=memory.bf16_bytes,
+        uncompressed_bytes=memory.uncompressed_bytes,
         bits_per_value=memory.bits_per_value,
     )

@@ -1,5 +1,6 @@
 """At the same bytes: n tokens in 16 bits, 4n in 4, 5n in 3 or 7n in 2?
 
+Tokens that are not packed have the model's own dtype: 16 bits, or 32 in a model that runs in float32.
 For each budget, press and width, a ratio is found with which evicting and packing leaves as many bytes as the
 budget allows; KVzip's in each text, since its heads keep different numbers of tokens. Records hold the bytes
 that were then measured.
@@ -9,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
+import torch
 from kvpress import BasePress
 from transformers import PreTrainedConfig
 
@@ -43,6 +45,7 @@ RECENT_TOKENS = 32
 DETECTED_SINKS = 8
 """Of each head, but behind KVzip, which acts after sinks could be detected."""
 DENSE_BITS = 16
+"""In place of a width: not packed, in the model's own dtype."""
 EVERY_TOKEN = "every token"
 """In place of a press, where the budget holds the whole context."""
 
@@ -54,33 +57,40 @@ class Shape:
     Args:
         layers, kv_heads, head_dim: of the model.
         context: tokens that are read.
+        dtype: of the keys and values that the model computes.
     """
 
     layers: int
     kv_heads: int
     head_dim: int
     context: int
+    dtype: torch.dtype = torch.bfloat16
 
     @classmethod
-    def of(cls, config: PreTrainedConfig, context: int) -> "Shape":
+    def of(cls, config: PreTrainedConfig, context: int, dtype: torch.dtype = torch.bfloat16) -> "Shape":
         """The shape of a model's cache after `context` tokens."""
         text = config.get_text_config()
         heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
         dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-        return cls(text.num_hidden_layers, heads, dim, context)
+        return cls(text.num_hidden_layers, heads, dim, context, dtype)
 
     def bytes(self, tokens: int, bits: int) -> int:
         """What `tokens` tokens take in `bits` bits, sinks, recent tokens and metadata included."""
         if bits == DENSE_BITS:
-            return tokens * self.layers * self.kv_heads * self.head_dim * 2 * DENSE_BITS // 8
+            return tokens * self.layers * self.kv_heads * self.head_dim * 2 * self.dtype.itemsize
         sinks = DEFAULT_SINK_TOKENS
         if tokens >= sinks + DETECTED_SINKS + RECENT_TOKENS + PAGE_TOKENS:  # fewer are packed without
             sinks += DETECTED_SINKS
         codec = TurboQuantCodec(self.head_dim, bits)
-        return codec.memory_report(tokens, self.layers, self.kv_heads, sinks, RECENT_TOKENS).total_bytes
+        counts = (tokens, self.layers, self.kv_heads, sinks, RECENT_TOKENS)
+        return codec.memory_report(*counts, dtype=self.dtype).total_bytes
+
+    def width(self, bits: int) -> int:
+        """Bits that a number has in the rows of `bits`."""
+        return 8 * self.dtype.itemsize if bits == DENSE_BITS else bits
 
     def tokens(self, budget: float, bits: int) -> int:
-        """The most tokens whose bytes are at most `budget` of the whole context's in 16 bits.
+        """The most tokens whose bytes are at most `budget` of the whole context's, uncompressed.
 
         Raises:
             InvalidInputError: not even one token fits.
@@ -101,8 +111,8 @@ class GridArm(Arm):
 
     Args:
         press: the evictor's name, or `EVERY_TOKEN`.
-        bits: the width of what is kept; 16 is not packed.
-        budget: bytes allowed, as a part of the whole context's in 16 bits.
+        bits: the width of what is kept; 16 is not packed, whatever the model's dtype.
+        budget: bytes allowed, as a part of the whole context's, uncompressed.
         tokens: kept, in every head alike; KVzip's heads keep about as many, each its own number.
     """
 
@@ -121,7 +131,7 @@ def grid_arms(
         shape: of the cache.
         presses: names out of `GRID_PRESSES`.
         widths: bits, 16 for no packing.
-        budgets: parts of the whole context's bytes in 16 bits.
+        budgets: parts of the whole context's bytes, uncompressed.
 
     Raises:
         InvalidInputError: a press that is not in `GRID_PRESSES`, or a budget that holds no token.
@@ -137,13 +147,13 @@ def grid_arms(
             tokens = shape.tokens(budget, bits)
             whole = tokens == shape.context
             for press in (EVERY_TOKEN,) if whole else presses:
-                name = f"{press}, {bits} bits" if whole else f"{press}, {tokens} tokens, {bits} bits"
+                width = f"{shape.width(bits)} bits"
+                name = f"{press}, {width}" if whole else f"{press}, {tokens} tokens, {width}"
                 make: MakePress = partial(make_press, press, bits, tokens, shape.context)
                 if press == HEAD_WISE:
-                    name = f"{press} within {budget:g}, {bits} bits"
-                    make = partial(
-                        filled_kvzip, budget * shape.bytes(shape.context, DENSE_BITS), _quantizer(bits, 0)
-                    )
+                    name = f"{press} within {budget:g}, {width}"
+                    room = budget * shape.bytes(shape.context, DENSE_BITS)
+                    make = partial(filled_kvzip, room, _quantizer(bits, 0))
                 arm = GridArm(name, make, "grid", press, bits, budget, tokens, one_by_one=press == HEAD_WISE)
                 arms.setdefault(name, arm)
     return list(arms.values())

@@ -32,7 +32,8 @@ class Fidelity:
         nll: -log p of the token that follows, over the compressed cache, in nats.
         reference_nll: the same, uncompressed.
         resident_bytes: measured, of the context's cache, this document's share of its batch.
-        bf16_bytes: of all tokens of the context in 16 bits.
+        uncompressed_bytes: of all tokens of the context, in the model's own dtype.
+        numbers: how many numbers the keys and values of those tokens have.
         seconds: of reading, packing and scoring, this document's share of its batch.
         attention: per layer and head, where asked for.
     """
@@ -42,7 +43,8 @@ class Fidelity:
     nll: list[float]
     reference_nll: list[float]
     resident_bytes: float
-    bf16_bytes: float
+    uncompressed_bytes: float
+    numbers: float
     seconds: float
     attention: AttentionError | None
 
@@ -53,7 +55,8 @@ class Fidelity:
             **tokens,
             "agree": [int(one) for one in self.agree],
             "resident_bytes": self.resident_bytes,
-            "bf16_bytes": self.bf16_bytes,
+            "uncompressed_bytes": self.uncompressed_bytes,
+            "numbers": self.numbers,
             "seconds": round(self.seconds, 3),
             "attention": None if self.attention is None else self.attention.as_dict(),
         }
@@ -125,6 +128,7 @@ class FidelityProbe:
                 reference_nll[i],
                 memory.total_bytes / batch,
                 whole / batch,
+                whole * memory.numbers / memory.uncompressed_bytes / batch,
                 seconds / batch,
                 errors[i] if errors else None,
             )

@@ -166,7 +166,7 @@ def front_plot(rows: Sequence[FidelityRow]) -> "Figure | None":
         axes.annotate(row.arm, (1 / row.ratio, row.kl.value), (4, 3), textcoords="offset points", fontsize=7)
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
-    axes.set_xlabel("bytes of the cache, as a part of all tokens read in 16 bits")
+    axes.set_xlabel("bytes of the cache, as a part of all tokens read, uncompressed")
     axes.set_ylabel("KL to the uncompressed model, nats")
     axes.legend(fontsize=7)
     return figure

@@ -60,7 +60,7 @@ class FilledKVzip(KVzip):
     def _bytes(self, model: PreTrainedModel) -> int:
         """Of the slots that are not named now."""
         return sum(
-            head_wise_bytes(self._settings(module), self._hidden(module))
+            head_wise_bytes(self._settings(module), self._hidden(module), dtype=model.dtype)
             for module in full_attention_modules(model)
         )
 
@@ -82,7 +82,7 @@ def filled_kvzip(room: float, quantizer: TurboQuant | None) -> Compose:
 
     Args:
         room: bytes.
-        quantizer: None for 16 bits: the same ragged pages, holding numbers as they are.
+        quantizer: None for the model's own dtype: the same ragged pages, holding numbers as they are.
     """
     packed = quantizer or TurboQuant(codec=_raw, sink_tokens=0, recent_tokens=0)
     return Compose([FilledKVzip(0.5, room=room, quantizer=packed), packed])

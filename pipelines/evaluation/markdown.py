@@ -39,10 +39,10 @@ BUDGET_TOLERANCE = 0.01
 FIDELITY_NOTE = """\
 KL(uncompressed || compressed) in nats over the tokens of each continuation, teacher-forced through the
 compressed cache; agreement is of the most likely token; perplexity ratio is to the uncompressed model on the
-same tokens. In brackets 95 % bootstrap intervals over documents. Bits a value and ratio are measured bytes,
-all tokens read in the denominator. Attention is |o' - o| / |o| over the context, the mean of all heads and
-the worst head. The row `uncompressed` is what rounding and chunks alone change: no arm can be told from it
-below that."""
+same tokens. In brackets 95 % bootstrap intervals over documents. Bits a value and ratio are measured bytes
+against all tokens read; the ratio is to those tokens uncompressed, in the dtype above. Attention is the
+error |o' - o| / |o| over the context, the mean of all heads and the worst head. The row `uncompressed` is
+what rounding and chunks alone change: no arm can be told from it below that."""
 
 PAIR_NOTE = """\
 How many times lower the mean KL is than that of TurboQuant as published in as many bits, with 95 % bootstrap

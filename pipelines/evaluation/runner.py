@@ -84,7 +84,7 @@ class Runner:
     def grid(self, advance: Callable[[int, int], None] | None = None) -> None:
         """The same, without attention, of the arms of equal bytes."""
         suite = self.suite
-        shape = Shape.of(self.pipe.model.config, suite.context)
+        shape = Shape.of(self.pipe.model.config, suite.context, self.pipe.model.dtype)
         arms = grid_arms(shape, suite.grid_presses, suite.grid_bits, suite.grid_budgets)
         for slow in (False, True):  # whole rows of the others first, should the run be cut short
             self._score("grid", [arm for arm in arms if arm.one_by_one is slow], 0, advance)

@@ -37,12 +37,12 @@ class FidelityRow:
         perplexity_ratio: to the uncompressed model's, token by token.
         bits_per_value: resident bits over the numbers of all tokens read.
         resident_bytes: of one document's context, measured, the mean.
-        ratio: 16-bit bytes of all tokens read over resident bytes.
+        ratio: bytes of all tokens read, uncompressed in the model's own dtype, over resident bytes.
         attention_error: |o' - o| / |o|, the mean over layers and heads, with the worst head's; None where
             attention was not compared.
         attention_kl: of the attention weights, in nats; None where tokens were evicted.
         seconds: for one document.
-        budget: bytes allowed, as a part of all tokens' in 16 bits; None outside the grid.
+        budget: bytes allowed, as a part of all tokens' uncompressed; None outside the grid.
     """
 
     arm: str
@@ -74,7 +74,7 @@ class TaskRow:
         mean: of all cases.
         difference: to the uncompressed cache, case by case.
         test: cases answered fully right, against the uncompressed cache's.
-        ratio: 16-bit bytes over resident bytes, the mean over cases.
+        ratio: uncompressed bytes over resident bytes, the mean over cases.
         seconds: for one case.
     """
 
@@ -146,7 +146,8 @@ def fidelity_rows(records: Records, measure: str = "fidelity") -> list[FidelityR
 def _fidelity_row(arm: str, lines: Sequence[Record]) -> FidelityRow:
     kl, nll = [line["kl"] for line in lines], [line["nll"] for line in lines]
     excess = [np.subtract(line["nll"], line["reference_nll"]) for line in lines]
-    resident, full = (float(np.mean([line[n] for line in lines])) for n in ("resident_bytes", "bf16_bytes"))
+    sizes = ("resident_bytes", "uncompressed_bytes", "numbers")
+    resident, full, numbers = (float(np.mean([line[name] for line in lines])) for name in sizes)
     errors = [line["attention"] for line in lines if line.get("attention")]
     output = np.mean([one["output"] for one in errors], axis=0) if errors else None
     weights = [one["kl"] for one in errors]
@@ -160,7 +161,7 @@ def _fidelity_row(arm: str, lines: Sequence[Record]) -> FidelityRow:
         agreement=mean_by_document([line["agree"] for line in lines]),
         perplexity=mean_by_document(nll).exp(),
         perplexity_ratio=mean_by_document(excess).exp(),
-        bits_per_value=16 * resident / full,
+        bits_per_value=8 * resident / numbers,
         resident_bytes=resident,
         ratio=full / resident,
         attention_error=None if output is None else (float(output.mean()), float(output.max())),
@@ -218,7 +219,7 @@ def _task_row(arm: str, pairs: Sequence[tuple[Record, Record]]) -> TaskRow:
         mean=mean_interval(ours),
         difference=paired_difference(ours, theirs),
         test=mcnemar([one == 1 for one in ours], [one == 1 for one in theirs]),
-        ratio=float(np.mean([line["bf16_bytes"] / line["resident_bytes"] for line, _ in pairs])),
+        ratio=float(np.mean([line["uncompressed_bytes"] / line["resident_bytes"] for line, _ in pairs])),
         seconds=float(np.mean([line["seconds"] for line, _ in pairs])),
     )
 

@@ -35,7 +35,7 @@ class Outcome:
         score: 0.0 to 1.0.
         answer: what was said.
         resident_bytes: measured, of the context's cache.
-        bf16_bytes: of all tokens of the context in 16 bits.
+        uncompressed_bytes: of all tokens of the context, in the model's own dtype.
         seconds: of reading and answering.
     """
 
@@ -45,7 +45,7 @@ class Outcome:
     score: float
     answer: str
     resident_bytes: int
-    bf16_bytes: int
+    uncompressed_bytes: int
     seconds: float
 
     def as_dict(self) -> dict[str, Any]:
@@ -106,6 +106,6 @@ def ask(pipe: TextGenerationPipeline, case: Case, arm: Arm) -> Outcome:
         score(result["answer"], case.references, case.scoring),
         result["answer"],
         report.resident_bytes,
-        report.bf16_bytes,
+        report.uncompressed_bytes,
         round(report.prefill_s + report.compress_s + report.decode_s, 3),
     )

@@ -259,17 +259,19 @@ def test_codes_are_not_kept_one_per_byte_nor_beside_a_copy() -> None:
     assert not tensors and not packed.transform.tensors()
 
 
-@pytest.mark.parametrize("bits", [3, 2.5])
+@pytest.mark.parametrize(("bits", "dtype"), [(3, torch.bfloat16), (2.5, torch.float32)], ids=str)
 @pytest.mark.parametrize("tokens", [100, 132, 260, 261, 700])
-def test_the_memory_report_is_what_a_packed_layer_weighs(tokens: int, bits: float) -> None:
+def test_the_memory_report_is_what_a_packed_layer_weighs(
+    tokens: int, bits: float, dtype: torch.dtype
+) -> None:
     keys, values = TurboQuantCodec(64, bits), TurboQuantCodec(64, bits, role="value")
     batch, heads = 2, 3
     settings = LayerSettings(
         ScalarPages(keys.spec), ScalarPages(values.spec), sink_tokens=4, recent_tokens=128
     )
     layer = PackedLayer.from_states(
-        torch.randn(batch, heads, tokens, 64, dtype=torch.bfloat16),
-        torch.randn(batch, heads, tokens, 64, dtype=torch.bfloat16),
+        torch.randn(batch, heads, tokens, 64, dtype=dtype),
+        torch.randn(batch, heads, tokens, 64, dtype=dtype),
         settings,
         query_moment=torch.ones(batch, heads, 64),
     )
@@ -278,13 +280,13 @@ def test_the_memory_report_is_what_a_packed_layer_weighs(tokens: int, bits: floa
         layers = (layer,)
 
     measured = cache_memory(OneLayer())  # type: ignore[arg-type]
-    report = keys.memory_report(tokens, layers=1, kv_heads=heads, batch=batch)
+    report = keys.memory_report(tokens, layers=1, kv_heads=heads, batch=batch, dtype=dtype)
     assert report.packed_tokens == layer.packed_tokens
     assert report.code_bytes + report.scale_bytes == measured.packed_bytes
     assert report.dense_bytes == measured.dense_bytes
     assert report.metadata_bytes == measured.metadata_bytes
     assert report.total_bytes == measured.total_bytes
-    assert report.bf16_bytes == measured.bf16_bytes
+    assert report.uncompressed_bytes == measured.uncompressed_bytes
     assert report.ratio == pytest.approx(measured.ratio)
 
 

@@ -214,7 +214,7 @@ def test_memory_counts_the_room() -> None:
     fixed = FixedCache(cache)
     fixed.enter(new_tokens=1280)
     memory = cache_memory(cache)
-    assert memory.bf16_bytes == plain.bf16_bytes
+    assert memory.uncompressed_bytes == plain.uncompressed_bytes
     for layer, before, after in zip(fixed.layers, plain.layers, memory.layers, strict=True):
         page = sum(
             plane[:, :, :1].nbytes

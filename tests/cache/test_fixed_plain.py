@@ -239,6 +239,6 @@ def test_memory_counts_the_room() -> None:
     assert isinstance(cache.layers[0], FixedSlidingLayer) and isinstance(
         cache.layers[0], DynamicSlidingWindowLayer
     )
-    assert memory.layers[1].bf16_bytes == plain.layers[1].bf16_bytes
+    assert memory.layers[1].uncompressed_bytes == plain.layers[1].uncompressed_bytes
     assert memory.layers[1].dense_bytes * 30 == plain.layers[1].dense_bytes * 131
     assert memory.layers[0].dense_bytes == 2 * 2 * 2 * WINDOW * 32 * 4

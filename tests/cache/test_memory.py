@@ -1,4 +1,4 @@
-"""Bytes are measured: against a walk over every tensor a layer can reach, and against 16 bits."""
+"""Bytes are measured: against a walk over every tensor a layer can reach, and against plain tokens."""
 
 import dataclasses
 from typing import Any
@@ -28,27 +28,33 @@ def reachable_tensors(value: Any, found: dict[int, torch.Tensor]) -> dict[int, t
     return found
 
 
-def filled(bits: float, tokens: int, dim: int = 128, heads: int = 2) -> DynamicCache:
-    cache = DynamicCache()
-    states = torch.randn(2, 1, heads, tokens, dim).to(torch.bfloat16)
+def filled(bits: float, tokens: int, dtype: torch.dtype = torch.bfloat16) -> DynamicCache:
+    cache, dim, heads = DynamicCache(), 128, 2
+    states = torch.randn(2, 1, heads, tokens, dim).to(dtype)
     cache.layers.append(
         PackedLayer.from_states(*states, scalar(dim, bits=bits), query_moment=torch.ones(1, heads, dim))
     )
     return cache
 
 
-@pytest.mark.parametrize(("bits", "least"), [(4, 3.6), (3, 4.6), (2, 6.5)])
-def test_ratio_with_tails_and_metadata(bits: float, least: float) -> None:
-    cache = filled(bits, 16384)
+@pytest.mark.parametrize(
+    ("bits", "dtype", "least"),
+    [(4, torch.bfloat16, 3.6), (3, torch.float16, 4.6), (2, torch.bfloat16, 6.5), (4, torch.float32, 7.0)],
+    ids=str,
+)
+def test_ratio_with_tails_and_metadata(bits: float, dtype: torch.dtype, least: float) -> None:
+    cache = filled(bits, 16384, dtype)
     memory = cache_memory(cache)
-    bf16 = 2 * 2 * 16384 * 128 * 2
-    assert memory.bf16_bytes == bf16
+    plain = DynamicCache()
+    plain.update(*torch.zeros(2, 1, 2, 16384, 128, dtype=dtype), 0)
+    whole = plain.layers[0].keys.nbytes + plain.layers[0].values.nbytes
+    assert memory.uncompressed_bytes == whole
     found = reachable_tensors(vars(cache.layers[0]), {})
     walked = sum(tensor.untyped_storage().nbytes() for tensor in found.values())
     assert memory.total_bytes == walked
-    assert bf16 / walked >= least
-    assert memory.ratio == pytest.approx(bf16 / walked)
-    assert memory.bits_per_value == pytest.approx(16 * walked / bf16)
+    assert whole / walked >= least
+    assert memory.ratio == pytest.approx(whole / walked)
+    assert memory.bits_per_value == pytest.approx(8 * walked / (2 * 2 * 16384 * 128))
 
 
 def test_nominal_width_is_not_what_is_reported() -> None:
@@ -71,12 +77,16 @@ def test_growth_is_counted(new: int) -> None:
     assert memory.ratio > 3.0
 
 
-def test_plain_caches_are_measured_too() -> None:
+@pytest.mark.parametrize(
+    ("dtype", "bits"), [(torch.float32, 32), (torch.bfloat16, 16), (torch.float16, 16)], ids=str
+)
+def test_a_plain_cache_is_as_large_as_itself(dtype: torch.dtype, bits: int) -> None:
     cache = DynamicCache()
-    cache.update(*torch.randn(2, 1, 2, 100, 64), 0)
+    cache.update(*torch.randn(2, 1, 2, 100, 64).to(dtype), 0)
     memory = cache_memory(cache)
-    assert memory.total_bytes == 2 * 2 * 100 * 64 * 4
-    assert memory.ratio == 0.5  # float32 against 16 bits
+    assert memory.total_bytes == memory.uncompressed_bytes == 2 * 2 * 100 * 64 * bits // 8
+    assert (memory.ratio, memory.bits_per_value) == (1.0, bits)
+    assert memory.layers[0].tokens_kept == 100
     assert cache_memory(DynamicCache()).ratio == 1.0
 
 

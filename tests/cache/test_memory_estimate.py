@@ -23,8 +23,12 @@ PAIRS: dict[str, Any] = {
 
 @pytest.mark.parametrize("tokens", [0, 3, 131, 132, 260, 261, 900])
 @pytest.mark.parametrize("name", PAIRS)
-@pytest.mark.parametrize("plain", [False, True], ids=["statistics", "plain"])
-def test_the_estimate_is_the_measurement(name: str, tokens: int, plain: bool) -> None:
+@pytest.mark.parametrize(
+    ("plain", "dtype"),
+    [(False, torch.bfloat16), (True, torch.bfloat16), (False, torch.float32)],
+    ids=["statistics", "plain", "float32"],
+)
+def test_the_estimate_is_the_measurement(name: str, tokens: int, plain: bool, dtype: torch.dtype) -> None:
     key_bits, value_bits, options = PAIRS[name]
     keys = ScalarPages(CodecSpec(64, key_bits, "key", **options))
     options = {key: value for key, value in options.items() if key != "estimator"}
@@ -32,31 +36,37 @@ def test_the_estimate_is_the_measurement(name: str, tokens: int, plain: bool) ->
     settings = LayerSettings(keys, values, 4, 128, mean_key=not plain, balance=not plain)
     batch, heads = 2, 3
     cache = DynamicCache()
-    states = (torch.randn(batch, heads, tokens, dim).bfloat16() for dim in (64, 32))
+    states = (torch.randn(batch, heads, tokens, dim).to(dtype) for dim in (64, 32))
     moment = None if plain else torch.rand(batch, heads, 64) + 0.1
     cache.layers = [PackedLayer.from_states(*states, settings, query_moment=moment)]
     (measured,) = cache_memory(cache).layers
-    assert layer_estimate(settings, tokens, heads, 64, 32, batch) == measured
+    assert layer_estimate(settings, tokens, heads, 64, 32, batch, dtype=dtype) == measured
 
 
 @pytest.mark.parametrize("tokens", [3, 131, 700])
-@pytest.mark.parametrize("kept", [0.02, 0.3, 0.9])
+@pytest.mark.parametrize(
+    ("kept", "dtype"), [(0.02, torch.bfloat16), (0.3, torch.float32), (0.9, torch.bfloat16)], ids=str
+)
 @pytest.mark.parametrize("raw", [False, True], ids=["3 bits", "raw"])
-def test_the_estimate_of_ragged_heads_is_the_measurement(tokens: int, kept: float, raw: bool) -> None:
+def test_the_estimate_of_ragged_heads_is_the_measurement(
+    tokens: int, kept: float, raw: bool, dtype: torch.dtype
+) -> None:
     keys, values = (ScalarPages(CodecSpec(64, 3, role)) for role in ("key", "value"))
     settings = LayerSettings(RawPages(64), RawPages(64), 0, 0) if raw else LayerSettings(keys, values, 4, 32)
     heads = torch.tensor([0.1, 1.0, 1.5]).view(1, 3, 1) * kept
     hidden = torch.rand(1, 3, tokens) > heads
     cache = DynamicCache()
-    states = (torch.randn(1, 3, tokens, 64).bfloat16() for _ in range(2))
+    states = (torch.randn(1, 3, tokens, 64).to(dtype) for _ in range(2))
     moment = None if raw else torch.rand(1, 3, 64) + 0.1
     cache.layers = [PackedLayer.from_states(*states, settings, query_moment=moment, hidden=hidden)]
-    assert head_wise_bytes(settings, hidden) == cache_memory(cache).total_bytes
+    assert head_wise_bytes(settings, hidden, dtype=dtype) == cache_memory(cache).total_bytes
 
 
 def test_layers_that_are_not_packed_and_other_codecs() -> None:
     layer = layer_estimate(None, 100, 8, 128)
-    assert layer.total_bytes == layer.bf16_bytes == 100 * 8 * 2 * 128 * 2
+    assert layer.total_bytes == layer.uncompressed_bytes == 100 * 8 * 2 * 128 * 2
+    wide = layer_estimate(None, 100, 8, 128, dtype=torch.float32)
+    assert wide.total_bytes == wide.uncompressed_bytes == 100 * 8 * 2 * 128 * 4
     assert page_nbytes(RawPages(64)) == 128 * 64 * 2
     assert page_nbytes(ScalarPages(CodecSpec(128, 3, "key"))) == 128 * 128 * 3 // 8 + 128 * 2
 

@@ -283,22 +283,24 @@ def test_what_waits_for_a_first_page_is_let_go() -> None:
     assert paged.nbytes == base
 
 
-@pytest.mark.parametrize("bits", [3, 2.5, (4, 2)], ids=str)
-def test_bytes_are_those_of_the_tensors(bits: Any) -> None:
-    paged = PagedAttention(
-        50, 3, query_heads=8, kv_heads=2, head_dim=64, value_dim=32, layers=5, bits=bits, recent_tokens=100
-    )
+@pytest.mark.parametrize(
+    ("bits", "dtype"), [(3, torch.bfloat16), (2.5, torch.float16), ((4, 2), torch.float32)], ids=str
+)
+def test_bytes_are_those_of_the_tensors(bits: Any, dtype: torch.dtype) -> None:
+    shape = {"query_heads": 8, "kv_heads": 2, "head_dim": 64, "value_dim": 32, "layers": 5}
+    paged = PagedAttention(50, 3, **shape, bits=bits, recent_tokens=100, dtype=dtype)
     memory, sides = paged.memory(), (paged.pool.keys, paged.pool.values)
     true_bits = sum(side.codec.bits_per_value * side.codec.head_dim for side in sides)
     assert memory.bytes_per_token == 5 * 2 * true_bits / 8
     assert memory.packed_bytes == memory.bytes_per_token * 50 * 128
-    assert memory.dense_bytes == 3 * 5 * 2 * (64 + 32) * 2 * (4 + 4 + 100 + 128)
+    assert memory.dense_bytes == 3 * 5 * 2 * (64 + 32) * dtype.itemsize * (4 + 4 + 100 + 128)
     owners = [vars(side) for side in sides] + [vars(paged)]
     owners += [value for owner in owners for value in owner.values() if isinstance(value, dict)]
     tensors = {id(v): v for owner in owners for v in owner.values() if isinstance(v, torch.Tensor)}
     assert paged.nbytes == memory.total_bytes == sum(t.untyped_storage().nbytes() for t in tensors.values())
-    room = (50 * 128 + 3 * (4 + 100 + 128)) * memory.bf16_bytes_per_token
-    assert 1 < memory.ratio == room / memory.total_bytes < 16
+    assert memory.uncompressed_bytes_per_token == 5 * 2 * (64 + 32) * dtype.itemsize
+    room = (50 * 128 + 3 * (4 + 100 + 128)) * memory.uncompressed_bytes_per_token
+    assert 1 < memory.ratio == room / memory.total_bytes < 8 * dtype.itemsize
 
 
 # Steps of an engine

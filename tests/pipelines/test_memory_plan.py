@@ -60,6 +60,16 @@ def test_the_plan_is_the_measurement(family: str, press: str, half: dict[str, Pr
     assert plan.whole_bytes == measured(model, "none")
 
 
+def test_the_plan_of_a_float32_model_is_the_measurement_too() -> None:
+    model = tiny_model("gemma3")
+    assert model.dtype == torch.float32
+    for press in ("none", "SnapKV(0.5, window_size=16) | TurboQuant(key_bits=4, value_bits=2)"):
+        plan = Planner(ModelOutline.of("it", model), parse_press(press)).plan(TOKENS)
+        assert plan.cache.total_bytes == measured(model, press)
+        assert plan.whole_bytes == measured(model, "none")
+    assert Planner(ModelOutline.of("it", model), None).plan(TOKENS).ratio == 1
+
+
 def test_what_depends_on_the_text_is_about_right_or_refused(half: dict[str, PreTrainedModel]) -> None:
     model = half["llama"]
     for press in ("AdaKV(SnapKV(0.5, window_size=16)) | TurboQuant", "AdaKV(SnapKV(0.5, window_size=16))"):

@@ -55,10 +55,10 @@ def test_bytes_are_those_of_the_stored_tensors(name):
             storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
     assert report.resident_bytes == sum(storages.values())
     config = tiny_model("llama").config
-    per_token = config.num_hidden_layers * config.num_key_value_heads * 32 * 2 * 2
-    assert report.bf16_bytes == 1000 * per_token
-    assert report.ratio == pytest.approx(report.bf16_bytes / report.resident_bytes)
-    values = per_token * report.tokens_kept / 2
+    per_token = config.num_hidden_layers * config.num_key_value_heads * 32 * 2 * 4  # float32
+    assert report.uncompressed_bytes == 1000 * per_token
+    assert report.ratio == pytest.approx(report.uncompressed_bytes / report.resident_bytes)
+    values = per_token * report.tokens_kept / 4
     assert report.bits_per_value == pytest.approx(8 * report.resident_bytes / values)
     assert (report.tokens_seen, report.new_tokens) == (1000, 10)
 
@@ -77,8 +77,8 @@ def test_tokens_kept_are_those_stored():
 
 def test_packing_shows_in_the_ratio():
     ratio = {name: _asked(make(), max_new_tokens=1)[0]["report"].ratio for name, make in PRESSES.items()}
-    assert ratio["none"] == ratio["masked"] == 0.5  # the tiny model is float32
-    assert ratio["evicted"] == 1.0
+    assert ratio["none"] == ratio["masked"] == 1.0
+    assert ratio["evicted"] == 2.0
     assert ratio["packed"] > ratio["evicted"]
     assert ratio["evicted and packed"] > ratio["packed"]
     assert ratio["masked and packed"] > ratio["packed"]

@@ -212,7 +212,7 @@ def test_memory_falls(name: str) -> None:
     ratio = cache_memory(half).total_bytes / cache_memory(whole).total_bytes
     assert ratio < 0.68, ratio
     memory = cache_memory(half)
-    assert memory.bf16_bytes < 0.68 * cache_memory(whole).bf16_bytes
+    assert memory.uncompressed_bytes < 0.68 * cache_memory(whole).uncompressed_bytes
     assert 4 < memory.bits_per_value < 8
 
 

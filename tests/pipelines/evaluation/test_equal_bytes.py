@@ -21,12 +21,19 @@ def half():
     return copy.deepcopy(tiny_model("llama")).bfloat16()
 
 
-@pytest.mark.parametrize("press", PRESSES)
-def test_measured_bytes_are_those_of_the_budget(half, press):
-    shape = Shape.of(half.config, CONTEXT)
-    whole = shape.bytes(CONTEXT, 16)
-    for arm in grid_arms(shape, [press], (16, 4, 2), (1 / 4,)):
-        cache = read(half, arm.make(), prompt(CONTEXT), DynamicCache())
+@pytest.mark.parametrize(
+    ("press", "wide"), [*((press, False) for press in PRESSES), ("SnapKV", True)], ids=str
+)
+def test_measured_bytes_are_those_of_the_budget(half, press, wide):
+    """Of the model's own dtype: 16 bits, or 32."""
+    model = tiny_model("llama") if wide else half
+    shape = Shape.of(model.config, CONTEXT, model.dtype)
+    whole = CONTEXT * shape.layers * shape.kv_heads * shape.head_dim * 2 * (4 if wide else 2)
+    assert shape.bytes(CONTEXT, 16) == whole
+    arms = grid_arms(shape, [press], (16, 4, 2), (1 / 4,))
+    assert sum(f"{32 if wide else 16} bits" in arm.name for arm in arms) == 1
+    for arm in arms:
+        cache = read(model, arm.make(), prompt(CONTEXT), DynamicCache())
         assert {layer.get_seq_length() for layer in cache.layers} == {arm.tokens}
         memory = cache_memory(cache)
         assert memory.total_bytes == shape.bytes(arm.tokens, arm.bits)

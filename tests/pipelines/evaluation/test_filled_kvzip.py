@@ -27,12 +27,19 @@ def half(monkeypatch: pytest.MonkeyPatch) -> Any:
     return copy.deepcopy(tiny_model("llama")).bfloat16()
 
 
-@pytest.mark.parametrize("bits", [16, 4, 2])
-def test_it_fills_the_budget_in_every_text(half: Any, bits: int, caplog: pytest.LogCaptureFixture) -> None:
-    shape = Shape.of(half.config, CONTEXT)
+@pytest.mark.parametrize(
+    ("bits", "dtype"),
+    [(16, torch.bfloat16), (4, torch.bfloat16), (2, torch.bfloat16), (8, torch.float32), (16, torch.float32)],
+    ids=str,
+)
+def test_it_fills_the_budget_in_every_text(
+    half: Any, bits: int, dtype: torch.dtype, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = half.to(dtype)
+    shape = Shape.of(model.config, CONTEXT, dtype)
     (arm,) = grid_arms(shape, [HEAD_WISE], (bits,), (0.2,))
     for seed in (0, 1):
-        memory = cache_memory(read(half, arm.make(), prompt(CONTEXT, seed=seed), DynamicCache()))
+        memory = cache_memory(read(model, arm.make(), prompt(CONTEXT, seed=seed), DynamicCache()))
         part = memory.total_bytes / shape.bytes(CONTEXT, 16)
         assert 0.17 < part <= 0.2
         assert memory.bits_per_value >= bits

@@ -34,7 +34,8 @@ def records(tmp_path):
                     nll=[2 + x for x in kl],
                     reference_nll=[2.0] * len(kl),
                     resident_bytes=BYTES[arm],
-                    bf16_bytes=1600,
+                    uncompressed_bytes=1600,
+                    numbers=800,
                     seconds=1.0,
                     attention={"layers": [0, 3], "output": [[0.1, 0.2], [0.3, 0.4]], "kl": None},
                 )
@@ -50,7 +51,7 @@ def records(tmp_path):
                 score=score,
                 answer="",
                 resident_bytes=BYTES[arm] * (i + 1),
-                bf16_bytes=1600 * (i + 1),
+                uncompressed_bytes=1600 * (i + 1),
                 seconds=2.0,
             )
     found.add("refused", "wide | press", "fidelity", reason="too short")
@@ -88,10 +89,11 @@ def test_arms_are_compared_with_turboquant_as_published(tmp_path):
     found = Records(tmp_path / "results.jsonl", {})
     arm, published = "preset small", AGAINST_PUBLISHED["preset small"]
     fixed = {"agree": [1], "nll": [2.0], "reference_nll": [2.0], "seconds": 1.0, "attention": None}
+    size = {"uncompressed_bytes": 16, "numbers": 8}
     kl = {"uncompressed": [1.0, 1.0, 9.0], arm: [2.0, 4.0, 9.0], published: [5.0, 7.0]}
     for name, documents in kl.items():
         for i, one in enumerate(documents):
-            found.add("fidelity", name, f"piece {i}", kl=[one], resident_bytes=4, bf16_bytes=16, **fixed)
+            found.add("fidelity", name, f"piece {i}", kl=[one], resident_bytes=4, **size, **fixed)
     (row,) = Findings.of(found).pairs
     assert (row.arm, row.published, row.bits) == (arm, published, 4.0)
     assert (row.ratio.value, row.net.value) == (2.0, 2.5)  # of the two documents that both have
@@ -99,14 +101,14 @@ def test_arms_are_compared_with_turboquant_as_published(tmp_path):
         "| preset small | 4.00 | as published 3/3 | 4.00 | 2.00 [1.75, 2.50] | 2.50 [2.00, 4.00] |"
         in report(found, Findings.of(found))
     )
-    found.add("fidelity", published, "piece 2", kl=[20.0], resident_bytes=4, bf16_bytes=16, **fixed)
+    found.add("fidelity", published, "piece 2", kl=[20.0], resident_bytes=4, **size, **fixed)
     assert Findings.of(found).pairs[0].net is None
 
 
 def test_bytes_off_the_budget_are_told(records):
     fixed = {"agree": [1], "nll": [2.0], "reference_nll": [2.0], "seconds": 1.0, "attention": None}
     for name, part in {"near": 0.2485, "under": 0.24, "over": 0.26}.items():
-        size = {"resident_bytes": 1e6 * part, "bf16_bytes": 1e6, "budget": 0.25}
+        size = {"resident_bytes": 1e6 * part, "uncompressed_bytes": 1e6, "numbers": 5e5, "budget": 0.25}
         records.add("grid", f"{name}, 4 bits", "piece 0", kl=[0.1], **size, **fixed)
     told = "1% over or under the bytes of the budget: under, 4 bits -4.0%, over, 4 bits +4.0%."
     assert told in report(records, Findings.of(records))
@@ -117,7 +119,7 @@ def test_the_front_is_what_nothing_beats(records, seed):
     fixed = {"agree": [1], "nll": [2.0], "reference_nll": [2.0], "seconds": 1.0, "attention": None}
     for i in range(40):
         size, kl = int(chance.integers(1, 20)) * 100, float(chance.integers(1, 20)) / 10
-        figures = {"kl": [kl], "resident_bytes": size, "bf16_bytes": 1600}
+        figures = {"kl": [kl], "resident_bytes": size, "uncompressed_bytes": 1600, "numbers": 800}
         records.add("grid", f"Press, {i} tokens, 2 bits", "piece 0", **figures, **fixed)
     rows = fidelity_rows(records, "grid")
     points = {(row.resident_bytes, row.kl.value) for row in rows}

@@ -179,5 +179,5 @@ def test_an_arm_is_asked_and_its_bytes_are_measured():
     )
     assert outcomes[0].answer == expected["answer"]
     assert outcomes[0].score == score(expected["answer"], found.references, "recall")
-    assert outcomes[0].bf16_bytes == outcomes[1].bf16_bytes > outcomes[1].resident_bytes
+    assert outcomes[0].uncompressed_bytes == outcomes[1].uncompressed_bytes > outcomes[1].resident_bytes
     assert (outcomes[0].tokens, outcomes[0].depth) == (TOKENS, 0.5)
