@@ -27,7 +27,18 @@ Written by `python docs/command_line.py` from the commands; a test holds it to t
 - A press is written as in Python: `SnapKV(0.5)`, `TurboQuant(key_bits=4, value_bits=3)`, several with `|`
   between, the quantizer last. The text is read, never run. `none` is the uncompressed cache.
 
+Two environment variables count for every command, and for Python:
+
+- `QUANTPRESS_CACHE` is the folder that the default model is kept in; left out, `quantpress` in the user's
+  folder of caches (`XDG_CACHE_HOME`, `~/.cache`, ...).
+- `QUANTPRESS_DTYPE`, one of `bfloat16`, `float32` and `float16`, is the dtype of the default model; left out,
+  whichever of the first two this machine multiplies faster in. `--dtype` (in Python `dtype=`) wins.
+  `quantpress doctor` says what was chosen.
+
 What the figures are:
+
+- A ratio compares a cache with the same tokens uncompressed in the model's own dtype. An uncompressed cache
+  has 1.00x on every machine, and 16 or 32 bits a value.
 
 - `memory` counts the model's own layers without loading weights. The bytes of a cache are those that are
   measured once it is there, for every press that keeps as many tokens as its ratio says; "about" marks the

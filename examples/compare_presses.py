@@ -36,5 +36,5 @@ pipe = pipeline("kv-press-text-generation", model=options.model)
 presses = [lambda text=text: parse_press(text) for text in options.press]
 rows = run(pipe, options.tokens, options.depths, presses)
 
-Console().print(table(rows))
+Console().print(table(rows, pipe.model.dtype))
 print("✓ the number that was hidden, ✗ another answer; the first line of the table names the right ones")

@@ -68,15 +68,16 @@ _LAZY = {
 def register() -> dict[str, Any]:
     """Make `transformers.pipeline(TASK)` build our pipeline, with the default model; may be called again.
 
-    Importing quantpress has promised that already, see `quantpress.task`.
+    The default model is loaded in the dtype that is quick on this machine, or that `QUANTPRESS_DTYPE` names,
+    unless `dtype=` says another. Importing quantpress has promised the task already, see `quantpress.task`.
 
     Returns:
         The entry of the task in transformers' registry.
     """
-    from transformers import AutoModelForCausalLM
     from transformers.pipelines import PIPELINE_REGISTRY
 
     from quantpress.pipelines.default_model import LazyDefault
+    from quantpress.pipelines.default_model.auto_model import AutoModelForCausalLM
     from quantpress.pipelines.text_generation import TextGenerationPipeline  # imports kvpress
 
     registered: dict[str, Any] = PIPELINE_REGISTRY.supported_tasks.get(TASK, {})

@@ -17,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from quantpress.pipelines import TASK, register
-from quantpress.pipelines.default_model import DEFAULT_MODEL_NAME, ensure_default_model
+from quantpress.pipelines.default_model import DEFAULT_MODEL_NAME, ensure_default_model, quick_dtype
 from quantpress.pipelines.report import format_bytes
 from quantpress.pipelines.text_generation import TextGenerationPipeline
 from quantpress.pipelines.trials import MakePress, Row, Trial, run
@@ -39,12 +39,13 @@ def main(tokens: int | None = None, json: bool = False, fast: bool = False) -> N
     """Run the demo on the default model and print its table.
 
     Args:
-        tokens: length of the context; left out, 4096, or 2048 with `fast` or where bf16 is slow.
+        tokens: length of the context; left out, 4096, or 2048 with `fast` or in float32.
         json: print one JSON object instead, to stdout.
         fast: a shorter context, fewer depths and fewer presses.
 
     Raises:
-        InvalidInputError: there is no room for a fact, or the book has fewer tokens.
+        InvalidInputError: there is no room for a fact, the book has fewer tokens, or `QUANTPRESS_DTYPE` names
+            no dtype.
         ModelFilesError: the default model could not be fetched.
     """
     begin = time.perf_counter()
@@ -60,20 +61,23 @@ def main(tokens: int | None = None, json: bool = False, fast: bool = False) -> N
     console = Console()
     if not console.is_terminal:
         console = Console(width=90)
-    console.print(table(rows))
-    where = f"{str(pipe.model.dtype).removeprefix('torch.')} on {pipe.device.type}"
+    console.print(table(rows, pipe.model.dtype))
+    where = f"{dtype_name(pipe.model.dtype)} on {pipe.device.type}"
     console.print(
-        f"{DEFAULT_MODEL_NAME} in {where}, {torch.get_num_threads()} threads, {seconds:.0f} s in all. "
-        "Bits, bytes and ratio are measured from what the cache keeps, scales, sinks and recent tokens "
-        "included; the ratio is to 16 bits for every token read.",
+        f"{DEFAULT_MODEL_NAME} in {where}, {torch.get_num_threads()} threads, {seconds:.0f} s in all. Bits, "
+        "bytes and ratio are measured from what the cache keeps.",
         style="dim",
     )
 
 
-def default_pipeline() -> TextGenerationPipeline:
-    """Our pipeline of the default model, in whichever of bf16 and float32 this machine is quicker with.
+def default_pipeline(dtype: torch.dtype | None = None) -> TextGenerationPipeline:
+    """Our pipeline of the default model.
+
+    Args:
+        dtype: of the model; None for what `quick_dtype` chooses.
 
     Raises:
+        InvalidInputError: `QUANTPRESS_DTYPE` names no dtype.
         ModelFilesError: the default model could not be fetched.
     """
     register()
@@ -82,33 +86,27 @@ def default_pipeline() -> TextGenerationPipeline:
     transformers.utils.logging.disable_progress_bar()
     try:
         make: Any = transformers.pipeline
-        pipe: TextGenerationPipeline = make(TASK, model=str(folder), dtype=quick_dtype())
+        pipe: TextGenerationPipeline = make(TASK, model=str(folder), dtype=dtype or quick_dtype())
     finally:
         if bars:
             transformers.utils.logging.enable_progress_bar()
     return pipe
 
 
-def quick_dtype() -> torch.dtype:
-    """bf16 on a GPU, and on a CPU where it multiplies faster than float32; else float32."""
-    if torch.cuda.is_available():
-        return torch.bfloat16
-    seconds = {}
-    for dtype in (torch.bfloat16, torch.float32):
-        left, right = torch.ones(512, 576, dtype=dtype), torch.ones(576, 1536, dtype=dtype)
-        left @ right  # the first one prepares
-        begin = time.perf_counter()
-        for _ in range(5):
-            left @ right
-        seconds[dtype] = time.perf_counter() - begin
-    return min(seconds, key=lambda dtype: seconds[dtype])
+def table(rows: Sequence[Row], dtype: torch.dtype) -> Table:
+    """The rows for people: answers by depth, then what the cache takes.
 
-
-def table(rows: Sequence[Row]) -> Table:
-    """The rows for people: answers by depth, then what the cache takes."""
-    first = rows[0]
+    Args:
+        rows: of `run`.
+        dtype: of the model, in which an uncompressed cache has its numbers.
+    """
+    first, name = rows[0], dtype_name(dtype)
     shown = Table(
         title=f"A number hidden in {first.mean('tokens_seen'):,.0f} tokens of Pride and Prejudice",
+        caption=f"The model computes in {name}, {8 * dtype.itemsize} bits a value. Bits a value is the mean "
+        f"over what is kept: codes, scales, and the first and last tokens, which stay in {name}. Ratio is "
+        f"how many times less memory that is than every token read takes in {name}.",
+        caption_justify="left",
         box=box.SIMPLE_HEAD,
         collapse_padding=True,
         pad_edge=False,
@@ -116,8 +114,8 @@ def table(rows: Sequence[Row]) -> Table:
     shown.add_column("cache", overflow="fold")
     for trial in first.trials:
         shown.add_column(f"at {trial.needle.depth:.0%}\n{trial.needle.number}", no_wrap=True)
-    for name in ("bits a\nvalue", "\nresident", "\nratio", "time\ns"):
-        shown.add_column(name, justify="right", no_wrap=True)
+    for head in ("bits a\nvalue", "\nresident", "\nratio", "time\ns"):
+        shown.add_column(head, justify="right", no_wrap=True)
     for row in rows:
         shown.add_row(
             row.press.replace(" | ", "\n| "),
@@ -134,7 +132,7 @@ def as_dict(rows: Sequence[Row], pipe: TextGenerationPipeline, seconds: float) -
     """Everything measured, as plain values for JSON."""
     return {
         "model": DEFAULT_MODEL_NAME,
-        "dtype": str(pipe.model.dtype).removeprefix("torch."),
+        "dtype": dtype_name(pipe.model.dtype),
         "device": pipe.device.type,
         "threads": torch.get_num_threads(),
         "seconds": seconds,
@@ -142,6 +140,11 @@ def as_dict(rows: Sequence[Row], pipe: TextGenerationPipeline, seconds: float) -
             {"cache": row.press, "trials": [_trial_dict(trial) for trial in row.trials]} for row in rows
         ],
     }
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """Such as "bfloat16"."""
+    return str(dtype).removeprefix("torch.")
 
 
 def _verdict(trial: Trial) -> Text:

@@ -46,7 +46,8 @@ class TextGenerationPipeline(KVPressTextGenerationPipeline):
     - An unknown argument is an error; kvpress ignores it.
 
     Args:
-        model, tokenizer, device, ...: as for every transformers pipeline.
+        model, tokenizer, device, ...: as for every transformers pipeline. Without a model and a dtype it is
+            the default model in the dtype that `QUANTPRESS_DTYPE` names, or that is quick here.
         press: a press, a press class, a list of them (`Compose`), or text such as
             "SnapKV(0.5) | TurboQuant(bits=3)" (`parse_press`); None keeps the whole cache, or is the press of
             a model that `enable` was called on.

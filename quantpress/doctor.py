@@ -36,6 +36,7 @@ class Diagnosis:
         attention: which path the attention over packed layers takes, one line for each kind of device here.
         fallbacks: what runs in plain PyTorch although there is a kernel for it, and why.
         default_model: the folder of the default model, and whether it has been fetched.
+        default_dtype: the dtype that the default model is loaded in, and why.
     """
 
     system: str
@@ -46,6 +47,7 @@ class Diagnosis:
     attention: tuple[str, ...]
     fallbacks: tuple[str, ...] = ()
     default_model: str = ""
+    default_dtype: str = ""
 
     exit_status = 0
 
@@ -70,6 +72,7 @@ class Diagnosis:
         for line in self.fallbacks:
             table.add_row("falls back", line)
         table.add_row("default model", self.default_model)
+        table.add_row("its dtype", self.default_dtype)
         return table
 
 
@@ -89,6 +92,7 @@ def diagnose() -> Diagnosis:
         attention=_attention(bool(devices), fused),
         fallbacks=_fallbacks(versions, cuda, devices) if versions["torch"] else (),
         default_model=_default_model(),
+        default_dtype=_default_dtype() if versions["torch"] else "",
     )
 
 
@@ -157,3 +161,16 @@ def _default_model() -> str:
 
     folder = cache_folder() / DEFAULT_MODEL_NAME
     return f"{folder}" if is_complete(folder) else f"{folder}: fetched when it is first used (93 MB)"
+
+
+def _default_dtype() -> str:
+    from quantpress.errors import InvalidInputError
+    from quantpress.pipelines.default_model.quick_dtype import VARIABLE, forced_name, quick_dtype
+
+    try:
+        name = str(quick_dtype()).removeprefix("torch.")
+    except InvalidInputError as error:
+        return str(error)
+    return (
+        f"{name}, from {VARIABLE}" if forced_name() else f"{name}, the quicker here; {VARIABLE} sets another"
+    )

@@ -4,12 +4,10 @@ default model, fetched and converted once for the machine.
 
 from __future__ import annotations
 
-import functools
 import os
 import random
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,7 +21,6 @@ import pytest
 from hypothesis import settings
 
 if TYPE_CHECKING:
-    import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 # Many tests build small models: what counts is that an example passes, not how long it took.
@@ -79,27 +76,15 @@ def default_tokenizer(default_model_path: Path) -> PreTrainedTokenizerBase:
 
 @pytest.fixture(scope="session")
 def default_model(default_model_path: Path) -> PreTrainedModel:
-    """The default model, in whichever of bf16 and float32 this CPU is quicker with."""
+    """The default model, in the dtype that is quick here, or that QUANTPRESS_DTYPE names.
+
+    No test may depend on which it is: `QUANTPRESS_DTYPE=float32 make test` and bfloat16 both pass.
+    """
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(default_model_path, dtype=_quick_dtype())
+    from quantpress.pipelines.default_model import quick_dtype
 
-
-def _quick_dtype() -> torch.dtype:
-    import torch
-
-    def seconds(multiply: Callable[[], torch.Tensor]) -> float:
-        multiply()
-        start = time.perf_counter()
-        for _ in range(5):
-            multiply()
-        return time.perf_counter() - start
-
-    times = {}
-    for dtype in (torch.bfloat16, torch.float32):
-        left, right = torch.ones(512, 576, dtype=dtype), torch.ones(576, 1536, dtype=dtype)
-        times[dtype] = seconds(functools.partial(torch.matmul, left, right))
-    return min(times, key=lambda dtype: times[dtype])
+    return AutoModelForCausalLM.from_pretrained(default_model_path, dtype=quick_dtype())
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -113,8 +113,24 @@ def test_doctor_names_every_part() -> None:
     result = invoke("doctor")
     assert result.exit_code == 0
     parts = ("python", "torch", "transformers", "kvpress", "triton", "cuda", "attention", "encode", "decode")
-    for part in (*parts, "falls back", "default model"):
+    for part in (*parts, "falls back", "default model", "its dtype"):
         assert part in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        ("float16", "float16, from QUANTPRESS_DTYPE"),
+        ("int8", "QUANTPRESS_DTYPE is 'int8'; set it to bfloat16, float32 or float16"),
+        ("", "float"),
+    ],
+)
+def test_doctor_says_the_dtype_of_the_default_model(
+    monkeypatch: pytest.MonkeyPatch, value: str, said: str
+) -> None:
+    monkeypatch.setenv("QUANTPRESS_DTYPE", value)
+    found = json.loads(invoke("doctor", "--json").stdout)["default_dtype"]
+    assert found == said if value else said in found and "the quicker here" in found
 
 
 def test_doctor_is_json_too() -> None:

@@ -27,7 +27,8 @@ def load_pipeline(
         model: an id on the hub or a folder; None or its name for the default model.
         device: such as "cuda:1" or "cpu"; None for a GPU where there is one; "auto" to spread the model over
             all of them, and over memory where they are too small, as accelerate sees fit.
-        dtype: such as "bfloat16"; None for the model's own, and for the default model the quicker one.
+        dtype: such as "bfloat16"; None for the model's own, and for the default model what `QUANTPRESS_DTYPE`
+            says, else the quicker one.
 
     Raises:
         InvalidInputError: the model, device or dtype cannot be used.
@@ -37,9 +38,7 @@ def load_pipeline(
         raise InvalidInputError(f"dtype {dtype!r} is unknown; use bfloat16, float16 or float32")
     try:
         if model in (None, DEFAULT_MODEL_NAME):
-            pipe = default_pipeline()
-            if kind is not None:
-                pipe.model.to(kind)
+            pipe = default_pipeline(kind)
             if device not in (None, AUTO):
                 pipe.device = torch.device(device)
                 pipe.model.to(pipe.device)

@@ -6,9 +6,11 @@ tokenizer.py  the tokenizer, rebuilt from the GGUF's metadata
 metadata.py   one value of the GGUF's metadata
 store.py      the folder in the user's cache: complete, or built anew
 lazy.py       the default that the pipeline registry reads
+quick_dtype.py, auto_model.py   the dtype that it is loaded in, and the class that loads it so
 """
 
 from quantpress.pipelines.default_model.lazy import LazyDefault
+from quantpress.pipelines.default_model.quick_dtype import quick_dtype
 from quantpress.pipelines.default_model.store import DEFAULT_MODEL_NAME, cache_folder, ensure_default_model
 
-__all__ = ["DEFAULT_MODEL_NAME", "LazyDefault", "cache_folder", "ensure_default_model"]
+__all__ = ["DEFAULT_MODEL_NAME", "LazyDefault", "cache_folder", "ensure_default_model", "quick_dtype"]

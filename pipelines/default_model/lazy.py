@@ -2,10 +2,17 @@
 
 import os
 
+from quantpress.pipelines.default_model.quick_dtype import forced_name
 from quantpress.pipelines.default_model.store import ensure_default_model
 
 HUB_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
 REVISION = "main"
+
+
+class DefaultFolder(str):
+    """The default model's folder where no model was named: it is loaded in the dtype that is quick here."""
+
+    __slots__ = ()
 
 
 class LazyDefault(dict[str, tuple[str, str]]):
@@ -18,6 +25,11 @@ class LazyDefault(dict[str, tuple[str, str]]):
     Args:
         cache_dir: as `ensure_default_model` takes it.
 
+    Raises (when "model" is read):
+        ModelFilesError: the default model could not be fetched.
+        InvalidInputError: `QUANTPRESS_DTYPE` names no dtype. It is read here, since transformers tries other
+            ways when loading fails.
+
     >>> default = LazyDefault()
     >>> "model" in default, dict(default)
     (True, {'model': ('HuggingFaceTB/SmolLM2-135M-Instruct', 'main')})
@@ -29,7 +41,10 @@ class LazyDefault(dict[str, tuple[str, str]]):
 
     def __getitem__(self, key: str) -> tuple[str, str]:
         name, revision = super().__getitem__(key)
-        return (str(ensure_default_model(self.cache_dir)), revision) if key == "model" else (name, revision)
+        if key != "model":
+            return name, revision
+        forced_name()
+        return DefaultFolder(ensure_default_model(self.cache_dir)), revision
 
     def copy(self) -> "LazyDefault":
         """Another one of the same; nothing is fetched."""
