@@ -103,9 +103,9 @@ def table(rows: Sequence[Row], dtype: torch.dtype) -> Table:
     first, name = rows[0], dtype_name(dtype)
     shown = Table(
         title=f"A number hidden in {first.mean('tokens_seen'):,.0f} tokens of Pride and Prejudice",
-        caption=f"The model computes in {name}, {8 * dtype.itemsize} bits a value. Bits a value is the mean "
-        f"over what is kept: codes, scales, and the first and last tokens, which stay in {name}. Ratio is "
-        f"how many times less memory that is than every token read takes in {name}.",
+        caption="All that a cache keeps counts: codes, scales, and the first and last tokens, which stay in "
+        f"{name} ({8 * dtype.itemsize} bits). Ratio: how many times less memory that is than all tokens "
+        f"read, uncompressed in {name}.",
         caption_justify="left",
         box=box.SIMPLE_HEAD,
         collapse_padding=True,

@@ -2,6 +2,8 @@
 
 import time
 
+import psutil
+import pytest
 import torch
 
 from quantpress.pipelines.token_clock import TokenClock, peak_memory
@@ -26,14 +28,28 @@ def test_the_clock_changes_no_answer() -> None:
     assert ours()(text(300), streamer=TokenClock(), **asked) == ours()(text(300), **asked)
 
 
-def test_peak_memory_counts_what_is_gone_at_the_end() -> None:
+def test_peak_memory_counts_what_is_gone_at_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    looked, look = [0], psutil.Process.memory_info
+
+    def counted(process: psutil.Process) -> object:
+        found = look(process)
+        looked[0] += 1
+        return found
+
+    def wait_for_a_look() -> None:
+        """One that began after now, however busy the machine is."""
+        seen = looked[0]
+        while looked[0] < seen + 2:
+            time.sleep(0.001)
+
+    monkeypatch.setattr(psutil.Process, "memory_info", counted)
     with peak_memory(torch.device("cpu")) as peak:
         taken = torch.ones(64 * MEBIBYTE, dtype=torch.uint8)
-        time.sleep(0.05)
+        wait_for_a_look()
         del taken
     assert 60 * MEBIBYTE < peak.bytes < 200 * MEBIBYTE
     with peak_memory(torch.device("cpu")) as idle:
-        time.sleep(0.02)
+        wait_for_a_look()
     assert idle.bytes < 32 * MEBIBYTE
 
 
