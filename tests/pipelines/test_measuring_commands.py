@@ -103,9 +103,13 @@ def test_memory_prints_the_parts(model: str) -> None:
         parts = ("packed_bytes", "dense_bytes", "metadata_bytes")
         assert sum(cache[part] for part in parts) == cache["total_bytes"]
         assert row["ratio"] == pytest.approx(row["whole_bytes"] / cache["total_bytes"])
-    shown = invoke("memory", EXAMPLE_SHAPE, *options, "--gpu", "80GB").stdout
-    for words in ("uncompressed", "TurboQuant(8)", "Weights: 15.0 GiB in bfloat16", "longest", "an estimate"):
+    whole = ours().read(text(699), press=None).memory  # a bos token more
+    assert found["model"]["dtype"] == "float32" and found["presses"][0]["ratio"] == 1
+    assert found["presses"][0]["cache"]["total_bytes"] == whole.total_bytes
+    shown = " ".join(invoke("memory", EXAMPLE_SHAPE, *options, "--gpu", "80GB").stdout.split())
+    for words in ("TurboQuant(8)", "Weights: 15.0 GiB in bfloat16", "longest", "an estimate"):
         assert words in shown
+    assert "The ratio is to all tokens uncompressed, in bfloat16." in shown
 
 
 def test_memory_takes_other_weights() -> None:
