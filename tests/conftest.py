@@ -49,13 +49,22 @@ def seed() -> int:
 
 
 @pytest.fixture(autouse=True)
-def gpu_memory(request: pytest.FixtureRequest) -> Iterator[None]:
-    """A gpu test gives its memory back, so that several processes can share a GPU."""
-    yield
-    if request.node.get_closest_marker("gpu") is not None:
-        import torch
+def gpu_state(request: pytest.FixtureRequest) -> Iterator[None]:
+    """A gpu test gives its memory back, for other processes, and leaves torch as it was, for other tests."""
+    if request.node.get_closest_marker("gpu") is None:
+        yield
+        return
+    import torch
 
-        torch.cuda.empty_cache()
+    from tests.gpu_state import process_state, set_sync_debug_mode
+
+    before = process_state()
+    yield
+    after = process_state()
+    if after != before:
+        set_sync_debug_mode(before["sync_debug_mode"])
+    torch.cuda.empty_cache()
+    assert after == before, "this test left settings behind"
 
 
 @pytest.fixture(scope="session")

@@ -59,13 +59,15 @@ def test_codes_and_attention_match_the_cpu(head_dim: int, bits: float, dtype: to
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_lossless_is_dynamic_cache(attention: str) -> None:
     model, ids = copy.deepcopy(tiny_model("llama", attention)).cuda(), prompt(300, batch=2).cuda()
-    install_packed_attention()
     cache = DynamicCache()
     cache.layers.extend(PackedLayer(lossless(recent_tokens=16)) for _ in range(3))
     arguments = {"max_new_tokens": 24, "do_sample": False, "attention_mask": torch.ones_like(ids)}
     expected = model.generate(ids, **arguments)
-    assert torch.equal(model.generate(ids, past_key_values=cache, **arguments), expected)
-    uninstall_packed_attention()
+    install_packed_attention()
+    try:
+        assert torch.equal(model.generate(ids, past_key_values=cache, **arguments), expected)
+    finally:
+        uninstall_packed_attention()
 
 
 def test_offload_and_prefetch() -> None:

@@ -17,6 +17,7 @@ from quantpress.kernels.page_codec import RawPages
 from quantpress.pipelines.captured import WARM_STEPS, CapturedDecoding, captured_decoding
 from quantpress.pipelines.enabling import enable
 from quantpress.presses import AdaKV, Compose, PyramidKV, SnapKV, TurboQuant
+from tests.gpu_state import no_synchronization
 from tests.pipelines.enabled import noted_steps
 from tests.pipelines.words import ours, text
 from tests.tiny_models import VOCABULARY, prompt, tiny_model
@@ -106,7 +107,7 @@ def test_lossless_is_dynamic_cache(head_dim: int) -> None:
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_sampling_and_batches(attention: str) -> None:
-    model = model_on_cuda()
+    model = copy.deepcopy(model_on_cuda())
     model.set_attn_implementation(attention)
     install_packed_attention()
     tokens = []
@@ -120,7 +121,6 @@ def test_sampling_and_batches(attention: str) -> None:
             tokens.append(
                 model.generate(**inputs, past_key_values=cache, max_new_tokens=200, do_sample=True, top_k=20)
             )
-    model.set_attn_implementation("sdpa")
     assert torch.equal(*tokens) and steps.replays == 197
 
 
@@ -190,12 +190,9 @@ def test_steps_do_not_wait_for_the_device() -> None:
     with torch.no_grad(), captured_decoding(model, new_tokens=1000) as steps:
         for _ in range(5):
             token = model(token, past_key_values=cache).logits[:, -1:].argmax(-1)
-        torch.cuda.set_sync_debug_mode("error")
-        try:
+        with no_synchronization():
             for _ in range(15):
                 token = model(token, past_key_values=cache).logits[:, -1:].argmax(-1)
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
     assert steps.replays == 18
 
 
@@ -362,13 +359,10 @@ def test_sliding_layers_do_not_wait_for_the_device() -> None:
     cache, sizes = DynamicCache(config=model.config), []
     with torch.no_grad(), captured_decoding(model, new_tokens=300) as steps:
         model(prompt(40).cuda(), past_key_values=cache)
-        try:
-            for number in range(120):  # the window fills after 24
-                torch.cuda.set_sync_debug_mode("error" if number > 5 else "default")
+        for number in range(120):  # the window fills after 24
+            with no_synchronization() if number > 5 else contextlib.nullcontext():
                 token = model(token, past_key_values=cache).logits[:, -1:].argmax(-1)
-                sizes.append(torch.cuda.memory_allocated())
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
+            sizes.append(torch.cuda.memory_allocated())
     assert steps.replays == 120 - WARM_STEPS and sizes[10] == sizes[-1]
 
 

@@ -1,7 +1,6 @@
 """Steps of paged attention at fixed addresses: called, interpreted, on CUDA, and captured in a CUDA graph."""
 
 import json
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ import torch
 
 from quantpress.cache import PagedAttention
 from tests.cache.paging import QUERY_HEADS, dense, exact, random_states, relative_error, small
+from tests.gpu_state import no_synchronization
 from tests.kernels.triton_cases import interpret
 
 Step = Callable[[], torch.Tensor]
@@ -147,14 +147,9 @@ def test_a_step_does_not_wait_for_the_device() -> None:
     paged.extend()
     step()  # kernels are compiled
     torch.cuda.synchronize()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch calls this mode a prototype
-            torch.cuda.set_sync_debug_mode("error")
+    with no_synchronization():
         paged.extend()
         step()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.gpu
