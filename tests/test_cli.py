@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 import quantpress
 from quantpress import cli, doctor
+from tests.limits import HANG
 
 ROOT = Path(__file__).parents[1]
 
@@ -90,20 +91,20 @@ def test_help_does_not_wait_for_torch() -> None:
         "assert not any(done), done\n"
         "print(sorted({'torch', 'transformers', 'kvpress', 'numpy', 'scipy'} & set(sys.modules)))"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=240)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=HANG)
     assert done.stdout.strip() == "[]", done.stderr
 
 
 def test_the_page_of_commands_is_not_stale() -> None:
     command = [sys.executable, str(ROOT / "docs" / "command_line.py"), "--check"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=HANG)
     assert done.returncode == 0, done.stderr
 
 
 def test_a_process_prints_one_json_document() -> None:
     shape = "layers=2,kv_heads=2,head_dim=64"
     command = [sys.executable, "-m", "quantpress", "memory", shape, "-c", "1000", "--json"]
-    good = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    good = subprocess.run(command, capture_output=True, text=True, timeout=HANG)
     assert good.returncode == 0, good.stderr
     found = json.loads(good.stdout)
     assert found["presses"][0]["cache"]["total_bytes"] == 2 * 2 * 2 * 64 * 1000 * 2

@@ -14,6 +14,7 @@ import torch
 
 from quantpress.errors import NotAppliedError, UnsupportedBitsError, UnsupportedModelError
 from tests.comfyui_double import Diffusion, Guider, Patcher
+from tests.limits import HANG
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "examples" / "comfyui_turboquant"
@@ -157,7 +158,7 @@ def test_in_comfyui_itself() -> None:
     path = os.pathsep.join([str(COMFYUI), os.environ.get("PYTHONPATH", "")])
     command = [sys.executable, str(ROOT / "tests" / "comfyui_run.py"), str(FOLDER)]
     done = subprocess.run(
-        command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, timeout=280
+        command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, timeout=HANG
     )
     assert done.returncode == 0, done.stderr[-4000:]
     said = {one["model"]: one for one in map(json.loads, done.stdout.strip().splitlines())}

@@ -21,6 +21,7 @@ from quantpress.cache.memory_estimate import layer_estimate
 from quantpress.cache.settings import LayerSettings
 from quantpress.codecs.spec import CodecSpec
 from quantpress.kernels.page_codec import ScalarPages
+from tests.limits import HANG
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 NOTEBOOK = EXAMPLES / "tour.ipynb"
@@ -115,7 +116,7 @@ def test_example_runs(name: str, tmp_path: Path) -> None:
     text.write_text("Ada lives in Lisbon. The sea is near, and the trams are yellow. " * 20)
     arguments = [argument.format(text=text) for argument in ARGUMENTS[name]]
     command = [sys.executable, str(EXAMPLES / name), *arguments]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=280)
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=HANG)
     assert done.returncode == 0, done.stderr[-4000:]
     assert SAID[name] in done.stdout
 

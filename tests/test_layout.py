@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.limits import HANG
+
 ROOT = Path(__file__).parents[1]
 ARROWS = (
     "examples",
@@ -144,7 +146,7 @@ def run_python(code: str, environment: dict[str, str] | None = None, directory: 
         cwd=directory,
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=HANG,
     )
     assert done.returncode == 0, done.stderr
     return done.stdout.strip().splitlines()[-1]

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.limits import HANG
+
 ROOT = Path(__file__).parents[1]
 FOLDERS = ("cache", "codecs", "kernels", "pipelines", "presses")
 SHIPPED = (".py", ".json", ".xz", ".md", "py.typed")
@@ -42,7 +44,6 @@ print("used")
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.timeout(900),
     pytest.mark.skipif(
         not (ROOT / ".git").exists() or not shutil.which("git"), reason="needs a git checkout"
     ),
@@ -53,7 +54,7 @@ def run(*command: str | Path, directory: Path) -> str:
     """Standard output of a command that has to succeed, run as a user would, with no settings of this run."""
     clean = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "PYTEST", "COV"))}
     done = subprocess.run(
-        [*map(str, command)], cwd=directory, env=clean, capture_output=True, text=True, timeout=600
+        [*map(str, command)], cwd=directory, env=clean, capture_output=True, text=True, timeout=HANG
     )
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
     return done.stdout

@@ -7,6 +7,7 @@ import pytest
 
 import quantpress
 from quantpress import errors
+from tests.limits import HANG
 
 ERRORS = sorted(n for n, v in vars(errors).items() if isinstance(v, type) and issubclass(v, Exception))
 
@@ -64,7 +65,7 @@ def test_naming_a_press_registers_the_pipeline() -> None:
         "from transformers.pipelines import PIPELINE_REGISTRY\n"
         "print(PIPELINE_REGISTRY.check_task('kv-press-text-generation')[1]['impl'].__module__)"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=240)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=HANG)
     assert done.stdout.strip() == "quantpress.pipelines.text_generation", done.stderr
 
 

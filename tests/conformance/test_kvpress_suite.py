@@ -18,6 +18,7 @@ import pytest
 
 from quantpress.pipelines.default_model import cache_folder
 from tests.conformance.hub import write_hub
+from tests.limits import HANG
 
 HERE = Path(__file__).parent
 VERSION = importlib.metadata.version("kvpress")
@@ -31,7 +32,7 @@ LEFT_OUT = ("tests/integration", "tests/presses/test_duo_attention_press.py")
 LEAST_PASSING = 600
 LEAST_PACKED = 700
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +51,7 @@ def sources() -> Path:
             str(folder),
             f"kvpress=={VERSION}",
         ]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=HANG)
         if done.returncode or not archive.exists():
             said = (done.stderr or done.stdout).strip().splitlines()[-1:]
             pytest.skip(f"the sources of kvpress {VERSION} could not be fetched: {' '.join(said)}")
@@ -93,7 +94,7 @@ def run(suite: Path, mode: str) -> dict[str, Any]:
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "wrapped_presses"]
     command += ["-p", "no:xdist", "--tb=no", "tests", *(f"--ignore={path}" for path in LEFT_OUT)]
     done = subprocess.run(
-        command, cwd=suite, env={**clean, **settings}, capture_output=True, text=True, timeout=600
+        command, cwd=suite, env={**clean, **settings}, capture_output=True, text=True, timeout=HANG
     )
     assert results.exists(), done.stdout[-4000:] + done.stderr[-4000:]
     read: dict[str, Any] = json.loads(results.read_text(encoding="utf-8"))

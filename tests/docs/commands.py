@@ -10,6 +10,7 @@ from pathlib import Path
 from typer.testing import CliRunner
 
 from quantpress import cli
+from tests.limits import HANG
 
 ROOT = Path(__file__).parents[2]
 QUICK = frozenset({"compare", "doctor", "inspect", "memory", "pack", "run", "validate", "version"})
@@ -54,7 +55,7 @@ def _quantpress(arguments: list[str]) -> None:
 
 
 def _make_knows(targets: list[str]) -> bool:
-    done = subprocess.run(["make", "-n", *targets], cwd=ROOT, capture_output=True, timeout=60)
+    done = subprocess.run(["make", "-n", *targets], cwd=ROOT, capture_output=True, timeout=HANG)
     return done.returncode == 0
 
 

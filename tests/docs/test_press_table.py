@@ -4,12 +4,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+from tests.limits import HANG
+
 ROOT = Path(__file__).parents[2]
 
 
 def test_table_is_not_stale() -> None:
     command = [sys.executable, str(ROOT / "docs" / "build.py"), "--check"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=280)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=HANG)
     assert done.returncode == 0, done.stderr
 
 
@@ -27,5 +29,5 @@ def test_a_change_is_noticed(tmp_path: Path) -> None:
         "    assert build.differences(old, new) or not new\n"
         "assert build.differences(old, 'x')\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=280)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=HANG)
     assert done.returncode == 0, done.stderr

@@ -2,10 +2,7 @@
 
 import json
 import math
-import os
 import re
-import subprocess
-import sys
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -66,17 +63,9 @@ INTERPRETED = [
 @pytest.mark.parametrize("part", [0, 1])
 def test_interpreter(part: int) -> None:
     """Every pair of layouts, several queries, all options, against float64."""
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)}
     script = ROOT / "tests" / "kernels" / "interpret_attend.py"
     cases = INTERPRETED[part::2]
-    run = subprocess.run(
-        [sys.executable, str(script), json.dumps(cases)],
-        capture_output=True,
-        text=True,
-        env=environment,
-    )
-    assert run.returncode == 0, run.stderr
-    errors = json.loads(run.stdout.splitlines()[-1])
+    errors = json.loads(interpret(str(script), json.dumps(cases)).splitlines()[-1])
     assert len(errors) == len(cases)
     assert max(errors) < 2e-4, dict(zip(map(str, cases), errors, strict=True))
 

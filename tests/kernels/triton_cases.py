@@ -12,6 +12,7 @@ import torch
 
 from quantpress.codecs.spec import CodecSpec
 from quantpress.codecs.transform import ChannelTransform
+from tests.limits import HANG
 
 BATCH, HEADS, TOKENS = 1, 2, 256
 NEAR_TIE = 2e-6  # float32 rotation of a unit vector moves a coordinate by less
@@ -62,7 +63,7 @@ def interpret(script: str, *arguments: str) -> str:
         "OMP_NUM_THREADS": "1",
     }
     command = [sys.executable, script, *arguments]
-    run = subprocess.run(command, env=env, capture_output=True, text=True, timeout=280)
+    run = subprocess.run(command, env=env, capture_output=True, text=True, timeout=HANG)
     if run.returncode:
         raise AssertionError(f"{run.stdout}\n{run.stderr}")
     return run.stdout
@@ -108,5 +109,5 @@ def resources(compiled: Any) -> dict[str, int]:
         file.write(compiled.asm["cubin"])
         file.flush()
         command = [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
-        printed = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
+        printed = subprocess.run(command, capture_output=True, text=True, check=True, timeout=HANG).stdout
     return {name: int(count) for name, count in re.findall(r"\b([A-Z]+):(\d+)", printed)}

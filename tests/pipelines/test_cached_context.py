@@ -23,6 +23,7 @@ from quantpress.kernels.page_codec import RawPages
 from quantpress.pipelines.cached_context import CachedContext
 from quantpress.presses import Compose, PyramidKV, SnapKV, StreamingLLM, TurboQuant
 from quantpress.presses.model_support import attention_modules
+from tests.limits import HANG
 from tests.pipelines.cases import LONG_CONTEXT, QUESTIONS, SNAP
 from tests.pipelines.words import ours
 from tests.tiny_models import tiny_model
@@ -180,7 +181,7 @@ def test_another_process_answers_with_the_same_tokens(file: Path, tmp_path: Path
         [*command, json.dumps(QUESTIONS)],
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=HANG,
         cwd=Path(__file__).parents[2],
         env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
     )

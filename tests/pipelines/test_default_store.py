@@ -27,6 +27,7 @@ from quantpress.pipelines.default_model import (
     lazy,
     store,
 )
+from tests.limits import HANG
 from tests.pipelines.words import text, word_tokenizer
 from tests.tiny_models import tiny_model
 
@@ -40,7 +41,7 @@ from quantpress.pipelines.default_model import ensure_default_model, store
 def fetch(folder, progress):
     with open(Path(sys.argv[1]) / "builds", "a") as log:
         log.write("built\\n")
-    time.sleep(1)
+    time.sleep(0.3)
     return folder / "weights.gguf"
 
 def write(gguf, folder, progress):
@@ -159,7 +160,7 @@ def test_two_processes_build_it_once(tmp_path: Path) -> None:
         assert racer.stdin is not None
         racer.stdin.write("go\n")
         racer.stdin.flush()
-    said = [racer.communicate(timeout=120)[0] for racer in racers]
+    said = [racer.communicate(timeout=HANG)[0] for racer in racers]
     folder = tmp_path / DEFAULT_MODEL_NAME
     assert said == [f"{folder}\n"] * 2
     assert (tmp_path / "builds").read_text() == "built\n"

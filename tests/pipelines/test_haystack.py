@@ -71,9 +71,7 @@ def reader(default_model: PreTrainedModel, default_tokenizer: PreTrainedTokenize
     return Reader(default_model, default_tokenizer)
 
 
-@pytest.mark.parametrize(
-    "tokens", [1024, pytest.param(4096, marks=[pytest.mark.slow, pytest.mark.timeout(1200)])]
-)
+@pytest.mark.parametrize("tokens", [1024, pytest.param(4096, marks=pytest.mark.slow)])
 def test_ten_needles_of_ten_are_found(tokens: int, reader: Reader) -> None:
     needles = random_needles(10)
     contexts = [plant(book_text(), [needle], reader.tokenizer, tokens) for needle in needles]

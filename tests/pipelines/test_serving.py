@@ -11,6 +11,7 @@ from transformers import GenerationConfig, TextIteratorStreamer
 from quantpress.cache import PackedLayer
 from quantpress.pipelines.enabling import enable
 from quantpress.presses import Compose, SnapKV, TurboQuant
+from tests.limits import HANG
 from tests.pipelines.words import text, word_tokenizer
 from tests.presses.reading import lossless
 from tests.tiny_models import tiny_model
@@ -101,7 +102,7 @@ def test_the_server_itself(tmp_path: Path) -> None:
             config = GenerationConfig(max_new_tokens=6, do_sample=False, pad_token_id=0).to_json_string()
             body = {"model": str(tmp_path), "messages": messages, "stream": True, "generation_config": config}
             chunks = []
-            with httpx.stream("POST", f"{url}/v1/chat/completions", json=body, timeout=60) as reply:
+            with httpx.stream("POST", f"{url}/v1/chat/completions", json=body, timeout=HANG) as reply:
                 assert reply.status_code == 200
                 for line in reply.iter_lines():
                     chunks.append(line)
@@ -129,9 +130,9 @@ def test_the_server_itself(tmp_path: Path) -> None:
 
 
 def _wait_for(httpx: Any, url: str) -> None:
-    for _ in range(200):
+    for _ in range(20 * HANG):
         try:
-            if httpx.get(f"{url}/health").status_code == 200:
+            if httpx.get(f"{url}/health", timeout=HANG).status_code == 200:
                 return
         except httpx.TransportError:
             threading.Event().wait(0.05)
