@@ -20,7 +20,8 @@ from tests.pipelines.cases import CONTEXT, DECODING, PACKED, QUESTIONS
 from tests.pipelines.words import ours, text
 from tests.tiny_models import _COMMON, HEAD_DIM, prompt, tiny_model
 
-NEW_TOKENS = 150  # over a flush, whatever is recent at first
+CONTEXT_TOKENS = 380  # 4 sinks, 2 pages, 16 recent tokens at least: the next page is full after 24 tokens
+NEW_TOKENS = 40
 FULL = ["full_attention"] * 3
 OTHERS: dict[str, Any] = {
     "gemma2": Gemma2Config(
@@ -67,16 +68,27 @@ def generate(
     return tokens
 
 
-@pytest.mark.parametrize("bits", [16, 4, 3])
-@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2", "gpt_oss"])
+@pytest.mark.parametrize(
+    ("family", "bits"),
+    [
+        ("llama", 16),
+        ("llama", 3),
+        ("qwen3", 4),
+        ("gemma2", 16),
+        ("gemma2", 3),
+        ("gpt_oss", 16),
+    ],
+)
 def test_tokens_of_a_growing_cache(family: str, bits: int) -> None:
-    model, ids = model_of(family), prompt(300)
+    model, ids = model_of(family), prompt(CONTEXT_TOKENS)
     settings = lossless(recent_tokens=16) if bits == 16 else scalar(bits=bits, recent_tokens=16)
     expected = generate(model, ids, packed_cache(model, settings))
+    cache = packed_cache(model, settings)
     with captured_decoding(model) as steps:
-        got = generate(model, ids, packed_cache(model, settings))
+        got = generate(model, ids, cache)
     assert torch.equal(got, expected)
     assert steps.eager_steps == NEW_TOKENS - 1 and steps.replays == steps.captures == 0
+    assert all(layer.packed_tokens == 3 * 128 for layer in cache.layers)
     if bits == 16:
         assert torch.equal(got, generate(model, ids, DynamicCache()))
 
@@ -91,7 +103,7 @@ def test_tokens_of_a_growing_cache(family: str, bits: int) -> None:
     ids=["sampling", "processor", "logits"],
 )
 def test_generate_around_it_is_untouched(arguments: dict[str, Any]) -> None:
-    model, ids = tiny_model("llama"), prompt(300, batch=2)
+    model, ids = tiny_model("llama"), prompt(CONTEXT_TOKENS, batch=2)
     expected = generate(model, ids, packed_cache(model, lossless(recent_tokens=16)), **arguments)
     with captured_decoding(model, new_tokens=NEW_TOKENS) as steps:
         got = generate(model, ids, packed_cache(model, lossless(recent_tokens=16)), **arguments)
@@ -138,30 +150,32 @@ def test_padded_batches_are_decoded_as_always() -> None:
 
 
 def test_a_short_context_is_fixed_once_it_is_packed() -> None:
-    model, ids = tiny_model("llama"), prompt(20)
-    expected = generate(model, ids, packed_cache(model, lossless(recent_tokens=16)), max_new_tokens=300)
+    model, ids = tiny_model("llama"), prompt(120)  # the first page is full after 28 tokens
+    expected = generate(model, ids, packed_cache(model, lossless(recent_tokens=16)), max_new_tokens=60)
     with captured_decoding(model) as steps:
-        got = generate(model, ids, packed_cache(model, lossless(recent_tokens=16)), max_new_tokens=300)
+        got = generate(model, ids, packed_cache(model, lossless(recent_tokens=16)), max_new_tokens=60)
     assert torch.equal(got, expected)
-    assert 100 < steps.eager_steps < 250
+    assert 20 < steps.eager_steps < 40
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2"])
-def test_a_step_compiles_as_one_graph(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_a_step_compiles_as_one_graph(
+    family: str, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
     """torch.compile(fullgraph=True) sees the step whole, once for all caches of a shape."""
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    request.addfinalizer(torch._dynamo.reset)
     torch._dynamo.reset()
     counters = torch._dynamo.utils.counters
     counters.clear()
     model, settings = model_of(family), scalar(bits=3, recent_tokens=16)
     for seed in (0, 1):
-        ids = prompt(300, seed=seed)
+        ids = prompt(CONTEXT_TOKENS, seed=seed)
         expected = generate(model, ids, packed_cache(model, settings))
         with captured_decoding(model, compile=True) as steps:
             assert torch.equal(generate(model, ids, packed_cache(model, settings)), expected)
         assert steps.eager_steps == NEW_TOKENS - 1
     assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
-    torch._dynamo.reset()
 
 
 PRESSES: dict[str, Any] = {
@@ -175,7 +189,8 @@ PRESSES: dict[str, Any] = {
 }
 
 
-def read(model: PreTrainedModel, press: Any, tokens: int = 700) -> DynamicCache:
+def read(model: PreTrainedModel, press: Any, tokens: int = 660) -> DynamicCache:
+    """Of 660 tokens, 396 stay where 0.4 are evicted: a page is full 8 tokens later."""
     cache = DynamicCache()
     with torch.no_grad(), press(model):
         model.model(input_ids=prompt(tokens), past_key_values=cache)
@@ -200,7 +215,7 @@ def test_after_eviction(press: str) -> None:
 
 def test_a_loop_of_ones_own() -> None:
     """Bare forwards without positions, and a batch of one token at a time."""
-    model, ids = tiny_model("llama"), prompt(301)
+    model, ids = tiny_model("llama"), prompt(CONTEXT_TOKENS + 1)
 
     def run() -> torch.Tensor:
         cache = packed_cache(model, scalar(recent_tokens=16))
@@ -272,7 +287,7 @@ def test_warnings_name_the_reason() -> None:
         generate(model, ids, packed_cache(model, lossless(recent_tokens=16)), max_new_tokens=10, num_beams=2)
     mixed = read(model, Compose([Demote(SnapKV(0.4, window_size=16)), TurboQuant(bits=4, recent_tokens=16)]))
     with captured_decoding(model), pytest.warns(UserWarning, match="packed in two widths"):
-        generate(model, torch.cat([prompt(700), ids], 1), mixed, max_new_tokens=5)
+        generate(model, torch.cat([prompt(660), ids], 1), mixed, max_new_tokens=5)
     bloom = tiny_model("bloom", "eager")
     with captured_decoding(bloom), pytest.warns(UserWarning, match="does not call attention through"):
         generate(bloom, ids, DynamicCache(), max_new_tokens=5)
@@ -295,14 +310,14 @@ def test_wrong_arguments() -> None:
 def test_several_questions_of_the_pipeline(name: str) -> None:
     """Every answer is that of a growing cache, and the context is read once and unchanged by each."""
     pipe, arguments = ours(), {"questions": QUESTIONS, "press": PACKED[name](), "max_new_tokens": NEW_TOKENS}
-    context = text(900)
+    context = text(999)  # whole or halved, pages are full after fewer tokens than an answer has
     expected = pipe(context, **arguments)
     cache = DynamicCache()
     with captured_decoding(pipe.model, new_tokens=200) as steps:
         assert pipe(context, cache=cache, **arguments) == expected
     assert steps.eager_steps == len(QUESTIONS) * (NEW_TOKENS - 1)
     plain = DynamicCache()
-    pipe(context, cache=plain, **arguments)
+    pipe(context, cache=plain, **{**arguments, "max_new_tokens": 1})
     for one, two in zip(cache.layers, plain.layers, strict=True):
         assert torch.equal(one.keys + 0, two.keys + 0) and torch.equal(one.values + 0, two.values + 0)
 

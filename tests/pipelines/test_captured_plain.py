@@ -1,6 +1,5 @@
 """`captured_decoding` over layers that nothing packs, on the CPU: the tokens of transformers' own layers."""
 
-import copy
 import functools
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -19,7 +18,7 @@ from quantpress.pipelines.preserve import preserved_context
 from quantpress.presses import Compose, PyramidKV, SnapKV, TurboQuant
 from tests.tiny_models import prompt, tiny_model
 
-NEW_TOKENS = 150  # twice round a window of 64
+NEW_TOKENS = 100  # more than once round a window of 64
 SNAP = {"window_size": 16}
 
 
@@ -40,33 +39,31 @@ def generate(
     return tokens
 
 
-@functools.cache
-def expected_of(
-    family: str, attention: str, tokens: int, configured: bool
-) -> tuple[torch.Tensor, DynamicCache]:
-    model = tiny_model(family, attention)
-    cache = DynamicCache(config=model.config) if configured else DynamicCache()
-    return generate(model, prompt(tokens, batch=2), cache), cache
+SLIDING, PLAIN = True, False
 
 
 @pytest.mark.parametrize(
-    ("tokens", "configured"),
-    [(20, True), (63, True), (300, True), (20, False), (300, False)],
-    ids=lambda value: str(value) if type(value) is int else ("sliding_layers" if value else "plain_layers"),
-)
-@pytest.mark.parametrize(
-    ("family", "attention"),
+    ("family", "attention", "tokens", "configured"),
     [
-        ("llama", "sdpa"),
-        ("gemma2", "sdpa"),
-        ("gemma2", "eager"),
-        ("gemma3", "sdpa"),
-        ("gpt_oss", "eager"),
-        ("qwen2_sliding", "sdpa"),
-        ("mistral_sliding", "sdpa"),
-        ("gpt_neox", "sdpa"),
-        ("deepseek_v3", "eager"),
+        ("llama", "sdpa", 20, PLAIN),
+        ("gpt_neox", "sdpa", 300, PLAIN),
+        ("deepseek_v3", "eager", 300, PLAIN),
+        ("gemma2", "sdpa", 20, SLIDING),
+        ("gemma2", "sdpa", 300, PLAIN),
+        ("gemma2", "eager", 63, SLIDING),
+        ("gemma2", "eager", 20, PLAIN),
+        ("gemma3", "sdpa", 63, SLIDING),
+        ("gemma3", "sdpa", 300, SLIDING),
+        ("gemma3", "sdpa", 20, PLAIN),
+        ("gpt_oss", "eager", 300, SLIDING),
+        ("gpt_oss", "eager", 20, PLAIN),
+        ("qwen2_sliding", "sdpa", 300, SLIDING),
+        ("mistral_sliding", "sdpa", 20, SLIDING),
+        ("mistral_sliding", "sdpa", 63, SLIDING),
+        ("mistral_sliding", "sdpa", 300, SLIDING),
+        ("mistral_sliding", "sdpa", 300, PLAIN),
     ],
+    ids=lambda value: ("plain_layers", "sliding_layers")[value] if isinstance(value, bool) else str(value),
 )
 def test_tokens_of_transformers_layers(family: str, attention: str, tokens: int, configured: bool) -> None:
     """Before the window is full, as it fills, and long after; the cache goes on afterwards."""
@@ -75,11 +72,10 @@ def test_tokens_of_transformers_layers(family: str, attention: str, tokens: int,
     ids = prompt(tokens, batch=2)
     with captured_decoding(model) as steps:
         got = generate(model, ids, cache)
-    expected, whole = expected_of(family, attention, tokens, configured)
-    assert torch.equal(got, expected)
+    plain = DynamicCache(config=model.config) if configured else DynamicCache()
+    assert torch.equal(got, generate(model, ids, plain))
     assert steps.eager_steps == NEW_TOKENS - 1 and got.unique().numel() > 20
     assert {type(layer) for layer in cache.layers} <= {DynamicLayer, DynamicSlidingWindowLayer}
-    plain = copy.deepcopy(whole)
     for one, two in zip(cache.layers, plain.layers, strict=True):
         torch.testing.assert_close(one.keys, two.keys, rtol=1e-3, atol=1e-3)
         torch.testing.assert_close(one.values, two.values, rtol=1e-3, atol=1e-3)
@@ -141,26 +137,28 @@ def test_questions_about_one_context() -> None:
     before = [(layer.keys, layer.values, layer.get_seq_length()) for layer in cache.layers]
     expected = [
         generate(model, torch.cat([ids, prompt(5, seed=seed)], 1), DynamicCache(config=model.config))
-        for seed in range(3)
+        for seed in range(2)
     ]
     with captured_decoding(model, new_tokens=200) as steps:
-        for seed in range(3):
+        for seed in range(2):
             with preserved_context(cache, model):
                 got = generate(model, torch.cat([ids, prompt(5, seed=seed)], 1), cache)
                 assert any(isinstance(layer, FixedLayer) for layer in cache.layers)
             assert torch.equal(got, expected[seed])
             for layer, (keys, values, length) in zip(cache.layers, before, strict=True):
                 assert layer.keys is keys and layer.values is values and layer.get_seq_length() == length
-    assert steps.eager_steps == 3 * (NEW_TOKENS - 1)
+    assert steps.eager_steps == 2 * (NEW_TOKENS - 1)
 
 
-@pytest.mark.parametrize("family", ["gemma3", "qwen3_sliding"])
-def test_a_step_compiles_as_one_graph(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_step_compiles_as_one_graph(
+    monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    request.addfinalizer(torch._dynamo.reset)
     torch._dynamo.reset()
     counters = torch._dynamo.utils.counters
     counters.clear()
-    model = tiny_model(family)
+    model = tiny_model("gemma3")
     for seed in (0, 1):
         ids = prompt(100, seed=seed)
         expected = generate(model, ids, DynamicCache(config=model.config))
@@ -168,4 +166,3 @@ def test_a_step_compiles_as_one_graph(family: str, monkeypatch: pytest.MonkeyPat
             assert torch.equal(generate(model, ids, DynamicCache(config=model.config)), expected)
         assert steps.eager_steps == NEW_TOKENS - 1
     assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
-    torch._dynamo.reset()
