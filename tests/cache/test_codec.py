@@ -20,6 +20,7 @@ from quantpress.codecs.transform import ChannelTransform, key_statistics
 from quantpress.errors import InvalidInputError, NonFiniteError, UnsupportedBitsError, UnsupportedHeadDimError
 from quantpress.kernels.decode import decode_code_space
 from quantpress.kernels.page_codec import ScalarPages
+from tests.grids import covering
 
 BITS = (1, 2, 3, 4, 8, 2.5, 3.5)
 
@@ -310,9 +311,7 @@ def test_the_memory_report_refuses_counts_out_of_range(counts: dict[str, int]) -
 # Validation
 
 
-@pytest.mark.parametrize("role", ["key", "value"])
-@pytest.mark.parametrize("bits", BITS)
-@pytest.mark.parametrize("dim", [16, 64, 80, 128, 256])
+@pytest.mark.parametrize(("dim", "bits", "role"), covering([16, 64, 80, 128, 256], BITS, ["key", "value"]))
 def test_a_codec_passes_its_own_validation(dim: int, bits: float, role: str, seed: int) -> None:
     report = TurboQuantCodec(dim, bits, role).validate(samples=2048, seed=seed)
     assert report.ok, report

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from quantpress.codecs.budget import ChannelGroup, split_channels
 from quantpress.errors import UnsupportedBitsError, UnsupportedHeadDimError
+from tests.grids import covering
 
 
 def true_bits(groups: tuple[ChannelGroup, ...]) -> float:
@@ -15,8 +16,9 @@ def true_bits(groups: tuple[ChannelGroup, ...]) -> float:
     return sum(group.channels * group.bits for group in groups) / channels
 
 
-@pytest.mark.parametrize("head_dim", [8, 64, 80, 128, 576, 1024])
-@pytest.mark.parametrize("bits", [1, 2, 3, 4, 8, 3.0])
+@pytest.mark.parametrize(
+    ("bits", "head_dim"), covering([1, 2, 3, 4, 8, 3.0], [8, 64, 80, 128, 576, 1024], strength=1)
+)
 def test_a_whole_width_is_one_group(bits: float, head_dim: int) -> None:
     assert split_channels(bits, head_dim) == (ChannelGroup(head_dim, int(bits)),)
 

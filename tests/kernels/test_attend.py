@@ -11,6 +11,7 @@ from quantpress.codecs.transform import ChannelTransform, key_statistics, value_
 from quantpress.errors import InvalidInputError
 from quantpress.kernels.attend import DenseSegment, PackedSegment, PackedSide, Segment, Visibility, attend
 from quantpress.kernels.page_codec import RawPages, ScalarPages
+from tests.grids import covering
 
 BATCH, KV_HEADS, GROUP, PAGES = 2, 2, 3, 3
 TOLERANCE = 2e-6  # float32 arithmetic over 400 tokens, relative to the output's norm
@@ -78,10 +79,13 @@ def assert_close(got: torch.Tensor, expected: torch.Tensor, tolerance: float = T
     assert float((got - expected).norm() / expected.norm()) < tolerance
 
 
-@pytest.mark.parametrize("bits", [1, 2, 2.5, 3, 3.5, 4, 8])
-@pytest.mark.parametrize(("dim", "value_dim"), [(64, 64), (80, 80), (128, 64)])
-@pytest.mark.parametrize("queries", [1, 5])
-def test_three_segments(bits: float, dim: int, value_dim: int, queries: int) -> None:
+@pytest.mark.parametrize(
+    ("bits", "dims", "queries"),
+    covering([1, 2, 2.5, 3, 3.5, 4, 8], [(64, 64), (80, 80), (128, 64)], [1, 5]),
+    ids=str,
+)
+def test_three_segments(bits: float, dims: tuple[int, int], queries: int) -> None:
+    dim, value_dim = dims
     segments: list[Segment] = [
         dense(4, dim, value_dim),
         packed(dim, value_dim, bits),

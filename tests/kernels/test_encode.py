@@ -15,6 +15,7 @@ from quantpress.kernels.decode import decode_code_space, decode_pages
 from quantpress.kernels.encode import encode_pages
 from quantpress.kernels.encode.nearest import nearest_level
 from quantpress.kernels.layout import PAGE_TOKENS, page_bytes, unpack_pages
+from tests.grids import covering
 
 BATCH, HEADS, PAGES = 2, 2, 2
 HEAD_DIMS = (64, 80, 96, 112, 128, 160, 192, 256, 576)
@@ -86,9 +87,10 @@ def check_against_float64(x: torch.Tensor, spec: CodecSpec, transform: ChannelTr
         assert np.abs(stored / ideal - 1).max() < SCALE_ROUNDING[spec.scale_dtype] + 2e-6
 
 
-@pytest.mark.parametrize("role", ["key", "value"])
-@pytest.mark.parametrize("scale", ["norm", "norm_corrected", "unbiased"])
-@pytest.mark.parametrize("bits", [1, 2, 3, 4, 8, 2.5, 3.5])
+@pytest.mark.parametrize(
+    ("bits", "scale", "role"),
+    covering([1, 2, 3, 4, 8, 2.5, 3.5], ["norm", "norm_corrected", "unbiased"], ["key", "value"]),
+)
 def test_codes_and_scales_are_those_of_float64(bits: float, scale: str, role: str) -> None:
     spec = CodecSpec(64, bits, role, scale=scale)
     check_against_float64(vectors(64), spec, transform_of(64))
@@ -100,9 +102,10 @@ def test_every_head_dim(dim: int, bits: float) -> None:
     check_against_float64(vectors(dim, PAGE_TOKENS), CodecSpec(dim, bits, "key", seed=5), transform_of(dim))
 
 
-@pytest.mark.parametrize("scale_dtype", ["float16", "bfloat16", "float32"])
-@pytest.mark.parametrize("form", ["int8", "lloyd_max"])
-@pytest.mark.parametrize("rotation", ["hadamard", "haar", "identity"])
+@pytest.mark.parametrize(
+    ("rotation", "form", "scale_dtype"),
+    covering(["hadamard", "haar", "identity"], ["int8", "lloyd_max"], ["float16", "bfloat16", "float32"]),
+)
 def test_every_rotation_codebook_and_scale_dtype(rotation: str, form: str, scale_dtype: str) -> None:
     spec = CodecSpec(80, 4, "value", rotation=rotation, codebook=form, scale_dtype=scale_dtype)
     check_against_float64(vectors(80, PAGE_TOKENS), spec, ChannelTransform())
@@ -261,9 +264,9 @@ def test_encoding_keeps_no_graph_and_leaves_no_inference_tensors() -> None:
     assert q.grad is not None
 
 
-@pytest.mark.parametrize("form", ["int8", "lloyd_max"])
-@pytest.mark.parametrize("dim", [8, 64, 128, 1024])
-@pytest.mark.parametrize("bits", [1, 2, 3, 4, 8])
+@pytest.mark.parametrize(
+    ("bits", "dim", "form"), covering([1, 2, 3, 4, 8], [8, 64, 128, 1024], ["int8", "lloyd_max"])
+)
 def test_nearest_level_is_the_binary_search(bits: int, dim: int, form: str) -> None:
     if form == "int8" and bits == 8:
         form = "lloyd_max"

@@ -10,16 +10,16 @@ from quantpress.errors import InvalidInputError
 from quantpress.kernels.decode import decode_pages, to_code_space
 from quantpress.kernels.encode import encode_pages
 from quantpress.kernels.score import inner_products
+from tests.grids import covering
 
 ALL = [(bits, "mse") for bits in (1, 2, 3, 4, 8, 2.5, 3.25)] + [(bits, "prod") for bits in (2, 3, 4)]
 
 
-@pytest.mark.parametrize("role", ["key", "value"])
-@pytest.mark.parametrize(("bits", "estimator"), ALL)
-@pytest.mark.parametrize("dim", [64, 80, 128])
+@pytest.mark.parametrize(("dim", "width", "role"), covering([64, 80, 128], ALL, ["key", "value"]), ids=str)
 def test_every_width_scores_as_its_decoded_vectors(
-    dim: int, bits: float, estimator: str, role: str, monkeypatch: pytest.MonkeyPatch
+    dim: int, width: tuple[float, str], role: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    bits, estimator = width
     monkeypatch.setattr(reference, "WORKSPACE_VALUES", 2 * 128 * 64)  # several chunks, the last one shorter
     spec = CodecSpec(dim, bits, role, estimator=estimator, seed=3)
     planes = encode_pages(torch.randn(2, 3, 5 * 128, dim), spec, ChannelTransform())

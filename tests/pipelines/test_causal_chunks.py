@@ -7,6 +7,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from quantpress.pipelines import causal_chunks
 from quantpress.pipelines.causal_chunks import CausalChunks, Kernel, NotInChunksError, earlier_keys
+from tests.grids import covering
 
 HEADS = 4
 
@@ -49,13 +50,20 @@ def in_chunks(
     return torch.cat(parts, dim=2)
 
 
-@pytest.mark.parametrize("scale", [None, 0.4])
-@pytest.mark.parametrize("kv_heads", [1, 2, 4])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize(("tokens", "chunk"), [(257, 64), (257, 256), (63, 1), (63, 100)])
+@pytest.mark.parametrize(
+    ("lengths", "dtype", "kv_heads", "scale"),
+    covering(
+        [(257, 64), (257, 256), (63, 1), (63, 100)],
+        [torch.float32, torch.bfloat16],
+        [1, 2, 4],
+        [None, 0.4],
+    ),
+    ids=str,
+)
 def test_chunks_are_right_to_twice_the_error_of_the_whole(
-    tokens: int, chunk: int, dtype: torch.dtype, kv_heads: int, scale: float | None
+    lengths: tuple[int, int], dtype: torch.dtype, kv_heads: int, scale: float | None
 ) -> None:
+    tokens, chunk = lengths
     query, key, value = states(tokens, dtype, kv_heads)
     exact = expected(query, key, value, scale)
     whole = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=True)
@@ -81,7 +89,7 @@ def test_keys_in_blocks_of_few_lengths(
         return causal_chunks._flash_cpu(query, key, *rest)  # type: ignore[arg-type]
 
     monkeypatch.setattr(causal_chunks, "kernel_of", lambda *_: Kernel(attend, prepares=True))  # type: ignore[arg-type]
-    test_chunks_are_right_to_twice_the_error_of_the_whole(tokens, 32, dtype, kv_heads, None)
+    test_chunks_are_right_to_twice_the_error_of_the_whole((tokens, 32), dtype, kv_heads, None)
     assert lengths == {32, 64, 128, 256}
 
 

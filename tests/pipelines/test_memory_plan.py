@@ -118,8 +118,17 @@ def test_a_model_that_cannot_be_packed_is_refused() -> None:
         Planner(ModelOutline.of("it", tiny_model("mistral_sliding")), parse_press("TurboQuant"))
 
 
-@pytest.mark.parametrize("tokens", [1500, 5000, 11000])  # whole; layers in chunks; attention in chunks too
-@pytest.mark.parametrize("press", ["none", "TurboQuant", "ExpectedAttention(0.5)"])
+@pytest.mark.parametrize(
+    ("press", "tokens"),  # read whole; layers in chunks; attention in chunks too
+    [
+        ("none", 1500),
+        ("TurboQuant", 1500),
+        ("TurboQuant", 5000),
+        ("ExpectedAttention(0.5)", 5000),
+        ("none", 11000),
+        ("ExpectedAttention(0.5)", 11000),
+    ],
+)
 def test_the_work_space_is_near_what_the_profiler_sees(press: str, tokens: int, tmp_path: Path) -> None:
     shape = {"hidden_size": 256, "intermediate_size": 768, "num_attention_heads": 8, "head_dim": 32}
     config = LlamaConfig(vocab_size=64, num_hidden_layers=2, num_key_value_heads=4, **shape)
