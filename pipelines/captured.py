@@ -291,7 +291,8 @@ class CapturedDecoding:
             device = self._model.device
             stream = _capture_stream(device)  # streamers have threads of their own
             recording = torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local")
-            with torch.cuda.device(device), recording, fixed.step():
+            before = torch.cuda.stream(torch.cuda.current_stream(device))  # a failed capture leaves its own
+            with torch.cuda.device(device), before, recording, fixed.step():
                 output = self._step_forward(**static.arguments())
         except BaseException:
             fixed.recount(counts)

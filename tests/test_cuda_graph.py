@@ -6,6 +6,7 @@ import functools
 import gc
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -297,6 +298,33 @@ def test_calls_of_an_enabled_model_leave_no_memory(made: list[CapturedDecoding])
             torch.cuda.empty_cache()
             sizes.append((torch.cuda.memory_allocated(), torch.cuda.memory_reserved()))
     assert sizes[1] == sizes[-1], sizes
+
+
+def test_threads_share_a_pipeline_of_an_enabled_model(made: list[CapturedDecoding]) -> None:
+    """The pipeline's calls wait for each other, those of `generate` take turns with them; all replay graphs."""
+    pipe = ours()
+    pipe.model = model = copy.deepcopy(model_on_cuda())
+    pipe.device = model.device
+    prompts = [prompt(900 + 50 * index, seed=index).cuda() for index in range(2)]
+    texts = [text(900, seed=index) for index in range(2)]
+    options: dict[str, Any] = {"max_new_tokens": 30, "do_sample": False}
+
+    def generate(index: int) -> Any:
+        return model.generate(prompts[index], **options).tolist()
+
+    def ask(index: int) -> Any:
+        press = [TurboQuant(bits=3), SnapKV(0.5)][index]
+        return pipe(texts[index], question="w5", press=press, **options)["answer"]
+
+    jobs = [(work, index) for work in (generate, ask) for index in range(2)]
+    with enable(model, 4):
+        alone = [work(index) for work, index in jobs]
+        made.clear()
+        with ThreadPoolExecutor(4) as pool:
+            found = [pool.submit(work, index) for _ in range(2) for work, index in jobs]
+            assert [one.result() for one in found] == alone * 2
+    assert sum(steps.replays for steps in made) > 0
+    assert "forward" not in vars(model)
 
 
 def test_an_enabled_model_captures_in_other_threads(made: list[CapturedDecoding]) -> None:
