@@ -235,12 +235,14 @@ def test_the_notebook_is_clean() -> None:
 
 @pytest.mark.slow
 def test_the_notebook_runs(one_model: None, capsys: pytest.CaptureFixture[str]) -> None:
+    """On half of its text."""
     cells = json.loads(NOTEBOOK.read_text(encoding="utf-8"))["cells"]
     names: dict[str, Any] = {}
     printed = []
     for place, cell in enumerate(cells):
         if cell["cell_type"] == "code":
-            exec(compile("".join(cell["source"]), f"tour.ipynb, cell {place}", "exec"), names)
+            source = "".join(cell["source"]).replace("tokens=640", "tokens=320")
+            exec(compile(source, f"tour.ipynb, cell {place}", "exec"), names)
             printed.append(capsys.readouterr().out)
     _, fact, stacks, memory, later, budget, codec = printed
     assert fact.count("True") >= 2 and "MiB" in stacks and "131,072 tokens" in memory

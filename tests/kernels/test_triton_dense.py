@@ -102,7 +102,6 @@ def test_interpreter() -> None:
     [
         (80, 32, torch.float32),
         (100, 64, torch.bfloat16),
-        (80, 128, torch.bfloat16),
         (90, 128, torch.bfloat16),
         (100, 128, torch.float32),
         (80, 256, torch.bfloat16),

@@ -128,6 +128,7 @@ def interpreted(role: str) -> None:
         (CodecSpec(64, 2.5, "key"), torch.float16, True, 80),
         (CodecSpec(80, 1, "value"), torch.float32, True, 100),
         (CodecSpec(256, 8, "key"), torch.float16, False, 80),
+        (CodecSpec(256, 8, "key"), torch.float16, False, 90),
         (CodecSpec(128, 8, "key"), torch.bfloat16, True, 100),
         (CodecSpec(64, 8, "value"), torch.float16, False, 90),
         (CodecSpec(96, 2, "value", scale="norm"), torch.bfloat16, False, 80),
@@ -135,6 +136,7 @@ def interpreted(role: str) -> None:
     ids=lambda x: f"{x.head_dim}-{x.bits}-{x.role}" if isinstance(x, CodecSpec) else str(x),
 )
 def test_compiles(spec: CodecSpec, dtype: torch.dtype, moved: bool, capability: int) -> None:
+    """For 8.0 with the settings of its narrow kin, which have 99 KB of shared memory."""
     from quantpress.kernels.encode.triton_encode import (
         ROOMY_BYTES,
         encode_arguments,
@@ -146,14 +148,12 @@ def test_compiles(spec: CodecSpec, dtype: torch.dtype, moved: bool, capability: 
     x = torch.empty(1, 1, 0, spec.head_dim, dtype=dtype)
     transform = transform_of(spec, heads=1) if moved else ChannelTransform()
     planes, flag = launch_encode(x, spec, transform)
-    settings = encode_settings(x, spec, roomy=True)
+    roomy = capability > 80
+    settings = encode_settings(x, spec, roomy=roomy)
     arguments = encode_arguments(x, spec, transform, planes, flag, settings, device=True)
     compiled = compile_only(encode_pages_kernel, arguments, capability, settings.warps)
     assert compiled.asm["cubin"]
-    assert compiled.metadata.shared <= ROOMY_BYTES
-    narrow = encode_settings(x, spec, roomy=False)
-    arguments = encode_arguments(x, spec, transform, planes, flag, narrow, device=True)
-    assert compile_only(encode_pages_kernel, arguments, capability, narrow.warps).metadata.shared <= 99 * 1024
+    assert compiled.metadata.shared <= (ROOMY_BYTES if roomy else 99 * 1024)
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])

@@ -41,9 +41,14 @@ def packed(cache: Any) -> list[bool]:
     return [isinstance(layer, PackedLayer) and layer.packed_tokens > 0 for layer in cache.layers]
 
 
-@pytest.mark.parametrize("family", [*HALF_SLIDING, *OTHER_HEADS])
 @pytest.mark.parametrize(
-    "evictor", [SnapKV(0.5, window_size=16), StreamingLLM(0.5)], ids=["snapkv", "streaming"]
+    ("family", "evictor"),
+    [
+        *((family, SnapKV(0.5, window_size=16)) for family in (*HALF_SLIDING, *OTHER_HEADS)),
+        (HALF_SLIDING[0], StreamingLLM(0.5)),
+        (OTHER_HEADS[0], StreamingLLM(0.5)),
+    ],
+    ids=lambda value: value if isinstance(value, str) else type(value).__name__,
 )
 def test_evicted_and_packed(family: str, evictor: Any) -> None:
     """Full-attention layers are evicted from and packed, sliding ones are the model's own."""
