@@ -301,7 +301,7 @@ def test_calls_of_an_enabled_model_leave_no_memory(made: list[CapturedDecoding])
 
 
 def test_threads_share_a_pipeline_of_an_enabled_model(made: list[CapturedDecoding]) -> None:
-    """Calls of the pipeline wait for each other, those of `generate` take turns with them; all replay graphs."""
+    """Calls of the pipeline wait for each other, those of `generate` take turns; all replay graphs."""
     pipe = ours()
     pipe.model = model = copy.deepcopy(model_on_cuda())
     pipe.device = model.device
