@@ -14,6 +14,8 @@ from typing import Any
 import pytest
 import torch
 
+from tests.limits import HANG
+
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
 
@@ -115,7 +117,7 @@ def test_processes_that_end_badly_are_rows_too(
         """
         while not (process.output.exists() and process.output.read_text().endswith("\n")):
             time.sleep(0.01)
-        return rows(process, timeout if process.alternative.name == "hangs" else 240)
+        return rows(process, timeout if process.alternative.name == "hangs" else HANG)
 
     monkeypatch.setattr(processes.Process, "rows", patient)
     arguments = argparse.Namespace(sites=None, tokens=[256], timeout=1.0, check=False)

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from quantpress import pipelines, task
+from tests.limits import HANG
 
 ASK = """
 import transformers
@@ -25,7 +26,7 @@ print(pipe("w1 " * 90, question="w2", press="Knorm(0.5)", max_new_tokens=2)["ans
 
 
 def run(code: str) -> str:
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=600)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=HANG)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
