@@ -57,7 +57,7 @@ def token_ids(tokenizer: PreTrainedTokenizerBase, text: str, what: str) -> torch
     ids = tokenizer.encode(text, add_special_tokens=False)
     if not ids:
         raise EmptyContextError(f"the {what} {text[:20]!r} has no token; give more text")
-    return torch.tensor([ids], dtype=torch.long)
+    return torch.tensor([ids], dtype=torch.long, device="cpu")
 
 
 def cut_to(context_ids: torch.Tensor, max_tokens: int | None) -> torch.Tensor:

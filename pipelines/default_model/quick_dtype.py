@@ -52,7 +52,8 @@ def _quicker_name() -> str:
     for _ in range(ROUNDS):  # in turns, and the best counts: a machine may be busy for a while
         for name, times in seconds.items():
             kind = getattr(torch, name)
-            left, right = torch.ones(512, 576, dtype=kind), torch.ones(576, 1536, dtype=kind)
+            left = torch.ones(512, 576, dtype=kind, device="cpu")
+            right = torch.ones(576, 1536, dtype=kind, device="cpu")
             begin = time.perf_counter()
             left @ right
             times.append(time.perf_counter() - begin)

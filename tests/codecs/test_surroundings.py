@@ -161,7 +161,6 @@ def test_autocast_is_on_again_after_an_error() -> None:
 
 FACTORIES = {"empty", "eye", "full", "linspace", "ones", "rand", "randn", "scalar_tensor", "tensor", "zeros"}
 INDICES = {"arange", "randint", "randperm"}  # whole numbers: their dtype does not follow the default
-NOT_OURS_TO_TELL = {"pipelines/demo.py", "pipelines/prompt.py"}
 
 
 def test_every_factory_names_its_dtype_and_device() -> None:
@@ -172,7 +171,7 @@ def test_every_factory_names_its_dtype_and_device() -> None:
             for call in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
                 wanted = _wanted(call)
                 given = {keyword.arg for keyword in call.keywords} if isinstance(call, ast.Call) else set()
-                if not wanted <= given and path.relative_to(root).as_posix() not in NOT_OURS_TO_TELL:
+                if not wanted <= given:
                     missing.append(f"{path.relative_to(root)}:{call.lineno}")  # type: ignore[attr-defined]
     assert missing == []
 

@@ -35,6 +35,7 @@ def pytest_configure(config: pytest.Config) -> None:
         _count_layers()
         import kvpress
 
+        _kvpress_s_own_pipeline()
         for press_class in _subclasses(kvpress.BasePress):
             if "__call__" in vars(press_class):
                 press_class.__call__ = _wrapped(press_class.__call__)
@@ -71,6 +72,17 @@ def _small_pages() -> None:
     from quantpress.cache import tokens
 
     assert tokens.PAGE_TOKENS == PAGE_TOKENS
+
+
+def _kvpress_s_own_pipeline() -> None:
+    """Their tests are of their pipeline; importing quantpress has put ours in its place."""
+    import kvpress
+    from transformers import AutoModelForCausalLM
+    from transformers.pipelines import PIPELINE_REGISTRY
+
+    task, theirs = "kv-press-text-generation", kvpress.KVPressTextGenerationPipeline
+    del PIPELINE_REGISTRY.supported_tasks[task]
+    PIPELINE_REGISTRY.register_pipeline(task, pipeline_class=theirs, pt_model=AutoModelForCausalLM)
 
 
 def _subclasses(press_class: type) -> Iterator[Any]:

@@ -147,7 +147,7 @@ def test_threads_step_under_the_lock_of_the_model(
     run = CapturedDecoding._run
 
     def noted(self: CapturedDecoding, step: Any) -> Any:
-        held.append(handle.lock._lock._is_owned())  # type: ignore[attr-defined]
+        held.append(handle.lock.held)
         return run(self, step)
 
     monkeypatch.setattr(CapturedDecoding, "_run", noted)
