@@ -1,13 +1,9 @@
 """Everything public is behind one import name."""
 
-import subprocess
-import sys
-
 import pytest
 
 import quantpress
 from quantpress import errors
-from tests.limits import HANG
 
 ERRORS = sorted(n for n, v in vars(errors).items() if isinstance(v, type) and issubclass(v, Exception))
 
@@ -57,16 +53,6 @@ def test_every_press_can_be_imported_from_the_top() -> None:
 def test_unknown_name_is_an_attribute_error(name: str) -> None:
     with pytest.raises(AttributeError, match=name):
         getattr(quantpress, name)
-
-
-def test_naming_a_press_registers_the_pipeline() -> None:
-    code = (
-        "from quantpress import Compose, SnapKV, TurboQuant\n"
-        "from transformers.pipelines import PIPELINE_REGISTRY\n"
-        "print(PIPELINE_REGISTRY.check_task('kv-press-text-generation')[1]['impl'].__module__)"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=HANG)
-    assert done.stdout.strip() == "quantpress.pipelines.text_generation", done.stderr
 
 
 def test_every_error_is_a_quantpress_error() -> None:

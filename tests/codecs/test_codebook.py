@@ -98,8 +98,7 @@ def test_int8_costs_almost_nothing(bits: int, cost: float, dim: int) -> None:
     assert optimum * (1 - 1e-12) <= codebook(bits, dim, "int8").distortion <= optimum * (1 + cost)
 
 
-@pytest.mark.parametrize("dim", [64, 128])
-@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize(("bits", "dim"), [(2, 128), (3, 64), (4, 128)])
 def test_no_unit_of_a_finer_search_beats_the_int8_unit(bits: int, dim: int) -> None:
     half = lloyd_max(bits, dim).numpy()[2 ** (bits - 1) :] / dim**0.5
     density = CoordinateDensity(dim)

@@ -93,8 +93,9 @@ def test_every_depth_is_asked_for_over_every_press():
 
 @pytest.fixture
 def one_depth(monkeypatch):
-    """Half-way: `test_haystack.py` has the model find what lies elsewhere."""
+    """A shorter text, half-way: `test_haystack.py` has the model find what lies elsewhere."""
     monkeypatch.setattr(demo, "FAST_DEPTHS", 1)
+    monkeypatch.setattr(demo, "FAST_TOKENS", 1024)
 
 
 @pytest.mark.slow

@@ -121,11 +121,9 @@ def test_a_model_that_cannot_be_packed_is_refused() -> None:
 @pytest.mark.parametrize(
     ("press", "tokens"),  # read whole; layers in chunks; attention in chunks too
     [
-        ("none", 1500),
         ("TurboQuant", 1500),
         ("TurboQuant", 5000),
         ("ExpectedAttention(0.5)", 5000),
-        ("none", 11000),
         ("ExpectedAttention(0.5)", 11000),
     ],
 )
