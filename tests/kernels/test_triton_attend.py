@@ -139,10 +139,9 @@ def compiled(kernel: Any, constants: dict[str, Any], capability: int, warps: int
     ("key_bits", "value_bits", "dim", "rows", "capability", "heads"),
     [
         (4, 4, 128, 8, 80, 0),
-        (4, 4, 128, 8, 90, 64),
         (4, 4, 128, 8, 100, 0),
         (2, 2, 128, 8, 100, 0),
-        (3, 2, 128, 8, 90, 64),
+        (3, 2, 128, 8, 90, 1),
         (4, 3, 128, 16, 90, 64),
         (2, 4, 64, 16, 90, 1),
         (3, 3, 256, 8, 80, 0),
@@ -183,9 +182,7 @@ def test_split_kernel_compiles_without_a_gpu(
     assert len(kernel.asm["cubin"]) > 0
 
 
-@pytest.mark.parametrize(
-    ("capability", "heads", "dim"), [(80, 0, 64), (90, 0, 128), (90, 64, 64), (90, 64, 256), (100, 32, 128)]
-)
+@pytest.mark.parametrize(("capability", "heads", "dim"), [(80, 0, 64), (90, 64, 256), (100, 32, 128)])
 def test_kernels_around_it_compile_without_a_gpu(capability: int, heads: int, dim: int) -> None:
     pytest.importorskip("triton")
     from quantpress.kernels.attend.ends import first_kernel, merge_kernel, share_kernel

@@ -51,11 +51,9 @@ def interpreted(role: str) -> None:
 @pytest.mark.parametrize(
     ("spec", "capability"),
     [
-        (CodecSpec(128, 4, "key"), 80),
         (CodecSpec(128, 4, "key"), 90),
         (CodecSpec(128, 4, "key"), 100),
         (CodecSpec(128, 3, "value"), 90),
-        (CodecSpec(64, 2.5, "key"), 100),
         (CodecSpec(80, 1, "value"), 80),
         (CodecSpec(256, 8, "value"), 80),
     ],

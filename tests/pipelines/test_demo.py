@@ -121,9 +121,8 @@ def test_the_main_job(capfd):
     assert (plain["bits_per_value"], plain["ratio"]) == (width, 1)
 
 
-@pytest.mark.slow
-@pytest.mark.usefixtures("one_depth")
-def test_the_table_of_the_main_job(capsys):
+def test_the_table_of_the_main_job(monkeypatch, capsys):
+    monkeypatch.setattr(demo, "run", lambda *_: _rows())
     demo.main(tokens=512, fast=True)
     out = capsys.readouterr().out
     assert "Pride and Prejudice" in out
