@@ -45,8 +45,11 @@ class _Watcher:
                 run = spec.loader.exec_module
 
                 def run_and_claim(module: Any, run: Any = run) -> None:
-                    run(module)
-                    claim_task()
+                    _withdraw()  # or kvpress's registration would be logged as overwriting ours
+                    try:
+                        run(module)
+                    finally:
+                        claim_task()
 
                 spec.loader.exec_module = run_and_claim
                 return spec
@@ -55,7 +58,7 @@ class _Watcher:
 
 def claim_task() -> None:
     """Put our entry into transformers' registry, if that is loaded and has another one or none."""
-    registry = getattr(sys.modules.get("transformers.pipelines"), "PIPELINE_REGISTRY", None)
+    registry = _registry()
     if registry is None:
         return
     registered = registry.supported_tasks.get(TASK)
@@ -63,6 +66,17 @@ def claim_task() -> None:
     if isinstance(registered, LazyTask) or (ours is not None and (registered or {}).get("impl") is ours):
         return
     registry.supported_tasks[TASK] = LazyTask()
+
+
+def _withdraw() -> None:
+    registry = _registry()
+    if registry is not None:
+        registry.supported_tasks.pop(TASK, None)
+
+
+def _registry() -> Any:
+    """transformers' registry of pipelines; None where that is not loaded."""
+    return getattr(sys.modules.get("transformers.pipelines"), "PIPELINE_REGISTRY", None)
 
 
 def watch_imports() -> None:
