@@ -39,17 +39,15 @@ from tests.kernels.triton_cases import interpret
 
 ROOT = Path(__file__).parents[2]
 INTERPRETED = [
-    [4, 4, 64, 1, "float32", ""],
     [2, 3, 64, 1, "float16", "softcap lengths"],
     [3, 4, 128, 3, "bfloat16", "sinks softcap"],
     [4, 4, 64, 7, "float32", ""],  # 21 rows: two blocks
     [3, 2, 64, 3, "bfloat16", "lengths sinks"],
-    [2, 2, 64, 1, "float32", "lengths alone"],
+    [2, 2, 64, 1, "float32", "lengths alone identity"],
     [2, 3, 64, 1, "float32", "pool right alone few"],
     [4, 3, 64, 7, "float32", "pool few"],
     [3, 3, 64, 1, "float32", "pool shared"],
-    [3, 4, 64, 2, "float32", "haar"],
-    [4, 2, 128, 1, "bfloat16", "identity lengths"],
+    [4, 2, 64, 2, "bfloat16", "haar"],
 ]
 
 

@@ -123,7 +123,7 @@ def test_the_snippet_of_the_readme_runs_as_printed(default_model_path, tmp_path,
     """It reads a README.md: ours, as far as fills pages."""
     readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
     snippet = readme.split("```python\n")[1].split("```")[0]
-    (tmp_path / "README.md").write_text(readme[:3000], encoding="utf-8")
+    (tmp_path / "README.md").write_text(readme[:2000], encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     exec(compile(snippet, "README.md", "exec"), {})
     assert "pipeline(" in snippet and capsys.readouterr().out.strip()
