@@ -57,17 +57,17 @@ def file(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("name", PRESSES)
 def test_a_loaded_context_answers_as_the_text_does(name: str, file: Path) -> None:
-    pipe, press = ours(), PRESSES[name]()
-    expected = pipe(LONG_CONTEXT, questions=QUESTIONS, press=press, **TOKENS)["answers"]
+    pipe, press, questions = ours(), PRESSES[name](), QUESTIONS[:2]
+    expected = pipe(LONG_CONTEXT, questions=questions, press=press, **TOKENS)["answers"]
     context = pipe.read(LONG_CONTEXT, press=press)
     assert not any(hasattr(module, MASKS) for module in attention_modules(pipe.model))
-    assert pipe(context, questions=QUESTIONS, **TOKENS)["answers"] == expected
+    assert pipe(context, questions=questions, **TOKENS)["answers"] == expected
     context.save(file)
     loaded = CachedContext.load(file, pipe.model)
     assert loaded.tokens_seen == context.tokens_seen
     assert torch.equal(loaded.token_ids, context.token_ids)
     assert loaded.memory == context.memory
-    assert pipe(loaded, questions=QUESTIONS, **TOKENS)["answers"] == expected
+    assert pipe(loaded, questions=questions, **TOKENS)["answers"] == expected
     assert pipe(loaded, question=QUESTIONS[1], **TOKENS)["answer"] == expected[1]
     assert not any(hasattr(module, MASKS) for module in attention_modules(pipe.model))
 

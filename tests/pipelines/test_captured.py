@@ -306,7 +306,7 @@ def test_wrong_arguments() -> None:
         pass
 
 
-@pytest.mark.parametrize("name", ["turboquant", "evict_and_pack", "unequal_and_packed"])
+@pytest.mark.parametrize("name", ["evict_and_pack", "unequal_and_packed"])
 def test_several_questions_of_the_pipeline(name: str) -> None:
     """Every answer is that of a growing cache, and the context is read once and unchanged by each."""
     pipe, arguments = ours(), {"questions": QUESTIONS, "press": PACKED[name](), "max_new_tokens": NEW_TOKENS}
