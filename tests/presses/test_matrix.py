@@ -210,7 +210,7 @@ OTHERS = [name for name in STACKING if name not in (*SCORERS, *PARTNERS, "Restor
 
 
 def partners_of(name: str) -> list[str]:
-    """All for one of each kind, every other one for those that do more than score, one for those that score."""
+    """All for one of each kind, half of them for those that do more than score, one for those that score."""
     if name in SCORERS:
         return [PARTNERS[SCORERS.index(name) % len(PARTNERS)]]
     return PARTNERS if name in PARTNERS else PARTNERS[OTHERS.index(name) % 2 :: 2]
