@@ -11,7 +11,7 @@ cached_context.py   a context that was read: ask it again, save it, load it
 saved_context.py    the same on disk
 decoding.py         one answer with model.generate
 enabling.py         every later model.generate with a compressed cache
-captured.py, single_token.py   decode steps as replays of one CUDA graph
+captured.py, captured_forward.py, single_token.py   decode steps as replays of one CUDA graph, by thread
 preserve.py         a cache unchanged by questions, a model unchanged by presses
 masks.py            layers that keep different numbers of tokens
 live_patch.py       attention on keys and values packed and restored just before, live

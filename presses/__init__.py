@@ -17,10 +17,13 @@ prefill.py        what a hook finds out about a prefill
 queries.py        queries computed again from hidden states, for channel balance
 sinks.py          attention sinks wherever they are
 token_order.py    which tokens survived an eviction
+filling.py        a reading that fills its cache, or an error
 model_support.py  which models can be packed, and where their attention is
+model_lock.py     one thread at a time on a model
+positions.py      how many positions a model was made for
 expression.py     a press written as text
 restore.py        a model left as it was found
-piping.py         the | between presses
+piping.py         what every press of ours has: |, the lock, a filled cache
 
 Importing this imports kvpress.
 """
