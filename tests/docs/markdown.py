@@ -52,8 +52,9 @@ class Block:
     code: str
 
     def compiled(self) -> Any:
-        """Code whose tracebacks name the line of the page."""
-        return compile("\n" * (self.line - 1) + self.code, self.page, "exec")
+        """Code whose tracebacks name the line of the page; 500 new tokens are 50 here."""
+        code = self.code.replace("max_new_tokens=500", "max_new_tokens=50")
+        return compile("\n" * (self.line - 1) + code, self.page, "exec")
 
 
 def pages() -> list[str]:
