@@ -4,6 +4,7 @@ default model, fetched and converted once for the machine.
 
 from __future__ import annotations
 
+import gc
 import os
 import random
 import sys
@@ -108,3 +109,9 @@ def _cuda() -> bool:
     import torch
 
     return torch.cuda.is_available()
+
+
+def pytest_collection_finish() -> None:
+    """What was imported stays until the end: the garbage collector need not look at it before every test."""
+    gc.collect()
+    gc.freeze()

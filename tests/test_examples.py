@@ -203,8 +203,8 @@ def test_a_long_answer_stays_within_its_budget(run: Run, tiny_folder: str) -> No
 @pytest.mark.slow
 def test_many_questions(run: Run, tmp_path: Path) -> None:
     file = tmp_path / "book.safetensors"
-    printed = run("many_questions.py", "--tokens", "600", "--questions", "2", "--save", str(file))
-    assert printed.count("✓") == 2, printed
+    printed = run("many_questions.py", "--tokens", "600", "--questions", "1", "--save", str(file))
+    assert printed.count("✓") == 1, printed
     assert "the same answers" in printed
     assert stat.S_IMODE(file.stat().st_mode) == 0o600
 
