@@ -28,10 +28,10 @@ from rich.progress import track
 from rich.table import Table
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from quantpress.codecs.spec import CodecSpec
-from quantpress.codecs.transform import ChannelTransform, key_statistics
+from quantpress.codecs.page_codec import ScalarPages
 from quantpress.kernels.attend import DenseSegment, PackedSegment, PackedSide, Segment, Visibility, attend
-from quantpress.kernels.page_codec import ScalarPages
+from quantpress.quantization.spec import CodecSpec
+from quantpress.quantization.transform import ChannelTransform, key_statistics
 
 LAYOUTS = ("contiguous", "table", "uneven")
 """Pages in a row; shuffled, read through a table; the same with heads of 0.25 to 1.75 times the length."""

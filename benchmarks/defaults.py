@@ -19,16 +19,16 @@ import torch
 from rich.console import Console
 from rich.progress import track
 
-from quantpress.pipelines.commands.loading import load_pipeline, model_name
-from quantpress.pipelines.evaluation.documents import Pieces, make_unread_documents
-from quantpress.pipelines.evaluation.fidelity import FidelityProbe
-from quantpress.pipelines.evaluation.markdown import interval, table
-from quantpress.pipelines.evaluation.records import Records
-from quantpress.pipelines.evaluation.statistics import mean_by_document, paired_ratio
-from quantpress.pipelines.evaluation.suites import SUITES
-from quantpress.pipelines.haystack import book_text
-from quantpress.pipelines.memory_plan import Planner
-from quantpress.pipelines.model_outline import outline
+from quantpress.cli.loading import load_pipeline, model_name
+from quantpress.evaluation.divergence.divergence import FidelityProbe
+from quantpress.evaluation.documents import Pieces, make_unread_documents
+from quantpress.evaluation.results.markdown import interval, table
+from quantpress.evaluation.results.records import Records
+from quantpress.evaluation.results.statistics import mean_by_document, paired_ratio
+from quantpress.evaluation.sizing.memory_plan import Planner
+from quantpress.evaluation.sizing.model_outline import outline
+from quantpress.evaluation.suites import SUITES
+from quantpress.evaluation.tasks.haystack import book_text
 from quantpress.presses.expression import parse_press
 
 BASE = "TurboQuant.preset('small')"

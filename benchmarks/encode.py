@@ -21,13 +21,13 @@ import triton
 from rich.console import Console
 from rich.table import Table
 
-from quantpress.codecs.spec import CodecSpec
-from quantpress.codecs.transform import ChannelTransform
-from quantpress.kernels.decode import decode_pages
+from quantpress.kernels.dequantize import decode_pages
 from quantpress.kernels.encode.hopper_encode import covers
 from quantpress.kernels.encode.reference import encode_pages_reference
 from quantpress.kernels.encode.triton_encode import EncodeSettings, launch_encode
 from quantpress.kernels.layout import PAGE_TOKENS, unpack_pages
+from quantpress.quantization.spec import CodecSpec
+from quantpress.quantization.transform import ChannelTransform
 
 WIDTHS = [(4, 4), (3, 3), (2, 2)]
 CHECKED_PAGES = 8

@@ -27,10 +27,10 @@ from rich.table import Table
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from quantpress.cache import cache_memory
-from quantpress.pipelines.memory_plan import Planner
-from quantpress.pipelines.model_outline import ModelOutline
-from quantpress.pipelines.prefill import DEFAULT_CHUNK_TOKENS, QUERY_CHUNKS
-from quantpress.pipelines.reading import read_context
+from quantpress.evaluation.sizing.memory_plan import Planner
+from quantpress.evaluation.sizing.model_outline import ModelOutline
+from quantpress.pipelines.reading.chunked_prefill import DEFAULT_CHUNK_TOKENS, QUERY_CHUNKS
+from quantpress.pipelines.reading.read_context import read_context
 from quantpress.presses import TurboQuant
 
 GB = 1e9

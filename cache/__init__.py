@@ -1,18 +1,18 @@
 """Storage: packed cache layers, their attention, their bytes."""
 
-from quantpress.cache.attention import install_packed_attention, uninstall_packed_attention
+from quantpress.cache.attention.dispatch import install_packed_attention, uninstall_packed_attention
+from quantpress.cache.attention.states import PackedStates
 from quantpress.cache.continuation import continue_inputs
 from quantpress.cache.layer import LayerSnapshot, PackedLayer
 from quantpress.cache.memory import CacheMemory, LayerMemory, cache_memory
-from quantpress.cache.page_pool import PagePool
-from quantpress.cache.paged_attention import PagedAttention
-from quantpress.cache.paged_memory import PagedMemory
-from quantpress.cache.paged_plan import PagedPlan
-from quantpress.cache.pool_side import PoolSize
+from quantpress.cache.paged.page_pool import PagePool
+from quantpress.cache.paged.paged_attention import PagedAttention
+from quantpress.cache.paged.paged_memory import PagedMemory
+from quantpress.cache.paged.paged_plan import PagedPlan
+from quantpress.cache.paged.pool_side import PoolSize
 from quantpress.cache.settings import LayerSettings
-from quantpress.cache.states import PackedStates
 from quantpress.cache.text_cache import TextCache
-from quantpress.cache.tokens import PackedTokens
+from quantpress.cache.tokens.packed_tokens import PackedTokens
 
 __all__ = [
     "CacheMemory",

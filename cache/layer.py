@@ -8,17 +8,17 @@ from typing import Any
 import torch
 from transformers.cache_utils import DynamicLayer
 
-from quantpress.cache import compiled_step
-from quantpress.cache.demotion import Demotion, pack_with_demotion
-from quantpress.cache.dense_view import DenseView
-from quantpress.cache.eviction import evict, pack_by_head
-from quantpress.cache.fixed import FixedTokens, Window
-from quantpress.cache.keeping import keep
-from quantpress.cache.segments import join
+from quantpress.cache.attention import compiled_step
+from quantpress.cache.attention.states import PackedStates
+from quantpress.cache.fixed.fixed_tokens import FixedTokens, Window
 from quantpress.cache.settings import LayerSettings
-from quantpress.cache.states import PackedStates
-from quantpress.cache.tokens import PackedTokens
-from quantpress.cache.view import PackedView
+from quantpress.cache.tokens.demotion import Demotion, pack_with_demotion
+from quantpress.cache.tokens.dense_view import DenseView
+from quantpress.cache.tokens.eviction import evict, pack_by_head
+from quantpress.cache.tokens.keeping import keep
+from quantpress.cache.tokens.packed_tokens import PackedTokens
+from quantpress.cache.tokens.segments import join
+from quantpress.cache.tokens.view import PackedView
 from quantpress.errors import InvalidInputError
 
 
@@ -34,7 +34,7 @@ class PackedLayer(DynamicLayer):
     """A cache layer that keeps most of its tokens packed.
 
     It takes the place of a `DynamicLayer` in any transformers cache (`cache.layers[i] = ...`). `update`
-    returns `PackedStates`, which attention reads without decoding all (see `quantpress.cache.attention`).
+    returns `PackedStates`, which attention reads without decoding all (see `cache/attention/`).
 
     Args:
         settings: codecs and windows.
@@ -45,8 +45,8 @@ class PackedLayer(DynamicLayer):
 
     Example:
         >>> import torch
-        >>> from quantpress.codecs.spec import CodecSpec
-        >>> from quantpress.kernels.page_codec import ScalarPages
+        >>> from quantpress.quantization.spec import CodecSpec
+        >>> from quantpress.codecs.page_codec import ScalarPages
         >>> codecs = [ScalarPages(CodecSpec(head_dim=64, bits=4, role=role)) for role in ("key", "value")]
         >>> layer = PackedLayer(LayerSettings(*codecs))
         >>> keys, values = layer.update(torch.randn(1, 2, 1000, 64), torch.randn(1, 2, 1000, 64))
@@ -247,7 +247,7 @@ class PackedLayer(DynamicLayer):
         """Keep selected tokens and forget the others; nothing is quantized. `tokens_seen` stays.
 
         Args:
-            kept: [B, Hkv, K] int64, places among the tokens; see `quantpress.cache.keeping`.
+            kept: [B, Hkv, K] int64, places among the tokens; see `quantpress.cache.tokens.keeping`.
 
         Raises:
             InvalidInputError: not distinct places of tokens of this layer.

@@ -6,9 +6,9 @@ from typing import Any
 import torch
 from transformers.cache_utils import Cache
 
-from quantpress.cache.fixed_plain import tokens_of
+from quantpress.cache.fixed.fixed_plain import tokens_of
 from quantpress.cache.layer import PackedLayer
-from quantpress.cache.tokens import PackedTokens
+from quantpress.cache.tokens.packed_tokens import PackedTokens
 
 
 @dataclass(frozen=True)

@@ -2,13 +2,13 @@
 
 import torch
 
-from quantpress.cache.eviction import prefill_layout
 from quantpress.cache.memory import LayerMemory
 from quantpress.cache.settings import LayerSettings
-from quantpress.codecs.transform import ChannelTransform
+from quantpress.cache.tokens.eviction import prefill_layout
+from quantpress.codecs.page_codec import PageCodec
 from quantpress.errors import InvalidInputError
 from quantpress.kernels.layout import PAGE_TOKENS
-from quantpress.kernels.page_codec import PageCodec
+from quantpress.quantization.transform import ChannelTransform
 
 _STATISTIC_BYTES = 4  # of a channel's mean or weight, float32
 _ORDER_BYTES = 2  # of a channel's place, int16

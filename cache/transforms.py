@@ -3,8 +3,8 @@
 import torch
 
 from quantpress.cache.settings import LayerSettings
-from quantpress.codecs.transform import ChannelTransform, key_statistics, value_statistics
 from quantpress.kernels.attend import DenseSegment
+from quantpress.quantization.transform import ChannelTransform, key_statistics, value_statistics
 
 
 def transforms_of(

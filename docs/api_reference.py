@@ -28,8 +28,8 @@ PACKAGES = {
     "presses": ["quantpress.presses"],
     "pipelines": ["quantpress.pipelines"],
     "cache": ["quantpress.cache"],
-    "kernels": ["quantpress.kernels.attend", "quantpress.kernels.encode", "quantpress.kernels.decode"],
-    "codecs": ["quantpress.codecs"],
+    "kernels": ["quantpress.kernels.attend", "quantpress.kernels.encode", "quantpress.kernels.dequantize"],
+    "codecs": ["quantpress.quantization"],
 }
 WIDTH = 100
 INDEX = """# API reference

@@ -31,7 +31,7 @@ from quantpress import presses as short_names
 from quantpress.cache import cache_memory
 from quantpress.errors import CompositionError
 from quantpress.presses import Compose, TurboQuant
-from quantpress.presses.model_support import attention_modules
+from quantpress.presses.models.support import attention_modules
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))  # PYTHONSAFEPATH leaves it out

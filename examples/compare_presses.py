@@ -9,9 +9,9 @@ import argparse
 from rich.console import Console
 from transformers import pipeline
 
+from quantpress.evaluation.demo import table
+from quantpress.evaluation.trials import run
 from quantpress.pipelines import register
-from quantpress.pipelines.demo import table
-from quantpress.pipelines.trials import run
 from quantpress.presses.expression import parse_press
 
 PRESSES = [

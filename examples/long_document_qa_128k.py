@@ -24,8 +24,8 @@ from pathlib import Path
 import torch
 from transformers import pipeline
 
+from quantpress.evaluation.tasks.haystack import book_text, plant
 from quantpress.pipelines import register
-from quantpress.pipelines.haystack import book_text, plant
 from quantpress.pipelines.report import format_bytes
 
 TOKENS, TINY_TOKENS = 130048, 600

@@ -14,7 +14,7 @@ from pathlib import Path
 from transformers import pipeline
 
 from quantpress import CachedContext
-from quantpress.pipelines.haystack import (
+from quantpress.evaluation.tasks.haystack import (
     ANSWER_PREFIX,
     book_text,
     is_right,

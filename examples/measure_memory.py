@@ -10,7 +10,7 @@ from transformers import pipeline
 
 from quantpress import PackedLayer, TurboQuant
 from quantpress.cache.memory_estimate import layer_estimate
-from quantpress.pipelines.haystack import book_text, plant
+from quantpress.evaluation.tasks.haystack import book_text, plant
 from quantpress.pipelines.report import format_bytes
 
 parser = argparse.ArgumentParser(description="The bytes of a packed cache.")

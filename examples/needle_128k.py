@@ -25,9 +25,9 @@ from rich.console import Console
 from rich.table import Table
 from transformers import pipeline
 
+from quantpress.evaluation.trials import run
 from quantpress.pipelines import register
 from quantpress.pipelines.report import format_bytes
-from quantpress.pipelines.trials import run
 from quantpress.presses.expression import parse_press
 
 LENGTHS, DEPTHS = [8192, 32768, 65536, 130048], 5

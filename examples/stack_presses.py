@@ -9,7 +9,7 @@ import argparse
 from transformers import pipeline
 
 from quantpress import AdaKV, Compose, Demote, Knorm, SnapKV, StreamingLLM, TurboQuant
-from quantpress.pipelines.haystack import book_text, plant
+from quantpress.evaluation.tasks.haystack import book_text, plant
 from quantpress.pipelines.report import format_bytes
 
 STACKS = [

@@ -2,8 +2,8 @@
 
 import torch
 
-from quantpress.codecs.spec import CodecSpec
 from quantpress.kernels.layout import PAGE_TOKENS, pack_pages, unpack_pages
+from quantpress.quantization.spec import CodecSpec
 
 
 def gather_tokens(

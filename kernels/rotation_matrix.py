@@ -7,7 +7,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from quantpress.codecs.rotation import Rotation
+from quantpress.quantization.rotation import Rotation
 
 _SPLIT_SCALE = 2.0**12  # keeps the low halves of entries, at most 1, among float16's normal numbers
 

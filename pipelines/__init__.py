@@ -34,10 +34,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from quantpress.pipelines.captured import captured_decoding
-    from quantpress.pipelines.enabling import disable, enable
-    from quantpress.pipelines.live_patch import patch_attention
-    from quantpress.pipelines.prefill import chunked_prefill
+    from quantpress.pipelines.capture.captured import captured_decoding
+    from quantpress.pipelines.enabling.enable import disable, enable
+    from quantpress.pipelines.patching.live_patch import patch_attention
+    from quantpress.pipelines.reading.chunked_prefill import chunked_prefill
     from quantpress.pipelines.report import Report
     from quantpress.pipelines.text_generation import TextGenerationPipeline
 
@@ -57,11 +57,11 @@ TASK = "kv-press-text-generation"
 _LAZY = {
     "Report": "quantpress.pipelines.report",
     "TextGenerationPipeline": "quantpress.pipelines.text_generation",
-    "captured_decoding": "quantpress.pipelines.captured",
-    "chunked_prefill": "quantpress.pipelines.prefill",
-    "disable": "quantpress.pipelines.enabling",
-    "enable": "quantpress.pipelines.enabling",
-    "patch_attention": "quantpress.pipelines.live_patch",
+    "captured_decoding": "quantpress.pipelines.capture.captured",
+    "chunked_prefill": "quantpress.pipelines.reading.chunked_prefill",
+    "disable": "quantpress.pipelines.enabling.enable",
+    "enable": "quantpress.pipelines.enabling.enable",
+    "patch_attention": "quantpress.pipelines.patching.live_patch",
 }
 
 

@@ -9,12 +9,12 @@ from transformers import Cache, GenerationConfig, PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
 from quantpress.cache import continue_inputs
-from quantpress.cache.evicted_slots import MASKS, named_to_hide
+from quantpress.cache.tokens.evicted_slots import MASKS, named_to_hide
 from quantpress.errors import InvalidInputError
 from quantpress.pipelines.arguments import GENERATE
-from quantpress.pipelines.captured import check_choice
+from quantpress.pipelines.capture.captured import check_choice
 from quantpress.pipelines.members import decode_time_presses
-from quantpress.presses.model_support import attention_modules
+from quantpress.presses.models.support import attention_modules
 
 EXTRAS = ({*GENERATE} - {"generation_config"}) | {"tokenizer"}
 

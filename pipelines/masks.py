@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from transformers import Cache, PreTrainedModel
 
-from quantpress.presses.model_support import attention_modules
+from quantpress.presses.models.support import attention_modules
 
 
 @contextmanager

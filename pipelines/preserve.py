@@ -9,13 +9,13 @@ import torch
 from kvpress import BasePress, DMSPress
 from transformers import Cache, PreTrainedModel
 
-from quantpress.cache.evicted_slots import MASKS, named_to_hide
-from quantpress.cache.fixed_plain import FixedLayer
+from quantpress.cache.fixed.fixed_plain import FixedLayer
 from quantpress.cache.text_cache import TextCache
+from quantpress.cache.tokens.evicted_slots import MASKS, named_to_hide
 from quantpress.pipelines.members import members
-from quantpress.presses.model_lock import model_lock
-from quantpress.presses.model_support import attention_modules
-from quantpress.presses.restore import left_as_found
+from quantpress.presses.models.lock import model_lock
+from quantpress.presses.models.restore import left_as_found
+from quantpress.presses.models.support import attention_modules
 
 _MISSING: Any = object()
 

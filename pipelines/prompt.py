@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from quantpress.errors import ContextTooLongError, EmptyContextError, InvalidInputError
-from quantpress.presses.positions import position_count
+from quantpress.presses.models.positions import position_count
 
 logger = logging.getLogger(__name__)
 END_OF_CONTEXT = "<|end of context|>"

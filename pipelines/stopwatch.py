@@ -9,7 +9,7 @@ import torch
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
-from quantpress.presses.model_support import attention_modules
+from quantpress.presses.models.support import attention_modules
 
 
 class Stopwatch:

@@ -9,26 +9,20 @@ from kvpress import BasePress, KVPressTextGenerationPipeline
 from transformers import Cache, DynamicCache
 
 from quantpress.cache import PackedLayer, cache_memory
-from quantpress.cache.fixed_cache import unfixable
+from quantpress.cache.fixed.fixed_cache import unfixable
 from quantpress.errors import InvalidInputError
 from quantpress.pipelines import arguments as given
-from quantpress.pipelines.cached_context import CachedContext
-from quantpress.pipelines.captured import capturing
+from quantpress.pipelines.capture.captured import capturing
+from quantpress.pipelines.capture.single_token import uncapturable
+from quantpress.pipelines.contexts.cached_context import CachedContext
 from quantpress.pipelines.decoding import check_decoding, decides_capture, generate_ids, refuse_capture
-from quantpress.pipelines.enabling import enabled_press
+from quantpress.pipelines.enabling.enable import enabled_press
 from quantpress.pipelines.masks import fitted_masks
 from quantpress.pipelines.members import as_press, decode_time_presses, hand_tokenizer
 from quantpress.pipelines.preserve import preserved_context, unchanged_model
-from quantpress.pipelines.prompt import (
-    chat_form,
-    check_positions,
-    cut_to,
-    token_ids,
-    warn_of_positions,
-)
-from quantpress.pipelines.reading import read_context
+from quantpress.pipelines.prompt import chat_form, check_positions, cut_to, token_ids, warn_of_positions
+from quantpress.pipelines.reading.read_context import read_context
 from quantpress.pipelines.report import Report
-from quantpress.pipelines.single_token import uncapturable
 from quantpress.pipelines.stopwatch import Stopwatch
 from quantpress.presses.guard import guarded
 

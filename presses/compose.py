@@ -22,14 +22,14 @@ from quantpress.presses.composition import (
     with_inner,
 )
 from quantpress.presses.demote import Demote
-from quantpress.presses.filling import filled_caches
 from quantpress.presses.guard import guarded
-from quantpress.presses.model_support import check_evictable
+from quantpress.presses.models.filling import filled_caches
+from quantpress.presses.models.restore import left_as_found
+from quantpress.presses.models.support import check_evictable
 from quantpress.presses.names import check_ratio
-from quantpress.presses.packing import Packer, hooked
+from quantpress.presses.packing.pack_layers import Packer, hooked
+from quantpress.presses.packing.prefill_hook import forget_attention_weights
 from quantpress.presses.piping import Pipeable
-from quantpress.presses.prefill import forget_attention_weights
-from quantpress.presses.restore import left_as_found
 from quantpress.presses.turboquant import TurboQuant
 
 

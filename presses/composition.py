@@ -10,7 +10,7 @@ times, and that decides what may stand beside them:
   quantized a second time.
 
 Head-wise presses (`HEAD_WISE`) remove nothing: they name slots that attention must not see. At the prefill a
-quantizer behind them leaves those out (`quantpress.presses.head_wise`).
+quantizer behind them leaves those out (`quantpress.presses.packing.head_wise`).
 """
 
 import inspect

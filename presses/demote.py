@@ -21,7 +21,7 @@ from kvpress import BasePress, ScorerPress
 from torch import nn
 from transformers.modeling_utils import PreTrainedModel
 
-from quantpress.cache.demotion import Demotion
+from quantpress.cache.tokens.demotion import Demotion
 from quantpress.presses.names import SnapKV
 from quantpress.presses.wrappers import WrappingPress
 

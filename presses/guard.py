@@ -18,9 +18,9 @@ from transformers.modeling_utils import PreTrainedModel
 from quantpress.errors import CompositionError, QuantPressError, UnsupportedModelError
 from quantpress.presses.composition import AT_EXIT, decodes, moves_slots, name_of, with_inner
 from quantpress.presses.failures import UNEXPLAINED, named_failure
-from quantpress.presses.model_support import attention_modules, is_sliding
-from quantpress.presses.packing import hooked
-from quantpress.presses.prefill import check_padding, is_padded, prefill_call
+from quantpress.presses.models.support import attention_modules, is_sliding
+from quantpress.presses.packing.pack_layers import hooked
+from quantpress.presses.packing.prefill_hook import check_padding, is_padded, prefill_call
 
 Hook = Callable[..., Any]
 

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 from kvpress import BasePress
 from transformers.modeling_utils import PreTrainedModel
 
-from quantpress.presses.filling import filled_caches
-from quantpress.presses.model_lock import model_lock
+from quantpress.presses.models.filling import filled_caches
+from quantpress.presses.models.lock import model_lock
 
 if TYPE_CHECKING:
     from quantpress.presses.compose import Compose

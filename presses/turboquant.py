@@ -12,16 +12,16 @@ from transformers.cache_utils import Cache
 from transformers.modeling_utils import PreTrainedModel
 
 from quantpress.cache.settings import LayerSettings
-from quantpress.codecs.spec import CodecSpec
+from quantpress.codecs.page_codec import PageCodec, ScalarPages
 from quantpress.errors import InvalidInputError
-from quantpress.kernels.page_codec import PageCodec, ScalarPages
-from quantpress.presses.filled_cache import pack_cache
-from quantpress.presses.filling import filled_caches
-from quantpress.presses.model_support import attention_modules, check_packable, full_attention_modules
-from quantpress.presses.packing import Packer
+from quantpress.presses.models.filling import filled_caches
+from quantpress.presses.models.restore import left_as_found
+from quantpress.presses.models.support import attention_modules, check_packable, full_attention_modules
+from quantpress.presses.packing.filled_cache import pack_cache
+from quantpress.presses.packing.pack_layers import Packer
 from quantpress.presses.piping import Pipeable
 from quantpress.presses.presets import PRESETS
-from quantpress.presses.restore import left_as_found
+from quantpress.quantization.spec import CodecSpec
 
 CodecFactory = Callable[[int, str, int], PageCodec]
 LayerBits = Mapping[int, float | tuple[float, float]]
@@ -73,7 +73,7 @@ class TurboQuant(Pipeable, BasePress):
         UnsupportedBitsError: a width cannot be stored.
         InvalidInputError: another argument has a value that cannot be used.
 
-    Source: TurboQuant, arXiv 2504.19874; mean key and balanced channels: `quantpress.codecs.transform`.
+    Source: TurboQuant, arXiv 2504.19874; mean key and balanced channels: `quantpress.quantization.transform`.
 
     Example:
         >>> TurboQuant(bits=3).bits_per_value(head_dim=128)
@@ -171,7 +171,7 @@ class TurboQuant(Pipeable, BasePress):
             UnsupportedHeadDimError: its head_dim cannot be packed.
             InvalidInputError: `layer_bits` names a layer that the model does not have.
         """
-        from quantpress.cache.attention import install_packed_attention
+        from quantpress.cache.attention.dispatch import install_packed_attention
 
         check_packable(model)
         layers = len(attention_modules(model))
@@ -211,7 +211,7 @@ class TurboQuant(Pipeable, BasePress):
         query_moments: dict[int, torch.Tensor] | None = None,
         tokens_seen: int | None = None,
     ) -> None:
-        """Pack a cache that is filled already; see `quantpress.presses.filled_cache`."""
+        """Pack a cache that is filled already; see `quantpress.presses.packing.filled_cache`."""
         self.post_init_from_model(model)
         pack_cache(self, model, cache, query_moments, tokens_seen)
 

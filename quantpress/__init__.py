@@ -32,12 +32,12 @@ from quantpress.task import watch_imports
 
 if TYPE_CHECKING:
     from quantpress.cache import PackedLayer, PagedAttention, cache_memory, continue_inputs
-    from quantpress.cache.codec import TurboQuantCodec
-    from quantpress.pipelines.cached_context import CachedContext
-    from quantpress.pipelines.captured import captured_decoding
-    from quantpress.pipelines.enabling import disable, enable
-    from quantpress.pipelines.fidelity import attention_fidelity
-    from quantpress.pipelines.live_patch import patch_attention
+    from quantpress.codecs.turboquant import TurboQuantCodec
+    from quantpress.evaluation.divergence.attention_fidelity import attention_fidelity
+    from quantpress.pipelines.capture.captured import captured_decoding
+    from quantpress.pipelines.contexts.cached_context import CachedContext
+    from quantpress.pipelines.enabling.enable import disable, enable
+    from quantpress.pipelines.patching.live_patch import patch_attention
     from quantpress.pipelines.text_generation import TextGenerationPipeline
     from quantpress.presses import *  # noqa: F403
     from quantpress.presses import Compose, TurboQuant
@@ -77,22 +77,22 @@ try:
 except PackageNotFoundError:  # a source tree that was never installed
     __version__ = "0+unknown"
 
-_FOLDERS = frozenset({"cache", "codecs", "kernels", "pipelines", "presses"})
+_FOLDERS = frozenset({"cache", "codecs", "evaluation", "kernels", "pipelines", "presses", "quantization"})
 _LAZY = {
-    "CachedContext": "quantpress.pipelines.cached_context",
+    "CachedContext": "quantpress.pipelines.contexts.cached_context",
     "Compose": "quantpress.presses",
     "PackedLayer": "quantpress.cache",
     "PagedAttention": "quantpress.cache",
     "TextGenerationPipeline": "quantpress.pipelines.text_generation",
     "TurboQuant": "quantpress.presses",
-    "TurboQuantCodec": "quantpress.cache.codec",
-    "attention_fidelity": "quantpress.pipelines.fidelity",
+    "TurboQuantCodec": "quantpress.codecs.turboquant",
+    "attention_fidelity": "quantpress.evaluation.divergence.attention_fidelity",
     "cache_memory": "quantpress.cache",
-    "captured_decoding": "quantpress.pipelines.captured",
+    "captured_decoding": "quantpress.pipelines.capture.captured",
     "continue_inputs": "quantpress.cache",
-    "disable": "quantpress.pipelines.enabling",
-    "enable": "quantpress.pipelines.enabling",
-    "patch_attention": "quantpress.pipelines.live_patch",
+    "disable": "quantpress.pipelines.enabling.enable",
+    "enable": "quantpress.pipelines.enabling.enable",
+    "patch_attention": "quantpress.pipelines.patching.live_patch",
 }
 
 

@@ -8,8 +8,8 @@ from types import ModuleType
 
 import pytest
 
-from quantpress.pipelines.evaluation.suites import QUICK
-from quantpress.pipelines.model_outline import outline
+from quantpress.evaluation.sizing.model_outline import outline
+from quantpress.evaluation.suites import QUICK
 from quantpress.presses import TurboQuant
 from quantpress.presses.expression import parse_press
 from tests.pipelines.words import ours, text

@@ -7,12 +7,12 @@ import torch
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from quantpress.cache import PackedLayer, cache_memory, install_packed_attention, uninstall_packed_attention
-from quantpress.codecs.spec import CodecSpec
-from quantpress.codecs.transform import key_statistics
+from quantpress.codecs.page_codec import ScalarPages
 from quantpress.kernels.attend import DenseSegment, PackedSegment, PackedSide, Visibility, attend
 from quantpress.kernels.layout import unpack_pages
-from quantpress.kernels.page_codec import ScalarPages
 from quantpress.presses import SnapKV, TurboQuant
+from quantpress.quantization.spec import CodecSpec
+from quantpress.quantization.transform import key_statistics
 from tests.cache.caches import lossless, scalar
 from tests.tiny_models import prompt, tiny_model
 

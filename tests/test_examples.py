@@ -18,8 +18,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import quantpress.pipelines
 from quantpress.cache.memory_estimate import layer_estimate
 from quantpress.cache.settings import LayerSettings
-from quantpress.codecs.spec import CodecSpec
-from quantpress.kernels.page_codec import ScalarPages
+from quantpress.codecs.page_codec import ScalarPages
+from quantpress.quantization.spec import CodecSpec
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 NOTEBOOK = EXAMPLES / "tour.ipynb"

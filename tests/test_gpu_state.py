@@ -52,11 +52,13 @@ def test_warnings_inside_the_compiler_are_no_errors() -> None:
     warnings.warn_explicit(TENSOR_CORES, UserWarning, "compile_fx.py", 1, module="torch._inductor.compile_fx")
 
 
-@pytest.mark.parametrize("module", ["quantpress.pipelines.captured", "torch.jit._script"])
+@pytest.mark.parametrize("module", ["quantpress.pipelines.capture.captured", "torch.jit._script"])
 def test_other_deprecations_stay_errors(module: str) -> None:
     with pytest.raises(DeprecationWarning):
         warnings.warn_explicit(
             "`torch.jit.trace` is deprecated.", DeprecationWarning, "a.py", 1, module=module
         )
     with pytest.raises(UserWarning):
-        warnings.warn_explicit(TENSOR_CORES, UserWarning, "a.py", 1, module="quantpress.pipelines.captured")
+        warnings.warn_explicit(
+            TENSOR_CORES, UserWarning, "a.py", 1, module="quantpress.pipelines.capture.captured"
+        )

@@ -89,9 +89,9 @@ def test_a_forbidden_import_is_noticed(folder: str, line: str) -> None:
     ("folder", "line"),
     [
         ("codecs", "from quantpress.errors import NonFiniteError"),
-        ("kernels", "from quantpress.codecs.spec import CodecSpec"),
+        ("kernels", "from quantpress.quantization.spec import CodecSpec"),
         ("presses", "from kvpress import SnapKVPress"),
-        ("pipelines", "from quantpress.pipelines.demo import main"),
+        ("pipelines", "from quantpress.evaluation.demo import main"),
         ("examples", "from quantpress import Compose"),
     ],
 )

@@ -9,14 +9,14 @@ import torch
 from transformers import DynamicCache, PreTrainedModel
 
 from quantpress.cache import PackedLayer, continue_inputs
-from quantpress.codecs.spec import CodecSpec
-from quantpress.codecs.transform import key_statistics
+from quantpress.codecs.page_codec import ScalarPages
 from quantpress.kernels.attend import DenseSegment, PackedSegment, PackedSide, Visibility, attend
-from quantpress.kernels.page_codec import ScalarPages
-from quantpress.pipelines.captured import CapturedDecoding, captured_decoding
-from quantpress.pipelines.enabling import enable
+from quantpress.pipelines.capture.captured import CapturedDecoding, captured_decoding
+from quantpress.pipelines.enabling.enable import enable
 from quantpress.presses import AdaKV, Compose, SnapKV, TurboQuant
-from tests.cache.paging import QUERY_HEADS, random_states, small
+from quantpress.quantization.spec import CodecSpec
+from quantpress.quantization.transform import key_statistics
+from tests.cache.paged.paging import QUERY_HEADS, random_states, small
 from tests.test_cuda_graph import model_on_cuda
 from tests.tiny_models import prompt
 

@@ -10,10 +10,10 @@ import attention as ours
 import torch
 from torch.nn.attention import sdpa_kernel
 
-from quantpress.codecs.spec import CodecSpec
-from quantpress.codecs.transform import ChannelTransform, key_statistics
+from quantpress.codecs.page_codec import ScalarPages
 from quantpress.kernels.attend import DenseSegment, PackedSegment, PackedSide, Visibility, attend
-from quantpress.kernels.page_codec import ScalarPages
+from quantpress.quantization.spec import CodecSpec
+from quantpress.quantization.transform import ChannelTransform, key_statistics
 
 
 @dataclass(frozen=True)

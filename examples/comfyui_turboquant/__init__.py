@@ -17,9 +17,9 @@ from typing import Any
 import torch
 
 from quantpress.errors import UnsupportedModelError
-from quantpress.pipelines.attention_record import AttentionRecord
-from quantpress.pipelines.live_patch import check_applied
-from quantpress.pipelines.round_trip import RoundTrip
+from quantpress.pipelines.patching.attention_record import AttentionRecord
+from quantpress.pipelines.patching.live_patch import check_applied
+from quantpress.pipelines.patching.round_trip import RoundTrip
 
 OVERRIDE = "optimized_attention_override"
 OUTER_SAMPLE = "outer_sample"  # comfy.patcher_extension.WrappersMP.OUTER_SAMPLE

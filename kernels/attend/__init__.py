@@ -5,13 +5,13 @@ from typing import Any
 
 import torch
 
-from quantpress.codecs.surroundings import in_named_dtypes
 from quantpress.errors import InvalidInputError
 from quantpress.kernels.attend.operands import DenseSegment, PackedSegment, PackedSide, Segment, Visibility
 from quantpress.kernels.attend.reference import attend_reference
 from quantpress.kernels.attend.triton_attend import attend_triton, supports
 from quantpress.kernels.attend.triton_dense import attend_dense, supports_dense
 from quantpress.kernels.available import runs_triton
+from quantpress.quantization.numerics import in_named_dtypes
 
 __all__ = ["DenseSegment", "PackedSegment", "PackedSide", "Segment", "Visibility", "attend"]
 

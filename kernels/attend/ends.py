@@ -277,7 +277,7 @@ def share_kernel(
     HEADS: tl.constexpr,
     SIZE: tl.constexpr,
 ):
-    """Write down the shares of SIZE programs: see `quantpress.kernels.attend.shares`.
+    """Write down the shares of SIZE programs: see `quantpress.kernels.attend.schedule`.
 
     used [heads] int32; table [heads, pages] int32; programs [programs, 4] and heads [heads, 2] int32.
     """

@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from quantpress.codecs.codebook import Codebook
+from quantpress.quantization.codebook import Codebook
 
 LANES = 32
 

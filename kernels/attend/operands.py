@@ -8,11 +8,11 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from quantpress.codecs.transform import ChannelTransform
+from quantpress.codecs.page_codec import PageCodec, Planes
 from quantpress.errors import InvalidInputError
-from quantpress.kernels.attend.shares import PageShares
+from quantpress.kernels.attend.schedule import PageShares
 from quantpress.kernels.layout import PAGE_TOKENS
-from quantpress.kernels.page_codec import PageCodec, Planes
+from quantpress.quantization.transform import ChannelTransform
 
 
 @dataclass(frozen=True)

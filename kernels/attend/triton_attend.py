@@ -11,11 +11,11 @@ from functools import lru_cache
 
 import torch
 
-from quantpress.codecs.spec import CodecSpec
+from quantpress.codecs.page_codec import ScalarPages
 from quantpress.kernels.attend.operands import DenseSegment, PackedSegment, PackedSide, Segment, Visibility
-from quantpress.kernels.attend.shares import PageShares
-from quantpress.kernels.page_codec import ScalarPages
+from quantpress.kernels.attend.schedule import PageShares
 from quantpress.kernels.rotation_matrix import rotation_matrix
+from quantpress.quantization.spec import CodecSpec
 
 HEAD_DIMS = (64, 128, 256)
 WIDTHS = (2, 3, 4)

@@ -4,9 +4,9 @@ import contextlib
 
 import torch
 
-from quantpress.codecs.surroundings import in_named_dtypes
 from quantpress.kernels.available import runs_triton
 from quantpress.kernels.combine.reference import combine_reference
+from quantpress.quantization.numerics import in_named_dtypes
 
 
 @in_named_dtypes

@@ -2,12 +2,12 @@
 
 from torch import Tensor
 
-from quantpress.codecs.spec import CodecSpec
-from quantpress.codecs.surroundings import in_named_dtypes
-from quantpress.codecs.transform import ChannelTransform
 from quantpress.kernels.available import runs_triton
 from quantpress.kernels.encode.reference import check_vectors, encode_pages_reference
 from quantpress.kernels.encode.scale_range import encode_in_range
+from quantpress.quantization.numerics import in_named_dtypes
+from quantpress.quantization.spec import CodecSpec
+from quantpress.quantization.transform import ChannelTransform
 
 __all__ = ["encode_pages"]
 

@@ -8,7 +8,7 @@ Thresholds and levels are immediates, so each codebook has assembly of its own.
 import struct
 from functools import lru_cache
 
-from quantpress.codecs.codebook import Codebook
+from quantpress.quantization.codebook import Codebook
 
 _STEEP = 2.0**60  # makes the least difference of a coordinate and a threshold more than 1
 _WHOLE = 2.0**23  # a float32 from here on holds a whole number in its last bits

@@ -6,10 +6,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quantpress.codecs.codebook import Codebook
-from quantpress.codecs.rotation import Rotation
-from quantpress.codecs.spec import CodecSpec
-from quantpress.codecs.transform import ChannelTransform
 from quantpress.kernels.encode.octets import (
     FACTOR,
     GATHER_CONSTRAINTS,
@@ -22,6 +18,10 @@ from quantpress.kernels.encode.octets import (
 )
 from quantpress.kernels.layout import PAGE_TOKENS
 from quantpress.kernels.rotation_matrix import rotation_matrix
+from quantpress.quantization.codebook import Codebook
+from quantpress.quantization.rotation import Rotation
+from quantpress.quantization.spec import CodecSpec
+from quantpress.quantization.transform import ChannelTransform
 
 HOPPER = 9
 CHANNELS = 128

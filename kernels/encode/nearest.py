@@ -10,7 +10,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from quantpress.codecs.codebook import Codebook
+from quantpress.quantization.codebook import Codebook
 
 CELLS_PER_GAP = 4  # leaves a cell of room on both sides for float32 rounding
 

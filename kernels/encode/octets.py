@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 from numpy.polynomial import Polynomial
 
-from quantpress.codecs.codebook import Codebook
 from quantpress.kernels.encode.assembly import float_bits, hex_float
+from quantpress.quantization.codebook import Codebook
 
 FACTOR = 2.0**64
 """On coordinates of values: a level is read as the float32 level * 2**-149, and products are to be normal."""

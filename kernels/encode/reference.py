@@ -9,13 +9,13 @@ from operator import itemgetter
 import torch
 from torch import Tensor
 
-from quantpress.codecs.rotation import Rotation
-from quantpress.codecs.spec import CodecSpec
-from quantpress.codecs.surroundings import exact_product
-from quantpress.codecs.transform import ChannelTransform
 from quantpress.errors import InvalidInputError, NonFiniteError
 from quantpress.kernels.encode.nearest import nearest_level
 from quantpress.kernels.layout import PAGE_TOKENS, pack_pages
+from quantpress.quantization.numerics import exact_product
+from quantpress.quantization.rotation import Rotation
+from quantpress.quantization.spec import CodecSpec
+from quantpress.quantization.transform import ChannelTransform
 
 WORKSPACE_VALUES = 1 << 20  # coordinates encoded at a time; about 24 bytes of workspace each
 

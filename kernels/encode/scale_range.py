@@ -12,8 +12,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from quantpress.codecs.spec import CodecSpec
 from quantpress.errors import InvalidInputError
+from quantpress.quantization.spec import CodecSpec
 
 LARGEST = torch.finfo(torch.float16).max
 LEAST = torch.finfo(torch.float16).tiny

@@ -10,9 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quantpress.codecs.codebook import Codebook
-from quantpress.codecs.spec import CodecSpec
-from quantpress.codecs.transform import ChannelTransform
 from quantpress.errors import NonFiniteError
 from quantpress.kernels.encode.assembly import rounding_assembly, squares_assembly, summand_unit
 from quantpress.kernels.encode.hopper_encode import covers, launch_hopper
@@ -20,6 +17,9 @@ from quantpress.kernels.encode.nearest import nearest_level
 from quantpress.kernels.encode.triton_kernel import CAREFUL, QUICK, QUICK_UNIT, RAW, encode_pages_kernel
 from quantpress.kernels.layout import PAGE_TOKENS, page_bytes
 from quantpress.kernels.rotation_matrix import RotationMatrix, padded, rotation_matrix
+from quantpress.quantization.codebook import Codebook
+from quantpress.quantization.spec import CodecSpec
+from quantpress.quantization.transform import ChannelTransform
 
 MAX_CHANNELS = 128
 """Of one group. Wider ones go to the reference: only the interpreter has run the kernel on their pages."""

@@ -3,11 +3,11 @@
 import torch
 from torch import Tensor
 
-from quantpress.codecs.spec import CodecSpec
-from quantpress.codecs.surroundings import in_named_dtypes
 from quantpress.errors import InvalidInputError
-from quantpress.kernels.decode.reference import check_planes
+from quantpress.kernels.dequantize.reference import check_planes
 from quantpress.kernels.score.reference import inner_products_reference
+from quantpress.quantization.numerics import in_named_dtypes
+from quantpress.quantization.spec import CodecSpec
 
 __all__ = ["inner_products"]
 
@@ -21,7 +21,7 @@ def inner_products(query: Tensor, planes: dict[str, Tensor], spec: CodecSpec) ->
     the query is multiplied by S once. The workspace is that of a chunk of pages, whatever their number.
 
     Args:
-        query: [B, Hkv, Q, D] float32 in code space, see `quantpress.kernels.decode.to_code_space`.
+        query: [B, Hkv, Q, D] float32 in code space, see `quantpress.kernels.dequantize.to_code_space`.
         planes: from `encode_pages`, B x Hkv x P pages.
         spec: the codec that made them.
 

@@ -3,11 +3,11 @@
 import torch
 from torch import Tensor
 
-from quantpress.codecs.qjl import SQRT_HALF_PI
-from quantpress.codecs.spec import CodecSpec
-from quantpress.codecs.surroundings import exact_product
-from quantpress.kernels.decode.reference import WORKSPACE_VALUES, level_table, sign_table
+from quantpress.kernels.dequantize.reference import WORKSPACE_VALUES, level_table, sign_table
 from quantpress.kernels.layout import PAGE_TOKENS, read_pages
+from quantpress.quantization.numerics import exact_product
+from quantpress.quantization.qjl import SQRT_HALF_PI
+from quantpress.quantization.spec import CodecSpec
 
 
 def inner_products_reference(query: Tensor, planes: dict[str, Tensor], spec: CodecSpec) -> Tensor:

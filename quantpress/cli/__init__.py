@@ -16,7 +16,10 @@ from collections.abc import Callable
 import typer
 
 import quantpress
-from quantpress.cli import answer, check, evaluate, measure
+from quantpress.cli import options_answer as answer
+from quantpress.cli import options_check as check
+from quantpress.cli import options_evaluate as evaluate
+from quantpress.cli import options_measure as measure
 
 EXIT_WRONG_INPUT = 2
 

@@ -27,13 +27,13 @@ Questions = Annotated[
 
 
 def run_command(name: str, json: bool, **options: Any) -> NoReturn:
-    """Run `main` of a module of `quantpress.pipelines.commands`, show what it returns, and exit.
+    """Run `main` of a module of `quantpress.cli`, show what it returns, and exit.
 
     Args:
         name: of the module.
         json: print JSON.
         **options: of `main`.
     """
-    main = import_module(f"quantpress.pipelines.commands.{name}").main
-    perform = import_module("quantpress.pipelines.commands.output").perform
+    main = import_module(f"quantpress.cli.{name}").main
+    perform = import_module("quantpress.cli.output").perform
     raise typer.Exit(perform(main, json, options))

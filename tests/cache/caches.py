@@ -6,8 +6,8 @@ from transformers import DynamicCache, PreTrainedModel
 
 from quantpress.cache.layer import PackedLayer
 from quantpress.cache.settings import LayerSettings
-from quantpress.codecs.spec import CodecSpec
-from quantpress.kernels.page_codec import RawPages, ScalarPages
+from quantpress.codecs.page_codec import RawPages, ScalarPages
+from quantpress.quantization.spec import CodecSpec
 
 
 def lossless(head_dim: int = 32, **windows: int) -> LayerSettings:

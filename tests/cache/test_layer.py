@@ -9,9 +9,9 @@ import pytest
 import torch
 from transformers.cache_utils import DynamicLayer
 
+from quantpress.cache.attention.states import PackedStates
 from quantpress.cache.layer import PackedLayer
 from quantpress.cache.settings import LayerSettings
-from quantpress.cache.states import PackedStates
 from quantpress.errors import InvalidInputError, NonFiniteError
 from tests.cache.caches import lossless, scalar
 

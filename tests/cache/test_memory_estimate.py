@@ -8,9 +8,9 @@ from transformers.cache_utils import DynamicCache
 
 from quantpress.cache import LayerSettings, PackedLayer, cache_memory
 from quantpress.cache.memory_estimate import head_wise_bytes, layer_estimate, page_nbytes
-from quantpress.codecs.spec import CodecSpec
+from quantpress.codecs.page_codec import RawPages, ScalarPages
 from quantpress.errors import InvalidInputError
-from quantpress.kernels.page_codec import RawPages, ScalarPages
+from quantpress.quantization.spec import CodecSpec
 
 PAIRS: dict[str, Any] = {
     "4/4": (4, 4, {}),

@@ -10,11 +10,11 @@ from transformers.cache_utils import DynamicCache
 
 from quantpress.cache import PackedLayer, cache_memory
 from quantpress.cache.parts import Parts
-from quantpress.cache.saved_layers import cache_of, cache_parts
+from quantpress.cache.saved.layers import cache_of, cache_parts
 from quantpress.errors import InvalidInputError
 from quantpress.kernels.attend import Visibility, attend
 from tests.cache.caches import scalar
-from tests.cache.paging import small
+from tests.cache.paged.paging import small
 
 SETTINGS = scalar(bits=4, recent_tokens=16)
 States = tuple[torch.Tensor, torch.Tensor]

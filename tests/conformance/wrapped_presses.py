@@ -69,7 +69,7 @@ def _small_pages() -> None:
     from quantpress.kernels import layout
 
     layout.PAGE_TOKENS = PAGE_TOKENS
-    from quantpress.cache import tokens
+    from quantpress.cache.tokens import packed_tokens as tokens
 
     assert tokens.PAGE_TOKENS == PAGE_TOKENS
 
@@ -99,7 +99,7 @@ def _wrapped(original: Callable[..., Any]) -> Callable[..., Any]:
             with original(self, model):
                 yield
             return
-        from quantpress.kernels.page_codec import RawPages
+        from quantpress.codecs.page_codec import RawPages
         from quantpress.presses import Compose, TurboQuant
 
         bits = 8 * model.dtype.itemsize

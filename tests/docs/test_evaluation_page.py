@@ -10,8 +10,8 @@ import pytest
 from typer.testing import CliRunner
 
 from quantpress import cli
-from quantpress.pipelines.commands import evaluate
-from quantpress.pipelines.evaluation import kvpress_evaluation, lm_eval_model
+from quantpress.cli import evaluate
+from quantpress.evaluation.adapters import kvpress_evaluation, lm_eval_model
 from quantpress.presses import TurboQuant
 from quantpress.presses.expression import parse_press
 

@@ -102,7 +102,7 @@ def test_divergence_at_equal_bytes(kept: str, quoted: str) -> None:
 
 
 def test_sinks_are_those_of_the_module() -> None:
-    module = page("presses/sinks.py")
+    module = page("presses/packing/sinks.py")
     for name, ours in {"none": "none", "first 4": "first 4 (the default)"}.items():
         (line,) = re.findall(rf"^    {name}  +(\.\d+) +(\.\d+)$", module, re.MULTILINE)
         assert list(line) == [cell.strip(" |") for cell in cells("docs/choosing.md", ours)[1:]]

@@ -8,7 +8,7 @@ import torch
 
 from quantpress.kernels.attend import DenseSegment, PackedSegment, Segment, Visibility, triton_attend
 from quantpress.kernels.attend.reference import attend_reference
-from quantpress.kernels.attend.shares import launch_shares
+from quantpress.kernels.attend.schedule import launch_shares
 from quantpress.kernels.attend.triton_attend import attend_triton, shared_programs, supports
 from tests.kernels.test_attend import (
     GROUP,

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from quantpress.kernels.attend.ends import chunks_of_heads
-from quantpress.kernels.attend.shares import launch_shares
+from quantpress.kernels.attend.schedule import launch_shares
 from quantpress.kernels.attend.triton_attend import shared_programs
 
 PAGES = 40

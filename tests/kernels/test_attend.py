@@ -6,11 +6,11 @@ import pytest
 import torch
 
 import quantpress.kernels.attend.reference as reference
-from quantpress.codecs.spec import CodecSpec
-from quantpress.codecs.transform import ChannelTransform, key_statistics, value_statistics
+from quantpress.codecs.page_codec import RawPages, ScalarPages
 from quantpress.errors import InvalidInputError
 from quantpress.kernels.attend import DenseSegment, PackedSegment, PackedSide, Segment, Visibility, attend
-from quantpress.kernels.page_codec import RawPages, ScalarPages
+from quantpress.quantization.spec import CodecSpec
+from quantpress.quantization.transform import ChannelTransform, key_statistics, value_statistics
 from tests.grids import covering
 
 BATCH, KV_HEADS, GROUP, PAGES = 2, 2, 3, 3

@@ -9,14 +9,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import quantpress.kernels.encode.reference as reference
-from quantpress.codecs.codebook import codebook
-from quantpress.codecs.spec import CodecSpec
-from quantpress.codecs.transform import ChannelTransform
 from quantpress.errors import InvalidInputError, NonFiniteError
-from quantpress.kernels.decode import decode_code_space, decode_pages
+from quantpress.kernels.dequantize import decode_code_space, decode_pages
 from quantpress.kernels.encode import encode_pages
 from quantpress.kernels.encode.nearest import nearest_level
 from quantpress.kernels.layout import PAGE_TOKENS, page_bytes, unpack_pages
+from quantpress.quantization.codebook import codebook
+from quantpress.quantization.spec import CodecSpec
+from quantpress.quantization.transform import ChannelTransform
 from tests.grids import covering
 
 BATCH, HEADS, PAGES = 2, 2, 2

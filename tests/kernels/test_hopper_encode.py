@@ -4,8 +4,6 @@ import numpy as np
 import pytest
 import torch
 
-from quantpress.codecs.spec import CodecSpec
-from quantpress.codecs.transform import ChannelTransform
 from quantpress.errors import NonFiniteError
 from quantpress.kernels.encode import hopper_encode
 from quantpress.kernels.encode.octets import (
@@ -17,6 +15,8 @@ from quantpress.kernels.encode.octets import (
     zero_fields,
 )
 from quantpress.kernels.layout import PAGE_TOKENS, page_bytes
+from quantpress.quantization.spec import CodecSpec
+from quantpress.quantization.transform import ChannelTransform
 from tests.kernels.emulate_gluon import emulate
 from tests.kernels.ptx import Words, run_ptx
 from tests.kernels.test_triton_encode import check, on_gpu

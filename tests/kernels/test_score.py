@@ -4,12 +4,12 @@ import pytest
 import torch
 
 import quantpress.kernels.score.reference as reference
-from quantpress.codecs.spec import CodecSpec
-from quantpress.codecs.transform import ChannelTransform
 from quantpress.errors import InvalidInputError
-from quantpress.kernels.decode import decode_pages, to_code_space
+from quantpress.kernels.dequantize import decode_pages, to_code_space
 from quantpress.kernels.encode import encode_pages
 from quantpress.kernels.score import inner_products
+from quantpress.quantization.spec import CodecSpec
+from quantpress.quantization.transform import ChannelTransform
 from tests.grids import covering
 
 ALL = [(bits, "mse") for bits in (1, 2, 3, 4, 8, 2.5, 3.25)] + [(bits, "prod") for bits in (2, 3, 4)]

@@ -12,7 +12,7 @@ import torch
 from quantpress.kernels.attend import PackedSegment, Visibility
 from quantpress.kernels.attend import triton_attend as launching
 from quantpress.kernels.attend.reference import attend_reference
-from quantpress.kernels.attend.shares import PageShares
+from quantpress.kernels.attend.schedule import PageShares
 from tests.kernels import emulate_gluon
 from tests.kernels.test_attend import BATCH, GROUP, KV_HEADS, PAGES, in_use, packed, pooled, some_lengths
 

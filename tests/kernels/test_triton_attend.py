@@ -11,18 +11,10 @@ from typing import Any
 import pytest
 import torch
 
-from quantpress.codecs.spec import CodecSpec
-from quantpress.codecs.transform import ChannelTransform, key_statistics
-from quantpress.kernels.attend import (
-    DenseSegment,
-    PackedSegment,
-    PackedSide,
-    Segment,
-    Visibility,
-    attend,
-)
+from quantpress.codecs.page_codec import RawPages, ScalarPages
+from quantpress.kernels.attend import DenseSegment, PackedSegment, PackedSide, Segment, Visibility, attend
 from quantpress.kernels.attend.reference import attend_reference
-from quantpress.kernels.attend.shares import PROGRAMS_AT_A_TIME, page_shares
+from quantpress.kernels.attend.schedule import PROGRAMS_AT_A_TIME, page_shares
 from quantpress.kernels.attend.triton_attend import (
     DENSE_TILE,
     MERGED,
@@ -33,7 +25,8 @@ from quantpress.kernels.attend.triton_attend import (
     steps_of_page,
     supports,
 )
-from quantpress.kernels.page_codec import RawPages, ScalarPages
+from quantpress.quantization.spec import CodecSpec
+from quantpress.quantization.transform import ChannelTransform, key_statistics
 from tests.kernels.test_attend import KV_HEADS, causal_limit, dense, exact, packed, pooled
 from tests.kernels.triton_cases import interpret
 

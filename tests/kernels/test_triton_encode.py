@@ -5,13 +5,13 @@ import sys
 import pytest
 import torch
 
-from quantpress.codecs.spec import CodecSpec
-from quantpress.codecs.transform import ChannelTransform
 from quantpress.errors import InvalidInputError, NonFiniteError
 from quantpress.kernels.encode import encode_pages
 from quantpress.kernels.encode.assembly import rounding_assembly, squares_assembly
 from quantpress.kernels.encode.reference import encode_pages_reference
 from quantpress.kernels.layout import PAGE_TOKENS, unpack_pages
+from quantpress.quantization.spec import CodecSpec
+from quantpress.quantization.transform import ChannelTransform
 from tests.kernels.triton_cases import (
     HEADS,
     NEAR_TIE,

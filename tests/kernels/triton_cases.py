@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from quantpress.codecs.spec import CodecSpec
-from quantpress.codecs.transform import ChannelTransform
+from quantpress.quantization.spec import CodecSpec
+from quantpress.quantization.transform import ChannelTransform
 from tests.limits import HANG
 
 BATCH, HEADS, TOKENS = 1, 2, 256

@@ -9,7 +9,7 @@ import torch
 from transformers import DynamicCache
 
 from quantpress.errors import InvalidInputError
-from quantpress.pipelines.reading import read_context
+from quantpress.pipelines.reading.read_context import read_context
 from quantpress.pipelines.text_generation import TextGenerationPipeline
 from quantpress.presses import Compose, Finch, KVzip, TurboQuant
 from tests.pipelines.words import text, word_tokenizer

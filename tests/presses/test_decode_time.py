@@ -11,11 +11,11 @@ from transformers import DynamicCache
 
 from quantpress.cache import cache_memory
 from quantpress.cache.layer import PackedLayer
-from quantpress.cache.tokens import PackedTokens
+from quantpress.cache.tokens.packed_tokens import PackedTokens
 from quantpress.errors import CompositionError, InvalidInputError
 from quantpress.kernels.attend import DenseSegment
 from quantpress.kernels.layout import unpack_pages
-from quantpress.pipelines.single_token import uncapturable
+from quantpress.pipelines.capture.single_token import uncapturable
 from quantpress.pipelines.text_generation import TextGenerationPipeline
 from quantpress.presses import DMS, AdaKV, Compose, Decoding, PrefillDecoding, SnapKV, TurboQuant
 from tests.cache.test_memory import reachable_tensors

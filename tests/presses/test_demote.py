@@ -10,18 +10,18 @@ import torch
 from transformers import DynamicCache
 
 from quantpress.cache import PackedLayer, cache_memory
-from quantpress.cache.attention import _attend_view
-from quantpress.cache.demotion import Demotion
-from quantpress.cache.fixed_cache import unfixable
-from quantpress.cache.saved_layers import cache_of, cache_parts
-from quantpress.cache.states import PackedStates
+from quantpress.cache.attention.dispatch import _attend_view
+from quantpress.cache.attention.states import PackedStates
+from quantpress.cache.fixed.fixed_cache import unfixable
+from quantpress.cache.saved.layers import cache_of, cache_parts
+from quantpress.cache.tokens.demotion import Demotion
 from quantpress.errors import CompositionError, InvalidInputError, UnsupportedBitsError
 from quantpress.presses import AdaKV, Compose, Decoding, Demote, Knorm, KVzip, SnapKV, TurboQuant
 from tests.cache.caches import lossless as raw
 from tests.cache.caches import scalar
+from tests.cache.saved.test_layers import again
 from tests.cache.test_layer import states
-from tests.cache.test_ragged import DIM, GROUP, HEADS, MODULE
-from tests.cache.test_saved_layers import again
+from tests.cache.tokens.test_ragged import DIM, GROUP, HEADS, MODULE
 from tests.presses.matrix import ours
 from tests.presses.reading import answer, lossless, read
 from tests.tiny_models import prompt, tiny_model

@@ -11,13 +11,10 @@ import torch
 from transformers import DynamicCache
 
 from quantpress.cache import PackedLayer, cache_memory
-from quantpress.codecs.spec import CodecSpec
-from quantpress.errors import (
-    InvalidInputError,
-    UnsupportedBitsError,
-)
-from quantpress.kernels.page_codec import RawPages, ScalarPages
+from quantpress.codecs.page_codec import RawPages, ScalarPages
+from quantpress.errors import InvalidInputError, UnsupportedBitsError
 from quantpress.presses import Compose, Knorm, Merging, SnapKV, StreamingLLM, ThinK, TurboQuant
+from quantpress.quantization.spec import CodecSpec
 from tests.presses.reading import answer, lossless, read
 from tests.tiny_models import HEAD_DIM, prompt, tiny_model
 

@@ -1,0 +1,159 @@
+"""A whole cache at fixed addresses: what is done before, in and after each captured decode step."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from transformers.cache_utils import Cache
+
+from quantpress.cache.attention.compiled_step import layers_of_a_step
+from quantpress.cache.fixed.fixed_holds import PackedHold, PlainHold, is_plain
+from quantpress.cache.fixed.fixed_plain import tokens_of
+from quantpress.cache.fixed.step_counters import StepCounters
+from quantpress.cache.layer import PackedLayer
+from quantpress.errors import InvalidInputError
+
+
+def never_fixable(cache: Cache) -> str | None:
+    """Why a cache of this kind cannot be used at fixed addresses; None when it can, once it has tokens."""
+    if getattr(cache, "offloading", False):
+        return "the cache is offloaded"
+    if getattr(cache, "masked", None):
+        return "a head-wise press masks tokens of the cache in place of removing them"
+    layers = getattr(cache, "layers", [])
+    others = [(index, type(layer).__name__) for index, layer in enumerate(layers) if not _is_known(layer)]
+    if others or not layers:
+        names = ", ".join(str(index) for index, _ in others[:8]) + (", ..." if len(others) > 8 else "")
+        return f"layers {names} of the cache are {others[0][1]}s" if layers else "the cache has no layers"
+    packed = (layer.tokens for layer in layers if isinstance(layer, PackedLayer))
+    if any(tokens is not None and tokens.coarse is not None for tokens in packed):
+        return "tokens are packed in two widths"
+    return None
+
+
+def unfixable(cache: Cache) -> str | None:
+    """Why a cache cannot be used at fixed addresses now; None when it can."""
+    reason = never_fixable(cache)
+    if reason is not None:
+        return reason
+    for index, layer in enumerate(cache.layers):
+        if isinstance(layer, PackedLayer):
+            if not layer.packed_tokens:
+                return f"layer {index} of the cache has too few tokens to pack any"
+        elif not layer.get_seq_length():
+            return f"layer {index} of the cache has no tokens"
+    return None
+
+
+def _is_known(layer: object) -> bool:
+    return isinstance(layer, PackedLayer) or is_plain(layer)
+
+
+class FixedCache:
+    """The layers of a cache at fixed addresses: packed ones, and transformers' own.
+
+    Entering again after the layers have changed (a question was undone, beams were reordered) uses the same
+    memory where it can; whether all addresses are the same as before is what `addresses` tells.
+
+    Args:
+        cache: one that is not `unfixable`.
+        windows: how far back attention looks, by layer index, for layers that look over a window only. A
+            sliding-window layer of transformers knows its own.
+
+    Raises:
+        InvalidInputError: it is.
+
+    Example:
+        >>> # fixed = FixedCache(cache)
+        >>> # fixed.enter(new_tokens=100)
+        >>> # with fixed.step():                # what can be captured
+        >>> #     model(token, past_key_values=cache, attention_mask=fixed_mask)
+        >>> # fixed.flush()
+    """
+
+    def __init__(self, cache: Cache, windows: Mapping[int, int] | None = None) -> None:
+        reason = unfixable(cache)
+        if reason is not None:
+            raise InvalidInputError(f"a cache cannot be fixed: {reason}")
+        self.cache = cache
+        self.layers: list[Any] = list(cache.layers)
+        shapes = [_shape(layer) for layer in self.layers]
+        with torch.inference_mode(False), torch.no_grad():  # so that any mode may write to it
+            heads = max(heads for _, heads in shapes)
+            self.counters = StepCounters(len(shapes), (shapes[0][0], heads), self.layers[0].device)
+            self.holds = [
+                PackedHold(layer, self.counters, index)
+                if isinstance(layer, PackedLayer)
+                else PlainHold(layer, self.counters, index, (windows or {}).get(index))
+                for index, layer in enumerate(self.layers)
+            ]
+
+    def fits(self, cache: Cache) -> bool:
+        """Whether this memory can be used for what the cache holds now."""
+        same = len(cache.layers) == len(self.layers)
+        return same and all(
+            layer is hold.layer and hold.fits() for layer, hold in zip(cache.layers, self.holds, strict=True)
+        )
+
+    @property
+    def entered(self) -> bool:
+        """Whether every layer is at its fixed addresses."""
+        return all(hold.entered for hold in self.holds)
+
+    def enter(self, new_tokens: int | None = None) -> None:
+        """Bring every layer to its fixed addresses.
+
+        Args:
+            new_tokens: make room for so many; more come with new addresses. None: a sixteenth more than
+                there are, at least `LEAST_ROOM`.
+        """
+        for hold in self.holds:
+            hold.enter(new_tokens)
+
+    def release(self) -> None:
+        """Let every layer grow again."""
+        for hold in self.holds:
+            hold.release()
+
+    @contextmanager
+    def step(self) -> Iterator[None]:
+        """One forward pass over one new token, eager or captured. The device counts inside."""
+        self.counters.advance()
+        for layer in self.layers:
+            layer.stepping = True
+        try:
+            with layers_of_a_step(self.layers):
+                yield
+        finally:
+            for layer in self.layers:
+                layer.stepping = False
+
+    def replayed(self) -> None:
+        """Count on the host what a replayed step has counted on the device."""
+        for hold in self.holds:
+            hold.count(1)
+
+    def counts(self) -> list[int]:
+        """Tokens of each layer, as the host counts them."""
+        return [hold.counted for hold in self.holds]
+
+    def recount(self, counts: list[int]) -> None:
+        """Go back to `counts`, after a capture that failed half way and has run nothing."""
+        for hold, counted in zip(self.holds, counts, strict=True):
+            hold.count(counted - hold.counted)
+
+    def flush(self) -> bool:
+        """After each step: make pages of full windows, and room where there is none. Whether anything was."""
+        flushed = [hold.flush() for hold in self.holds if hold.full]
+        return any(flushed)
+
+    def addresses(self) -> list[int]:
+        """Where everything lies that a step reads and writes."""
+        return [address for hold in self.holds for address in hold.addresses()]
+
+
+def _shape(layer: Any) -> tuple[int, int]:
+    """(B, Hkv) of a layer with tokens."""
+    keys = (layer.view().sinks if isinstance(layer, PackedLayer) else tokens_of(layer)).keys
+    return keys.shape[0], keys.shape[1]

@@ -1,0 +1,1 @@
+"""Paged attention: many sequences over one pool of packed pages."""

@@ -1,0 +1,135 @@
+"""Whether parts that were read fit together: kernels read memory by these shapes.
+
+A damaged file is found by its checksums; this is for one that was written wrong.
+"""
+
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from quantpress.cache.tokens.demotion import CoarsePages
+from quantpress.cache.tokens.packed_tokens import PackedTokens
+from quantpress.cache.tokens.ragged_pages import RaggedPages
+from quantpress.codecs.page_codec import PageCodec, ScalarPages
+from quantpress.errors import InvalidInputError
+from quantpress.kernels.layout import PAGE_TOKENS
+from quantpress.quantization.transform import ChannelTransform
+
+
+def check_tokens(tokens: PackedTokens) -> None:
+    """Refuse packed tokens whose tensors do not fit each other or their codecs.
+
+    Raises:
+        InvalidInputError: names what does not fit.
+    """
+    keys, values = tokens.sinks.keys, tokens.sinks.values
+    heads = keys.shape[:2]
+    for side, dense, recent in (
+        ("keys", keys, tokens.recent.keys),
+        ("values", values, tokens.recent.values),
+    ):
+        codec = tokens.settings.key_codec if side == "keys" else tokens.settings.value_codec
+        for one in (dense, recent):
+            _check(
+                one.dim() == 4
+                and one.shape[:2] == heads
+                and one.shape[-1] == codec.head_dim
+                and one.dtype == keys.dtype
+                and one.is_floating_point(),
+                f"the {side} kept in 16 bits",
+            )
+        store = tokens.key_pages if side == "keys" else tokens.value_pages
+        ragged = isinstance(tokens.pages, RaggedPages)
+        transform = tokens.key_transform if side == "keys" else tokens.value_transform
+        _check(transform is not None or not store.pages, f"the transform of the {side}")
+        if transform is not None:
+            _check_transform(transform, (*heads, codec.head_dim), side)
+        if store.pages:
+            leading = (1, 1) if ragged else tuple(heads)
+            check_planes(codec, store.planes, keys.dtype, (*leading, store.pages))
+    _check(tokens.key_pages.pages == tokens.value_pages.pages, "the number of pages of keys and values")
+    _check(tokens.sinks.tokens == values.shape[2], "the number of sinks")
+    _check(tokens.recent.keys.shape[2] == tokens.recent.values.shape[2], "the number of recent tokens")
+    _check_heads(tokens, tuple(heads))
+    if tokens.coarse is not None:
+        _check_coarse(tokens.coarse, tuple(heads), keys)
+
+
+def _check_coarse(coarse: CoarsePages, heads: tuple[int, ...], like: Tensor) -> None:
+    sides = (
+        ("coarse keys", coarse.key_codec, coarse.key_transform, coarse.pages.keys),
+        ("coarse values", coarse.value_codec, coarse.value_transform, coarse.pages.values),
+    )
+    for side, codec, transform, store in sides:
+        _check_transform(transform, (*heads, codec.head_dim), side)
+        check_planes(codec, store.planes, like.dtype, (*heads, coarse.pages.pages))
+
+
+def _check_heads(tokens: PackedTokens, heads: tuple[int, ...]) -> None:
+    """The page table names rows that there are; counts stay within the places."""
+    pages, counts = tokens.pages, tokens.heads
+    if isinstance(pages, RaggedPages):
+        table = pages.table
+        right = table.dtype == torch.int32 and table.dim() == 3 and tuple(table.shape[:2]) == heads
+        _check(right and counts is not None, "the page table")
+        _check(not table.numel() or _within(table, 0, pages.keys.pages - 1), "the rows of the page table")
+    if counts is not None:
+        both = (counts.sinks, counts.absent)
+        right = all(one.dtype == torch.int32 and one.shape == heads for one in both)
+        _check(right and counts.sink_places == tokens.sinks.tokens, "the counts of the heads")
+        _check(_within(counts.sinks, 0, tokens.sinks.tokens), "the sinks of the heads")
+        _check(_within(counts.absent, 0, tokens.packed + tokens.recent.tokens), "the tokens of the heads")
+
+
+def _within(numbers: Tensor, least: int, most: int) -> bool:
+    return bool(((numbers >= least) & (numbers <= most)).all())
+
+
+def check_planes(
+    codec: PageCodec, planes: dict[str, Tensor], dtype: torch.dtype, leading: tuple[int, ...]
+) -> None:
+    """Refuse planes that are not those of a codec.
+
+    Args:
+        codec: whose pages they should be.
+        planes: by name.
+        dtype: of the vectors that were packed.
+        leading: their leading dimensions, such as (B, Hkv, P).
+
+    Raises:
+        InvalidInputError: names, dtypes or shapes are wrong.
+    """
+    key: Any = codec  # frozen, so it can be remembered
+    page = _one_page(key, dtype)
+    wanted = {name: (plane.dtype, (*leading, *plane.shape[3:])) for name, plane in page.items()}
+    found = {name: (plane.dtype, tuple(plane.shape)) for name, plane in planes.items()}
+    if isinstance(codec, ScalarPages) and codec.spec.scale_dtype == "auto":  # scales may have become wider
+        wide = {torch.float16: torch.float32}
+        wider = {name: (wide.get(dtype, dtype), shape) for name, (dtype, shape) in wanted.items()}
+        wanted = wider if found == wider else wanted
+    _check(found == wanted, f"the pages {found} of {codec}")
+
+
+def _check_transform(transform: ChannelTransform, shape: tuple[int, ...], side: str) -> None:
+    for name, tensor in transform.tensors().items():
+        dtype = torch.int16 if name == "order" else torch.float32
+        _check(tensor.shape == shape and tensor.dtype == dtype, f"the {name} of the {side}")
+    if transform.order is not None:
+        places = torch.arange(shape[-1], dtype=torch.int16, device=transform.order.device)
+        _check(
+            bool((transform.order.sort(dim=-1).values == places).all()), f"the channel order of the {side}"
+        )
+
+
+@lru_cache(maxsize=64)
+def _one_page(codec: Any, dtype: torch.dtype) -> dict[str, Tensor]:
+    vectors = torch.zeros(1, 1, PAGE_TOKENS, codec.head_dim, dtype=dtype, device="cpu")
+    page: dict[str, Tensor] = codec.encode(vectors, ChannelTransform())
+    return page
+
+
+def _check(holds: bool, what: str) -> None:
+    if not holds:
+        raise InvalidInputError(f"parts do not fit together: {what}")

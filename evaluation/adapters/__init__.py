@@ -1,0 +1,1 @@
+"""Evaluation harnesses of others: kvpress's and lm-eval's."""

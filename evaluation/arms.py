@@ -1,0 +1,161 @@
+"""What is compared: the arms of an evaluation, each a way to keep a cache.
+
+Every run has the controls: the uncompressed cache, plain integers, KIVI's scheme, random eviction and
+kvpress's presses alone. All of them are held for real; nothing is simulated.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+
+from kvpress import BasePress
+
+from quantpress.cache.settings import DEFAULT_SINK_TOKENS
+from quantpress.codecs.page_codec import PageCodec
+from quantpress.codecs.uniform import UniformPages
+from quantpress.errors import InvalidInputError
+from quantpress.presses import Compose, ExpectedAttention, Knorm, Random, SnapKV, StreamingLLM, TurboQuant
+from quantpress.presses.presets import WINDOWS
+
+UNCOMPRESSED = "uncompressed"
+KIVI_GROUP = 32
+"""Numbers in a group, keys along tokens and values along channels. Source: KIVI, arXiv 2402.02750."""
+KIVI_RESIDUAL = 128
+"""Last tokens that KIVI keeps in 16 bits."""
+
+MakePress = Callable[[], BasePress | None]
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to keep a cache.
+
+    Args:
+        name: unique in a run; what tables and records call it.
+        make: makes a fresh press for every reading; None keeps the cache as it is.
+        kind: "control", "eviction", "quantizer", "combined", "grid" or "yours".
+        one_by_one: its press takes no batch: documents are read one at a time.
+    """
+
+    name: str
+    make: MakePress
+    kind: str
+    one_by_one: bool = field(default=False, kw_only=True)
+
+
+def check_names(arms: Sequence[Arm]) -> None:
+    """Refuse two arms of one name, and arms without the uncompressed one.
+
+    Raises:
+        InvalidInputError: naming the arm.
+    """
+    names = [arm.name for arm in arms]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise InvalidInputError(f"two arms are called {twice[0]!r}; give each its own name")
+    if UNCOMPRESSED not in names:
+        raise InvalidInputError(f"the arms have no {UNCOMPRESSED!r}; everything is measured against it")
+
+
+def uncompressed() -> Arm:
+    """The whole cache, as the model makes it."""
+    return Arm(UNCOMPRESSED, lambda: None, "control")
+
+
+def plain_integers(bits: int) -> TurboQuant:
+    """Plain integers of `bits` bits, one range a token and head, nothing pinned, nothing rotated."""
+    return TurboQuant(codec=_uniform(bits, "token", None), sink_tokens=0, recent_tokens=0)
+
+
+def kivi(bits: int) -> TurboQuant:
+    """KIVI's scheme: keys per channel, values per token, groups of 32, the last 128 tokens in 16 bits.
+
+    Source: KIVI, arXiv 2402.02750.
+    """
+
+    def codec(head_dim: int, role: str, layer_idx: int) -> PageCodec:
+        return UniformPages(head_dim, bits, "channel" if role == "key" else "token", KIVI_GROUP)
+
+    return TurboQuant(codec=codec, sink_tokens=0, recent_tokens=KIVI_RESIDUAL)
+
+
+def _uniform(bits: int, axis: str, group: int | None) -> Callable[[int, str, int], PageCodec]:
+    return lambda head_dim, role, layer_idx: UniformPages(head_dim, bits, axis, group)
+
+
+def controls() -> list[Arm]:
+    """What every run has."""
+    return [
+        uncompressed(),
+        Arm("int8 per token", lambda: plain_integers(8), "control"),
+        Arm("int4 per token", lambda: plain_integers(4), "control"),
+        Arm("KIVI 4 bits", lambda: kivi(4), "control"),
+        Arm("KIVI 2 bits", lambda: kivi(2), "control"),
+        Arm("Random(0.5)", lambda: Random(0.5, seed=0), "control"),
+    ]
+
+
+def evictions() -> list[Arm]:
+    """kvpress's presses alone."""
+    return [
+        Arm("SnapKV(0.5)", lambda: SnapKV(0.5), "eviction"),
+        Arm("StreamingLLM(0.5)", lambda: StreamingLLM(0.5), "eviction"),
+        Arm("Knorm(0.5)", lambda: Knorm(0.5), "eviction"),
+        Arm("ExpectedAttention(0.5)", lambda: ExpectedAttention(0.5), "eviction"),
+    ]
+
+
+def quantizers() -> list[Arm]:
+    """TurboQuant by its presets and widths, and as published at the same true bits.
+
+    The first ones have the presets' windows: 4 first and 8 detected tokens of each head and 64 recent ones in
+    16 bits; TurboQuant as published has 12 first ones, so as many. The last ones have the class's windows.
+    """
+    small, paper = partial(TurboQuant.preset, "small"), partial(TurboQuant.preset, "paper")
+    same = {
+        "sink_tokens": DEFAULT_SINK_TOKENS + WINDOWS["detect_sinks"],
+        "recent_tokens": WINDOWS["recent_tokens"],
+    }
+    makes: dict[str, Callable[[], TurboQuant]] = {
+        "preset quality": partial(TurboQuant.preset, "quality"),
+        "preset balanced": partial(TurboQuant.preset, "balanced"),
+        "preset small, keys 4 bits": partial(small, key_bits=4),
+        "preset small": small,
+        "preset small, 2 bits": partial(small, bits=2),
+        "as published 4/4": partial(paper, bits=4, **same),
+        "as published 3.5": partial(paper, bits=3.5, **same),
+        "as published 3/3": partial(paper, bits=3, **same),
+        "TurboQuant 4/4": partial(TurboQuant, 4),
+        "TurboQuant 3.5": partial(TurboQuant, 3.5),
+        "TurboQuant 3/3": partial(TurboQuant, 3),
+        "as published 3.5, 128 recent": partial(paper, bits=3.5),
+        "as published 3/3, 128 recent": partial(paper, bits=3),
+    }
+    return [Arm(name, make, "quantizer") for name, make in makes.items()]
+
+
+AGAINST_PUBLISHED = {
+    "preset balanced": "as published 4/4",
+    "preset small, keys 4 bits": "as published 3.5",
+    "preset small": "as published 3/3",
+    "TurboQuant 3.5": "as published 3.5, 128 recent",
+    "TurboQuant 3/3": "as published 3/3, 128 recent",
+}
+"""Arms and TurboQuant as published in as many bits."""
+
+
+def combined() -> list[Arm]:
+    """Eviction, then packing."""
+    return [
+        Arm(f"SnapKV(0.5) | preset {name}", partial(_behind_snapkv, name), "combined")
+        for name in ("balanced", "small")
+    ]
+
+
+def _behind_snapkv(preset: str) -> Compose:
+    return Compose([SnapKV(0.5), TurboQuant.preset(preset)])
+
+
+def every_arm() -> list[Arm]:
+    """Controls, presses alone, quantizers and compositions."""
+    return [*controls(), *evictions(), *quantizers(), *combined()]

@@ -1,0 +1,142 @@
+"""What the uncompressed model says about a document, and the queries with which it reads its context."""
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from quantpress.cache.attention.dispatch import install_packed_attention
+from quantpress.evaluation.divergence.teacher_forcing import float32_logits
+from quantpress.presses.models.support import attention_modules
+
+_PASSED_ON = ("scaling", "softcap", "s_aux")
+_RECORDING = threading.RLock()
+
+
+@dataclass(frozen=True)
+class AttentionCall:
+    """One layer's queries behind the context, and the context's keys and values, uncompressed.
+
+    Args:
+        module: the attention module.
+        query: [B, Hq, n, D].
+        keys: [B, Hkv, T, D].
+        values: [B, Hkv, T, Dv].
+        options: scaling, softcap and learned sinks, as the model passed them.
+        output: [B, n, Hq, Dv] float32, of these queries over the context alone; None until it is computed.
+    """
+
+    module: torch.nn.Module
+    query: torch.Tensor
+    keys: torch.Tensor
+    values: torch.Tensor
+    options: dict[str, Any]
+    output: torch.Tensor | None = None
+
+    def of(self, entries: slice) -> "AttentionCall":
+        """The same call with some of its documents."""
+        query, keys, values = (t[entries] for t in (self.query, self.keys, self.values))
+        output = None if self.output is None else self.output[entries]
+        return replace(self, query=query, keys=keys, values=values, output=output)
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Documents read by the uncompressed model in one forward, without a cache.
+
+    Args:
+        log_probs: [B, N - 1, V] float32, of the tokens behind the first of the continuation.
+        attention: by layer index; empty unless asked for. Sliding-window layers are left out.
+    """
+
+    log_probs: torch.Tensor
+    attention: dict[int, AttentionCall]
+
+    def of(self, entries: slice) -> "Reference":
+        """The same for some of the documents, without a copy."""
+        attention = {layer: call.of(entries) for layer, call in self.attention.items()}
+        return Reference(self.log_probs[entries], attention)
+
+
+def read_reference(model: PreTrainedModel, ids: torch.Tensor, context: int, queries: int = 0) -> Reference:
+    """Run the whole text through the model.
+
+    Args:
+        model: decoder-only, in evaluation mode.
+        ids: [B, T + N] int64: context and continuation.
+        context: T.
+        queries: how many of the queries behind the context to keep for each layer; 0 keeps no attention.
+    """
+    calls: dict[int, AttentionCall] = {}
+    with float32_logits(model), _recorded(model, calls, context, queries):
+        logits = model(input_ids=ids, use_cache=False, logits_to_keep=ids.shape[1] - context).logits
+    exact = {
+        layer: replace(call, output=attend(model, call, call.keys, call.values).float())
+        for layer, call in calls.items()  # now, before a head-wise press masks anything
+    }
+    return Reference(logits[:, :-1].float().log_softmax(-1), exact)
+
+
+@contextmanager
+def _recorded(
+    model: PreTrainedModel, calls: dict[int, AttentionCall], context: int, queries: int
+) -> Iterator[None]:
+    """Wrap the model's attention function for one forward; all models share it, so one at a time."""
+    if not queries:
+        yield
+        return
+    with _RECORDING:
+        yield from _recorded_alone(model, calls, context, queries)
+
+
+def _recorded_alone(
+    model: PreTrainedModel, calls: dict[int, AttentionCall], context: int, queries: int
+) -> Iterator[None]:
+    own, this = set(attention_modules(model)), threading.current_thread()
+    install_packed_attention()
+    name = model.config._attn_implementation
+    function: Any = ALL_ATTENTION_FUNCTIONS[name]
+
+    def recording(
+        module: torch.nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        mine = module in own and threading.current_thread() is this
+        if mine and kwargs.get("sliding_window") is None:
+            layer: Any = module.layer_idx
+            calls[layer] = AttentionCall(
+                module,
+                query[:, :, context : context + queries].clone(),
+                key[:, :, :context].clone(),
+                value[:, :, :context].clone(),
+                {name: kwargs[name] for name in _PASSED_ON if name in kwargs},
+            )
+        return function(module, query, key, value, *args, **kwargs)
+
+    ALL_ATTENTION_FUNCTIONS[name] = recording
+    try:
+        yield
+    finally:
+        ALL_ATTENTION_FUNCTIONS[name] = function
+
+
+def attend(
+    model: PreTrainedModel, call: AttentionCall, keys: torch.Tensor, values: torch.Tensor
+) -> torch.Tensor:
+    """The layer's attention over a context alone, packed or not, all of it visible: [B, n, Hq, Dv].
+
+    It goes through the function that the model itself calls, so a packed cache is read as in decoding.
+    """
+    function: Any = ALL_ATTENTION_FUNCTIONS[model.config._attn_implementation]
+    options = {"dropout": 0.0, "is_causal": False, **call.options}
+    output: torch.Tensor = function(call.module, call.query, keys, values, None, **options)[0]
+    return output

@@ -1,0 +1,1 @@
+"""Results of the evaluation: records, statistics, tables and figures."""

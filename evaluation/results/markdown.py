@@ -1,0 +1,201 @@
+"""The tables of a run, in Markdown."""
+
+from collections.abc import Sequence
+
+from quantpress.evaluation.results.records import Records
+from quantpress.evaluation.results.statistics import Estimate
+from quantpress.evaluation.results.summary import (
+    WEAK,
+    FidelityRow,
+    Findings,
+    PairRow,
+    TaskRow,
+    pareto_front,
+    weak_tasks,
+)
+from quantpress.evaluation.runner import REFUSED
+
+
+def report(records: Records, findings: Findings) -> str:
+    """Everything a run has found, as one page."""
+    parts = [_heading(records)]
+    if findings.fidelity:
+        parts += ["## Fidelity of continuations", FIDELITY_NOTE, fidelity_table(findings.fidelity)]
+    if findings.pairs:
+        parts += ["## Against TurboQuant as published", PAIR_NOTE, pair_table(findings.pairs)]
+    if findings.grid:
+        parts += ["## Eviction and bits at equal bytes", GRID_NOTE, grid_table(findings.grid)]
+        parts += [_budget_note(findings.grid)]
+    if findings.tasks:
+        parts += ["## Tasks", TASK_NOTE, task_table(findings.tasks), _weak_note(findings.tasks)]
+    refused = [f"- {line['arm']}, {line['case']}: {line['reason']}" for line in records.of(REFUSED)]
+    if refused:
+        parts += ["## Refused", "\n".join(refused)]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+BUDGET_TOLERANCE = 0.01
+
+FIDELITY_NOTE = """\
+KL(uncompressed || compressed) in nats over the tokens of each continuation, teacher-forced through the
+compressed cache; agreement is of the most likely token; perplexity ratio is to the uncompressed model on the
+same tokens. In brackets 95 % bootstrap intervals over documents. Bits a value and ratio are measured bytes
+against all tokens read; the ratio is to those tokens uncompressed, in the dtype above. Attention is the
+error |o' - o| / |o| over the context, the mean of all heads and the worst head. The row `uncompressed` is
+what rounding and chunks alone change: no arm can be told from it below that."""
+
+PAIR_NOTE = """\
+How many times lower the mean KL is than that of TurboQuant as published in as many bits, with 95 % bootstrap
+intervals over documents: as measured, and less the KL of the row `uncompressed`, document by document."""
+
+GRID_NOTE = """\
+The tokens kept are chosen so that every row of one budget has at most its bytes. In bold: the front, where no
+other row has fewer bytes and less divergence."""
+
+TASK_NOTE = """\
+Mean scores, 0 to 1, of identical prompts, greedy. Difference is to the uncompressed cache, case by case, with
+its 95 % bootstrap interval; lost and gained count cases answered fully right, with McNemar's exact p."""
+
+
+def fidelity_table(rows: Sequence[FidelityRow]) -> str:
+    """Arms by row."""
+    headers = (
+        *("cache", "bits a value", "ratio", "KL mean", "median", "99 %", "agreement"),
+        *("perplexity", "perplexity ratio", "attention error, worst", "attention KL"),
+    )
+    return table(
+        headers,
+        [
+            (
+                row.arm,
+                f"{row.bits_per_value:.2f}",
+                f"{row.ratio:.2f}x",
+                interval(row.kl, 4),
+                interval(row.kl_median, 4),
+                interval(row.kl_p99, 3),
+                interval(row.agreement, 3),
+                f"{row.perplexity.value:.2f}",
+                interval(row.perplexity_ratio, 4),
+                "" if row.attention_error is None else "{:.3f}, {:.3f}".format(*row.attention_error),
+                "" if row.attention_kl is None else f"{row.attention_kl:.4f}",
+            )
+            for row in rows
+        ],
+    )
+
+
+def pair_table(rows: Sequence[PairRow]) -> str:
+    """Pairs by row."""
+    headers = ("cache", "bits a value", "as published", "bits a value", "KL ratio", "less rounding")
+    return table(
+        headers,
+        [
+            (
+                row.arm,
+                f"{row.bits:.2f}",
+                row.published,
+                f"{row.published_bits:.2f}",
+                interval(row.ratio, 2),
+                "" if row.net is None else interval(row.net, 2),
+            )
+            for row in rows
+        ],
+    )
+
+
+def grid_table(rows: Sequence[FidelityRow]) -> str:
+    """Arms by row, from few bytes to many."""
+    front = {row.arm for row in pareto_front(rows)}
+    ordered = sorted(rows, key=lambda row: row.resident_bytes)
+    return table(
+        ("kept", "part of the bytes", "KL mean", "median", "99 %", "agreement", "perplexity ratio"),
+        [
+            (
+                f"**{row.arm}**" if row.arm in front else row.arm,
+                f"{1 / row.ratio:.4f}",
+                interval(row.kl, 4),
+                interval(row.kl_median, 4),
+                interval(row.kl_p99, 3),
+                interval(row.agreement, 3),
+                interval(row.perplexity_ratio, 4),
+            )
+            for row in ordered
+        ],
+    )
+
+
+def task_table(rows: Sequence[TaskRow]) -> str:
+    """Arms by row, tasks by column; weak tasks are marked."""
+    tasks = list(dict.fromkeys(task for row in rows for task in row.scores))
+    weak = weak_tasks(rows)
+    headers = ["cache", "ratio", *(f"{task} †" if task in weak else task for task in tasks)]
+    headers += ["all", "difference", "lost", "gained", "p"]
+    return table(
+        headers,
+        [
+            (
+                row.arm,
+                f"{row.ratio:.2f}x",
+                *(f"{row.scores[task]:.2f}" if task in row.scores else "" for task in tasks),
+                interval(row.mean, 2),
+                interval(row.difference, 2),
+                str(row.test.lost),
+                str(row.test.gained),
+                f"{row.test.p_value:.3f}",
+            )
+            for row in rows
+        ],
+    )
+
+
+def table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    r"""A Markdown table.
+
+    Example:
+        >>> print(table(("a", "b"), [("x | y", "1")]))
+        | a | b |
+        |---|---|
+        | x \| y | 1 |
+    """
+    lines = [headers, *rows]
+    cells = ["| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines]
+    return "\n".join([cells[0], "|" + "---|" * len(headers), *cells[1:]])
+
+
+def interval(estimate: Estimate, digits: int) -> str:
+    """A figure and its interval.
+
+    Example:
+        >>> interval(Estimate(0.25, 0.2, 0.3), 2), interval(Estimate(0.25, None, None), 2)
+        ('0.25 [0.20, 0.30]', '0.25')
+    """
+    shown = f"{estimate.value:.{digits}f}"
+    if estimate.low is None or estimate.high is None:
+        return shown
+    return f"{shown} [{estimate.low:.{digits}f}, {estimate.high:.{digits}f}]"
+
+
+def _heading(records: Records) -> str:
+    found = records.settings
+    suite = found.get("suite", {})
+    return (
+        f"# Evaluation of {found.get('model')}, suite {suite.get('name')}\n\n"
+        f"{found.get('dtype')} on {found.get('device')}, torch {found.get('torch')}, transformers "
+        f"{found.get('transformers')}, kvpress {found.get('kvpress')}, seed {found.get('seed')}. "
+        f"{suite.get('documents')} documents of {suite.get('context')} + {suite.get('continuation')} tokens."
+    )
+
+
+def _budget_note(rows: Sequence[FidelityRow]) -> str:
+    """Rows whose measured bytes are not those of their budget."""
+    off = {row.arm: 1 / row.ratio / row.budget - 1 for row in rows if row.budget}
+    shown = ", ".join(f"{arm} {part:+.1%}" for arm, part in off.items() if abs(part) > BUDGET_TOLERANCE)
+    return shown and f"More than {BUDGET_TOLERANCE:.0%} over or under the bytes of the budget: {shown}."
+
+
+def _weak_note(rows: Sequence[TaskRow]) -> str:
+    weak = ", ".join(f"{task} {score:.2f}" for task, score in weak_tasks(rows).items())
+    return weak and (
+        f"† The uncompressed model itself scores below {WEAK}: {weak}. Differences there say little about a "
+        "cache."
+    )

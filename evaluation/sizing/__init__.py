@@ -1,0 +1,1 @@
+"""What a model and its cache will weigh, and what fits."""

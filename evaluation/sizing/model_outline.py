@@ -1,0 +1,227 @@
+"""What a model's cache will be made of, without its weights: layers, heads, dimensions, bytes of the weights.
+
+The model is built from its configuration on the "meta" device, which holds shapes and no data. So every
+architecture that transformers knows is counted by its own code.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    LlamaConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+
+from quantpress.errors import InvalidInputError, UnsupportedModelError
+from quantpress.pipelines.default_model import DEFAULT_MODEL_NAME, ensure_default_model
+from quantpress.presses.models.positions import position_count
+from quantpress.presses.models.support import attention_modules, check_packable, is_sliding
+
+SHAPE_FIELDS = {
+    "layers": "num_hidden_layers",
+    "kv_heads": "num_key_value_heads",
+    "head_dim": "head_dim",
+    "heads": "num_attention_heads",
+    "hidden": "hidden_size",
+    "intermediate": "intermediate_size",
+    "vocab": "vocab_size",
+    "positions": "max_position_embeddings",
+}
+"""Words of a shape written as text, and the fields of a Llama's configuration that they set."""
+
+_NEEDED = ("layers", "kv_heads", "head_dim")
+_OF_WEIGHTS = ("heads", "hidden", "intermediate", "vocab")
+EXAMPLE_SHAPE = "layers=32,heads=32,kv_heads=8,head_dim=128,hidden=4096,intermediate=14336,vocab=128256"
+
+
+@dataclass(frozen=True, eq=False)
+class LayerOutline:
+    """The attention of one layer.
+
+    Args:
+        module: on the meta device, or of a model in memory.
+        index: of the layer.
+        sliding: it looks back over a window only, and stays unpacked.
+        query_heads: Hq.
+        kv_heads: Hkv, as cached.
+        head_dim: D of the keys, as cached.
+        value_dim: Dv of the values.
+    """
+
+    module: nn.Module
+    index: int
+    sliding: bool
+    query_heads: int
+    kv_heads: int
+    head_dim: int
+    value_dim: int
+
+
+@dataclass(frozen=True, eq=False)
+class ModelOutline:
+    """A model without its weights.
+
+    Args:
+        name: what it was asked for by.
+        architecture: the name of its class.
+        layers: its attention layers in order.
+        other_layers: layers that cache something else (state spaces, convolutions), or nothing.
+        weights_bytes: of all parameters; None where a shape leaves them open.
+        dtype: of the weights.
+        hidden: width of the hidden states; None where a shape leaves it open.
+        intermediate: width of the feed-forward; None where it is not known.
+        positions: most tokens that the model was made for; None where it does not say.
+        refusal: why its cache cannot be packed; None when it can.
+        quantized: its checkpoint holds weights of other widths than `dtype`, so that they weigh less.
+    """
+
+    name: str
+    architecture: str
+    layers: tuple[LayerOutline, ...]
+    other_layers: int
+    weights_bytes: int | None
+    dtype: torch.dtype
+    hidden: int | None
+    intermediate: int | None
+    positions: int | None
+    refusal: str | None
+    quantized: bool = False
+
+    @classmethod
+    def of(cls, name: str, model: PreTrainedModel, dtype: torch.dtype | None = None) -> "ModelOutline":
+        """The outline of a model, in memory or on the meta device.
+
+        Args:
+            name: what to call it.
+            model: decoder-only.
+            dtype: that the weights will have; left out, that of the parameters.
+        """
+        config = model.config.get_text_config()
+        layers = tuple(_layers(attention_modules(model)))
+        total = int(getattr(config, "num_hidden_layers", len(layers)))
+        kind = dtype or model.dtype
+        parameters = {id(one): one for one in model.parameters()}.values()  # tied ones count once
+        try:
+            check_packable(model)
+            refusal = None
+        except UnsupportedModelError as error:
+            refusal = str(error)
+        return cls(
+            name=name,
+            architecture=type(model).__name__,
+            layers=layers,
+            other_layers=max(0, total - len(layers)),
+            weights_bytes=sum(one.numel() for one in parameters) * kind.itemsize,
+            dtype=kind,
+            hidden=getattr(config, "hidden_size", None),
+            intermediate=getattr(config, "intermediate_size", None),
+            positions=position_count(model.config),
+            refusal=refusal,
+            quantized=getattr(model.config, "quantization_config", None) is not None,
+        )
+
+
+def outline(model: str | None = None) -> ModelOutline:
+    """A model's outline by its name.
+
+    Args:
+        model: an id on the hub, a folder, a config.json, or a shape such as `EXAMPLE_SHAPE`, of which heads,
+            hidden, intermediate and vocab may be left out; None for the default model.
+
+    Raises:
+        InvalidInputError: there is no such model or configuration, or the shape cannot be read.
+        ModelFilesError: the default model could not be fetched.
+    """
+    if model is not None and "=" in model:
+        return _of_shape(model)
+    if model is not None and not Path(model).exists() and model.endswith(".json"):
+        raise InvalidInputError(f"there is no file {model}; give a config.json, a folder, an id or a shape")
+    place = str(ensure_default_model()) if model in (None, DEFAULT_MODEL_NAME) else str(model)
+    try:
+        config = AutoConfig.from_pretrained(place)
+        made = _without_weights(config)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+        raise InvalidInputError(
+            f"{model} cannot be outlined: {reason}. Give an id on the hub, a folder, a config.json, or a "
+            f"shape such as {EXAMPLE_SHAPE}"
+        ) from error
+    stored = getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None)
+    return ModelOutline.of(
+        model or DEFAULT_MODEL_NAME, made, stored if isinstance(stored, torch.dtype) else torch.bfloat16
+    )
+
+
+def _without_weights(config: PreTrainedConfig) -> PreTrainedModel:
+    """The model on the meta device."""
+    make: Any = AutoModelForCausalLM.from_config
+    with torch.device("meta"):
+        model: PreTrainedModel = make(config)
+    model.eval()
+    return model
+
+
+def _of_shape(text: str) -> ModelOutline:
+    given: dict[str, int] = {}
+    for part in text.split(","):
+        name, _, number = part.partition("=")
+        name = name.strip()
+        if name not in SHAPE_FIELDS or not number.strip().isdecimal() or int(number) < 1:
+            raise InvalidInputError(
+                f"{part.strip()!r} in the shape {text!r} cannot be read; write NAME=NUMBER with commas "
+                f"between, of {', '.join(SHAPE_FIELDS)}, such as {EXAMPLE_SHAPE}"
+            )
+        given[name] = int(number)
+    missing = [name for name in _NEEDED if name not in given]
+    if missing:
+        raise InvalidInputError(f"the shape {text!r} lacks {', '.join(missing)}; such as {EXAMPLE_SHAPE}")
+    whole = all(name in given for name in _OF_WEIGHTS)
+    filled = {"heads": given["kv_heads"], "intermediate": 64, "vocab": 64, **given}
+    filled.setdefault("hidden", filled["heads"] * filled["head_dim"])
+    fields: dict[str, Any] = {SHAPE_FIELDS[name]: number for name, number in filled.items()}
+    model = _without_weights(LlamaConfig(**fields))
+    known = ModelOutline.of(text, model, torch.bfloat16)
+    return ModelOutline(
+        **{
+            **vars(known),
+            "weights_bytes": known.weights_bytes if whole else None,
+            "hidden": given.get("hidden"),
+            "intermediate": given.get("intermediate"),
+            "positions": given.get("positions"),
+        }
+    )
+
+
+def _layers(modules: list[nn.Module]) -> Iterator[LayerOutline]:
+    for module in modules:
+        of: Any = module
+        config = getattr(of, "config", None)
+        if config is None:  # attention of a kind that is not packed either
+            continue
+        heads = int(config.num_attention_heads)
+        latent = getattr(of, "qk_head_dim", None)  # it caches a key and a value for every query head
+        head_dim = latent or getattr(of, "head_dim", None) or config.hidden_size // heads
+        yield LayerOutline(
+            module=module,
+            index=int(of.layer_idx),
+            sliding=is_sliding(module),
+            query_heads=heads,
+            kv_heads=heads if latent else _kv_heads(of, heads),
+            head_dim=int(head_dim),
+            value_dim=int(of.v_head_dim if latent else head_dim),
+        )
+
+
+def _kv_heads(module: Any, heads: int) -> int:
+    """As the module itself counts them: a configuration may name what its architecture does not know."""
+    for name in ("num_key_value_heads", "num_kv_heads"):
+        if isinstance(getattr(module, name, None), int):
+            return int(getattr(module, name))
+    return heads // int(getattr(module, "num_key_value_groups", 1))

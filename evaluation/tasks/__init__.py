@@ -1,0 +1,1 @@
+"""Texts with planted facts, and questions about them."""

@@ -1,0 +1,114 @@
+"""Launching of the Triton decode kernels: what they support, their settings and their operands."""
+
+from collections.abc import Iterator
+from contextlib import nullcontext
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from quantpress.kernels.dequantize.triton_kernel import decode_code_space_kernel, decode_pages_kernel
+from quantpress.kernels.layout import PAGE_TOKENS
+from quantpress.kernels.rotation_matrix import padded, rotation_matrix
+from quantpress.quantization.codebook import Codebook
+from quantpress.quantization.spec import CodecSpec
+from quantpress.quantization.transform import ChannelTransform
+
+MAX_CHANNELS = 256  # of one group
+BLOCK = 64  # channels that an inverse rotation takes at a time
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def supports_decode(spec: CodecSpec, dtype: torch.dtype = torch.float32) -> bool:
+    """Whether the kernels decode this codec to this dtype: no sketch, groups of at most 256 channels."""
+    fits = all(group.channels <= MAX_CHANNELS for group in spec.groups)
+    return spec.estimator == "mse" and fits and dtype in DTYPES
+
+
+def decode_code_space_triton(planes: dict[str, Tensor], spec: CodecSpec) -> Tensor:
+    """Decode pages into code space. See `quantpress.kernels.dequantize.reference.decode_code_space`."""
+    batch, heads, pages = planes["codes0"].shape[:3]
+    tokens = pages * PAGE_TOKENS
+    values = spec.role == "value"
+    shape = (batch, heads, spec.head_dim, tokens) if values else (batch, heads, tokens, spec.head_dim)
+    out = torch.empty(shape, dtype=torch.float32, device=planes["codes0"].device)
+    for arguments in code_space_arguments(planes, spec, out):
+        _launch(decode_code_space_kernel, arguments, batch * heads, 4)
+    return out.transpose(-1, -2) if values else out
+
+
+def decode_pages_triton(
+    planes: dict[str, Tensor], spec: CodecSpec, transform: ChannelTransform, dtype: torch.dtype
+) -> Tensor:
+    """Decode pages to the vectors they stand for. See `reference.py`."""
+    batch, heads, pages = planes["codes0"].shape[:3]
+    shape = (batch, heads, pages * PAGE_TOKENS, spec.head_dim)
+    out = torch.empty(shape, dtype=dtype, device=planes["codes0"].device)
+    for arguments in decode_arguments(planes, spec, transform, out):
+        _launch(decode_pages_kernel, arguments, batch * heads, 4 if arguments["CP"] <= 128 else 8)
+    return out
+
+
+def _launch(kernel: Any, arguments: dict[str, Any], heads: int, warps: int) -> None:
+    out: Tensor = arguments["out_ptr"]
+    if out.numel():
+        with torch.cuda.device(out.device) if out.is_cuda else nullcontext():
+            kernel[(2 * arguments["pages"], heads)](**arguments, num_warps=warps)
+
+
+def code_space_arguments(planes: dict[str, Tensor], spec: CodecSpec, out: Tensor) -> Iterator[dict[str, Any]]:
+    """The arguments of `decode_code_space_kernel` by name, for each channel group."""
+    start = 0
+    for i, group in enumerate(spec.groups):
+        levels = _level_tensor(spec.codebook_of(i), out.device, False)
+        yield _common(planes, spec, i, start) | {"levels_ptr": levels, "out_ptr": out}
+        start += group.channels
+
+
+def decode_arguments(
+    planes: dict[str, Tensor], spec: CodecSpec, transform: ChannelTransform, out: Tensor
+) -> Iterator[dict[str, Any]]:
+    """The arguments of `decode_pages_kernel` by name, for each channel group."""
+    parts = {name: part.contiguous() for name, part in transform.tensors().items()}
+    start = 0
+    for i, group in enumerate(spec.groups):
+        book = spec.codebook_of(i)
+        levels = _level_tensor(book, out.device, True)
+        matrix = rotation_matrix(spec.rotation_of(i), out.device, inverse=True)
+        yield _common(planes, spec, i, start) | {
+            "levels_ptr": levels,
+            "matrix_ptr": matrix.halves,
+            "out_ptr": out,
+            **{f"{name}_ptr": parts.get(name, levels) for name in ("mean", "weight", "order")},
+            "factor": matrix.factor * book.unit,
+            "BK": min(padded(group.channels), BLOCK),
+            "HALVES": len(matrix.halves),
+            "WHOLE": book.form == "int8",
+            "MEAN": transform.mean is not None,
+            "WEIGHT": transform.weight is not None,
+            "ORDER": transform.order is not None,
+        }
+        start += group.channels
+
+
+def _common(planes: dict[str, Tensor], spec: CodecSpec, i: int, start: int) -> dict[str, Any]:
+    group = spec.groups[i]
+    return {
+        "words_ptr": planes[f"codes{i}"].contiguous().view(torch.int32),
+        "scale_ptr": planes[f"scale{i}"].contiguous(),
+        "pages": planes["codes0"].shape[2],
+        "D": spec.head_dim,
+        "START": start,
+        "C": group.channels,
+        "CP": padded(group.channels),
+        "BITS": group.bits,
+        "VALUES": spec.role == "value",
+    }
+
+
+@lru_cache(maxsize=64)
+def _level_tensor(book: Codebook, device: torch.device, scaled: bool) -> Tensor:
+    """Levels of a codebook, in units of `book.unit` where `scaled`; cached."""
+    with torch.inference_mode(False), torch.no_grad():
+        return torch.tensor(book.scaled if scaled else book.levels, dtype=torch.float32, device=device)

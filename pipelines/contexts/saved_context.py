@@ -1,0 +1,161 @@
+"""A `CachedContext` on disk: one file with the cache, the prompt's ids, the model's fingerprint."""
+
+import os
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from kvpress import BasePress
+from transformers import Cache, PreTrainedModel
+
+from quantpress.cache import PackedLayer
+from quantpress.cache.parts import Parts
+from quantpress.cache.saved.cache_file import read_file, write_file
+from quantpress.cache.saved.codec_parts import codec_parts
+from quantpress.cache.saved.fingerprint import difference
+from quantpress.cache.saved.layers import cache_of, cache_parts
+from quantpress.cache.settings import LayerSettings
+from quantpress.errors import CacheFileError, InvalidInputError, QuantPressError
+from quantpress.pipelines.members import members
+from quantpress.presses.models.support import attention_modules, full_attention_modules
+from quantpress.presses.turboquant import TurboQuant
+
+if TYPE_CHECKING:
+    from quantpress.pipelines.contexts.cached_context import CachedContext
+
+Masks = dict[int, tuple[torch.Tensor, ...]]
+
+_INDICES = ("batch", "head", "slot")
+
+
+@dataclass(frozen=True)
+class SavedContext:
+    """What a file holds; the arguments of `CachedContext` of the same names.
+
+    Args:
+        press: in words.
+    """
+
+    cache: Cache
+    tokens_seen: int
+    token_ids: torch.Tensor
+    after: str
+    press: str
+    masks: Masks
+
+
+def save_context(context: "CachedContext", path: str | os.PathLike[str]) -> int:
+    """Write a context; see `CachedContext.save`."""
+    masks = {
+        str(layer): Parts("masks", tensors=dict(zip(_INDICES, indices, strict=True)))
+        for layer, indices in context.masks.items()
+    }
+    whole = Parts(
+        "context",
+        {"tokens_seen": context.tokens_seen, "after": context.after, "press": context.description},
+        {"token_ids": context.token_ids},
+        {"cache": cache_parts(context.cache), "masks": Parts("all_masks", inner=masks)},
+    )
+    return write_file(path, {"model": context.model, "context": whole.outline()}, whole.flat())
+
+
+def load_context(
+    path: str | os.PathLike[str], model: PreTrainedModel, known: dict[str, Any], verify: bool
+) -> SavedContext:
+    """Read a context; see `CachedContext.load`.
+
+    Args:
+        path: the file.
+        model: says on which device each layer belongs.
+        known: the model's fingerprint.
+        verify: as for `read_file`.
+    """
+    about, tensors = read_file(path, verify)
+    reason = difference(about.get("model") or {}, known)
+    if reason is not None:
+        raise CacheFileError(f"{path} was packed with another model: {reason}")
+    try:
+        whole = Parts.from_outline(about.get("context"), tensors)
+        masks = whole.inner["masks"].inner
+        return SavedContext(
+            cache_of(_placed(whole.inner["cache"], model)),
+            int(whole.about["tokens_seen"]),
+            whole.tensors["token_ids"],
+            str(whole.about["after"]),
+            str(whole.about["press"]),
+            {int(layer): _placed_masks(part, int(layer), model) for layer, part in masks.items()},
+        )
+    except (QuantPressError, AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        raise CacheFileError(f"{path} cannot be used: {error}") from error
+
+
+def check_packed_by(press: BasePress, model: PreTrainedModel, cache: Cache, path: str) -> None:
+    """Refuse a cache whose codecs or settings are not those that a press uses; windows may be larger.
+
+    Raises:
+        CacheFileError: names the settings that differ.
+    """
+    quantizer = next((one for one in members(press) if isinstance(one, TurboQuant)), None)
+    for module in full_attention_modules(model):
+        index = int(module.layer_idx)  # type: ignore[arg-type]
+        layer: Any = cache.layers[index]
+        found = layer.settings if isinstance(layer, PackedLayer) else None
+        wanted = None
+        if quantizer is not None:
+            sinks = found.sink_tokens if found else quantizer.sink_tokens
+            wanted = quantizer.layer_settings(module, layer.keys.shape[-1], layer.values.shape[-1], sinks)
+        if _plain(found) != _plain(wanted):
+            before, now = _fields(found), _fields(wanted)
+            names = [name for name in before if name in now and before[name] != now[name]]
+            shown = ", ".join(f"{name} was {before[name]!r}, is {now[name]!r}" for name in names)
+            raise CacheFileError(
+                f"{path} was not packed as this press packs (layer {index}: {shown}); pack it again, or load "
+                "it without press="
+            )
+
+
+def _plain(settings: LayerSettings | None) -> LayerSettings | None:
+    """Scales of "auto" as the float16 that they are in nearly every layer: files know each plane's dtype."""
+    return None if settings is None else settings.in_one_dtype
+
+
+def _fields(settings: LayerSettings | None) -> dict[str, Any]:
+    """The settings of a layer as plain values."""
+    if settings is None:
+        return {"packed": False}
+    fields: dict[str, Any] = {"packed": True}
+    for name, value in vars(settings).items():
+        if name.endswith("_codec"):
+            part = codec_parts(value)
+            fields[name] = part.kind
+            fields |= {f"{name[:-6]} {field}": one for field, one in part.about.items()}
+            fields.pop(f"{name[:-6]} constants", None)
+        else:
+            fields[name] = value
+    return fields
+
+
+def _devices(model: PreTrainedModel) -> list[torch.device]:
+    """Where each attention module computes."""
+    return [
+        next((weight.device for weight in module.parameters()), model.device)
+        for module in attention_modules(model)
+    ]
+
+
+def _placed(parts: Parts, model: PreTrainedModel) -> Parts:
+    """Layer by layer where the model wants it; what is on the CPU stays mapped."""
+    devices = _devices(model)
+    if len(parts.inner) != len(devices):
+        raise InvalidInputError(f"it has {len(parts.inner)} layers, the model has {len(devices)}")
+    layers = {index: _moved(part, devices[int(index)]) for index, part in parts.inner.items()}
+    return Parts(parts.kind, parts.about, parts.tensors, layers)
+
+
+def _placed_masks(part: Parts, layer: int, model: PreTrainedModel) -> tuple[torch.Tensor, ...]:
+    moved = _moved(part, _devices(model)[layer])
+    return tuple(moved.tensors[name] for name in _INDICES)
+
+
+def _moved(parts: Parts, device: torch.device) -> Parts:
+    return parts if device.type == "cpu" else parts.map(lambda tensor: tensor.to(device))

@@ -1,0 +1,1 @@
+"""`model.generate` over packed caches with nothing else changed."""

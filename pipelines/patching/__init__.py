@@ -1,0 +1,1 @@
+"""Attention on keys and values that are packed and restored just before, live."""

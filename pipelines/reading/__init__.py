@@ -1,0 +1,1 @@
+"""How a context is read: prefill in chunks, progress, memory given back."""

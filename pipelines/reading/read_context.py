@@ -1,0 +1,108 @@
+"""Reading the context: one forward pass into a cache, under a press."""
+
+from contextlib import ExitStack, nullcontext
+
+import torch
+from kvpress import BasePress
+from transformers import Cache, PreTrainedModel
+
+from quantpress.errors import InvalidInputError
+from quantpress.pipelines.members import renumbers_positions
+from quantpress.pipelines.reading.chunked_prefill import (
+    DEFAULT_CHUNK_TOKENS,
+    backbone,
+    chunked_prefill,
+    decoder_layers,
+)
+from quantpress.pipelines.reading.embeddings import freed_embeddings
+from quantpress.pipelines.reading.progress import layer_progress
+from quantpress.pipelines.stopwatch import Stopwatch
+from quantpress.presses.failures import named_assertion
+from quantpress.presses.guard import named_context
+from quantpress.presses.models.filling import check_filled, check_keeps, count_kept, warn_of_chance
+from quantpress.presses.models.support import check_hookable
+from quantpress.presses.piping import Pipeable
+
+
+def read_context(
+    model: PreTrainedModel,
+    context_ids: torch.Tensor,
+    cache: Cache,
+    press: BasePress | None = None,
+    *,
+    chunk_tokens: int | None = None,
+    progress: bool | None = None,
+    watch: Stopwatch | None = None,
+) -> int:
+    """Fill a cache with a context, compressed by a press.
+
+    Args:
+        model: decoder-only.
+        context_ids: [1, T] int64.
+        cache: empty; its layers are filled, shortened and replaced.
+        press: None keeps everything.
+        chunk_tokens: as `chunked_prefill`; 0 reads whole, None decides by length (`chunk_length`).
+        progress: as `layer_progress`.
+        watch: adds up "prefill" and "compress".
+
+    Returns:
+        The position of the next token, which is T unless a press numbers the kept tokens anew.
+
+    Raises:
+        InvalidInputError: the cache already holds tokens, or the press cannot compress this context.
+        UnsupportedModelError: the model does not keep what it reads in this cache.
+    """
+    check_keeps(model)
+    held = max((layer.get_seq_length() for layer in cache.layers), default=0)
+    if held:
+        raise InvalidInputError(f"the cache already holds {held} tokens; give a new one for every context")
+    if press is not None and not isinstance(press, Pipeable):  # ours do both by themselves
+        check_hookable(model)
+        count_kept(model, cache)
+    warn_of_chance(model)
+    tokens = context_ids.shape[1]
+    with named_assertion(press, tokens):
+        position = _read(model, context_ids, cache, press, chunk_tokens, progress, watch)
+    check_filled(model, cache)
+    return position
+
+
+def _read(
+    model: PreTrainedModel,
+    context_ids: torch.Tensor,
+    cache: Cache,
+    press: BasePress | None,
+    chunk_tokens: int | None,
+    progress: bool | None,
+    watch: Stopwatch | None,
+) -> int:
+    tokens = context_ids.shape[1]
+    chunk = chunk_length(tokens) if chunk_tokens is None else chunk_tokens
+    timing = nullcontext() if watch is None else watch.measure("prefill")
+    with timing, ExitStack() as chunks:
+        if chunk:
+            chunks.enter_context(chunked_prefill(model, chunk))
+            chunks.enter_context(freed_embeddings(model, decoder_layers(model)))
+        with ExitStack() as timers:
+            _hook(watch, model, "start", timers)
+            with nullcontext() if press is None else named_context(press, model):
+                _hook(watch, model, "stop", timers)
+                with layer_progress(model, tokens, progress):
+                    # by name: KVzip and its kin read these two from the keyword arguments
+                    backbone(model)(input_ids=context_ids, past_key_values=cache, use_cache=True)
+                timers.close()
+                if watch is not None:
+                    watch.start()  # some presses do their work on exit
+        if watch is not None:
+            watch.stop()
+    return cache.get_seq_length() if renumbers_positions(press) else tokens
+
+
+def chunk_length(tokens: int) -> int:
+    """The default: chunks for a context of more than two of them, else 0 (whole)."""
+    return DEFAULT_CHUNK_TOKENS if tokens > 2 * DEFAULT_CHUNK_TOKENS else 0
+
+
+def _hook(watch: Stopwatch | None, model: PreTrainedModel, at: str, stack: ExitStack) -> None:
+    for handle in watch.hook(model, at) if watch is not None else ():
+        stack.callback(handle.remove)

@@ -1,0 +1,1 @@
+"""What a press asks of a model, and how it leaves it."""

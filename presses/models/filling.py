@@ -1,0 +1,178 @@
+"""A reading must fill its cache: what would leave it empty is refused before, and checked afterwards.
+
+A model may run through a whole context and keep nothing of it: under gradient checkpointing transformers
+takes the cache away from every layer. Answers from such a cache have seen no context.
+"""
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
+
+from quantpress.errors import InvalidInputError, UnsupportedModelError
+from quantpress.presses.models.support import (
+    attention_modules,
+    check_hookable,
+    check_layered,
+    decoder_of,
+    full_attention_modules,
+)
+
+
+def check_keeps(model: nn.Module) -> None:
+    """Refuse a model that would not keep what it reads.
+
+    Args:
+        model: about to read a context, or a question over one.
+
+    Raises:
+        UnsupportedModelError: its states are not keys and values in layers of a cache, or it is in training
+            mode with gradient checkpointing.
+    """
+    check_layered(model)
+    checkpointed = (getattr(module, "gradient_checkpointing", False) for module in _training(model))
+    if any(checkpointed):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} is in training mode with gradient checkpointing, under which "
+            "transformers keeps no cache, so that what is read is forgotten; call model.eval(), or "
+            "model.gradient_checkpointing_disable()"
+        )
+
+
+def check_filled(model: nn.Module, cache: Cache) -> None:
+    """Refuse a cache that a reading has left empty, or empty in some layers.
+
+    Args:
+        model: has read a context into `cache`.
+        cache: one without `layers` is not looked at.
+
+    Raises:
+        UnsupportedModelError: names the layers.
+    """
+    layers: list[Any] | None = getattr(cache, "layers", None)
+    if layers is None:
+        return
+    modules = [module for module in attention_modules(model) if not _borrows(module)]
+    wanted = {int(module.layer_idx) for module in modules}  # type: ignore[arg-type]
+    empty = sorted(index for index in wanted if index >= len(layers) or not _holds(layers[index]))
+    if empty or not any(map(_holds, layers)):
+        where = f"in layers {', '.join(map(str, empty))} of {len(wanted)}" if empty else "in every layer"
+        raise UnsupportedModelError(
+            f"{type(model).__name__} has read the context and left the cache empty {where}: it does not "
+            "keep keys and values in the cache that it is given, so that they can be neither compressed nor "
+            "asked; use the model without quantpress"
+        )
+
+
+def count_kept(model: nn.Module, cache: Cache) -> None:
+    """Give an empty cache plain layers where the model's window spans every position.
+
+    transformers makes window layers there, which report the tokens that they have seen. A press evicts from
+    such layers, since they never slide; positions and masks then need the tokens that are kept.
+
+    Args:
+        model: about to read a context under a press.
+        cache: empty; its `layers` are replaced.
+    """
+    layers: list[Any] = getattr(cache, "layers", [])
+    for module in full_attention_modules(model):
+        index = int(module.layer_idx)  # type: ignore[arg-type]
+        if index < len(layers) and type(layers[index]) is DynamicSlidingWindowLayer:
+            layers[index] = DynamicLayer()
+
+
+def warn_of_chance(model: nn.Module) -> None:
+    """Warn when dropout is on: what is read, and every answer, then depends on chance."""
+    for module in _training(model):
+        rate = float(module.p) if isinstance(module, nn.modules.dropout._DropoutNd) else 0.0
+        rates = (value for name, value in vars(module).items() if name.endswith(("dropout", "jitter_noise")))
+        if rate or any(isinstance(one, float) and one > 0 for one in rates):
+            warnings.warn(
+                f"{type(model).__name__} is in training mode, and {type(module).__name__} drops numbers at "
+                "random: what it reads and answers depends on chance; call model.eval()",
+                stacklevel=3,
+            )
+            return
+
+
+@contextmanager
+def filled_caches(model: nn.Module, evicts: bool = True) -> Iterator[None]:
+    """While inside, every prefill fills the cache that it is given, or is an error.
+
+    Args:
+        model: that a press is applied to.
+        evicts: a forward without a cache is an error too, since kvpress's hooks cannot run without one.
+            False: it is a warning, since nothing is compressed then.
+
+    Raises (on entering, and in a forward):
+        UnsupportedModelError: as for `check_keeps` and `check_filled`; with `evicts` as for `check_hookable`.
+        InvalidInputError: a forward without a cache.
+    """
+    (check_hookable if evicts else check_layered)(model)
+    empty: list[Cache] = []
+
+    def before(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        empty.clear()
+        cache = next((one for one in (*args, *kwargs.values()) if isinstance(one, Cache)), None)
+        if cache is None and not _makes_cache(module, kwargs):
+            _no_cache(evicts)
+        elif cache is None or not int(cache.get_seq_length()):
+            check_keeps(model)
+            if cache is not None:
+                count_kept(model, cache)
+                empty.append(cache)
+
+    def after(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+        if empty:
+            check_filled(model, empty.pop())
+
+    decoder = decoder_of(model)
+    handles = [
+        decoder.register_forward_pre_hook(before, with_kwargs=True),
+        decoder.register_forward_hook(after, with_kwargs=True),
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _training(model: nn.Module) -> Iterator[nn.Module]:
+    return (module for module in decoder_of(model).modules() if module.training)
+
+
+def _borrows(module: nn.Module) -> bool:
+    """Whether a module attends to keys of another layer (Gemma 3n), or of something else than the text."""
+    crosses = "Cross" in type(module).__name__ or bool(getattr(module, "is_cross_attention", False))
+    return crosses or bool(getattr(module, "is_kv_shared_layer", False))
+
+
+def _holds(layer: Any) -> bool:
+    """Whether anything was written to a layer; a press may have evicted all of it since."""
+    if not layer.is_initialized:
+        return False
+    return not layer.is_compileable or bool(
+        layer.get_seq_length() > 0
+    )  # static layers may be made beforehand
+
+
+def _makes_cache(decoder: nn.Module, kwargs: dict[str, Any]) -> bool:
+    """Whether a decoder that is given no cache makes one."""
+    use_cache = kwargs.get("use_cache")
+    return bool(
+        getattr(getattr(decoder, "config", None), "use_cache", True) if use_cache is None else use_cache
+    )
+
+
+def _no_cache(evicts: bool) -> None:
+    message = (
+        "the model runs without a cache (use_cache=False in the call, or in its configuration), so that "
+        "nothing can be compressed; give use_cache=True, or past_key_values=DynamicCache()"
+    )
+    if evicts:
+        raise InvalidInputError(message)
+    warnings.warn(message, stacklevel=2)

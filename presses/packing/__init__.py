@@ -1,0 +1,1 @@
+"""From prefilled layers to packed layers, inside the forward pass."""

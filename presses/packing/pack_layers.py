@@ -1,0 +1,263 @@
+"""Turns the layers of a prefilled cache into packed ones, layer by layer, from inside the forward pass."""
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from transformers.cache_utils import Cache
+
+from quantpress.cache.layer import PackedLayer
+from quantpress.cache.settings import LayerSettings
+from quantpress.cache.tokens.demotion import Demotion
+from quantpress.errors import InvalidInputError
+from quantpress.kernels.layout import PAGE_TOKENS
+from quantpress.presses.demote import Demote
+from quantpress.presses.models.support import full_attention_modules, is_sliding
+from quantpress.presses.packing.filled_cache import pack_cache
+from quantpress.presses.packing.head_wise import name_slots, named_slots
+from quantpress.presses.packing.prefill_hook import (
+    PrefillCall,
+    check_fresh,
+    check_states,
+    is_padded,
+    plain_states,
+    prefill_call,
+)
+from quantpress.presses.packing.queries import UnknownAttentionError, query_moment, recomputed_keys
+from quantpress.presses.packing.sinks import places_with_sinks_first
+from quantpress.presses.packing.token_order import sort_by_position, survivor_positions
+
+if TYPE_CHECKING:
+    from quantpress.presses.turboquant import TurboQuant
+
+States = tuple[torch.Tensor, torch.Tensor]
+
+
+class Packer:
+    """What one use of a `TurboQuant` press remembers between its hooks.
+
+    `record` runs before the evictors of a layer and keeps a reference to what they start from, `follow`
+    behind each of them and finds out which tokens are left; `pack` runs last, puts the survivors in the
+    order of the text, packs them and lets everything else go.
+
+    Args:
+        press: the settings.
+        sink_tokens: pinned first tokens, where the evictors keep more than the press asks for.
+        rerotated: the evictors number the survivors anew, so that the next position is their count.
+        at_exit: pack when `recording` ends, for presses that evict only then.
+        demote: decides which tokens fall to fewer bits.
+        by_head: give the memory of tokens back that a head-wise press has named; else they are hidden only.
+    """
+
+    def __init__(
+        self,
+        press: "TurboQuant",
+        *,
+        sink_tokens: int | None = None,
+        rerotated: bool = False,
+        at_exit: bool = False,
+        by_head: bool = True,
+        demote: Demote | None = None,
+    ) -> None:
+        self.press = press
+        self.sink_tokens = press.sink_tokens if sink_tokens is None else sink_tokens
+        self.rerotated = rerotated
+        self.at_exit = at_exit
+        self.by_head = by_head
+        self.demote = demote
+        self._originals: dict[int, States] = {}
+        self._positions: dict[int, torch.Tensor | None] = {}
+        self._waiting: dict[int, tuple[Cache, int, dict[int, torch.Tensor]]] = {}
+        self._warned = False
+
+    @contextmanager
+    def recording(self, model: nn.Module) -> Iterator[None]:
+        """Enter before the evictors: their hooks run in the order in which they were registered."""
+        with hooked(model, self.record):
+            try:
+                yield
+                self._pack_waiting(model)
+            finally:
+                self._originals.clear()
+                self._positions.clear()
+                self._waiting.clear()
+
+    @contextmanager
+    def following(self, model: nn.Module) -> Iterator[None]:
+        """Enter behind each evictor."""
+        with hooked(model, self.follow):
+            yield
+
+    @contextmanager
+    def packing(self, model: nn.Module) -> Iterator[None]:
+        """Enter behind the last evictor."""
+        with hooked(model, self.pack):
+            yield
+
+    def record(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+        """Forward hook: keep a reference to all keys and values of this layer until `pack`."""
+        call = prefill_call(module, args, kwargs)
+        if call is None:
+            return
+        keys, values = plain_states(call.cache, call.layer_idx)
+        if not self.at_exit:
+            check_fresh(call, keys)
+            self._originals[call.layer_idx] = (keys, values)
+
+    def follow(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+        """Forward hook: find the tokens that the evictors so far have left."""
+        call = prefill_call(module, args, kwargs)
+        if call is None or call.layer_idx not in self._originals:
+            return
+        keys, values = plain_states(call.cache, call.layer_idx)
+        if keys.shape[2] < call.tokens:
+            found = survivor_positions(*self._originals[call.layer_idx], keys, values)
+            before = self._positions.get(call.layer_idx)
+            if found is None and before is not None and before.shape[-1] == keys.shape[2]:
+                found = before  # none evicted since then: the numbers were changed where they stand
+            self._positions[call.layer_idx] = found
+
+    def pack(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+        """Forward hook: replace this layer of the cache by a packed one."""
+        call = prefill_call(module, args, kwargs)
+        if call is None or is_sliding(module):
+            return
+        originals = self._originals.pop(call.layer_idx, None)
+        positions = self._positions.pop(call.layer_idx, None)
+        keys, values = plain_states(call.cache, call.layer_idx)
+        settings = self.press.layer_settings(module, keys.shape[-1], values.shape[-1], self.sink_tokens)
+        if settings is None:
+            return
+        with torch.no_grad():
+            check_states(call, keys, values)
+            wants_queries = settings.balance and settings.key_codec.wants_statistics
+            moment = self._moment(call, keys, originals) if wants_queries else None
+            if self.at_exit:
+                self._wait(call, moment)
+                return
+            hidden = named_slots(module, keys)
+            scores = None if self.demote is None else self.demote.take_scores(call.layer_idx)
+            if keys.shape[2] < call.tokens:
+                if originals is None:
+                    positions = _positions_by_recomputing(call, keys)
+                if positions is not None:
+                    keys, values, hidden, scores = _reordered(positions, keys, values, hidden, scores)
+            places = self._places(call, keys, settings, hidden)
+            if places is not None:
+                keys, values, hidden, scores = _reordered(places, keys, values, hidden, scores)
+                settings = replace(settings, sink_tokens=settings.sink_tokens + self.press.detect_sinks)
+            by_head = hidden is not None and self.by_head and not is_padded(call.attention_mask)
+            if hidden is not None:
+                name_slots(module, hidden, evicted=by_head)
+            call.cache.layers[call.layer_idx] = PackedLayer.from_states(
+                keys.detach(),
+                values.detach(),
+                settings,
+                query_moment=moment,
+                tokens_seen=keys.shape[2] if self.rerotated else call.tokens,
+                hidden=hidden if by_head else None,
+                demotion=self._demotion(call, keys, values, scores),
+            )
+
+    def _places(
+        self, call: PrefillCall, keys: torch.Tensor, settings: LayerSettings, hidden: torch.Tensor | None
+    ) -> torch.Tensor | None:
+        """Where tokens go so that detected sinks are pinned; None when there is nothing to detect."""
+        count, first, recent = self.press.detect_sinks, settings.sink_tokens, settings.recent_tokens
+        if not count or keys.shape[2] < first + count + recent + PAGE_TOKENS:
+            return None
+        if is_padded(call.attention_mask):
+            self._warn(
+                "sinks are not detected in a padded batch, whose mask goes by slot: they are packed, which "
+                "costs accuracy. Give contexts one at a time, or of equal length; TurboQuant(detect_sinks=0) "
+                "is the same without this warning"
+            )
+            return None
+        try:
+            return places_with_sinks_first(call, keys, first, recent, count, hidden)
+        except UnknownAttentionError as reason:
+            self._warn_of_queries(call, reason, "without detected sinks", "detect_sinks=0")
+            return None
+
+    def _demotion(
+        self, call: PrefillCall, keys: torch.Tensor, values: torch.Tensor, scores: torch.Tensor | None
+    ) -> Demotion | None:
+        if self.demote is None or scores is None:
+            return None
+        if is_padded(call.attention_mask):
+            raise InvalidInputError(
+                "Demote moves tokens, and the mask of a padded batch goes by slot; give contexts one at a "
+                "time, or of equal length"
+            )
+        return self.demote.demotion(self.press, call.module, scores, keys.shape[-1], values.shape[-1])
+
+    def _warn_of_queries(self, call: PrefillCall, reason: Exception, effect: str, remedy: str) -> None:
+        self._warn(
+            f"the queries of {type(call.module).__name__} are not known ({reason}): its keys are packed "
+            f"{effect}, which costs accuracy; TurboQuant({remedy}) is the same without this warning"
+        )
+
+    def _warn(self, message: str) -> None:
+        if not self._warned:
+            self._warned = True
+            warnings.warn(message, stacklevel=4)
+
+    def _moment(self, call: PrefillCall, keys: torch.Tensor, originals: States | None) -> torch.Tensor | None:
+        all_keys = keys if originals is None else originals[0]
+        known = all_keys if all_keys.shape[2] == call.tokens else None
+        try:
+            return query_moment(
+                call.module,
+                call.hidden_states,
+                call.position_embeddings,
+                keys.shape[1],
+                self.press.balance_window,
+                known,
+            )
+        except UnknownAttentionError as reason:
+            self._warn_of_queries(call, reason, "without balanced channels", "balance=False")
+            return None
+
+    def _wait(self, call: PrefillCall, moment: torch.Tensor | None) -> None:
+        _, _, moments = self._waiting.setdefault(id(call.cache), (call.cache, call.tokens, {}))
+        if moment is not None:
+            moments[call.layer_idx] = moment
+
+    def _pack_waiting(self, model: nn.Module) -> None:
+        for cache, tokens, moments in self._waiting.values():
+            pack_cache(self.press, model, cache, moments, tokens, self.sink_tokens, by_head=self.by_head)
+
+
+def _positions_by_recomputing(call: PrefillCall, keys: torch.Tensor) -> torch.Tensor | None:
+    """Where nobody has recorded: the keys of all tokens follow from the hidden states, mostly bit for bit."""
+    try:
+        before = recomputed_keys(call.module, call.hidden_states, call.position_embeddings)
+    except UnknownAttentionError:
+        return None
+    return survivor_positions(before, None, keys, None)
+
+
+def _reordered(
+    positions: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, *by_slot: torch.Tensor | None
+) -> tuple[Any, ...]:
+    """Keys, values and what there is by slot [B, Hkv, K], in the order of positions [B, Hkv, K]."""
+    order = positions.argsort(dim=-1)
+    moved = (None if part is None else part.gather(2, order) for part in by_slot)
+    return *sort_by_position(keys, values, positions), *moved
+
+
+@contextmanager
+def hooked(model: nn.Module, hook: Any) -> Iterator[None]:
+    """A forward hook on every attention module that sees the whole context."""
+    handles = [
+        module.register_forward_hook(hook, with_kwargs=True) for module in full_attention_modules(model)
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,98 @@
+"""Mean and energy of every channel while vectors arrive: which channels stand out, chosen online."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from quantpress.errors import EmptyContextError, InvalidInputError
+from quantpress.quantization.budget import ChannelGroup
+from quantpress.quantization.moments import finite
+from quantpress.quantization.transform import ChannelTransform, channel_order
+
+
+class RunningMoments:
+    """Sums over all vectors seen so far, in float64; no vector is kept.
+
+    Args:
+        head_dim: dimension D of the vectors.
+
+    Attributes:
+        count: vectors seen.
+
+    Source: pairwise update of mean and squared deviations, Chan, Golub and LeVeque 1983.
+
+    >>> moments = RunningMoments(4)
+    >>> for _ in range(10):
+    ...     moments.update(torch.randn(100, 4) * torch.tensor([1.0, 9.0, 1.0, 4.0]))
+    >>> moments.order()[:2].tolist()
+    [1, 3]
+    """
+
+    def __init__(self, head_dim: int) -> None:
+        self.head_dim = head_dim
+        self.count = 0
+        self._mean = torch.zeros(head_dim, dtype=torch.float64, device="cpu")
+        self._deviation = torch.zeros(head_dim, dtype=torch.float64, device="cpu")
+
+    def update(self, x: Tensor) -> None:
+        """Take more vectors [..., D] floating into account.
+
+        Raises:
+            InvalidInputError: x has another D.
+            NonFiniteError: x holds NaN or infinity; nothing was changed.
+        """
+        if x.dim() == 0 or x.shape[-1] != self.head_dim or not x.is_floating_point():
+            raise InvalidInputError(
+                f"vectors must be floating [..., {self.head_dim}], got {x.dtype} {tuple(x.shape)}"
+            )
+        vectors = finite(x.detach(), "vectors").reshape(-1, self.head_dim).double()
+        added = len(vectors)
+        if added == 0:
+            return
+        mean = vectors.mean(0)
+        deviation = (vectors - mean).square().sum(0).cpu()
+        step, total = mean.cpu() - self._mean, self.count + added
+        self._deviation += deviation + step.square() * (self.count * added / total)
+        self._mean += step * (added / total)
+        self.count = total
+
+    @property
+    def mean(self) -> Tensor:
+        """E[x_j], [D] float64."""
+        return self._mean.clone()
+
+    @property
+    def variance(self) -> Tensor:
+        """E[(x_j - E[x_j])^2], [D] float64."""
+        return self._deviation / max(1, self.count)
+
+    @property
+    def energy(self) -> Tensor:
+        """E[x_j^2], [D] float64."""
+        return self.variance + self._mean.square()
+
+    def order(self, mean: bool = False) -> Tensor:
+        """Channels by descending energy, [D] int16; with `mean` by what is left of it without the mean.
+
+        Raises:
+            EmptyContextError: no vector was seen.
+        """
+        if self.count == 0:
+            raise EmptyContextError("no vector was seen yet, so no channel stands out; update first")
+        return channel_order(self.variance if mean else self.energy)
+
+    def transform(self, groups: Sequence[ChannelGroup], mean: bool = False) -> ChannelTransform:
+        """A transform for `TurboQuantCodec.encode`, shared by all vectors: B = Hkv = 1.
+
+        Args:
+            groups: channel groups of the codec; the first ones get the channels of most energy.
+            mean: take off the mean too.
+
+        Raises:
+            EmptyContextError: no vector was seen.
+        """
+        order = self.order(mean)[None, None] if len(groups) > 1 else None
+        return ChannelTransform(mean=self._mean.float()[None, None] if mean else None, order=order)

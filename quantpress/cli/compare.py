@@ -1,0 +1,224 @@
+"""`quantpress compare`: several presses on the same text and questions, beside the uncompressed cache."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from kvpress import BasePress
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from quantpress.cli.loading import load_pipeline, machine, model_name, read_text
+from quantpress.cli.output import progress
+from quantpress.errors import QuantPressError
+from quantpress.evaluation.sizing.kept_tokens import described
+from quantpress.evaluation.tasks.haystack import book_text, needle_question, plant, random_needles
+from quantpress.evaluation.token_clock import TokenClock
+from quantpress.pipelines.report import Report, format_bytes
+from quantpress.pipelines.text_generation import TextGenerationPipeline
+from quantpress.presses.expression import parse_press
+
+DEFAULT_PRESSES = (
+    "TurboQuant(bits=4)",
+    "TurboQuant(bits=3)",
+    "SnapKV(0.5)",
+    "SnapKV(0.5) | TurboQuant(bits=4)",
+)
+DEFAULT_TOKENS = 1024
+DEFAULT_NEW_TOKENS = 32
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One answer over one cache.
+
+    Args:
+        text: as it was decoded.
+        tokens: how many the answer has.
+        same_tokens: how many of them, from the first on, are the uncompressed cache's.
+        agreement: `same_tokens` as a share of the longer of the two answers; 1.0 for the same answer.
+    """
+
+    text: str
+    tokens: int
+    same_tokens: int
+    agreement: float
+
+
+@dataclass(frozen=True)
+class Compared:
+    """One press.
+
+    Args:
+        press: in words.
+        answers: one a question; empty where the press was refused.
+        report: what it cost; None where it was refused.
+        refusal: why it cannot be used here; None when it can.
+    """
+
+    press: str
+    answers: tuple[Answer, ...] = ()
+    report: Report | None = None
+    refusal: str | None = None
+
+    @property
+    def agreement(self) -> float:
+        """The mean over the questions."""
+        return sum(answer.agreement for answer in self.answers) / max(1, len(self.answers))
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The uncompressed cache, then the presses.
+
+    Args:
+        model: its name.
+        machine: device, dtype, threads and versions.
+        questions: asked of each.
+        rows: one a press.
+    """
+
+    model: str
+    machine: dict[str, Any]
+    questions: tuple[str, ...]
+    rows: tuple[Compared, ...]
+
+    @property
+    def exit_status(self) -> int:
+        """2 when a press was refused."""
+        return 2 if any(row.refusal for row in self.rows) else 0
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        rows = []
+        for row in self.rows:
+            answers = [
+                {"question": question, **asdict(answer)}
+                for question, answer in zip(self.questions, row.answers, strict=False)
+            ]
+            report = None if row.report is None else row.report.as_dict()
+            rows.append({"press": row.press, "refusal": row.refusal, "answers": answers, "report": report})
+        return {"model": self.model, "machine": self.machine, "presses": rows}
+
+    def __rich__(self) -> RenderableType:
+        where = ", ".join(f"{name} {value}" for name, value in self.machine.items())
+        seen = next((row.report.tokens_seen for row in self.rows if row.report), 0)
+        table = Table(
+            title=f"{self.model}: {seen:,} tokens, {len(self.questions)} asked",
+            caption=f"{where}. Agreement: the tokens of the answers before the first one that the "
+            "uncompressed cache would not have given.",
+        )
+        table.add_column("cache", overflow="fold")
+        for name in ("agreement", "kept", "bits a value", "cache bytes", "ratio", "read", "answer"):
+            table.add_column(name, justify="right")
+        for row in self.rows:
+            table.add_row(row.press, *_figures(row))
+        return Group(table, *(self._asked(index) for index in range(len(self.questions))))
+
+    def _asked(self, index: int) -> Table:
+        """The answers to one question, one below the other."""
+        table = Table(
+            title=self.questions[index].strip() or "What follows", title_style="bold", show_header=False
+        )
+        table.add_column("cache", overflow="fold", ratio=1)
+        table.add_column("answer", overflow="fold", ratio=3)
+        for row in self.rows:
+            said = Text(f"refused: {row.refusal}", "red")
+            if row.answers:
+                answer = row.answers[index]
+                said = Text(answer.text.strip() or "(nothing)", "" if answer.agreement == 1 else "yellow")
+            table.add_row(row.press, said)
+        return table
+
+
+def main(
+    file: str | None = None,
+    questions: Sequence[str] = (),
+    presses: Sequence[str] = (),
+    model: str | None = None,
+    tokens: int = DEFAULT_TOKENS,
+    max_new_tokens: int = DEFAULT_NEW_TOKENS,
+    device: str | None = None,
+    dtype: str | None = None,
+) -> Comparison:
+    """Ask the same questions over several caches.
+
+    Args:
+        file: of text; "-" for the standard input. None for a piece of a novel in which a number is hidden.
+        questions: none at all goes on from the text, or asks for the number.
+        presses: as `parse_press` takes them; left out, a few that show the range.
+        model: as for `load_pipeline`.
+        tokens: length of the piece of the novel.
+        max_new_tokens: most tokens of an answer.
+        device: as for `load_pipeline`.
+        dtype: as for `load_pipeline`.
+
+    Raises:
+        QuantPressError: an argument cannot be used. A press that the model or the text rules out does not
+            raise: its row says so.
+    """
+    given = [parse_press(press) for press in presses or DEFAULT_PRESSES]
+    text = None if file is None else read_text(file)
+    pipe = load_pipeline(model, device, dtype)
+    if text is None:
+        (needle,) = random_needles(1)
+        text = plant(book_text(), [needle], pipe.tokenizer, tokens)
+        questions = list(questions) or [needle_question(needle.city)]
+    asked = list(questions) or [""]
+    rows: list[Compared] = []
+    reference: list[list[int]] = []
+    everything = [None, *(press for press in given if press is not None)]
+    for press in progress(everything, "comparing", len(everything)):
+        try:
+            row, ids = _ask(pipe, text, asked, press, max_new_tokens, reference)
+        except QuantPressError as error:
+            if press is None:
+                raise
+            row, ids = Compared(described(press), refusal=str(error)), []
+        reference = reference or ids
+        rows.append(row)
+    return Comparison(model_name(pipe), machine(pipe), tuple(asked), tuple(rows))
+
+
+def _ask(
+    pipe: TextGenerationPipeline,
+    text: str,
+    questions: list[str],
+    press: BasePress | None,
+    max_new_tokens: int,
+    reference: list[list[int]],
+) -> tuple[Compared, list[list[int]]]:
+    clock = TokenClock()
+    result = pipe(
+        text,
+        questions=questions,
+        press=press,
+        max_new_tokens=max_new_tokens,
+        streamer=clock,
+        report=True,
+        progress=False,
+    )
+    answers = []
+    for said, ids, wanted in zip(result["answers"], clock.tokens, reference or clock.tokens, strict=True):
+        same = next(
+            (i for i, (a, b) in enumerate(zip(ids, wanted, strict=False)) if a != b),
+            min(len(ids), len(wanted)),
+        )
+        answers.append(Answer(said, len(ids), same, same / max(1, len(ids), len(wanted))))
+    return Compared(described(press), tuple(answers), result["report"]), clock.tokens
+
+
+def _figures(row: Compared) -> list[str]:
+    report = row.report
+    if report is None:
+        return ["refused"]
+    return [
+        f"{row.agreement:.0%}",
+        f"{report.tokens_kept:,.0f}",
+        f"{report.bits_per_value:.2f}",
+        format_bytes(report.resident_bytes),
+        f"{report.ratio:.2f}x",
+        f"{report.prefill_s + report.compress_s:.2f} s",
+        f"{report.decode_s:.2f} s",
+    ]

@@ -1,0 +1,254 @@
+"""`quantpress inspect`: which layers of a model will be packed, what its keys are like, a setting for it."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+from transformers import DynamicCache
+
+from quantpress.cli.loading import load_pipeline, model_name, read_text
+from quantpress.cli.output import progress
+from quantpress.errors import InvalidInputError, QuantPressError
+from quantpress.evaluation.divergence.attention_fidelity import attention_fidelity
+from quantpress.evaluation.key_statistics import OUTLIER, KeyStatistics
+from quantpress.evaluation.sizing.model_outline import LayerOutline, ModelOutline
+from quantpress.evaluation.tasks.haystack import book_piece
+from quantpress.pipelines.preserve import unchanged_model
+from quantpress.pipelines.prompt import cut_to, token_ids
+from quantpress.pipelines.reading.read_context import read_context
+from quantpress.pipelines.text_generation import TextGenerationPipeline
+from quantpress.presses.expression import parse_press
+from quantpress.presses.models.support import unlayered
+from quantpress.presses.turboquant import TurboQuant
+
+DEFAULT_TOKENS = 1024
+CANDIDATES = ("TurboQuant(bits=3)", "TurboQuant(bits=4)", "TurboQuant(key_bits=8, value_bits=4)")
+
+UNTRIED = "TurboQuant"
+
+ENOUGH_TOP1 = 0.9
+"""Share of the queries whose best token has to stay the same for a width to be suggested."""
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One attention layer.
+
+    Args:
+        index: of the layer.
+        kind: "full" or "sliding".
+        kv_heads: Hkv.
+        head_dim: D of the keys.
+        value_dim: Dv of the values.
+        packed: whether TurboQuant packs it.
+        reason: why not; empty when it does.
+        keys: what its keys are like.
+    """
+
+    index: int
+    kind: str
+    kv_heads: int
+    head_dim: int
+    value_dim: int
+    packed: bool
+    reason: str
+    keys: KeyStatistics | None
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A setting that was tried on the text.
+
+    Args:
+        press: as it is written.
+        bits_per_value: true bits of a packed number.
+        top1: share of the last queries whose best token stays the same, mean over layers.
+        worst_top1: of the worst layer.
+        output_error: |o - o^| / |o| of the attention output, mean over layers.
+    """
+
+    press: str
+    bits_per_value: float
+    top1: float
+    worst_top1: float
+    output_error: float
+
+
+@dataclass(frozen=True)
+class Inspected:
+    """A model.
+
+    Args:
+        model: its name.
+        architecture: its class.
+        tokens: of the text that it read.
+        layers: its attention layers.
+        other_layers: layers without attention.
+        refusal: why nothing of it can be packed, or why no setting could be tried; None otherwise.
+        candidates: settings tried, smallest first.
+        suggestion: a press, as it is written; None where TurboQuant cannot be used.
+    """
+
+    model: str
+    architecture: str
+    tokens: int
+    layers: tuple[Layer, ...]
+    other_layers: int
+    refusal: str | None
+    candidates: tuple[Candidate, ...]
+    suggestion: str | None
+
+    exit_status = 0
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return asdict(self)
+
+    def __rich__(self) -> RenderableType:
+        packed = sum(layer.packed for layer in self.layers)
+        table = Table(
+            title=f"{self.model} ({self.architecture}): {packed} of {len(self.layers)} layers are packed",
+            caption=f"Keys of {self.tokens:,} tokens, without the first ones. Mean energy: the share of the "
+            "keys' energy that all keys of a head have in common, which packing subtracts. Outliers: "
+            f"channels of a head with more than {OUTLIER:g} times the mean energy, before and after that.",
+        )
+        for name in (
+            "layer",
+            "kind",
+            "KV heads",
+            "head_dim",
+            "packed",
+            "mean energy",
+            "worst head",
+            "outliers",
+        ):
+            table.add_column(name, justify="left" if name in ("kind", "packed") else "right")
+        for layer in self.layers:
+            dims = str(layer.head_dim)
+            dims += "" if layer.value_dim == layer.head_dim else f" / {layer.value_dim}"
+            row = [str(layer.index), layer.kind, str(layer.kv_heads), dims]
+            keys = layer.keys
+            figures = ["", "", ""]
+            if keys is not None:
+                figures = [f"{keys.mean_energy:.0%}", f"{keys.worst_mean_energy:.0%}"]
+                figures += [f"{keys.outliers:.1f} → {keys.centred_outliers:.1f}"]
+            table.add_row(*row, "yes" if layer.packed else f"no: {layer.reason}", *figures)
+        shown: list[RenderableType] = [table]
+        if self.other_layers:
+            shown.append(Text(f"{self.other_layers} layers have no attention and are left as they are."))
+        if self.candidates:
+            shown.append(_tried(self.candidates))
+        if self.refusal is not None:
+            shown.append(Text(self.refusal, "yellow"))
+        if self.suggestion is not None:
+            shown.append(Text(f"Suggested: --press {self.suggestion!r}", "bold"))
+        return Group(*shown)
+
+
+def main(
+    model: str | None = None,
+    file: str | None = None,
+    tokens: int = DEFAULT_TOKENS,
+    device: str | None = None,
+    dtype: str | None = None,
+) -> Inspected:
+    """Look at a model while it reads a short text.
+
+    Args:
+        model: as for `load_pipeline`.
+        file: of text to read; None for a piece of a novel.
+        tokens: most tokens to read.
+        device: as for `load_pipeline`.
+        dtype: as for `load_pipeline`.
+
+    Raises:
+        QuantPressError: an argument cannot be used.
+    """
+    text = None if file is None else read_text(file)
+    pipe = load_pipeline(model, device, dtype)
+    text = book_piece(pipe.tokenizer, tokens) if text is None else text
+    ids = cut_to(token_ids(pipe.tokenizer, text, "text"), tokens).to(pipe.model.device)
+    outline = ModelOutline.of(model_name(pipe), pipe.model)
+    keys = {} if unlayered(pipe.model) or not outline.layers else _keys(pipe, ids)
+    candidates: list[Candidate] = []
+    refusal = outline.refusal
+    if refusal is None:
+        try:
+            for text in progress(CANDIDATES, "trying", len(CANDIDATES)):
+                candidates.append(_tried_on(pipe, ids, text, outline.layers[0].head_dim))
+        except QuantPressError as error:
+            refusal = f"No setting could be tried on this text: {error}"
+    return Inspected(
+        model=outline.name,
+        architecture=outline.architecture,
+        tokens=ids.shape[1],
+        layers=tuple(_layer(layer, outline.refusal, keys.get(layer.index)) for layer in outline.layers),
+        other_layers=outline.other_layers,
+        refusal=refusal,
+        candidates=tuple(candidates),
+        suggestion=suggested(candidates) if outline.refusal is None else None,
+    )
+
+
+def suggested(candidates: Sequence[Candidate]) -> str:
+    """The smallest setting that keeps the best token of nine queries in ten; else the most exact one.
+
+    Where none could be tried, TurboQuant as it is.
+    """
+    if not candidates:
+        return UNTRIED
+    return next((one.press for one in candidates if one.top1 >= ENOUGH_TOP1), candidates[-1].press)
+
+
+def _keys(pipe: TextGenerationPipeline, ids: torch.Tensor) -> dict[int, KeyStatistics]:
+    """Statistics by layer, of those that cache keys of four dimensions."""
+    cache = DynamicCache()
+    with torch.no_grad(), unchanged_model(pipe.model):
+        read_context(pipe.model, ids, cache)
+    found = {}
+    for index, layer in enumerate(cache.layers):
+        states = getattr(layer, "keys", None)
+        if isinstance(states, torch.Tensor) and states.dim() == 4 and states.numel():
+            found[index] = KeyStatistics.of(states)
+    return found
+
+
+def _tried_on(pipe: TextGenerationPipeline, ids: torch.Tensor, text: str, head_dim: int) -> Candidate:
+    press: Any = parse_press(text)
+    found = attention_fidelity(pipe.model, ids, press)
+    return Candidate(
+        press=text,
+        bits_per_value=press.bits_per_value(head_dim),
+        top1=found.mean("top1"),
+        worst_top1=min(layer.top1 for layer in found.layers),
+        output_error=found.mean("output_error"),
+    )
+
+
+def _layer(layer: LayerOutline, refusal: str | None, keys: KeyStatistics | None) -> Layer:
+    reason = "a sliding window" if layer.sliding else ""
+    if not reason and refusal is not None:
+        reason = "this model's cache cannot be packed"
+    if not reason:
+        try:
+            TurboQuant().layer_settings(layer.module, layer.head_dim, layer.value_dim, 0)
+        except InvalidInputError as error:
+            reason = str(error)
+    kind = "sliding" if layer.sliding else "full"
+    shape = (layer.kv_heads, layer.head_dim, layer.value_dim)
+    return Layer(layer.index, kind, *shape, not reason, reason, keys)
+
+
+def _tried(candidates: Sequence[Candidate]) -> Table:
+    table = Table(title="Attention over packed keys beside exact attention, mean over layers")
+    table.add_column("press")
+    for name in ("bits a value", "same best token", "worst layer", "output error"):
+        table.add_column(name, justify="right")
+    for one in candidates:
+        figures = (one.top1, one.worst_top1, one.output_error)
+        table.add_row(one.press, f"{one.bits_per_value:.3f}", *(f"{figure:.1%}" for figure in figures))
+    return table

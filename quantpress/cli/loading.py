@@ -1,0 +1,85 @@
+"""The model and the texts that a command is given."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from quantpress.errors import InvalidInputError
+from quantpress.evaluation.demo import default_pipeline
+from quantpress.evaluation.devices import device_names
+from quantpress.pipelines import TASK, register
+from quantpress.pipelines.default_model import DEFAULT_MODEL_NAME
+from quantpress.pipelines.text_generation import TextGenerationPipeline
+
+STDIN = "-"
+AUTO = "auto"
+
+
+def load_pipeline(
+    model: str | None, device: str | None = None, dtype: str | None = None
+) -> TextGenerationPipeline:
+    """Our pipeline of a model.
+
+    Args:
+        model: an id on the hub or a folder; None or its name for the default model.
+        device: such as "cuda:1" or "cpu"; None for a GPU where there is one; "auto" to spread the model over
+            all of them, and over memory where they are too small, as accelerate sees fit.
+        dtype: such as "bfloat16"; None for the model's own, and for the default model what `QUANTPRESS_DTYPE`
+            says, else the quicker one.
+
+    Raises:
+        InvalidInputError: the model, device or dtype cannot be used.
+    """
+    kind = None if dtype is None else getattr(torch, dtype, None)
+    if dtype is not None and not isinstance(kind, torch.dtype):
+        raise InvalidInputError(f"dtype {dtype!r} is unknown; use bfloat16, float16 or float32")
+    try:
+        if model in (None, DEFAULT_MODEL_NAME):
+            pipe = default_pipeline(kind)
+            if device not in (None, AUTO):
+                pipe.device = torch.device(device)
+                pipe.model.to(pipe.device)
+            return pipe
+        register()
+        make: Any = transformers.pipeline
+        place = {"device": device or ("cuda" if torch.cuda.is_available() else "cpu")}
+        if device == AUTO:
+            place = {"device_map": AUTO}
+        loaded: TextGenerationPipeline = make(TASK, model=model, dtype=kind or "auto", **place)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise InvalidInputError(
+            f"{model or DEFAULT_MODEL_NAME} cannot be loaded: {str(error).splitlines()[0]}"
+        ) from error
+    return loaded
+
+
+def model_name(pipe: TextGenerationPipeline) -> str:
+    """What the model is called, for a report."""
+    name = str(pipe.model.config.name_or_path)
+    return DEFAULT_MODEL_NAME if Path(name).name == DEFAULT_MODEL_NAME else name
+
+
+def read_text(file: str) -> str:
+    """The text of a file, or of the standard input for "-".
+
+    Raises:
+        InvalidInputError: there is no such file, or it is not UTF-8.
+    """
+    try:
+        return sys.stdin.read() if file == STDIN else Path(file).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InvalidInputError(f"{file} cannot be read as text: {error}") from error
+
+
+def machine(pipe: TextGenerationPipeline) -> dict[str, Any]:
+    """Where a pipeline runs, for figures: device, dtype, threads and versions."""
+    return {
+        "device": device_names(pipe),
+        "dtype": str(pipe.model.dtype).removeprefix("torch."),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }

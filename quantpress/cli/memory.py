@@ -1,0 +1,160 @@
+"""`quantpress memory`: what a cache will weigh, and what a GPU has room for."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from quantpress.errors import InvalidInputError
+from quantpress.evaluation.sizing.memory_plan import MemoryPlan, Planner, Room
+from quantpress.evaluation.sizing.model_outline import ModelOutline, outline
+from quantpress.pipelines.report import format_bytes
+from quantpress.presses.expression import parse_press
+
+UNITS = {"B": 1, **{f"{p}B": 1000**i for i, p in enumerate("KMGT", 1)}}
+UNITS |= {f"{p}iB": 1024**i for i, p in enumerate("KMGT", 1)}
+DEFAULT_CONTEXT = 131072
+
+
+@dataclass(frozen=True)
+class Sized:
+    """Plans for one model, the uncompressed cache first.
+
+    Args:
+        model: its outline.
+        plans: one a press.
+        gpu_bytes: of the GPU that was asked about, or None.
+        rooms: what it has room for, one a plan; empty without a GPU.
+    """
+
+    model: ModelOutline
+    plans: tuple[MemoryPlan, ...]
+    gpu_bytes: int | None = None
+    rooms: tuple[Room, ...] = ()
+
+    exit_status = 0
+
+    @property
+    def dtype(self) -> str:
+        """Of the weights, and of whatever of the cache is not packed."""
+        return str(self.model.dtype).removeprefix("torch.")
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON. Activations, and what a GPU has room for, are estimates."""
+        plans = [plan.as_dict() for plan in self.plans]
+        for plan, room in zip(plans, self.rooms, strict=False):
+            plan["longest_context"], plan["largest_batch"] = room.context, room.batch
+        model = {
+            "name": self.model.name,
+            "architecture": self.model.architecture,
+            "attention_layers": len(self.model.layers),
+            "other_layers": self.model.other_layers,
+            "weights_bytes": self.model.weights_bytes,
+            "quantized": self.model.quantized,
+            "positions": self.model.positions,
+            "dtype": self.dtype,
+        }
+        return {"model": model, "gpu_bytes": self.gpu_bytes, "presses": plans}
+
+    def __rich__(self) -> RenderableType:
+        first = self.plans[0]
+        sequences = "" if first.batch == 1 else f", {first.batch} sequences"
+        table = Table(title=f"{self.model.name}: {first.context:,} tokens{sequences}")
+        table.add_column("cache", overflow="fold", min_width=24)
+        names = ["codes", "tokens\nnot packed", "metadata", "in all", "ratio", "bits a\nvalue"]
+        names += ["longest\ncontext", "largest\nbatch"] if self.rooms else []
+        for name in names:
+            table.add_column(name, justify="right")
+        for index, plan in enumerate(self.plans):
+            cache = plan.cache
+            about = "" if plan.exact else "about "
+            parts = (cache.packed_bytes, cache.dense_bytes, cache.metadata_bytes)
+            row = [*map(format_bytes, parts), about + format_bytes(cache.total_bytes)]
+            row += [f"{plan.ratio:.2f}x", f"{cache.bits_per_value:.2f}"]
+            row += [f"{self.rooms[index].context:,}", f"{self.rooms[index].batch:,}"] if self.rooms else []
+            table.add_row(plan.press, *row)
+        return Group(table, *(Text(line, "dim") for line in self._notes()))
+
+    def _notes(self) -> list[str]:
+        model, plan = self.model, self.plans[-1]
+        sliding = sum(layer.sliding for layer in model.layers)
+        notes = [f"The ratio is to all tokens uncompressed, in {self.dtype}."]
+        if model.weights_bytes is not None:
+            notes.append(f"Weights: {format_bytes(model.weights_bytes)} in {self.dtype}.")
+            if model.quantized:
+                notes.append("The checkpoint is quantized and weighs less: say how much with --weights.")
+        if plan.activation_bytes is not None:
+            notes.append(
+                f"Work space while the context is read: about {format_bytes(plan.activation_bytes)} "
+                "(an estimate)."
+            )
+        if self.gpu_bytes is not None:
+            notes.append(
+                f"In {format_bytes(self.gpu_bytes)}: weights, cache and that work space; the context for a "
+                f"batch of {plan.batch}, the batch for {plan.context:,} tokens."
+            )
+        if model.positions is not None and plan.context > model.positions:
+            notes.append(f"The model itself was made for {model.positions:,} tokens.")
+        if sliding:
+            notes.append(
+                f"{sliding} sliding-window layers stay in {self.dtype}, whole, as the pipeline keeps them."
+            )
+        if model.other_layers:
+            notes.append(f"{model.other_layers} layers without attention are not counted.")
+        if not all(plan.exact for plan in self.plans):
+            notes.append("About: how many tokens such a press keeps, in which head, depends on the text.")
+        return notes
+
+
+def main(
+    model: str | None = None,
+    presses: Sequence[str] = (),
+    context: int = DEFAULT_CONTEXT,
+    batch: int = 1,
+    gpu: str | None = None,
+    weights: str | None = None,
+) -> Sized:
+    """Weigh a cache before there is one.
+
+    Args:
+        model: as `outline` takes it.
+        presses: as `parse_press` takes them; left out, TurboQuant.
+        context: tokens of each sequence.
+        batch: sequences.
+        gpu: memory of a GPU, such as "80GB" (10**9 bytes) or "24GiB" (2**30).
+        weights: bytes of the weights where they are not what the configuration says, such as "4.7GB".
+
+    Raises:
+        QuantPressError: an argument cannot be used.
+    """
+    made = [parse_press(press) for press in presses or ("TurboQuant",)]
+    capacity = None if gpu is None else byte_count(gpu)
+    known = outline(model)
+    if weights is not None:
+        known = ModelOutline(**{**vars(known), "weights_bytes": byte_count(weights), "quantized": False})
+    planners = [Planner(known, press) for press in (None, *(press for press in made if press is not None))]
+    plans = tuple(planner.plan(context, batch) for planner in planners)
+    rooms = () if capacity is None else tuple(one.room(capacity, context, batch) for one in planners)
+    return Sized(known, plans, capacity, rooms)
+
+
+def byte_count(text: str) -> int:
+    """A number of bytes written with its unit.
+
+    Raises:
+        InvalidInputError: it cannot be read.
+
+    Example:
+        >>> byte_count("80GB"), byte_count("1.5 GiB"), byte_count("512")
+        (80000000000, 1610612736, 512)
+    """
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
+    units = {name.lower(): size for name, size in UNITS.items()}
+    unit = (found[2].lower() or "b") if found else ""
+    if found is None or unit not in units or not float(found[1]):
+        raise InvalidInputError(f"{text!r} is no number of bytes; write it like 80GB, 24GiB or 512MB")
+    return int(float(found[1]) * units[unit])

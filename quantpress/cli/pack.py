@@ -1,0 +1,89 @@
+"""`quantpress pack`: read a text once, save the packed context."""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from rich.text import Text
+
+from quantpress.cli.loading import STDIN, load_pipeline, model_name, read_text
+from quantpress.errors import InvalidInputError
+from quantpress.pipelines.report import format_bytes
+
+SUFFIX = ".kv.safetensors"
+
+
+@dataclass(frozen=True)
+class Packed:
+    """What was saved.
+
+    Args:
+        file: where.
+        model: that read the text.
+        press: what it was read under.
+        tokens: of the context.
+        file_bytes: size of the file.
+        resident_bytes: of the cache.
+        uncompressed_bytes: what the kept tokens take uncompressed, in the model's own dtype.
+        bits_per_value: true bits per kept number.
+    """
+
+    file: str
+    model: str
+    press: str
+    tokens: int
+    file_bytes: int
+    resident_bytes: int
+    uncompressed_bytes: int
+    bits_per_value: float
+
+    exit_status = 0
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return asdict(self)
+
+    def __rich__(self) -> Text:
+        return Text(
+            f"{self.file}: {self.tokens:,} tokens in {format_bytes(self.file_bytes)}, "
+            f"{self.bits_per_value:.2f} bits a value, read by {self.model} under {self.press}. It contains "
+            "the text: only you can read it."
+        )
+
+
+def main(
+    file: str,
+    output: str | None = None,
+    press: str = "TurboQuant",
+    model: str | None = None,
+    device: str | None = None,
+    dtype: str | None = None,
+) -> Packed:
+    """Read a text under a press and save its cache.
+
+    Args:
+        file: of text; "-" for the standard input.
+        output: the file to write; left out, the text's name with `SUFFIX`.
+        press: as `parse_press` takes it.
+        model: as for `load_pipeline`.
+        device: as for `load_pipeline`.
+        dtype: as for `load_pipeline`.
+
+    Raises:
+        QuantPressError: the text, press or model cannot be used, or the file cannot be written.
+    """
+    if output is None and file == STDIN:
+        raise InvalidInputError("text from the standard input has no name; give --output FILE")
+    target = f"{file}{SUFFIX}" if output is None else output
+    text, pipe = read_text(file), load_pipeline(model, device, dtype)
+    context = pipe.read(text, press=press)
+    size, memory = context.save(target), context.memory
+    return Packed(
+        file=target,
+        model=model_name(pipe),
+        press=context.description,
+        tokens=context.token_ids.shape[1],
+        file_bytes=size,
+        resident_bytes=memory.total_bytes,
+        uncompressed_bytes=memory.uncompressed_bytes,
+        bits_per_value=memory.bits_per_value,
+    )

@@ -1,0 +1,182 @@
+"""The command line itself: help, options, exit status, what goes where."""
+
+import json
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+from typer.main import get_command
+from typer.testing import CliRunner
+
+import quantpress
+from quantpress import cli, doctor
+from tests.limits import HANG
+
+ROOT = Path(__file__).parents[2]
+
+
+def invoke(*arguments: str) -> Any:
+    return CliRunner().invoke(cli.app, arguments)
+
+
+@pytest.fixture
+def demo(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """A demo that only notes how it was called; it fails when asked for 13 tokens."""
+    calls: list[dict[str, Any]] = []
+
+    def main(**options: Any) -> int:
+        calls.append(options)
+        if options["tokens"] == 13:
+            raise quantpress.ContextTooLongError("13 tokens are too many")
+        return 0
+
+    module = ModuleType("quantpress.evaluation.demo")
+    module.main = main  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "quantpress.evaluation.demo", module)
+    return calls
+
+
+def test_version_is_printed() -> None:
+    assert invoke("version").stdout.strip() == quantpress.__version__
+
+
+def test_demo_gets_its_options(demo: list[dict[str, Any]]) -> None:
+    assert invoke("demo").exit_code == 0
+    assert invoke("demo", "--tokens", "512", "--json", "--fast").exit_code == 0
+    assert demo == [
+        {"tokens": None, "json": False, "fast": False},
+        {"tokens": 512, "json": True, "fast": True},
+    ]
+
+
+def test_an_error_of_ours_is_one_line_on_stderr(
+    demo: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["quantpress", "demo", "--tokens", "13"])
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    assert stopped.value.code == 2
+    assert capsys.readouterr() == ("", "quantpress: 13 tokens are too many\n")
+
+
+@pytest.mark.parametrize(
+    "arguments", [("no-such-command",), ("memory", "--context", "0"), ("run", "--nothing")]
+)
+def test_what_cannot_be_parsed_is_refused(arguments: tuple[str, ...]) -> None:
+    assert invoke(*arguments).exit_code == 2
+
+
+@pytest.mark.parametrize("example", [example for _, example in cli.COMMANDS.values()])
+def test_every_example_is_in_the_help_and_can_be_parsed(example: str) -> None:
+    program, name, *arguments = shlex.split(example)
+    command = get_command(cli.app).commands[name]  # type: ignore[attr-defined]
+    assert program == "quantpress"
+    assert command.make_context(name, list(arguments)).info_name == name  # what it cannot parse raises
+    shown = " ".join(invoke(name, "--help").stdout.split())
+    assert f"Example: {example}" in shown
+
+
+def test_every_command_is_in_the_table() -> None:
+    assert list(get_command(cli.app).commands) == list(cli.COMMANDS)  # type: ignore[attr-defined]
+
+
+def test_help_does_not_wait_for_torch() -> None:
+    code = (
+        "import sys\nfrom typer.testing import CliRunner\nfrom quantpress.cli import app, COMMANDS\n"
+        "done = [CliRunner().invoke(app, [name, '--help']).exit_code for name in COMMANDS]\n"
+        "assert not any(done), done\n"
+        "print(sorted({'torch', 'transformers', 'kvpress', 'numpy', 'scipy'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=HANG)
+    assert done.stdout.strip() == "[]", done.stderr
+
+
+def test_the_page_of_commands_is_not_stale() -> None:
+    command = [sys.executable, str(ROOT / "docs" / "command_line.py"), "--check"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=HANG)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_process_prints_one_json_document() -> None:
+    shape = "layers=2,kv_heads=2,head_dim=64"
+    command = [sys.executable, "-m", "quantpress", "memory", shape, "-c", "1000", "--json"]
+    good = subprocess.run(command, capture_output=True, text=True, timeout=HANG)
+    assert good.returncode == 0, good.stderr
+    found = json.loads(good.stdout)
+    assert found["presses"][0]["cache"]["total_bytes"] == 2 * 2 * 2 * 64 * 1000 * 2
+
+
+def test_doctor_names_every_part() -> None:
+    result = invoke("doctor")
+    assert result.exit_code == 0
+    parts = ("python", "torch", "transformers", "kvpress", "triton", "cuda", "attention", "encode", "decode")
+    for part in (*parts, "falls back", "default model", "its dtype"):
+        assert part in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        ("float16", "float16, from QUANTPRESS_DTYPE"),
+        ("int8", "QUANTPRESS_DTYPE is 'int8'; set it to bfloat16, float32 or float16"),
+        ("", "float"),
+    ],
+)
+def test_doctor_says_the_dtype_of_the_default_model(
+    monkeypatch: pytest.MonkeyPatch, value: str, said: str
+) -> None:
+    monkeypatch.setenv("QUANTPRESS_DTYPE", value)
+    found = json.loads(invoke("doctor", "--json").stdout)["default_dtype"]
+    assert found == said if value else said in found and "the quicker here" in found
+
+
+def test_doctor_is_json_too() -> None:
+    found = json.loads(invoke("doctor", "--json").stdout)
+    assert found["versions"]["quantpress"] == quantpress.__version__
+    assert found["backends"]["attend"] == ["reference", "triton"]
+    assert found["fallbacks"]
+
+
+def test_doctor_reports_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "PACKAGES", ("torch", "no-such-package-anywhere", "triton"))
+    assert doctor.diagnose().versions["no-such-package-anywhere"] is None
+    assert "not installed" in invoke("doctor").stdout
+
+
+def test_doctor_finds_the_reference_of_each_operation() -> None:
+    backends = doctor.diagnose().backends
+    assert {"attend", "decode", "encode"} <= set(backends)
+    assert all("reference" in found for found in backends.values())
+
+
+@pytest.mark.parametrize(
+    ("cuda", "fused", "expected"),
+    [(False, True, ["CPU"]), (True, False, ["CPU", "CUDA"]), (True, True, ["CPU", "CUDA"])],
+)
+def test_attention_paths(cuda: bool, fused: bool, expected: list[str]) -> None:
+    lines = doctor._attention(cuda, fused)
+    assert [line.split(":")[0] for line in lines] == expected
+    assert ("Triton" in lines[-1]) == (cuda and fused)
+
+
+@pytest.mark.parametrize(
+    ("triton", "cuda", "capability", "reason"),
+    [
+        ("3.7.1", None, None, "torch is a CPU build"),
+        ("3.7.1", "12.8", None, "no NVIDIA GPU"),
+        (None, "12.8", "9.0", "triton is not installed"),
+        ("3.7.1", "12.8", "7.5", "everything on card: its compute capability is below 8.0"),
+        ("3.7.1", "12.8", "9.0", "head_dim other than 64, 128, 256"),
+    ],
+)
+def test_what_falls_back_has_its_reason(
+    triton: str | None, cuda: str | None, capability: str | None, reason: str
+) -> None:
+    devices = () if capability is None else (doctor.Device("card", capability, 2**34),)
+    lines = doctor._fallbacks({"triton": triton}, cuda, devices)
+    assert reason in lines[0]
+    assert ("everything" in lines[0]) == (capability != "9.0" or triton is None)

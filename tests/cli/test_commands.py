@@ -1,0 +1,155 @@
+"""The commands that need a model, on a tiny one that was saved to a folder."""
+
+import json
+import os
+import stat
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from typer.testing import CliRunner
+
+from quantpress import cli
+from quantpress.cli.loading import load_pipeline
+from quantpress.errors import CacheFileError, InvalidInputError
+from quantpress.evaluation.devices import device_names, devices_of
+from tests.pipelines.words import model_folder, ours, text
+
+CONTEXT = text(500)
+QUESTIONS = ["w1 w2", "w7"]
+PRESS = "SnapKV(0.5, window_size=16) | TurboQuant(bits=3)"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A folder with model and tokenizer."""
+    return model_folder(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture
+def context(tmp_path: Path) -> str:
+    """A text file."""
+    path = tmp_path / "text.txt"
+    path.write_text(CONTEXT, encoding="utf-8")
+    return str(path)
+
+
+def invoke(*arguments: str, **options: Any) -> Any:
+    result = CliRunner().invoke(cli.app, arguments, catch_exceptions=False, **options)
+    assert result.exit_code == 0, result.output
+    return result
+
+
+def asked() -> list[str]:
+    return [part for question in QUESTIONS for part in ("-q", question)]
+
+
+def answers(result: Any) -> list[str]:
+    return [entry["answer"] for entry in json.loads(result.stdout)["answers"]]
+
+
+def test_pack_then_run_answers_as_run_does_and_as_the_pipeline_does(
+    model: str, context: str, tmp_path: Path
+) -> None:
+    options = ["-m", model, "--device", "cpu"]
+    direct = invoke("run", context, *asked(), "-p", PRESS, *options, "--max-new-tokens", "9", "--json")
+    expected = ours()(CONTEXT, questions=QUESTIONS, press=PRESS, max_new_tokens=9)["answers"]
+    assert answers(direct) == expected
+    output = str(tmp_path / "out" / "..") + "/packed"
+    os.makedirs(tmp_path / "out")
+    packed = json.loads(invoke("pack", context, "-p", PRESS, "-o", output, *options, "--json").stdout)
+    assert packed["file_bytes"] == Path(output).stat().st_size > packed["resident_bytes"]
+    assert stat.S_IMODE(Path(output).stat().st_mode) == 0o600
+    loaded = invoke("run", "--cache", output, *asked(), "--max-new-tokens", "9", "--json")
+    assert answers(loaded) == expected
+    found = json.loads(loaded.stdout)
+    assert found["report"]["resident_bytes"] == packed["resident_bytes"]
+    assert found["press"] == packed["press"] and found["model"] == model
+
+
+def test_text_comes_from_the_standard_input(model: str, context: str, tmp_path: Path) -> None:
+    piped = invoke("run", "-", "-q", "w1", "-m", model, "--device", "cpu", "--json", input=CONTEXT)
+    named = invoke("run", context, "-q", "w1", "-m", model, "--device", "cpu", "--json")
+    assert answers(piped) == answers(named)
+    with pytest.raises(InvalidInputError, match="--output"):
+        invoke("pack", "-", "-m", model, input=CONTEXT)
+
+
+def test_a_model_spread_over_all_devices_answers_the_same(
+    model: str, context: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With one device, as here, all of it is there; tests with two GPUs spread one by hand."""
+    options = ["run", context, "-q", "w1", "-m", model, "--json"]
+    expected, places = answers(invoke(*options)), []
+    make: Any = transformers.pipeline
+
+    def noted(*args: Any, **kwargs: Any) -> Any:
+        places.append((kwargs.get("device"), kwargs.get("device_map")))
+        return make(*args, **kwargs)
+
+    monkeypatch.setattr(transformers, "pipeline", noted)
+    assert answers(invoke(*options, "--device", "auto")) == expected
+    assert places == [(None, "auto")]
+    assert load_pipeline(None, "auto").device == load_pipeline(None).device
+
+
+def test_people_get_answers_and_a_table(model: str, context: str) -> None:
+    shown = invoke("run", context, "-q", "w1 w2", "-m", model, "--device", "cpu").stdout
+    assert shown.startswith("w1 w2\n") and "resident" in shown and "bits per value" in shown
+    packed = " ".join(
+        invoke("pack", context, "-m", model, "--device", "cpu").stdout.split()
+    )  # lines are wrapped
+    assert "contains the text" in packed and Path(f"{context}.kv.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "reason"),
+    [
+        (("run",), InvalidInputError, "--cache FILE"),
+        (("run", "a.txt", "--cache", "b"), InvalidInputError, "not both"),
+        (("run", "nowhere.txt"), InvalidInputError, r"nowhere.txt cannot be read"),
+        (("run", "--cache", "nowhere"), CacheFileError, "nowhere is not a file"),
+        (("run", "TEXT", "-m", "/no/such/model"), InvalidInputError, "/no/such/model.* cannot be loaded"),
+        (("run", "TEXT", "--dtype", "int99"), InvalidInputError, "int99"),
+        (("run", "TEXT", "-m", "MODEL", "-p", "SnapVK"), InvalidInputError, "SnapKV"),
+        (("compare", "TEXT", "-m", "MODEL", "-p", "SnapVK"), InvalidInputError, "SnapKV"),
+        (("compare", "nowhere.txt"), InvalidInputError, "nowhere.txt cannot be read"),
+        (("bench", "-m", "MODEL", "--new-tokens", "3"), InvalidInputError, "at least 6"),
+        (("bench", "-p", "TurboQuant(bits=99)"), InvalidInputError, "99"),
+        (("memory", "MODEL", "--gpu", "lots"), InvalidInputError, "80GB"),
+        (("memory", "MODEL", "-p", "SimLayerKV"), InvalidInputError, "depends on the text"),
+        (("inspect", "/no/such/model"), InvalidInputError, "/no/such/model.* cannot be loaded"),
+        (("validate", "--bits", "5"), InvalidInputError, "5"),
+        (("validate", "--rotation", "none"), InvalidInputError, "none"),
+        (("run", "--cache", "TEXT"), CacheFileError, "damaged"),
+    ],
+)
+def test_what_cannot_be_done_is_one_clear_error(
+    arguments: tuple[str, ...], error: type[Exception], reason: str, model: str, context: str
+) -> None:
+    given = [{"TEXT": context, "MODEL": model}.get(one, one) for one in arguments]
+    with pytest.raises(error, match=reason):
+        CliRunner().invoke(cli.app, given, catch_exceptions=False)
+
+
+@pytest.mark.parametrize(
+    ("places", "named"),
+    [
+        (["cuda:0", "cuda:0"], "H100"),
+        (["cuda:0", "cuda:1", "meta"], "2 x H100"),
+        (["cuda:1", "cpu", "cuda:2"], "H100 + A100"),
+        (["cpu", "meta"], "cpu"),
+    ],
+)
+def test_devices_of_a_model_count_once(
+    places: list[str], named: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights = [SimpleNamespace(device=torch.device(place), is_meta=place == "meta") for place in places]
+    on = torch.device("cuda" if "cuda" in places[0] else "cpu")  # transformers leaves the number out
+    pipe: Any = SimpleNamespace(device=on, model=SimpleNamespace(parameters=lambda: weights))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda one: "A100" if one.index == 2 else "H100")
+    assert device_names(pipe) == named
+    assert devices_of(pipe) == [torch.device(one) for one in dict.fromkeys(places) if one != "meta"]

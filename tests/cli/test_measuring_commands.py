@@ -1,0 +1,269 @@
+"""The commands that measure: what they print is what was measured, on a tiny model saved to a folder."""
+
+import copy
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from quantpress import cli
+from quantpress.cache import cache_memory
+from quantpress.cli import bench, compare, inspect, loading, memory, validate
+from quantpress.cli.inspect import CANDIDATES, Candidate, suggested
+from quantpress.codecs import turboquant as codec
+from quantpress.evaluation.sizing.model_outline import EXAMPLE_SHAPE
+from quantpress.evaluation.token_clock import TokenClock
+from tests.pipelines.words import model_folder, ours, text, word_tokenizer
+from tests.tiny_models import tiny_model
+
+CONTEXT = text(500)
+QUESTIONS = ("w1 w2", "w7")
+PRESSES = ("TurboQuant(bits=8)", "SnapKV(0.5, window_size=16) | TurboQuant(bits=2)")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A folder with model and tokenizer."""
+    return model_folder(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> str:
+    """A text file."""
+    (tmp_path / "text.txt").write_text(CONTEXT, encoding="utf-8")
+    return str(tmp_path / "text.txt")
+
+
+def invoke(*arguments: str, status: int = 0) -> Any:
+    result = CliRunner().invoke(cli.app, arguments, catch_exceptions=False)
+    assert result.exit_code == status, result.output
+    return result
+
+
+def given(option: str, values: tuple[str, ...]) -> list[str]:
+    return [part for value in values for part in (option, value)]
+
+
+def test_compare_gives_the_pipelines_answers_and_their_agreement(model: str, file: str) -> None:
+    options = [*given("-q", QUESTIONS), *given("-p", PRESSES), "-m", model, "--device", "cpu"]
+    found = json.loads(invoke("compare", file, *options, "--max-new-tokens", "9", "--json").stdout)
+    rows = found["presses"]
+    assert [row["press"] for row in rows] == ["uncompressed", "TurboQuant(8)", rows[2]["press"]]
+    plain: list[list[int]] = []
+    for row, press in zip(rows, ("none", *PRESSES), strict=True):
+        clock = TokenClock()
+        asked = {"questions": list(QUESTIONS), "press": press, "max_new_tokens": 9}
+        expected = ours()(CONTEXT, report=True, streamer=clock, **asked)
+        plain = plain or clock.tokens
+        assert [answer["text"] for answer in row["answers"]] == expected["answers"]
+        assert row["report"]["resident_bytes"] == expected["report"].resident_bytes
+        for answer, ids, whole in zip(row["answers"], clock.tokens, plain, strict=True):
+            differ = [a != b for a, b in zip(ids, whole, strict=True)]
+            same = differ.index(True) if True in differ else 9
+            assert (answer["same_tokens"], answer["tokens"]) == (same, 9)
+            assert answer["agreement"] == pytest.approx(same / 9)
+    assert all(answer["agreement"] == 1 for answer in rows[0]["answers"])
+    assert any(answer["agreement"] < 1 for answer in rows[2]["answers"])
+
+
+def test_compare_says_what_a_press_cannot_do_and_goes_on(model: str, file: str) -> None:
+    presses = ("SnapKV(0.5, window_size=5000)", "Knorm(0.5)")
+    options = [*given("-p", presses), "-q", "w1", "-m", model, "--device", "cpu"]
+    found = json.loads(invoke("compare", file, *options, "--json", status=2).stdout)
+    assert "501 tokens" in found["presses"][1]["refusal"] and found["presses"][1]["answers"] == []
+    assert found["presses"][2]["refusal"] is None and found["presses"][2]["report"]["tokens_kept"] == 250
+    shown = " ".join(invoke("compare", file, *options, status=2).stdout.split())
+    assert "refused" in shown and "Knorm(0.5)" in shown
+
+
+def test_compare_without_a_text_asks_for_a_hidden_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+
+    def ask(pipe: Any, read: str, questions: list[str], *_: Any) -> Any:
+        asked.append((read, questions))
+        return compare.Compared("uncompressed"), [[1]]
+
+    monkeypatch.setattr(compare, "load_pipeline", lambda *_: ours())
+    monkeypatch.setattr(compare, "_ask", ask)
+    compare.main(presses=["none"], tokens=300)
+    ((read, (question,)),) = asked
+    city = question.split("for ")[1].split(" mentioned")[0]
+    assert f"special magic number for {city} is: " in read
+
+
+def test_memory_prints_the_parts(model: str) -> None:
+    options = ["-c", "700", *given("-p", PRESSES)]
+    found = json.loads(invoke("memory", model, *options, "--json").stdout)
+    assert found["model"]["weights_bytes"] == sum(one.nbytes for one in tiny_model("llama").parameters())
+    for row in found["presses"]:
+        cache = row["cache"]
+        parts = ("packed_bytes", "dense_bytes", "metadata_bytes")
+        assert sum(cache[part] for part in parts) == cache["total_bytes"]
+        assert row["ratio"] == pytest.approx(row["whole_bytes"] / cache["total_bytes"])
+    whole = ours().read(text(699), press=None).memory  # a bos token more
+    assert found["model"]["dtype"] == "float32" and found["presses"][0]["ratio"] == 1
+    assert found["presses"][0]["cache"]["total_bytes"] == whole.total_bytes
+    shown = " ".join(invoke("memory", EXAMPLE_SHAPE, *options, "--gpu", "80GB").stdout.split())
+    for words in ("TurboQuant(8)", "Weights: 15.0 GiB in bfloat16", "longest", "an estimate"):
+        assert words in shown
+    assert "The ratio is to all tokens uncompressed, in bfloat16." in shown
+
+
+def test_memory_takes_other_weights() -> None:
+    (own, lighter) = (memory.main(EXAMPLE_SHAPE, gpu="24GB", weights=weights) for weights in (None, "4.7GB"))
+    assert lighter.model.weights_bytes == 4_700_000_000
+    assert all(b.context > a.context for a, b in zip(own.rooms, lighter.rooms, strict=True))
+
+
+def test_memory_asks_for_the_weights_of_a_quantized_checkpoint(tmp_path: Path) -> None:
+    config = copy.deepcopy(tiny_model("llama").config)
+    config.quantization_config = {"quant_method": "gptq", "bits": 4}
+    config.to_json_file(tmp_path / "config.json", use_diff=False)
+    place = str(tmp_path / "config.json")
+    assert "weighs less" in invoke("memory", place).stdout
+    assert "weighs less" not in invoke("memory", place, "--weights", "1MB").stdout
+
+
+def test_bench_measures_every_side(model: str) -> None:
+    options = ["--tokens", "300", "--new-tokens", "8", "--repeats", "1", "-m", model, "--device", "cpu"]
+    found = json.loads(invoke("bench", *options, *given("-p", PRESSES[:1]), "--json").stdout)
+    plain, packed = found["presses"]
+    assert (plain["press"], packed["press"]) == ("uncompressed", "TurboQuant(8)")
+    assert found["new_tokens"] == plain["report"]["new_tokens"] == packed["report"]["new_tokens"] == 8
+    for row in (plain, packed):
+        assert 0 < row["report"]["prefill_s"] < row["first_token_s"]
+        assert row["tokens_per_s"] > 0 and row["peak_bytes"] >= 0
+        assert row["speed_ratio"] == pytest.approx(row["tokens_per_s"] / plain["tokens_per_s"])
+    cache = ours().read(bench.book_piece(word_tokenizer(), 300), press=None).cache
+    assert plain["report"]["resident_bytes"] == cache_memory(cache).total_bytes
+    assert found["machine"]["device"] == "cpu"
+
+
+def test_bench_answers_are_as_long_as_asked_although_the_model_would_stop(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pipe = ours()
+    # every token but one would end the answer
+    monkeypatch.setattr(pipe.model.generation_config, "eos_token_id", list(range(2, 256)))
+    _, speed, _, report = bench._once(pipe, CONTEXT, None, 8)
+    assert report.new_tokens == 8 and speed > 0
+
+
+def test_bench_shows_a_table(model: str) -> None:
+    options = ["--tokens", "200", "--new-tokens", "6", "--repeats", "1", "-m", model, "--device", "cpu"]
+    shown = invoke("bench", *options).stdout
+    for words in (
+        "uncompressed",
+        "TurboQuant(4)",
+        "tokens/s",
+        "first token",
+        "peak",
+        "1.00x",
+        "medians of 1",
+    ):
+        assert words in shown
+
+
+def test_inspect_names_packed_layers_and_suggests_a_press(model: str) -> None:
+    found = json.loads(invoke("inspect", model, "--tokens", "400", "--device", "cpu", "--json").stdout)
+    assert [layer["packed"] for layer in found["layers"]] == [True] * 3
+    assert all(0 <= layer["keys"]["mean_energy"] <= 1 for layer in found["layers"])
+    assert [one["press"] for one in found["candidates"]] == list(CANDIDATES)
+    errors = [one["output_error"] for one in found["candidates"]]
+    assert errors[0] > errors[-1] > 0
+    assert found["suggestion"] in CANDIDATES and found["refusal"] is None
+    shown = invoke("inspect", model, "--tokens", "400", "--device", "cpu").stdout
+    shown = " ".join(shown.split())  # lines are wrapped
+    assert "3 of 3 layers are packed" in shown and "Suggested: --press" in shown
+
+
+@pytest.mark.parametrize(
+    ("family", "packed", "why"),
+    [
+        ("gemma3", [False, True, True], "a sliding window"),
+        ("mistral_sliding", [False] * 3, "a sliding window"),
+        ("nemotron", [False] * 3, "this model's cache cannot be packed"),
+        ("falcon_h1", [False] * 3, "this model's cache cannot be packed"),
+        ("lfm2", [False] * 2, "this model's cache cannot be packed"),
+    ],
+)
+def test_inspect_says_why_a_layer_is_not_packed(
+    family: str, packed: list[bool], why: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(inspect, "load_pipeline", lambda *_: ours(family))
+    found = inspect.main(tokens=300)
+    assert [layer.packed for layer in found.layers] == packed
+    assert [layer.reason for layer in found.layers] == ["" if one else why for one in packed]
+    assert (found.suggestion is None) == (not any(packed)) == (found.refusal is not None)
+
+
+def test_inspect_of_a_short_text_says_that_nothing_could_be_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(inspect, "load_pipeline", lambda *_: ours())
+    found = inspect.main(tokens=100)
+    assert (found.candidates, found.suggestion) == ((), "TurboQuant")
+    assert "none of the 100 tokens was packed" in str(found.refusal)
+
+
+def test_the_smallest_setting_that_is_enough_is_suggested() -> None:
+    tried = [Candidate(press, 3.0, top1, 0.5, 0.1) for press, top1 in (("a", 0.7), ("b", 0.91), ("c", 0.99))]
+    assert suggested(tried) == "b"
+    assert suggested([replace(one, top1=0.5) for one in tried]) == "c"
+    assert suggested([]) == "TurboQuant"
+
+
+def test_validate_passes_and_shows_every_codec() -> None:
+    options = ["--bits", "3", "--bits", "2.5", "--head-dim", "64", "--samples", "512"]
+    found = json.loads(invoke("validate", *options, "--json").stdout)
+    assert found["ok"] and len(found["codecs"]) == 4
+    for row in found["codecs"]:
+        assert row["shannon"] <= row["distortion"] <= row["paper_bound"]
+    assert invoke("validate", *options).stdout.count(" ok ") == 4
+
+
+def test_validate_covers_the_papers_estimator() -> None:
+    found = validate.main(bits=[3], head_dims=[64], samples=512, estimator="prod")
+    assert not found.exit_status and all(check.report.paper_bound is None for check in found.checks)
+
+
+@pytest.mark.parametrize("factor", [1.2, 0.5])
+def test_validate_exits_1_when_a_codec_is_not_what_it_says(
+    factor: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = codec.decode_pages
+    monkeypatch.setattr(codec, "decode_pages", lambda *arguments: factor * whole(*arguments))
+    result = invoke("validate", "--bits", "4", "--head-dim", "64", "--samples", "256", status=1)
+    assert result.stdout.count("FAILED") == 2
+
+
+def test_a_codec_that_is_better_than_possible_fails_too() -> None:
+    (check, *_) = validate.main(bits=[2], head_dims=[64], samples=512).checks
+    assert check.ok
+    for distortion in (0.9 * check.report.shannon, 1.1 * float(check.report.paper_bound or 0)):
+        report = replace(check.report, distortion=distortion, expected=distortion)
+        assert report.ok and not replace(check, report=report).ok
+
+
+def test_what_libraries_print_stays_out_of_the_json(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def noisy(*arguments: Any) -> Any:
+        print("a library says hello")
+        return ours()
+
+    monkeypatch.setattr(bench, "load_pipeline", noisy)
+    options = ["--tokens", "100", "--new-tokens", "6", "--repeats", "1", "--json"]
+    result = invoke("bench", *options)
+    assert json.loads(result.stdout)["presses"]
+    assert "hello" in result.stderr
+
+
+def test_the_machine_of_a_pipeline_is_named() -> None:
+    found = loading.machine(ours())
+    assert (found["device"], found["dtype"], found["torch"]) == ("cpu", "float32", torch.__version__)
+
+
+def test_a_piece_of_the_book_has_the_length_that_was_asked_for() -> None:
+    piece = bench.book_piece(word_tokenizer(), 100)
+    assert 98 <= len(word_tokenizer().encode(piece)) <= 100

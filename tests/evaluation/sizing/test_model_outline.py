@@ -1,0 +1,85 @@
+"""Outlines without weights are what models of the same configuration cache and weigh."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import DynamicCache
+
+from quantpress.errors import InvalidInputError
+from quantpress.evaluation.sizing.model_outline import EXAMPLE_SHAPE, ModelOutline, outline
+from tests.tiny_models import _CONFIGS, HYBRID, prompt, tiny_model
+
+EAGER = ("gpt_oss", "bloom", "nemotron")
+OWN_CACHE = ("falcon_h1", "jamba", "lfm2")  # made by themselves, and only when they are asked to
+
+
+@pytest.mark.parametrize("family", sorted(_CONFIGS.keys() - HYBRID.keys()))
+def test_heads_and_dimensions_are_those_of_the_cache(family: str) -> None:
+    model = tiny_model(family, "eager" if family in EAGER else "sdpa")
+    found = ModelOutline.of(family, model)
+    if family in ("bloom", *OWN_CACHE):
+        assert len(found.layers) + found.other_layers == model.config.num_hidden_layers
+        assert ("Cache, not in layers" in str(found.refusal)) == (family != "bloom")
+        return
+    cache = DynamicCache()
+    with torch.no_grad():
+        model(prompt(5), past_key_values=cache)
+    assert [layer.index for layer in found.layers] == list(range(len(cache.layers)))
+    for layer, cached in zip(found.layers, cache.layers, strict=True):
+        keys, values = cached.keys.shape, cached.values.shape
+        assert (layer.kv_heads, layer.head_dim, layer.value_dim) == (keys[1], keys[3], values[3])
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3", "deepseek_v3"])
+def test_a_configuration_alone_gives_the_same(family: str, tmp_path: Path) -> None:
+    model = tiny_model(family)
+    model.config.to_json_file(tmp_path / "config.json", use_diff=False)
+    found, real = outline(str(tmp_path / "config.json")), ModelOutline.of("it", model)
+    assert found.weights_bytes == sum(one.numel() for one in model.parameters()) * found.dtype.itemsize
+    assert found.architecture == type(model).__name__
+    for one, other in zip(found.layers, real.layers, strict=True):
+        assert {**vars(one), "module": None} == {**vars(other), "module": None}
+    assert {one.device.type for layer in found.layers for one in layer.module.parameters()} == {"meta"}
+
+
+def test_a_shape_is_a_llama() -> None:
+    found = outline(EXAMPLE_SHAPE)
+    hidden, inner, vocabulary, layers = 4096, 14336, 128256, 32
+    attention = 2 * hidden * hidden + 2 * hidden * 8 * 128
+    weights = layers * (attention + 3 * hidden * inner + 2 * hidden) + 2 * vocabulary * hidden + hidden
+    assert found.weights_bytes == 2 * weights
+    assert (len(found.layers), found.hidden, found.refusal) == (layers, hidden, None)
+
+
+def test_a_shape_may_leave_the_weights_open() -> None:
+    found = outline("layers=3, kv_heads=2, head_dim=64")
+    assert (found.weights_bytes, found.hidden, found.positions) == (None, None, None)
+    assert [(one.kv_heads, one.head_dim) for one in found.layers] == [(2, 64)] * 3
+
+
+@pytest.mark.parametrize(
+    ("model", "reason"),
+    [
+        ("layers=2,kv_heads=2", "lacks head_dim"),
+        ("layers=2,kv_heads=2,head_dim=64,colour=3", "colour=3"),
+        ("layers=2,kv_heads=0,head_dim=64", "kv_heads=0"),
+        ("layers=two,kv_heads=2,head_dim=64", "layers=two"),
+        ("nowhere.json", "no file nowhere.json"),
+    ],
+)
+def test_what_cannot_be_read_is_named(model: str, reason: str) -> None:
+    with pytest.raises(InvalidInputError, match=reason):
+        outline(model)
+
+
+@pytest.mark.parametrize("content", ["not json", json.dumps({"model_type": "no-such-type"}), json.dumps({})])
+def test_a_wrong_configuration_is_named(content: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(InvalidInputError, match=r"config\.json cannot be outlined"):
+        outline(str(tmp_path / "config.json"))
+
+
+def test_a_model_that_cannot_be_packed_says_why() -> None:
+    assert "sliding window" in str(ModelOutline.of("it", tiny_model("mistral_sliding")).refusal)

@@ -1,0 +1,163 @@
+"""`captured_decoding` over layers that nothing packs, on the CPU: the tokens of transformers' own layers."""
+
+import functools
+from collections.abc import Iterator
+from contextlib import nullcontext
+from typing import Any
+
+import pytest
+import torch
+from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+from quantpress.cache import PackedLayer, continue_inputs, uninstall_packed_attention
+from quantpress.cache.fixed.fixed_plain import FixedLayer
+from quantpress.pipelines.capture.captured import captured_decoding
+from quantpress.pipelines.masks import fitted_masks
+from quantpress.pipelines.preserve import preserved_context
+from quantpress.presses import Compose, PyramidKV, SnapKV, TurboQuant
+from tests.tiny_models import prompt, tiny_model
+
+NEW_TOKENS = 100  # more than once round a window of 64
+SNAP = {"window_size": 16}
+
+
+@pytest.fixture(autouse=True)
+def packed_attention() -> Iterator[None]:
+    """Nothing has let attention read packed layers: `captured_decoding` has to."""
+    uninstall_packed_attention()
+    yield
+    uninstall_packed_attention()
+
+
+def generate(
+    model: PreTrainedModel, ids: torch.Tensor, cache: DynamicCache, **arguments: Any
+) -> torch.Tensor:
+    arguments = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "pad_token_id": 0, **arguments}
+    arguments.setdefault("attention_mask", torch.ones_like(ids))
+    tokens: torch.Tensor = model.generate(ids, past_key_values=cache, **arguments)
+    return tokens
+
+
+SLIDING, PLAIN = True, False
+
+
+@pytest.mark.parametrize(
+    ("family", "attention", "tokens", "configured"),
+    [
+        ("llama", "sdpa", 20, PLAIN),
+        ("gpt_neox", "sdpa", 300, PLAIN),
+        ("deepseek_v3", "eager", 300, PLAIN),
+        ("gemma2", "sdpa", 20, SLIDING),
+        ("gemma2", "eager", 63, SLIDING),
+        ("gemma3", "sdpa", 63, SLIDING),
+        ("gemma3", "sdpa", 300, SLIDING),
+        ("gpt_oss", "eager", 300, SLIDING),
+        ("qwen2_sliding", "sdpa", 300, SLIDING),
+        ("mistral_sliding", "sdpa", 20, SLIDING),
+        ("mistral_sliding", "sdpa", 300, SLIDING),
+        ("mistral_sliding", "sdpa", 300, PLAIN),
+    ],
+    ids=lambda value: ("plain_layers", "sliding_layers")[value] if isinstance(value, bool) else str(value),
+)
+def test_tokens_of_transformers_layers(family: str, attention: str, tokens: int, configured: bool) -> None:
+    """Before the window is full, as it fills, and long after; the cache goes on afterwards."""
+    model = tiny_model(family, attention)
+    cache = DynamicCache(config=model.config) if configured else DynamicCache()
+    ids = prompt(tokens, batch=2)
+    with captured_decoding(model) as steps:
+        got = generate(model, ids, cache)
+    plain = DynamicCache(config=model.config) if configured else DynamicCache()
+    assert torch.equal(got, generate(model, ids, plain))
+    assert steps.eager_steps == NEW_TOKENS - 1 and got.unique().numel() > 20
+    assert {type(layer) for layer in cache.layers} <= {DynamicLayer, DynamicSlidingWindowLayer}
+    for one, two in zip(cache.layers, plain.layers, strict=True):
+        torch.testing.assert_close(one.keys, two.keys, rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(one.values, two.values, rtol=1e-3, atol=1e-3)
+    rest = torch.cat([got, prompt(9, batch=2, seed=5)], dim=1)
+    assert torch.equal(
+        generate(model, rest, cache, max_new_tokens=20), generate(model, rest, plain, max_new_tokens=20)
+    )
+
+
+@pytest.mark.parametrize("configured", [True, False], ids=["sliding_layers", "plain_layers"])
+@pytest.mark.parametrize("family", ["gemma3", "gpt_oss"])
+def test_beside_packed_layers(family: str, configured: bool) -> None:
+    """Layer 0 slides; layer 1 is left unpacked."""
+    model, ids = tiny_model(family, "eager" if family == "gpt_oss" else "sdpa"), prompt(300)
+    answers = []
+    for captured in (False, True):
+        cache = DynamicCache(config=model.config) if configured else DynamicCache()
+        with torch.no_grad(), TurboQuant(bits=4, recent_tokens=16, layer_bits={1: 16})(model):
+            model(ids[:, :-1], past_key_values=cache)
+        assert [isinstance(layer, PackedLayer) for layer in cache.layers] == [False, False, True]
+        with captured_decoding(model) if captured else nullcontext() as steps:
+            answers.append(generate(model, ids, cache))
+    assert torch.equal(*answers)
+    assert steps is not None and steps.eager_steps == NEW_TOKENS  # the last token of the prompt is one
+
+
+PRESSES: dict[str, Any] = {
+    "snapkv": lambda: Compose([SnapKV(0.4, **SNAP)]),
+    "pyramidkv": lambda: Compose([PyramidKV(0.4, **SNAP)]),
+    "gemma3_packed": lambda: Compose([SnapKV(0.4, **SNAP), TurboQuant(bits=3, recent_tokens=16)]),
+}
+
+
+@pytest.mark.parametrize("press", PRESSES)
+def test_after_an_eviction(press: str) -> None:
+    model = tiny_model("gemma3" if press.startswith("gemma3") else "llama")
+    question, outputs = prompt(7, seed=3), []
+    for captured in (False, True):
+        cache = DynamicCache()
+        with torch.no_grad(), PRESSES[press]()(model):
+            model.model(input_ids=prompt(700), past_key_values=cache)
+        inputs = continue_inputs(cache, question)
+        ids = inputs.pop("input_ids")
+        with (
+            fitted_masks(model, cache),
+            captured_decoding(model) if captured else nullcontext() as steps,
+        ):
+            outputs.append(generate(model, ids, cache, **inputs))
+    assert torch.equal(*outputs)
+    assert steps is not None and steps.eager_steps == NEW_TOKENS - 1
+
+
+def test_questions_about_one_context() -> None:
+    """`preserved_context` takes an answer back from layers at fixed addresses."""
+    model, ids = tiny_model("gemma3"), prompt(200)
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(ids[:, :-1], past_key_values=cache)
+    before = [(layer.keys, layer.values, layer.get_seq_length()) for layer in cache.layers]
+    expected = [
+        generate(model, torch.cat([ids, prompt(5, seed=seed)], 1), DynamicCache(config=model.config))
+        for seed in range(2)
+    ]
+    with captured_decoding(model, new_tokens=200) as steps:
+        for seed in range(2):
+            with preserved_context(cache, model):
+                got = generate(model, torch.cat([ids, prompt(5, seed=seed)], 1), cache)
+                assert any(isinstance(layer, FixedLayer) for layer in cache.layers)
+            assert torch.equal(got, expected[seed])
+            for layer, (keys, values, length) in zip(cache.layers, before, strict=True):
+                assert layer.keys is keys and layer.values is values and layer.get_seq_length() == length
+    assert steps.eager_steps == 2 * (NEW_TOKENS - 1)
+
+
+def test_a_step_compiles_as_one_graph(
+    monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    request.addfinalizer(torch._dynamo.reset)
+    torch._dynamo.reset()
+    counters = torch._dynamo.utils.counters
+    counters.clear()
+    model = tiny_model("gemma3")
+    for seed in (0, 1):
+        ids = prompt(100, seed=seed)
+        expected = generate(model, ids, DynamicCache(config=model.config))
+        with captured_decoding(model, compile=True) as steps:
+            assert torch.equal(generate(model, ids, DynamicCache(config=model.config)), expected)
+        assert steps.eager_steps == NEW_TOKENS - 1
+    assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
