@@ -1,10 +1,11 @@
-"""The arrows between the folders, the links, and what importing quantpress brings along."""
+"""The arrows between folders and their sub-folders, the links, and what importing quantpress brings along."""
 
 import ast
 import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -14,51 +15,82 @@ from tests.limits import HANG
 ROOT = Path(__file__).parents[1]
 ARROWS = (
     "examples",
+    "evaluation",
     "pipelines",
     "presses",
     "cache",
-    "kernels",
     "codecs",
+    "kernels",
+    "quantization",
 )  # each imports only itself and later ones
 PACKAGED = ARROWS[1:]
-WITHOUT_KVPRESS = ("cache", "kernels", "codecs")  # environments with a newer transformers can use these
+ROOMS = {
+    "evaluation": ("adapters", "results", "sizing", "divergence", "tasks"),
+    "pipelines": ("enabling", "contexts", "capture", "reading", "patching", "default_model"),
+    "presses": ("packing", "models"),
+    "cache": ("saved", "paged", "fixed", "attention", "tokens"),
+    "kernels": ("attend", "combine", "score", "dequantize", "encode"),
+}  # the sub-folders of a folder; each imports only itself and later ones
+MOST_FILES = 15  # in one folder, so that a reader sees what is there
+WITHOUT_KVPRESS = ("cache", "codecs", "kernels", "quantization")  # usable beside a newer transformers
 FREE_FOR_ALL = {"errors", "__version__"}
 
 
 def imports_of(source: str) -> Iterator[str]:
     """The full name of everything a source text imports, by statement or by `import_module("...")`."""
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            yield from (f"{'.' * node.level}{node.module or ''}.{alias.name}" for alias in node.names)
-        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("import_module"):
-            yield from (
-                a.value for a in node.args if isinstance(a, ast.Constant) and isinstance(a.value, str)
-            )
+    yield from _imports(ast.parse(source))
+
+
+def _imports(node: ast.AST, types: bool = True) -> Iterator[str]:
+    if isinstance(node, ast.Import):
+        yield from (alias.name for alias in node.names)
+    elif isinstance(node, ast.ImportFrom):
+        yield from (f"{'.' * node.level}{node.module or ''}.{alias.name}" for alias in node.names)
+    elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("import_module"):
+        yield from (a.value for a in node.args if isinstance(a, ast.Constant) and isinstance(a.value, str))
+    if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING" and not types:
+        return
+    for child in ast.iter_child_nodes(node):
+        yield from _imports(child, types)
 
 
 def violations(folder: str, source: str) -> list[str]:
-    """The imports in a file of `folder` that its place in the arrows forbids."""
-    allowed = {*ARROWS[ARROWS.index(folder) :], *FREE_FOR_ALL}
+    """The imports in a file of `folder`, such as "cache" or "cache/tokens", that its arrows forbid."""
+    top, _, room = folder.partition("/")
+    allowed = {*ARROWS[ARROWS.index(top) :], *FREE_FOR_ALL}
+    rooms = ROOMS.get(top, ())
+    forbidden_rooms = rooms[: rooms.index(room)] if room else ()
     found = []
     for name in imports_of(source):
         first, _, rest = name.partition(".")
+        second, _, inner = rest.partition(".")
         if first == "":
             found.append(f"{name} is relative: write the full name")
-        elif first in PACKAGED and first != folder and (ROOT / first / f"{rest.split('.')[0]}.py").exists():
+        elif first in PACKAGED and first != top and (ROOT / first / second).with_suffix(".py").exists():
             found.append(f"{name} is imported as quantpress.{name}")
-        elif first == "kvpress" and folder in WITHOUT_KVPRESS:
+        elif first == "kvpress" and top in WITHOUT_KVPRESS:
             found.append(f"{name}: {folder} does without kvpress")
         # Examples are users: they import whatever is public.
-        elif first == "quantpress" and folder != "examples" and rest.split(".")[0] not in allowed:
+        elif (first == "quantpress" and top != "examples" and second not in allowed) or (first == "quantpress" and second == top and inner.split(".")[0] in forbidden_rooms):
             found.append(f"{name} is not for {folder}")
     return found
 
 
-@pytest.mark.parametrize("folder", ARROWS)
+def folders() -> list[str]:
+    """Every folder of code that arrows hold, and every sub-folder of these."""
+    return [*ARROWS, *(f"{top}/{room}" for top, rooms in ROOMS.items() for room in rooms)]
+
+
+def test_every_sub_folder_has_its_arrow() -> None:
+    for folder in PACKAGED:
+        there = {path.parent.name for path in (ROOT / folder).glob("*/*.py")}
+        assert there == set(ROOMS.get(folder, ())), folder
+
+
+@pytest.mark.parametrize("folder", folders())
 def test_imports_follow_the_arrows(folder: str) -> None:
-    sources = {path: path.read_text(encoding="utf-8") for path in sorted((ROOT / folder).rglob("*.py"))}
+    depth = "*.py" if "/" in folder else "**/*.py"
+    sources = {path: path.read_text(encoding="utf-8") for path in sorted((ROOT / folder).glob(depth))}
     found = [
         f"{path.relative_to(ROOT)}: {v}" for path, text in sources.items() for v in violations(folder, text)
     ]
@@ -66,19 +98,83 @@ def test_imports_follow_the_arrows(folder: str) -> None:
     assert not found, "\n".join(found)
 
 
+def modules() -> dict[str, Path]:
+    """Every module of the package by its full name."""
+    found = {}
+    for top in (*PACKAGED, "quantpress"):
+        for path in (ROOT / top).glob("**/*.py"):
+            parts = path.relative_to(ROOT).with_suffix("").parts
+            parts = parts if top == "quantpress" else ("quantpress", *parts)
+            found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return {name: path for name, path in found.items() if not path.parent.is_symlink()}
+
+
+def circle(graph: dict[str, set[str]]) -> list[str]:
+    """Names that lead back to where they began; empty where there are none."""
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        return list(error.args[1])
+    return []
+
+
+def import_graph(by_room: bool = False) -> dict[str, set[str]]:
+    """What each module imports, at any depth but for types alone.
+
+    By room, the modules of a sub-folder are one; a module that lies directly in a folder stays itself.
+    """
+    paths = modules()
+    name_of = {name: name for name in paths}
+    if by_room:
+        name_of = {name: ".".join(name.split(".")[:3]) if name.count(".") >= 2 else name for name in paths}
+    graph: dict[str, set[str]] = {name: set() for name in name_of.values()}
+    for name, path in paths.items():
+        for full in _imports(ast.parse(path.read_text(encoding="utf-8")), types=False):
+            target = full if full in paths else full.rpartition(".")[0]
+            if target in paths and name_of[target] != name_of[name]:
+                graph[name_of[name]].add(name_of[target])
+    return graph
+
+
+@pytest.mark.parametrize("by_room", [False, True], ids=["modules", "sub-folders"])
+def test_imports_have_no_circle(by_room: bool) -> None:
+    found = circle(import_graph(by_room))
+    assert not found, " -> ".join(found)
+
+
+def test_a_circle_is_noticed() -> None:
+    assert circle({"a": {"b"}, "b": {"c"}, "c": {"a"}})
+    assert not circle({"a": {"b", "c"}, "b": {"c"}})
+    assert "quantpress.cache.tokens" in import_graph(by_room=True)["quantpress.cache.layer"]
+
+
+def test_folders_are_seen_at_a_glance() -> None:
+    crowded = {
+        str(folder.relative_to(ROOT)): count
+        for top in (*ARROWS, "quantpress", "tests")
+        for folder in {path.parent for path in (ROOT / top).glob("**/*.py")}
+        if (count := len([path for path in folder.iterdir() if path.suffix == ".py"])) > MOST_FILES
+    }
+    assert not crowded
+
+
 @pytest.mark.parametrize(
     ("folder", "line"),
     [
-        ("codecs", "from quantpress.kernels.layout import pack_pages"),
-        ("codecs", "from quantpress import kernels"),
+        ("quantization", "from quantpress.kernels.layout import pack_pages"),
+        ("quantization", "from quantpress import kernels"),
         ("kernels", "import quantpress.cache"),
+        ("kernels", "from quantpress.codecs.protocol import Codec"),
         ("cache", "from quantpress.presses import TurboQuant"),
         ("cache", "def f():\n    from kvpress import BasePress"),
         ("kernels", "import kvpress.utils"),
         ("presses", "from importlib import import_module\nimport_module('quantpress.pipelines')"),
         ("pipelines", "from quantpress import Compose"),
         ("pipelines", "import quantpress"),
+        ("pipelines", "from quantpress.evaluation.demo import main"),
         ("presses", "from .compose import Compose"),
+        ("cache/tokens", "from quantpress.cache.attention.states import PackedStates"),
+        ("cache/attention", "from quantpress.cache.fixed import cache"),
     ],
 )
 def test_a_forbidden_import_is_noticed(folder: str, line: str) -> None:
@@ -88,10 +184,11 @@ def test_a_forbidden_import_is_noticed(folder: str, line: str) -> None:
 @pytest.mark.parametrize(
     ("folder", "line"),
     [
-        ("codecs", "from quantpress.errors import NonFiniteError"),
+        ("quantization", "from quantpress.errors import NonFiniteError"),
         ("kernels", "from quantpress.quantization.spec import CodecSpec"),
         ("presses", "from kvpress import SnapKVPress"),
-        ("pipelines", "from quantpress.evaluation.demo import main"),
+        ("evaluation", "from quantpress.pipelines.report import Report"),
+        ("cache/attention", "from quantpress.cache.tokens.view import PackedView"),
         ("examples", "from quantpress import Compose"),
     ],
 )
@@ -133,7 +230,7 @@ def test_importing_quantpress_is_light() -> None:
     assert run_python(f"import sys, quantpress; print(sorted({heavy} & set(sys.modules)))") == "[]"
 
 
-def test_codecs_kernels_and_cache_do_without_kvpress() -> None:
+def test_what_lies_below_the_presses_does_without_kvpress() -> None:
     folders = ", ".join(f"quantpress.{folder}" for folder in WITHOUT_KVPRESS)
     assert run_python(f"import sys, {folders}; print('kvpress' in sys.modules)") == "False"
 
