@@ -30,7 +30,7 @@ settings.load_profile("quantpress")
 
 SEED_VARIABLE = "QUANTPRESS_TEST_SEED"
 
-collect_ignore = ["comfyui_run.py"]  # a script, for ComfyUI's environment
+collect_ignore = ["examples/comfyui_run.py"]  # a script, for ComfyUI's environment
 
 
 @pytest.fixture(autouse=True)
@@ -57,7 +57,7 @@ def gpu_state(request: pytest.FixtureRequest) -> Iterator[None]:
         return
     import torch
 
-    from tests.gpu_state import process_state, set_sync_debug_mode
+    from tests.gpu.gpu_state import process_state, set_sync_debug_mode
 
     before = process_state()
     yield

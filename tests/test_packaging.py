@@ -15,7 +15,7 @@ import pytest
 from tests.limits import HANG
 
 ROOT = Path(__file__).parents[1]
-FOLDERS = ("cache", "codecs", "kernels", "pipelines", "presses")
+FOLDERS = ("cache", "codecs", "evaluation", "kernels", "pipelines", "presses", "quantization")
 SHIPPED = (".py", ".json", ".xz", ".md", "py.typed")
 
 USE = """

@@ -18,7 +18,7 @@ from tests.pipelines.words import ours, text
 @pytest.fixture(scope="module")
 def defaults() -> ModuleType:
     """benchmarks/defaults.py as a module."""
-    path = Path(__file__).parents[1] / "benchmarks" / "defaults.py"
+    path = Path(__file__).parents[2] / "benchmarks" / "defaults.py"
     spec = importlib.util.spec_from_file_location("quantpress_benchmark_defaults", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)

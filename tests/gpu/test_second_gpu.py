@@ -17,7 +17,7 @@ from quantpress.presses import AdaKV, Compose, SnapKV, TurboQuant
 from quantpress.quantization.spec import CodecSpec
 from quantpress.quantization.transform import key_statistics
 from tests.cache.paged.paging import QUERY_HEADS, random_states, small
-from tests.test_cuda_graph import model_on_cuda
+from tests.gpu.test_cuda_graph import model_on_cuda
 from tests.tiny_models import prompt
 
 pytestmark = [

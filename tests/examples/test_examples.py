@@ -21,7 +21,7 @@ from quantpress.cache.settings import LayerSettings
 from quantpress.codecs.page_codec import ScalarPages
 from quantpress.quantization.spec import CodecSpec
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
+EXAMPLES = Path(__file__).parents[2] / "examples"
 NOTEBOOK = EXAMPLES / "tour.ipynb"
 SHAPES = {  # layers, KV heads, head_dim
     "meta-llama/Llama-3.1-8B-Instruct": (32, 8, 128),

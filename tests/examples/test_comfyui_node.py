@@ -13,10 +13,10 @@ import pytest
 import torch
 
 from quantpress.errors import NotAppliedError, UnsupportedBitsError, UnsupportedModelError
-from tests.comfyui_double import Diffusion, Guider, Patcher
+from tests.examples.comfyui_double import Diffusion, Guider, Patcher
 from tests.limits import HANG
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "examples" / "comfyui_turboquant"
 COMFYUI = os.environ.get("COMFYUI_PATH")
 
@@ -156,7 +156,7 @@ def _fail(*_: Any) -> None:
 def test_in_comfyui_itself() -> None:
     """ComfyUI's own models, patcher, sampler and attention. Its requirements must be installed."""
     path = os.pathsep.join([str(COMFYUI), os.environ.get("PYTHONPATH", "")])
-    command = [sys.executable, str(ROOT / "tests" / "comfyui_run.py"), str(FOLDER)]
+    command = [sys.executable, str(ROOT / "tests" / "examples" / "comfyui_run.py"), str(FOLDER)]
     done = subprocess.run(
         command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, timeout=HANG
     )

@@ -18,7 +18,7 @@ from quantpress.codecs.page_codec import RawPages
 from quantpress.pipelines.capture.captured import WARM_STEPS, CapturedDecoding, captured_decoding
 from quantpress.pipelines.enabling.enable import enable
 from quantpress.presses import AdaKV, Compose, PyramidKV, SnapKV, TurboQuant
-from tests.gpu_state import no_synchronization
+from tests.gpu.gpu_state import no_synchronization
 from tests.pipelines.enabling.enabled import noted_steps
 from tests.pipelines.words import ours, text
 from tests.tiny_models import VOCABULARY, prompt, tiny_model

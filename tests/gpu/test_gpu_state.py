@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.utils.mkldnn
 
-from tests.gpu_state import no_synchronization
+from tests.gpu.gpu_state import no_synchronization
 
 PROTOTYPE = "Synchronization debug mode is a prototype feature and does not yet detect all synchronizing"
 TENSOR_CORES = (
