@@ -70,9 +70,10 @@ def violations(folder: str, source: str) -> list[str]:
             found.append(f"{name} is imported as quantpress.{name}")
         elif first == "kvpress" and top in WITHOUT_KVPRESS:
             found.append(f"{name}: {folder} does without kvpress")
-        elif first == "quantpress" and top != "examples":  # examples are users: they import what is public
-            if second not in allowed or (second == top and inner.split(".")[0] in forbidden_rooms):
-                found.append(f"{name} is not for {folder}")
+        elif first != "quantpress" or top == "examples":  # examples are users: they import what is public
+            continue
+        elif second not in allowed or (second == top and inner.split(".")[0] in forbidden_rooms):
+            found.append(f"{name} is not for {folder}")
     return found
 
 
