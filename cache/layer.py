@@ -12,19 +12,17 @@ from quantpress.cache.attention import compiled_step
 from quantpress.cache.attention.states import PackedStates
 from quantpress.cache.fixed.fixed_tokens import FixedTokens, Window
 from quantpress.cache.settings import LayerSettings
-from quantpress.cache.tokens.demotion import Demotion, pack_with_demotion
-from quantpress.cache.tokens.dense_view import DenseView
-from quantpress.cache.tokens.eviction import evict, pack_by_head
-from quantpress.cache.tokens.keeping import keep
+from quantpress.cache.tokens.demotion import Demotion
+from quantpress.cache.tokens.eviction import check_hidden, evict, keep, pack_by_head
 from quantpress.cache.tokens.packed_tokens import PackedTokens
 from quantpress.cache.tokens.segments import join
-from quantpress.cache.tokens.view import PackedView
+from quantpress.cache.tokens.view import DenseView, PackedView
 from quantpress.errors import InvalidInputError
 
 
 @dataclass(frozen=True)
 class LayerSnapshot:
-    """What `PackedLayer.restore` goes back to; made by `PackedLayer.snapshot`."""
+    """A state of a `PackedLayer`; made by `PackedLayer.snapshot`, used by `PackedLayer.restore`."""
 
     tokens: PackedTokens | None
     tokens_seen: int
@@ -33,14 +31,14 @@ class LayerSnapshot:
 class PackedLayer(DynamicLayer):
     """A cache layer that keeps most of its tokens packed.
 
-    It takes the place of a `DynamicLayer` in any transformers cache (`cache.layers[i] = ...`). `update`
-    returns `PackedStates`, which attention reads without decoding all (see `cache/attention/`).
+    It replaces a `DynamicLayer` in any transformers cache (`cache.layers[i] = ...`). `update` returns
+    `PackedStates`, which attention reads in packed form (see `quantpress.cache.attention.dispatch`).
 
     Args:
         settings: codecs and windows.
 
     Attributes:
-        tokens_seen: positions used so far; more than the tokens kept after an eviction.
+        tokens_seen: number of positions used so far; larger than the number of tokens kept after an eviction.
         stepping: a single token that arrives now belongs to a step at fixed addresses; see `fix`.
 
     Example:
@@ -84,31 +82,26 @@ class PackedLayer(DynamicLayer):
             keys: [B, Hkv, T, D] any float dtype, post-RoPE, in token order.
             values: [B, Hkv, T, Dv].
             settings: codecs and windows.
-            query_moment: [B, Hkv, D] mean square of the queries that will read these keys, for balance.
-            tokens_seen: positions used so far, more than T after an eviction; T when left out.
-            hidden: [B, Hkv, T] bool, tokens that single heads do not keep: the layer counts T tokens as
-                before, and has no memory of these. None: every head keeps all.
-            demotion: tokens that are packed in fewer bits, instead of `hidden`; None: none.
+            query_moment: [B, Hkv, D] mean square of the queries that will read these keys, to balance
+                channels; None: no balance.
+            tokens_seen: number of positions used so far, more than T after an eviction; None: T.
+            hidden: [B, Hkv, T] bool, True for tokens that single heads do not keep. The layer still counts T
+                tokens, but stores none of these. None: every head keeps all tokens.
+            demotion: tokens to pack in fewer bits; not together with `hidden`. None: no token.
 
         Returns:
             A layer that shares no storage with `keys` and `values`.
 
         Raises:
-            NonFiniteError: keys or values hold NaN or infinity.
-            InvalidInputError: `hidden` has another shape or dtype.
+            NonFiniteError: keys or values contain NaN or infinity.
+            InvalidInputError: `hidden`, or the scores of `demotion`, have the wrong shape or dtype.
         """
         layer = cls(settings)
         layer.lazy_initialization(keys, values)
         if hidden is not None:
             layer._tokens = pack_by_head(settings, keys, values, hidden, query_moment)
-        elif demotion is not None:
-            layer._tokens = pack_with_demotion(settings, keys, values, demotion, query_moment)
         else:
-            tokens = PackedTokens(settings, keys, values)
-            tokens.query_moment = query_moment
-            tokens.flush()
-            tokens.own()
-            layer._tokens = tokens
+            layer._tokens = PackedTokens.from_prefill(settings, keys, values, query_moment, demotion)
         layer.tokens_seen = keys.shape[2] if tokens_seen is None else tokens_seen
         return layer
 
@@ -122,15 +115,15 @@ class PackedLayer(DynamicLayer):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, cache_kwargs: dict[str, Any] | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Append new tokens and return all keys and values; the new ones are packed only afterwards.
+        """Append new tokens and return all keys and values. New tokens are packed after they are returned.
 
         Args:
             key_states: [B, Hkv, N, D].
             value_states: [B, Hkv, N, Dv].
-            cache_kwargs: not used.
+            cache_kwargs: ignored.
 
         Returns:
-            Keys and values of every token: plain tensors while nothing is packed, `PackedStates` afterwards.
+            Keys and values of every token: plain tensors while no token is packed, then `PackedStates`.
         """
         if self.stepping and compiled_step.is_compiled_step():
             return key_states, value_states  # `step_attention` appends them
@@ -147,22 +140,23 @@ class PackedLayer(DynamicLayer):
         return states
 
     def get_seq_length(self) -> int:
-        """Tokens kept."""
+        """Number of tokens kept."""
         return 0 if self._tokens is None else len(self._tokens)
 
     def get_mask_sizes(self, cache_position: torch.Tensor) -> tuple[int, int]:
-        """(tokens kept and arriving, offset 0)."""
+        """(number of tokens kept plus new ones, offset 0)."""
         return self.get_seq_length() + cache_position.shape[0], 0
 
     def get_max_cache_shape(self) -> int:
-        """-1: there is no largest length."""
+        """-1: the length is not limited."""
         return -1
 
     def crop(self, max_length: int) -> None:
         """Keep the first `max_length` tokens; a negative value drops that many from the end.
 
         Raises:
-            InvalidInputError: more are to be dropped than there are.
+            InvalidInputError: `max_length` drops more tokens than the layer has, or cuts among tokens that
+                single heads have evicted or that are packed in fewer bits.
         """
         length = self.get_seq_length()
         keep = length + max_length if max_length < 0 else max_length
@@ -179,7 +173,7 @@ class PackedLayer(DynamicLayer):
         self._tokens, self.tokens_seen, self.is_initialized = None, 0, False
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
-        """Take batch entries `beam_idx` [B] (beam search)."""
+        """Select batch entries `beam_idx` [B] (beam search)."""
         self.batch_select_indices(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
@@ -189,7 +183,7 @@ class PackedLayer(DynamicLayer):
             self._growing().select(entries.repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
-        """Keep batch entries `indices` (int64 positions or a bool mask)."""
+        """Keep batch entries `indices` (int64 indices or a bool mask)."""
         if self._tokens is not None:
             device = self._tokens.sinks.keys.device
             entries = torch.arange(len(self._tokens.sinks.keys), device=device)
@@ -200,7 +194,7 @@ class PackedLayer(DynamicLayer):
         self._map(lambda tensor: tensor.to("cpu", non_blocking=True))
 
     def prefetch(self) -> None:
-        """Bring everything back to the layer's device."""
+        """Move everything back to the layer's device."""
         if self._tokens is not None and self._tokens.recent.keys.device != self.device:
             self._map(lambda tensor: tensor.to(self.device, non_blocking=True))
 
@@ -209,7 +203,8 @@ class PackedLayer(DynamicLayer):
         """All keys [B, Hkv, T, D], as `PackedStates`.
 
         Assigning a slice of the first tokens, as presses do to trim an answer, crops the layer. Assigning a
-        gather of whole tokens, and the same gather of `values`, keeps these; see `keep`.
+        gather of whole tokens, and the same gather of `values`, keeps these tokens; see `keep`. Other numbers
+        are refused with an `InvalidInputError`, because they would be quantized a second time.
         """
         return None if self._tokens is None else _readable(self._lasting(), "keys")
 
@@ -235,53 +230,55 @@ class PackedLayer(DynamicLayer):
 
     @property
     def packed_tokens(self) -> int:
-        """Tokens in packed pages, of the head with most of them."""
+        """Number of packed tokens, of the head that has most."""
         return 0 if self._tokens is None else self._tokens.packed_tokens
 
     def view(self) -> PackedView:
-        """The tokens as they are now; see `PackedTokens.view`."""
+        """The tokens as they are now; see `PackedTokens.view`.
+
+        Raises:
+            InvalidInputError: the layer has no tokens, or none is packed yet.
+        """
         self._filled()
         return self._lasting().view()
 
     def keep(self, kept: torch.Tensor) -> None:
-        """Keep selected tokens and forget the others; nothing is quantized. `tokens_seen` stays.
+        """Keep selected tokens and forget the others. Codes stay as they are, and so does `tokens_seen`.
 
         Args:
-            kept: [B, Hkv, K] int64, places among the tokens; see `quantpress.cache.tokens.keeping`.
+            kept: [B, Hkv, K] int64, slots to keep; see `quantpress.cache.tokens.eviction.keep`.
 
         Raises:
-            InvalidInputError: not distinct places of tokens of this layer.
+            InvalidInputError: `kept` has another dtype or shape, names a slot twice or one that does not
+                exist; or some tokens are packed in fewer bits.
         """
         keep(self._growing(), kept)
 
     def evict(self, hidden: torch.Tensor) -> None:
-        """Let single heads forget tokens, and free their memory; nothing is quantized.
+        """Evict tokens from single heads and free their memory. Codes stay as they are.
 
-        The layer counts as many tokens as before.
+        The layer still counts as many tokens as before.
 
         Args:
-            hidden: [B, Hkv, T] bool, T = `get_seq_length()`, True where a head is to forget a token.
+            hidden: [B, Hkv, T] bool, T = `get_seq_length()`, True where a head is to lose a token.
 
         Raises:
-            InvalidInputError: another shape or dtype.
+            InvalidInputError: `hidden` has another shape or dtype, or some tokens are packed in fewer bits.
         """
         tokens = self._growing()
-        wanted = (*tokens.sinks.keys.shape[:2], len(tokens))
-        if hidden.dtype != torch.bool or tuple(hidden.shape) != wanted:
-            given = f"{hidden.dtype} {tuple(hidden.shape)}"
-            raise InvalidInputError(f"hidden must be bool {wanted}, got {given}")
+        check_hidden(hidden, (*tokens.sinks.keys.shape[:2], len(tokens)))
         evict(tokens, hidden)
 
     def reserve(self, tokens: int) -> None:
-        """Make room for `tokens` more tokens in the pages, so that they fill up in place."""
+        """Allocate capacity for the pages of `tokens` more tokens, so that appending does not move pages."""
         if self._tokens is not None:
             self._growing().reserve(tokens)
 
     def fix(self, window: Window) -> FixedTokens:
-        """Go over to fixed addresses, for steps under `stepping`; any other use of the layer goes back.
+        """Move to fixed addresses, for steps under `stepping`. Any other use of the layer moves back.
 
         Args:
-            window: for the recent tokens; written over.
+            window: memory for the recent tokens; overwritten.
 
         Raises:
             InvalidInputError: no token is packed yet.
@@ -292,20 +289,20 @@ class PackedLayer(DynamicLayer):
 
     @property
     def fixed(self) -> FixedTokens | None:
-        """The tokens at fixed addresses; None while they grow."""
+        """The tokens at fixed addresses; None if they are not there."""
         return self._tokens if isinstance(self._tokens, FixedTokens) else None
 
     def release(self) -> None:
-        """Go back from fixed addresses to tokens that grow."""
+        """Move back from fixed addresses."""
         if isinstance(self._tokens, FixedTokens):
             self._tokens = self._tokens.release()
 
     def snapshot(self) -> LayerSnapshot:
-        """The state to come back to with `restore`. Nothing is copied."""
+        """The present state, for `restore`. Nothing is copied."""
         return LayerSnapshot(self._tokens.share() if self._tokens is not None else None, self.tokens_seen)
 
     def restore(self, snapshot: LayerSnapshot) -> None:
-        """Go back to a snapshot of this layer; tokens that came later are gone. May be repeated."""
+        """Go back to a snapshot of this layer, any number of times. Later tokens are lost."""
         self._tokens = snapshot.tokens.share() if snapshot.tokens is not None else None
         self.tokens_seen, self._half = snapshot.tokens_seen, None
         self.is_initialized = self._tokens is not None
@@ -328,7 +325,7 @@ class PackedLayer(DynamicLayer):
         return self._filled()
 
     def _lasting(self) -> PackedTokens:
-        """Tokens whose views no later step writes to."""
+        """The tokens in a form whose views no later step writes to."""
         tokens = self._filled()
         return tokens.share() if isinstance(tokens, FixedTokens) else tokens
 
@@ -337,7 +334,7 @@ class PackedLayer(DynamicLayer):
             self._growing().map(change)
 
     def _assign(self, value: torch.Tensor | None, side: str) -> None:
-        """What presses do: trim, or keep some tokens. Other numbers would be quantized a second time."""
+        """Trim the layer, or keep some tokens: the only assignments that quantize nothing again."""
         if value is None and self._tokens is None:
             return
         length = self.get_seq_length()
@@ -360,7 +357,11 @@ class PackedLayer(DynamicLayer):
         self.crop(value.shape[2])
 
     def _assign_kept(self, value: PackedStates, kept: torch.Tensor, side: str) -> bool:
-        """Keep what a press has gathered; its second assignment, of the other side, finds it done."""
+        """Keep the tokens that a press has gathered, at its first assignment (keys or values).
+
+        Returns:
+            Whether the assignment is valid; the second must gather the same tokens as the first.
+        """
         if self._half is not None and self._half[0] != side:
             (_, done), self._half = self._half, None
             return torch.equal(done, kept)
@@ -372,7 +373,7 @@ class PackedLayer(DynamicLayer):
 
 
 def _states(tokens: PackedTokens, side: str) -> torch.Tensor:
-    """What attention gets."""
+    """Keys or values for attention."""
     if tokens.readable:
         return PackedStates(replace(tokens.view(), for_attention=True), side)
     both = join(tokens.sinks, tokens.recent)
@@ -381,12 +382,12 @@ def _states(tokens: PackedTokens, side: str) -> torch.Tensor:
 
 
 def _starts(states: torch.Tensor, part: torch.Tensor) -> bool:
-    """Whether a plain tensor holds the first of some tokens."""
+    """Whether a plain tensor equals the first tokens of `states`."""
     return states.dtype == part.dtype and torch.equal(states[:, :, : part.shape[2]], part)
 
 
 def _readable(tokens: PackedTokens, side: str) -> PackedStates:
-    """What anyone else gets, who may give a part of it back."""
+    """Keys or values for all other readers, who may assign a part of them back."""
     if tokens.readable:
         return PackedStates(tokens.view(), side)
     return PackedStates(DenseView(join(tokens.sinks, tokens.recent), len(tokens), tokens.dtype), side)

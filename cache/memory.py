@@ -173,8 +173,8 @@ def kept_tokens(tokens: PackedTokens) -> int:
     batch, heads = tokens.sinks.keys.shape[:2]
     if tokens.heads is None:
         return batch * heads * len(tokens)
-    rest = batch * heads * (tokens.places - tokens.sinks.tokens)
-    return int(tokens.heads.sinks.sum()) + rest - int(tokens.heads.absent.sum())
+    rest = batch * heads * (tokens.stored_length - tokens.sinks.tokens)
+    return int(tokens.heads.sinks.sum()) + rest - int(tokens.heads.padding.sum())
 
 
 def storage_bytes(tensors: list[torch.Tensor], seen: set[int] | None = None) -> int:

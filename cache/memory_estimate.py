@@ -4,7 +4,7 @@ import torch
 
 from quantpress.cache.memory import LayerMemory
 from quantpress.cache.settings import LayerSettings
-from quantpress.cache.tokens.eviction import prefill_layout
+from quantpress.cache.tokens.eviction import EvictionPlan
 from quantpress.codecs.page_codec import PageCodec
 from quantpress.errors import InvalidInputError
 from quantpress.kernels.layout import PAGE_TOKENS
@@ -79,16 +79,16 @@ def head_wise_bytes(
         balanced: whether queries are known to balance the channels with.
         dtype: of the keys and values that the model computes.
     """
-    layout = prefill_layout(settings, hidden)
+    plan = EvictionPlan.of_prefill(settings, hidden)
     keys, values = settings.key_codec, settings.value_codec
     heads = hidden.shape[0] * hidden.shape[1]
-    dense = layout.sinks.shape[2] + layout.rest.shape[2] - layout.packed
-    pages = layout.packed // PAGE_TOKENS
+    dense = plan.sinks.shape[2] + plan.rest.shape[2] - plan.packed
+    pages = plan.packed // PAGE_TOKENS
     counts = 2 * _COUNT_BYTES + pages * _COUNT_BYTES  # sinks, absent places, a line of the table
     of_a_head = dense * (keys.head_dim + values.head_dim) * dtype.itemsize + counts
     of_a_head += _statistics(settings, pages > 0, balanced)
     page = page_nbytes(keys, dtype) + page_nbytes(values, dtype)
-    return heads * of_a_head + int(layout.held.sum()) * page
+    return heads * of_a_head + int(plan.pages_in_use.sum()) * page
 
 
 def page_nbytes(codec: PageCodec, dtype: torch.dtype = torch.bfloat16) -> int:

@@ -1,9 +1,13 @@
-"""How a packed layer stores tokens."""
+"""How a packed layer stores tokens: codecs, windows, and the channel transforms that it asks for."""
 
 from dataclasses import dataclass, replace
 
+import torch
+
 from quantpress.codecs.page_codec import PageCodec, ScalarPages
 from quantpress.errors import InvalidInputError
+from quantpress.kernels.attend import DenseSegment
+from quantpress.quantization.transform import ChannelTransform, key_statistics, value_statistics
 
 DEFAULT_SINK_TOKENS = 4
 """Attention sinks kept in 16 bits: packing them multiplied the output error by 4.6 to 7 on two models."""
@@ -18,14 +22,14 @@ class LayerSettings:
 
     Args:
         key_codec: packs keys.
-        value_codec: packs values; its head_dim may differ from the keys'.
-        sink_tokens: first tokens kept in 16 bits.
-        recent_tokens: last tokens kept in 16 bits, at least.
+        value_codec: packs values; its head_dim may differ from that of the keys.
+        sink_tokens: number of first tokens kept in 16 bits.
+        recent_tokens: least number of last tokens kept in 16 bits.
         mean_key: subtract the mean key of each head before encoding.
-        balance: weight the key channels of each head before encoding, when queries are known.
+        balance: weight the key channels of each head before encoding, if the queries are known.
 
     Raises:
-        InvalidInputError: a window is negative.
+        InvalidInputError: `sink_tokens` or `recent_tokens` is negative.
     """
 
     key_codec: PageCodec
@@ -42,9 +46,36 @@ class LayerSettings:
 
     @property
     def in_one_dtype(self) -> "LayerSettings":
-        """The same with `ScalarPages.in_one_dtype` for both codecs."""
+        """The same settings with `ScalarPages.in_one_dtype` applied to both codecs."""
         keys, values = (
             codec.in_one_dtype if isinstance(codec, ScalarPages) else codec
             for codec in (self.key_codec, self.value_codec)
         )
         return replace(self, key_codec=keys, value_codec=values)
+
+    def channel_transforms(
+        self, tokens: DenseSegment, query_moment: torch.Tensor | None, in_use: torch.Tensor | None = None
+    ) -> tuple[ChannelTransform, ChannelTransform]:
+        """Channel transforms of keys and of values, computed from T tokens.
+
+        Args:
+            tokens: the T tokens.
+            query_moment: [B, Hkv, D] mean square of the queries; None: channels are not balanced.
+            in_use: [B, Hkv, T] bool, True for the tokens that count; None: all of them.
+
+        Raises:
+            NonFiniteError: the tokens contain NaN or infinity.
+        """
+        key_transform, value_transform = ChannelTransform(), ChannelTransform()
+        if self.key_codec.wants_statistics:
+            key_transform = key_statistics(
+                tokens.keys,
+                query_moment,
+                self.key_codec.groups,
+                mean=self.mean_key,
+                balance=self.balance,
+                in_use=in_use,
+            )
+        if self.value_codec.wants_statistics:
+            value_transform = value_statistics(tokens.values, self.value_codec.groups, in_use)
+        return key_transform, value_transform

@@ -15,9 +15,8 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_map
 
-from quantpress.cache.tokens.dense_view import DenseView
-from quantpress.cache.tokens.segments import take
-from quantpress.cache.tokens.view import PackedView
+from quantpress.cache.tokens.segments import gather_tokens
+from quantpress.cache.tokens.view import DenseView, PackedView
 
 _aten = torch.ops.aten
 _SAME = {_aten.detach.default, _aten.alias.default, _aten.lift_fresh.default}
@@ -72,7 +71,7 @@ class PackedStates(torch.Tensor):
             return self._dense
         view = self.view_of_layer
         dense = view.dense_keys() if self.side == "keys" else view.dense_values()
-        return dense if self._kept is None else take(dense, self._kept)
+        return dense if self._kept is None else gather_tokens(dense, self._kept)
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return (

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from quantpress.cache.tokens.evicted_slots import named_to_hide
-from quantpress.cache.tokens.head_counts import HeadCounts
+from quantpress.cache.tokens.head_lengths import HeadLengths
 from quantpress.errors import UnsupportedModelError
 from quantpress.kernels.attend import Visibility
 from quantpress.kernels.attend.operands import additive
@@ -93,7 +93,7 @@ def _dropped(module: torch.nn.Module, shape: tuple[int, int, int]) -> torch.Tens
     return dropped
 
 
-def visibility_by_place(rule: Visibility, slots: int, heads: HeadCounts) -> Visibility:
+def visibility_by_place(rule: Visibility, slots: int, heads: HeadLengths) -> Visibility:
     """The same rule for the places of a layer whose heads keep different tokens.
 
     Args:

@@ -27,7 +27,7 @@ def never_fixable(cache: Cache) -> str | None:
         names = ", ".join(str(index) for index, _ in others[:8]) + (", ..." if len(others) > 8 else "")
         return f"layers {names} of the cache are {others[0][1]}s" if layers else "the cache has no layers"
     packed = (layer.tokens for layer in layers if isinstance(layer, PackedLayer))
-    if any(tokens is not None and tokens.coarse is not None for tokens in packed):
+    if any(tokens is not None and tokens.demoted is not None for tokens in packed):
         return "tokens are packed in two widths"
     return None
 

@@ -16,7 +16,7 @@ import torch
 
 from quantpress.cache.fixed.step_counters import StepCounters
 from quantpress.cache.settings import LayerSettings
-from quantpress.cache.tokens.head_counts import HeadCounts
+from quantpress.cache.tokens.head_lengths import HeadLengths
 from quantpress.cache.tokens.packed_tokens import PackedTokens
 from quantpress.cache.tokens.segments import first
 from quantpress.cache.tokens.view import PackedView
@@ -94,7 +94,7 @@ class Window:
         for states in (self.keys, self.values):
             states[:, :, : used - tokens] = states[:, :, tokens:used].clone()
 
-    def count(self, packed: int, recent: int, heads: HeadCounts | None) -> None:
+    def count(self, packed: int, recent: int, heads: HeadLengths | None) -> None:
         """Tell the device which of the packed and recent places are in use."""
         self.place.fill_(recent - 1)
         if heads is None or self.starts is None:
@@ -195,7 +195,7 @@ class FixedTokens(PackedTokens):
             (self.settings.key_codec, self.key_transform),
             (self.settings.value_codec, self.value_transform),
             (window.packed, None if starts is None else starts[0]),
-            room=True,
+            to_capacity=True,
         )
         recent = DenseSegment(
             window.keys, window.values, window.recent, None if starts is None else starts[1]

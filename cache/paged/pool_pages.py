@@ -6,7 +6,6 @@ from dataclasses import dataclass
 import torch
 
 from quantpress.cache.settings import LayerSettings
-from quantpress.cache.transforms import transforms_of
 from quantpress.codecs.page_codec import Planes
 from quantpress.kernels.attend import DenseSegment
 from quantpress.quantization.transform import ChannelTransform
@@ -71,7 +70,7 @@ def first_pages(
     """
     keys, values = keys.unsqueeze(0), values.unsqueeze(0)
     moment = None if query_moment is None else query_moment.unsqueeze(0)
-    key_transform, value_transform = transforms_of(settings, DenseSegment(keys, values), moment)
+    key_transform, value_transform = settings.channel_transforms(DenseSegment(keys, values), moment)
     planes = (
         settings.key_codec.encode(keys, key_transform),
         settings.value_codec.encode(values, value_transform),

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quantpress.cache.tokens.demotion import CoarsePages
+from quantpress.cache.tokens.demotion import DemotedPages
 from quantpress.cache.tokens.packed_tokens import PackedTokens
 from quantpress.cache.tokens.ragged_pages import RaggedPages
 from quantpress.codecs.page_codec import PageCodec, ScalarPages
@@ -53,11 +53,11 @@ def check_tokens(tokens: PackedTokens) -> None:
     _check(tokens.sinks.tokens == values.shape[2], "the number of sinks")
     _check(tokens.recent.keys.shape[2] == tokens.recent.values.shape[2], "the number of recent tokens")
     _check_heads(tokens, tuple(heads))
-    if tokens.coarse is not None:
-        _check_coarse(tokens.coarse, tuple(heads), keys)
+    if tokens.demoted is not None:
+        _check_coarse(tokens.demoted, tuple(heads), keys)
 
 
-def _check_coarse(coarse: CoarsePages, heads: tuple[int, ...], like: Tensor) -> None:
+def _check_coarse(coarse: DemotedPages, heads: tuple[int, ...], like: Tensor) -> None:
     sides = (
         ("coarse keys", coarse.key_codec, coarse.key_transform, coarse.pages.keys),
         ("coarse values", coarse.value_codec, coarse.value_transform, coarse.pages.values),
@@ -76,11 +76,11 @@ def _check_heads(tokens: PackedTokens, heads: tuple[int, ...]) -> None:
         _check(right and counts is not None, "the page table")
         _check(not table.numel() or _within(table, 0, pages.keys.pages - 1), "the rows of the page table")
     if counts is not None:
-        both = (counts.sinks, counts.absent)
+        both = (counts.sinks, counts.padding)
         right = all(one.dtype == torch.int32 and one.shape == heads for one in both)
-        _check(right and counts.sink_places == tokens.sinks.tokens, "the counts of the heads")
+        _check(right and counts.sink_capacity == tokens.sinks.tokens, "the counts of the heads")
         _check(_within(counts.sinks, 0, tokens.sinks.tokens), "the sinks of the heads")
-        _check(_within(counts.absent, 0, tokens.packed + tokens.recent.tokens), "the tokens of the heads")
+        _check(_within(counts.padding, 0, tokens.packed + tokens.recent.tokens), "the tokens of the heads")
 
 
 def _within(numbers: Tensor, least: int, most: int) -> bool:

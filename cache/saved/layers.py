@@ -11,7 +11,7 @@ from quantpress.cache.parts import Parts, rebuild, register_maker
 from quantpress.cache.saved.checks import check_tokens
 from quantpress.cache.saved.codec_parts import codec_of, codec_parts
 from quantpress.cache.settings import LayerSettings
-from quantpress.cache.tokens.demotion import CoarsePages
+from quantpress.cache.tokens.demotion import DemotedPages
 from quantpress.cache.tokens.packed_tokens import PackedTokens
 from quantpress.errors import InvalidInputError
 from quantpress.kernels.attend import DenseSegment
@@ -84,19 +84,19 @@ def _tokens_parts(tokens: PackedTokens) -> Parts:
     inner = {"pages": tokens.pages.parts()}
     if tokens.heads is not None:
         inner["heads"] = tokens.heads.parts()
-    if tokens.coarse is not None:
-        inner["coarse"] = _coarse_parts(tokens.coarse)
+    if tokens.demoted is not None:
+        inner["coarse"] = _coarse_parts(tokens.demoted)
     inner |= _transform_parts(tokens)
     return Parts("packed_tokens", tensors=tensors, inner=inner)
 
 
-def _coarse_parts(coarse: CoarsePages) -> Parts:
+def _coarse_parts(coarse: DemotedPages) -> Parts:
     codecs = {"key_codec": codec_parts(coarse.key_codec), "value_codec": codec_parts(coarse.value_codec)}
     inner = {"pages": coarse.pages.parts(), **codecs, **_transform_parts(coarse)}
     return Parts("coarse_pages", inner=inner)
 
 
-def _transform_parts(packed: PackedTokens | CoarsePages) -> dict[str, Parts]:
+def _transform_parts(packed: PackedTokens | DemotedPages) -> dict[str, Parts]:
     both = zip(_SIDES, (packed.key_transform, packed.value_transform), strict=True)
     return {
         f"{side}_transform": Parts("transform", tensors=one.tensors())
@@ -127,16 +127,16 @@ def _tokens(parts: Parts, settings: LayerSettings) -> PackedTokens:
     tokens.heads = rebuild(parts.inner["heads"], "head_counts") if "heads" in parts.inner else None
     tokens.key_transform, tokens.value_transform = (_transform(parts, side) for side in _SIDES)
     if "coarse" in parts.inner:
-        tokens.coarse = rebuild(parts.inner["coarse"], "coarse_pages")
+        tokens.demoted = rebuild(parts.inner["coarse"], "coarse_pages")
     check_tokens(tokens)
     return tokens
 
 
-def _coarse(parts: Parts) -> CoarsePages:
+def _coarse(parts: Parts) -> DemotedPages:
     pages = rebuild(parts.inner["pages"], "even_pages")
     keys, values = (codec_of(parts.inner[f"{side}_codec"]) for side in _SIDES)
     transforms = (_transform(parts, side) or ChannelTransform() for side in _SIDES)
-    return CoarsePages(pages, keys, values, *transforms)
+    return DemotedPages(pages, keys, values, *transforms)
 
 
 def _transform(parts: Parts, side: str) -> ChannelTransform | None:

@@ -1,4 +1,4 @@
-"""The names of tokens that are gone: what kvpress leaves on an attention module, in one bit a token."""
+"""The slots that single heads have evicted, as kvpress names them on an attention module; one bit a slot."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -6,19 +6,19 @@ from typing import Any
 import torch
 
 MASKS = "masked_key_indices"
-"""Where head-wise presses of kvpress name, on an attention module, what must not be seen."""
+"""Attribute of an attention module in which head-wise presses of kvpress name the slots to hide."""
 
 _BITS = 8
 
 
 class EvictedSlots(Sequence[torch.Tensor]):
-    """Batch, head and slot indices of tokens that single heads have evicted; made when they are asked for.
+    """Batch, head and slot indices of tokens that single heads have evicted, computed on request.
 
-    It takes the place of kvpress's three index tensors, 24 bytes a token, for those who look what was
-    evicted. Attention does not need it: the layer has no such tokens any more.
+    Replaces kvpress's three index tensors, which take 24 bytes a token, for code that reads what was evicted.
+    Attention does not need them: the layer no longer has these tokens.
 
     Args:
-        hidden: [B, Hkv, T] bool, True for the tokens that are gone.
+        hidden: [B, Hkv, T] bool, True for evicted tokens.
 
     Example:
         >>> batch, head, slot = EvictedSlots(torch.tensor([[[False, True], [True, True]]]))
@@ -29,15 +29,15 @@ class EvictedSlots(Sequence[torch.Tensor]):
     def __init__(self, hidden: torch.Tensor) -> None:
         self.tokens = hidden.shape[2]
         padded = torch.nn.functional.pad(hidden, (0, -self.tokens % _BITS)).unflatten(2, (-1, _BITS))
-        places = torch.arange(_BITS, dtype=torch.uint8, device=hidden.device)
-        self._bits = (padded.byte() << places).sum(-1, dtype=torch.uint8)  # [B, Hkv, T / 8]
+        shifts = torch.arange(_BITS, dtype=torch.uint8, device=hidden.device)
+        self._bits = (padded.byte() << shifts).sum(-1, dtype=torch.uint8)  # [B, Hkv, T / 8]
 
     @property
     def hidden(self) -> torch.Tensor:
         """[B, Hkv, T] bool."""
-        places = torch.arange(_BITS, dtype=torch.uint8, device=self._bits.device)
-        spread: torch.Tensor = (self._bits.unsqueeze(-1) >> places) & 1
-        return spread.bool().flatten(2)[:, :, : self.tokens]
+        shifts = torch.arange(_BITS, dtype=torch.uint8, device=self._bits.device)
+        bits: torch.Tensor = (self._bits.unsqueeze(-1) >> shifts) & 1
+        return bits.bool().flatten(2)[:, :, : self.tokens]
 
     def __iter__(self) -> Iterator[torch.Tensor]:
         return iter(self.hidden.nonzero(as_tuple=True))
@@ -50,6 +50,6 @@ class EvictedSlots(Sequence[torch.Tensor]):
 
 
 def named_to_hide(module: torch.nn.Module) -> Any:
-    """The indices of tokens that attention has to hide, in the way of kvpress; None where there are none."""
+    """The indices of tokens that attention must hide, in kvpress's form; None if there are none."""
     named = getattr(module, MASKS, None)
     return None if named is None or isinstance(named, EvictedSlots) or not len(named[0]) else named

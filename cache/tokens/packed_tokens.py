@@ -4,36 +4,32 @@ The tokens, in order::
 
     [ sinks: first `sink_tokens`, 16 bits | whole pages of 128 tokens, packed | recent, 16 bits ]
 
-New tokens join the recent ones. When there are `recent_tokens` + 128 of them the oldest 128 become a page.
-The channel transform (mean key, balanced channels) is taken once, from the first tokens that are packed, and
-never changes, since pages already packed depend on it.
+New tokens join the recent ones. When there are `recent_tokens` + 128 of them, the oldest 128 become a page.
+The channel transforms (mean key, balanced channels) are computed once, from the first tokens that are packed.
+They never change, because pages already packed depend on them.
 
-After a head-wise eviction heads keep different numbers of tokens (`HeadCounts`, `RaggedPages`); see
-`cache/tokens/eviction.py`. `FixedTokens` has the form of these tokens that a captured decode step reads and
-writes.
+After a head-wise eviction, heads keep different numbers of tokens (`HeadLengths`, `RaggedPages`); see
+`quantpress.cache.tokens.eviction`. Tokens demoted to fewer bits have pages of their own (`DemotedPages`)
+between the sinks and the other pages.
 """
 
 import copy
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import torch
 
 from quantpress.cache.settings import LayerSettings
-from quantpress.cache.tokens.head_counts import HeadCounts
-from quantpress.cache.tokens.head_pages import EvenPages, HeadPages
-from quantpress.cache.tokens.pages import PageStore
-from quantpress.cache.tokens.segments import after, compact, first, join
-from quantpress.cache.tokens.view import PackedView, decode_segment
-from quantpress.cache.transforms import transforms_of
+from quantpress.cache.tokens.demotion import DemotedPages, Demotion
+from quantpress.cache.tokens.head_lengths import HeadLengths
+from quantpress.cache.tokens.pages import PageStore, RectangularPages
+from quantpress.cache.tokens.ragged_pages import RaggedPages
+from quantpress.cache.tokens.segments import after, compact, decode_segment, first, join
+from quantpress.cache.tokens.view import PackedView
 from quantpress.codecs.page_codec import Planes
 from quantpress.errors import InvalidInputError
 from quantpress.kernels.attend import DenseSegment
 from quantpress.kernels.layout import PAGE_TOKENS
 from quantpress.quantization.transform import ChannelTransform
-
-if TYPE_CHECKING:
-    from quantpress.cache.tokens.demotion import CoarsePages
 
 
 class PackedTokens:
@@ -41,16 +37,17 @@ class PackedTokens:
 
     Args:
         settings: codecs and windows.
-        keys: [B, Hkv, T, D], the first tokens; T may be 0. Gives dtype, device and shapes.
+        keys: [B, Hkv, T, D], the first tokens; T may be 0. They set dtype, device and shapes.
         values: [B, Hkv, T, Dv].
 
     Attributes:
         sinks: the first tokens, in 16 bits.
-        pages: the packed ones.
-        heads: which of them each head keeps; None: all.
-        coarse: pages of fewer bits between the sinks and the others, if there are any.
+        pages: the packed tokens.
+        heads: how many tokens each head keeps; None: all.
+        demoted: pages of fewer bits behind the sinks, or None.
         query_moment: [B, Hkv, D] mean square of the queries, if known before the first page is packed.
-        key_transform, value_transform: what was done to channels before packing; None until then.
+        key_transform: applied to the channels of keys before packing; None until the first page.
+        value_transform: the same for values.
     """
 
     def __init__(self, settings: LayerSettings, keys: torch.Tensor, values: torch.Tensor) -> None:
@@ -58,13 +55,46 @@ class PackedTokens:
         self.dtype = keys.dtype
         empty = DenseSegment(keys[:, :, :0].clone(), values[:, :, :0].clone())
         self.sinks, self._recent = empty, empty
-        self.pages: HeadPages = EvenPages()
-        self.heads: HeadCounts | None = None
-        self.coarse: CoarsePages | None = None
+        self.pages: RectangularPages | RaggedPages = RectangularPages()
+        self.heads: HeadLengths | None = None
+        self.demoted: DemotedPages | None = None
         self.key_transform: ChannelTransform | None = None
         self.value_transform: ChannelTransform | None = None
         self.query_moment: torch.Tensor | None = None
         self.append(keys, values)
+
+    @classmethod
+    def from_prefill(
+        cls,
+        settings: LayerSettings,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        query_moment: torch.Tensor | None = None,
+        demotion: Demotion | None = None,
+    ) -> "PackedTokens":
+        """Pack the tokens of a prefill. The result shares no storage with `keys` and `values`.
+
+        Args:
+            settings: codecs and windows.
+            keys: [B, Hkv, T, D].
+            values: [B, Hkv, T, Dv].
+            query_moment: [B, Hkv, D] mean square of the queries, to balance channels; or None.
+            demotion: the tokens to pack in fewer bits; None: none.
+
+        Raises:
+            InvalidInputError: the scores of the demotion have the wrong shape.
+            NonFiniteError: keys or values contain NaN or infinity.
+        """
+        prefill, lower = DenseSegment(keys, values), None
+        if demotion is not None:
+            lower, prefill = demotion.split(prefill, settings)
+        tokens = cls(settings, prefill.keys, prefill.values)
+        tokens.query_moment = query_moment
+        if demotion is not None and lower is not None and lower.tokens:
+            tokens.demoted = DemotedPages.pack(settings, demotion, lower, query_moment)
+        tokens.flush()
+        tokens.own()
+        return tokens
 
     @property
     def recent(self) -> DenseSegment:
@@ -83,39 +113,36 @@ class PackedTokens:
 
     @property
     def packed(self) -> int:
-        """Tokens in packed pages; places for them, where heads keep different numbers."""
+        """Tokens that fit into the pages, except demoted ones; all in use unless `heads` is set."""
         return self.pages.pages * PAGE_TOKENS
 
     @property
     def packed_tokens(self) -> int:
-        """Tokens in packed pages of any width, of the head with most of them."""
-        return (
-            self.coarse_tokens
-            + self.packed
-            - (0 if self.heads is None else min(self.packed, self.heads.least_absent))
-        )
+        """Packed tokens of the head that has most of them, demoted ones included."""
+        unused = 0 if self.heads is None else min(self.packed, self.heads.least_padding)
+        return self.demoted_tokens + self.packed - unused
 
     @property
-    def places(self) -> int:
-        """Places for tokens, in use or not."""
-        return self.sinks.tokens + self.coarse_tokens + self.packed + self.recent.tokens
+    def stored_length(self) -> int:
+        """Tokens of each head that there is storage for, in use or not."""
+        return self.sinks.tokens + self.demoted_tokens + self.packed + self.recent.tokens
 
     @property
-    def coarse_tokens(self) -> int:
+    def demoted_tokens(self) -> int:
         """Tokens in pages of fewer bits."""
-        return 0 if self.coarse is None else self.coarse.tokens
+        return 0 if self.demoted is None else self.demoted.tokens
 
     @property
     def readable(self) -> bool:
-        """Whether attention reads them as a `view`, and not as plain tensors."""
-        return bool(self.packed) or self.heads is not None or self.coarse is not None
+        """Whether attention reads a `view` instead of plain tensors."""
+        return bool(self.packed) or self.heads is not None or self.demoted is not None
 
     def __len__(self) -> int:
-        """Slots: the tokens that the text had, less those that were evicted in all heads alike."""
-        return self.places + (0 if self.heads is None else self.heads.evicted)
+        """Slots: tokens given, less those that were evicted from all heads alike."""
+        return self.stored_length + (0 if self.heads is None else self.heads.evicted)
 
     def append(self, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """Add tokens behind the last, in 16 bits: keys [B, Hkv, N, D], values [B, Hkv, N, Dv]."""
+        """Append tokens in 16 bits: keys [B, Hkv, N, D], values [B, Hkv, N, Dv]."""
         new = DenseSegment(keys, values)
         if not self.readable and not self.recent.tokens:
             missing = min(self.settings.sink_tokens - self.sinks.tokens, new.tokens)
@@ -124,13 +151,13 @@ class PackedTokens:
         self._recent = join(self._recent, new)
 
     def flush(self) -> bool:
-        """Pack the oldest recent tokens as far as whole pages go.
+        """Pack the oldest recent tokens, as many as fill whole pages.
 
         Returns:
-            Whether there were any.
+            Whether anything was packed.
 
         Raises:
-            NonFiniteError: they hold NaN or infinity; nothing was changed.
+            NonFiniteError: the tokens contain NaN or infinity; nothing was changed.
         """
         tokens = max(0, self.recent.tokens - self.settings.recent_tokens) // PAGE_TOKENS * PAGE_TOKENS
         if tokens == 0:
@@ -141,99 +168,101 @@ class PackedTokens:
         return True
 
     def reserve(self, tokens: int) -> None:
-        """Make room for the pages that `tokens` more tokens will fill; nothing where none is packed yet."""
+        """Allocate capacity for the pages of `tokens` more tokens; does nothing before the first page."""
         pages = (self.packed + self.recent.tokens + tokens) // PAGE_TOKENS
         self.pages.reserve(pages)
 
-    def _pack(self, old: DenseSegment) -> None:
-        """Put tokens behind the last page, a whole number of pages."""
-        in_use = None if self.heads is None else self.heads.in_use(self.packed, self.packed + old.tokens)
-        key_planes, value_planes = self.encode(old, old, in_use)
-        self.pages.append(key_planes, value_planes)
+    def _pack(self, tokens: DenseSegment) -> None:
+        """Append tokens, a whole number of pages, to the pages."""
+        in_use = None if self.heads is None else self.heads.in_use(self.packed, self.packed + tokens.tokens)
+        self.pages.append(*self.encode(tokens, tokens, in_use))
 
     def encode(
-        self, tokens: DenseSegment, basis: DenseSegment, in_use: torch.Tensor | None
+        self, tokens: DenseSegment, sample: DenseSegment, in_use: torch.Tensor | None
     ) -> tuple[Planes, Planes]:
-        """Planes [B, Hkv, P, ...] of a whole number of pages.
+        """Encode a whole number of pages; the first call computes the channel transforms.
 
         Args:
             tokens: P * 128 tokens.
-            basis: what the channel transform is taken from, when there is none yet.
-            in_use: [B, Hkv, T] bool, which tokens of the basis count; None: all.
+            sample: T tokens to compute the channel transforms from, if there are none yet.
+            in_use: [B, Hkv, T] bool, True for the tokens of the sample that count; None: all.
+
+        Returns:
+            Planes [B, Hkv, P, ...] of keys and of values.
 
         Raises:
-            NonFiniteError: they hold NaN or infinity; nothing was changed.
+            NonFiniteError: the tokens contain NaN or infinity; nothing was changed.
         """
         with torch.no_grad():
             key_transform, value_transform = self.key_transform, self.value_transform
             if key_transform is None or value_transform is None:
-                key_transform, value_transform = transforms_of(
-                    self.settings, basis, self.query_moment, in_use
+                key_transform, value_transform = self.settings.channel_transforms(
+                    sample, self.query_moment, in_use
                 )
             key_planes = self.settings.key_codec.encode(tokens.keys, key_transform)
             value_planes = self.settings.value_codec.encode(tokens.values, value_transform)
         self.key_transform, self.value_transform, self.query_moment = key_transform, value_transform, None
         return key_planes, value_planes
 
-    def crop(self, tokens: int) -> None:
-        """Keep the first `tokens`; what stays of a page is decoded.
+    def crop(self, slots: int) -> None:
+        """Keep the first `slots` tokens. Tokens left over from a page that is cut are decoded.
 
-        Packed again it gives the same codes, but for a vector in some thousands: one with a coordinate far
-        beyond the last level, which is shorter in code space than its scale says.
+        Packed again, these give the same codes, except for about one vector in some thousands: one with a
+        coordinate far beyond the last level, which is shorter in code space than its scale says.
 
         Raises:
-            InvalidInputError: heads keep different tokens of those that were to be the last, or they are in
-                pages of fewer bits.
+            InvalidInputError: the crop ends among tokens that single heads have evicted, or among demoted
+                tokens.
         """
-        places = tokens
-        if self.heads is not None and tokens:
-            self.heads.check_whole(tokens)
-            places -= self.heads.evicted
-        if self.coarse is not None and tokens:
-            self.coarse.check_whole(tokens, self.sinks.tokens)
-        inside = places - self.sinks.tokens - self.coarse_tokens
-        if inside >= self.packed:
-            self._recent = first(self._recent, inside - self.packed)
-        elif inside >= 0:
-            whole, rest = divmod(inside, PAGE_TOKENS)
+        stored = slots
+        if self.heads is not None and slots:
+            self.heads.check_whole(slots)
+            stored -= self.heads.evicted
+        if self.demoted is not None and slots:
+            self.demoted.check_whole(slots, self.sinks.tokens)
+        behind = stored - self.sinks.tokens - self.demoted_tokens
+        if behind >= self.packed:
+            self._recent = first(self._recent, behind - self.packed)
+        elif behind >= 0:
+            whole, rest = divmod(behind, PAGE_TOKENS)
             cut = decode_segment(self.view().pages(whole, whole + 1), self.dtype)
             self._recent = first(cut, rest)
             self.pages.crop(whole)
         else:
-            self.sinks, self._recent = first(self.sinks, places), first(self._recent, 0)
+            self.sinks, self._recent = first(self.sinks, stored), first(self._recent, 0)
             self.pages.crop(0)
-        if tokens == 0:  # nothing depends on the statistics any more
+        if slots == 0:  # no page depends on the transforms any more
             self.key_transform = self.value_transform = None
-            self.pages, self.heads, self.coarse = EvenPages(), None, None
+            self.pages, self.heads, self.demoted = RectangularPages(), None, None
         self.own()
 
     def replace_dense(self, sinks: DenseSegment, recent: DenseSegment) -> None:
-        """Put others in the place of the tokens in 16 bits."""
+        """Replace the tokens kept in 16 bits."""
         self.sinks, self._recent = sinks, recent
         self.own()
 
     def own(self) -> None:
-        """Let go of larger storages that the 16-bit tokens are slices of."""
+        """Copy 16-bit tokens that are slices of larger storages, so that these are freed."""
         self.sinks, self._recent = compact(self.sinks), compact(self._recent)
 
     def map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        """Apply `change` to every tensor: move it, or copy it."""
-        self._change(change)
+        """Apply `change` (move or copy) to every tensor."""
+        self._map_unpaged(change)
         self.pages = self.pages.map(change)
 
     def select(self, entries: torch.Tensor) -> None:
-        """Take batch entries [B'] int64, any of them more than once."""
-        self._change(lambda tensor: tensor.index_select(0, entries.to(tensor.device)))
+        """Keep batch entries [B'] int64, any of them more than once."""
+        self._map_unpaged(lambda tensor: tensor.index_select(0, entries.to(tensor.device)))
         self.pages = self.pages.select(entries.to(self.sinks.device))
 
-    def _change(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        """What is not in pages; each tensor has the batch first."""
+    def _map_unpaged(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Apply `change` to all tensors but those of `pages`; each has the batch first."""
         self.sinks = DenseSegment(change(self.sinks.keys), change(self.sinks.values))
         self._recent = DenseSegment(change(self._recent.keys), change(self._recent.values))
         if self.heads is not None:
             self.heads = self.heads.map(change)
-        if self.coarse is not None:
-            self.coarse = self.coarse.map(change)
+        if self.demoted is not None:
+            self.demoted = self.demoted.map(change)
         if self.query_moment is not None:
             self.query_moment = change(self.query_moment)
         if self.key_transform is not None and self.value_transform is not None:
@@ -241,19 +270,21 @@ class PackedTokens:
             self.value_transform = self.value_transform.map(change)
 
     def share(self) -> "PackedTokens":
-        """The same tokens over the same memory; changes of one do not show in the other."""
+        """The same tokens over the same memory. Changes to one of the two do not show in the other."""
         other = copy.copy(self)
         other.pages = self.pages.share()
         return other
 
     def view(self) -> PackedView:
-        """The tokens as they are now; later changes do not show in it.
+        """The tokens as they are now. Later changes do not show in the view.
 
         Raises:
-            InvalidInputError: nothing is packed yet.
+            InvalidInputError: no token is packed yet.
         """
         if not self.readable:
-            raise InvalidInputError(f"none of the {len(self)} tokens is packed yet; read them with `states`")
+            raise InvalidInputError(
+                f"none of the {len(self)} tokens is packed yet; read them from `sinks` and `recent`"
+            )
         settings, pages = self.settings, self.pages.share()
         return PackedView(
             sinks=self.sinks,
@@ -266,23 +297,23 @@ class PackedTokens:
             tokens=len(self),
             dtype=self.dtype,
             heads=self.heads,
-            coarse=None if self.coarse is None else self.coarse.segment(),
-            held=(pages, self.coarse),
+            demoted=None if self.demoted is None else self.demoted.segment(),
+            owners=(pages, self.demoted),
         )
 
     def dense_tensors(self) -> list[torch.Tensor]:
-        """The tensors kept in 16 bits (or the model's dtype): sinks and recent tokens."""
+        """The tensors of sinks and recent tokens, in 16 bits (in the model's dtype)."""
         return [t for segment in (self.sinks, self.recent) for t in (segment.keys, segment.values)]
 
     def packed_tensors(self) -> list[torch.Tensor]:
-        """The planes of keys and values, room to grow included."""
-        coarse = [] if self.coarse is None else self.coarse.planes()
-        return self.key_pages.tensors + self.value_pages.tensors + coarse
+        """The planes of keys and values, spare capacity included."""
+        demoted = [] if self.demoted is None else self.demoted.planes()
+        return self.key_pages.tensors + self.value_pages.tensors + demoted
 
     def metadata_tensors(self) -> list[torch.Tensor]:
-        """The channel transforms, the query moment that the first is made of, page tables and head counts."""
+        """Channel transforms, the query moment kept for them, page tables and lengths of heads."""
         transforms = [t for t in (self.key_transform, self.value_transform) if t is not None]
         tensors = [tensor for transform in transforms for tensor in transform.tensors().values()]
-        tensors += [] if self.coarse is None else self.coarse.transforms()
+        tensors += [] if self.demoted is None else self.demoted.transforms()
         tensors += self.pages.metadata() + ([] if self.heads is None else self.heads.tensors())
         return tensors if self.query_moment is None else [*tensors, self.query_moment]

@@ -1,7 +1,7 @@
-"""A fixed view of a packed layer's tokens: what attention reads, and what dense tensors are decoded from.
+"""Views of a layer's tokens: what attention reads at one moment, and what dense tensors are decoded from.
 
-Where heads keep different tokens, a dense tensor has as many as the layer counts: a head's sinks first, the
-rest last, zeros between them in place of the tokens that it has evicted (`PackedView.evicted`).
+If heads keep different tokens, a dense tensor has one entry for every slot of the layer: the sinks of a head
+first, its other tokens last, and zeros between them for evicted tokens (see `PackedView.evicted`).
 """
 
 from collections.abc import Callable
@@ -9,30 +9,79 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from quantpress.cache.tokens.head_counts import HeadCounts
-from quantpress.cache.tokens.segments import after, first
+from quantpress.cache.tokens.head_lengths import HeadLengths
+from quantpress.cache.tokens.segments import (
+    after,
+    decode_keys,
+    decode_segment,
+    decode_values,
+    first,
+    first_packed,
+    select_dense,
+    select_packed,
+)
 from quantpress.errors import UnsupportedModelError
-from quantpress.kernels.attend import DenseSegment, PackedSegment, PackedSide, Segment
+from quantpress.kernels.attend import DenseSegment, PackedSegment, Segment
 from quantpress.kernels.layout import PAGE_TOKENS
 
 
 @dataclass(frozen=True)
-class PackedView:
-    """Sink tokens, then packed pages, then recent tokens, at one moment.
+class DenseView:
+    """The tokens of a layer that has packed none of them yet. It is read like a `PackedView`.
 
     Args:
-        sinks: the first tokens, 16 bits.
+        sinks: all tokens, in 16 bits.
+        tokens: tokens in view, counted from the first.
+        dtype: dtype of the model's keys and values.
+    """
+
+    sinks: DenseSegment
+    tokens: int
+    dtype: torch.dtype
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(B, Hkv, tokens in view)."""
+        return (*self.sinks.keys.shape[:2], self.tokens)
+
+    def narrow(self, tokens: int) -> "DenseView":
+        """A view of the first `tokens` tokens."""
+        return replace(self, tokens=min(tokens, self.tokens))
+
+    def newest(self, tokens: int) -> DenseSegment | None:
+        """Always None: these tokens need no shortcut, because reading them decodes nothing."""
+        return None
+
+    def dense_keys(self) -> torch.Tensor:
+        """Every key in view: [B, Hkv, tokens, D]."""
+        return self.sinks.keys[:, :, : self.tokens]
+
+    def dense_values(self) -> torch.Tensor:
+        """Every value in view: [B, Hkv, tokens, Dv]."""
+        return self.sinks.values[:, :, : self.tokens]
+
+    def select(self, entries: torch.Tensor) -> "DenseView":
+        """A view of batch entries [B'] int64."""
+        return replace(self, sinks=select_dense(self.sinks, entries))
+
+
+@dataclass(frozen=True)
+class PackedView:
+    """Sinks, packed pages and recent tokens of a layer at one moment.
+
+    Args:
+        sinks: the first tokens, in 16 bits.
         packed: the pages.
-        recent: the last tokens, 16 bits.
-        tokens: how many of them are in view, counted from the first.
-        dtype: of the model's keys and values.
-        coarse: pages of fewer bits behind the sinks, if there are any.
-        heads: which places of each head hold a token; None: all.
-        for_attention: dense tensors are refused where heads keep different tokens: whoever attends to them
-            does not know which are not there.
-        held: what keeps the memory of the pages from being written over.
+        recent: the last tokens, in 16 bits.
+        tokens: tokens in view, counted from the first.
+        dtype: dtype of the model's keys and values.
+        demoted: pages of fewer bits behind the sinks, or None.
+        heads: how many tokens each head keeps; None: all.
+        for_attention: refuse dense tensors if heads keep different tokens, because attention over them could
+            not tell evicted tokens from others.
+        owners: objects that keep the memory of the pages from being reused.
         step: the same tokens as segments at fixed addresses, with lengths on the device; None outside of a
-            step (see `quantpress.cache.fixed.fixed_tokens`).
+            decode step at fixed addresses.
     """
 
     sinks: DenseSegment
@@ -40,10 +89,10 @@ class PackedView:
     recent: DenseSegment
     tokens: int
     dtype: torch.dtype
-    coarse: PackedSegment | None = None
-    heads: HeadCounts | None = None
+    demoted: PackedSegment | None = None
+    heads: HeadLengths | None = None
     for_attention: bool = False
-    held: tuple[object, ...] = ()
+    owners: tuple[object, ...] = ()
     step: tuple[Segment, ...] | None = None
 
     @property
@@ -52,15 +101,15 @@ class PackedView:
         return (*self.sinks.keys.shape[:2], self.tokens)
 
     def narrow(self, tokens: int) -> "PackedView":
-        """The first `tokens` tokens."""
+        """A view of the first `tokens` tokens."""
         return self if tokens >= self.tokens else replace(self, tokens=tokens, step=None)
 
     def segments(self) -> list[Segment]:
         """The tokens in view as attention segments; a page that is cut is decoded.
 
         Raises:
-            UnsupportedModelError: a step is being captured, which must not depend on how many tokens there
-                are now.
+            UnsupportedModelError: a step is being captured, which must not depend on the present number of
+                tokens.
             InvalidInputError: the view ends among tokens that single heads have evicted.
         """
         if self.step is not None and self.sinks.keys.is_cuda and torch.cuda.is_current_stream_capturing():
@@ -68,15 +117,16 @@ class PackedView:
                 "this model's attention decodes the packed keys and values as a whole; only attention that "
                 "reads them packed can be captured in a CUDA graph"
             )
-        places = self.tokens
+        left = self.tokens
         if self.heads is not None:
             self.heads.check_whole(self.tokens)
-            places -= self.heads.evicted
-        segments: list[Segment] = [self._sinks(min(places, self.sinks.tokens))]
-        left = places - self.sinks.tokens
-        if self.coarse is not None and left > 0:
-            segments += _clipped(self.coarse, left, self.dtype)
-            left -= self.coarse.tokens
+            left -= self.heads.evicted
+        sinks = first(self.sinks, min(left, self.sinks.tokens))
+        segments: list[Segment] = [sinks if self.heads is None else self.heads.counted_sinks(sinks)]
+        left -= self.sinks.tokens
+        if self.demoted is not None and left > 0:
+            segments += first_packed(self.demoted, left, self.dtype)
+            left -= self.demoted.tokens
         pages = self.packed.tokens
         if left <= 0:
             return segments
@@ -90,14 +140,13 @@ class PackedView:
             segments.append(self._counted(cut, whole * PAGE_TOKENS, rest))
         return segments
 
-    def _sinks(self, places: int) -> DenseSegment:
-        sinks = first(self.sinks, places)
-        return sinks if self.heads is None else self.heads.counted_sinks(sinks)
-
     def _counted(self, tokens: DenseSegment, start: int, count: int) -> DenseSegment:
-        """The first `count` of tokens that stand at place `start` of pages and recent ones."""
+        """The first `count` tokens, with those in use of each head.
+
+        They begin at index `start` of the pages and recent tokens.
+        """
         part = first(tokens, count)
-        if self.heads is None or self.heads.most_absent <= start:
+        if self.heads is None or self.heads.most_padding <= start:
             return part
         lengths, starts = self.heads.span(start, start + count)
         return replace(part, lengths=lengths, starts=starts)
@@ -109,7 +158,7 @@ class PackedView:
         return PackedSegment(*self.packed.narrow(start, stop), lengths=lengths, starts=starts)
 
     def gather(self, tokens: torch.Tensor) -> PackedSegment:
-        """Packed tokens [B, Hkv, N], counted from the first packed place, as pages; N a multiple of 128."""
+        """New pages of packed tokens [B, Hkv, N] int64, counted from the first page; N a multiple of 128."""
         keys, values = self.packed.whole_keys(), self.packed.whole_values()
         return PackedSegment(
             replace(keys, planes=keys.codec.gather(keys.planes, tokens)),
@@ -117,58 +166,66 @@ class PackedView:
         )
 
     def newest(self, tokens: int) -> DenseSegment | None:
-        """The last tokens, when all of them are recent ones, in every head; else None."""
+        """The last `tokens` tokens if all of them are recent ones in every head, else None."""
         recent, heads = self.recent.tokens, self.heads
         evicted = 0 if heads is None else heads.evicted
-        coarse = 0 if self.coarse is None else self.coarse.tokens
-        whole = self.tokens == self.sinks.tokens + coarse + self.packed.tokens + recent + evicted
-        there = heads is None or self.tokens - tokens >= heads.whole_from
-        return after(self.recent, recent - tokens) if whole and there and 0 < tokens <= recent else None
+        demoted = 0 if self.demoted is None else self.demoted.tokens
+        whole = self.tokens == self.sinks.tokens + demoted + self.packed.tokens + recent + evicted
+        kept = heads is None or self.tokens - tokens >= heads.whole_from
+        return after(self.recent, recent - tokens) if whole and kept and 0 < tokens <= recent else None
 
     def evicted(self) -> torch.Tensor | None:
-        """[B, Hkv, tokens] bool: where a dense tensor has no token of a head; None: nowhere."""
+        """[B, Hkv, tokens] bool, True for slots whose token a head has evicted; None: no head has.
+
+        Raises:
+            InvalidInputError: the view ends among tokens that single heads have evicted.
+        """
         if self.heads is None:
             return None
         self.heads.check_whole(self.tokens)
-        places = self.sinks.tokens
-        rest = self.tokens - self.heads.evicted - places
-        there = self._laid_out(
-            self.heads.sinks_in_use(places).unsqueeze(-1), self.heads.in_use(0, rest).unsqueeze(-1)
+        sinks = self.sinks.tokens
+        rest = self.tokens - self.heads.evicted - sinks
+        kept = self._by_slot(
+            self.heads.sinks_in_use(sinks).unsqueeze(-1), self.heads.in_use(0, rest).unsqueeze(-1)
         )
-        return ~there.squeeze(-1)
+        return ~kept.squeeze(-1)
 
     def dense_keys(self) -> torch.Tensor:
         """Every key in view, decoded: [B, Hkv, tokens, D].
 
         Raises:
-            UnsupportedModelError: see `for_attention`.
+            UnsupportedModelError: heads keep different tokens; see `for_attention`.
         """
-        return self._dense(_keys)
+        return self._dense(decode_keys)
 
     def dense_values(self) -> torch.Tensor:
-        """Every value in view, decoded: [B, Hkv, tokens, Dv]; as `dense_keys`."""
-        return self._dense(_values)
+        """Every value in view, decoded: [B, Hkv, tokens, Dv].
 
-    def _dense(self, states_of: Callable[[Segment, torch.dtype], torch.Tensor]) -> torch.Tensor:
+        Raises:
+            UnsupportedModelError: heads keep different tokens; see `for_attention`.
+        """
+        return self._dense(decode_values)
+
+    def _dense(self, decode: Callable[[Segment, torch.dtype], torch.Tensor]) -> torch.Tensor:
         segments = [one for one in self.segments() if one.tokens or isinstance(one, DenseSegment)]
-        if self.heads is None:
-            return torch.cat([states_of(segment, self.dtype) for segment in segments], dim=2)
-        if self.for_attention:
+        if self.heads is not None and self.for_attention:
             raise UnsupportedModelError(
                 "heads of this layer keep different tokens, and this model's attention reads them as one "
                 "tensor, where evicted ones cannot be told; use a press that evicts as many in each head, "
                 'such as SnapKV, or load the model with attn_implementation="sdpa"'
             )
-        states = torch.cat([states_of(segment, self.dtype) for segment in segments], dim=2)
+        states = torch.cat([decode(segment, self.dtype) for segment in segments], dim=2)
+        if self.heads is None:
+            return states
         sinks, rest = states.split([self.sinks.tokens, states.shape[2] - self.sinks.tokens], dim=2)
         in_use = self.heads.sinks_in_use(sinks.shape[2]), self.heads.in_use(0, rest.shape[2])
         parts = [
             part.masked_fill(~used.unsqueeze(-1), 0) for part, used in zip((sinks, rest), in_use, strict=True)
         ]
-        return self._laid_out(*parts)
+        return self._by_slot(*parts)
 
-    def _laid_out(self, sinks: torch.Tensor, rest: torch.Tensor) -> torch.Tensor:
-        """[B, Hkv, tokens, D]: sinks in front, the rest at the end; zero what is no token before."""
+    def _by_slot(self, sinks: torch.Tensor, rest: torch.Tensor) -> torch.Tensor:
+        """[B, Hkv, tokens, D]: sinks at the start, the rest at the end, zeros between them."""
         out = sinks.new_zeros(*sinks.shape[:2], self.tokens, sinks.shape[-1])
         count = min(self.tokens, rest.shape[2])
         out[:, :, self.tokens - count :] = rest[:, :, rest.shape[2] - count :]
@@ -176,67 +233,14 @@ class PackedView:
         return out
 
     def select(self, entries: torch.Tensor) -> "PackedView":
-        """The same of batch entries [B'] int64."""
-
-        def dense(segment: DenseSegment) -> DenseSegment:
-            return DenseSegment(
-                segment.keys.index_select(0, entries), segment.values.index_select(0, entries)
-            )
-
+        """A view of batch entries [B'] int64."""
         return replace(
             self,
-            sinks=dense(self.sinks),
-            packed=select_entries(self.packed, entries),
-            coarse=None if self.coarse is None else select_entries(self.coarse, entries),
-            recent=dense(self.recent),
+            sinks=select_dense(self.sinks, entries),
+            packed=select_packed(self.packed, entries),
+            demoted=None if self.demoted is None else select_packed(self.demoted, entries),
+            recent=select_dense(self.recent, entries),
             heads=None if self.heads is None else self.heads.map(lambda t: t.index_select(0, entries)),
-            held=self.held if self.packed.table is not None else (),
+            owners=self.owners if self.packed.table is not None else (),
             step=None,
         )
-
-
-def select_entries(segment: PackedSegment, entries: torch.Tensor) -> PackedSegment:
-    """Batch entries [B'] int64 of packed pages; those of a pool stay where they are."""
-
-    def select(tensor: torch.Tensor) -> torch.Tensor:
-        return tensor.index_select(0, entries)
-
-    def side(packed: PackedSide) -> PackedSide:
-        own = segment.table is None
-        planes = {name: select(plane) if own else plane for name, plane in packed.planes.items()}
-        return PackedSide(packed.codec, planes, packed.transform.map(select))
-
-    lengths, table, starts = (
-        None if tensor is None else select(tensor)
-        for tensor in (segment.lengths, segment.table, segment.starts)
-    )
-    return PackedSegment(side(segment.keys), side(segment.values), lengths, table, starts)
-
-
-def _clipped(pages: PackedSegment, tokens: int, dtype: torch.dtype) -> list[Segment]:
-    """The first `tokens` tokens of pages, all in use; a page that is cut is decoded."""
-    whole, rest = divmod(min(tokens, pages.tokens), PAGE_TOKENS)
-    clipped: list[Segment] = [PackedSegment(*pages.narrow(0, whole))] if whole else []
-    if rest:
-        cut = decode_segment(PackedSegment(*pages.narrow(whole, whole + 1)), dtype)
-        clipped.append(first(cut, rest))
-    return clipped
-
-
-def decode_segment(segment: Segment, dtype: torch.dtype) -> DenseSegment:
-    """The tokens of a segment as they are, or decoded to `dtype`."""
-    if isinstance(segment, DenseSegment):
-        return segment
-    return DenseSegment(_keys(segment, dtype), _values(segment, dtype))
-
-
-def _decode(side: PackedSide, dtype: torch.dtype) -> torch.Tensor:
-    return side.codec.decode(side.planes, side.transform, dtype)
-
-
-def _keys(segment: Segment, dtype: torch.dtype) -> torch.Tensor:
-    return segment.keys if isinstance(segment, DenseSegment) else _decode(segment.whole_keys(), dtype)
-
-
-def _values(segment: Segment, dtype: torch.dtype) -> torch.Tensor:
-    return segment.values if isinstance(segment, DenseSegment) else _decode(segment.whole_values(), dtype)

@@ -43,7 +43,7 @@ def test_nothing_is_lost(family: str, evictors: list[Any]) -> None:
     for detect in (0, 3):
         quantizer = lossless(detect_sinks=detect)
         cache = read(model, Compose([*evictors, Demote(Knorm(0.6)), quantizer]), IDS)
-        assert cache.layers[-1].tokens.coarse_tokens >= 128
+        assert cache.layers[-1].tokens.demoted_tokens >= 128
         assert cache.layers[-1].get_seq_length() == cache.layers[-1].keys.shape[2] <= TOKENS
         assert answer(model, cache, TOKENS) == expected
 
@@ -54,7 +54,7 @@ def test_what_falls_is_what_the_press_would_evict() -> None:
     keys = [layer.keys for layer in read(model, None, IDS).layers]
     cache = read(model, Compose([Demote(Knorm(0.5)), lossless()]), IDS)
     for before, layer in zip(keys, cache.layers, strict=True):
-        count = layer.tokens.coarse_tokens
+        count = layer.tokens.demoted_tokens
         assert count == TOKENS // 2 // 128 * 128
         middle = before[:, :, 4 : TOKENS - 16]
         largest = middle.norm(dim=-1).topk(count, dim=-1).indices.sort(dim=-1).values
@@ -130,7 +130,7 @@ def test_attention_over_both_widths(queries: int) -> None:
 
 def test_what_comes_later_and_what_is_taken_away() -> None:
     layer = mixed(exact=True)
-    context, count = layer.keys + 0, layer.tokens.coarse_tokens  # type: ignore[union-attr]
+    context, count = layer.keys + 0, layer.tokens.demoted_tokens  # type: ignore[union-attr]
     snapshot, view = layer.snapshot(), layer.view()
     added = states(400, seed=3)
     layer.update(*added)
@@ -164,7 +164,7 @@ def test_saved_and_loaded() -> None:
     for one in (layer, other):
         one.update(*added)
     assert torch.equal(layer.keys + 0, other.keys + 0) and torch.equal(layer.values + 0, other.values + 0)
-    assert other.tokens.coarse.key_codec == layer.tokens.coarse.key_codec  # type: ignore[union-attr]
+    assert other.tokens.demoted.key_codec == layer.tokens.demoted.key_codec  # type: ignore[union-attr]
     parts = cache_parts(cache)
     coarse = parts.inner["0"].inner["tokens"].inner["coarse"]
     planes = coarse.inner["pages"].inner["keys"].tensors
@@ -175,7 +175,7 @@ def test_saved_and_loaded() -> None:
 
 def test_less_than_a_page_falls_not_at_all() -> None:
     layer = mixed(fall=127)
-    assert layer.tokens is not None and layer.tokens.coarse is None and layer.packed_tokens == 640
+    assert layer.tokens is not None and layer.tokens.demoted is None and layer.packed_tokens == 640
     short = mixed(tokens=100)
     assert short.tokens is not None and not short.tokens.readable
 
@@ -187,7 +187,7 @@ def test_in_the_pipeline(way: dict[str, Any]) -> None:
     cache = DynamicCache()
     composed = Compose([Demote(Knorm(0.5)), lossless()])
     assert ours("KnormPress", composed, cache=cache, **way) == ours("KnormPress", None, **way)
-    assert cache.layers[0].tokens.coarse_tokens and unfixable(cache) == "tokens are packed in two widths"
+    assert cache.layers[0].tokens.demoted_tokens and unfixable(cache) == "tokens are packed in two widths"
     assert composed.compression_ratio == 0.0
 
 

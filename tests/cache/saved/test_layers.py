@@ -150,7 +150,7 @@ def test_every_field_of_packed_tokens_is_saved() -> None:
         "_recent",
         "pages",
         "heads",
-        "coarse",
+        "demoted",
         "key_transform",
         "value_transform",
         "query_moment",

@@ -228,5 +228,5 @@ def test_the_newest_tokens_are_read_without_decoding(count: int, monkeypatch: py
     packed, plain = pair(700, lossless(recent_tokens=16))
     assert torch.equal(packed.keys[:, :, -count:] + 0, plain.keys[:, :, -count:])
     if count <= 16:
-        monkeypatch.setattr("quantpress.cache.tokens.view._decode", None)
+        monkeypatch.setattr("quantpress.cache.tokens.segments._decode", None)
         assert torch.equal(packed.values[:, :, -count:], plain.values[:, :, -count:])
