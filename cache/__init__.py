@@ -5,11 +5,11 @@ from quantpress.cache.attention.states import PackedStates
 from quantpress.cache.continuation import continue_inputs
 from quantpress.cache.layer import LayerSnapshot, PackedLayer
 from quantpress.cache.memory import CacheMemory, LayerMemory, cache_memory
-from quantpress.cache.paged.page_pool import PagePool
-from quantpress.cache.paged.paged_attention import PagedAttention
-from quantpress.cache.paged.paged_memory import PagedMemory
-from quantpress.cache.paged.paged_plan import PagedPlan
-from quantpress.cache.paged.pool_side import PoolSize
+from quantpress.cache.paged.attention import PagedAttention
+from quantpress.cache.paged.buffers import PoolSize
+from quantpress.cache.paged.memory import PagedMemory
+from quantpress.cache.paged.plan import PagedPlan
+from quantpress.cache.paged.pool import PagePool
 from quantpress.cache.settings import LayerSettings
 from quantpress.cache.text_cache import TextCache
 from quantpress.cache.tokens.packed_tokens import PackedTokens

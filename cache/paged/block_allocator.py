@@ -1,4 +1,4 @@
-"""Which blocks of a page pool are free, and how many sequences share each of the others."""
+"""Which blocks of a page pool are free, and how many sequences share each block."""
 
 from collections import deque
 from collections.abc import Sequence
@@ -7,10 +7,10 @@ from quantpress.errors import PoolFullError
 
 
 class BlockAllocator:
-    """Hands out the blocks 0 to `blocks` - 1 and counts who holds each.
+    """Allocates the blocks 0 to `blocks` - 1 and counts how many sequences hold each.
 
     Args:
-        blocks: how many there are.
+        blocks: number of blocks.
 
     Example:
         >>> allocator = BlockAllocator(4)
@@ -27,18 +27,18 @@ class BlockAllocator:
 
     @property
     def free(self) -> int:
-        """Blocks that nobody holds."""
+        """Number of free blocks."""
         return len(self._free)
 
     def holders(self, block: int) -> int:
-        """How many sequences hold a block."""
+        """Number of sequences that hold a block."""
         return self._holders[block]
 
     def check(self, count: int) -> None:
-        """Refuse where fewer than `count` blocks are free.
+        """Check that `count` blocks are free.
 
         Raises:
-            PoolFullError: that is so.
+            PoolFullError: fewer blocks are free.
         """
         if count > self.free:
             raise PoolFullError(
@@ -47,10 +47,10 @@ class BlockAllocator:
             )
 
     def take(self, count: int) -> list[int]:
-        """`count` free blocks, held once from now on.
+        """Allocate `count` blocks, each held by one sequence.
 
         Raises:
-            PoolFullError: fewer are free; none was taken.
+            PoolFullError: fewer blocks are free; none was allocated.
         """
         self.check(count)
         taken = [self._free.popleft() for _ in range(count)]
@@ -58,12 +58,12 @@ class BlockAllocator:
         return taken
 
     def share(self, blocks: Sequence[int]) -> None:
-        """One more sequence holds these blocks."""
+        """Count one more sequence that holds these blocks."""
         for block in blocks:
             self._holders[block] += 1
 
     def release(self, blocks: Sequence[int]) -> None:
-        """One sequence fewer holds these blocks; those that nobody holds are free again."""
+        """Count one sequence fewer that holds these blocks. Blocks that no sequence holds become free."""
         for block in blocks:
             self._holders[block] -= 1
             if not self._holders[block]:

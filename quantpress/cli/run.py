@@ -7,7 +7,7 @@ from typing import Any
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from quantpress.cache.saved.cache_file import read_file
+from quantpress.cache.saved.format import read_file
 from quantpress.cli.loading import load_pipeline, model_name, read_text
 from quantpress.errors import InvalidInputError
 from quantpress.pipelines.contexts.cached_context import CachedContext

@@ -20,7 +20,7 @@ Step = Callable[[], torch.Tensor]
 def test_kernels_read_the_pool() -> None:
     """The plain kernels in Triton's interpreter, on what `attend` gives them."""
     pytest.importorskip("triton")
-    found = json.loads(interpret(str(Path(__file__).parent / "interpret_paged.py")).splitlines()[-1])
+    found = json.loads(interpret(str(Path(__file__).parent / "interpret.py")).splitlines()[-1])
     assert len(found) == 2 and max(found) < 1e-4, found
 
 

@@ -1,7 +1,7 @@
 """`PagedAttention`: many sequences of different lengths over one pool of packed pages.
 
-The host side of `PagePool`: which sequence has which blocks, and how many tokens. The same
-is on the device, as `block_tables`, `context_lens` and `page_counts`, for attention to read.
+This is the host side of `PagePool`: it knows the blocks and the length of each sequence. Attention reads the
+same from `block_tables`, `context_lens` and `page_counts` on the device.
 """
 
 import sys
@@ -9,11 +9,11 @@ from collections.abc import Sequence
 
 import torch
 
-from quantpress.cache.paged.page_pool import PagePool
-from quantpress.cache.paged.paged_memory import PagedMemory, paged_memory
-from quantpress.cache.paged.paged_plan import PagedPlan
-from quantpress.cache.paged.paged_sequences import PagedSequences
-from quantpress.cache.paged.pool_side import PoolSize
+from quantpress.cache.paged.buffers import PoolSize
+from quantpress.cache.paged.memory import PagedMemory, paged_memory
+from quantpress.cache.paged.plan import PagedPlan
+from quantpress.cache.paged.pool import PagePool
+from quantpress.cache.paged.sequences import PagedSequences
 from quantpress.cache.settings import DEFAULT_RECENT_TOKENS, DEFAULT_SINK_TOKENS, LayerSettings
 from quantpress.codecs.page_codec import PageCodec, ScalarPages
 from quantpress.errors import InvalidInputError
@@ -24,39 +24,40 @@ from quantpress.quantization.spec import CodecSpec
 class PagedAttention(PagedSequences):
     """Keys and values of many sequences in packed pages, and attention over them.
 
-    All memory is allocated at once. A sequence is a number, its row in `block_tables`, `context_lens` and
-    `page_counts`. A page holds 128 tokens and is written whole: the newest tokens of a sequence wait in 16
-    bits, `recent_tokens` + 1 to `recent_tokens` + 128 of them once it has a page.
+    All memory is allocated at once. A sequence is named by a number, its row in `block_tables`,
+    `context_lens` and `page_counts`. A page holds 128 tokens and is written as a whole. Until then, the
+    newest tokens of a sequence stay in 16 bits: `recent_tokens` + 1 to `recent_tokens` + 128 of them once it
+    has a page.
 
     Args:
         num_blocks: pages that all sequences together may hold, in every layer.
-        max_sequences: sequences at a time, S.
+        max_sequences: S, the number of sequences at a time.
         query_heads: Hq.
         kv_heads: Hkv; Hq is a multiple of it.
         head_dim: D of queries and keys.
-        value_dim: Dv where it differs.
-        layers: L; they share the blocks of a sequence.
-        max_tokens: most tokens of one sequence; left out, one may take all blocks.
-        bits: code width: 1, 2, 3, 4, 8 or a fraction between 1 and 4; or those of (keys, values).
-        sink_tokens: first tokens of a sequence kept in 16 bits.
-        recent_tokens: last tokens kept in 16 bits, at least.
+        value_dim: Dv of values; None: D.
+        layers: L. All layers use the same blocks of a sequence.
+        max_tokens: most tokens of one sequence; None: limited by the blocks only.
+        bits: code width: 1, 2, 3, 4, 8 or a fraction between 1 and 4; or a pair for (keys, values).
+        sink_tokens: number of first tokens of a sequence kept in 16 bits.
+        recent_tokens: least number of last tokens kept in 16 bits, once there are pages.
         mean_key: subtract each head's mean key before encoding.
-        balance: weight key channels, where `add` is told of the queries.
-        codecs: of keys and of values, in place of `bits` and `scale_dtype`.
-        dtype: of the 16-bit tokens.
-        device: where.
-        scale_dtype: of the stored scales, "float16", "bfloat16" or "float32". float16 holds scales below
-            65504; a longer vector is an error.
+        balance: weight key channels, if `add` is given `query_moment`.
+        codecs: codecs of keys and of values; replaces `bits` and `scale_dtype`.
+        dtype: dtype of the 16-bit tokens.
+        device: device of all tensors.
+        scale_dtype: dtype of the stored scales, "float16", "bfloat16" or "float32". float16 holds scales
+            below 65504; a longer vector is an error.
 
     Attributes:
-        pool: the memory, for an engine that manages blocks itself; see `quantpress.cache.paged.page_pool`.
+        pool: the memory, for an engine that manages blocks itself; see `quantpress.cache.paged.pool`.
         block_tables: [S, P] int32 on the device, the blocks of each sequence.
-        context_lens: [S] int32 on the device, tokens of each sequence; 0 where there is none.
-        page_counts: [S] int32 on the device, how many of the row's blocks are in use.
+        context_lens: [S] int32 on the device, tokens of each sequence; 0 if it is not open.
+        page_counts: [S] int32 on the device, pages of each sequence.
 
     Raises:
-        UnsupportedBitsError, UnsupportedHeadDimError: the codes cannot be stored.
-        InvalidInputError: another argument has a value that cannot be used.
+        UnsupportedBitsError, UnsupportedHeadDimError: no codec has these bits or this head_dim.
+        InvalidInputError: another argument is out of range.
 
     Source: block tables after PagedAttention (Kwon et al. 2023, arXiv 2309.06180).
 
@@ -107,11 +108,11 @@ class PagedAttention(PagedSequences):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of everything that is allocated; see `memory`."""
+        """All bytes allocated; see `memory`."""
         return self.memory().total_bytes
 
     def memory(self) -> PagedMemory:
-        """Bytes of everything that is allocated, measured."""
+        """The bytes allocated, measured by kind."""
         return paged_memory(self.pool, [self.block_tables, self.context_lens, self.page_counts])
 
     def fill(
@@ -123,19 +124,20 @@ class PagedAttention(PagedSequences):
         layer: int = 0,
         query_moment: torch.Tensor | None = None,
     ) -> None:
-        """Bring in the prompt of a sequence from `open`, one layer of it.
+        """Write the prompt of an opened sequence, in one layer.
 
         Args:
-            sequence: from `open`.
+            sequence: returned by `open`.
             keys: [Hkv, T, D], post-RoPE.
             values: [Hkv, T, Dv].
-            layer: which layer.
-            query_moment: [Hkv, D] mean square of the prompt's queries over the query heads of each KV head;
-                with it channels are balanced.
+            layer: index of the layer.
+            query_moment: [Hkv, D] mean square of the prompt's queries over the query heads of each KV head,
+                to balance channels; None: no balance.
 
         Raises:
-            NonFiniteError: what is to be packed holds NaN or infinity; nothing was changed.
-            InvalidInputError: wrong shapes, or another number of tokens.
+            NonFiniteError: tokens to be packed contain NaN or infinity; nothing was changed.
+            InvalidInputError: the sequence is unknown, keys or values have the wrong shape, or T is not the
+                number of tokens given to `open`.
         """
         of = self._of(sequence)
         if keys.dim() == 3 and keys.shape[1] != of.tokens:
@@ -147,7 +149,7 @@ class PagedAttention(PagedSequences):
     def add(
         self, keys: torch.Tensor, values: torch.Tensor, *, query_moment: torch.Tensor | None = None
     ) -> int:
-        """A new sequence with a prompt, all layers at once.
+        """Open a sequence and write its prompt, all layers at once.
 
         Args:
             keys: [Hkv, T, D], post-RoPE; [L, Hkv, T, D] for several layers.
@@ -155,10 +157,12 @@ class PagedAttention(PagedSequences):
             query_moment: [Hkv, D], or [L, Hkv, D]; see `fill`.
 
         Returns:
-            Its number.
+            The number of the sequence.
 
         Raises:
-            PoolFullError, NonFiniteError, InvalidInputError: as `open` and `fill`; there is no new sequence.
+            PoolFullError: too few blocks are free, or `max_sequences` sequences are open.
+            NonFiniteError: tokens to be packed contain NaN or infinity; no sequence was opened.
+            InvalidInputError: wrong shapes or too many tokens; no sequence was opened.
         """
         keys, values = (self._by_layer(states, 4) for states in (keys, values))
         moments = None if query_moment is None else self._by_layer(query_moment, 3)
@@ -173,7 +177,7 @@ class PagedAttention(PagedSequences):
         return sequence
 
     def append(self, sequences: Sequence[int], keys: torch.Tensor, values: torch.Tensor) -> None:
-        """New tokens for sequences, all layers at once. Whole pages of older ones are packed.
+        """Append tokens to sequences, all layers at once. Older tokens that fill whole pages are packed.
 
         Args:
             sequences: B sequences, each once.
@@ -181,17 +185,18 @@ class PagedAttention(PagedSequences):
             values: [B, Hkv, n, Dv], or [L, B, Hkv, n, Dv].
 
         Raises:
-            PoolFullError: too few free blocks.
-            NonFiniteError: tokens that are to be packed hold NaN or infinity.
-            InvalidInputError: an unknown sequence or one twice, or wrong shapes. Nothing was appended.
+            PoolFullError: too few blocks are free; nothing was appended.
+            NonFiniteError: tokens to be packed contain NaN or infinity; nothing was appended.
+            InvalidInputError: a sequence is unknown or named twice, or a shape is wrong; nothing was
+                appended.
         """
         keys, values = (self._by_layer(states, 5) for states in (keys, values))
         tokens, step = keys.shape[3], self.step_tokens
         lead = (self.pool.size.layers, len(sequences), self.pool.size.kv_heads, tokens)
         self.pool.check_states(keys, values, lead)
-        if tokens > step:  # of a single step only older tokens are packed
+        if tokens > step:  # else none of the new tokens is packed
             finite(keys, "keys"), finite(values, "values")
-        before = {number: of.tokens for number, (of, _) in self._room(sequences, tokens).items()}
+        before = {number: of.tokens for number, (of, _) in self._pages_needed(sequences, tokens).items()}
         try:
             for start in range(0, tokens, step):
                 part = slice(start, min(start + step, tokens))
@@ -207,43 +212,43 @@ class PagedAttention(PagedSequences):
     # Steps, layer by layer
 
     def plan(self, sequences: Sequence[int] | None = None) -> PagedPlan:
-        """What all layers of a step share: page table and lengths of the sequences as they are now.
+        """Page table and present lengths of sequences, which all layers of a step share.
 
-        With None it takes everything from `block_tables`, `context_lens` and `page_counts` on the device, and
-        may be captured in a CUDA graph together with `write` and `attend`; the graph then reads what later
-        steps put there.
+        With None, everything is read from `block_tables`, `context_lens` and `page_counts` on the device. The
+        call may then be captured in a CUDA graph together with `write` and `attend`; at each replay the graph
+        reads their present contents.
 
         Args:
             sequences: B sequences in any order; None: every row of `block_tables`, in order, B = S.
 
         Raises:
-            InvalidInputError: an unknown sequence.
+            InvalidInputError: a sequence is unknown, or the list is empty.
         """
         chosen = self.sequences if sequences is None else list(sequences)
         if sequences is not None and not chosen:
             raise InvalidInputError("no sequence is named; name one or more, or None for every row")
-        held = [(len(of.blocks), self._waiting(of)) for of in map(self._of, chosen)]
-        most = min((1 + waiting for blocks, waiting in held if blocks), default=sys.maxsize)
+        held = [(len(of.blocks), self._in_window(of)) for of in map(self._of, chosen)]
+        most = min((1 + window for blocks, window in held if blocks), default=sys.maxsize)
         tables = [self.block_tables, self.context_lens, self.page_counts]
-        slots = None
-        if sequences is not None and chosen != list(range(self.pool.size.slots)):
-            slots = torch.tensor(chosen, dtype=torch.int64, device="cpu").to(self.device, non_blocking=True)
-            tables = [table.index_select(0, slots) for table in tables]
-        if sequences is not None or self.device.type == "cpu":  # a graph would keep the number of now
+        rows = None
+        if sequences is not None and chosen != list(range(self.pool.size.sequences)):
+            rows = torch.tensor(chosen, dtype=torch.int64, device="cpu").to(self.device, non_blocking=True)
+            tables = [table.index_select(0, rows) for table in tables]
+        if sequences is not None or self.device.type == "cpu":  # a graph would keep the present number
             tables[0] = tables[0][:, : max([1, *(blocks for blocks, _ in held)])]
-        return self.pool.plan(tables[0], tables[1], tables[2], slots, most_queries=most)
+        return self.pool.plan(tables[0], tables[1], tables[2], rows, most_queries=most)
 
     def write(self, keys: torch.Tensor, values: torch.Tensor, plan: PagedPlan, *, layer: int = 0) -> None:
-        """Bring in the tokens for which `extend` has made room in every sequence of the plan.
+        """Write the tokens that `extend` has counted in every sequence of the plan.
 
         Args:
-            keys: [B, Hkv, n, D], post-RoPE, the n tokens that `extend` has added.
+            keys: [B, Hkv, n, D], post-RoPE, the n tokens that `extend` has counted.
             values: [B, Hkv, n, Dv].
             plan: made after `extend`.
-            layer: which layer.
+            layer: index of the layer.
 
         Raises:
-            InvalidInputError: wrong shapes.
+            InvalidInputError: keys or values have the wrong shape.
         """
         self.pool.write(keys, values, plan, layer=layer)
 
@@ -262,8 +267,8 @@ class PagedAttention(PagedSequences):
         Args:
             query: [B, Hq, Tq, D], post-RoPE; causal, aligned at the last token.
             sequences: B sequences in any order, None for every row, or a plan for them.
-            layer: which layer.
-            scaling: factor on q.k; 1 / sqrt(D) when left out.
+            layer: index of the layer.
+            scaling: factor on q.k; None: 1 / sqrt(D).
             softcap: scores become softcap * tanh(score / softcap), or None.
             sinks: [Hq] learned logits that carry no value, or None.
 
@@ -271,8 +276,8 @@ class PagedAttention(PagedSequences):
             [B, Hq, Tq, Dv] in the query's dtype; zeros for a row without a sequence.
 
         Raises:
-            InvalidInputError: an unknown sequence, or a query that does not fit: Tq may be `step_tokens`, and
-                less after a `crop`.
+            InvalidInputError: a sequence is unknown, or the query has the wrong shape. Tq may be up to
+                `step_tokens`, and less after a `crop`.
         """
         plan = sequences if isinstance(sequences, PagedPlan) else self.plan(sequences)
         if query.dim() == 4 and query.shape[1] != self.query_heads:
@@ -280,7 +285,7 @@ class PagedAttention(PagedSequences):
         return self.pool.attend(query, plan, layer=layer, scaling=scaling, softcap=softcap, sinks=sinks)
 
     def _by_layer(self, states: torch.Tensor, dims: int) -> torch.Tensor:
-        """With the layers in front, which may be left out where there is one."""
+        """The tensor with layers as first dimension, which may be missing if there is only one layer."""
         layers = self.pool.size.layers
         states = states.unsqueeze(0) if layers == 1 and states.dim() == dims - 1 else states
         if states.dim() != dims or states.shape[0] != layers:

@@ -1,4 +1,4 @@
-"""How many bytes paged attention holds: measured from its tensors, all of which are there from the start."""
+"""The bytes that paged attention holds, measured from its tensors. All are allocated from the start."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from quantpress.cache.memory import storage_bytes
-from quantpress.cache.paged.pool_storage import PoolStorage
+from quantpress.cache.paged.storage import PoolStorage
 from quantpress.kernels.layout import PAGE_TOKENS
 
 
@@ -16,12 +16,12 @@ class PagedMemory:
 
     Args:
         packed_bytes: codes and scales of all blocks.
-        dense_bytes: room for tokens of all sequences in the pool's own dtype.
+        dense_bytes: sinks and windows of all sequences, in the pool's own dtype.
         metadata_bytes: mean keys, channel weights and orders of all sequences.
         table_bytes: block tables and lengths.
-        packed_tokens: tokens that the blocks have room for.
-        dense_tokens: tokens that there is room for in the pool's own dtype.
-        uncompressed_bytes_per_token: what a token takes in that dtype.
+        packed_tokens: capacity of the blocks, in tokens.
+        dense_tokens: capacity of the windows, in tokens.
+        uncompressed_bytes_per_token: bytes of a token in the pool's own dtype.
     """
 
     packed_bytes: int
@@ -44,13 +44,13 @@ class PagedMemory:
 
     @property
     def ratio(self) -> float:
-        """Uncompressed bytes of all tokens that there is room for, over the bytes held."""
+        """Uncompressed bytes of as many tokens as the capacity, over the bytes held."""
         tokens = self.packed_tokens + self.dense_tokens
         return tokens * self.uncompressed_bytes_per_token / self.total_bytes
 
 
 def paged_memory(pool: PoolStorage, tables: Sequence[torch.Tensor]) -> PagedMemory:
-    """Measure a pool and the tables that go with it."""
+    """Measure a pool and its tables."""
     size, seen = pool.size, set[int]()
     channels = pool.keys.codec.head_dim + pool.values.codec.head_dim
     return PagedMemory(
@@ -59,6 +59,6 @@ def paged_memory(pool: PoolStorage, tables: Sequence[torch.Tensor]) -> PagedMemo
         metadata_bytes=storage_bytes(pool.metadata_tensors(), seen),
         table_bytes=storage_bytes(list(tables), seen),
         packed_tokens=size.blocks * PAGE_TOKENS,
-        dense_tokens=size.slots * pool.window_tokens,
+        dense_tokens=size.sequences * pool.window_tokens,
         uncompressed_bytes_per_token=size.layers * size.kv_heads * channels * pool.dtype.itemsize,
     )

@@ -329,23 +329,23 @@ def test_steps_layer_by_layer_are_appends() -> None:
 
 
 def test_own_block_tables() -> None:
-    """An engine with blocks of its own: tables, lengths and slots as tensors, in any order."""
+    """An engine with blocks of its own: tables, lengths and sequences as tensors, in any order."""
     paged = small(bits=4)
     pool = paged.pool
-    lengths, blocks, slots = (700, 260, 389), ([7, 3, 30, 11], [], [5, 6]), (4, 1, 0)
+    lengths, blocks, sequences = (700, 260, 389), ([7, 3, 30, 11], [], [5, 6]), (4, 1, 0)
     kept = [random_states(paged, tokens=tokens) for tokens in lengths]
-    for states, held, slot in zip(kept, blocks, slots, strict=True):
+    for states, held, sequence in zip(kept, blocks, sequences, strict=True):
         assert len(held) == pool.pages_of(states[0].shape[1])
-        pool.fill(*states, slot, held)
+        pool.fill(*states, sequence, held)
     tables = torch.randint(0, 40, (3, 6), dtype=torch.int32)
     for row, held in enumerate(blocks):
         tables[row, : len(held)] = torch.tensor(held, dtype=torch.int32)
     counts = torch.tensor([len(held) for held in blocks], dtype=torch.int32)
-    plan = pool.plan(tables, torch.tensor(lengths, dtype=torch.int32), counts, torch.tensor(slots))
+    plan = pool.plan(tables, torch.tensor(lengths, dtype=torch.int32), counts, torch.tensor(sequences))
     query = query_for(paged, 3, 2)
     got = pool.attend(query, plan)
-    for row, (slot, held, tokens) in enumerate(zip(slots, blocks, lengths, strict=True)):
-        decoded = pool.decode(slot, held, tokens)
+    for row, (sequence, held, tokens) in enumerate(zip(sequences, blocks, lengths, strict=True)):
+        decoded = pool.decode(sequence, held, tokens)
         assert relative_error(decoded[0], kept[row][0].double()) < 0.2
         assert relative_error(got[row], exact(query[row], *decoded)) < TOLERANCE
 
@@ -356,7 +356,7 @@ def test_own_block_tables() -> None:
         ("block_tables", torch.zeros(2, 3)),
         ("context_lens", torch.zeros(3, dtype=torch.int32)),
         ("page_counts", torch.zeros(2, dtype=torch.int64)),
-        ("slots", torch.zeros(2, dtype=torch.int32)),
+        ("sequences", torch.zeros(2, dtype=torch.int32)),
     ],
 )
 def test_bad_tables_are_refused(name: str, bad: torch.Tensor) -> None:
@@ -364,14 +364,14 @@ def test_bad_tables_are_refused(name: str, bad: torch.Tensor) -> None:
         "block_tables": torch.zeros(2, 3, dtype=torch.int32),
         "context_lens": torch.zeros(2, dtype=torch.int32),
         "page_counts": torch.zeros(2, dtype=torch.int32),
-        "slots": torch.zeros(2, dtype=torch.int64),
+        "sequences": torch.zeros(2, dtype=torch.int64),
     }
     pool = lossless().pool
     assert pool.plan(**good).batch == 2
     with pytest.raises(InvalidInputError, match=name):
         pool.plan(**{**good, name: bad})
-    with pytest.raises(InvalidInputError, match="2 rows for 6 slots"):
-        pool.plan(**{**good, "slots": None})
+    with pytest.raises(InvalidInputError, match="2 rows for 6 sequences"):
+        pool.plan(**{**good, "sequences": None})
 
 
 # What it refuses
@@ -476,7 +476,7 @@ def test_unknown_sequences_and_wrong_shapes_are_refused() -> None:
         ({"head_dim": 30}, UnsupportedHeadDimError, "30"),
         ({"query_heads": 5}, InvalidInputError, "5 query heads are not a multiple of 2"),
         ({"num_blocks": 0}, InvalidInputError, "blocks is 0"),
-        ({"max_sequences": 0}, InvalidInputError, "slots is 0"),
+        ({"max_sequences": 0}, InvalidInputError, "sequences is 0"),
         ({"layers": 1.5}, InvalidInputError, "layers is 1.5"),
         ({"recent_tokens": -1}, InvalidInputError, "recent_tokens is -1"),
         ({"max_tokens": 0}, InvalidInputError, "max_tokens is 0"),

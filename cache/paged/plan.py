@@ -1,11 +1,11 @@
-"""What the layers of one step share: which pages and 16-bit tokens belong to whom, as attention reads it."""
+"""What all layers of one step share: the page table and the lengths of each sequence, for attention."""
 
 import sys
 from dataclasses import dataclass
 
 import torch
 
-from quantpress.cache.paged.pool_side import PoolSize
+from quantpress.cache.paged.buffers import PoolSize
 from quantpress.errors import InvalidInputError
 from quantpress.kernels.attend.schedule import PageShares, page_shares
 from quantpress.kernels.layout import PAGE_TOKENS
@@ -16,18 +16,18 @@ class PagedPlan:
     """Page table and lengths of the sequences of a batch, on the device; made by `PagePool.plan`.
 
     Args:
-        slots: [B] int64, the slot of each sequence.
-        in_order: they are all the slots there are, in order.
+        sequences: [B] int64, the index of each sequence.
+        in_order: whether these are all sequences of the pool, in order.
         table: [B, Hkv, P] int32, rows of the pool's planes.
-        sinks: [B, Hkv] int32, tokens in use in front of the pages.
-        packed: [B, Hkv] int32, tokens in use in the pages.
-        window: [B, Hkv] int32, tokens in use behind them.
-        ends: [B] int64, tokens in use in each window.
-        shares: how attention shares the pages out over programs; None where its kernels do not run.
-        most_queries: query tokens of one call at most, as far as the host knows.
+        sinks: [B, Hkv] int32, tokens in front of the pages.
+        packed: [B, Hkv] int32, tokens in the pages.
+        window: [B, Hkv] int32, tokens in the window.
+        ends: [B] int64, tokens in each window.
+        shares: how attention divides the pages among programs; None if its kernels do not run.
+        most_queries: most query tokens of one call, as far as the host knows.
     """
 
-    slots: torch.Tensor
+    sequences: torch.Tensor
     in_order: bool
     table: torch.Tensor
     sinks: torch.Tensor
@@ -40,24 +40,24 @@ class PagedPlan:
     @property
     def batch(self) -> int:
         """B."""
-        return self.slots.shape[0]
+        return self.sequences.shape[0]
 
     @property
     def chosen(self) -> torch.Tensor | None:
-        """The slots, or None where all of them are meant, in order."""
-        return None if self.in_order else self.slots
+        """[B] int64, the sequences; None if they are all sequences of the pool, in order."""
+        return None if self.in_order else self.sequences
 
 
 def paged_plan(
     block_tables: torch.Tensor,
     context_lens: torch.Tensor,
     page_counts: torch.Tensor,
-    slots: torch.Tensor | None,
+    sequences: torch.Tensor | None,
     size: PoolSize,
     sink_tokens: int,
     most_queries: int,
 ) -> PagedPlan:
-    """Derive a plan by operations on the device only; see `PagePool.plan`.
+    """Compute a plan by operations on the device only; see `PagePool.plan`.
 
     Raises:
         InvalidInputError: a tensor has the wrong dtype or shape.
@@ -70,9 +70,10 @@ def paged_plan(
             raise InvalidInputError(
                 f"{name} is {tensor.dtype} {tuple(tensor.shape)}; give torch.int32 {shape}"
             )
-    if slots is not None and (slots.dtype != torch.int64 or slots.shape != (batch,)):
+    if sequences is not None and (sequences.dtype != torch.int64 or sequences.shape != (batch,)):
         raise InvalidInputError(
-            f"slots are {slots.dtype} {tuple(slots.shape)}; give torch.int64 [{batch}], or None for all"
+            f"sequences are {sequences.dtype} {tuple(sequences.shape)}; give torch.int64 [{batch}], or None "
+            "for all"
         )
     device = block_tables.device
     packed = page_counts * PAGE_TOKENS
@@ -85,8 +86,8 @@ def paged_plan(
     table = size.rows(block_tables)
     lengths = per_head(packed)
     return PagedPlan(
-        slots=torch.arange(batch, device=device) if slots is None else slots,
-        in_order=slots is None,
+        sequences=torch.arange(batch, device=device) if sequences is None else sequences,
+        in_order=sequences is None,
         table=table,
         sinks=per_head(sinks),
         packed=lengths,

@@ -13,8 +13,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from quantpress.cache.saved import cache_file
-from quantpress.cache.saved.cache_file import read_file, write_file
+from quantpress.cache.saved import format as file_format
+from quantpress.cache.saved.format import read_file, write_file
 from quantpress.errors import CacheFileError
 
 DTYPES = (torch.uint8, torch.int16, torch.int64, torch.bool, torch.float16, torch.bfloat16, torch.float32)
@@ -96,7 +96,7 @@ def test_a_failure_leaves_the_older_file(file: Path, monkeypatch: pytest.MonkeyP
     def fail(*args: Any, **kwargs: Any) -> None:
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(*((cache_file, "save_file") if step == "save_file" else (os, "replace")), fail)
+    monkeypatch.setattr(*((file_format, "save_file") if step == "save_file" else (os, "replace")), fail)
     with pytest.raises(CacheFileError, match=r"cannot be written.*no space"):
         write_file(file, {}, {"x": torch.zeros(2)})
     assert file.read_bytes() == before
@@ -196,7 +196,7 @@ def test_without_verifying_only_the_data_goes_unchecked(file: Path) -> None:
 @pytest.mark.parametrize("newer", [0, 2, "1", None])
 def test_another_version_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, newer: Any) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(cache_file, "FORMAT", newer)
+        patch.setattr(file_format, "FORMAT", newer)
         write_file(tmp_path / "a", {}, {"x": torch.zeros(2)})
     with pytest.raises(CacheFileError, match=rf"format {newer!r} .*reads format 1"):
         read_file(tmp_path / "a")
