@@ -1,4 +1,4 @@
-"""Going on from a cache whose length is not the number of tokens seen: the positions after an eviction."""
+"""Positions for continuing from an evicted cache, whose length is not the number of tokens seen."""
 
 import torch
 from transformers.cache_utils import Cache
@@ -14,25 +14,27 @@ def continue_inputs(
     tokens_seen: int | None = None,
     history: torch.Tensor | None = None,
 ) -> dict[str, torch.Tensor]:
-    """Inputs for `model.generate` or `model(...)` that go on from an evicted, packed or plain cache.
+    """Inputs for `model.generate` or `model(...)` to continue from an evicted, packed or plain cache.
 
-    transformers takes the cache's length for the next position. After an eviction the cache is shorter than
-    the text it has read, and `generate` would feed old tokens again at wrong positions. This sets positions
-    from the tokens seen and cache slots from the tokens kept.
+    transformers uses the length of the cache as the next position. After an eviction the cache is shorter
+    than the text it has read, and `generate` would feed old tokens again at wrong positions. This function
+    derives positions from the tokens seen, and cache slots from the tokens kept.
 
     Args:
-        cache: what the context was read into; every batch entry unpadded.
+        cache: the cache that has read the context; no batch entry may be padded.
         input_ids: [B, N] int64, the new tokens only.
-        tokens_seen: tokens read so far. Left out, it is taken from a `PackedLayer`; a plain cache that
-            was evicted must say it.
-        history: [B, K] ids put in front, K the tokens kept: assisted and prompt-lookup decoding need them,
-            since they crop the cache to the length of the ids. They are not fed to the model.
+        tokens_seen: number of tokens read so far; None: read from a `PackedLayer` of the cache. Required for
+            a plain cache after an eviction.
+        history: [B, K] ids to put in front, K the number of tokens kept. Assisted and prompt-lookup decoding
+            need them, because they crop the cache to the length of the ids. They are not fed to the model.
 
     Returns:
-        input_ids [B, (K +) N], attention_mask [B, K + N], position_ids [B, N], cache_position [N].
+        A dict with input_ids [B, (K +) N], attention_mask [B, K + N], position_ids [B, N] and
+        cache_position [N].
 
     Raises:
-        InvalidInputError: input_ids is not [B, N] with N >= 1, or tokens_seen is less than the tokens kept.
+        InvalidInputError: input_ids is not [B, N] with N >= 1, tokens_seen is less than the number of tokens
+            kept, or history is not [B, K].
 
     Example:
         >>> # with press(model): model(context_ids, past_key_values=cache)

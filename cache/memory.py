@@ -1,4 +1,4 @@
-"""How many bytes a cache really holds: measured from its tensors' storage, not computed from a bit width."""
+"""The bytes that a cache holds, measured from the storage of its tensors, not computed from a bit width."""
 
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -16,14 +16,14 @@ class LayerMemory:
     """The bytes of one cache layer.
 
     Args:
-        tokens: tokens the layer counts, those included that single heads have evicted.
-        packed_tokens: how many of them are in packed pages (the head with most).
-        packed_bytes: codes, scales and room to grow.
+        tokens: tokens that the layer counts, including those that single heads have evicted.
+        packed_tokens: packed tokens of the head that has most of them.
+        packed_bytes: codes and scales, spare capacity included.
         dense_bytes: tokens kept in the model's own dtype.
-        metadata_bytes: mean keys, channel weights and orders, page tables and counts of heads.
-        uncompressed_bytes: what the tokens that heads keep take uncompressed, in the model's own dtype.
-        token_bytes: what one token takes uncompressed, in every head.
-        numbers: how many numbers the keys and values of the tokens that heads keep have.
+        metadata_bytes: mean keys, channel weights and orders, page tables and lengths of heads.
+        uncompressed_bytes: bytes of the tokens that heads keep if uncompressed, in the model's own dtype.
+        token_bytes: uncompressed bytes of one token in all heads.
+        numbers: number of values in the keys and values of the tokens that heads keep.
     """
 
     tokens: int
@@ -42,7 +42,7 @@ class LayerMemory:
 
     @property
     def tokens_kept(self) -> float:
-        """Tokens kept, the mean over heads: fewer than `tokens` where single heads have evicted some."""
+        """Tokens kept, averaged over heads: fewer than `tokens` if single heads have evicted some."""
         return self.uncompressed_bytes / self.token_bytes if self.token_bytes else 0.0
 
 
@@ -51,7 +51,7 @@ class CacheMemory:
     """The bytes of a cache, layer by layer.
 
     Args:
-        layers: one entry a layer.
+        layers: one entry for each layer.
     """
 
     layers: tuple[LayerMemory, ...]
@@ -61,7 +61,7 @@ class CacheMemory:
 
     @property
     def packed_bytes(self) -> int:
-        """Codes, scales and room to grow."""
+        """Codes and scales, spare capacity included."""
         return self._sum("packed_bytes")
 
     @property
@@ -71,7 +71,7 @@ class CacheMemory:
 
     @property
     def metadata_bytes(self) -> int:
-        """Mean keys, channel weights and orders, page tables and counts of heads."""
+        """Mean keys, channel weights and orders, page tables and lengths of heads."""
         return self._sum("metadata_bytes")
 
     @property
@@ -81,25 +81,26 @@ class CacheMemory:
 
     @property
     def uncompressed_bytes(self) -> int:
-        """What the kept tokens take uncompressed, in the model's own dtype."""
+        """Bytes of the kept tokens if uncompressed, in the model's own dtype."""
         return self._sum("uncompressed_bytes")
 
     @property
     def numbers(self) -> int:
-        """How many numbers the keys and values of the kept tokens have."""
+        """Number of values in the keys and values of the kept tokens."""
         return self._sum("numbers")
 
     @property
     def ratio(self) -> float:
-        """Uncompressed bytes of the kept tokens over the bytes kept; 1.0 for an empty cache.
+        """Uncompressed bytes of the kept tokens divided by all bytes kept; 1.0 for an empty cache.
 
-        An uncompressed cache has 1.0 in every dtype, unless it keeps more than its tokens alive.
+        The ratio of an uncompressed cache is 1.0 in every dtype, unless it keeps more storage than its tokens
+        need.
         """
         return self.uncompressed_bytes / self.total_bytes if self.total_bytes else 1.0
 
     @property
     def bits_per_value(self) -> float:
-        """True bits per cached number, everything included; 0.0 for an empty cache."""
+        """True bits per cached value, everything included; 0.0 for an empty cache."""
         return 8 * self.total_bytes / self.numbers if self.numbers else 0.0
 
     def as_dict(self) -> dict[str, Any]:
@@ -118,15 +119,15 @@ class CacheMemory:
 
 
 def cache_memory(cache: Cache) -> CacheMemory:
-    """Measure the storage of every tensor that a cache's layers keep.
+    """Measure the storage of every tensor that the layers of a cache keep.
 
-    Storages shared between tensors count once; a slice counts with the whole storage it keeps alive.
+    A storage shared between tensors counts once; a slice counts with the whole storage that it keeps alive.
 
     Args:
-        cache: any transformers cache, packed layers or not.
+        cache: any transformers cache, with or without packed layers.
 
     Returns:
-        Bytes by layer and part.
+        Bytes of each layer, by kind.
     """
     seen: set[int] = set()
     return CacheMemory(tuple(_layer_memory(layer, seen) for layer in cache.layers))
@@ -155,15 +156,17 @@ def _layer_memory(layer: Any, seen: set[int]) -> LayerMemory:
 def _packed_memory(tokens: PackedTokens, seen: set[int]) -> LayerMemory:
     keys, values = tokens.sinks.keys, tokens.sinks.values
     kept = kept_tokens(tokens)
-    of_a_head = keys.shape[-1] * keys.element_size() + values.shape[-1] * values.element_size()  # one token
+    head_bytes = (
+        keys.shape[-1] * keys.element_size() + values.shape[-1] * values.element_size()
+    )  # of one token
     return LayerMemory(
         tokens=len(tokens),
         packed_tokens=tokens.packed_tokens,
         packed_bytes=storage_bytes(tokens.packed_tensors(), seen),
         dense_bytes=storage_bytes(tokens.dense_tensors(), seen),
         metadata_bytes=storage_bytes(tokens.metadata_tensors(), seen),
-        uncompressed_bytes=kept * of_a_head,
-        token_bytes=keys.shape[0] * keys.shape[1] * of_a_head,
+        uncompressed_bytes=kept * head_bytes,
+        token_bytes=keys.shape[0] * keys.shape[1] * head_bytes,
         numbers=kept * (keys.shape[-1] + values.shape[-1]),
     )
 
@@ -178,11 +181,11 @@ def kept_tokens(tokens: PackedTokens) -> int:
 
 
 def storage_bytes(tensors: list[torch.Tensor], seen: set[int] | None = None) -> int:
-    """Bytes of the storages behind tensors, each storage once.
+    """Bytes of the storages behind tensors; each storage counts once.
 
     Args:
         tensors: any tensors.
-        seen: data pointers already counted; extended.
+        seen: data pointers of storages already counted; new ones are added.
     """
     seen = set() if seen is None else seen
     total = 0

@@ -1,4 +1,4 @@
-"""What a cache will weigh, before there is one: the same figures as `quantpress.cache.memory` measures."""
+"""The bytes of a cache before there is one: equal to what `quantpress.cache.memory` would measure."""
 
 import torch
 
@@ -10,9 +10,9 @@ from quantpress.errors import InvalidInputError
 from quantpress.kernels.layout import PAGE_TOKENS
 from quantpress.quantization.transform import ChannelTransform
 
-_STATISTIC_BYTES = 4  # of a channel's mean or weight, float32
-_ORDER_BYTES = 2  # of a channel's place, int16
-_COUNT_BYTES = 4  # of a head's counts and of a page's row, int32
+_STATISTIC_BYTES = 4  # mean or weight of a channel, float32
+_ORDER_BYTES = 2  # entry of a channel order, int16
+_COUNT_BYTES = 4  # length of a head or entry of the page table, int32
 
 
 def layer_estimate(
@@ -28,17 +28,17 @@ def layer_estimate(
     """The bytes of one layer right after a prefill.
 
     Args:
-        settings: how it is stored; None for a layer that is not packed.
-        tokens: tokens kept, per head.
+        settings: how the layer stores tokens; None: it is not packed.
+        tokens: number of tokens that each head keeps.
         kv_heads: Hkv.
         head_dim: D of the keys.
-        value_dim: Dv of the values; D when left out.
+        value_dim: Dv of the values; None: D.
         batch: B.
-        balanced: whether queries are known to balance the channels with.
-        dtype: of the keys and values that the model computes.
+        balanced: whether queries are known, so that channels are balanced.
+        dtype: dtype of the keys and values that the model computes.
 
     Raises:
-        InvalidInputError: a count is below 1 (tokens: below 0).
+        InvalidInputError: `tokens` is negative, or another number is below 1.
     """
     value_dim = head_dim if value_dim is None else value_dim
     counts = {"kv_heads": kv_heads, "head_dim": head_dim, "value_dim": value_dim, "batch": batch}
@@ -74,31 +74,31 @@ def head_wise_bytes(
     """The bytes of one layer right after a head-wise eviction.
 
     Args:
-        settings: how it is stored.
+        settings: how the layer stores tokens.
         hidden: [B, Hkv, T] bool, True where a head does not keep a token. Waits for its device.
-        balanced: whether queries are known to balance the channels with.
-        dtype: of the keys and values that the model computes.
+        balanced: whether queries are known, so that channels are balanced.
+        dtype: dtype of the keys and values that the model computes.
     """
     plan = EvictionPlan.of_prefill(settings, hidden)
     keys, values = settings.key_codec, settings.value_codec
     heads = hidden.shape[0] * hidden.shape[1]
     dense = plan.sinks.shape[2] + plan.rest.shape[2] - plan.packed
     pages = plan.packed // PAGE_TOKENS
-    counts = 2 * _COUNT_BYTES + pages * _COUNT_BYTES  # sinks, absent places, a line of the table
-    of_a_head = dense * (keys.head_dim + values.head_dim) * dtype.itemsize + counts
-    of_a_head += _statistics(settings, pages > 0, balanced)
+    counts = (2 + pages) * _COUNT_BYTES  # sinks, padding, a line of the page table
+    head_bytes = dense * (keys.head_dim + values.head_dim) * dtype.itemsize + counts
+    head_bytes += _statistics(settings, pages > 0, balanced)
     page = page_nbytes(keys, dtype) + page_nbytes(values, dtype)
-    return heads * of_a_head + int(plan.pages_in_use.sum()) * page
+    return heads * head_bytes + int(plan.pages_in_use.sum()) * page
 
 
 def page_nbytes(codec: PageCodec, dtype: torch.dtype = torch.bfloat16) -> int:
-    """Bytes of a page of one head, scales included: what the codec makes of a page of zeros."""
+    """Bytes of a page of one head, scales included, found by encoding a page of zeros."""
     page = torch.zeros(1, 1, PAGE_TOKENS, codec.head_dim, dtype=dtype, device="cpu")
     return sum(plane.nbytes for plane in codec.encode(page, ChannelTransform()).values())
 
 
 def _statistics(settings: LayerSettings, packed: bool, balanced: bool) -> int:
-    """Bytes of a head's channel transforms; before the first page of the queries' moments."""
+    """Bytes of the channel transforms of a head; before its first page, those of the query moment."""
     keys, values = settings.key_codec, settings.value_codec
     balance = settings.balance and balanced and keys.wants_statistics
     if not packed:

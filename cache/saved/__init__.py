@@ -1,1 +1,1 @@
-"""Caches as files: their format, what is checked, which model they belong to."""
+"""Caches as files: the file format, checks of what was read, and the model that a cache belongs to."""

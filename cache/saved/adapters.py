@@ -1,8 +1,8 @@
-"""Adapters that act on a model (LoRA and its kin, of PEFT or through transformers), apart from its weights.
+"""The adapters of a model (LoRA and its relatives, of PEFT or through transformers), apart from its weights.
 
-An adapter that is loaded but not active, or disabled, changes nothing, and neither does its name: what counts
-are the numbers of the active ones, in their order. Layers of PEFT are known by their attributes, so that PEFT
-need not be installed.
+Only the weights and settings of the active adapters count, in the order in which they act. Their names do not
+count, nor do adapters that are loaded but inactive. Layers of PEFT are recognized by their attributes, so
+that PEFT need not be installed.
 """
 
 from collections.abc import Iterator
@@ -12,19 +12,19 @@ from typing import Any
 from torch import Tensor, nn
 
 _BASE = (".base_layer.", ".original_module.")
-"""Where an adapted layer of PEFT keeps the one that it replaces."""
+"""Submodules in which an adapted layer of PEFT keeps the original layer."""
 
 
 @dataclass
 class Adapters:
-    """What acts on a model beside its own weights.
+    """The adapters that act on a model.
 
     Attributes:
-        names: of the active adapters, in their order.
-        merged: names of those that were merged into the weights.
-        scaling: how strongly the active ones act, each value once, ascending.
-        weights: their tensors by layer, kind and place in `names`.
-        settings: their plain settings, by layer, kind and place.
+        names: names of the active adapters, in the order in which they act.
+        merged: names of the adapters that were merged into the weights.
+        scaling: the scaling factors of the active adapters, each value once, ascending.
+        weights: tensors of the active adapters, by layer, kind and number of the adapter in its layer.
+        settings: plain settings of the active adapters, by layer, kind and number.
         owned: ids of the tensors of all adapters, active or not.
     """
 
@@ -37,7 +37,7 @@ class Adapters:
 
     @classmethod
     def of(cls, model: nn.Module) -> "Adapters":
-        """Look at every layer of a model, as it is now."""
+        """The adapters of a model in its present state."""
         found, scaling = cls(), set()
         for path, layer in _adapted_layers(model):
             tensors = dict(_tensors(layer))
@@ -47,12 +47,12 @@ class Adapters:
             here = {name for _, name, _ in tensors}
             active = [] if layer.disable_adapters or merged else [n for n in _active(layer) if n in here]
             found.names += [name for name in active if name not in found.names]
-            for place, name in enumerate(active):
+            for number, name in enumerate(active):
                 for (kind, owner, rest), tensor in tensors.items():
                     if owner == name:
-                        found.weights[f"{path} {kind} {place} {rest}"] = tensor
+                        found.weights[f"{path} {kind} {number} {rest}"] = tensor
                 for kind, value in _settings(layer, name):
-                    found.settings[f"{path} {kind} {place}"] = value
+                    found.settings[f"{path} {kind} {number}"] = value
                     if kind == "scaling" and isinstance(value, (int, float)):
                         scaling.add(float(value))
         found.scaling = sorted(scaling)
@@ -60,14 +60,14 @@ class Adapters:
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside a `PeftModel`; any other as it is."""
+    """The model inside a `PeftModel`; any other model is returned as it is."""
     inner = getattr(model, "get_base_model", None)
     base = inner() if callable(inner) else model
     return base if isinstance(base, nn.Module) else model
 
 
 def plain_name(name: str) -> str:
-    """What a weight is called where no adapter was ever put around its layer."""
+    """The name that a weight would have without an adapter around its layer."""
     for part in _BASE:
         name = name.replace(part, ".")
     return name
@@ -75,7 +75,7 @@ def plain_name(name: str) -> str:
 
 def _adapted_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
     for path, layer in model.named_modules():
-        # PreTrainedModel has a method of this name
+        # PreTrainedModel has a method called disable_adapters
         if isinstance(getattr(layer, "disable_adapters", None), bool) and hasattr(
             layer, "adapter_layer_names"
         ):
@@ -88,7 +88,7 @@ def _active(layer: Any) -> list[str]:
 
 
 def _tensors(layer: Any) -> Iterator[tuple[tuple[str, str, str], Tensor]]:
-    """Tensors of every adapter on a layer by (kind, adapter, name inside)."""
+    """The tensors of every adapter of a layer, by (kind, adapter, name in the adapter)."""
     for kind in layer.adapter_layer_names:
         held: Any = getattr(layer, kind, None)
         for name in held.keys() if hasattr(held, "keys") else ():

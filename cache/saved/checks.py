@@ -1,6 +1,6 @@
-"""Whether parts that were read fit together: kernels read memory by these shapes.
+"""Checks that parts read from a file fit together, because kernels access memory by these shapes.
 
-A damaged file is found by its checksums; this is for one that was written wrong.
+Checksums detect a damaged file; these checks are for one that was written with wrong contents.
 """
 
 from functools import lru_cache
@@ -19,10 +19,10 @@ from quantpress.quantization.transform import ChannelTransform
 
 
 def check_tokens(tokens: PackedTokens) -> None:
-    """Refuse packed tokens whose tensors do not fit each other or their codecs.
+    """Check that the tensors of packed tokens fit each other and their codecs.
 
     Raises:
-        InvalidInputError: names what does not fit.
+        InvalidInputError: some part does not fit; the message names it.
     """
     keys, values = tokens.sinks.keys, tokens.sinks.values
     heads = keys.shape[:2]
@@ -54,33 +54,33 @@ def check_tokens(tokens: PackedTokens) -> None:
     _check(tokens.recent.keys.shape[2] == tokens.recent.values.shape[2], "the number of recent tokens")
     _check_heads(tokens, tuple(heads))
     if tokens.demoted is not None:
-        _check_coarse(tokens.demoted, tuple(heads), keys)
+        _check_demoted(tokens.demoted, tuple(heads), keys)
 
 
-def _check_coarse(coarse: DemotedPages, heads: tuple[int, ...], like: Tensor) -> None:
+def _check_demoted(demoted: DemotedPages, heads: tuple[int, ...], like: Tensor) -> None:
     sides = (
-        ("coarse keys", coarse.key_codec, coarse.key_transform, coarse.pages.keys),
-        ("coarse values", coarse.value_codec, coarse.value_transform, coarse.pages.values),
+        ("demoted keys", demoted.key_codec, demoted.key_transform, demoted.pages.keys),
+        ("demoted values", demoted.value_codec, demoted.value_transform, demoted.pages.values),
     )
     for side, codec, transform, store in sides:
         _check_transform(transform, (*heads, codec.head_dim), side)
-        check_planes(codec, store.planes, like.dtype, (*heads, coarse.pages.pages))
+        check_planes(codec, store.planes, like.dtype, (*heads, demoted.pages.pages))
 
 
 def _check_heads(tokens: PackedTokens, heads: tuple[int, ...]) -> None:
-    """The page table names rows that there are; counts stay within the places."""
-    pages, counts = tokens.pages, tokens.heads
+    """Check that the page table names existing rows, and that the lengths of heads fit the storage."""
+    pages, lengths = tokens.pages, tokens.heads
     if isinstance(pages, RaggedPages):
         table = pages.table
         right = table.dtype == torch.int32 and table.dim() == 3 and tuple(table.shape[:2]) == heads
-        _check(right and counts is not None, "the page table")
+        _check(right and lengths is not None, "the page table")
         _check(not table.numel() or _within(table, 0, pages.keys.pages - 1), "the rows of the page table")
-    if counts is not None:
-        both = (counts.sinks, counts.padding)
+    if lengths is not None:
+        both = (lengths.sinks, lengths.padding)
         right = all(one.dtype == torch.int32 and one.shape == heads for one in both)
-        _check(right and counts.sink_capacity == tokens.sinks.tokens, "the counts of the heads")
-        _check(_within(counts.sinks, 0, tokens.sinks.tokens), "the sinks of the heads")
-        _check(_within(counts.padding, 0, tokens.packed + tokens.recent.tokens), "the tokens of the heads")
+        _check(right and lengths.sink_capacity == tokens.sinks.tokens, "the lengths of the heads")
+        _check(_within(lengths.sinks, 0, tokens.sinks.tokens), "the sinks of the heads")
+        _check(_within(lengths.padding, 0, tokens.packed + tokens.recent.tokens), "the tokens of the heads")
 
 
 def _within(numbers: Tensor, least: int, most: int) -> bool:
@@ -117,9 +117,9 @@ def _check_transform(transform: ChannelTransform, shape: tuple[int, ...], side: 
         dtype = torch.int16 if name == "order" else torch.float32
         _check(tensor.shape == shape and tensor.dtype == dtype, f"the {name} of the {side}")
     if transform.order is not None:
-        places = torch.arange(shape[-1], dtype=torch.int16, device=transform.order.device)
+        channels = torch.arange(shape[-1], dtype=torch.int16, device=transform.order.device)
         _check(
-            bool((transform.order.sort(dim=-1).values == places).all()), f"the channel order of the {side}"
+            bool((transform.order.sort(dim=-1).values == channels).all()), f"the channel order of the {side}"
         )
 
 

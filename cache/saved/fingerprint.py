@@ -1,10 +1,9 @@
-"""What tells one model from another: its configuration, its weights, the adapters that act on them.
+"""Fingerprints of models: only the model that computed keys and values can use them.
 
-Keys and values mean something to the model that made them only. Taken are the fields of the text
-configuration that keys and values may depend on, SAMPLE numbers of every weight and of every buffer that is
-saved with them, evenly spaced, the frequencies of rotary embeddings, and the active adapters. A model trained
-further differs in these; one in which single numbers were changed by hand may not. What a hook or another
-`forward` does to a model is not seen.
+A fingerprint consists of the fields of the text configuration that keys and values may depend on; SAMPLE
+evenly spaced numbers of every weight and every saved buffer; the frequencies of rotary embeddings; and the
+active adapters. Further training changes these. Changing single numbers by hand may not, and changes made by
+a hook or another `forward` are not seen.
 """
 
 import hashlib
@@ -20,9 +19,9 @@ from quantpress.cache.saved.adapters import Adapters, plain_name, unwrapped
 from quantpress.errors import UnsupportedModelError
 
 SAMPLE = 64
-_SAME_FREQUENCY = 1e-4  # relative; devices round differently
+_SAME_FREQUENCY = 1e-4  # relative tolerance; devices round differently
 
-# How a model is run, loaded or talked to; neither changes what its keys and values are.
+# Fields that say how a model is run, loaded or prompted; they do not change keys and values.
 _OTHER_FIELDS = frozenset(
     {
         "_name_or_path",
@@ -48,18 +47,19 @@ _OTHER_FIELDS = frozenset(
 
 
 def model_fingerprint(model: nn.Module) -> dict[str, Any]:
-    """Plain values that only the same model has, in the state in which it is now.
+    """The fingerprint of a model in its present state, as plain values.
 
     Args:
-        model: its weights in memory, on any device, or where accelerate keeps those of a `device_map`, which
-            are then read once more. Of a `PeftModel`, the model inside and its active adapters.
+        model: the model, with its weights on any device. Weights that accelerate offloads for a `device_map`
+            are read once more. Of a `PeftModel`, the model inside and its active adapters count.
 
     Returns:
-        "config", the fields that count, "weights", "dtype", "adapters", "buffers", "ties" and "rotary"; and
-        "name", where it was loaded from, which does not count. The last four are None where there are none.
+        A dict with "config" (the fields that count), "weights", "dtype", "adapters", "buffers", "ties",
+        "rotary", and "name" (where the model was loaded from), which is not compared. "adapters", "buffers",
+        "ties" and "rotary" are None if the model has none.
 
     Raises:
-        UnsupportedModelError: a weight is nowhere.
+        UnsupportedModelError: a weight was never loaded.
     """
     config: Any = getattr(model, "config", None)
     fields = {} if config is None else config.get_text_config(decoder=True).to_dict()
@@ -83,11 +83,12 @@ def model_fingerprint(model: nn.Module) -> dict[str, Any]:
 
 
 def difference(saved: Mapping[str, Any], here: Mapping[str, Any]) -> str | None:
-    """In what two fingerprints differ, in words; None when they are the same.
+    """The difference between two fingerprints, in words; None if they are the same.
 
     Args:
-        saved: what was read under; a file of before may lack all but "config", "weights" and "dtype".
-        here: of the model that is to go on.
+        saved: fingerprint of the model that read the context. In older files it may have only "config",
+            "weights" and "dtype".
+        here: fingerprint of the model that is to continue.
     """
     if saved.get("dtype") != here.get("dtype"):
         return f"its weights were {saved.get('dtype')}, they are {here.get('dtype')} here"
@@ -148,7 +149,7 @@ def _digest(model: nn.Module, tensors: Mapping[str, Tensor]) -> str:
 
 
 def _parts(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """The plain tensors that a quantized one of another class (torchao, quanto) is made of; itself else."""
+    """The plain tensors inside a quantized tensor class (torchao, quanto); a plain tensor itself."""
     flatten: Any = getattr(tensor, "__tensor_flatten__", None)
     if flatten is None:
         yield name, tensor
@@ -183,7 +184,7 @@ def _adapters(model: nn.Module, adapters: Adapters) -> dict[str, Any] | None:
 
 
 def _buffers(model: nn.Module, adapters: Adapters) -> Iterator[tuple[str, Tensor]]:
-    """Buffers that are saved with the weights: some kinds of quantized weights, biases of routers."""
+    """Buffers that are saved with the weights, such as some quantized weights and biases of routers."""
     for path, module in model.named_modules():
         for name, buffer in module._buffers.items():
             saved = buffer is not None and name not in module._non_persistent_buffers_set
@@ -192,7 +193,7 @@ def _buffers(model: nn.Module, adapters: Adapters) -> Iterator[tuple[str, Tensor
 
 
 def _ties(model: nn.Module, own: list[tuple[str, Tensor]], first: dict[int, str]) -> str | None:
-    """Which weights are one and the same, but for the head; None for none, or where weights are elsewhere."""
+    """Digest of which weights are tied, except the head; None if none are, or if weights are offloaded."""
     if any(one.is_meta for _, one in own):
         return None
     get_head: Any = getattr(model, "get_output_embeddings", None)
@@ -202,7 +203,7 @@ def _ties(model: nn.Module, own: list[tuple[str, Tensor]], first: dict[int, str]
 
 
 def _rotary(model: nn.Module) -> Iterator[list[float]]:
-    """Two sums over the frequencies of each rotary embedding, as the model was made with, and its scaling."""
+    """Two sums over the original frequencies of each rotary embedding, and its scaling."""
     for module in model.modules():
         for name, buffer in module._buffers.items():
             kind, is_frequency, _ = name.rpartition("inv_freq")
@@ -210,18 +211,18 @@ def _rotary(model: nn.Module) -> Iterator[list[float]]:
             if not is_frequency or derived or buffer is None or buffer.is_meta:
                 continue
             numbers = buffer.detach().double()
-            place = torch.arange(1, numbers.numel() + 1, dtype=torch.float64, device=numbers.device)
+            number = torch.arange(1, numbers.numel() + 1, dtype=torch.float64, device=numbers.device)
             scaling = getattr(module, f"{kind.removesuffix('original_')}attention_scaling", 1.0)
-            sums = torch.stack([numbers.sum(), (numbers.reshape(-1) * place).sum()]).tolist()
+            sums = torch.stack([numbers.sum(), (numbers.reshape(-1) * number).sum()]).tolist()
             yield [*sums, float(scaling)]
 
 
 def _offloaded(model: nn.Module, name: str) -> Tensor | None:
-    """A weight that accelerate keeps in memory or on disk until its module, or one around it, is called."""
+    """A weight that accelerate keeps in memory or on disk until its module, or a parent, is called."""
     parts = name.split(".")
     for cut in range(len(parts) - 1, -1, -1):
         hook = getattr(model.get_submodule(".".join(parts[:cut])), "_hf_hook", None)
-        for one in getattr(hook, "hooks", (hook,)):  # several may share a module
+        for one in getattr(hook, "hooks", (hook,)):  # a module may have several hooks
             kept, own = getattr(one, "weights_map", None) or {}, ".".join(parts[cut:])
             if own in kept:
                 weight: Tensor = kept[own]

@@ -1,12 +1,12 @@
-"""One safetensors file that is what was written, or is refused with the reason.
+"""The file format: a safetensors file with checksums. A file that has changed is refused.
 
-Beside its tensors the file holds, in the header of the safetensors format, a JSON text and its SHA-256. The
-text has the format's version, whatever the writer describes, and dtype, shape and SHA-256 of every tensor.
-So a byte that changed anywhere is noticed: in the data by a tensor's digest, in the table of tensors by what
-the text says about them, in the text by its own digest.
+The header of the safetensors file holds a JSON text and its SHA-256. The text contains the version of the
+format, the description given by the writer, and dtype, shape and SHA-256 of every tensor. So a change of any
+byte is detected: in a tensor by its digest, in the table of tensors by comparison with the text, and in the
+text by its own digest.
 
-Tensors that are read are views of a private memory map: nothing is held until it is used, and what is written
-to them stays in this process. Checking the digests reads the file through once.
+The tensors of a file that was read are views of a private memory map. Data is loaded when it is used, and
+writes to the tensors stay in this process. Checking the digests reads the whole file once.
 """
 
 import hashlib
@@ -26,25 +26,25 @@ from quantpress import __version__
 from quantpress.errors import CacheFileError
 
 FORMAT = 1
-"""Raise it when files of before can no longer be read right: another page layout, other names of parts."""
+"""Version of the format. Increase it when older files can no longer be read: another page layout or names."""
 
 _TEXT, _DIGEST = "quantpress", "sha256"
 _PRIVATE = 0o600
 
 
 def write_file(path: str | os.PathLike[str], about: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> int:
-    """Write a file that is complete or not there at all, readable by its owner only.
+    """Write a file, completely or not at all. Only its owner can read it.
 
     Args:
-        path: an older file of this name is replaced, once the new one is on the disk.
-        about: plain values, as JSON has them.
-        tensors: of any device; moved to the CPU one by one.
+        path: path of the file. An existing file is replaced once the new one is on the disk.
+        about: the description: plain values that JSON can hold.
+        tensors: tensors by name, on any device; they are moved to the CPU one by one.
 
     Returns:
-        Bytes written.
+        Size of the file in bytes.
 
     Raises:
-        CacheFileError: the file system refuses.
+        CacheFileError: the file cannot be written.
     """
     path = Path(path)
     held = _plain(tensors)
@@ -52,7 +52,7 @@ def write_file(path: str | os.PathLike[str], about: Mapping[str, Any], tensors: 
     text = json.dumps({"format": FORMAT, "quantpress": __version__, **about, "tensors": table})
     header = {_TEXT: text, _DIGEST: hashlib.sha256(text.encode()).hexdigest()}
     try:
-        # A folder that only its owner can enter, so that no half or readable file is ever seen.
+        # Only its owner can enter this folder, so that nobody sees an unfinished or readable file.
         with tempfile.TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent) as scratch:
             unfinished = Path(scratch) / path.name
             save_file(held, unfinished, metadata=header)
@@ -66,17 +66,18 @@ def write_file(path: str | os.PathLike[str], about: Mapping[str, Any], tensors: 
 
 
 def read_file(path: str | os.PathLike[str], verify: bool = True) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Read what `write_file` has written.
+    """Read a file written by `write_file`.
 
     Args:
-        path: the file. Do not change it in place while its tensors are in use; replacing it is safe.
-        verify: compare every tensor with its digest. Without, only the header is known to be right.
+        path: path of the file. Do not change it in place while its tensors are in use; replacing it is safe.
+        verify: compare every tensor with its digest. If False, only the header is checked.
 
     Returns:
-        The description, with "format", "quantpress" and "tensors"; the tensors by name, mapped, on the CPU.
+        The description, with "format", "quantpress" and "tensors" added; and the tensors by name, memory
+        mapped, on the CPU.
 
     Raises:
-        CacheFileError: not there, cut short, changed, not such a file, or of another version.
+        CacheFileError: the file does not exist, is truncated, has changed, has another format or version.
     """
     path = Path(path)
     if not path.is_file():
@@ -89,7 +90,7 @@ def read_file(path: str | os.PathLike[str], verify: bool = True) -> tuple[dict[s
             tensors = {name: source.get_tensor(name) for name in source.keys()}  # noqa: SIM118
     except CacheFileError:
         raise
-    except Exception as error:  # the library raises many kinds for what is no safetensors file
+    except Exception as error:  # safetensors raises exceptions of many types
         raise CacheFileError(f"{path} is damaged or cut short ({error}); pack it again") from error
     for name, tensor in tensors.items():
         entry = about["tensors"][name]
@@ -116,7 +117,7 @@ def _described(path: Path, header: Mapping[str, str]) -> dict[str, Any]:
 
 
 def _plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """On the CPU, contiguous, none sharing memory with another: what the format can hold."""
+    """The tensors as safetensors needs them: on the CPU, contiguous, none sharing memory with another."""
     held: dict[str, Tensor] = {}
     seen: set[int] = set()
     for name, tensor in tensors.items():
@@ -139,7 +140,7 @@ def _digest(tensor: Tensor) -> str:
 
 def _to_disk(path: Path) -> None:
     if os.name != "posix" and path.is_dir():
-        return  # elsewhere a folder cannot be opened
+        return  # only POSIX can open a folder
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -1,4 +1,4 @@
-"""The layers of a cache as parts, and back: packed ones, transformers' own plain and sliding-window ones."""
+"""Layers of a cache to parts and back: packed layers, and plain and sliding-window ones of transformers."""
 
 from typing import Any
 
@@ -23,7 +23,7 @@ _PAGES = ("even_pages", "ragged_pages")
 
 
 def cache_parts(cache: Cache) -> Parts:
-    """What a cache is made of. Nothing is copied.
+    """The parts of a cache. Tensors are not copied.
 
     Raises:
         InvalidInputError: a layer, or its codec, cannot be saved.
@@ -34,7 +34,7 @@ def cache_parts(cache: Cache) -> Parts:
 
 
 def cache_of(parts: Parts) -> DynamicCache:
-    """The cache that `cache_parts` took apart, over the tensors given.
+    """The cache that `cache_parts` describes, over the tensors of `parts`.
 
     Raises:
         InvalidInputError: the parts do not fit together.
@@ -85,14 +85,14 @@ def _tokens_parts(tokens: PackedTokens) -> Parts:
     if tokens.heads is not None:
         inner["heads"] = tokens.heads.parts()
     if tokens.demoted is not None:
-        inner["coarse"] = _coarse_parts(tokens.demoted)
+        inner["coarse"] = _demoted_parts(tokens.demoted)
     inner |= _transform_parts(tokens)
     return Parts("packed_tokens", tensors=tensors, inner=inner)
 
 
-def _coarse_parts(coarse: DemotedPages) -> Parts:
-    codecs = {"key_codec": codec_parts(coarse.key_codec), "value_codec": codec_parts(coarse.value_codec)}
-    inner = {"pages": coarse.pages.parts(), **codecs, **_transform_parts(coarse)}
+def _demoted_parts(demoted: DemotedPages) -> Parts:
+    codecs = {"key_codec": codec_parts(demoted.key_codec), "value_codec": codec_parts(demoted.value_codec)}
+    inner = {"pages": demoted.pages.parts(), **codecs, **_transform_parts(demoted)}
     return Parts("coarse_pages", inner=inner)
 
 
@@ -132,7 +132,7 @@ def _tokens(parts: Parts, settings: LayerSettings) -> PackedTokens:
     return tokens
 
 
-def _coarse(parts: Parts) -> DemotedPages:
+def _demoted(parts: Parts) -> DemotedPages:
     pages = rebuild(parts.inner["pages"], "even_pages")
     keys, values = (codec_of(parts.inner[f"{side}_codec"]) for side in _SIDES)
     transforms = (_transform(parts, side) or ChannelTransform() for side in _SIDES)
@@ -163,6 +163,6 @@ def _filled(layer: DynamicLayer, parts: Parts) -> DynamicLayer:
 
 
 register_maker("packed_layer", _packed_layer)
-register_maker("coarse_pages", _coarse)
+register_maker("coarse_pages", _demoted)
 register_maker("dynamic_layer", _dynamic_layer)
 register_maker("sliding_window_layer", _sliding_window_layer)

@@ -10,9 +10,9 @@ from transformers import Cache, PreTrainedModel
 
 from quantpress.cache import PackedLayer
 from quantpress.cache.parts import Parts
-from quantpress.cache.saved.format import read_file, write_file
 from quantpress.cache.saved.codec_parts import codec_parts
 from quantpress.cache.saved.fingerprint import difference
+from quantpress.cache.saved.format import read_file, write_file
 from quantpress.cache.saved.layers import cache_of, cache_parts
 from quantpress.cache.settings import LayerSettings
 from quantpress.errors import CacheFileError, InvalidInputError, QuantPressError

@@ -13,8 +13,8 @@ from quantpress.cache import LayerSettings, PackedLayer, cache_memory
 from quantpress.cache.fixed.fixed_tokens import Window
 from quantpress.cache.fixed.step_counters import StepCounters
 from quantpress.cache.parts import Parts, rebuild
-from quantpress.cache.saved.format import read_file
 from quantpress.cache.saved.codec_parts import codec_of, codec_parts, constants_digest
+from quantpress.cache.saved.format import read_file
 from quantpress.cache.saved.layers import cache_of, cache_parts
 from quantpress.codecs.page_codec import RawPages, ScalarPages
 from quantpress.errors import InvalidInputError
