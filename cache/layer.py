@@ -61,7 +61,7 @@ class PackedLayer(DynamicLayer):
         self.settings = settings
         self.tokens_seen = 0
         self._tokens: PackedTokens | None = None
-        self._half: tuple[str, torch.Tensor] | None = None
+        self._gathered: tuple[str, torch.Tensor] | None = None  # side and slots of a first assignment
         super().__init__()
 
     @classmethod
@@ -127,7 +127,7 @@ class PackedLayer(DynamicLayer):
         """
         if self.stepping and compiled_step.is_compiled_step():
             return key_states, value_states  # `step_attention` appends them
-        self._half = None
+        self._gathered = None
         if self._tokens is None:
             self.lazy_initialization(key_states, value_states)
         in_step = self.stepping and key_states.shape[2] == 1
@@ -304,7 +304,7 @@ class PackedLayer(DynamicLayer):
     def restore(self, snapshot: LayerSnapshot) -> None:
         """Go back to a snapshot of this layer, any number of times. Later tokens are lost."""
         self._tokens = snapshot.tokens.share() if snapshot.tokens is not None else None
-        self.tokens_seen, self._half = snapshot.tokens_seen, None
+        self.tokens_seen, self._gathered = snapshot.tokens_seen, None
         self.is_initialized = self._tokens is not None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "PackedLayer":
@@ -362,13 +362,13 @@ class PackedLayer(DynamicLayer):
         Returns:
             Whether the assignment is valid; the second must gather the same tokens as the first.
         """
-        if self._half is not None and self._half[0] != side:
-            (_, done), self._half = self._half, None
+        if self._gathered is not None and self._gathered[0] != side:
+            (_, done), self._gathered = self._gathered, None
             return torch.equal(done, kept)
         if value.view_of_layer.tokens != self.get_seq_length():
             return False
         self.keep(kept)
-        self._half = side, kept
+        self._gathered = side, kept
         return True
 
 

@@ -11,7 +11,7 @@ from quantpress.quantization.spec import CodecSpec
 
 
 def lossless(head_dim: int = 32, **windows: int) -> LayerSettings:
-    """Pages that keep every number as it is."""
+    """Settings whose pages store every value unchanged."""
     return LayerSettings(RawPages(head_dim, 32), RawPages(head_dim, 32), **windows)
 
 
@@ -24,7 +24,7 @@ def scalar(head_dim: int = 32, bits: float = 4, **options: Any) -> LayerSettings
 
 
 def packed_cache(model: PreTrainedModel, settings: LayerSettings) -> DynamicCache:
-    """A cache whose full-attention layers pack what they are given, from the first token on."""
+    """A cache whose full-attention layers are packed ones, from the first token on."""
     cache = DynamicCache(config=model.config)
     for index, layer in enumerate(cache.layers):
         if not layer.is_sliding:

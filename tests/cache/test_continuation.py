@@ -1,4 +1,4 @@
-"""Going on after an eviction: generate gets the positions that a hand-written loop would use."""
+"""Continuing after an eviction: generate gets the positions that a hand-written loop would use."""
 
 import pytest
 import torch

@@ -114,9 +114,7 @@ def test_batch_operations(change: str, tokens: int, settings: LayerSettings) -> 
 
 
 def test_repacking_cropped_tokens_gives_the_same_codes() -> None:
-    """A page that was cut, decoded and filled up again with its own tokens is not quantized a second time
-    worse.
-    """
+    """A page that was cut, decoded and filled up again with its own tokens has the same codes."""
     for bits in (1, 2, 3, 4, 2.5):
         packed = PackedLayer.from_states(*states(700), scalar(bits=bits, recent_tokens=16))
         before = {name: plane.clone() for name, plane in packed.view().packed.keys.planes.items()}
@@ -155,7 +153,7 @@ def test_deepcopy_and_snapshot_are_independent() -> None:
 
 
 def test_two_answers_from_one_snapshot_do_not_meet() -> None:
-    """Both sides of a snapshot append to what was one buffer with room to grow; neither may see the other's
+    """Both sides of a snapshot append to the same buffer with spare capacity; neither may see the other's
     pages.
     """
     packed = PackedLayer.from_states(*states(700), scalar(recent_tokens=16))
@@ -199,9 +197,7 @@ def test_assigning_other_numbers_is_refused() -> None:
 
 
 def test_statistics_never_change_what_is_packed() -> None:
-    """Streaming starts with the first page's mean; later pages, however different, leave it and its codes
-    alone.
-    """
+    """The first page sets the mean; later pages, however different, change neither it nor its codes."""
     layer = PackedLayer(scalar(recent_tokens=16))
     layer.update(*states(160))
     assert layer.packed_tokens == 128 and layer.tokens.key_transform is not None
@@ -254,7 +250,7 @@ def test_different_dimensions_for_keys_and_values() -> None:
 
 
 def test_queries_known_before_the_first_page_balance_it() -> None:
-    """A short prefill packs nothing; what it knew of the queries serves the page packed later."""
+    """A short prefill packs nothing; its query moment balances the page that is packed later."""
     keys, values = states(100)
     moment = torch.rand(2, 2, 32) + 0.1
     layer = PackedLayer.from_states(keys, values, scalar(recent_tokens=16), query_moment=moment)

@@ -63,9 +63,7 @@ def test_nominal_width_is_not_what_is_reported() -> None:
 
 @pytest.mark.parametrize("new", [1, 200, 1000])
 def test_growth_is_counted(new: int) -> None:
-    """Room to grow is resident memory too, and appending never makes the cache much larger than its
-    tokens.
-    """
+    """Spare capacity counts, and appending never makes the cache much larger than its tokens."""
     cache = filled(4, 4096)
     layer = cache.layers[0]
     for _ in range(new):

@@ -1,4 +1,4 @@
-"""What is estimated is what is measured, byte for byte."""
+"""Estimates equal measurements, byte for byte."""
 
 from typing import Any
 

@@ -98,7 +98,7 @@ def layers_of(layer: PackedLayer) -> DynamicCache:
 
 
 def again(layer: PackedLayer) -> PackedLayer:
-    """Apart and together again, as in a file."""
+    """The layer after being taken apart and rebuilt, as in a file."""
     parts = cache_parts(layers_of(layer))
     outline = json.loads(json.dumps(parts.outline()))
     return cache_of(
@@ -107,7 +107,7 @@ def again(layer: PackedLayer) -> PackedLayer:
 
 
 def test_a_pool_says_what_it_needs() -> None:
-    """Its memory is there before the vectors, so the dtype of the scales is chosen with it."""
+    """The memory is allocated before the vectors are known, and the dtype of the scales with it."""
     keys, values = (s[0] for s in states(400, 2.0**20))
     paged = small(recent_tokens=16)
     free = paged.free_blocks

@@ -1,4 +1,4 @@
-"""Paged attention for tests: small pools, and what they should give, worked out with torch alone."""
+"""Paged attention for tests: small pools, and expected results computed with torch alone."""
 
 import math
 from typing import Any
@@ -12,12 +12,12 @@ QUERY_HEADS, KV_HEADS = 4, 2
 
 
 def lossless(head_dim: int = 8, value_dim: int = 4, **options: Any) -> PagedAttention:
-    """Pages that keep every number as it is."""
+    """A pool whose pages store every value unchanged."""
     return small(head_dim, value_dim, codecs=(RawPages(head_dim, 32), RawPages(value_dim, 32)), **options)
 
 
 def small(head_dim: int = 32, value_dim: int | None = None, **options: Any) -> PagedAttention:
-    """Room for 40 blocks and 6 sequences, float32."""
+    """Capacity for 40 blocks and 6 sequences, float32."""
     options = {"query_heads": QUERY_HEADS, "kv_heads": KV_HEADS, "dtype": torch.float32, **options}
     blocks, sequences = options.pop("num_blocks", 40), options.pop("max_sequences", 6)
     return PagedAttention(blocks, sequences, head_dim=head_dim, value_dim=value_dim, **options)

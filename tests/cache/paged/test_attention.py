@@ -252,9 +252,9 @@ def test_written_pages_never_change() -> None:
 
 @pytest.mark.parametrize("tokens", [700, 200], ids=["with_pages", "before_the_first"])
 def test_a_fork_packs_as_its_source_does(tokens: int) -> None:
-    """Same mean keys, weights and orders, also where they are taken from queries after the fork."""
+    """The same mean keys, weights and orders, also if they depend on queries given after the fork."""
     paged = small(bits=2.5, layers=2)
-    paged.free(paged.add(*random_states(paged, 2, tokens=900)))  # leaves transforms of its own in its place
+    paged.free(paged.add(*random_states(paged, 2, tokens=900)))  # leaves its own transforms in the buffers
     states = random_states(paged, 2, tokens=tokens + 300)
     start = [s[:, :, :tokens] for s in states]
     source = paged.add(*start, query_moment=torch.rand(2, KV_HEADS, 32))
@@ -299,8 +299,8 @@ def test_bytes_are_those_of_the_tensors(bits: Any, dtype: torch.dtype) -> None:
     tensors = {id(v): v for owner in owners for v in owner.values() if isinstance(v, torch.Tensor)}
     assert paged.nbytes == memory.total_bytes == sum(t.untyped_storage().nbytes() for t in tensors.values())
     assert memory.uncompressed_bytes_per_token == 5 * 2 * (64 + 32) * dtype.itemsize
-    room = (50 * 128 + 3 * (4 + 100 + 128)) * memory.uncompressed_bytes_per_token
-    assert 1 < memory.ratio == room / memory.total_bytes < 8 * dtype.itemsize
+    capacity = (50 * 128 + 3 * (4 + 100 + 128)) * memory.uncompressed_bytes_per_token
+    assert 1 < memory.ratio == capacity / memory.total_bytes < 8 * dtype.itemsize
 
 
 # Steps of an engine

@@ -18,7 +18,7 @@ NAME = "paged_in_a_test"
 
 @contextmanager
 def attending(model: PreTrainedModel, paged: PagedAttention, sequences: list[int]) -> Iterator[None]:
-    """The model's layers write to and read from pages; room for the new tokens was made before."""
+    """The model's layers write to pages and read from them; `extend` has already counted the new tokens."""
     plan = paged.plan(sequences)
 
     def attention(
@@ -50,7 +50,7 @@ def next_tokens(
 
 
 def alone(model: PreTrainedModel, ids: torch.Tensor, new: int) -> list[int]:
-    """What the model says to one prompt by itself."""
+    """The answer of the model to one prompt alone."""
     found = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, do_sample=False)
     return found[0, ids.shape[1] :].tolist()
 
@@ -102,7 +102,7 @@ def test_a_batch_of_sequences_says_what_each_says_alone(family: str) -> None:
     decode(4, [third, first, second])
     leave(first)
     decode(10, [copy, second, third])
-    fourth = join(prompt(141, seed=4))  # in the place of the first
+    fourth = join(prompt(141, seed=4))  # replaces the first
     decode(20, [fourth, copy, third, second])
     for sequence in (second, third, copy, fourth):
         leave(sequence)

@@ -104,7 +104,7 @@ def test_a_context_belongs_to_its_adapters(state: str, tmp_path: Path) -> None:
 
 
 def test_an_adapter_that_does_nothing_is_none() -> None:
-    """Disabled, it is the plain model, also one that transformers itself put there, whatever its name."""
+    """A disabled adapter leaves the plain model, also one added by transformers, whatever its name."""
     plain = model_fingerprint(tiny_model("llama"))
     model, wrapped = adapted()
     with wrapped.disable_adapter():
@@ -181,7 +181,7 @@ def test_what_changes_keys_changes_the_identity(one: Any, other: Any, reason: st
 
 
 def test_files_of_before_still_load() -> None:
-    """They have the digest as documented, and say nothing of adapters, buffers, ties and frequencies."""
+    """Older fingerprints have the documented digest, and no adapters, buffers, ties and frequencies."""
     model, digest = tiny_model("qwen3"), hashlib.sha256()
     for name, weight in sorted(model.named_parameters()):
         flat = weight.detach().flatten()

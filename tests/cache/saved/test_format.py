@@ -134,16 +134,16 @@ def test_the_file_may_be_replaced_or_deleted_while_it_is_in_use(file: Path) -> N
 
 
 def test_every_byte_counts(file: Path) -> None:
-    """A flipped bit anywhere: refused, or (white space, a digit's form) what is read is the same."""
+    """A flipped bit anywhere is refused, or (white space, form of a digit) does not change what is read."""
     whole = bytearray(file.read_bytes())
     about, expected = read_file(file)
     refused = 0
-    for place in range(len(whole)):
+    for index in range(len(whole)):
         bit = 1 << random.randrange(8)
-        whole[place] ^= bit
+        whole[index] ^= bit
         file.write_bytes(whole)
         refused += not _same_or_refused(file, about, expected)
-        whole[place] ^= bit
+        whole[index] ^= bit
     assert refused > 0.9 * len(whole)
 
 
@@ -217,7 +217,7 @@ def test_other_files_are_told_apart(tmp_path: Path) -> None:
 
 
 def test_tensors_that_changed_places_are_noticed(file: Path) -> None:
-    """The library's own table may be rewritten so that it still is a right one."""
+    """The table of safetensors itself may be rewritten so that it is still valid."""
     about, found = read_file(file)
     with safe_open(file, framework="pt") as source:
         header = source.metadata()

@@ -50,7 +50,7 @@ def packed(settings: LayerSettings, tokens: int, **options: Any) -> PackedLayer:
 
 
 def again(cache: DynamicCache) -> DynamicCache:
-    """Apart, through JSON, and together again, over copies of the tensors."""
+    """The cache taken apart, sent through JSON and rebuilt, over copies of the tensors."""
     parts = cache_parts(cache)
     outline = json.loads(json.dumps(parts.outline()))
     tensors = {name: tensor.clone() for name, tensor in parts.flat().items()}
@@ -317,7 +317,7 @@ def test_unknown_kinds_and_outlines_are_refused() -> None:
 
 
 def waves(dim: int) -> torch.Tensor:
-    """[1, 1, 300, dim] without randomness."""
+    """[1, 1, 300, dim], without randomness."""
     token = torch.arange(300, dtype=torch.float64).unsqueeze(1)
     channel = torch.arange(dim, dtype=torch.float64)
     return (torch.sin(token * 0.37 + channel * 1.3) + 0.2 * channel).float()[None, None]
@@ -325,7 +325,7 @@ def waves(dim: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("bits", [3, 2.5])
 def test_a_file_of_format_1_is_still_read_right(bits: float) -> None:
-    """Another layout of pages, rotation or codebook would decode these to noise: raise FORMAT then."""
+    """With another page layout, rotation or codebook these would decode to noise; increase FORMAT then."""
     about, tensors = read_file(FORMAT_1.with_stem(f"format_1_{bits}_bits"))
     layer = cache_of(Parts.from_outline(about["cache"], tensors)).layers[0]
     assert layer.packed_tokens == 256

@@ -18,12 +18,12 @@ LENGTHS = [5, 63, 149, 257, 700]
 
 
 def choice(length: int, count: int, shape: tuple[int, int] = (2, 2)) -> torch.Tensor:
-    """Distinct places for each head, in any order."""
+    """Distinct slots for each head, in any order."""
     return torch.rand(*shape, length).topk(count, dim=-1).indices
 
 
-def gathered(states: Any, places: torch.Tensor) -> torch.Tensor:
-    index = places.unsqueeze(-1).expand(-1, -1, -1, states.shape[-1])
+def gathered(states: Any, slots: torch.Tensor) -> torch.Tensor:
+    index = slots.unsqueeze(-1).expand(-1, -1, -1, states.shape[-1])
     result: torch.Tensor = states.gather(2, index).contiguous()
     return result
 
@@ -31,7 +31,7 @@ def gathered(states: Any, places: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("assigns", [False, True], ids=["keep", "assigned"])
 @pytest.mark.parametrize("tokens", LENGTHS)
 def test_keep_is_a_gather(tokens: int, assigns: bool) -> None:
-    """Again and again, with tokens in between; heads keep different numbers of sinks and recent tokens."""
+    """Several times, with tokens appended between; heads keep different numbers of sinks and recent ones."""
     packed, plain = pair(tokens, lossless(recent_tokens=16))
     for step, new in enumerate([1, 260, 130, 1]):
         kept = choice(plain.get_seq_length(), max(1, plain.get_seq_length() * 3 // 4))
@@ -54,9 +54,9 @@ def test_keep_is_a_gather(tokens: int, assigns: bool) -> None:
 @pytest.mark.parametrize("kept", [[0, 1, 2, 3], [699], list(range(690, 700)), list(range(700))], ids=len)
 def test_only_sinks_only_recent_or_all(kept: list[int]) -> None:
     packed, plain = pair(700, lossless(recent_tokens=16))
-    places = torch.tensor(kept).expand(2, 2, -1)
-    packed.keep(places.flip(-1))
-    plain.keys, plain.values = gathered(plain.keys, places), gathered(plain.values, places)
+    slots = torch.tensor(kept).expand(2, 2, -1)
+    packed.keep(slots.flip(-1))
+    plain.keys, plain.values = gathered(plain.keys, slots), gathered(plain.values, slots)
     assert_same(packed, plain)
     added = states(300, seed=1)
     packed.update(*added)
@@ -99,15 +99,15 @@ def stored(layer: PackedLayer) -> list[dict[str, torch.Tensor]]:
     return [by_token(pages.planes, codec.spec) for pages, codec in pairs]  # type: ignore[attr-defined]
 
 
-def take(rows: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+def take(rows: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
     return torch.stack(
-        [torch.stack([rows[b, h][places[b, h]] for h in range(rows.shape[1])]) for b in range(rows.shape[0])]
+        [torch.stack([rows[b, h][slots[b, h]] for h in range(rows.shape[1])]) for b in range(rows.shape[0])]
     )
 
 
 @pytest.mark.parametrize("name", SPECS)
 def test_codes_stay_bit_for_bit(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """And nothing is encoded: that would fail here."""
+    """Nothing is encoded: encoding would fail here."""
     keys, values = torch.randn(2, 2, 2, 1000, 64)
     layer = PackedLayer.from_states(keys, values, settings_of(name, recent_tokens=16))
     before, sinks = stored(layer), 4
@@ -118,18 +118,18 @@ def test_codes_stay_bit_for_bit(name: str, monkeypatch: pytest.MonkeyPatch) -> N
     assert layer.tokens is not None
     start, packed = layer.tokens.sinks.tokens, layer.packed_tokens
     assert start == 3 and packed >= 512
-    places = ordered[..., start : start + packed] - sinks
+    slots = ordered[..., start : start + packed] - sinks
     for then, now in zip(before, stored(layer), strict=True):
         assert then.keys() == now.keys()
         for plane in then:
-            assert torch.equal(now[plane], take(then[plane], places)), plane
+            assert torch.equal(now[plane], take(then[plane], slots)), plane
 
 
 @pytest.mark.parametrize("name", ["2", "3", "4"])
 def test_leftovers_get_their_codes_back(name: str) -> None:
-    """Tokens that fill no page wait decoded, and have the same codes when they are packed again.
+    """Tokens that fill no page are decoded, and get the same codes when they are packed again.
 
-    But for those of a vector with a coordinate far beyond the last level: one in some thousands.
+    The exception is a vector with a coordinate far beyond the last level: one in some thousands.
     """
     keys, values = torch.randn(2, 2, 2, 900, 64)
     layer = PackedLayer.from_states(keys, values, settings_of(name, recent_tokens=16))
@@ -170,7 +170,7 @@ def test_what_is_let_go_is_freed() -> None:
 
 @pytest.mark.parametrize("tokens", [100, 700])
 @pytest.mark.parametrize(
-    "places",
+    "slots",
     [
         lambda n: torch.zeros(2, 2, 2, dtype=torch.int64),
         lambda n: torch.full((2, 2, 1), n),
@@ -181,10 +181,10 @@ def test_what_is_let_go_is_freed() -> None:
     ],
     ids=["twice", "behind", "before", "heads", "dtype", "shape"],
 )
-def test_bad_places(tokens: int, places: Any) -> None:
+def test_bad_slots(tokens: int, slots: Any) -> None:
     packed, plain = pair(tokens)
     with pytest.raises(InvalidInputError, match="tokens to keep must be"):
-        packed.keep(places(tokens))
+        packed.keep(slots(tokens))
     assert_same(packed, plain)
 
 

@@ -24,7 +24,7 @@ MODULE: Any = SimpleNamespace(is_causal=True)
 
 
 class Lists:
-    """What each head of a layer is to keep: keys and values [n, D], by (batch, head)."""
+    """What each head of a layer should keep: keys and values [n, D], by (batch, head)."""
 
     def __init__(self, keys: torch.Tensor, values: torch.Tensor, hidden: torch.Tensor) -> None:
         self.heads = {
@@ -79,7 +79,7 @@ def pair(tokens: int, name: str, settings: LayerSettings | None = None) -> tuple
 
 
 def assert_same(layer: PackedLayer, lists: Lists) -> None:
-    """The tokens of each head, in their order; zeros for what it has evicted."""
+    """Dense tensors hold the tokens of each head in order, and zeros for evicted ones."""
     evicted = layer.view().evicted()
     assert evicted is not None
     for side, read in enumerate((layer.keys, layer.values)):
@@ -91,7 +91,7 @@ def assert_same(layer: PackedLayer, lists: Lists) -> None:
 
 
 def assert_attends(layer: PackedLayer, lists: Lists, queries: int, tolerance: float = 1e-5) -> None:
-    """What a model gets when it adds `queries` tokens, against torch's attention for each head alone."""
+    """Attention of `queries` new tokens, against torch's attention for each head alone."""
     batch = len({b for b, _ in lists.heads})
     query = torch.randn(batch, HEADS * GROUP, queries, DIM)
     keys, values = states(queries, batch, seed=99)
@@ -173,7 +173,7 @@ def test_any_order_of_operations(seed: int) -> None:
 
 @pytest.mark.parametrize("name", ["half", "few", "uneven"])
 def test_beams_share_pages(name: str) -> None:
-    """A context repeated for beams takes no more pages; each beam goes on by itself."""
+    """A context repeated for beams takes no more pages; each beam continues alone."""
     layer, lists = pair(700, name)
     assert layer.tokens is not None
     before = storage_bytes(layer.tokens.packed_tensors())
@@ -197,7 +197,7 @@ def test_beams_share_pages(name: str) -> None:
 
 @pytest.mark.parametrize("bits", SPECS)
 def test_nothing_is_encoded_twice(bits: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Eviction from an even layer, then from a ragged one: encoding would fail, and numbers stay."""
+    """Eviction from a rectangular layer, then from a ragged one: encoding would fail, and values stay."""
     layer = PackedLayer.from_states(*torch.randn(2, 2, 2, 1000, 64), settings_of(bits, recent_tokens=16))
     keys, values = layer.keys + 0, layer.values + 0
     monkeypatch.setattr("quantpress.codecs.page_codec.encode_pages", None)
@@ -218,7 +218,7 @@ def test_nothing_is_encoded_twice(bits: str, monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.mark.parametrize("bits", ["2", "2.5", "3", "4", "8"])
 def test_statistics_are_those_of_the_tokens_kept(bits: str) -> None:
-    """Each head by itself, cut to the tokens that it keeps: the same mean key, weights and orders."""
+    """The same mean key, weights and orders as for each head alone, with only the tokens that it keeps."""
     keys, values = torch.randn(2, 2, 2, 900, 64) * torch.rand(64).exp() + torch.randn(64)
     hidden = torch.rand(2, 2, 900) < torch.tensor([[0.5, 0.3], [0.1, 0.8]]).unsqueeze(-1)
     keys[hidden] *= 50  # that must not count
@@ -237,7 +237,7 @@ def test_statistics_are_those_of_the_tokens_kept(bits: str) -> None:
 
 
 def test_resident_bytes_follow_what_is_kept() -> None:
-    """Half of the tokens of all heads together, unevenly: half the pages, tables and counts included."""
+    """Half of the tokens of all heads together, unevenly: half the bytes, tables and lengths included."""
     keys, values = torch.randn(2, 1, 4, 4116, 64)
     settings = scalar(64, bits=4, recent_tokens=16)
     whole = PackedLayer.from_states(keys, values, settings)
@@ -261,7 +261,7 @@ def test_resident_bytes_follow_what_is_kept() -> None:
 
 
 def test_what_is_let_go_is_freed() -> None:
-    """Cropping whole pages and leaving batch entries give memory back."""
+    """Cropping whole pages and dropping batch entries free memory."""
     layer, _ = pair(2000, "half", scalar(recent_tokens=16))
     assert layer.tokens is not None
     before = storage_bytes(layer.tokens.packed_tensors())
@@ -313,7 +313,7 @@ def test_attention_that_cannot_tell_evicted_tokens_is_refused() -> None:
 
 @pytest.mark.parametrize("additive", [False, True])
 def test_masks_of_what_came_later(additive: bool) -> None:
-    """Padding among later tokens is seen by place; padding in the part that was evicted from is refused."""
+    """A mask may hide later tokens; one that hides tokens before the last evicted one is refused."""
     layer, lists = pair(700, "uneven")
     added = states(40, seed=7)
     layer.update(*added)
@@ -339,7 +339,7 @@ def test_masks_of_what_came_later(additive: bool) -> None:
 
 
 def test_entries_named_while_decoding() -> None:
-    """DMSPress counts slots on, and names again what was evicted; more than that is refused."""
+    """DMSPress goes on naming slots, evicted ones again; naming more of the first slots is refused."""
     layer, lists = pair(700, "middle")
     slot = torch.tensor([699, 690, 701])
     before = patterns(700)["middle"].nonzero(as_tuple=True)
