@@ -44,7 +44,7 @@ class PackedLayer(DynamicLayer):
     Example:
         >>> import torch
         >>> from quantpress.quantization.spec import CodecSpec
-        >>> from quantpress.codecs.page_codec import ScalarPages
+        >>> from quantpress.codecs.scalar import ScalarPages
         >>> codecs = [ScalarPages(CodecSpec(head_dim=64, bits=4, role=role)) for role in ("key", "value")]
         >>> layer = PackedLayer(LayerSettings(*codecs))
         >>> keys, values = layer.update(torch.randn(1, 2, 1000, 64), torch.randn(1, 2, 1000, 64))

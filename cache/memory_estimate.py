@@ -5,10 +5,9 @@ import torch
 from quantpress.cache.memory import LayerMemory
 from quantpress.cache.settings import LayerSettings
 from quantpress.cache.tokens.eviction import EvictionPlan
-from quantpress.codecs.page_codec import PageCodec
+from quantpress.codecs.protocol import PageCodec, one_page
 from quantpress.errors import InvalidInputError
 from quantpress.kernels.layout import PAGE_TOKENS
-from quantpress.quantization.transform import ChannelTransform
 
 _STATISTIC_BYTES = 4  # mean or weight of a channel, float32
 _ORDER_BYTES = 2  # entry of a channel order, int16
@@ -93,8 +92,7 @@ def head_wise_bytes(
 
 def page_nbytes(codec: PageCodec, dtype: torch.dtype = torch.bfloat16) -> int:
     """Bytes of a page of one head, scales included, found by encoding a page of zeros."""
-    page = torch.zeros(1, 1, PAGE_TOKENS, codec.head_dim, dtype=dtype, device="cpu")
-    return sum(plane.nbytes for plane in codec.encode(page, ChannelTransform()).values())
+    return sum(plane.nbytes for plane in one_page(codec, dtype).values())
 
 
 def _statistics(settings: LayerSettings, packed: bool, balanced: bool) -> int:

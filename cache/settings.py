@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from quantpress.codecs.page_codec import PageCodec, ScalarPages
+from quantpress.codecs.protocol import PageCodec
 from quantpress.errors import InvalidInputError
 from quantpress.kernels.attend import DenseSegment
 from quantpress.quantization.transform import ChannelTransform, key_statistics, value_statistics
@@ -46,12 +46,9 @@ class LayerSettings:
 
     @property
     def in_one_dtype(self) -> "LayerSettings":
-        """The same settings with `ScalarPages.in_one_dtype` applied to both codecs."""
-        keys, values = (
-            codec.in_one_dtype if isinstance(codec, ScalarPages) else codec
-            for codec in (self.key_codec, self.value_codec)
-        )
-        return replace(self, key_codec=keys, value_codec=values)
+        """The same settings with `PageCodec.in_one_dtype` of both codecs."""
+        codecs = self.key_codec.in_one_dtype, self.value_codec.in_one_dtype
+        return replace(self, key_codec=codecs[0], value_codec=codecs[1])
 
     def channel_transforms(
         self, tokens: DenseSegment, query_moment: torch.Tensor | None, in_use: torch.Tensor | None = None

@@ -1,1 +1,17 @@
-"""What a code is: how vectors become pages and come back."""
+"""What a code is: how pages of vectors become codes and come back.
+
+protocol.py    `PageCodec`, what the cache and attention ask of a codec
+scalar.py      TurboQuant: rotation, scalar codes, one scale per vector
+raw.py         the vectors as they are
+uniform.py     plain integers and KIVI's scheme
+turboquant.py  TurboQuant as an object of its own, outside a cache
+
+The codecs are imported here so that saved caches can name them.
+"""
+
+from quantpress.codecs.protocol import PageCodec, Planes, codec_of
+from quantpress.codecs.raw import RawPages
+from quantpress.codecs.scalar import ScalarPages
+from quantpress.codecs.uniform import UniformPages
+
+__all__ = ["PageCodec", "Planes", "RawPages", "ScalarPages", "UniformPages", "codec_of"]

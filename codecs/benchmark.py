@@ -1,37 +1,43 @@
-"""How long a codec takes on this machine, beside a copy in the same run."""
+"""How long packing takes on this machine, beside a copy of the same vectors in the same run."""
 
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
+from torch import Tensor
 
 from quantpress.errors import InvalidInputError
-
-if TYPE_CHECKING:
-    from quantpress.codecs.turboquant import TurboQuantCodec
 
 QUERIES = 32
 
 
+class VectorCodec(Protocol):
+    """What is timed; `quantpress.codecs.turboquant.TurboQuantCodec` says what each method does."""
+
+    def encode(self, x: Tensor) -> Any: ...
+    def decode(self, packed: Any, dtype: torch.dtype) -> Tensor: ...
+    def inner_product(self, q: Tensor, packed: Any) -> Tensor: ...
+
+
 @dataclass(frozen=True)
 class CodecBenchmark:
-    """Seconds of the fastest of several runs.
+    """Times in seconds, each of the fastest of several runs.
 
     Args:
         device: name of the device.
         torch: version of torch.
-        threads: threads of the CPU.
-        vectors: how many were packed.
-        head_dim: their dimension.
-        dense_bytes: of the vectors in bfloat16.
-        packed_bytes: of their codes and scales.
-        copy_s: a copy of the vectors in bfloat16.
-        encode_s: packing them.
-        decode_s: bringing them back to bfloat16.
-        inner_product_s: inner products of 32 queries with all of them, from the codes.
-        matmul_s: the same inner products with the vectors in bfloat16.
+        threads: threads that torch uses on the CPU.
+        vectors: how many vectors were packed.
+        head_dim: dimension D of the vectors.
+        dense_bytes: bytes of the vectors in bfloat16.
+        packed_bytes: bytes of their codes and scales.
+        copy_s: to copy the vectors in bfloat16.
+        encode_s: to pack them.
+        decode_s: to bring them back to bfloat16.
+        inner_product_s: for inner products of 32 queries with all of them, from the codes.
+        matmul_s: for the same inner products with the vectors in bfloat16.
     """
 
     device: str
@@ -49,27 +55,28 @@ class CodecBenchmark:
 
     @property
     def encode_ratio(self) -> float:
-        """Time of a copy over time of encoding: the part of the copy's bandwidth that encoding reaches."""
+        """`copy_s` over `encode_s`: the part of the copy's bandwidth that encoding reaches."""
         return self.copy_s / self.encode_s
 
     @property
     def decode_ratio(self) -> float:
-        """The same for decoding."""
+        """`copy_s` over `decode_s`."""
         return self.copy_s / self.decode_s
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain numbers, for JSON."""
+        """The fields and both ratios as JSON values."""
         return {**asdict(self), "encode_ratio": self.encode_ratio, "decode_ratio": self.decode_ratio}
 
 
-def benchmark(codec: "TurboQuantCodec", vectors: int, device: torch.device, repeats: int) -> CodecBenchmark:
-    """See `TurboQuantCodec.benchmark`."""
+def benchmark(
+    codec: VectorCodec, head_dim: int, vectors: int, device: torch.device, repeats: int
+) -> CodecBenchmark:
+    """Time a codec; see `TurboQuantCodec.benchmark`."""
     for name, count in (("vectors", vectors), ("repeats", repeats)):
         if count < 1:
             raise InvalidInputError(f"{name} must be at least 1, got {count}")
-    dim = codec.spec.head_dim
-    x = torch.randn(vectors, dim, dtype=torch.float32, device=device).bfloat16()
-    q = torch.randn(QUERIES, dim, dtype=torch.float32, device=device)
+    x = torch.randn(vectors, head_dim, dtype=torch.float32, device=device).bfloat16()
+    q = torch.randn(QUERIES, head_dim, dtype=torch.float32, device=device)
     other, packed, narrow = torch.empty_like(x), codec.encode(x), q.bfloat16()
 
     def seconds(work: Callable[[], Any]) -> float:
@@ -80,7 +87,7 @@ def benchmark(codec: "TurboQuantCodec", vectors: int, device: torch.device, repe
         torch=torch.__version__,
         threads=torch.get_num_threads(),
         vectors=vectors,
-        head_dim=dim,
+        head_dim=head_dim,
         dense_bytes=x.nbytes,
         packed_bytes=packed.nbytes,
         copy_s=seconds(lambda: other.copy_(x)),

@@ -1,4 +1,4 @@
-"""TurboQuant as an object of its own: pack vectors, bring them back, or take inner products with codes."""
+"""TurboQuant outside a cache: pack vectors, bring them back, or take inner products with their codes."""
 
 from dataclasses import dataclass
 from math import prod
@@ -20,7 +20,7 @@ from quantpress.quantization.transform import ChannelTransform, value_statistics
 
 @dataclass(frozen=True, eq=False)
 class PackedVectors:
-    """Vectors in packed pages, as `TurboQuantCodec.encode` makes them.
+    """Vectors in packed pages, as `TurboQuantCodec.encode` returns them.
 
     Args:
         spec: the codec that packed them.
@@ -36,16 +36,16 @@ class PackedVectors:
 
     @property
     def vectors(self) -> int:
-        """How many vectors there are."""
+        """Number of vectors."""
         return prod(self.shape[:-1])
 
     @property
     def nbytes(self) -> int:
-        """Bytes held: codes, scales, the padding of the last page, and the transform."""
+        """Bytes held: codes and scales, the padding of the last page included, and the transform."""
         return sum(plane.nbytes for plane in self.planes.values()) + self.transform.nbytes
 
     def trim(self, pages: Tensor) -> Tensor:
-        """Decoded pages [B, Hkv, T, D] without their padding, in the shape of the vectors."""
+        """Take the padding off decoded pages [B, Hkv, T, D] and give them the shape of the vectors."""
         lead = prod(pages.shape[:2])
         return pages[:, :, : self.vectors // lead].reshape(self.shape)
 
@@ -89,11 +89,11 @@ class TurboQuantCodec:
         """Pack vectors.
 
         Args:
-            x: [..., D] floating; [B, Hkv, ..., D] with a transform of its own for each [B, Hkv]. The last
-                page is padded with zeros.
-            transform: a channel transform; one of B = Hkv = 1 is shared by all vectors. Left out, a codec of
-                a fractional width gives its wider codes to the channels of most energy in x; see
-                `quantpress.quantization.running_moments` for vectors that arrive little by little.
+            x: [..., D] floating, or [B, Hkv, ..., D] where the transform has parts for each [B, Hkv]. The
+                last page is padded with zeros.
+            transform: a channel transform. One with B = Hkv = 1 is shared by all vectors. Without one, a
+                codec of a fractional width gives its wider codes to the channels with the most energy in x;
+                `quantpress.quantization.running_moments` is for vectors that arrive little by little.
 
         Raises:
             InvalidInputError: x has the wrong shape or dtype.
@@ -116,20 +116,21 @@ class TurboQuantCodec:
         """Bring vectors back: [..., D] `dtype`, in the shape they were packed from.
 
         Raises:
-            InvalidInputError: another codec packed them.
+            InvalidInputError: another codec packed the vectors.
         """
         self._check(packed)
         return packed.trim(decode_pages(packed.planes, self.spec, packed.transform, dtype))
 
     def inner_product(self, q: Tensor, packed: PackedVectors) -> Tensor:
-        """q @ x.T from the codes: no vector is brought back, or put together, on the way.
+        """q @ x.T from the codes, without decoding a vector.
 
-        The query goes into code space instead, where it meets the levels of the codes; for the "prod"
-        estimator also the signs of the sketch, which makes the result unbiased.
+        The query is mapped into code space, where it is multiplied by the levels of the codes and, for the
+        "prod" estimator, by the signs of the sketch, which make the result unbiased.
 
         Args:
-            q: [..., Q, D] floating; [B, Hkv, Q, D] if the vectors were packed with a transform of their own.
-            packed: vectors [..., N, D] (one vector [D] counts as N = 1); leading dimensions broadcast.
+            q: [..., Q, D] floating; [B, Hkv, Q, D] if the transform of the vectors has parts for each
+                [B, Hkv].
+            packed: vectors [..., N, D]; one vector [D] counts as N = 1. Leading dimensions broadcast.
 
         Returns:
             [..., Q, N] float32.
@@ -141,11 +142,11 @@ class TurboQuantCodec:
         return estimate(q, packed.planes, self.spec, packed.transform, packed.shape)
 
     def validate(self, samples: int = 4096, seed: int = 0) -> CodecReport:
-        """Measure the codec on random vectors and set the result beside theory.
+        """Measure the codec on random vectors and compare the result with theory.
 
         Args:
-            samples: how many vectors.
-            seed: of the vectors.
+            samples: how many vectors, at least 2.
+            seed: seed of the vectors.
 
         Raises:
             InvalidInputError: `samples` is below 2.
@@ -173,7 +174,7 @@ class TurboQuantCodec:
         batch: int = 1,
         dtype: torch.dtype = torch.bfloat16,
     ) -> MemoryReport:
-        """Weigh a cache whose keys and values both have this codec's format.
+        """Count the bytes of a cache whose keys and values both have this codec's format.
 
         Args:
             context: tokens cached per sequence.
@@ -181,8 +182,8 @@ class TurboQuantCodec:
             kv_heads: KV heads per layer.
             sink_tokens: first tokens kept in `dtype`.
             recent_tokens: last tokens kept in `dtype`, at least.
-            batch: sequences.
-            dtype: of the keys and values that the model computes.
+            batch: number of sequences.
+            dtype: dtype of the keys and values that the model computes.
 
         Raises:
             InvalidInputError: a count is out of range.
@@ -196,14 +197,14 @@ class TurboQuantCodec:
         """Time encode, decode and inner products, beside a copy of as many vectors in the same run.
 
         Args:
-            vectors: how many, in bfloat16.
-            device: where.
-            repeats: the fastest of so many counts.
+            vectors: how many bfloat16 vectors.
+            device: device to run on.
+            repeats: how many times each is timed; the fastest counts.
 
         Raises:
             InvalidInputError: a count is below 1.
         """
-        return benchmark(self, vectors, torch.device(device), repeats)
+        return benchmark(self, self.spec.head_dim, vectors, torch.device(device), repeats)
 
     def _check(self, packed: PackedVectors) -> None:
         if packed.spec != self.spec:

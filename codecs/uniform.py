@@ -1,26 +1,27 @@
-"""Uniform integer codes, as most other cache quantizers use them: the controls TurboQuant is compared with.
+"""Uniform integer codes, as most cache quantizers use them: the controls that TurboQuant is compared with.
 
-They go through the same `PackedLayer` as TurboQuant's codes, so their bytes are really held and measured, and
-their answers are really computed from them. No rotation, no statistics of the context: minimum and maximum of
-a group of numbers, and equal steps between.
+A group of numbers is stored as equal steps between its minimum and its maximum; nothing is rotated, and no
+statistics of the context are taken. The codes are kept in the same `PackedLayer` as TurboQuant's, so their
+bytes are really held and their answers really computed from them.
 """
 
 from dataclasses import dataclass
 
 import torch
 
-from quantpress.codecs.page_codec import Planes
+from quantpress.codecs.parts import portable
+from quantpress.codecs.protocol import PageCodec, Planes
 from quantpress.errors import InvalidInputError
 from quantpress.kernels.layout import PAGE_TOKENS, pack_pages, unpack_pages
-from quantpress.quantization.budget import ChannelGroup
 from quantpress.quantization.transform import ChannelTransform
 
 BITS = (2, 4, 8)
 AXES = ("token", "channel")
 
 
+@portable("uniform_codec")
 @dataclass(frozen=True)
-class UniformPages:
+class UniformPages(PageCodec):
     """x is stored as round((x - low) / step), with low and step in float16 for each group of numbers.
 
     Args:
@@ -31,7 +32,7 @@ class UniformPages:
         group: numbers in a group; None is all D channels, or all 128 tokens of a page.
 
     Raises:
-        InvalidInputError: a width, axis or group that cannot be stored.
+        InvalidInputError: the width or axis is unknown, or the groups do not divide the axis.
 
     Source: KIVI (arXiv 2402.02750) for groups along tokens; asymmetric min-max quantization in general.
 
@@ -67,29 +68,21 @@ class UniformPages:
         return self._length if self.group is None else self.group
 
     @property
-    def groups(self) -> tuple[ChannelGroup, ...]:
-        return ()
-
-    @property
-    def wants_statistics(self) -> bool:
-        return False
-
-    @property
     def bits_per_value(self) -> float:
         return self.bits + 32 / self._group
 
     def encode(self, x: torch.Tensor, transform: ChannelTransform) -> Planes:
-        """Pack as `PageCodec.encode` does.
+        """Pack x as `PageCodec.encode` describes.
 
         Raises:
-            InvalidInputError: a number that is not finite in float16.
+            InvalidInputError: a minimum or a step is not finite in float16.
         """
         grouped = self._grouped(x)
         low = grouped.amin(-1, keepdim=True).half()
         step = ((grouped.amax(-1, keepdim=True) - low.float()) / (2**self.bits - 1)).half()
         if not bool((low.isfinite() & step.isfinite()).all()):
             raise InvalidInputError(
-                f"numbers to {float(grouped.abs().max()):.4g} do not fit into uniform codes, which keep "
+                f"numbers up to {float(grouped.abs().max()):.4g} do not fit into uniform codes, which keep "
                 "minimum and step in float16, at most 65504; leave this control out"
             )
         codes = (grouped - low.float()) / step.float().clamp(min=torch.finfo(torch.float16).tiny)
@@ -100,30 +93,11 @@ class UniformPages:
             "step": step.squeeze(-1),
         }
 
-    def decode(self, planes: Planes, transform: ChannelTransform, dtype: torch.dtype) -> torch.Tensor:
-        return self.decode_code_space(planes).to(dtype)
-
-    def gather(self, planes: Planes, tokens: torch.Tensor) -> Planes:
-        """Uniform codes are a control: no token of theirs is moved.
-
-        Raises:
-            InvalidInputError: always.
-        """
-        raise InvalidInputError(
-            "tokens of uniform codes cannot be moved: evict before they are packed, not while decoding"
-        )
-
     def decode_code_space(self, planes: Planes) -> torch.Tensor:
         codes = unpack_pages(planes["codes"], self.bits, self.head_dim, "key").float()
         low, step = (planes[name].float().unsqueeze(-1) for name in ("low", "step"))
         values: torch.Tensor = self._grouped(codes.flatten(2, 3)) * step + low
         return self._ungrouped(values).flatten(2, 3)
-
-    def to_code_space(self, x: torch.Tensor) -> torch.Tensor:
-        return x
-
-    def from_code_space(self, y: torch.Tensor) -> torch.Tensor:
-        return y
 
     def _grouped(self, x: torch.Tensor) -> torch.Tensor:
         """[B, Hkv, T, D] -> [B, Hkv, P, 128, D / g, g], or [B, Hkv, P, D, 128 / g, g], float32."""

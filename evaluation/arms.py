@@ -7,15 +7,17 @@ kvpress's presses alone. All of them are held for real; nothing is simulated.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 from kvpress import BasePress
 
 from quantpress.cache.settings import DEFAULT_SINK_TOKENS
-from quantpress.codecs.page_codec import PageCodec
+from quantpress.codecs.protocol import PageCodec
 from quantpress.codecs.uniform import UniformPages
 from quantpress.errors import InvalidInputError
 from quantpress.presses import Compose, ExpectedAttention, Knorm, Random, SnapKV, StreamingLLM, TurboQuant
 from quantpress.presses.presets import WINDOWS
+from quantpress.presses.turboquant import CodecFactory
 
 UNCOMPRESSED = "uncompressed"
 KIVI_GROUP = 32
@@ -64,7 +66,9 @@ def uncompressed() -> Arm:
 
 def plain_integers(bits: int) -> TurboQuant:
     """Plain integers of `bits` bits, one range a token and head, nothing pinned, nothing rotated."""
-    return TurboQuant(codec=_uniform(bits, "token", None), sink_tokens=0, recent_tokens=0)
+    return TurboQuant(
+        codec=lambda head_dim, role, layer_idx: UniformPages(head_dim, bits), sink_tokens=0, recent_tokens=0
+    )
 
 
 def kivi(bits: int) -> TurboQuant:
@@ -79,8 +83,15 @@ def kivi(bits: int) -> TurboQuant:
     return TurboQuant(codec=codec, sink_tokens=0, recent_tokens=KIVI_RESIDUAL)
 
 
-def _uniform(bits: int, axis: str, group: int | None) -> Callable[[int, str, int], PageCodec]:
-    return lambda head_dim, role, layer_idx: UniformPages(head_dim, bits, axis, group)
+def codec_arm(name: str, codec: CodecFactory, **options: Any) -> Arm:
+    """An arm that packs the cache with a codec of yours.
+
+    Args:
+        name: what tables and records call it.
+        codec: makes the codec of (head_dim, "key" or "value", layer index).
+        options: other fields of `TurboQuant`, such as its windows.
+    """
+    return Arm(name, partial(TurboQuant, codec=codec, **options), "yours")
 
 
 def controls() -> list[Arm]:

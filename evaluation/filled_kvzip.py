@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from quantpress.cache.memory_estimate import head_wise_bytes
 from quantpress.cache.settings import LayerSettings
-from quantpress.codecs.page_codec import PageCodec, RawPages
+from quantpress.codecs.raw import RawPages
 from quantpress.presses import Compose, KVzip, TurboQuant
 from quantpress.presses.models.support import full_attention_modules
 
@@ -84,9 +84,7 @@ def filled_kvzip(room: float, quantizer: TurboQuant | None) -> Compose:
         room: bytes.
         quantizer: None for the model's own dtype: the same ragged pages, holding numbers as they are.
     """
-    packed = quantizer or TurboQuant(codec=_raw, sink_tokens=0, recent_tokens=0)
+    packed = quantizer or TurboQuant(
+        codec=lambda head_dim, role, layer_idx: RawPages(head_dim), sink_tokens=0, recent_tokens=0
+    )
     return Compose([FilledKVzip(0.5, room=room, quantizer=packed), packed])
-
-
-def _raw(head_dim: int, role: str, layer_idx: int) -> PageCodec:
-    return RawPages(head_dim)

@@ -12,7 +12,8 @@ from transformers.cache_utils import Cache
 from transformers.modeling_utils import PreTrainedModel
 
 from quantpress.cache.settings import LayerSettings
-from quantpress.codecs.page_codec import PageCodec, ScalarPages
+from quantpress.codecs.protocol import PageCodec
+from quantpress.codecs.scalar import ScalarPages
 from quantpress.errors import InvalidInputError
 from quantpress.presses.models.filling import filled_caches
 from quantpress.presses.models.restore import left_as_found

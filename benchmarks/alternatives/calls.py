@@ -10,7 +10,7 @@ import attention as ours
 import torch
 from torch.nn.attention import sdpa_kernel
 
-from quantpress.codecs.page_codec import ScalarPages
+from quantpress.codecs.scalar import ScalarPages
 from quantpress.kernels.attend import DenseSegment, PackedSegment, PackedSide, Visibility, attend
 from quantpress.quantization.spec import CodecSpec
 from quantpress.quantization.transform import ChannelTransform, key_statistics

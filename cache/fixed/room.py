@@ -5,7 +5,7 @@ import torch
 from quantpress.cache.fixed.step_counters import StepCounters
 from quantpress.cache.tokens.segments import after, first
 from quantpress.cache.tokens.view import PackedView
-from quantpress.codecs.page_codec import RawPages
+from quantpress.codecs.raw import RawPages
 from quantpress.kernels.attend import DenseSegment, PackedSegment, PackedSide
 from quantpress.quantization.transform import ChannelTransform
 

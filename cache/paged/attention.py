@@ -15,7 +15,8 @@ from quantpress.cache.paged.plan import PagedPlan
 from quantpress.cache.paged.pool import PagePool
 from quantpress.cache.paged.sequences import PagedSequences
 from quantpress.cache.settings import DEFAULT_RECENT_TOKENS, DEFAULT_SINK_TOKENS, LayerSettings
-from quantpress.codecs.page_codec import PageCodec, ScalarPages
+from quantpress.codecs.protocol import PageCodec
+from quantpress.codecs.scalar import ScalarPages
 from quantpress.errors import InvalidInputError
 from quantpress.quantization.moments import finite
 from quantpress.quantization.spec import CodecSpec

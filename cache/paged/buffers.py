@@ -5,7 +5,7 @@ from dataclasses import dataclass, fields
 
 import torch
 
-from quantpress.codecs.page_codec import PageCodec, Planes
+from quantpress.codecs.protocol import PageCodec, Planes
 from quantpress.errors import InvalidInputError
 from quantpress.kernels.layout import PAGE_TOKENS
 from quantpress.quantization.transform import ChannelTransform

@@ -7,7 +7,7 @@ import torch
 
 from quantpress.cache.paged.buffers import PoolBuffers, PoolSize
 from quantpress.cache.settings import LayerSettings
-from quantpress.codecs.page_codec import PageCodec, Planes
+from quantpress.codecs.protocol import PageCodec, Planes
 from quantpress.errors import InvalidInputError
 from quantpress.kernels.attend import DenseSegment
 from quantpress.kernels.layout import PAGE_TOKENS

@@ -3,18 +3,14 @@
 Checksums detect a damaged file; these checks are for one that was written with wrong contents.
 """
 
-from functools import lru_cache
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from quantpress.cache.tokens.demotion import DemotedPages
 from quantpress.cache.tokens.packed_tokens import PackedTokens
 from quantpress.cache.tokens.ragged_pages import RaggedPages
-from quantpress.codecs.page_codec import PageCodec, ScalarPages
+from quantpress.codecs.protocol import PageCodec, one_page
 from quantpress.errors import InvalidInputError
-from quantpress.kernels.layout import PAGE_TOKENS
 from quantpress.quantization.transform import ChannelTransform
 
 
@@ -101,11 +97,10 @@ def check_planes(
     Raises:
         InvalidInputError: names, dtypes or shapes are wrong.
     """
-    key: Any = codec  # frozen, so it can be remembered
-    page = _one_page(key, dtype)
+    page = one_page(codec, dtype)
     wanted = {name: (plane.dtype, (*leading, *plane.shape[3:])) for name, plane in page.items()}
     found = {name: (plane.dtype, tuple(plane.shape)) for name, plane in planes.items()}
-    if isinstance(codec, ScalarPages) and codec.spec.scale_dtype == "auto":  # scales may have become wider
+    if codec.in_one_dtype != codec:  # scales may have become wider
         wide = {torch.float16: torch.float32}
         wider = {name: (wide.get(dtype, dtype), shape) for name, (dtype, shape) in wanted.items()}
         wanted = wider if found == wider else wanted
@@ -121,13 +116,6 @@ def _check_transform(transform: ChannelTransform, shape: tuple[int, ...], side: 
         _check(
             bool((transform.order.sort(dim=-1).values == channels).all()), f"the channel order of the {side}"
         )
-
-
-@lru_cache(maxsize=64)
-def _one_page(codec: Any, dtype: torch.dtype) -> dict[str, Tensor]:
-    vectors = torch.zeros(1, 1, PAGE_TOKENS, codec.head_dim, dtype=dtype, device="cpu")
-    page: dict[str, Tensor] = codec.encode(vectors, ChannelTransform())
-    return page
 
 
 def _check(holds: bool, what: str) -> None:

@@ -7,12 +7,12 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicS
 from quantpress.cache.fixed.fixed_plain import FixedLayer
 from quantpress.cache.fixed.fixed_tokens import FixedTokens
 from quantpress.cache.layer import PackedLayer
-from quantpress.cache.parts import Parts, rebuild, register_maker
 from quantpress.cache.saved.checks import check_tokens
-from quantpress.cache.saved.codec_parts import codec_of, codec_parts
 from quantpress.cache.settings import LayerSettings
 from quantpress.cache.tokens.demotion import DemotedPages
 from quantpress.cache.tokens.packed_tokens import PackedTokens
+from quantpress.codecs.parts import Parts, rebuild, register_maker
+from quantpress.codecs.protocol import codec_of
 from quantpress.errors import InvalidInputError
 from quantpress.kernels.attend import DenseSegment
 from quantpress.quantization.transform import ChannelTransform
@@ -63,7 +63,7 @@ def _layer_parts(index: int, layer: Any) -> Parts:
 def _packed_layer_parts(layer: PackedLayer) -> Parts:
     settings = layer.settings
     about = {"tokens_seen": layer.tokens_seen, **{name: getattr(settings, name) for name in _WINDOWS}}
-    inner = {"key_codec": codec_parts(settings.key_codec), "value_codec": codec_parts(settings.value_codec)}
+    inner = {"key_codec": settings.key_codec.parts(), "value_codec": settings.value_codec.parts()}
     if layer.tokens is not None:
         inner["tokens"] = _tokens_parts(layer.tokens)
     return Parts("packed_layer", about, inner=inner)
@@ -91,7 +91,7 @@ def _tokens_parts(tokens: PackedTokens) -> Parts:
 
 
 def _demoted_parts(demoted: DemotedPages) -> Parts:
-    codecs = {"key_codec": codec_parts(demoted.key_codec), "value_codec": codec_parts(demoted.value_codec)}
+    codecs = {"key_codec": demoted.key_codec.parts(), "value_codec": demoted.value_codec.parts()}
     inner = {"pages": demoted.pages.parts(), **codecs, **_transform_parts(demoted)}
     return Parts("coarse_pages", inner=inner)
 

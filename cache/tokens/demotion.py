@@ -12,7 +12,7 @@ import torch
 from quantpress.cache.settings import LayerSettings
 from quantpress.cache.tokens.pages import RectangularPages
 from quantpress.cache.tokens.segments import gather_tokens
-from quantpress.codecs.page_codec import PageCodec
+from quantpress.codecs.protocol import PageCodec
 from quantpress.errors import InvalidInputError
 from quantpress.kernels.attend import DenseSegment, PackedSegment
 from quantpress.kernels.layout import PAGE_TOKENS

@@ -15,7 +15,7 @@ from quantpress.cache.tokens.packed_tokens import PackedTokens
 from quantpress.cache.tokens.pages import RectangularPages
 from quantpress.cache.tokens.ragged_pages import RaggedPages
 from quantpress.cache.tokens.segments import after, decode_segment, first, gather_tokens, join
-from quantpress.codecs.page_codec import Planes
+from quantpress.codecs.protocol import Planes
 from quantpress.errors import InvalidInputError
 from quantpress.kernels.attend import DenseSegment
 from quantpress.kernels.layout import PAGE_TOKENS

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from quantpress.cache.parts import Parts, portable
+from quantpress.codecs.parts import Parts, portable
 from quantpress.errors import InvalidInputError
 from quantpress.kernels.attend import DenseSegment
 

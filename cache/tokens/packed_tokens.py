@@ -25,7 +25,7 @@ from quantpress.cache.tokens.pages import PageStore, RectangularPages
 from quantpress.cache.tokens.ragged_pages import RaggedPages
 from quantpress.cache.tokens.segments import after, compact, decode_segment, first, join
 from quantpress.cache.tokens.view import PackedView
-from quantpress.codecs.page_codec import Planes
+from quantpress.codecs.protocol import Planes
 from quantpress.errors import InvalidInputError
 from quantpress.kernels.attend import DenseSegment
 from quantpress.kernels.layout import PAGE_TOKENS

@@ -12,8 +12,8 @@ from weakref import WeakSet
 
 import torch
 
-from quantpress.cache.parts import Parts, portable, rebuild
-from quantpress.codecs.page_codec import PageCodec, Planes
+from quantpress.codecs.parts import Parts, portable, rebuild
+from quantpress.codecs.protocol import PageCodec, Planes
 from quantpress.kernels.attend import PackedSegment, PackedSide
 from quantpress.quantization.transform import ChannelTransform
 

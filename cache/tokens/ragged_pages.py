@@ -14,9 +14,9 @@ from collections.abc import Callable
 
 import torch
 
-from quantpress.cache.parts import Parts, portable, rebuild
 from quantpress.cache.tokens.pages import Encoding, PageStore, Span
-from quantpress.codecs.page_codec import Planes
+from quantpress.codecs.parts import Parts, portable, rebuild
+from quantpress.codecs.protocol import Planes
 from quantpress.kernels.attend import PackedSegment, PackedSide
 
 SLACK = 16

@@ -5,13 +5,15 @@ values.
 """
 
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import torch
 
-from quantpress.codecs.page_codec import PageCodec, Planes
 from quantpress.errors import InvalidInputError
 from quantpress.kernels.attend.schedule import PageShares
 from quantpress.kernels.layout import PAGE_TOKENS
+from quantpress.quantization.codebook import Codebook
+from quantpress.quantization.rotation import Rotation
 from quantpress.quantization.transform import ChannelTransform
 
 
@@ -63,18 +65,53 @@ class DenseSegment:
 
 
 @dataclass(frozen=True)
+class ScalarOperands:
+    """How kernels read pages of scalar codes: each channel of a vector in code space is scale * level[code].
+
+    The codes are the plane "codes0", in the layout of `quantpress.kernels.layout` for keys or for values; the
+    scales, one per token, are the plane "scale0".
+
+    Args:
+        rotation: into code space, over all D channels.
+        codebook: levels of the codes.
+    """
+
+    rotation: Rotation
+    codebook: Codebook
+
+    @property
+    def head_dim(self) -> int:
+        return self.rotation.dim
+
+
+class PageReader(Protocol):
+    """How pages of one codec are read; `quantpress.codecs.protocol.PageCodec` says what each method does."""
+
+    @property
+    def head_dim(self) -> int: ...
+    def to_code_space(self, x: torch.Tensor) -> torch.Tensor: ...
+    def from_code_space(self, y: torch.Tensor) -> torch.Tensor: ...
+    def decode_code_space(self, planes: dict[str, torch.Tensor]) -> torch.Tensor: ...
+    def decode(
+        self, planes: dict[str, torch.Tensor], transform: ChannelTransform, dtype: torch.dtype
+    ) -> torch.Tensor: ...
+    def gather(self, planes: dict[str, torch.Tensor], tokens: torch.Tensor) -> dict[str, torch.Tensor]: ...
+    def kernel_operands(self) -> ScalarOperands | None: ...
+
+
+@dataclass(frozen=True)
 class PackedSide:
     """The keys, or the values, of packed pages.
 
     Args:
-        codec: what packed them.
+        codec: reads the planes.
         planes: tensors [B, Hkv, P, ...] of the codec; [N, ...], pages of single heads, where the segment has
             a table.
         transform: the channel transform of these planes, per [B, Hkv].
     """
 
-    codec: PageCodec
-    planes: Planes
+    codec: PageReader
+    planes: dict[str, torch.Tensor]
     transform: ChannelTransform
 
 

@@ -11,11 +11,16 @@ from functools import lru_cache
 
 import torch
 
-from quantpress.codecs.page_codec import ScalarPages
-from quantpress.kernels.attend.operands import DenseSegment, PackedSegment, PackedSide, Segment, Visibility
+from quantpress.kernels.attend.operands import (
+    DenseSegment,
+    PackedSegment,
+    PackedSide,
+    ScalarOperands,
+    Segment,
+    Visibility,
+)
 from quantpress.kernels.attend.schedule import PageShares
 from quantpress.kernels.rotation_matrix import rotation_matrix
-from quantpress.quantization.spec import CodecSpec
 
 HEAD_DIMS = (64, 128, 256)
 WIDTHS = (2, 3, 4)
@@ -63,22 +68,19 @@ def supports(query: torch.Tensor, segments: Sequence[Segment], visibility: Visib
     after = sum(segment.tokens for segment in segments[packed[0] + 1 :])
     segment = segments[packed[0]]
     assert isinstance(segment, PackedSegment)
-    if not _plain(segment.keys) or not _plain(segment.values):
+    if not _readable(segment.keys) or not _readable(segment.values):
         return False
     return query.shape[2] == 1 or after >= query.shape[2]
 
 
-def _plain(side: PackedSide) -> bool:
-    codec = side.codec
-    if not isinstance(codec, ScalarPages) or side.transform.order is not None:
-        return False
-    spec = codec.spec
+def _readable(side: PackedSide) -> bool:
+    operands = side.codec.kernel_operands()
     return (
-        spec.estimator == "mse"
-        and len(spec.groups) == 1
-        and spec.groups[0].bits in WIDTHS
-        and spec.codebook_of(0).form == "int8"
-        and spec.head_dim in HEAD_DIMS
+        operands is not None
+        and side.transform.order is None
+        and operands.codebook.bits in WIDTHS
+        and operands.codebook.form == "int8"
+        and operands.head_dim in HEAD_DIMS
     )
 
 
@@ -151,7 +153,7 @@ class _Call:
         self.block = block_rows(self.rows, dim)
         self.blocks = -(-self.rows // self.block)
         self.query = query.reshape(self.heads, self.rows, dim).contiguous()
-        self.keys, self.values = _spec(packed.keys), _spec(packed.values)
+        self.keys, self.values = _operands(packed.keys), _operands(packed.values)
         self.used, self.starts = _numbers(packed.lengths), _numbers(packed.starts)
         self.table = packed.table if packed.table is None else _in_rows(packed.table)
         self.pages = packed.pages
@@ -178,7 +180,7 @@ class _Call:
         from quantpress.kernels.attend.ends import first_kernel
 
         dim, value_dim, transform = self.keys.head_dim, self.values.head_dim, self.packed.keys.transform
-        turn = rotation_matrix(self.keys.rotation_of(0), self.query.device, inverse=True)
+        turn = rotation_matrix(self.keys.rotation, self.query.device, inverse=True)
         count = self.heads * self.blocks
         q = self._new(count, 2 * self.block, dim, dtype=torch.int8)
         factor, bias = (self._new(count, self.block) for _ in range(2))
@@ -204,7 +206,7 @@ class _Call:
             self.slots,
             *sums,
             self.scale,
-            self.keys.codebook_of(0).unit,
+            self.keys.codebook.unit,
             turn.factor,
             self.rows,
             self.queries,
@@ -236,7 +238,7 @@ class _Call:
     def attend(self, prepared: list[torch.Tensor]) -> list[torch.Tensor]:
         """Sums over the packed tokens, in code space."""
         q, factor, start, bias = prepared
-        books = self.keys.codebook_of(0), self.values.codebook_of(0)
+        books = self.keys.codebook, self.values.codebook
         sides = (self.packed.keys, self.packed.values)
         codes = [side.planes["codes0"] for side in sides]
         scales = [side.planes["scale0"] for side in sides]
@@ -336,7 +338,7 @@ class _Call:
             *sums,
             *dense,
             sinks,
-            self.values.rotation_of(0).matrix(out.device, torch.float32),
+            self.values.rotation.matrix(out.device, torch.float32),
             out,
             self.used,
             self.starts,
@@ -350,7 +352,7 @@ class _Call:
             self.blocks,
             self.heads,
             self.pages,
-            self.values.codebook_of(0).unit,
+            self.values.codebook.unit,
             DV=value_dim,
             R=self.block,
             HAS_SINKS=sinks is not None,
@@ -451,6 +453,7 @@ def _strides(plane: torch.Tensor) -> tuple[int, int]:
     return (plane.stride(1) if plane.dim() == 4 else 0), plane.stride(-2)
 
 
-def _spec(side: PackedSide) -> CodecSpec:
-    assert isinstance(side.codec, ScalarPages)
-    return side.codec.spec
+def _operands(side: PackedSide) -> ScalarOperands:
+    operands = side.codec.kernel_operands()
+    assert operands is not None  # by `supports`
+    return operands

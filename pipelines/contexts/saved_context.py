@@ -9,12 +9,11 @@ from kvpress import BasePress
 from transformers import Cache, PreTrainedModel
 
 from quantpress.cache import PackedLayer
-from quantpress.cache.parts import Parts
-from quantpress.cache.saved.codec_parts import codec_parts
 from quantpress.cache.saved.fingerprint import difference
 from quantpress.cache.saved.format import read_file, write_file
 from quantpress.cache.saved.layers import cache_of, cache_parts
 from quantpress.cache.settings import LayerSettings
+from quantpress.codecs.parts import Parts
 from quantpress.errors import CacheFileError, InvalidInputError, QuantPressError
 from quantpress.pipelines.members import members
 from quantpress.presses.models.support import attention_modules, full_attention_modules
@@ -126,7 +125,7 @@ def _fields(settings: LayerSettings | None) -> dict[str, Any]:
     fields: dict[str, Any] = {"packed": True}
     for name, value in vars(settings).items():
         if name.endswith("_codec"):
-            part = codec_parts(value)
+            part = value.parts()
             fields[name] = part.kind
             fields |= {f"{name[:-6]} {field}": one for field, one in part.about.items()}
             fields.pop(f"{name[:-6]} constants", None)

@@ -6,7 +6,8 @@ from transformers import DynamicCache, PreTrainedModel
 
 from quantpress.cache.layer import PackedLayer
 from quantpress.cache.settings import LayerSettings
-from quantpress.codecs.page_codec import RawPages, ScalarPages
+from quantpress.codecs.raw import RawPages
+from quantpress.codecs.scalar import ScalarPages
 from quantpress.quantization.spec import CodecSpec
 
 

@@ -8,7 +8,8 @@ from transformers.cache_utils import DynamicCache
 
 from quantpress.cache import LayerSettings, PackedLayer, cache_memory
 from quantpress.cache.memory_estimate import head_wise_bytes, layer_estimate, page_nbytes
-from quantpress.codecs.page_codec import RawPages, ScalarPages
+from quantpress.codecs.raw import RawPages
+from quantpress.codecs.scalar import ScalarPages
 from quantpress.errors import InvalidInputError
 from quantpress.quantization.spec import CodecSpec
 

@@ -9,8 +9,8 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers.cache_utils import DynamicCache
 
 from quantpress.cache import PackedLayer, cache_memory
-from quantpress.cache.parts import Parts
 from quantpress.cache.saved.layers import cache_of, cache_parts
+from quantpress.codecs.parts import Parts
 from quantpress.errors import InvalidInputError
 from quantpress.kernels.attend import Visibility, attend
 from tests.cache.caches import scalar

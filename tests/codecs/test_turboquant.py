@@ -11,7 +11,7 @@ import quantpress.kernels.dequantize.reference as decode_reference
 import quantpress.kernels.score.reference as score_reference
 from quantpress.cache import PackedLayer, cache_memory
 from quantpress.cache.layer import LayerSettings
-from quantpress.codecs.page_codec import ScalarPages
+from quantpress.codecs.scalar import ScalarPages
 from quantpress.codecs.turboquant import TurboQuantCodec
 from quantpress.errors import InvalidInputError, NonFiniteError, UnsupportedBitsError, UnsupportedHeadDimError
 from quantpress.kernels.dequantize import decode_code_space

@@ -99,7 +99,7 @@ def _wrapped(original: Callable[..., Any]) -> Callable[..., Any]:
             with original(self, model):
                 yield
             return
-        from quantpress.codecs.page_codec import RawPages
+        from quantpress.codecs.raw import RawPages
         from quantpress.presses import Compose, TurboQuant
 
         bits = 8 * model.dtype.itemsize

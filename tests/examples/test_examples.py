@@ -18,7 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import quantpress.pipelines
 from quantpress.cache.memory_estimate import layer_estimate
 from quantpress.cache.settings import LayerSettings
-from quantpress.codecs.page_codec import ScalarPages
+from quantpress.codecs.scalar import ScalarPages
 from quantpress.quantization.spec import CodecSpec
 
 EXAMPLES = Path(__file__).parents[2] / "examples"

@@ -7,7 +7,7 @@ import torch
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from quantpress.cache import PackedLayer, cache_memory, install_packed_attention, uninstall_packed_attention
-from quantpress.codecs.page_codec import ScalarPages
+from quantpress.codecs.scalar import ScalarPages
 from quantpress.kernels.attend import DenseSegment, PackedSegment, PackedSide, Visibility, attend
 from quantpress.kernels.layout import unpack_pages
 from quantpress.presses import SnapKV, TurboQuant

@@ -14,7 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, PreTrainedModel
 
 from quantpress.cache import continue_inputs, install_packed_attention
-from quantpress.codecs.page_codec import RawPages
+from quantpress.codecs.raw import RawPages
 from quantpress.pipelines.capture.captured import WARM_STEPS, CapturedDecoding, captured_decoding
 from quantpress.pipelines.enabling.enable import enable
 from quantpress.presses import AdaKV, Compose, PyramidKV, SnapKV, TurboQuant

@@ -9,7 +9,7 @@ import torch
 from transformers import DynamicCache, PreTrainedModel
 
 from quantpress.cache import PackedLayer, continue_inputs
-from quantpress.codecs.page_codec import ScalarPages
+from quantpress.codecs.scalar import ScalarPages
 from quantpress.kernels.attend import DenseSegment, PackedSegment, PackedSide, Visibility, attend
 from quantpress.pipelines.capture.captured import CapturedDecoding, captured_decoding
 from quantpress.pipelines.enabling.enable import enable

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 import quantpress.kernels.attend.reference as reference
-from quantpress.codecs.page_codec import RawPages, ScalarPages
+from quantpress.codecs.raw import RawPages
+from quantpress.codecs.scalar import ScalarPages
 from quantpress.errors import InvalidInputError
 from quantpress.kernels.attend import DenseSegment, PackedSegment, PackedSide, Segment, Visibility, attend
 from quantpress.quantization.spec import CodecSpec

@@ -60,7 +60,7 @@ def prepared(call: Any, scale: float) -> list[torch.Tensor]:
     transform, rows, dim = call.packed.keys.transform, call.rows, call.keys.head_dim
     query = call.query.double()  # [BH, rows, D]
     bias = (query * transform.mean.flatten(0, 1).unsqueeze(1)).sum(-1) * scale
-    y = call.keys.rotation_of(0).forward(query / transform.weight.flatten(0, 1).unsqueeze(1))
+    y = call.keys.rotation.forward(query / transform.weight.flatten(0, 1).unsqueeze(1))
     largest = y.abs().amax(-1, keepdim=True)
     numbers = (y * (MOST / largest)).round().int()
     high = (numbers + 128) >> 8
@@ -75,7 +75,7 @@ def prepared(call: Any, scale: float) -> list[torch.Tensor]:
     q = parts.unflatten(2, (-1, 8)).transpose(1, 2).flatten(1, 3)
     sums = by_block(numbers.sum(-1, dtype=torch.int32) >> 1)
     start = torch.stack((torch.zeros_like(sums), sums), 1).unflatten(2, (-1, 8)).transpose(1, 2).flatten(1)
-    unit = call.keys.codebook_of(0).unit
+    unit = call.keys.codebook.unit
     factor = by_block((2 * largest / MOST * scale * unit).squeeze(-1).float())
     assert q.shape == (count, 2 * block, dim) and start.shape == q.shape[:2]
     return [q.to(torch.int8), factor, start, by_block(bias.float())]
@@ -100,7 +100,7 @@ def joined(call: Any, sums: list[torch.Tensor]) -> torch.Tensor:
             whole = (weights * total).sum()
             if whole > 0:
                 out[head, row] = (weights.unsqueeze(-1) * parts).sum(0) / whole
-    out = call.values.rotation_of(0).inverse(out * call.values.codebook_of(0).unit)
+    out = call.values.rotation.inverse(out * call.values.codebook.unit)
     return out.view(call.batch, call.query_heads, call.queries, -1)
 
 

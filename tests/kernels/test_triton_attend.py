@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from quantpress.codecs.page_codec import RawPages, ScalarPages
+from quantpress.codecs.raw import RawPages
+from quantpress.codecs.scalar import ScalarPages
 from quantpress.kernels.attend import DenseSegment, PackedSegment, PackedSide, Segment, Visibility, attend
 from quantpress.kernels.attend.reference import attend_reference
 from quantpress.kernels.attend.schedule import PROGRAMS_AT_A_TIME, page_shares

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import kvpress
 
-from quantpress.codecs.page_codec import RawPages
+from quantpress.codecs.raw import RawPages
 from quantpress.presses import Compose, PyramidKV, SnapKV, TurboQuant
 from tests.pipelines.words import text
 

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from transformers import DynamicCache, Gemma3Config, Gemma3ForConditionalGeneration, PreTrainedModel
 
-from quantpress.codecs.page_codec import RawPages
+from quantpress.codecs.raw import RawPages
 from quantpress.presses import TurboQuant
 from tests.tiny_models import prompt, tiny_model
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import quantpress
-from quantpress.codecs.page_codec import ScalarPages
+from quantpress.codecs.scalar import ScalarPages
 from quantpress.codecs.turboquant import TurboQuantCodec
 from quantpress.kernels import layout
 from quantpress.kernels.attend import DenseSegment, PackedSegment, PackedSide, Visibility, attend
@@ -166,7 +166,7 @@ INDICES = {"arange", "randint", "randperm"}  # whole numbers: their dtype does n
 def test_every_factory_names_its_dtype_and_device() -> None:
     missing = []
     root = Path(quantpress.__file__).parent
-    for folder in ("codecs", "kernels", "cache", "presses", "pipelines"):
+    for folder in ("quantization", "kernels", "codecs", "cache", "presses", "pipelines", "evaluation", "cli"):
         for path in (root / folder).rglob("*.py"):
             for call in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
                 wanted = _wanted(call)

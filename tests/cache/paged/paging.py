@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from quantpress.cache import PagedAttention
-from quantpress.codecs.page_codec import RawPages
+from quantpress.codecs.raw import RawPages
 
 QUERY_HEADS, KV_HEADS = 4, 2
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from quantpress.cache import LayerSettings, PackedLayer, PagedAttention
-from quantpress.codecs.page_codec import ScalarPages
+from quantpress.codecs.scalar import ScalarPages
 from quantpress.errors import (
     InvalidInputError,
     NonFiniteError,

@@ -10,7 +10,7 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from quantpress.cache import PagedAttention
-from quantpress.codecs.page_codec import RawPages
+from quantpress.codecs.raw import RawPages
 from tests.tiny_models import HEAD_DIM, prompt, tiny_model
 
 NAME = "paged_in_a_test"

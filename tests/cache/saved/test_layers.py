@@ -12,11 +12,12 @@ from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingW
 from quantpress.cache import LayerSettings, PackedLayer, cache_memory
 from quantpress.cache.fixed.fixed_tokens import Window
 from quantpress.cache.fixed.step_counters import StepCounters
-from quantpress.cache.parts import Parts, rebuild
-from quantpress.cache.saved.codec_parts import codec_of, codec_parts, constants_digest
 from quantpress.cache.saved.format import read_file
 from quantpress.cache.saved.layers import cache_of, cache_parts
-from quantpress.codecs.page_codec import RawPages, ScalarPages
+from quantpress.codecs.parts import Parts, rebuild
+from quantpress.codecs.protocol import codec_of
+from quantpress.codecs.raw import RawPages
+from quantpress.codecs.scalar import ScalarPages, constants_digest
 from quantpress.errors import InvalidInputError
 from quantpress.kernels.attend import Visibility, attend
 from quantpress.quantization.spec import CodecSpec
@@ -205,7 +206,7 @@ def test_other_layers_and_codecs_are_refused() -> None:
     class Own(RawPages):
         """Its pages may be anything: another process does not know it."""
 
-    assert codec_of(codec_parts(RawPages(8))) == RawPages(8)
+    assert codec_of(RawPages(8).parts()) == RawPages(8)
     with pytest.raises(InvalidInputError, match="Own cannot be saved"):
         cache_parts(cache_with(PackedLayer(LayerSettings(Own(D), RawPages(D)))))
 
@@ -214,7 +215,7 @@ def test_other_layers_and_codecs_are_refused() -> None:
 
 
 def test_another_seed_behind_the_same_digest_is_refused() -> None:
-    parts = codec_parts(ScalarPages(CodecSpec(D, 3, "key", seed=1)))
+    parts = ScalarPages(CodecSpec(D, 3, "key", seed=1)).parts()
     assert codec_of(parts).spec.seed == 1  # type: ignore[attr-defined]
     forged = Parts(parts.kind, {**parts.about, "seed": 2})
     with pytest.raises(InvalidInputError, match="rotation"):

@@ -7,7 +7,8 @@ import torch
 
 from quantpress.cache.layer import PackedLayer
 from quantpress.cache.settings import LayerSettings
-from quantpress.codecs.page_codec import Planes, ScalarPages
+from quantpress.codecs.protocol import Planes
+from quantpress.codecs.scalar import ScalarPages
 from quantpress.errors import InvalidInputError
 from quantpress.kernels.layout import unpack_pages
 from quantpress.quantization.spec import CodecSpec
@@ -111,7 +112,7 @@ def test_codes_stay_bit_for_bit(name: str, monkeypatch: pytest.MonkeyPatch) -> N
     keys, values = torch.randn(2, 2, 2, 1000, 64)
     layer = PackedLayer.from_states(keys, values, settings_of(name, recent_tokens=16))
     before, sinks = stored(layer), 4
-    monkeypatch.setattr("quantpress.codecs.page_codec.encode_pages", None)
+    monkeypatch.setattr("quantpress.codecs.scalar.encode_pages", None)
     kept = torch.cat([choice(4, 3), 4 + choice(996, 700)], dim=-1)
     layer.keep(kept)
     ordered = kept.sort(dim=-1).values

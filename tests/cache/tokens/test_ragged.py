@@ -200,7 +200,7 @@ def test_nothing_is_encoded_twice(bits: str, monkeypatch: pytest.MonkeyPatch) ->
     """Eviction from a rectangular layer, then from a ragged one: encoding would fail, and values stay."""
     layer = PackedLayer.from_states(*torch.randn(2, 2, 2, 1000, 64), settings_of(bits, recent_tokens=16))
     keys, values = layer.keys + 0, layer.values + 0
-    monkeypatch.setattr("quantpress.codecs.page_codec.encode_pages", None)
+    monkeypatch.setattr("quantpress.codecs.scalar.encode_pages", None)
     lists = Lists(keys, values, torch.zeros(2, 2, 1000, dtype=torch.bool))
     for share in (0.4, 0.5):
         evicted = layer.view().evicted()

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from quantpress.codecs.page_codec import RawPages
+from quantpress.codecs.raw import RawPages
 from quantpress.errors import InvalidInputError
 from quantpress.evaluation.divergence.attention_fidelity import attention_fidelity
 from quantpress.presses import TurboQuant

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, DynamicCache, Gemma2Config, GptOssConfig, PreTrainedModel
 
 from quantpress.cache import continue_inputs, install_packed_attention, uninstall_packed_attention
-from quantpress.codecs.page_codec import RawPages
+from quantpress.codecs.raw import RawPages
 from quantpress.errors import InvalidInputError
 from quantpress.pipelines import decoding
 from quantpress.pipelines.capture.captured import captured_decoding

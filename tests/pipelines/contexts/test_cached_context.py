@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 from quantpress.cache import PackedLayer, continue_inputs
 from quantpress.cache.saved.fingerprint import difference, model_fingerprint
 from quantpress.cache.tokens.evicted_slots import MASKS
-from quantpress.codecs.page_codec import RawPages
+from quantpress.codecs.raw import RawPages
 from quantpress.errors import CacheFileError, EmptyContextError, InvalidInputError, UnsupportedModelError
 from quantpress.pipelines.contexts.cached_context import CachedContext
 from quantpress.presses import Compose, PyramidKV, SnapKV, StreamingLLM, TurboQuant

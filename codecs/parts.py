@@ -1,6 +1,6 @@
-"""What a cache is made of: named tensors and plain values, in a tree that can be written down and read again.
+"""What a cache or a codec is made of: a tree of named tensors and plain values that can be saved and loaded.
 
-Whatever a cache keeps says once, beside its own code, how it comes apart and how it is put together::
+Each class says once, beside its own code, how it is taken apart and how it is put together again::
 
     @portable("pages")
     class PageStore:
@@ -8,7 +8,8 @@ Whatever a cache keeps says once, beside its own code, how it comes apart and ho
         @classmethod
         def from_parts(cls, parts: Parts) -> "PageStore": ...
 
-A new kind of storage needs nothing else to be saved and loaded. Kinds are names in files: they stay.
+A new class needs nothing else to be saved and loaded. The kind is the name of the class in files, so it must
+not change. To load a file, the module of every class in it must have been imported.
 """
 
 from collections.abc import Callable
@@ -27,10 +28,10 @@ class Parts:
     """One node of the tree.
 
     Args:
-        kind: what it is; `rebuild` goes by it.
-        about: plain values, as JSON has them.
-        tensors: by name; a name has no slash.
-        inner: what it is made of beside.
+        kind: the name of its class in files; `rebuild` looks the class up by it.
+        about: plain JSON values.
+        tensors: tensors by name; a name has no slash.
+        inner: the nodes below this one, by name.
     """
 
     kind: str
@@ -53,16 +54,21 @@ class Parts:
         return tensors
 
     def outline(self) -> dict[str, Any]:
-        """The tree without its tensors, as JSON has it."""
+        """The tree as JSON values, with the names of its tensors in place of the tensors."""
         inner = {name: one.outline() for name, one in self.inner.items()}
         return {"kind": self.kind, "about": self.about, "tensors": list(self.tensors), "inner": inner}
 
     @classmethod
     def from_outline(cls, outline: Any, tensors: dict[str, Tensor], path: str = "") -> "Parts":
-        """The tree that `outline` and `flat` were made of.
+        """Put a tree together from what `outline` and `flat` returned.
+
+        Args:
+            outline: what `outline` returned.
+            tensors: what `flat` returned.
+            path: where in `tensors` the tree begins.
 
         Raises:
-            InvalidInputError: this is no outline, or a tensor that it names is missing.
+            InvalidInputError: `outline` is not an outline, or a tensor that it names is missing.
         """
         try:
             about, names, inner = dict(outline["about"]), list(outline["tensors"]), dict(outline["inner"])
@@ -77,26 +83,28 @@ class Parts:
 
 
 class Portable(Protocol):
-    """What can be taken apart, and put together again."""
+    """A class whose objects can be taken apart and put together again."""
 
     def parts(self) -> Parts:
-        """What it is made of; tensors are not copied."""
+        """What the object is made of; tensors are not copied."""
         ...
 
     @classmethod
     def from_parts(cls, parts: Parts) -> Any:
-        """The same thing again; tensors are not copied."""
+        """The object that `parts` took apart; tensors are not copied."""
         ...
 
 
 Kind = TypeVar("Kind", bound=type[Portable])
 _MAKERS: dict[str, Callable[[Parts], Any]] = {}
+_KINDS: dict[type, str] = {}
 
 
 def portable(kind: str) -> Callable[[Kind], Kind]:
-    """Register a class under the name that its parts carry."""
+    """Register a class under the kind that its parts have."""
 
     def register(cls: Kind) -> Kind:
+        _KINDS[cls] = kind
         register_maker(kind, cls.from_parts)
         return cls
 
@@ -104,22 +112,40 @@ def portable(kind: str) -> Callable[[Kind], Kind]:
 
 
 def register_maker(kind: str, make: Callable[[Parts], Any]) -> None:
-    """Let `rebuild` call `make` for parts of a kind, for classes that are not ours."""
+    """Let `rebuild` call `make` for parts of a kind whose class is not ours to decorate."""
     _MAKERS[kind] = make
 
 
-def rebuild(parts: Parts, *kinds: str) -> Any:
-    """What these parts were taken from.
-
-    Args:
-        parts: of any registered kind.
-        kinds: those that are wanted here; any when left out.
+def kind_of(one: Portable) -> str:
+    """The kind that the object's class is registered under; subclasses need a registration of their own.
 
     Raises:
-        InvalidInputError: the kind is not known, or not wanted here.
+        InvalidInputError: the class is not registered.
+    """
+    kind = _KINDS.get(type(one))
+    if kind is None:
+        raise InvalidInputError(
+            f"{type(one).__name__} cannot be saved, because no file could name it; decorate the class with "
+            "quantpress.codecs.parts.portable"
+        )
+    return kind
+
+
+def rebuild(parts: Parts, *kinds: str) -> Any:
+    """Put together the object that the parts were taken from.
+
+    Args:
+        parts: what `parts()` returned.
+        kinds: the kinds that are allowed here; every registered one when left out.
+
+    Raises:
+        InvalidInputError: the kind is not registered, or not allowed here.
     """
     make = _MAKERS.get(parts.kind)
     if make is None or (kinds and parts.kind not in kinds):
         known = ", ".join(sorted(kinds or _MAKERS))
-        raise InvalidInputError(f"parts of kind {parts.kind!r} are not known here; known are {known}")
+        raise InvalidInputError(
+            f"parts of kind {parts.kind!r} are not known here; known are {known}; "
+            "import the module that defines it"
+        )
     return make(parts)

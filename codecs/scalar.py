@@ -1,0 +1,127 @@
+"""TurboQuant's pages: rotation, a scalar codebook and one stored scale per vector.
+
+Saved pages carry a digest of what follows from the codec's parameters: rotations, codebooks and sketch. It
+notices what the parameters do not say: another random stream behind the same seed, or other codebooks. Codes
+read with those would decode to noise.
+"""
+
+import hashlib
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from quantpress.codecs.parts import Parts, kind_of, portable
+from quantpress.codecs.protocol import PageCodec, Planes
+from quantpress.errors import InvalidInputError
+from quantpress.kernels.attend.operands import ScalarOperands
+from quantpress.kernels.dequantize import decode_code_space, decode_pages, from_code_space, to_code_space
+from quantpress.kernels.encode import encode_pages
+from quantpress.kernels.gather_tokens import gather_tokens
+from quantpress.quantization.budget import ChannelGroup
+from quantpress.quantization.spec import CodecSpec
+from quantpress.quantization.transform import ChannelTransform
+
+_DIGEST = "constants"
+_STEP = 2.0**-20  # rotations are made from sines and factorizations, whose last bits differ between machines
+
+
+@portable("scalar_codec")
+@dataclass(frozen=True)
+class ScalarPages(PageCodec):
+    """Pages of scalar codes, as a `CodecSpec` describes them.
+
+    Args:
+        spec: the codec's parameters.
+
+    Source: TurboQuant, arXiv 2504.19874.
+
+    Example:
+        >>> ScalarPages(CodecSpec(head_dim=128, bits=3, role="key")).bits_per_value
+        3.125
+    """
+
+    spec: CodecSpec
+    wants_statistics = True
+
+    @property
+    def head_dim(self) -> int:  # type: ignore[override]  # the spec's; other codecs have a field
+        return self.spec.head_dim
+
+    @property
+    def groups(self) -> tuple[ChannelGroup, ...]:  # type: ignore[override]
+        return self.spec.groups
+
+    @property
+    def bits_per_value(self) -> float:
+        return self.spec.bits_per_value
+
+    @property
+    def in_one_dtype(self) -> "ScalarPages":
+        """The same codec with scales in float16 where `scale_dtype` is "auto"."""
+        if self.spec.scale_dtype != "auto":
+            return self
+        return ScalarPages(replace(self.spec, scale_dtype="float16"))
+
+    def encode(self, x: Tensor, transform: ChannelTransform) -> Planes:
+        return encode_pages(x, self.spec, transform)
+
+    def decode(self, planes: Planes, transform: ChannelTransform, dtype: torch.dtype) -> Tensor:
+        return decode_pages(planes, self.spec, transform, dtype)
+
+    def gather(self, planes: Planes, tokens: Tensor) -> Planes:
+        return gather_tokens(planes, self.spec, tokens)
+
+    def decode_code_space(self, planes: Planes) -> Tensor:
+        return decode_code_space(planes, self.spec)
+
+    def to_code_space(self, x: Tensor) -> Tensor:
+        return to_code_space(x, self.spec)
+
+    def from_code_space(self, y: Tensor) -> Tensor:
+        return from_code_space(y, self.spec)
+
+    def kernel_operands(self) -> ScalarOperands | None:
+        """Rotation and codebook; None with two channel groups or a sketch, which no kernel attends."""
+        if self.spec.estimator != "mse" or len(self.spec.groups) > 1:
+            return None
+        return ScalarOperands(self.spec.rotation_of(0), self.spec.codebook_of(0))
+
+    def parts(self) -> Parts:
+        """The spec's fields, and the digest of what follows from them."""
+        return Parts(kind_of(self), {**self.spec.to_dict(), _DIGEST: constants_digest(self.spec)})
+
+    @classmethod
+    def from_parts(cls, parts: Parts) -> "ScalarPages":
+        """The codec that `parts` described.
+
+        Raises:
+            InvalidInputError: the pages were packed with other rotations, codebooks or another sketch.
+        """
+        about = dict(parts.about)
+        noted = about.pop(_DIGEST, None)
+        spec = CodecSpec.from_dict(about)
+        if constants_digest(spec) != noted:
+            raise InvalidInputError(
+                f"the rotation of {spec} is not the one that the pages were packed with (another seed, or "
+                "another random stream); pack the context again"
+            )
+        return cls(spec)
+
+
+@lru_cache(maxsize=64)
+def constants_digest(spec: CodecSpec) -> str:
+    """SHA-256 of a codec's rotations, codebooks and sketch, to a precision that every machine reproduces."""
+    digest = hashlib.sha256()
+    for group in range(len(spec.groups)):
+        digest.update(_rounded(spec.rotation_of(group).matrix()))
+        levels = torch.tensor(spec.codebook_of(group).levels, dtype=torch.float64, device="cpu")
+        digest.update(_rounded(levels))
+    if spec.estimator == "prod":
+        digest.update(_rounded(spec.sketch_matrix()))
+    return digest.hexdigest()
+
+
+def _rounded(values: Tensor) -> bytes:
+    return (values.double() / _STEP).round().to(torch.int64).numpy().tobytes()
