@@ -8,12 +8,13 @@ from typing import Any
 import torch
 from transformers.cache_utils import DynamicLayer
 
-from quantpress.cache.attention import compiled_step
+from quantpress.cache.attention.dispatch import PACKED_ATTENTION
 from quantpress.cache.attention.states import PackedStates
-from quantpress.cache.fixed.fixed_tokens import FixedTokens, Window
+from quantpress.cache.attention.step import is_compiled_step
 from quantpress.cache.settings import LayerSettings
 from quantpress.cache.tokens.demotion import Demotion
 from quantpress.cache.tokens.eviction import check_hidden, evict, keep, pack_by_head
+from quantpress.cache.tokens.fixed_tokens import FixedTokens, Window
 from quantpress.cache.tokens.packed_tokens import PackedTokens
 from quantpress.cache.tokens.segments import join
 from quantpress.cache.tokens.view import DenseView, PackedView
@@ -32,7 +33,8 @@ class PackedLayer(DynamicLayer):
     """A cache layer that keeps most of its tokens packed.
 
     It replaces a `DynamicLayer` in any transformers cache (`cache.layers[i] = ...`). `update` returns
-    `PackedStates`, which attention reads in packed form (see `quantpress.cache.attention.dispatch`).
+    `PackedStates`, which attention reads in packed form. For this, transformers' attention functions are
+    wrapped as long as a layer exists (see `quantpress.cache.attention.functions`).
 
     Args:
         settings: codecs and windows.
@@ -57,10 +59,15 @@ class PackedLayer(DynamicLayer):
     device: torch.device
     dtype: torch.dtype
 
+    def __new__(cls, *args: Any, **kwargs: Any) -> "PackedLayer":
+        layer = super().__new__(cls)
+        PACKED_ATTENTION.add_user_while_alive(layer)  # copies and unpickled layers come by here too
+        return layer
+
     def __init__(self, settings: LayerSettings) -> None:
         self.settings = settings
         self.tokens_seen = 0
-        self._tokens: PackedTokens | None = None
+        self._tokens: PackedTokens | FixedTokens | None = None
         self._gathered: tuple[str, torch.Tensor] | None = None  # side and slots of a first assignment
         super().__init__()
 
@@ -125,7 +132,7 @@ class PackedLayer(DynamicLayer):
         Returns:
             Keys and values of every token: plain tensors while no token is packed, then `PackedStates`.
         """
-        if self.stepping and compiled_step.is_compiled_step():
+        if self.stepping and is_compiled_step():
             return key_states, value_states  # `step_attention` appends them
         self._gathered = None
         if self._tokens is None:
@@ -179,15 +186,17 @@ class PackedLayer(DynamicLayer):
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat each batch entry `repeats` times."""
         if self._tokens is not None:
-            entries = torch.arange(len(self._tokens.sinks.keys), device=self._tokens.sinks.keys.device)
-            self._growing().select(entries.repeat_interleave(repeats))
+            tokens = self._growing()
+            entries = torch.arange(len(tokens.sinks.keys), device=tokens.sinks.keys.device)
+            tokens.select(entries.repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keep batch entries `indices` (int64 indices or a bool mask)."""
         if self._tokens is not None:
-            device = self._tokens.sinks.keys.device
-            entries = torch.arange(len(self._tokens.sinks.keys), device=device)
-            self._growing().select(entries[indices.to(device)])
+            tokens = self._growing()
+            device = tokens.sinks.keys.device
+            entries = torch.arange(len(tokens.sinks.keys), device=device)
+            tokens.select(entries[indices.to(device)])
 
     def offload(self) -> None:
         """Move everything to the CPU."""
@@ -225,8 +234,8 @@ class PackedLayer(DynamicLayer):
 
     @property
     def tokens(self) -> PackedTokens | None:
-        """The storage; None before the first token."""
-        return self._tokens
+        """The storage; None before the first token. A copy of what is at fixed addresses."""
+        return None if self._tokens is None else self._lasting()
 
     @property
     def packed_tokens(self) -> int:
@@ -299,7 +308,8 @@ class PackedLayer(DynamicLayer):
 
     def snapshot(self) -> LayerSnapshot:
         """The present state, for `restore`. Nothing is copied."""
-        return LayerSnapshot(self._tokens.share() if self._tokens is not None else None, self.tokens_seen)
+        tokens = self.tokens
+        return LayerSnapshot(None if tokens is None else tokens.share(), self.tokens_seen)
 
     def restore(self, snapshot: LayerSnapshot) -> None:
         """Go back to a snapshot of this layer, any number of times. Later tokens are lost."""
@@ -311,23 +321,24 @@ class PackedLayer(DynamicLayer):
         other = copy.copy(self)
         memo[id(self)] = other
         if self._tokens is not None:
-            other._tokens = self._tokens.share()
-            other._tokens.map(torch.clone)
+            tokens = self._lasting().share()
+            tokens.map(torch.clone)
+            other._tokens = tokens
         return other
 
-    def _filled(self) -> PackedTokens:
+    def _filled(self) -> PackedTokens | FixedTokens:
         if self._tokens is None:
             raise InvalidInputError("this layer has seen no token yet; run the model on a context first")
         return self._tokens
 
     def _growing(self) -> PackedTokens:
         self.release()
-        return self._filled()
+        return self._lasting()
 
     def _lasting(self) -> PackedTokens:
         """The tokens in a form whose views no later step writes to."""
         tokens = self._filled()
-        return tokens.share() if isinstance(tokens, FixedTokens) else tokens
+        return tokens.release() if isinstance(tokens, FixedTokens) else tokens
 
     def _map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
         if self._tokens is not None:
@@ -345,7 +356,7 @@ class PackedLayer(DynamicLayer):
         if isinstance(value, PackedStates):
             trims = trims and value.leading
         elif trims and value is not None:
-            trims = not self.packed_tokens and _starts(_readable(self._filled(), side).dense(), value)
+            trims = not self.packed_tokens and _starts(_readable(self._lasting(), side).dense(), value)
         if not trims or value is None:
             shape = None if value is None else tuple(value.shape)
             raise InvalidInputError(
@@ -372,9 +383,9 @@ class PackedLayer(DynamicLayer):
         return True
 
 
-def _states(tokens: PackedTokens, side: str) -> torch.Tensor:
+def _states(tokens: PackedTokens | FixedTokens, side: str) -> torch.Tensor:
     """Keys or values for attention."""
-    if tokens.readable:
+    if isinstance(tokens, FixedTokens) or tokens.readable:
         return PackedStates(replace(tokens.view(), for_attention=True), side)
     both = join(tokens.sinks, tokens.recent)
     states: torch.Tensor = getattr(both, side)

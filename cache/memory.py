@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from transformers.cache_utils import Cache
 
-from quantpress.cache.fixed.fixed_plain import tokens_of
+from quantpress.cache.fixed.plain import tokens_of
 from quantpress.cache.layer import PackedLayer
 from quantpress.cache.tokens.packed_tokens import PackedTokens
 
@@ -135,7 +135,7 @@ def cache_memory(cache: Cache) -> CacheMemory:
 
 def _layer_memory(layer: Any, seen: set[int]) -> LayerMemory:
     if isinstance(layer, PackedLayer):
-        return LayerMemory(*[0] * 8) if layer.tokens is None else _packed_memory(layer.tokens, seen)
+        return _packed_memory(layer, seen)
     tensors = [t for t in vars(layer).values() if isinstance(t, torch.Tensor)]
     held = tokens_of(layer)
     states = [t for t in (held.keys, held.values) if isinstance(t, torch.Tensor)]
@@ -153,7 +153,11 @@ def _layer_memory(layer: Any, seen: set[int]) -> LayerMemory:
     )
 
 
-def _packed_memory(tokens: PackedTokens, seen: set[int]) -> LayerMemory:
+def _packed_memory(layer: PackedLayer, seen: set[int]) -> LayerMemory:
+    tokens = layer.tokens
+    if tokens is None:
+        return LayerMemory(*[0] * 8)
+    stored = tokens if layer.fixed is None else layer.fixed
     keys, values = tokens.sinks.keys, tokens.sinks.values
     kept = kept_tokens(tokens)
     head_bytes = (
@@ -162,9 +166,9 @@ def _packed_memory(tokens: PackedTokens, seen: set[int]) -> LayerMemory:
     return LayerMemory(
         tokens=len(tokens),
         packed_tokens=tokens.packed_tokens,
-        packed_bytes=storage_bytes(tokens.packed_tensors(), seen),
-        dense_bytes=storage_bytes(tokens.dense_tensors(), seen),
-        metadata_bytes=storage_bytes(tokens.metadata_tensors(), seen),
+        packed_bytes=storage_bytes(stored.packed_tensors(), seen),
+        dense_bytes=storage_bytes(stored.dense_tensors(), seen),
+        metadata_bytes=storage_bytes(stored.metadata_tensors(), seen),
         uncompressed_bytes=kept * head_bytes,
         token_bytes=keys.shape[0] * keys.shape[1] * head_bytes,
         numbers=kept * (keys.shape[-1] + values.shape[-1]),

@@ -9,7 +9,7 @@ import torch
 from kvpress import BasePress, DMSPress
 from transformers import Cache, PreTrainedModel
 
-from quantpress.cache.fixed.fixed_plain import FixedLayer
+from quantpress.cache.fixed.plain import BufferedLayer
 from quantpress.cache.text_cache import TextCache
 from quantpress.cache.tokens.evicted_slots import MASKS, named_to_hide
 from quantpress.pipelines.members import members
@@ -98,7 +98,7 @@ def _remember(layer: Any) -> Callable[[], None]:
     if hasattr(layer, "snapshot"):
         snapshot = layer.snapshot()
         return lambda: layer.restore(snapshot)
-    if isinstance(layer, FixedLayer):
+    if isinstance(layer, BufferedLayer):
         layer.release()
     in_place, kind = layer.is_compileable, type(layer)
     state = {name: _held(value, in_place) for name, value in vars(layer).items()}

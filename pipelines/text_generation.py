@@ -9,7 +9,7 @@ from kvpress import BasePress, KVPressTextGenerationPipeline
 from transformers import Cache, DynamicCache
 
 from quantpress.cache import PackedLayer, cache_memory
-from quantpress.cache.fixed.fixed_cache import unfixable
+from quantpress.cache.fixed.cache import unfixable
 from quantpress.errors import InvalidInputError
 from quantpress.pipelines import arguments as given
 from quantpress.pipelines.capture.captured import capturing

@@ -165,15 +165,13 @@ class TurboQuant(Pipeable, BasePress):
         return sum(codec.bits_per_value for codec in codecs) / 2
 
     def post_init_from_model(self, model: PreTrainedModel) -> None:
-        """Check the model and let its attention read packed layers; called when a context is entered.
+        """Check that the cache of this model can be packed; called when a context is entered.
 
         Raises:
             UnsupportedModelError: this model's cache cannot be packed.
             UnsupportedHeadDimError: its head_dim cannot be packed.
             InvalidInputError: `layer_bits` names a layer that the model does not have.
         """
-        from quantpress.cache.attention.dispatch import install_packed_attention
-
         check_packable(model)
         layers = len(attention_modules(model))
         for index in self.layer_bits or {}:
@@ -183,7 +181,6 @@ class TurboQuant(Pipeable, BasePress):
             head_dim = getattr(module, "head_dim", None)
             if isinstance(head_dim, int):
                 self.layer_settings(module, head_dim, head_dim, self.sink_tokens)
-        install_packed_attention()
 
     @contextmanager
     def __call__(self, model: PreTrainedModel) -> Generator[None, None, None]:

@@ -1,86 +1,80 @@
 """Lets every attention implementation of transformers read packed layers.
 
-`install_packed_attention` wraps the entries of `ALL_ATTENTION_FUNCTIONS`, and "eager": a packed key goes to
-`quantpress.kernels.attend`, anything else to the function that was there. Names, masks and models stay as
-they are. An implementation registered later, or one that is not wrapped, still gets right results:
-`PackedStates` decodes itself.
+While a packed layer exists, the functions in `ALL_ATTENTION_FUNCTIONS` are wrapped: packed keys and values go
+to `quantpress.kernels.attend`, everything else goes to the function that was there. Names, masks and models
+stay as they are. An attention function that is not wrapped still gets right results, since `PackedStates`
+decodes itself.
 """
 
 import functools
-import sys
-from collections.abc import Callable, Sequence
+import threading
 from dataclasses import replace
 from typing import Any
 
 import torch
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from quantpress.cache.attention import compiled_step
+from quantpress.cache.attention import step
+from quantpress.cache.attention.functions import (
+    TORCH_ATTENTION,
+    AttentionFunction,
+    FunctionWrapper,
+    model_eager_attention,
+)
 from quantpress.cache.attention.states import PackedStates
-from quantpress.cache.attention.visibility import visibility, visibility_by_place, whole_mask
+from quantpress.cache.attention.visibility import visibility, visibility_of_stored, whole_mask
 from quantpress.cache.tokens.evicted_slots import MASKS, named_to_hide
 from quantpress.cache.tokens.view import PackedView
-from quantpress.errors import UnsupportedModelError
-from quantpress.kernels.attend import Segment, Visibility, attend
+from quantpress.kernels.attend import Segment, attend
 
-AttentionFunction = Callable[..., tuple[torch.Tensor, torch.Tensor | None]]
-_MARK = "_quantpress_original"
 IGNORES_SOFTCAP = ("sdpa",)
-"""Implementations that leave out a model's softcap (Gemma 2): packed layers then leave it out too."""
-
+"""Implementations that leave out a model's softcap (Gemma 2); packed layers then leave it out too."""
 
 TAKES_MASKS = ("sdpa", "eager")
-"""Implementations that take a mask [B, Hq, Tq, T]; in the place of others the model's eager one does."""
+"""Implementations that take a mask [B, Hq, Tq, T]; the model's eager attention stands in for the others."""
+
+
+def _reads_packed(function: AttentionFunction, name: str) -> AttentionFunction:
+    if "paged" in name or name in ("flex_attention", TORCH_ATTENTION):
+        return function
+    return _dispatch(function, caps=name not in IGNORES_SOFTCAP, masks=name in TAKES_MASKS)
+
+
+PACKED_ATTENTION = FunctionWrapper(_reads_packed)
+"""Attention that reads packed layers. Its users are whatever hands packed states to a model: every
+`PackedLayer`, every `TokenBuffer`, and `install_packed_attention`."""
+
+_installed = False
+_installing = threading.Lock()
 
 
 def install_packed_attention() -> None:
-    """Wrap every registered attention function; does nothing where it is done already.
+    """Let attention read packed layers until `uninstall_packed_attention`, whether there are any or not.
 
-    Import kvpress before: it wraps the same entries on import, and must be inside.
+    Packed layers see to this themselves as long as they exist, so it is rarely needed. It does nothing when
+    it was called before. Import kvpress first: it wraps the same functions when it is imported, and its
+    wrappers have to lie inside.
     """
-    for name in list(ALL_ATTENTION_FUNCTIONS.keys()):
-        function = ALL_ATTENTION_FUNCTIONS[name]
-        if not reads_packed(function) and "paged" not in name and name != "flex_attention":
-            ALL_ATTENTION_FUNCTIONS[name] = _dispatch(
-                function, caps=name not in IGNORES_SOFTCAP, masks=name in TAKES_MASKS
-            )
-    if "eager" not in ALL_ATTENTION_FUNCTIONS:
-        ALL_ATTENTION_FUNCTIONS["eager"] = _dispatch(model_eager_attention)
+    global _installed
+    with _installing:
+        if not _installed:
+            PACKED_ATTENTION.add_user()
+        _installed = True
 
 
 def uninstall_packed_attention() -> None:
-    """Put back every attention function as it was.
+    """Take back `install_packed_attention`; does nothing when it was not called.
 
-    Packed layers go on to work, decoded as a whole at each step.
+    Every attention function is as it was once no packed layer exists any more. A layer in a reference cycle,
+    as an exception's traceback may make one, exists until the garbage collector has run.
     """
-    for name in list(ALL_ATTENTION_FUNCTIONS.keys()):
-        original = getattr(ALL_ATTENTION_FUNCTIONS[name], _MARK, None)
-        if original is model_eager_attention:
-            del ALL_ATTENTION_FUNCTIONS[name]
-        elif original is not None:
-            ALL_ATTENTION_FUNCTIONS[name] = original
+    global _installed
+    with _installing:
+        if _installed:
+            PACKED_ATTENTION.remove_user()
+        _installed = False
 
 
-def reads_packed(function: Any) -> bool:
-    """Whether an attention function is one that `install_packed_attention` has wrapped."""
-    return hasattr(function, _MARK)
-
-
-def model_eager_attention(
-    module: torch.nn.Module, *args: Any, **kwargs: Any
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The eager attention that the module's own modelling file defines."""
-    function = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
-    if function is None:
-        raise UnsupportedModelError(
-            f"{type(module).__name__} has no eager_attention_forward in {type(module).__module__}; "
-            'load the model with attn_implementation="sdpa"'
-        )
-    result: tuple[torch.Tensor, torch.Tensor | None] = function(module, *args, **kwargs)
-    return result
-
-
-def _dispatch(original: AttentionFunction, caps: bool = True, masks: bool = True) -> AttentionFunction:
+def _dispatch(original: AttentionFunction, caps: bool, masks: bool) -> AttentionFunction:
     @functools.wraps(original)
     def packed_attention(
         module: torch.nn.Module,
@@ -91,7 +85,7 @@ def _dispatch(original: AttentionFunction, caps: bool = True, masks: bool = True
         *args: Any,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        if compiled_step.is_compiled_step():
+        if step.is_compiled_step():
             return _traced(module, query, key, value, kwargs, caps), None
         if not isinstance(key, PackedStates) and not isinstance(value, PackedStates):
             return original(module, query, key, value, attention_mask, *args, **kwargs)
@@ -107,7 +101,6 @@ def _dispatch(original: AttentionFunction, caps: bool = True, masks: bool = True
             kwargs.pop("softcap", None)
         return _attend_view(module, query, view, attention_mask, kwargs), None
 
-    setattr(packed_attention, _MARK, original)
     return packed_attention
 
 
@@ -136,7 +129,7 @@ def _attend_dense(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The original function on decoded keys and values, what single heads have evicted masked for them."""
+    """The original function on decoded keys and values, under a mask that hides what single heads evicted."""
     hidden = view.evicted()
     rule = visibility(module, query.shape[2], view.shape, attention_mask, kwargs)
     dropped = hidden if rule.dropped is None or hidden is None else hidden | rule.dropped
@@ -159,34 +152,19 @@ def _attend_view(
     attention_mask: torch.Tensor | None,
     kwargs: dict[str, Any],
 ) -> torch.Tensor:
-    scaling = kwargs.get("scaling")
-    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    softcap, sinks = kwargs.get("softcap"), kwargs.get("s_aux")
+    scaling, softcap, sinks = _scaling(query, kwargs), kwargs.get("softcap"), kwargs.get("s_aux")
     segments = _step_segments(module, query, view, kwargs)
     if segments is not None:
-        return attend_step(query, segments, scaling, softcap, sinks)
+        return step.attend_step(query, segments, scaling, softcap, sinks)
     rule = visibility(module, query.shape[2], view.shape, attention_mask, kwargs)
     output = attend(
         query,
         view.segments(),
-        rule if view.heads is None else visibility_by_place(rule, view.tokens, view.heads),
+        rule if view.heads is None else visibility_of_stored(rule, view.tokens, view.heads),
         scaling=scaling,
         softcap=softcap,
         sinks=sinks,
     )
-    return output.transpose(1, 2).contiguous()
-
-
-def attend_step(
-    query: torch.Tensor,
-    segments: Sequence[Segment],
-    scaling: float,
-    softcap: float | None,
-    sinks: torch.Tensor | None,
-) -> torch.Tensor:
-    """One query over all the room of a layer at fixed addresses: [B, 1, Hq, Dv]."""
-    limits = Visibility(1, sum(segment.tokens for segment in segments))
-    output = attend(query, segments, limits, scaling=scaling, softcap=softcap, sinks=sinks)
     return output.transpose(1, 2).contiguous()
 
 
@@ -198,13 +176,16 @@ def _traced(
     kwargs: dict[str, Any],
     caps: bool,
 ) -> torch.Tensor:
-    scaling = kwargs.get("scaling")
-    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    softcap = kwargs.get("softcap") if caps else None
+    softcap, sinks = kwargs.get("softcap") if caps else None, kwargs.get("s_aux")
     layer: Any = module.layer_idx
-    sinks = kwargs.get("s_aux")
-    output: torch.Tensor = compiled_step.step_attention(query, key, value, layer, scaling, softcap, sinks)
+    scaling = _scaling(query, kwargs)
+    output: torch.Tensor = step.step_attention(query, key, value, layer, scaling, softcap, sinks)
     return output
+
+
+def _scaling(query: torch.Tensor, kwargs: dict[str, Any]) -> float:
+    scaling: float | None = kwargs.get("scaling")
+    return query.shape[-1] ** -0.5 if scaling is None else scaling
 
 
 def _step_segments(
@@ -213,5 +194,7 @@ def _step_segments(
     """The segments of a step at fixed addresses, whose one query sees every token; None for other calls."""
     if view.step is None or query.shape[2] != 1 or named_to_hide(module) is not None:
         return None
-    windowed = view.packed.pages and kwargs.get("sliding_window") is not None  # plain layers keep to theirs
+    windowed = (
+        view.packed.pages and kwargs.get("sliding_window") is not None
+    )  # plain layers have lengths for it
     return None if windowed else list(view.step)

@@ -1,11 +1,12 @@
 """`PackedStates`: a tensor that stands for a packed layer's keys or values and decodes only when it must.
 
-`PackedLayer.update` returns two of these. Models hand them untouched to the attention function, where our
-dispatcher reads the packed view behind them. Any other operation (a stock attention, a press, a user's own
-code) sees an ordinary tensor: the first operation that needs numbers decodes them. Slicing the newest tokens
-off and selecting in the batch stay packed. Writing in place works: from then on this tensor is dense.
+`PackedLayer.update` returns two of these. Models pass them untouched to the attention function, where
+`quantpress.cache.attention.dispatch` reads the packed view behind them. To any other operation (a stock
+attention, a press, a user's own code) this is an ordinary tensor: the first operation that needs numbers
+decodes them. Slices of the first tokens and selections in the batch stay packed. After a write in place the
+tensor is dense.
 
-Gathering whole tokens, as presses do with those that they keep, is remembered (`kept`): a layer that is
+A gather of whole tokens, which presses use for the tokens they keep, is remembered (`kept`): a layer that is
 assigned the result moves codes instead of quantizing again.
 """
 
@@ -26,9 +27,9 @@ class PackedStates(torch.Tensor):
     """Keys [B, Hkv, T, D] or values [B, Hkv, T, Dv] of a packed view.
 
     Args:
-        view: the tokens it stands for.
+        view: the tokens that it stands for.
         side: "keys" or "values".
-        kept: [B, Hkv, K] int64, when it stands for these of the tokens only.
+        kept: [B, Hkv, K] int64, the only tokens of the view that it stands for; None: all of them.
     """
 
     view_of_layer: PackedView | DenseView
@@ -50,14 +51,13 @@ class PackedStates(torch.Tensor):
 
     @property
     def packed(self) -> PackedView | None:
-        """The packed view that it is all of; None once it was written to."""
+        """The packed view, if this stands for all of it and was not written to; else None."""
         view = self.view_of_layer
-        whole = self._dense is None and self._kept is None
-        return view if whole and isinstance(view, PackedView) else None
+        return view if self.leading and isinstance(view, PackedView) else None
 
     @property
     def kept(self) -> torch.Tensor | None:
-        """[B, Hkv, K] which tokens of the view it stands for; None for all, and once it was written to."""
+        """[B, Hkv, K] tokens of the view that this stands for; None for all, and after a write."""
         return self._kept if self._dense is None else None
 
     @property

@@ -34,9 +34,8 @@ def visibility(
         The same rule for T tokens.
 
     Raises:
-        UnsupportedModelError: a mask made for another length that is not simply causal (a padded batch whose
-        layers
-            keep different numbers of tokens).
+        UnsupportedModelError: the mask was made for another length and is not simply causal (a padded batch
+            whose layers keep different numbers of tokens).
     """
     tokens = shape[2]
     causal = kwargs.get("is_causal")
@@ -70,7 +69,7 @@ def causal_mask(queries: int, tokens: int, window: int | None, device: torch.dev
 
 
 def is_causal_mask(mask: torch.Tensor, queries: int) -> bool:
-    """Whether a mask hides the later queries' tokens and no others. Waits for the device once a mask."""
+    """Whether a mask hides later tokens and nothing else. Waits for the device once for each mask."""
     known: bool | None = getattr(mask, _CAUSAL, None)
     if known is None:
         seen = mask if mask.dtype == torch.bool else mask == 0
@@ -93,20 +92,20 @@ def _dropped(module: torch.nn.Module, shape: tuple[int, int, int]) -> torch.Tens
     return dropped
 
 
-def visibility_by_place(rule: Visibility, slots: int, heads: HeadLengths) -> Visibility:
-    """The same rule for the places of a layer whose heads keep different tokens.
+def visibility_of_stored(rule: Visibility, slots: int, heads: HeadLengths) -> Visibility:
+    """The same rule for the tokens that a layer stores, where heads keep different ones.
 
     Args:
         rule: for the slots that the layer counts.
-        slots: how many.
-        heads: which places hold a token.
+        slots: how many there are.
+        heads: which of the stored tokens each head keeps.
 
     Raises:
         UnsupportedModelError: the mask hides, or weights, tokens of the part that was evicted from.
         InvalidInputError: more slots are named there than were evicted.
     """
-    places = slots - heads.evicted
-    known = slots - heads.whole_from  # slots at the end that are places in every head
+    stored = slots - heads.evicted
+    known = slots - heads.whole_from  # slots at the end that every head stores
     mask, dropped = rule.mask, rule.dropped
     if mask is not None:
         before = mask[..., : heads.whole_from]
@@ -118,17 +117,17 @@ def visibility_by_place(rule: Visibility, slots: int, heads: HeadLengths) -> Vis
             )
         front = mask.new_ones if mask.dtype == torch.bool else mask.new_zeros
         mask = torch.cat(
-            [front(*mask.shape[:-1], places - known), mask[..., heads.whole_from : slots]], dim=-1
+            [front(*mask.shape[:-1], stored - known), mask[..., heads.whole_from : slots]], dim=-1
         )
     if dropped is not None:
         heads.check_named(dropped)
-        front_places = dropped.new_zeros(*dropped.shape[:2], places - known)
-        dropped = torch.cat([front_places, dropped[..., heads.whole_from :]], dim=-1)
-    return replace(rule, tokens=places, mask=mask, dropped=dropped)
+        none = dropped.new_zeros(*dropped.shape[:2], stored - known)
+        dropped = torch.cat([none, dropped[..., heads.whole_from :]], dim=-1)
+    return replace(rule, tokens=stored, mask=mask, dropped=dropped)
 
 
 def whole_mask(rule: Visibility, query: torch.Tensor) -> torch.Tensor:
-    """A rule as a mask that is added to scores: [B, Hq, Tq, T] in the query's dtype."""
+    """A rule as a mask to add to scores: [B, Hq, Tq, T] in the query's dtype."""
     batch, query_heads, queries, _ = query.shape
     heads = 1 if rule.dropped is None else rule.dropped.shape[1]
     limit = rule.bias(0, rule.tokens, (batch, heads, query_heads // heads, queries), query.device)

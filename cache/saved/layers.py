@@ -4,8 +4,7 @@ from typing import Any
 
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
-from quantpress.cache.fixed.fixed_plain import FixedLayer
-from quantpress.cache.fixed.fixed_tokens import FixedTokens
+from quantpress.cache.fixed.plain import BufferedLayer
 from quantpress.cache.layer import PackedLayer
 from quantpress.cache.saved.checks import check_tokens
 from quantpress.cache.settings import LayerSettings
@@ -48,7 +47,7 @@ def _layer_parts(index: int, layer: Any) -> Parts:
     if isinstance(layer, PackedLayer):
         return _packed_layer_parts(layer)
     tensors = {} if layer.get_seq_length() == 0 else {"keys": layer.keys, "values": layer.values}
-    kind = layer.plain if isinstance(layer, FixedLayer) else type(layer)
+    kind = layer.plain if isinstance(layer, BufferedLayer) else type(layer)
     if kind is DynamicLayer:
         return Parts("dynamic_layer", tensors=tensors)
     if kind is DynamicSlidingWindowLayer:
@@ -64,14 +63,13 @@ def _packed_layer_parts(layer: PackedLayer) -> Parts:
     settings = layer.settings
     about = {"tokens_seen": layer.tokens_seen, **{name: getattr(settings, name) for name in _WINDOWS}}
     inner = {"key_codec": settings.key_codec.parts(), "value_codec": settings.value_codec.parts()}
-    if layer.tokens is not None:
-        inner["tokens"] = _tokens_parts(layer.tokens)
+    tokens = layer.tokens
+    if tokens is not None:
+        inner["tokens"] = _tokens_parts(tokens)
     return Parts("packed_layer", about, inner=inner)
 
 
 def _tokens_parts(tokens: PackedTokens) -> Parts:
-    if isinstance(tokens, FixedTokens):
-        tokens = tokens.share()
     sinks, recent = tokens.sinks, tokens.recent
     tensors = {
         "sink_keys": sinks.keys,

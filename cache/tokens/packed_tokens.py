@@ -27,7 +27,7 @@ from quantpress.cache.tokens.segments import after, compact, decode_segment, fir
 from quantpress.cache.tokens.view import PackedView
 from quantpress.codecs.protocol import Planes
 from quantpress.errors import InvalidInputError
-from quantpress.kernels.attend import DenseSegment
+from quantpress.kernels.attend import DenseSegment, PackedSegment
 from quantpress.kernels.layout import PAGE_TOKENS
 from quantpress.quantization.transform import ChannelTransform
 
@@ -162,7 +162,7 @@ class PackedTokens:
         tokens = max(0, self.recent.tokens - self.settings.recent_tokens) // PAGE_TOKENS * PAGE_TOKENS
         if tokens == 0:
             return False
-        self._pack(first(self.recent, tokens))
+        self.pack(first(self.recent, tokens))
         self._recent = after(self._recent, tokens)
         self.own()
         return True
@@ -172,8 +172,12 @@ class PackedTokens:
         pages = (self.packed + self.recent.tokens + tokens) // PAGE_TOKENS
         self.pages.reserve(pages)
 
-    def _pack(self, tokens: DenseSegment) -> None:
-        """Append tokens, a whole number of pages, to the pages."""
+    def pack(self, tokens: DenseSegment) -> None:
+        """Append tokens, a whole number of pages, to the pages.
+
+        Raises:
+            NonFiniteError: they hold NaN or infinity; nothing was changed.
+        """
         in_use = None if self.heads is None else self.heads.in_use(self.packed, self.packed + tokens.tokens)
         self.pages.append(*self.encode(tokens, tokens, in_use))
 
@@ -241,6 +245,11 @@ class PackedTokens:
         self.sinks, self._recent = sinks, recent
         self.own()
 
+    def take_recent(self) -> DenseSegment:
+        """Hand the recent tokens over; none are left here."""
+        recent, self._recent = self._recent, first(self._recent, 0)
+        return recent
+
     def own(self) -> None:
         """Copy 16-bit tokens that are slices of larger storages, so that these are freed."""
         self.sinks, self._recent = compact(self.sinks), compact(self._recent)
@@ -285,20 +294,33 @@ class PackedTokens:
             raise InvalidInputError(
                 f"none of the {len(self)} tokens is packed yet; read them from `sinks` and `recent`"
             )
-        settings, pages = self.settings, self.pages.share()
+        pages = self.pages.share()
         return PackedView(
             sinks=self.sinks,
-            packed=pages.segment(
-                (settings.key_codec, self.key_transform or ChannelTransform()),
-                (settings.value_codec, self.value_transform or ChannelTransform()),
-                None if self.heads is None else self.heads.span(0, self.packed),
-            ),
+            packed=self.packed_segment(None if self.heads is None else self.heads.span(0, self.packed)),
             recent=self.recent,
             tokens=len(self),
             dtype=self.dtype,
             heads=self.heads,
             demoted=None if self.demoted is None else self.demoted.segment(),
             owners=(pages, self.demoted),
+        )
+
+    def packed_segment(
+        self, span: tuple[torch.Tensor, torch.Tensor | None] | None, to_capacity: bool = False
+    ) -> PackedSegment:
+        """The packed pages as attention reads them.
+
+        Args:
+            span: [B, Hkv] int32 how many tokens of each head are in use, and the first of them; None: all.
+            to_capacity: include spare capacity, so that addresses stay valid while pages are appended.
+        """
+        settings = self.settings
+        return self.pages.segment(
+            (settings.key_codec, self.key_transform or ChannelTransform()),
+            (settings.value_codec, self.value_transform or ChannelTransform()),
+            span,
+            to_capacity=to_capacity,
         )
 
     def dense_tensors(self) -> list[torch.Tensor]:

@@ -10,12 +10,16 @@ import torch
 from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from quantpress.cache.attention.dispatch import install_packed_attention
+from quantpress.cache.attention.functions import (
+    AttentionFunction,
+    FunctionWrapper,
+    model_eager_attention,
+)
 from quantpress.evaluation.divergence.teacher_forcing import float32_logits
 from quantpress.presses.models.support import attention_modules
 
 _PASSED_ON = ("scaling", "softcap", "s_aux")
-_RECORDING = threading.RLock()
+_RANK = 2  # outside of packed attention and of live patches
 
 
 @dataclass(frozen=True)
@@ -86,47 +90,37 @@ def read_reference(model: PreTrainedModel, ids: torch.Tensor, context: int, quer
 def _recorded(
     model: PreTrainedModel, calls: dict[int, AttentionCall], context: int, queries: int
 ) -> Iterator[None]:
-    """Wrap the model's attention function for one forward; all models share it, so one at a time."""
+    """Record the attention calls that this thread makes in the model's layers."""
     if not queries:
         yield
         return
-    with _RECORDING:
-        yield from _recorded_alone(model, calls, context, queries)
-
-
-def _recorded_alone(
-    model: PreTrainedModel, calls: dict[int, AttentionCall], context: int, queries: int
-) -> Iterator[None]:
     own, this = set(attention_modules(model)), threading.current_thread()
-    install_packed_attention()
-    name = model.config._attn_implementation
-    function: Any = ALL_ATTENTION_FUNCTIONS[name]
 
-    def recording(
-        module: torch.nn.Module,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        *args: Any,
-        **kwargs: Any,
-    ) -> Any:
-        mine = module in own and threading.current_thread() is this
-        if mine and kwargs.get("sliding_window") is None:
-            layer: Any = module.layer_idx
-            calls[layer] = AttentionCall(
-                module,
-                query[:, :, context : context + queries].clone(),
-                key[:, :, :context].clone(),
-                value[:, :, :context].clone(),
-                {name: kwargs[name] for name in _PASSED_ON if name in kwargs},
-            )
-        return function(module, query, key, value, *args, **kwargs)
+    def record(function: AttentionFunction, name: str) -> AttentionFunction:
+        def recording(
+            module: torch.nn.Module,
+            query: torch.Tensor,
+            key: torch.Tensor,
+            value: torch.Tensor,
+            *args: Any,
+            **kwargs: Any,
+        ) -> Any:
+            mine = module in own and threading.current_thread() is this
+            if mine and kwargs.get("sliding_window") is None:
+                layer: Any = module.layer_idx
+                calls[layer] = AttentionCall(
+                    module,
+                    query[:, :, context : context + queries].clone(),
+                    key[:, :, :context].clone(),
+                    value[:, :, :context].clone(),
+                    {name: kwargs[name] for name in _PASSED_ON if name in kwargs},
+                )
+            return function(module, query, key, value, *args, **kwargs)
 
-    ALL_ATTENTION_FUNCTIONS[name] = recording
-    try:
+        return recording if name == model.config._attn_implementation else function
+
+    with FunctionWrapper(record, _RANK).in_place():
         yield
-    finally:
-        ALL_ATTENTION_FUNCTIONS[name] = function
 
 
 def attend(
@@ -134,9 +128,10 @@ def attend(
 ) -> torch.Tensor:
     """The layer's attention over a context alone, packed or not, all of it visible: [B, n, Hq, Dv].
 
-    It goes through the function that the model itself calls, so a packed cache is read as in decoding.
+    The model itself calls the same function, so a packed cache is read as in decoding.
     """
-    function: Any = ALL_ATTENTION_FUNCTIONS[model.config._attn_implementation]
+    name = model.config._attn_implementation
+    function: Any = ALL_ATTENTION_FUNCTIONS.get(name, model_eager_attention)
     options = {"dropout": 0.0, "is_causal": False, **call.options}
     output: torch.Tensor = function(call.module, call.query, keys, values, None, **options)[0]
     return output

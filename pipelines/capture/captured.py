@@ -16,8 +16,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from quantpress.cache.attention.dispatch import install_packed_attention
-from quantpress.cache.fixed.fixed_cache import FixedCache, never_fixable, unfixable
+from quantpress.cache.fixed.cache import FixedCache, never_fixable, unfixable
 from quantpress.cache.layer import PackedLayer
 from quantpress.errors import InvalidInputError
 from quantpress.pipelines.capture.captured_forward import CapturedForward
@@ -245,7 +244,6 @@ class CapturedDecoding:
                 self._cache.release()
             self._graph = None
             self._cache = FixedCache(step.cache, windows_of(self._model))
-            _let_attention_read()
         self._cache.enter(self._new_tokens)
         self._check_addresses()
         return True
@@ -326,13 +324,6 @@ class CapturedDecoding:
 def _capture_stream(device: torch.device) -> torch.cuda.Stream:
     """One for each device: torch keeps one, of whichever was current at the first capture of the process."""
     return torch.cuda.Stream(device)
-
-
-def _let_attention_read() -> None:
-    """Plain layers may be all there is: no press has let attention read what is ours."""
-    import kvpress  # noqa: F401  wraps attention functions on import, and has to be inside
-
-    install_packed_attention()
 
 
 def _first_line(error: Exception) -> str:

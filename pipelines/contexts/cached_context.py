@@ -11,7 +11,7 @@ import torch
 from kvpress import BasePress, DMSPress
 from transformers import Cache, PreTrainedModel
 
-from quantpress.cache import CacheMemory, PackedLayer, cache_memory, install_packed_attention
+from quantpress.cache import CacheMemory, PackedLayer, cache_memory
 from quantpress.cache.saved.fingerprint import difference, model_fingerprint
 from quantpress.cache.tokens.evicted_slots import MASKS, named_to_hide
 from quantpress.errors import InvalidInputError
@@ -133,7 +133,6 @@ class CachedContext:
                 f"this context was read by another model: {reason}; read it again with this one"
             )
         check_keeps(model)
-        install_packed_attention()
         modules = attention_modules(model)
         before = [vars(module).get(MASKS) for module in modules]
         try:
@@ -200,7 +199,6 @@ class CachedContext:
         )
         if press is not None:
             check_packed_by(press, model, context.cache, str(path))
-        install_packed_attention()
         return context
 
 

@@ -11,9 +11,8 @@ from typing import Any
 
 from torch import nn
 from transformers.cache_utils import Cache
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from quantpress.cache.attention.dispatch import reads_packed
+from quantpress.cache.attention.functions import original_functions, put_back_functions
 from quantpress.presses.models.lock import model_lock
 from quantpress.presses.models.support import attention_modules, decoder_of
 
@@ -28,8 +27,8 @@ def left_as_found(model: nn.Module) -> Iterator[None]:
 
     Always: attributes that were added to attention modules are removed and `forward` is put back where it was
     replaced (presses remove their hooks themselves). After an exception also: kvpress's
-    `masked_key_indices`, the attention implementation, transformers' attention functions but for ours, which
-    other threads may need, and a cache whose prefill did not come to its end is empty again. Other threads
+    `masked_key_indices`, the attention implementation and what presses did to transformers' attention
+    functions are undone, and a cache whose prefill did not come to its end is empty again. Other threads
     wait until then with what they would put on the model (`model_lock`).
     """
     with model_lock(model), _restored(model):
@@ -43,14 +42,14 @@ def _restored(model: nn.Module) -> Iterator[None]:
     before = [_Attributes(module) for module in modules]
     on_failure = [_undo_attribute(module, _KEPT) for module in modules]
     on_failure += [_undo_attribute(config, _IMPLEMENTATION) for config in _configs(model, modules)]
-    functions = dict(ALL_ATTENTION_FUNCTIONS.items())
+    functions = original_functions()
     guard = _PrefillGuard(decoder_of(model))
     try:
         yield
     except BaseException:
         for undo in on_failure:
             undo()
-        _restore_functions(functions)
+        put_back_functions(functions)
         guard.roll_back()
         raise
     finally:
@@ -126,14 +125,3 @@ def _undo_attribute(owner: Any, name: str) -> Callable[[], None]:
             vars(owner).pop(name, None)
 
     return undo
-
-
-def _restore_functions(before: dict[str, Any]) -> None:
-    """Undo what presses did to functions that all models share; ours stay, other threads may need them."""
-    for name, function in list(ALL_ATTENTION_FUNCTIONS.items()):
-        if reads_packed(function) or type(function).__module__.startswith("quantpress."):
-            continue
-        if name not in before:
-            del ALL_ATTENTION_FUNCTIONS[name]
-        elif function is not before[name]:
-            ALL_ATTENTION_FUNCTIONS[name] = before[name]

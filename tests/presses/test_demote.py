@@ -12,7 +12,7 @@ from transformers import DynamicCache
 from quantpress.cache import PackedLayer, cache_memory
 from quantpress.cache.attention.dispatch import _attend_view
 from quantpress.cache.attention.states import PackedStates
-from quantpress.cache.fixed.fixed_cache import unfixable
+from quantpress.cache.fixed.cache import unfixable
 from quantpress.cache.saved.layers import cache_of, cache_parts
 from quantpress.cache.tokens.demotion import Demotion
 from quantpress.errors import CompositionError, InvalidInputError, UnsupportedBitsError

@@ -10,7 +10,7 @@ import torch
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer, StaticLayer
 
 from quantpress.cache import LayerSettings, PackedLayer, cache_memory
-from quantpress.cache.fixed.fixed_tokens import Window
+from quantpress.cache.fixed.layers import FixedPackedLayer
 from quantpress.cache.fixed.step_counters import StepCounters
 from quantpress.cache.saved.format import read_file
 from quantpress.cache.saved.layers import cache_of, cache_parts
@@ -166,8 +166,7 @@ def test_every_field_of_packed_tokens_is_saved() -> None:
 def test_tokens_at_fixed_addresses_are_saved_as_they_are_now() -> None:
     layer = packed(scalar(D), 300)
     counters = StepCounters(1, (1, HEADS), torch.device("cpu"))
-    assert layer.tokens is not None
-    layer.fix(Window.like(layer.tokens, counters, 0))
+    FixedPackedLayer(layer, counters, 0).enter(None)
     parts = cache_parts(cache_with(layer))
     assert layer.fixed is not None  # saving takes nothing away
     assert same(layer, cache_of(parts).layers[0])

@@ -11,7 +11,7 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from quantpress.cache import PackedLayer, continue_inputs, uninstall_packed_attention
-from quantpress.cache.fixed.fixed_plain import FixedLayer
+from quantpress.cache.fixed.plain import BufferedLayer
 from quantpress.pipelines.capture.captured import captured_decoding
 from quantpress.pipelines.masks import fitted_masks
 from quantpress.pipelines.preserve import preserved_context
@@ -138,7 +138,7 @@ def test_questions_about_one_context() -> None:
         for seed in range(2):
             with preserved_context(cache, model):
                 got = generate(model, torch.cat([ids, prompt(5, seed=seed)], 1), cache)
-                assert any(isinstance(layer, FixedLayer) for layer in cache.layers)
+                assert any(isinstance(layer, BufferedLayer) for layer in cache.layers)
             assert torch.equal(got, expected[seed])
             for layer, (keys, values, length) in zip(cache.layers, before, strict=True):
                 assert layer.keys is keys and layer.values is values and layer.get_seq_length() == length

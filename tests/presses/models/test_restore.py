@@ -13,7 +13,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from quantpress.cache import PackedLayer, install_packed_attention, uninstall_packed_attention
-from quantpress.cache.attention.dispatch import model_eager_attention
+from quantpress.cache.attention.functions import model_eager_attention
 from quantpress.errors import InvalidInputError
 from quantpress.presses import (
     AdaKV,

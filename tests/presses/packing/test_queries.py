@@ -21,7 +21,7 @@ from transformers import (
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from quantpress.cache import PackedLayer, uninstall_packed_attention
-from quantpress.cache.attention.dispatch import model_eager_attention
+from quantpress.cache.attention.functions import model_eager_attention
 from quantpress.presses import TurboQuant
 from quantpress.presses.packing.prefill_hook import prefill_call
 from quantpress.presses.packing.queries import UnknownAttentionError, query_moment, recomputed_keys

@@ -9,8 +9,8 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, StaticLayer
 
 from quantpress.cache import PackedLayer, cache_memory
-from quantpress.cache.attention.dispatch import attend_step
-from quantpress.cache.fixed.fixed_cache import FixedCache, unfixable
+from quantpress.cache.attention.step import attend_step
+from quantpress.cache.fixed.cache import FixedCache, unfixable
 from quantpress.cache.settings import LayerSettings
 from quantpress.errors import InvalidInputError, NonFiniteError
 from quantpress.kernels.attend import Visibility, attend
@@ -119,7 +119,7 @@ def test_device_counts_what_the_host_counts(settings: LayerSettings) -> None:
         steps(fixed, count)
         for layer in fixed.layers:
             tokens, window = layer.fixed, layer.fixed.window
-            assert window.recent.unique().tolist() == [tokens.used] == [int(window.place) + 1]
+            assert window.recent.unique().tolist() == [tokens.used] == [int(window.newest) + 1]
             assert window.packed.unique().tolist() == [tokens.packed]
 
 
@@ -259,4 +259,4 @@ def test_caches_that_cannot_be_fixed() -> None:
         with pytest.raises(InvalidInputError, match=reason):
             FixedCache(cache)
     with pytest.raises(InvalidInputError, match="none of the 50 tokens"):
-        short.layers[1].fix(FixedCache(filled(SETTINGS["lossless"])).holds[0].window)
+        short.layers[1].fix(FixedCache(filled(SETTINGS["lossless"])).fixed_layers[0].window)

@@ -10,10 +10,10 @@ from transformers import DynamicCache, Gemma3TextConfig
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from quantpress.cache import PackedLayer, cache_memory
-from quantpress.cache.attention.dispatch import attend_step
 from quantpress.cache.attention.states import PackedStates
-from quantpress.cache.fixed.fixed_cache import FixedCache
-from quantpress.cache.fixed.fixed_plain import FixedLayer, FixedSlidingLayer
+from quantpress.cache.attention.step import attend_step
+from quantpress.cache.fixed.cache import FixedCache
+from quantpress.cache.fixed.plain import BufferedLayer, BufferedSlidingLayer, become
 from quantpress.cache.saved.layers import cache_of, cache_parts
 from tests.cache.caches import lossless
 from tests.cache.test_layer import states
@@ -174,7 +174,7 @@ def test_what_was_read_outlasts_steps() -> None:
     steps(fixed, 50, seed=200)
     assert all(map(torch.equal, held, expected))
     for other in copies:
-        assert not any(isinstance(layer, FixedLayer) for layer in other.layers)
+        assert not any(isinstance(layer, BufferedLayer) for layer in other.layers)
         assert other.layers[0].cumulative_length == 40
         assert all(map(torch.equal, numbers(other), expected))
     fixed.release()
@@ -195,9 +195,7 @@ def test_the_same_memory_after_tokens_were_undone() -> None:
         seen.append(fixed.addresses())
         steps(fixed, 40)
         for layer, kind, state in zip(cache.layers, kinds, before, strict=True):  # `preserved_context`
-            vars(layer).clear()
-            layer.__class__ = kind
-            vars(layer).update(state)
+            become(layer, kind, state)
         assert not fixed.entered and fixed.fits(cache)
     assert seen[0] == seen[1] == seen[2]
 
@@ -236,7 +234,7 @@ def test_memory_counts_the_room() -> None:
     fixed = FixedCache(cache)
     fixed.enter(new_tokens=100)
     memory = cache_memory(cache)
-    assert isinstance(cache.layers[0], FixedSlidingLayer) and isinstance(
+    assert isinstance(cache.layers[0], BufferedSlidingLayer) and isinstance(
         cache.layers[0], DynamicSlidingWindowLayer
     )
     assert memory.layers[1].uncompressed_bytes == plain.layers[1].uncompressed_bytes

@@ -1,7 +1,8 @@
-"""`Room`: memory of a fixed size for the tokens of a layer that nothing packs; steps write to it."""
+"""`TokenBuffer`: memory of a fixed size for the tokens of a layer that nothing packs; steps write to it."""
 
 import torch
 
+from quantpress.cache.attention.dispatch import PACKED_ATTENTION
 from quantpress.cache.fixed.step_counters import StepCounters
 from quantpress.cache.tokens.segments import after, first
 from quantpress.cache.tokens.view import PackedView
@@ -10,60 +11,61 @@ from quantpress.kernels.attend import DenseSegment, PackedSegment, PackedSide
 from quantpress.quantization.transform import ChannelTransform
 
 
-class Room:
-    """Memory for the tokens of one plain layer.
+class TokenBuffer:
+    """Memory for the tokens of one plain layer. While it exists, attention reads packed states.
 
     Args:
-        like: keys [B, Hkv, T, D] and values [B, Hkv, T, Dv] that it is for.
-        places: C, for so many tokens.
+        like: keys [B, Hkv, T, D] and values [B, Hkv, T, Dv] of the kind that it is for.
+        capacity: C, how many tokens it has memory for.
         counters: of all layers.
-        layer: the number of its own.
-        window: how many tokens a query sees, itself included; None: all.
-        ring: a token beyond the last place is written to the first; C is the window.
+        layer: index of its own layer.
+        window: how many tokens a query sees, its own included; None: all.
+        ring: after the last slot, tokens are written to the first again; C is then the window.
 
     Attributes:
         keys, values: [B, Hkv, C, D], [B, Hkv, C, Dv].
-        written: tokens written so far, those that others have taken the place of included.
+        written: tokens written so far, also those that were overwritten since.
         taken: whether its memory belongs to someone else now.
     """
 
     def __init__(
         self,
         like: DenseSegment,
-        places: int,
+        capacity: int,
         counters: StepCounters,
         layer: int,
         window: int | None,
         ring: bool,
     ) -> None:
-        self.place, self._used, self._starts = counters.bound(layer, like.kv_heads, window, ring)
+        PACKED_ATTENTION.add_user_while_alive(self)
+        self.newest, self._used, self._starts = counters.bound(layer, like.kv_heads, window, ring)
         self.window, self.ring, self.written, self.taken = window, ring, 0, False
         with torch.inference_mode(False), torch.no_grad():  # so that any mode may write to it
             self.keys, self.values = (
-                states.new_zeros((*states.shape[:2], places, states.shape[-1]))
+                states.new_zeros((*states.shape[:2], capacity, states.shape[-1]))
                 for states in (like.keys, like.values)
             )
 
     @property
-    def places(self) -> int:
-        """Tokens that there is room for."""
+    def capacity(self) -> int:
+        """How many tokens it has memory for."""
         return self.keys.shape[2]
 
     @property
     def full(self) -> bool:
-        """Whether there is no place for the next token."""
-        return not self.ring and self.written == self.places
+        """Whether there is no slot for the next token."""
+        return not self.ring and self.written == self.capacity
 
     @property
-    def held(self) -> DenseSegment:
-        """What is in use, as views, in the order of places."""
-        return first(DenseSegment(self.keys, self.values), min(self.written, self.places))
+    def in_use(self) -> DenseSegment:
+        """The slots in use, as views, in the order of slots."""
+        return first(DenseSegment(self.keys, self.values), min(self.written, self.capacity))
 
-    def suits(self, tokens: DenseSegment, places: int) -> bool:
-        """Whether it is free and can take tokens of this kind, `places` in all."""
+    def suits(self, tokens: DenseSegment, capacity: int) -> bool:
+        """Whether it is free and can take tokens of this kind, `capacity` of them."""
         return (
             not self.taken
-            and self.places >= places
+            and self.capacity >= capacity
             and all(
                 (*own.shape[:2], own.shape[3]) == (*other.shape[:2], other.shape[3])
                 and (own.dtype, own.device) == (other.dtype, other.device)
@@ -72,20 +74,20 @@ class Room:
         )
 
     def fill(self, tokens: DenseSegment) -> None:
-        """Take tokens over, in the order of the text, and tell the device; a ring those it can still show."""
+        """Copy tokens in the order of the text, a ring the last of them, and tell the device."""
         if self.ring:
-            tokens = after(tokens, max(0, tokens.tokens - self.places + 1))
+            tokens = after(tokens, max(0, tokens.tokens - self.capacity + 1))
         count = tokens.tokens
         self.keys[:, :, :count] = tokens.keys
         self.values[:, :, :count] = tokens.values
         self.written = count
-        self.place.fill_(count - 1)
+        self.newest.fill_(count - 1)
         self._used.fill_(count if self.window is None else min(count, self.window))
 
     def append(self, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """Write one token, keys [B, Hkv, 1, D] and values [B, Hkv, 1, Dv], where the device says."""
-        self.keys.index_copy_(2, self.place, keys.to(self.keys.dtype))
-        self.values.index_copy_(2, self.place, values.to(self.values.dtype))
+        """Write one token, keys [B, Hkv, 1, D] and values [B, Hkv, 1, Dv], at the index on the device."""
+        self.keys.index_copy_(2, self.newest, keys.to(self.keys.dtype))
+        self.values.index_copy_(2, self.newest, values.to(self.values.dtype))
 
     def tokens(self) -> DenseSegment:
         """The tokens that a plain layer would hold, in the order of the text, in memory of their own."""
@@ -95,38 +97,38 @@ class Room:
     def _in_order(self, states: torch.Tensor) -> torch.Tensor:
         if not self.ring:
             return states[:, :, : self.written].clone()
-        kept = min(self.written, self.places - 1)
-        start = (self.written - kept) % self.places
+        kept = min(self.written, self.capacity - 1)
+        start = (self.written - kept) % self.capacity
         before = states[:, :, start : start + kept]
         return torch.cat([before, states[:, :, : kept - before.shape[2]]], dim=2)
 
     def take(self) -> DenseSegment:
-        """The same tokens, for good: of a room that is filled from the front, its own memory."""
+        """The same tokens, to keep. Without a ring they are views, and nothing is written here any more."""
         self.taken = True
-        return self.tokens() if self.ring else self.held
+        return self.tokens() if self.ring else self.in_use
 
     def step_segments(self) -> tuple[DenseSegment]:
-        """All the room there is, with lengths on the device."""
+        """The whole memory, with lengths on the device."""
         return (DenseSegment(self.keys, self.values, self._used, self._starts),)
 
     def view(self) -> PackedView:
         """The tokens as they are in this step, none of them packed."""
-        held = self.held
+        in_use = self.in_use
         keys, values = (
             PackedSide(RawPages(states.shape[-1]), {}, ChannelTransform())
-            for states in (held.keys, held.values)
+            for states in (in_use.keys, in_use.values)
         )
         return PackedView(
-            sinks=held,
+            sinks=in_use,
             packed=PackedSegment(keys, values),
-            recent=first(held, 0),
-            tokens=held.tokens,
-            dtype=held.keys.dtype,
+            recent=first(in_use, 0),
+            tokens=in_use.tokens,
+            dtype=in_use.keys.dtype,
             for_attention=True,
             step=self.step_segments(),
         )
 
     def addresses(self) -> list[int]:
-        """Where everything lies that a step reads and writes."""
-        counters = [self.place, self._used, *([] if self._starts is None else [self._starts])]
+        """The addresses of everything that a step reads and writes."""
+        counters = [self.newest, self._used, *([] if self._starts is None else [self._starts])]
         return [tensor.data_ptr() for tensor in (self.keys, self.values, *counters)]

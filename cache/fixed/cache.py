@@ -1,4 +1,4 @@
-"""A whole cache at fixed addresses: what is done before, in and after each captured decode step."""
+"""`FixedCache`: a whole cache at fixed addresses, before, in and after each captured decode step."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from transformers.cache_utils import Cache
 
-from quantpress.cache.attention.compiled_step import layers_of_a_step
-from quantpress.cache.fixed.fixed_holds import PackedHold, PlainHold, is_plain
-from quantpress.cache.fixed.fixed_plain import tokens_of
+from quantpress.cache.attention.step import layers_of_a_step
+from quantpress.cache.fixed.layers import FixedPackedLayer, FixedPlainLayer
+from quantpress.cache.fixed.plain import is_plain, tokens_of
 from quantpress.cache.fixed.step_counters import StepCounters
 from quantpress.cache.layer import PackedLayer
 from quantpress.errors import InvalidInputError
@@ -54,15 +54,15 @@ class FixedCache:
     """The layers of a cache at fixed addresses: packed ones, and transformers' own.
 
     Entering again after the layers have changed (a question was undone, beams were reordered) uses the same
-    memory where it can; whether all addresses are the same as before is what `addresses` tells.
+    memory where it can. `addresses` tells whether all addresses are the same as before.
 
     Args:
-        cache: one that is not `unfixable`.
-        windows: how far back attention looks, by layer index, for layers that look over a window only. A
-            sliding-window layer of transformers knows its own.
+        cache: one for which `unfixable` returns None.
+        windows: how many tokens attention sees, by layer index, for layers whose attention sees a window
+            only. A sliding-window layer of transformers knows its own.
 
     Raises:
-        InvalidInputError: it is.
+        InvalidInputError: the cache cannot be used at fixed addresses, for the reason that `unfixable` gives.
 
     Example:
         >>> # fixed = FixedCache(cache)
@@ -82,10 +82,10 @@ class FixedCache:
         with torch.inference_mode(False), torch.no_grad():  # so that any mode may write to it
             heads = max(heads for _, heads in shapes)
             self.counters = StepCounters(len(shapes), (shapes[0][0], heads), self.layers[0].device)
-            self.holds = [
-                PackedHold(layer, self.counters, index)
+            self.fixed_layers = [
+                FixedPackedLayer(layer, self.counters, index)
                 if isinstance(layer, PackedLayer)
-                else PlainHold(layer, self.counters, index, (windows or {}).get(index))
+                else FixedPlainLayer(layer, self.counters, index, (windows or {}).get(index))
                 for index, layer in enumerate(self.layers)
             ]
 
@@ -93,28 +93,29 @@ class FixedCache:
         """Whether this memory can be used for what the cache holds now."""
         same = len(cache.layers) == len(self.layers)
         return same and all(
-            layer is hold.layer and hold.fits() for layer, hold in zip(cache.layers, self.holds, strict=True)
+            layer is one.layer and one.fits()
+            for layer, one in zip(cache.layers, self.fixed_layers, strict=True)
         )
 
     @property
     def entered(self) -> bool:
         """Whether every layer is at its fixed addresses."""
-        return all(hold.entered for hold in self.holds)
+        return all(one.entered for one in self.fixed_layers)
 
     def enter(self, new_tokens: int | None = None) -> None:
         """Bring every layer to its fixed addresses.
 
         Args:
-            new_tokens: make room for so many; more come with new addresses. None: a sixteenth more than
-                there are, at least `LEAST_ROOM`.
+            new_tokens: make capacity for so many; more than these come with new addresses. None: for a
+                sixteenth of the tokens there are, and at least `LEAST_SPARE`.
         """
-        for hold in self.holds:
-            hold.enter(new_tokens)
+        for one in self.fixed_layers:
+            one.enter(new_tokens)
 
     def release(self) -> None:
         """Let every layer grow again."""
-        for hold in self.holds:
-            hold.release()
+        for one in self.fixed_layers:
+            one.release()
 
     @contextmanager
     def step(self) -> Iterator[None]:
@@ -130,27 +131,31 @@ class FixedCache:
                 layer.stepping = False
 
     def replayed(self) -> None:
-        """Count on the host what a replayed step has counted on the device."""
-        for hold in self.holds:
-            hold.count(1)
+        """Count, on the host, what a replayed step counts on the device."""
+        for one in self.fixed_layers:
+            one.count(1)
 
     def counts(self) -> list[int]:
         """Tokens of each layer, as the host counts them."""
-        return [hold.counted for hold in self.holds]
+        return [one.counted for one in self.fixed_layers]
 
     def recount(self, counts: list[int]) -> None:
-        """Go back to `counts`, after a capture that failed half way and has run nothing."""
-        for hold, counted in zip(self.holds, counts, strict=True):
-            hold.count(counted - hold.counted)
+        """Go back to `counts`, after a capture that failed half way and ran nothing."""
+        for one, counted in zip(self.fixed_layers, counts, strict=True):
+            one.count(counted - one.counted)
 
     def flush(self) -> bool:
-        """After each step: make pages of full windows, and room where there is none. Whether anything was."""
-        flushed = [hold.flush() for hold in self.holds if hold.full]
+        """After each step: make pages of full windows, and capacity where there is none.
+
+        Returns:
+            Whether there was anything to do.
+        """
+        flushed = [one.flush() for one in self.fixed_layers if one.full]
         return any(flushed)
 
     def addresses(self) -> list[int]:
-        """Where everything lies that a step reads and writes."""
-        return [address for hold in self.holds for address in hold.addresses()]
+        """The addresses of everything that a step reads and writes."""
+        return [address for one in self.fixed_layers for address in one.addresses()]
 
 
 def _shape(layer: Any) -> tuple[int, int]:

@@ -1,0 +1,240 @@
+"""The only writer of transformers' attention functions, `ALL_ATTENTION_FUNCTIONS`, which all models share.
+
+Packed layers, live patches and the evaluation each need attention functions that do something more. Each of
+them is a `FunctionWrapper`, which counts its users. While it has any, every function in the table is wrapped;
+when the last has gone, the table holds the same names and the same objects as before.
+
+Several wrappers may be in place at once and may go in any order: what is in the table is always the original
+function inside the wrappers that are in use now. A function that somebody else puts into the table meanwhile,
+around ours or instead of it, stays there. kvpress does that when it is imported: import it first, so that
+what it wraps lies inside.
+"""
+
+import sys
+import threading
+import weakref
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FunctionType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from quantpress.errors import UnsupportedModelError
+
+AttentionFunction = Callable[..., tuple[torch.Tensor, torch.Tensor | None]]
+
+TORCH_ATTENTION = "torch.nn.functional.scaled_dot_product_attention"
+"""The name under which wrappers are given torch's own attention function."""
+
+
+def model_eager_attention(
+    module: torch.nn.Module, *args: Any, **kwargs: Any
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The eager attention that the module's own modelling file defines.
+
+    transformers has no entry "eager" in its table; this is the function inside the one that wrappers add.
+    """
+    function = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+    if function is None:
+        raise UnsupportedModelError(
+            f"{type(module).__name__} has no eager_attention_forward in {type(module).__module__}; "
+            'load the model with attn_implementation="sdpa"'
+        )
+    result: tuple[torch.Tensor, torch.Tensor | None] = function(module, *args, **kwargs)
+    return result
+
+
+class FunctionWrapper:
+    """A way to wrap attention functions, in place while it has users.
+
+    Args:
+        wrap: is given a function and its name, and returns a plain Python function that calls it, or the
+            function itself to leave this name alone. Wrapping the same function again gives the same object,
+            so that torch.compile need not compile again.
+        rank: wrappers of higher rank lie outside.
+
+    Example:
+        >>> calls = []
+        >>> def counted(function, name):
+        ...     def call(*args, **kwargs):
+        ...         calls.append(name)
+        ...         return function(*args, **kwargs)
+        ...     return call
+        >>> before = dict(ALL_ATTENTION_FUNCTIONS)
+        >>> with FunctionWrapper(counted).in_place():
+        ...     ALL_ATTENTION_FUNCTIONS["sdpa"] is before["sdpa"], "eager" in ALL_ATTENTION_FUNCTIONS
+        (False, True)
+        >>> dict(ALL_ATTENTION_FUNCTIONS) == before
+        True
+    """
+
+    def __init__(self, wrap: Callable[[AttentionFunction, str], AttentionFunction], rank: int = 0) -> None:
+        self.rank, self.users = rank, 0
+        self._wrap = wrap
+        self._made: dict[str, tuple[AttentionFunction, AttentionFunction]] = {}  # the last one of each name
+
+    def add_user(self) -> None:
+        """Count one more user. When it returns, the functions are wrapped."""
+        _OWNER.change(self, 1)
+
+    def remove_user(self) -> None:
+        """Count one user less. When it returns after the last one, the functions are as they were."""
+        _OWNER.change(self, -1)
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """One more user, until the block ends."""
+        self.add_user()
+        try:
+            yield
+        finally:
+            self.remove_user()
+
+    def add_user_while_alive(self, owner: object) -> None:
+        """Count one more user until `owner` is deleted, or collected if it is in a reference cycle."""
+        self.add_user()
+        weakref.finalize(owner, _OWNER.change, self, -1, wait=False).atexit = False
+
+    def around(self, function: AttentionFunction, name: str) -> AttentionFunction:
+        """The function that wraps this one under this name."""
+        known = self._made.get(name)
+        if known is None or known[0] is not function:
+            known = self._made[name] = function, self._wrap(function, name)
+        return known[1]
+
+
+class _Owner:
+    """Keeps the table in step with the users of all wrappers.
+
+    Users come and go in any thread, and the garbage collector takes some away in the middle of any operation.
+    So each change is put into a queue first, and whoever has the lock works the queue off.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+        self._at_work = False
+        self._changes: deque[tuple[FunctionWrapper, int]] = deque()
+        self._in_use: list[FunctionWrapper] = []  # innermost first
+        self._inside: weakref.WeakKeyDictionary[Any, AttentionFunction] = weakref.WeakKeyDictionary()
+        # Names whose entry in the table hides the one that every table has, or that is in no other.
+        self._hiding: set[str] = set()
+
+    def change(self, wrapper: FunctionWrapper, users: int, wait: bool = True) -> None:
+        """Add to the users of a wrapper; without `wait`, another thread that is at work may finish it."""
+        self._changes.append((wrapper, users))
+        while self._lock.acquire(blocking=wait):
+            try:
+                if self._at_work:  # the garbage collector ran in the call that is at work: that one goes on
+                    return
+                self._work_off()
+            finally:
+                self._lock.release()
+            if not self._changes:
+                return
+            wait = False
+
+    def _work_off(self) -> None:
+        self._at_work = True
+        try:
+            changed = False
+            while self._changes:
+                wrapper, users = self._changes.popleft()
+                wrapper.users += users
+                if wrapper.users and wrapper not in self._in_use:
+                    self._in_use = sorted([*self._in_use, wrapper], key=lambda one: one.rank)
+                elif not wrapper.users:
+                    self._in_use = [one for one in self._in_use if one is not wrapper]
+                changed = changed or users > 0 or not wrapper.users
+            if changed:
+                self._update()
+        finally:
+            self._at_work = False
+
+    def _update(self) -> None:
+        for name in {*ALL_ATTENTION_FUNCTIONS, "eager"}:
+            self._update_entry(name)
+        torch_attention: Any = self._original(F.scaled_dot_product_attention)
+        F.scaled_dot_product_attention = self._wrapped(torch_attention, TORCH_ATTENTION)  # type: ignore
+
+    def _update_entry(self, name: str) -> None:
+        there = _entries().get(name)
+        if there is not None and not self._is_ours(there):
+            self._hiding.discard(name)
+        if there is None or name in self._hiding:
+            original = _common_entries().get(name, model_eager_attention)
+        else:
+            original = self._original(there)
+        wrapped = self._wrapped(original, name)
+        if wrapped is not original:
+            if there is None:
+                self._hiding.add(name)
+            ALL_ATTENTION_FUNCTIONS[name] = wrapped
+        elif name in self._hiding:
+            self._hiding.discard(name)
+            _entries().pop(name, None)
+        elif there is not None and there is not original:
+            ALL_ATTENTION_FUNCTIONS[name] = original
+
+    def _wrapped(self, original: AttentionFunction, name: str) -> AttentionFunction:
+        function = original
+        for wrapper in self._in_use:
+            outer = wrapper.around(function, name)
+            if outer is not function:
+                self._inside[outer] = function
+            function = outer
+        return function
+
+    def _is_ours(self, function: Any) -> bool:
+        return isinstance(function, FunctionType) and function in self._inside
+
+    def _original(self, function: Any) -> AttentionFunction:
+        while self._is_ours(function):
+            function = self._inside[function]
+        return function  # type: ignore[no-any-return]
+
+    def originals(self) -> dict[str, AttentionFunction]:
+        """The table's own entries as they are without us."""
+        with self._lock:
+            names = _entries().keys() - self._hiding
+            return {name: self._original(_entries()[name]) for name in names}
+
+    def put_back(self, before: dict[str, AttentionFunction]) -> None:
+        """See `put_back_functions`."""
+        with self._lock:
+            now = self.originals()
+            for name in now.keys() - before.keys():
+                _entries().pop(name, None)
+            for name, function in before.items():
+                if now.get(name) is not function:
+                    ALL_ATTENTION_FUNCTIONS[name] = function
+            self._update()
+
+
+def _common_entries() -> dict[str, AttentionFunction]:
+    """The entries that transformers gives to every table."""
+    return type(ALL_ATTENTION_FUNCTIONS)._global_mapping  # type: ignore[return-value]
+
+
+def _entries() -> dict[str, AttentionFunction]:
+    """The table's own entries, without those that transformers gives to every table."""
+    return ALL_ATTENTION_FUNCTIONS._local_mapping
+
+
+_OWNER = _Owner()
+
+
+def original_functions() -> dict[str, AttentionFunction]:
+    """What others have put into the table, by name, as it is without any wrapper."""
+    return _OWNER.originals()
+
+
+def put_back_functions(before: dict[str, AttentionFunction]) -> None:
+    """Undo what others have put into the table since `original_functions` returned `before`.
+
+    Wrappers that are in use stay in place.
+    """
+    _OWNER.put_back(before)
