@@ -10,6 +10,7 @@ around ours or instead of it, stays there. kvpress does that when it is imported
 what it wraps lies inside.
 """
 
+import functools
 import sys
 import threading
 import weakref
@@ -26,6 +27,9 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from quantpress.errors import UnsupportedModelError
 
 AttentionFunction = Callable[..., tuple[torch.Tensor, torch.Tensor | None]]
+
+MOST_KEPT = 100
+"""How many functions a wrapper remembers, to give the same object again; those in use are among them."""
 
 TORCH_ATTENTION = "torch.nn.functional.scaled_dot_product_attention"
 """The name under which wrappers are given torch's own attention function."""
@@ -75,15 +79,15 @@ class FunctionWrapper:
     def __init__(self, wrap: Callable[[AttentionFunction, str], AttentionFunction], rank: int = 0) -> None:
         self.rank, self.users = rank, 0
         self._wrap = wrap
-        self._made: dict[str, tuple[AttentionFunction, AttentionFunction]] = {}  # the last one of each name
+        self._made: dict[tuple[str, int], tuple[AttentionFunction, AttentionFunction]] = {}
 
     def add_user(self) -> None:
         """Count one more user. When it returns, the functions are wrapped."""
-        _OWNER.change(self, 1)
+        _OWNER.count(self, 1)
 
     def remove_user(self) -> None:
         """Count one user less. When it returns after the last one, the functions are as they were."""
-        _OWNER.change(self, -1)
+        _OWNER.count(self, -1)
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
@@ -97,38 +101,56 @@ class FunctionWrapper:
     def add_user_while_alive(self, owner: object) -> None:
         """Count one more user until `owner` is deleted, or collected if it is in a reference cycle."""
         self.add_user()
-        weakref.finalize(owner, _OWNER.change, self, -1, wait=False).atexit = False
+        weakref.finalize(owner, _OWNER.count, self, -1, wait=False).atexit = False
 
     def around(self, function: AttentionFunction, name: str) -> AttentionFunction:
         """The function that wraps this one under this name."""
-        known = self._made.get(name)
-        if known is None or known[0] is not function:
-            known = self._made[name] = function, self._wrap(function, name)
-        return known[1]
+        key = name, id(function)
+        both = self._made.pop(key, None) or (function, self._wrap(function, name))
+        self._made[key] = both  # the latest used is the last
+        if len(self._made) > MOST_KEPT:
+            del self._made[next(iter(self._made))]
+        return both[1]
 
 
 class _Owner:
     """Keeps the table in step with the users of all wrappers.
 
     Users come and go in any thread, and the garbage collector takes some away in the middle of any operation.
-    So each change is put into a queue first, and whoever has the lock works the queue off.
+    So every change is put into a queue first, and whoever has the lock works the queue off.
     """
 
     def __init__(self) -> None:
         self._lock = threading.RLock()
         self._at_work = False
-        self._changes: deque[tuple[FunctionWrapper, int]] = deque()
+        self._changes: deque[Callable[[], bool]] = deque()  # each returns whether the table must be updated
         self._in_use: list[FunctionWrapper] = []  # innermost first
         self._inside: weakref.WeakKeyDictionary[Any, AttentionFunction] = weakref.WeakKeyDictionary()
         # Names whose entry in the table hides the one that every table has, or that is in no other.
         self._hiding: set[str] = set()
 
-    def change(self, wrapper: FunctionWrapper, users: int, wait: bool = True) -> None:
+    def count(self, wrapper: FunctionWrapper, users: int, wait: bool = True) -> None:
         """Add to the users of a wrapper; without `wait`, another thread that is at work may finish it."""
-        self._changes.append((wrapper, users))
+        self._change(functools.partial(self._count, wrapper, users), wait)
+
+    def put_back(self, before: dict[str, AttentionFunction]) -> None:
+        """Undo what others have put into the table since `originals` returned `before`.
+
+        Wrappers that are in use stay in place.
+        """
+        self._change(functools.partial(self._put_back, before), wait=True)
+
+    def originals(self) -> dict[str, AttentionFunction]:
+        """What others have put into the table, by name, as it is without any wrapper."""
+        with self._lock:
+            names = _entries().keys() - self._hiding
+            return {name: self._original(_entries()[name]) for name in names}
+
+    def _change(self, change: Callable[[], bool], wait: bool) -> None:
+        self._changes.append(change)
         while self._lock.acquire(blocking=wait):
             try:
-                if self._at_work:  # the garbage collector ran in the call that is at work: that one goes on
+                if self._at_work:  # the garbage collector ran inside of the call that is at work and goes on
                     return
                 self._work_off()
             finally:
@@ -140,19 +162,30 @@ class _Owner:
     def _work_off(self) -> None:
         self._at_work = True
         try:
-            changed = False
+            outdated = False
             while self._changes:
-                wrapper, users = self._changes.popleft()
-                wrapper.users += users
-                if wrapper.users and wrapper not in self._in_use:
-                    self._in_use = sorted([*self._in_use, wrapper], key=lambda one: one.rank)
-                elif not wrapper.users:
-                    self._in_use = [one for one in self._in_use if one is not wrapper]
-                changed = changed or users > 0 or not wrapper.users
-            if changed:
+                outdated = self._changes.popleft()() or outdated
+            if outdated:
                 self._update()
         finally:
             self._at_work = False
+
+    def _count(self, wrapper: FunctionWrapper, users: int) -> bool:
+        wrapper.users += users
+        if wrapper.users and wrapper not in self._in_use:
+            self._in_use = sorted([*self._in_use, wrapper], key=lambda one: one.rank)
+        elif not wrapper.users:
+            self._in_use = [one for one in self._in_use if one is not wrapper]
+        return users > 0 or not wrapper.users
+
+    def _put_back(self, before: dict[str, AttentionFunction]) -> bool:
+        now = self.originals()
+        for name in now.keys() - before.keys():
+            del _entries()[name]
+        for name, function in before.items():
+            if now.get(name) is not function:
+                ALL_ATTENTION_FUNCTIONS[name] = function
+        return True
 
     def _update(self) -> None:
         for name in {*ALL_ATTENTION_FUNCTIONS, "eager"}:
@@ -196,23 +229,6 @@ class _Owner:
             function = self._inside[function]
         return function  # type: ignore[no-any-return]
 
-    def originals(self) -> dict[str, AttentionFunction]:
-        """The table's own entries as they are without us."""
-        with self._lock:
-            names = _entries().keys() - self._hiding
-            return {name: self._original(_entries()[name]) for name in names}
-
-    def put_back(self, before: dict[str, AttentionFunction]) -> None:
-        """See `put_back_functions`."""
-        with self._lock:
-            now = self.originals()
-            for name in now.keys() - before.keys():
-                _entries().pop(name, None)
-            for name, function in before.items():
-                if now.get(name) is not function:
-                    ALL_ATTENTION_FUNCTIONS[name] = function
-            self._update()
-
 
 def _common_entries() -> dict[str, AttentionFunction]:
     """The entries that transformers gives to every table."""
@@ -225,16 +241,5 @@ def _entries() -> dict[str, AttentionFunction]:
 
 
 _OWNER = _Owner()
-
-
-def original_functions() -> dict[str, AttentionFunction]:
-    """What others have put into the table, by name, as it is without any wrapper."""
-    return _OWNER.originals()
-
-
-def put_back_functions(before: dict[str, AttentionFunction]) -> None:
-    """Undo what others have put into the table since `original_functions` returned `before`.
-
-    Wrappers that are in use stay in place.
-    """
-    _OWNER.put_back(before)
+original_functions = _OWNER.originals
+put_back_functions = _OWNER.put_back

@@ -4,12 +4,7 @@ import pytest
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
-from quantpress.cache import (
-    PackedLayer,
-    continue_inputs,
-    install_packed_attention,
-    uninstall_packed_attention,
-)
+from quantpress.cache import PackedLayer, continue_inputs
 from quantpress.errors import InvalidInputError
 from tests.cache.caches import lossless, scalar
 from tests.tiny_models import prompt, tiny_model
@@ -53,10 +48,8 @@ def test_generate_after_eviction(pack: bool, batch: int) -> None:
     model, question = tiny_model("llama"), prompt(20, batch, seed=1)
     expected = by_hand(model, evicted(model, batch), question, 12)
     cache = packed(evicted(model, batch)) if pack else evicted(model, batch)
-    install_packed_attention()
     inputs = continue_inputs(cache, question, tokens_seen=None if pack else CONTEXT)
     got = model.generate(**inputs, past_key_values=cache, max_new_tokens=12, do_sample=False)
-    uninstall_packed_attention()
     assert torch.equal(got[:, 20:], expected)
 
 

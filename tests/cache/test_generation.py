@@ -6,8 +6,10 @@ from typing import Any
 import pytest
 import torch
 from transformers import DynamicCache, PreTrainedModel
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from quantpress.cache import PackedLayer, install_packed_attention, uninstall_packed_attention
+from quantpress.cache import PackedLayer
+from quantpress.cache.attention.functions import model_eager_attention
 from tests.cache.caches import lossless, packed_cache, scalar
 from tests.tiny_models import FAMILIES, prompt, tiny_model
 
@@ -18,13 +20,6 @@ WAYS: dict[str, dict[str, Any]] = {
     "beam_sampling": {"do_sample": True, "num_beams": 2, "num_return_sequences": 2},
 }
 NEW_TOKENS = 24
-
-
-@pytest.fixture(autouse=True)
-def packed_attention() -> Any:
-    install_packed_attention()
-    yield
-    uninstall_packed_attention()
 
 
 def generate(model: PreTrainedModel, ids: torch.Tensor, **arguments: Any) -> torch.Tensor:
@@ -57,16 +52,20 @@ def test_tokens_depend_on_the_cache(attention: str) -> None:
     assert not torch.equal(coarse, exact)
 
 
-@pytest.mark.parametrize("installed", [True, False], ids=["packed_attention", "decoded_by_the_tensor"])
+@pytest.mark.parametrize("wrapped", [True, False], ids=["packed_attention", "decoded_by_the_tensor"])
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("family", ["llama", "gemma3"])
-def test_attention_implementations(family: str, attention: str, installed: bool) -> None:
-    if not installed:
-        uninstall_packed_attention()
+def test_attention_implementations(family: str, attention: str, wrapped: bool) -> None:
     model, ids = tiny_model(family, attention), prompt(300)
     expected = generate(model, ids, past_key_values=DynamicCache(config=model.config))
+    stock = ALL_ATTENTION_FUNCTIONS.get(attention, model_eager_attention)
     cache = packed_cache(model, lossless(recent_tokens=16))
-    assert torch.equal(generate(model, ids, past_key_values=cache), expected)
+    ours = ALL_ATTENTION_FUNCTIONS[attention]
+    ALL_ATTENTION_FUNCTIONS[attention] = ours if wrapped else stock
+    try:
+        assert torch.equal(generate(model, ids, past_key_values=cache), expected)
+    finally:
+        ALL_ATTENTION_FUNCTIONS[attention] = ours
 
 
 @pytest.mark.parametrize("way", WAYS)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
-from quantpress.cache import PackedLayer, cache_memory, install_packed_attention, uninstall_packed_attention
+from quantpress.cache import PackedLayer, cache_memory
 from quantpress.codecs.scalar import ScalarPages
 from quantpress.kernels.attend import DenseSegment, PackedSegment, PackedSide, Visibility, attend
 from quantpress.kernels.layout import unpack_pages
@@ -63,11 +63,7 @@ def test_lossless_is_dynamic_cache(attention: str) -> None:
     cache.layers.extend(PackedLayer(lossless(recent_tokens=16)) for _ in range(3))
     arguments = {"max_new_tokens": 24, "do_sample": False, "attention_mask": torch.ones_like(ids)}
     expected = model.generate(ids, **arguments)
-    install_packed_attention()
-    try:
-        assert torch.equal(model.generate(ids, past_key_values=cache, **arguments), expected)
-    finally:
-        uninstall_packed_attention()
+    assert torch.equal(model.generate(ids, past_key_values=cache, **arguments), expected)
 
 
 def test_offload_and_prefetch() -> None:

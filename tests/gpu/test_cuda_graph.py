@@ -13,7 +13,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, PreTrainedModel
 
-from quantpress.cache import continue_inputs, install_packed_attention
+from quantpress.cache import continue_inputs
 from quantpress.codecs.raw import RawPages
 from quantpress.pipelines.capture.captured import WARM_STEPS, CapturedDecoding, captured_decoding
 from quantpress.pipelines.enabling.enable import enable
@@ -110,7 +110,6 @@ def test_lossless_is_dynamic_cache(head_dim: int) -> None:
 def test_sampling_and_batches(attention: str) -> None:
     model = copy.deepcopy(model_on_cuda())
     model.set_attn_implementation(attention)
-    install_packed_attention()
     tokens = []
     for graph in (False, True):
         cache, ids = DynamicCache(), prompt(500, batch=3).cuda()

@@ -1,38 +1,86 @@
 """The dispatcher: what is wrapped, what is put back, and who sees what."""
 
+import copy
+import gc
+import pickle
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from transformers import DynamicCache, Gemma2Config, Gemma2ForCausalLM
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from quantpress.cache import PackedLayer, install_packed_attention, uninstall_packed_attention
 from quantpress.cache.attention.visibility import causal_mask, visibility
+from quantpress.cache.saved.layers import cache_of, cache_parts
 from quantpress.errors import UnsupportedModelError
+from tests.cache.attention.table import functions, functions_left_alone
 from tests.cache.caches import lossless
 from tests.tiny_models import prompt, tiny_model
 
 MODULE: Any = SimpleNamespace(is_causal=True)
 
 
-def entries() -> dict[str, Any]:
-    return {name: ALL_ATTENTION_FUNCTIONS[name] for name in list(ALL_ATTENTION_FUNCTIONS.keys())}
-
-
 def test_install_and_uninstall_leave_no_trace() -> None:
-    uninstall_packed_attention()  # presses of other tests leave it in place
-    before = entries()
-    install_packed_attention()
-    once = entries()
-    install_packed_attention()
-    assert entries() == once
-    assert once["sdpa"] is not before["sdpa"] and "eager" in once
-    uninstall_packed_attention()
-    assert entries() == before
-    uninstall_packed_attention()
-    assert entries() == before
+    """Either may be called again, and installing again puts the same objects in."""
+    with functions_left_alone() as before:
+        for _ in range(2):
+            install_packed_attention()
+            once = functions()
+            install_packed_attention()
+            assert functions() == once
+            assert once["sdpa"] is not before["sdpa"] and "eager" in once
+            for name in ("flex_attention", "paged|sdpa"):
+                assert once[name] is before[name]
+            uninstall_packed_attention()
+            assert functions() == before
+            uninstall_packed_attention()
+            assert functions() == before
+        install_packed_attention()
+        assert functions() == once
+        uninstall_packed_attention()
+
+
+def test_attention_reads_packed_layers_as_long_as_there_are_any() -> None:
+    """However a layer came to be; the last one that goes takes the wrappers along."""
+    with functions_left_alone() as before:
+        layers = [PackedLayer(lossless(recent_tokens=16))]
+        wrapped = functions()
+        assert wrapped["sdpa"] is not before["sdpa"]
+        layers += [copy.copy(layers[0]), copy.deepcopy(layers[0]), pickle.loads(pickle.dumps(layers[0]))]
+        cache = DynamicCache()
+        cache.layers.append(layers[0])
+        layers += cache_of(cache_parts(cache)).layers
+        del cache
+        while layers:
+            assert functions() == wrapped
+            layers.pop(0)
+        assert functions() == before
+
+
+def test_an_unreachable_cycle_lets_go_when_it_is_collected() -> None:
+    with functions_left_alone() as before:
+        layer: Any = PackedLayer(lossless())
+        layer.itself = layer
+        wrapped = functions()
+        del layer
+        assert functions() == wrapped != before
+        gc.collect()
+        assert functions() == before
+
+
+def test_explicit_installation_outlives_layers() -> None:
+    with functions_left_alone() as before:
+        layer = PackedLayer(lossless())
+        install_packed_attention()
+        wrapped = functions()
+        del layer
+        assert functions() == wrapped
+        layer = PackedLayer(lossless())
+        uninstall_packed_attention()
+        assert functions() == wrapped
+        del layer
+        assert functions() == before
 
 
 def test_unpacked_models_are_not_touched() -> None:
@@ -41,15 +89,14 @@ def test_unpacked_models_are_not_touched() -> None:
         model, ids = tiny_model("llama", attention), prompt(50)
         with torch.inference_mode():
             expected = model(ids, past_key_values=DynamicCache()).logits
-            install_packed_attention()
+            layer = PackedLayer(lossless())
             got = model(ids, past_key_values=DynamicCache()).logits
-        uninstall_packed_attention()
+        del layer
         assert torch.equal(got, expected)
 
 
 def test_gradients_flow_through_decoded_keys() -> None:
     """Where a gradient is wanted the original attention runs on decoded keys."""
-    install_packed_attention()
     model, ids = tiny_model("llama"), prompt(300)
     cache = DynamicCache()
     with torch.no_grad():
@@ -59,7 +106,6 @@ def test_gradients_flow_through_decoded_keys() -> None:
     embeds = torch.randn(1, 1, 128, requires_grad=True)
     model(inputs_embeds=embeds, past_key_values=cache).logits.square().mean().backward()
     assert embeds.grad is not None and embeds.grad.abs().sum() > 0
-    uninstall_packed_attention()
 
 
 def test_causal_without_a_mask() -> None:
@@ -130,10 +176,8 @@ def test_softcap_is_left_out_where_the_implementation_leaves_it_out(attention: s
     model = Gemma2ForCausalLM._from_config(config, attn_implementation=attention).eval()
     ids, plain, packed = prompt(300) % 64, DynamicCache(), DynamicCache()
     packed.layers.append(PackedLayer(lossless(recent_tokens=16)))
-    install_packed_attention()
     with torch.inference_mode():
         for cache in (plain, packed):
             model(ids, past_key_values=cache)
         expected, got = (model(ids[:, :5], past_key_values=cache).logits for cache in (plain, packed))
-    uninstall_packed_attention()
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)

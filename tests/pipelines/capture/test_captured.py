@@ -1,7 +1,6 @@
 """`captured_decoding` on the CPU: the same steps without a graph give the same tokens as a growing cache."""
 
 import functools
-from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, DynamicCache, Gemma2Config, GptOssConfig, PreTrainedModel
 
-from quantpress.cache import continue_inputs, install_packed_attention, uninstall_packed_attention
+from quantpress.cache import continue_inputs
 from quantpress.codecs.raw import RawPages
 from quantpress.errors import InvalidInputError
 from quantpress.pipelines import decoding
@@ -49,13 +48,6 @@ def model_of(family: str, attention: str = "sdpa") -> PreTrainedModel:
             torch.nn.init.normal_(parameter.data, std=2.0)
     model.generation_config.eos_token_id = None
     return model.eval()
-
-
-@pytest.fixture(autouse=True)
-def packed_attention() -> Iterator[None]:
-    install_packed_attention()
-    yield
-    uninstall_packed_attention()
 
 
 def generate(

@@ -1,7 +1,6 @@
 """`captured_decoding` over layers that nothing packs, on the CPU: the tokens of transformers' own layers."""
 
 import functools
-from collections.abc import Iterator
 from contextlib import nullcontext
 from typing import Any
 
@@ -10,7 +9,7 @@ import torch
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from quantpress.cache import PackedLayer, continue_inputs, uninstall_packed_attention
+from quantpress.cache import PackedLayer, continue_inputs
 from quantpress.cache.fixed.plain import BufferedLayer
 from quantpress.pipelines.capture.captured import captured_decoding
 from quantpress.pipelines.masks import fitted_masks
@@ -20,14 +19,6 @@ from tests.tiny_models import prompt, tiny_model
 
 NEW_TOKENS = 100  # more than once round a window of 64
 SNAP = {"window_size": 16}
-
-
-@pytest.fixture(autouse=True)
-def packed_attention() -> Iterator[None]:
-    """Nothing has let attention read packed layers: `captured_decoding` has to."""
-    uninstall_packed_attention()
-    yield
-    uninstall_packed_attention()
 
 
 def generate(

@@ -1,6 +1,6 @@
 """A model is as it was, after a press's normal end and after an exception inside."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -10,10 +10,8 @@ import torch
 from torch import nn
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from quantpress.cache import PackedLayer, install_packed_attention, uninstall_packed_attention
-from quantpress.cache.attention.functions import model_eager_attention
 from quantpress.errors import InvalidInputError
 from quantpress.presses import (
     AdaKV,
@@ -26,6 +24,7 @@ from quantpress.presses import (
     StreamingLLM,
     TurboQuant,
 )
+from tests.cache.attention.table import functions, functions_left_alone
 from tests.presses.reading import multimodal_gemma3, read
 from tests.tiny_models import prompt, tiny_model
 
@@ -72,15 +71,6 @@ def without_masks(state: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def functions() -> dict[str, Any]:
-    """Transformers' attention functions, whether packed attention is installed around them or not."""
-    found = {
-        name: getattr(function, "_quantpress_original", function)
-        for name, function in ALL_ATTENTION_FUNCTIONS.items()
-    }
-    return {name: function for name, function in found.items() if function is not model_eager_attention}
-
-
 @contextmanager
 def failing(model: PreTrainedModel, layer: int) -> Any:
     """The feed-forward of one layer raises: layers before it are packed, those behind never run."""
@@ -96,10 +86,10 @@ def failing(model: PreTrainedModel, layer: int) -> Any:
 
 
 @pytest.fixture(autouse=True)
-def _stock_attention() -> Any:
-    uninstall_packed_attention()
-    yield
-    uninstall_packed_attention()
+def _left_alone() -> Iterator[None]:
+    """After each test here, the attention functions are the same objects as before it."""
+    with functions_left_alone():
+        yield
 
 
 @pytest.mark.parametrize("name", PRESSES)
@@ -108,9 +98,6 @@ def test_after_a_normal_end(name: str) -> None:
     before = snapshot(model)
     read(model, PRESSES[name](), IDS)
     assert without_masks(snapshot(model)) == without_masks(before)
-    once = functions()
-    read(model, PRESSES[name](), IDS)
-    assert functions() == once
 
 
 @pytest.mark.parametrize("name", PRESSES)
@@ -118,10 +105,10 @@ def test_after_a_normal_end(name: str) -> None:
 def test_after_an_exception_in_the_prefill(name: str, layer: int) -> None:
     model = tiny_model("qwen3", seed=11)
     read(model, None, IDS)  # so that kvpress's patch has set what it sets
-    before, entries, cache = snapshot(model), functions(), DynamicCache()
+    before, cache = snapshot(model), DynamicCache()
     with failing(model, layer), pytest.raises(BoomError):
         read(model, PRESSES[name](), IDS, cache)
-    assert snapshot(model) == before and functions() == entries
+    assert snapshot(model) == before
     assert type(cache) is DynamicCache and cache.layers == [] and cache.get_seq_length() == 0
     read(model, PRESSES[name](), IDS, cache)  # and the same cache can be filled again
     assert len(cache.layers) == 3
@@ -132,10 +119,10 @@ def test_after_an_exception_in_the_users_own_code(name: str) -> None:
     """A press that then fails too (KVCompose has seen no context) does not hide what went wrong first."""
     model = tiny_model("qwen3", seed=11)
     read(model, None, IDS)
-    before, entries = snapshot(model), functions()
+    before = snapshot(model)
     with pytest.raises(BoomError), PRESSES[name]()(model):
         raise BoomError
-    assert snapshot(model) == before and functions() == entries
+    assert snapshot(model) == before
 
 
 def test_a_whole_cache_survives_an_exception_behind_it() -> None:
@@ -160,10 +147,10 @@ def test_layers_of_a_configured_cache_come_back_empty() -> None:
 
 def test_refused_on_entering() -> None:
     model = tiny_model("llama")
-    before, entries = snapshot(model), functions()
+    before = snapshot(model)
     with pytest.raises(InvalidInputError), Compose([SnapKV, TurboQuant(layer_bits={9: 8})])(model):
         pytest.fail("entered")
-    assert snapshot(model) == before and functions() == entries
+    assert snapshot(model) == before
 
 
 def test_what_was_there_before_stays() -> None:
@@ -184,10 +171,11 @@ def test_what_was_there_before_stays() -> None:
 def test_attention_that_was_installed_before_stays_installed() -> None:
     model = tiny_model("llama")
     install_packed_attention()
-    entries = functions()
+    installed = functions()
     with pytest.raises(BoomError), TurboQuant()(model):
         raise BoomError
-    assert functions() == entries
+    assert functions() == installed
+    uninstall_packed_attention()
 
 
 def test_masks_of_head_wise_presses_stay_for_decoding() -> None:

@@ -20,7 +20,7 @@ from transformers import (
 )
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from quantpress.cache import PackedLayer, uninstall_packed_attention
+from quantpress.cache import PackedLayer
 from quantpress.cache.attention.functions import model_eager_attention
 from quantpress.presses import TurboQuant
 from quantpress.presses.packing.prefill_hook import prefill_call
@@ -78,7 +78,6 @@ def seen_queries(into: list[torch.Tensor]) -> Iterator[None]:
         into.append(query)
         return model_eager_attention(module, query, *args, **kwargs)
 
-    uninstall_packed_attention()
     ALL_ATTENTION_FUNCTIONS["eager"] = watching
     try:
         yield
