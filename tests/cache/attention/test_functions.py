@@ -212,7 +212,7 @@ def test_nothing_is_said_when_the_interpreter_ends() -> None:
     """With layers that are still there, reachable or not."""
     code = """
 from quantpress.cache import LayerSettings, PackedLayer
-from quantpress.codecs.page_codec import RawPages
+from quantpress.codecs.raw import RawPages
 settings = LayerSettings(RawPages(64, 16), RawPages(64, 16))
 kept, lost = PackedLayer(settings), PackedLayer(settings)
 lost.itself = lost
