@@ -37,7 +37,7 @@ class PackedLayer(DynamicLayer):
     wrapped as long as a layer exists (see `quantpress.cache.attention.functions`).
 
     Args:
-        settings: codecs and windows.
+        settings: how the tokens are stored.
 
     Attributes:
         tokens_seen: number of positions used so far; larger than the number of tokens kept after an eviction.
@@ -54,7 +54,6 @@ class PackedLayer(DynamicLayer):
         (1000, 768)
     """
 
-    is_sliding = False
     stepping = False
     device: torch.device
     dtype: torch.dtype
@@ -88,7 +87,7 @@ class PackedLayer(DynamicLayer):
         Args:
             keys: [B, Hkv, T, D] any float dtype, post-RoPE, in token order.
             values: [B, Hkv, T, Dv].
-            settings: codecs and windows.
+            settings: how the tokens are stored.
             query_moment: [B, Hkv, D] mean square of the queries that will read these keys, to balance
                 channels; None: no balance.
             tokens_seen: number of positions used so far, more than T after an eviction; None: T.
@@ -150,14 +149,6 @@ class PackedLayer(DynamicLayer):
         """Number of tokens kept."""
         return 0 if self._tokens is None else len(self._tokens)
 
-    def get_mask_sizes(self, cache_position: torch.Tensor) -> tuple[int, int]:
-        """(number of tokens kept plus new ones, offset 0)."""
-        return self.get_seq_length() + cache_position.shape[0], 0
-
-    def get_max_cache_shape(self) -> int:
-        """-1: the length is not limited."""
-        return -1
-
     def crop(self, max_length: int) -> None:
         """Keep the first `max_length` tokens; a negative value drops that many from the end.
 
@@ -186,9 +177,8 @@ class PackedLayer(DynamicLayer):
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat each batch entry `repeats` times."""
         if self._tokens is not None:
-            tokens = self._growing()
-            entries = torch.arange(len(tokens.sinks.keys), device=tokens.sinks.keys.device)
-            tokens.select(entries.repeat_interleave(repeats))
+            keys = self._growing().sinks.keys
+            self.batch_select_indices(torch.arange(len(keys), device=keys.device).repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keep batch entries `indices` (int64 indices or a bool mask)."""

@@ -1,4 +1,4 @@
-"""How a packed layer stores tokens: codecs, windows, and the channel transforms that it asks for."""
+"""How a packed layer stores tokens: codecs, tokens kept in 16 bits, and channel transforms."""
 
 from dataclasses import dataclass, replace
 
@@ -18,7 +18,7 @@ DEFAULT_RECENT_TOKENS = 128
 
 @dataclass(frozen=True)
 class LayerSettings:
-    """Codecs and windows of a packed layer.
+    """How a packed layer stores tokens: its codecs, and which tokens stay in 16 bits.
 
     Args:
         key_codec: packs keys.

@@ -52,8 +52,8 @@ class PoolStorage:
     """The memory of a page pool; see `quantpress.cache.paged.pool`.
 
     Args:
-        settings: codecs and windows; at least `recent_tokens` stay in a window behind pages. Scales of dtype
-            "auto" are float16, because the memory is allocated before any vector is known.
+        settings: how the tokens are stored; at least `recent_tokens` stay in a window behind pages. Scales of
+            dtype "auto" are float16, because the memory is allocated before any vector is known.
         size: the capacity.
         dtype: dtype of the 16-bit tokens.
         device: device of all tensors.

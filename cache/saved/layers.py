@@ -16,7 +16,7 @@ from quantpress.errors import InvalidInputError
 from quantpress.kernels.attend import DenseSegment
 from quantpress.quantization.transform import ChannelTransform
 
-_WINDOWS = ("sink_tokens", "recent_tokens", "mean_key", "balance")
+_OPTIONS = ("sink_tokens", "recent_tokens", "mean_key", "balance")
 _SIDES = ("key", "value")
 _PAGES = ("even_pages", "ragged_pages")
 
@@ -61,7 +61,7 @@ def _layer_parts(index: int, layer: Any) -> Parts:
 
 def _packed_layer_parts(layer: PackedLayer) -> Parts:
     settings = layer.settings
-    about = {"tokens_seen": layer.tokens_seen, **{name: getattr(settings, name) for name in _WINDOWS}}
+    about = {"tokens_seen": layer.tokens_seen, **{name: getattr(settings, name) for name in _OPTIONS}}
     inner = {"key_codec": settings.key_codec.parts(), "value_codec": settings.value_codec.parts()}
     tokens = layer.tokens
     if tokens is not None:
@@ -105,7 +105,7 @@ def _transform_parts(packed: PackedTokens | DemotedPages) -> dict[str, Parts]:
 
 def _packed_layer(parts: Parts) -> PackedLayer:
     keys, values = (codec_of(parts.inner[f"{side}_codec"]) for side in _SIDES)
-    settings = LayerSettings(keys, values, **{name: parts.about[name] for name in _WINDOWS})
+    settings = LayerSettings(keys, values, **{name: parts.about[name] for name in _OPTIONS})
     layer = PackedLayer(settings)
     if "tokens" in parts.inner:
         tokens = _tokens(parts.inner["tokens"], settings)

@@ -1,1 +1,1 @@
-"""The tokens of one layer: packed pages, windows of 16-bit tokens, and which of them each head keeps."""
+"""The tokens of one layer: packed pages, 16-bit sinks and recent tokens, and how many each head keeps."""

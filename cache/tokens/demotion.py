@@ -42,7 +42,7 @@ class Demotion:
 
         Args:
             prefill: T tokens.
-            settings: the windows of the layer.
+            settings: numbers of sinks and recent tokens of the layer.
 
         Raises:
             InvalidInputError: the shape of `scores` does not fit the keys.

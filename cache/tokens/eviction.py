@@ -102,7 +102,7 @@ def pack_by_head(
     The channel transforms are computed from all tokens that a head keeps except its sinks.
 
     Args:
-        settings: codecs and windows.
+        settings: how the tokens are stored.
         keys: [B, Hkv, T, D].
         values: [B, Hkv, T, Dv].
         hidden: [B, Hkv, T] bool, True where a head does not keep a token.

@@ -101,8 +101,8 @@ class HeadLengths:
         gone = self.evicted + self.sink_capacity - self.sinks + self.padding
         if bool((named[..., : self.whole_from].sum(-1) > gone).any()):
             raise InvalidInputError(
-                f"tokens before {self.whole_from} are to be hidden, of which single heads have evicted some; "
-                "use one head-wise press at the prefill, and no other than DMSPress while decoding"
+                f"a press hides tokens before slot {self.whole_from}, where single heads have evicted tokens "
+                "already; use one head-wise press at the prefill, and only DMSPress while decoding"
             )
 
     def parts(self) -> Parts:

@@ -36,7 +36,7 @@ class PackedTokens:
     """Sinks, pages and recent tokens of one layer.
 
     Args:
-        settings: codecs and windows.
+        settings: how the tokens are stored.
         keys: [B, Hkv, T, D], the first tokens; T may be 0. They set dtype, device and shapes.
         values: [B, Hkv, T, Dv].
 
@@ -75,7 +75,7 @@ class PackedTokens:
         """Pack the tokens of a prefill. The result shares no storage with `keys` and `values`.
 
         Args:
-            settings: codecs and windows.
+            settings: how the tokens are stored.
             keys: [B, Hkv, T, D].
             values: [B, Hkv, T, Dv].
             query_moment: [B, Hkv, D] mean square of the queries, to balance channels; or None.

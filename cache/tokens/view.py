@@ -211,8 +211,8 @@ class PackedView:
         if self.heads is not None and self.for_attention:
             raise UnsupportedModelError(
                 "heads of this layer keep different tokens, and this model's attention reads them as one "
-                "tensor, where evicted ones cannot be told; use a press that evicts as many in each head, "
-                'such as SnapKV, or load the model with attn_implementation="sdpa"'
+                "tensor, in which evicted tokens cannot be marked; use a press that evicts as many in each "
+                'head, such as SnapKV, or load the model with attn_implementation="sdpa"'
             )
         states = torch.cat([decode(segment, self.dtype) for segment in segments], dim=2)
         if self.heads is None:
