@@ -72,7 +72,7 @@ class PageStore:
         """
         added = next(iter(planes.values())).shape[2]
         if not self.buffers:
-            self._take(dict(planes))
+            self._use(dict(planes))
             self.pages = added
             return
         wanted = self.pages + added
@@ -80,8 +80,8 @@ class PageStore:
             name: torch.promote_types(old.dtype, planes[name].dtype) for name, old in self.buffers.items()
         }
         wider = any(old.dtype != dtypes[name] for name, old in self.buffers.items())
-        if wider or wanted > self._memory.pages or not self._at_the_end():
-            self._move(max(wanted + wanted // GROWTH, wider * self._memory.pages), dtypes)
+        if wider or wanted > self._memory.pages or not self._owns_end():
+            self._reallocate(max(wanted + wanted // GROWTH, wider * self._memory.pages), dtypes)
         for name, buffer in self.buffers.items():
             buffer[:, :, self.pages : wanted] = planes[name]
         self.pages = wanted
@@ -91,14 +91,16 @@ class PageStore:
 
         An empty store does not know the shape of its planes and stays as it is.
         """
-        if self.buffers and (pages > self._memory.pages or not self._at_the_end()):
-            self._move(max(pages, self.pages))
+        if self.buffers and (pages > self._memory.pages or not self._owns_end()):
+            self._reallocate(max(pages, self.pages))
 
-    def _at_the_end(self) -> bool:
+    def _owns_end(self) -> bool:
+        """Whether the memory behind the last page is this store's to write to."""
         others = (store.pages for store in self._memory.stores if store is not self)
         return self._may_write and max(others, default=0) <= self.pages
 
-    def _move(self, pages: int, dtypes: dict[str, torch.dtype] | None = None) -> None:
+    def _reallocate(self, pages: int, dtypes: dict[str, torch.dtype] | None = None) -> None:
+        """Move the pages in use to new memory with capacity for `pages` pages."""
         larger: Planes = {}
         with torch.inference_mode(False), torch.no_grad():  # so that any mode may write to it later
             for name, buffer in self.buffers.items():
@@ -108,9 +110,9 @@ class PageStore:
                 )
                 larger[name][:, :, : self.pages] = buffer[:, :, : self.pages]
                 larger[name][:, :, self.pages :] = 0  # so that a page table never names undefined rows
-        self._take(larger)
+        self._use(larger)
 
-    def _take(self, planes: Planes) -> None:
+    def _use(self, planes: Planes) -> None:
         self._memory.stores.discard(self)
         self._memory = _Memory(planes)
         self._memory.stores.add(self)
@@ -119,7 +121,7 @@ class PageStore:
     def crop(self, pages: int) -> None:
         """Keep the first `pages` pages. The memory of the others is freed at the next append."""
         if pages == 0:
-            self._take({})
+            self._use({})
         if pages < self.pages:
             self._may_write = False
         self.pages = pages
