@@ -9,11 +9,11 @@ import difflib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from kvpress import DMSPress
 from transformers import GenerationConfig, PreTrainedModel
 
 from quantpress.errors import InvalidInputError
-from quantpress.pipelines.members import as_press, decode_time_presses, members
+from quantpress.pipelines.press_argument import as_press
+from quantpress.presses.traits import decode_time_presses, members, traits_of
 
 DEFAULT_NEW_TOKENS = 50  # kvpress's
 READING = ("answer_prefix", "enable_thinking", "max_context_length")
@@ -105,7 +105,7 @@ def check_asking(arguments: Mapping[str, Any]) -> None:
             f"{press!r} acts while a context is read, and this one was read before; give it to read(), or "
             "leave it out"
         )
-    if any(isinstance(member, DMSPress) for member in members(press)):
+    if any(traits_of(member).keeps_scores for member in members(press)):
         raise InvalidInputError(
             "DMSPress goes by scores of the prefill; give it with the text of the context"
         )

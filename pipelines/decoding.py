@@ -13,8 +13,8 @@ from quantpress.cache.tokens.evicted_slots import MASKS, named_to_hide
 from quantpress.errors import InvalidInputError
 from quantpress.pipelines.arguments import GENERATE
 from quantpress.pipelines.capture.captured import check_choice
-from quantpress.pipelines.members import decode_time_presses
 from quantpress.presses.models.support import attention_modules
+from quantpress.presses.traits import decode_time_presses
 
 EXTRAS = ({*GENERATE} - {"generation_config"}) | {"tokenizer"}
 

@@ -6,16 +6,16 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from kvpress import BasePress, DMSPress
+from kvpress import BasePress
 from transformers import Cache, PreTrainedModel
 
 from quantpress.cache.fixed.plain import BufferedLayer
 from quantpress.cache.text_cache import TextCache
 from quantpress.cache.tokens.evicted_slots import MASKS, named_to_hide
-from quantpress.pipelines.members import members
 from quantpress.presses.models.lock import model_lock
 from quantpress.presses.models.restore import left_as_found
 from quantpress.presses.models.support import attention_modules
+from quantpress.presses.traits import members, traits_of
 
 _MISSING: Any = object()
 
@@ -36,7 +36,7 @@ def preserved_context(cache: Cache, model: PreTrainedModel, press: BasePress | N
     undo = [_remember(layer) for layer in layers]
     modules = [module for module in attention_modules(model) if hasattr(module, MASKS)]
     masks = [getattr(module, MASKS) for module in modules]
-    noting = [member for member in members(press) if isinstance(member, DMSPress)]
+    noting: list[Any] = [member for member in members(press) if traits_of(member).keeps_scores]
     notes = [dict(member.scores_buffer) for member in noting]
     try:
         yield

@@ -18,13 +18,14 @@ from quantpress.pipelines.contexts.cached_context import CachedContext
 from quantpress.pipelines.decoding import check_decoding, decides_capture, generate_ids, refuse_capture
 from quantpress.pipelines.enabling.enable import enabled_press
 from quantpress.pipelines.masks import fitted_masks
-from quantpress.pipelines.members import as_press, decode_time_presses, hand_tokenizer
 from quantpress.pipelines.preserve import preserved_context, unchanged_model
+from quantpress.pipelines.press_argument import as_press, hand_tokenizer
 from quantpress.pipelines.prompt import chat_form, check_positions, cut_to, token_ids, warn_of_positions
 from quantpress.pipelines.reading.read_context import read_context
 from quantpress.pipelines.report import Report
 from quantpress.pipelines.stopwatch import Stopwatch
 from quantpress.presses.guard import guarded
+from quantpress.presses.traits import decode_time_presses
 
 
 class TextGenerationPipeline(KVPressTextGenerationPipeline):

@@ -1,40 +1,34 @@
 """`Compose`: several presses as one. Evictors first, the quantizer last."""
 
-from collections.abc import Generator, Iterator, Sequence
+import inspect
+import warnings
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from kvpress import BasePress, DecodingPress, StreamingLLMPress, ThinKPress
+from kvpress import BasePress, ComposedPress, PrefillDecodingPress
 from torch import nn
 from transformers.modeling_utils import PreTrainedModel
 
-from quantpress.errors import CompositionError, InvalidInputError
-from quantpress.presses.composition import (
-    AT_EXIT,
-    RATIO_FOLLOWS,
-    checked_presses,
-    decodes,
-    name_of,
-    rerotates,
-    short_repr,
-    with_inner,
-)
-from quantpress.presses.demote import Demote
+from quantpress.errors import CompositionError, InvalidInputError, QuantPressError
+from quantpress.presses.base import PressMixin, name_of, short_repr
 from quantpress.presses.guard import guarded
+from quantpress.presses.models.eligibility import EVICTABLE, check
 from quantpress.presses.models.filling import filled_caches
 from quantpress.presses.models.restore import left_as_found
-from quantpress.presses.models.support import check_evictable
-from quantpress.presses.names import check_ratio
-from quantpress.presses.packing.pack_layers import Packer, hooked
+from quantpress.presses.models.support import hooked
+from quantpress.presses.named_press import check_ratio
+from quantpress.presses.packing.pack_layers import Packer
 from quantpress.presses.packing.prefill_hook import forget_attention_weights
-from quantpress.presses.piping import Pipeable
+from quantpress.presses.rules import why_not
+from quantpress.presses.traits import traits_of, with_inner
 from quantpress.presses.turboquant import TurboQuant
 
 
 @dataclass(repr=False)
-class Compose(Pipeable, BasePress):
+class Compose(PressMixin, BasePress):
     """Applies presses one after the other, each in its own context.
 
     kvpress's `ComposedPress` chains hooks only; entering each press's own context makes those work too that
@@ -58,21 +52,22 @@ class Compose(Pipeable, BasePress):
 
     presses: Sequence[BasePress | type[BasePress]]
 
-    flattens = True
-
     def __post_init__(self) -> None:
-        self.presses = checked_presses(self.presses)
+        self.presses = _one_by_one(self.presses)
+        reasons = why_not(self.presses)
+        if reasons:
+            raise CompositionError(reasons[0])
 
     @property
     def quantizer(self) -> TurboQuant | None:
         """The press that packs the cache, if there is one."""
         last: Any = self.presses[-1]
-        return last if isinstance(last, TurboQuant) else None
+        return last if traits_of(last).quantizes else None
 
     @property
     def evictors(self) -> tuple[BasePress, ...]:
         """The presses before the quantizer."""
-        return tuple(press for press in self.presses if not isinstance(press, TurboQuant))
+        return tuple(press for press in self.presses if not traits_of(press).quantizes)
 
     @property
     def compression_ratio(self) -> float:
@@ -102,7 +97,7 @@ class Compose(Pipeable, BasePress):
         if not evictors:
             raise AttributeError(f"{self!r} has no evictor whose compression_ratio could be set")
         for press in evictors:
-            if isinstance(press, RATIO_FOLLOWS):
+            if traits_of(press).ratio_follows:
                 raise AttributeError(
                     f"the compression_ratio of {name_of(press)} follows from its other settings; set those"
                 )
@@ -110,8 +105,8 @@ class Compose(Pipeable, BasePress):
             press.compression_ratio = 1 - (1 - value) ** (1 / len(evictors))
 
     def _with_ratio(self) -> list[BasePress]:
-        keeping = (Demote, ThinKPress)
-        return [press for press in self.evictors if not (isinstance(press, keeping) or decodes(press))]
+        traits = ((press, traits_of(press)) for press in self.evictors)
+        return [press for press, one in traits if not (one.keeps_tokens or one.decodes)]
 
     def contains(self, press_class: type[BasePress] | tuple[type[BasePress], ...]) -> bool:
         """Whether a press of this class is among the presses, or inside one of them."""
@@ -141,7 +136,7 @@ class Compose(Pipeable, BasePress):
         """
         packer = self._packer()
         for press in self.evictors:
-            if isinstance(press, AT_EXIT):
+            if traits_of(press).at_exit:
                 raise CompositionError(
                     f"{name_of(press)} acts at the end of its context; use {self!r} itself as the context"
                 )
@@ -184,7 +179,7 @@ class Compose(Pipeable, BasePress):
         if self.quantizer is not None:
             self.quantizer.post_init_from_model(model)
         if self.evictors:
-            check_evictable(model)
+            check(model, EVICTABLE)
         stack.enter_context(filled_caches(model, evicts=bool(self.evictors)))
         if packer is not None:
             stack.enter_context(packer.recording(model))
@@ -200,13 +195,59 @@ class Compose(Pipeable, BasePress):
     def _packer(self) -> Packer | None:
         if self.quantizer is None:
             return None
-        inner = [press for evictor in self.evictors for press in with_inner(evictor)]
-        sinks = [press.n_sink for press in inner if isinstance(press, StreamingLLMPress)]
+        inner = [traits_of(press) for evictor in self.evictors for press in with_inner(evictor)]
+        demote: Any = next((press for press in self.evictors if traits_of(press).demotes), None)
         return Packer(
             self.quantizer,
-            sink_tokens=max([self.quantizer.sink_tokens, *sinks]),
-            rerotated=any(map(rerotates, inner)),
-            at_exit=any(isinstance(press, AT_EXIT) for press in inner),
-            demote=next((press for press in self.evictors if isinstance(press, Demote)), None),
-            by_head=not any(isinstance(press, DecodingPress) for press in inner),
+            sink_tokens=max([self.quantizer.sink_tokens, *(traits.sink_tokens for traits in inner)]),
+            rerotated=any(traits.rerotates for traits in inner),
+            at_exit=any(traits.at_exit for traits in inner),
+            by_head=not any(traits.only_decodes for traits in inner),
+            demote=demote,
         )
+
+
+PressMixin.composition = Compose
+
+
+def _one_by_one(presses: Any) -> tuple[BasePress, ...]:
+    """Instances of what `Compose` is given, and of what is in compositions among them, in order.
+
+    Raises:
+        CompositionError: something is no press, or a class cannot be made without arguments.
+    """
+    if isinstance(presses, (str, BasePress, type)) or not isinstance(presses, Iterable):
+        raise CompositionError(f"Compose takes a list of presses, got {presses!r}; write Compose([...])")
+    return tuple(member for press in presses for member in _flattened(_instance(press)))
+
+
+def _flattened(press: BasePress) -> Iterator[BasePress]:
+    if isinstance(press, Compose) or type(press) is ComposedPress:
+        for member in press.presses:
+            yield from _flattened(member)
+    elif type(press) is PrefillDecodingPress and press.prefilling_press and not press.decoding_press:
+        yield from _flattened(press.prefilling_press)  # nothing happens while decoding
+    else:
+        yield press
+
+
+def _instance(press: Any) -> BasePress:
+    if isinstance(press, BasePress):
+        return press
+    if not (inspect.isclass(press) and issubclass(press, BasePress)):
+        raise CompositionError(f"{press!r} is not a press; give an instance or a class, such as SnapKV(0.5)")
+    try:
+        made: BasePress = press()
+    except QuantPressError:
+        raise
+    except (AssertionError, TypeError) as error:
+        raise CompositionError(
+            f"{press.__name__} has no defaults to be made of ({error}); give an instance of it"
+        ) from error
+    if press.__module__.startswith("kvpress.") and vars(made).get("compression_ratio") == 0:
+        warnings.warn(
+            f"{press.__name__} by default has compression_ratio 0 and evicts nothing; "
+            f"give {press.__name__}(compression_ratio=0.5), or the class of this name in quantpress",
+            stacklevel=6,
+        )
+    return made

@@ -13,24 +13,21 @@ Two short texts show a direction, not a size.
 
 from collections.abc import Generator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from typing import Any
 
 import torch
-from kvpress import BasePress, ScorerPress
+from kvpress import BasePress
 from torch import nn
 from transformers.modeling_utils import PreTrainedModel
 
 from quantpress.cache.tokens.demotion import Demotion
+from quantpress.presses.named_press import WrappingPress
 from quantpress.presses.names import SnapKV
-from quantpress.presses.wrappers import WrappingPress
-
-if TYPE_CHECKING:
-    from quantpress.presses.turboquant import TurboQuant
+from quantpress.presses.turboquant import TurboQuant
 
 
-@dataclass
-class Demote(WrappingPress, BasePress):
+class Demote(WrappingPress, BasePress, inner=SnapKV, demotes=True, keeps_tokens=True):
     """Keeps every token: those that a press would evict are packed in fewer bits than the others.
 
     Last before TurboQuant in `Compose`, which packs the others and gives both their rotation, scales and
@@ -53,14 +50,11 @@ class Demote(WrappingPress, BasePress):
         Compose(Demote(Knorm(0.75)) | TurboQuant(4))
     """
 
-    press: ScorerPress = field(default_factory=SnapKV)
     bits: float = 2
     key_bits: float | None = None
     value_bits: float | None = None
 
     def __post_init__(self) -> None:
-        from quantpress.presses.turboquant import TurboQuant
-
         super().__post_init__()
         self._scores: dict[int, torch.Tensor] = {}
         TurboQuant(self.bits, self.key_bits, self.value_bits)  # for its checks
@@ -106,7 +100,7 @@ class Demote(WrappingPress, BasePress):
         return self._scores.pop(layer_idx, None)
 
     def demotion(
-        self, quantizer: "TurboQuant", module: nn.Module, scores: torch.Tensor, key_dim: int, value_dim: int
+        self, quantizer: TurboQuant, module: nn.Module, scores: torch.Tensor, key_dim: int, value_dim: int
     ) -> Demotion | None:
         """What falls in one layer, and to which codecs; None when nothing does.
 

@@ -2,13 +2,12 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from kvpress import BasePress
-from torch import nn
 
 from quantpress.errors import InvalidInputError, QuantPressError
+from quantpress.presses.base import short_repr
 
 SHORT_TOKENS = 64
 """With fewer tokens kvpress's presses fail in many ways: windows, sinks and chunks find nothing there."""
@@ -57,30 +56,11 @@ def named_assertion(press: BasePress | None, tokens: int) -> Iterator[None]:
         raise _cannot_compress(press, tokens, str(error)) from error
 
 
-class NamedFailures:
-    """A press whose hook names its failures, also in a context of its own."""
-
-    def forward_hook(
-        self, module: nn.Module, input: list[torch.Tensor], kwargs: dict[str, Any], output: list[Any]
-    ) -> list[Any]:
-        """kvpress's hook.
-
-        Raises:
-            InvalidInputError: the press cannot compress this context.
-        """
-        press: Any = self
-        with named_failure(press, kwargs["hidden_states"].shape[1]):
-            result: list[Any] = super().forward_hook(module, input, kwargs, output)  # type: ignore[misc]
-            return result
-
-
 def _of_kvpress(press: BasePress) -> bool:
     return type(press).__module__.split(".")[0] in ("kvpress", "quantpress")
 
 
 def _cannot_compress(press: BasePress, tokens: int, reason: str) -> InvalidInputError:
-    from quantpress.presses.composition import short_repr  # which imports the presses
-
     return InvalidInputError(
         f"{short_repr(press)} cannot compress this context of {tokens} tokens: {reason.rstrip('.')}. "
         "Give a longer context, a press with smaller windows, or press=None"

@@ -2,14 +2,13 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import kvpress
 import torch
 
 from quantpress.errors import InvalidInputError
-from quantpress.presses.names import DEFAULT_RATIO, EvictingPress
+from quantpress.presses.named_press import EvictingPress
 
 FINCH_DELIMITER = "<|finch_sep|>"
 """kvpress's own."""
@@ -24,15 +23,12 @@ def name_delimiter(press: kvpress.FinchPress, tokenizer: Any, token: str = FINCH
     return known
 
 
-@dataclass
-class Finch(EvictingPress, kvpress.FinchPress):
+class Finch(EvictingPress, kvpress.FinchPress, rerotates=lambda press: press.rerotate_keys):
     """Prompt-guided: the tokens that the question behind a delimiter attends to (FINCH).
 
     The context is f"{context}<|finch_sep|>{question}". A pipeline makes that delimiter a token; anywhere else
     call `press.update_model_and_tokenizer(model, tokenizer)` first. The model never sees it.
     """
-
-    compression_ratio: float = DEFAULT_RATIO
 
     def update_model_and_tokenizer(
         self, model: Any, tokenizer: Any, delimiter_token: str = FINCH_DELIMITER

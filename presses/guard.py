@@ -16,11 +16,11 @@ from torch import nn
 from transformers.modeling_utils import PreTrainedModel
 
 from quantpress.errors import CompositionError, QuantPressError, UnsupportedModelError
-from quantpress.presses.composition import AT_EXIT, decodes, moves_slots, name_of, with_inner
+from quantpress.presses.base import name_of
 from quantpress.presses.failures import UNEXPLAINED, named_failure
-from quantpress.presses.models.support import attention_modules, is_sliding
-from quantpress.presses.packing.pack_layers import hooked
+from quantpress.presses.models.support import attention_modules, hooked, is_sliding
 from quantpress.presses.packing.prefill_hook import check_padding, is_padded, prefill_call
+from quantpress.presses.traits import traits_of, with_inner
 
 Hook = Callable[..., Any]
 
@@ -79,22 +79,25 @@ def named(press: BasePress, hook: Hook) -> Hook:
 
 
 def _check(press: BasePress) -> Hook:
+    at_exit = traits_of(press).at_exit
+    moves_slots = any(traits_of(inner).moves_slots for inner in with_inner(press))
+
     def check(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
         call = prefill_call(module, args, kwargs)
         if call is None:
             return
         kept = call.cache.get_seq_length(call.layer_idx)
-        if isinstance(press, AT_EXIT) and kept > call.tokens:
+        if at_exit and kept > call.tokens:
             raise CompositionError(
                 f"{name_of(press)} reads the context again and evicts when its `with` block ends: inside, "
                 "only read, model.model(input_ids=ids, past_key_values=DynamicCache()); generate afterwards"
             )
-        if is_padded(call.attention_mask) and any(map(moves_slots, with_inner(press))):
+        if is_padded(call.attention_mask) and moves_slots:
             raise CompositionError(
                 f"{name_of(press)} evicts while decoding, and slots of a padded batch would no longer match "
                 "the attention mask; give contexts one at a time, or of equal length"
             )
-        check_padding(call, 0 if isinstance(press, AT_EXIT) else kept)
+        check_padding(call, 0 if at_exit else kept)
 
     return check
 
@@ -114,7 +117,7 @@ def _explained(press: BasePress, hook: Hook) -> Hook:
         return result
 
     # Under its own name, a hook that acts while decoding is known to be one (`captured_decoding`).
-    return functools.wraps(hook)(explained) if decodes(press) else explained
+    return functools.wraps(hook)(explained) if traits_of(press).decodes else explained
 
 
 def _head_dims(layer: Any) -> tuple[int, ...]:

@@ -15,12 +15,13 @@ from quantpress.cache.settings import LayerSettings
 from quantpress.codecs.protocol import PageCodec
 from quantpress.codecs.scalar import ScalarPages
 from quantpress.errors import InvalidInputError
+from quantpress.presses.base import PressMixin
+from quantpress.presses.models.eligibility import PACKABLE, check
 from quantpress.presses.models.filling import filled_caches
 from quantpress.presses.models.restore import left_as_found
-from quantpress.presses.models.support import attention_modules, check_packable, full_attention_modules
+from quantpress.presses.models.support import attention_modules, full_attention_modules
 from quantpress.presses.packing.filled_cache import pack_cache
 from quantpress.presses.packing.pack_layers import Packer
-from quantpress.presses.piping import Pipeable
 from quantpress.presses.presets import PRESETS
 from quantpress.quantization.spec import CodecSpec
 
@@ -34,7 +35,7 @@ _REFERENCE_HEAD_DIM = 128
 
 
 @dataclass
-class TurboQuant(Pipeable, BasePress):
+class TurboQuant(PressMixin, BasePress, quantizes=True, keeps_tokens=True):
     """Packs the KV cache at the end of the prefill: random rotation, scalar codes, one scale a vector.
 
     Usable alone, last in `Compose`, and last in kvpress's `ComposedPress`. Tokens that come later are
@@ -172,7 +173,7 @@ class TurboQuant(Pipeable, BasePress):
             UnsupportedHeadDimError: its head_dim cannot be packed.
             InvalidInputError: `layer_bits` names a layer that the model does not have.
         """
-        check_packable(model)
+        check(model, PACKABLE)
         layers = len(attention_modules(model))
         for index in self.layer_bits or {}:
             if not -layers <= index < layers:

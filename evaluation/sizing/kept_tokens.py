@@ -5,8 +5,9 @@ from collections.abc import Iterator
 from kvpress import BasePress, ScorerPress, ThinKPress
 
 from quantpress.errors import InvalidInputError
-from quantpress.presses.composition import decodes, masks_heads, short_repr, with_inner
+from quantpress.presses.base import short_repr
 from quantpress.presses.demote import Demote
+from quantpress.presses.traits import traits_of, with_inner
 from quantpress.presses.turboquant import TurboQuant
 
 
@@ -33,7 +34,7 @@ def prefill_evictors(press: BasePress | None) -> Iterator[BasePress]:
     for one in parts(press):
         if isinstance(getattr(one, "prefilling_press", None), BasePress):
             yield from prefill_evictors(one.prefilling_press)
-        elif not isinstance(one, (TurboQuant, ThinKPress)) and not decodes(one):
+        elif not isinstance(one, (TurboQuant, ThinKPress)) and not traits_of(one).decodes:
             yield one
 
 
@@ -65,7 +66,7 @@ def tokens_kept(evictors: tuple[BasePress, ...], tokens: int, packed: bool) -> t
                 f"how much {short_repr(press)} evicts depends on the text; measure it with "
                 "`quantpress compare`"
             ) from error
-        if masks_heads(press):
+        if traits_of(press).masks_heads:
             exact = False
             if not packed:
                 continue  # kvpress hides these tokens, and keeps them

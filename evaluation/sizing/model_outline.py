@@ -21,8 +21,9 @@ from transformers import (
 
 from quantpress.errors import InvalidInputError, UnsupportedModelError
 from quantpress.pipelines.default_model import DEFAULT_MODEL_NAME, ensure_default_model
+from quantpress.presses.models.eligibility import PACKABLE, check
 from quantpress.presses.models.positions import position_count
-from quantpress.presses.models.support import attention_modules, check_packable, is_sliding
+from quantpress.presses.models.support import attention_modules, is_sliding
 
 SHAPE_FIELDS = {
     "layers": "num_hidden_layers",
@@ -109,7 +110,7 @@ class ModelOutline:
         kind = dtype or model.dtype
         parameters = {id(one): one for one in model.parameters()}.values()  # tied ones count once
         try:
-            check_packable(model)
+            check(model, PACKABLE)
             refusal = None
         except UnsupportedModelError as error:
             refusal = str(error)

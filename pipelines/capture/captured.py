@@ -28,6 +28,7 @@ from quantpress.pipelines.capture.single_token import (
     windows_of,
 )
 from quantpress.presses.models.lock import model_lock
+from quantpress.presses.traits import renumbers_positions
 
 WARM_STEPS = 2
 """Steps that run eagerly, at fixed addresses, before the first capture: libraries and kernels load in them,
@@ -120,7 +121,6 @@ def _check_compiled(model: PreTrainedModel) -> None:
         InvalidInputError: as said.
     """
     from quantpress.pipelines.enabling.enable import enabled_press
-    from quantpress.pipelines.members import renumbers_positions
 
     press = enabled_press(model)
     if press is not None and renumbers_positions(press):

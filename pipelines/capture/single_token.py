@@ -13,7 +13,8 @@ from transformers.cache_utils import Cache
 from transformers.utils.generic import ModelOutput
 
 from quantpress.cache.tokens.evicted_slots import named_to_hide
-from quantpress.presses.models.support import attention_modules, in_chunks, is_sliding, unreadable, window_of
+from quantpress.presses.models.eligibility import unreadable
+from quantpress.presses.models.support import attention_modules, in_chunks, is_sliding, window_of
 
 COPIED = ("input_ids", "position_ids", "cache_position")
 OPTIONS = ("logits_to_keep", "return_dict", "use_cache")

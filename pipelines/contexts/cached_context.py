@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from kvpress import BasePress, DMSPress
+from kvpress import BasePress
 from transformers import Cache, PreTrainedModel
 
 from quantpress.cache import CacheMemory, PackedLayer, cache_memory
@@ -16,10 +16,10 @@ from quantpress.cache.saved.fingerprint import difference, model_fingerprint
 from quantpress.cache.tokens.evicted_slots import MASKS, named_to_hide
 from quantpress.errors import InvalidInputError
 from quantpress.pipelines.contexts.saved_context import Masks, check_packed_by, load_context, save_context
-from quantpress.pipelines.members import decode_time_presses, members
-from quantpress.presses.composition import short_repr
+from quantpress.presses.base import short_repr
 from quantpress.presses.models.filling import check_keeps
 from quantpress.presses.models.support import attention_modules
+from quantpress.presses.traits import decode_time_presses, traits_of
 
 
 @dataclass(eq=False)
@@ -82,7 +82,7 @@ class CachedContext:
             InvalidInputError: the press keeps notes about the context on itself.
             UnsupportedModelError: a weight was never loaded.
         """
-        if any(isinstance(member, DMSPress) and member.decoding for member in members(press)):
+        if any(traits_of(member).keeps_scores for member in decode_time_presses(press)):
             raise InvalidInputError(
                 "DMSPress(decoding=True) keeps scores of one context on itself, which a CachedContext cannot "
                 "take along; read with decoding=False, or ask the text itself"

@@ -15,8 +15,8 @@ from quantpress.cache.saved.layers import cache_of, cache_parts
 from quantpress.cache.settings import LayerSettings
 from quantpress.codecs.parts import Parts
 from quantpress.errors import CacheFileError, InvalidInputError, QuantPressError
-from quantpress.pipelines.members import members
 from quantpress.presses.models.support import attention_modules, full_attention_modules
+from quantpress.presses.traits import members
 from quantpress.presses.turboquant import TurboQuant
 
 if TYPE_CHECKING:

@@ -26,14 +26,14 @@ from quantpress.pipelines.enabling.generate_call import (
     without_places,
 )
 from quantpress.pipelines.masks import fitted_masks
-from quantpress.pipelines.members import PressOrBits, chosen_press, decode_time_presses, renumbers_positions
 from quantpress.pipelines.preserve import masks_of_cache
+from quantpress.pipelines.press_argument import PressOrBits, chosen_press
 from quantpress.pipelines.replaced import Replaced
 from quantpress.presses import Compose
-from quantpress.presses.composition import AT_EXIT
 from quantpress.presses.models.filling import check_keeps
 from quantpress.presses.models.lock import ModelLock, model_lock
 from quantpress.presses.models.support import attention_modules
+from quantpress.presses.traits import decode_time_presses, renumbers_positions, traits_of
 
 _STATE = "_quantpress_enabled"
 
@@ -100,7 +100,7 @@ def enable(
                 f"{type(model).__name__} is enabled already, with {vars(model)[_STATE].press!r}; "
                 "call disable(model) first"
             )
-        if not any(isinstance(member, AT_EXIT) for member in chosen):
+        if not any(traits_of(member).at_exit for member in chosen):
             with chosen(model):  # what cannot work with this model says so now
                 pass
         return Enabled(model, chosen, cuda_graph)
@@ -144,7 +144,7 @@ class Enabled:
         self.warned = self._ending = False
         self.calls: list[GenerateCall] = []
         self._decodes = bool(decode_time_presses(press))
-        self._reads_again = any(isinstance(member, AT_EXIT) for member in press)
+        self._reads_again = any(traits_of(member).at_exit for member in press)
         self._attention = attention_modules(model)
         vars(model)[_STATE] = self
         self._replaced = [

@@ -14,8 +14,8 @@ from quantpress.cache.text_cache import TextCache
 from quantpress.errors import InvalidInputError, UnsupportedModelError
 from quantpress.pipelines.capture.captured import CapturedDecoding
 from quantpress.pipelines.decoding import refuse_capture, rules_out_press
-from quantpress.pipelines.members import decode_time_presses
 from quantpress.presses import Compose
+from quantpress.presses.traits import decode_time_presses
 
 
 class GenerateCall:

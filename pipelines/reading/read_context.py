@@ -7,7 +7,6 @@ from kvpress import BasePress
 from transformers import Cache, PreTrainedModel
 
 from quantpress.errors import InvalidInputError
-from quantpress.pipelines.members import renumbers_positions
 from quantpress.pipelines.reading.chunked_prefill import (
     DEFAULT_CHUNK_TOKENS,
     backbone,
@@ -17,11 +16,12 @@ from quantpress.pipelines.reading.chunked_prefill import (
 from quantpress.pipelines.reading.embeddings import freed_embeddings
 from quantpress.pipelines.reading.progress import layer_progress
 from quantpress.pipelines.stopwatch import Stopwatch
+from quantpress.presses.base import PressMixin
 from quantpress.presses.failures import named_assertion
 from quantpress.presses.guard import named_context
+from quantpress.presses.models.eligibility import HOOKABLE, check
 from quantpress.presses.models.filling import check_filled, check_keeps, count_kept, warn_of_chance
-from quantpress.presses.models.support import check_hookable
-from quantpress.presses.piping import Pipeable
+from quantpress.presses.traits import renumbers_positions
 
 
 def read_context(
@@ -56,8 +56,8 @@ def read_context(
     held = max((layer.get_seq_length() for layer in cache.layers), default=0)
     if held:
         raise InvalidInputError(f"the cache already holds {held} tokens; give a new one for every context")
-    if press is not None and not isinstance(press, Pipeable):  # ours do both by themselves
-        check_hookable(model)
+    if press is not None and not isinstance(press, PressMixin):  # ours do both by themselves
+        check(model, HOOKABLE)
         count_kept(model, cache)
     warn_of_chance(model)
     tokens = context_ids.shape[1]

@@ -13,13 +13,8 @@ from torch import nn
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 
 from quantpress.errors import InvalidInputError, UnsupportedModelError
-from quantpress.presses.models.support import (
-    attention_modules,
-    check_hookable,
-    check_layered,
-    decoder_of,
-    full_attention_modules,
-)
+from quantpress.presses.models.eligibility import HOOKABLE, LAYERED, check
+from quantpress.presses.models.support import attention_modules, decoder_of, full_attention_modules
 
 
 def check_keeps(model: nn.Module) -> None:
@@ -32,7 +27,7 @@ def check_keeps(model: nn.Module) -> None:
         UnsupportedModelError: its states are not keys and values in layers of a cache, or it is in training
             mode with gradient checkpointing.
     """
-    check_layered(model)
+    check(model, LAYERED)
     checkpointed = (getattr(module, "gradient_checkpointing", False) for module in _training(model))
     if any(checkpointed):
         raise UnsupportedModelError(
@@ -108,10 +103,10 @@ def filled_caches(model: nn.Module, evicts: bool = True) -> Iterator[None]:
             False: it is a warning, since nothing is compressed then.
 
     Raises (on entering, and in a forward):
-        UnsupportedModelError: as for `check_keeps` and `check_filled`; with `evicts` as for `check_hookable`.
+        UnsupportedModelError: as for `check_keeps` and `check_filled`; with `evicts` as for `HOOKABLE`.
         InvalidInputError: a forward without a cache.
     """
-    (check_hookable if evicts else check_layered)(model)
+    check(model, HOOKABLE if evicts else LAYERED)
     empty: list[Cache] = []
 
     def before(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:

@@ -1,7 +1,5 @@
 """Packs a cache that is filled already: for presses that evict at the end of their context, or by itself."""
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import nn
 from transformers.cache_utils import Cache
@@ -10,13 +8,11 @@ from quantpress.cache.layer import PackedLayer
 from quantpress.presses.models.support import full_attention_modules
 from quantpress.presses.packing.head_wise import name_slots, named_slots
 from quantpress.presses.packing.prefill_hook import plain_states
-
-if TYPE_CHECKING:
-    from quantpress.presses.turboquant import TurboQuant
+from quantpress.presses.packing.quantizer import Quantizer
 
 
 def pack_cache(
-    press: "TurboQuant",
+    press: Quantizer,
     model: nn.Module,
     cache: Cache,
     query_moments: dict[int, torch.Tensor] | None = None,
@@ -30,7 +26,7 @@ def pack_cache(
     Tokens that a head-wise press has named on the attention modules are not packed.
 
     Args:
-        press: the settings.
+        press: says how each layer is stored.
         model: the model that filled it.
         cache: changed in place, layer by layer.
         query_moments: E[q_j^2] per layer index, [B, Hkv, D] each, for channel balance.

@@ -4,7 +4,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
@@ -15,8 +15,7 @@ from quantpress.cache.settings import LayerSettings
 from quantpress.cache.tokens.demotion import Demotion
 from quantpress.errors import InvalidInputError
 from quantpress.kernels.layout import PAGE_TOKENS
-from quantpress.presses.demote import Demote
-from quantpress.presses.models.support import full_attention_modules, is_sliding
+from quantpress.presses.models.support import hooked, is_sliding
 from quantpress.presses.packing.filled_cache import pack_cache
 from quantpress.presses.packing.head_wise import name_slots, named_slots
 from quantpress.presses.packing.prefill_hook import (
@@ -27,41 +26,39 @@ from quantpress.presses.packing.prefill_hook import (
     plain_states,
     prefill_call,
 )
+from quantpress.presses.packing.quantizer import Demoter, Quantizer
 from quantpress.presses.packing.queries import UnknownAttentionError, query_moment, recomputed_keys
-from quantpress.presses.packing.sinks import places_with_sinks_first
-from quantpress.presses.packing.token_order import sort_by_position, survivor_positions
-
-if TYPE_CHECKING:
-    from quantpress.presses.turboquant import TurboQuant
+from quantpress.presses.packing.sinks import slots_with_sinks_first
+from quantpress.presses.packing.token_order import Survivors, survivor_positions
 
 States = tuple[torch.Tensor, torch.Tensor]
 
 
 class Packer:
-    """What one use of a `TurboQuant` press remembers between its hooks.
+    """What one use of a quantizing press remembers between its hooks.
 
-    `record` runs before the evictors of a layer and keeps a reference to what they start from, `follow`
-    behind each of them and finds out which tokens are left; `pack` runs last, puts the survivors in the
+    `record` runs before the evictors of a layer and keeps a reference to what they start from. `follow` runs
+    behind each of them and finds out which tokens are left. `pack` runs last: it puts the survivors in the
     order of the text, packs them and lets everything else go.
 
     Args:
-        press: the settings.
+        press: says how each layer is stored.
         sink_tokens: pinned first tokens, where the evictors keep more than the press asks for.
-        rerotated: the evictors number the survivors anew, so that the next position is their count.
+        rerotated: the evictors give the survivors new positions, so that the next position is their count.
         at_exit: pack when `recording` ends, for presses that evict only then.
-        demote: decides which tokens fall to fewer bits.
-        by_head: give the memory of tokens back that a head-wise press has named; else they are hidden only.
+        by_head: free the memory of tokens that a head-wise press has named; False: only hide them.
+        demote: chooses the tokens that are packed in fewer bits.
     """
 
     def __init__(
         self,
-        press: "TurboQuant",
+        press: Quantizer,
         *,
         sink_tokens: int | None = None,
         rerotated: bool = False,
         at_exit: bool = False,
         by_head: bool = True,
-        demote: Demote | None = None,
+        demote: Demoter | None = None,
     ) -> None:
         self.press = press
         self.sink_tokens = press.sink_tokens if sink_tokens is None else sink_tokens
@@ -134,41 +131,43 @@ class Packer:
             return
         with torch.no_grad():
             check_states(call, keys, values)
-            wants_queries = settings.balance and settings.key_codec.wants_statistics
-            moment = self._moment(call, keys, originals) if wants_queries else None
+            moment = self._moment(call, settings, keys, originals)
             if self.at_exit:
                 self._wait(call, moment)
                 return
-            hidden = named_slots(module, keys)
             scores = None if self.demote is None else self.demote.take_scores(call.layer_idx)
+            tokens = Survivors(keys, values, named_slots(module, keys), scores)
             if keys.shape[2] < call.tokens:
                 if originals is None:
                     positions = _positions_by_recomputing(call, keys)
-                if positions is not None:
-                    keys, values, hidden, scores = _reordered(positions, keys, values, hidden, scores)
-            places = self._places(call, keys, settings, hidden)
-            if places is not None:
-                keys, values, hidden, scores = _reordered(places, keys, values, hidden, scores)
+                tokens = tokens if positions is None else tokens.sorted_by(positions)
+            slots = self._slots(call, tokens, settings)
+            if slots is not None:
+                tokens = tokens.sorted_by(slots)
                 settings = replace(settings, sink_tokens=settings.sink_tokens + self.press.detect_sinks)
-            by_head = hidden is not None and self.by_head and not is_padded(call.attention_mask)
-            if hidden is not None:
-                name_slots(module, hidden, evicted=by_head)
-            call.cache.layers[call.layer_idx] = PackedLayer.from_states(
-                keys.detach(),
-                values.detach(),
-                settings,
-                query_moment=moment,
-                tokens_seen=keys.shape[2] if self.rerotated else call.tokens,
-                hidden=hidden if by_head else None,
-                demotion=self._demotion(call, keys, values, scores),
-            )
+            call.cache.layers[call.layer_idx] = self._packed(call, tokens, settings, moment)
 
-    def _places(
-        self, call: PrefillCall, keys: torch.Tensor, settings: LayerSettings, hidden: torch.Tensor | None
-    ) -> torch.Tensor | None:
-        """Where tokens go so that detected sinks are pinned; None when there is nothing to detect."""
+    def _packed(
+        self, call: PrefillCall, tokens: Survivors, settings: LayerSettings, moment: torch.Tensor | None
+    ) -> PackedLayer:
+        hidden = tokens.hidden
+        by_head = hidden is not None and self.by_head and not is_padded(call.attention_mask)
+        if hidden is not None:
+            name_slots(call.module, hidden, evicted=by_head)
+        return PackedLayer.from_states(
+            tokens.keys.detach(),
+            tokens.values.detach(),
+            settings,
+            query_moment=moment,
+            tokens_seen=tokens.keys.shape[2] if self.rerotated else call.tokens,
+            hidden=hidden if by_head else None,
+            demotion=self._demotion(call, tokens),
+        )
+
+    def _slots(self, call: PrefillCall, tokens: Survivors, settings: LayerSettings) -> torch.Tensor | None:
+        """The slots that put detected sinks behind the first tokens; None when there is nothing to detect."""
         count, first, recent = self.press.detect_sinks, settings.sink_tokens, settings.recent_tokens
-        if not count or keys.shape[2] < first + count + recent + PAGE_TOKENS:
+        if not count or tokens.keys.shape[2] < first + count + recent + PAGE_TOKENS:
             return None
         if is_padded(call.attention_mask):
             self._warn(
@@ -178,22 +177,38 @@ class Packer:
             )
             return None
         try:
-            return places_with_sinks_first(call, keys, first, recent, count, hidden)
+            return slots_with_sinks_first(call, tokens.keys, first, recent, count, tokens.hidden)
         except UnknownAttentionError as reason:
             self._warn_of_queries(call, reason, "without detected sinks", "detect_sinks=0")
             return None
 
-    def _demotion(
-        self, call: PrefillCall, keys: torch.Tensor, values: torch.Tensor, scores: torch.Tensor | None
-    ) -> Demotion | None:
-        if self.demote is None or scores is None:
+    def _demotion(self, call: PrefillCall, tokens: Survivors) -> Demotion | None:
+        if self.demote is None or tokens.scores is None:
             return None
         if is_padded(call.attention_mask):
             raise InvalidInputError(
                 "Demote moves tokens, and the mask of a padded batch goes by slot; give contexts one at a "
                 "time, or of equal length"
             )
-        return self.demote.demotion(self.press, call.module, scores, keys.shape[-1], values.shape[-1])
+        dims = tokens.keys.shape[-1], tokens.values.shape[-1]
+        return self.demote.demotion(self.press, call.module, tokens.scores, *dims)
+
+    def _moment(
+        self, call: PrefillCall, settings: LayerSettings, keys: torch.Tensor, originals: States | None
+    ) -> torch.Tensor | None:
+        """[B, Hkv, D] mean square of the last queries; None when nobody wants it or they are not known."""
+        if not (settings.balance and settings.key_codec.wants_statistics):
+            return None
+        all_keys = keys if originals is None else originals[0]
+        known = all_keys if all_keys.shape[2] == call.tokens else None
+        window = self.press.balance_window
+        try:
+            return query_moment(
+                call.module, call.hidden_states, call.position_embeddings, keys.shape[1], window, known
+            )
+        except UnknownAttentionError as reason:
+            self._warn_of_queries(call, reason, "without balanced channels", "balance=False")
+            return None
 
     def _warn_of_queries(self, call: PrefillCall, reason: Exception, effect: str, remedy: str) -> None:
         self._warn(
@@ -206,22 +221,6 @@ class Packer:
             self._warned = True
             warnings.warn(message, stacklevel=4)
 
-    def _moment(self, call: PrefillCall, keys: torch.Tensor, originals: States | None) -> torch.Tensor | None:
-        all_keys = keys if originals is None else originals[0]
-        known = all_keys if all_keys.shape[2] == call.tokens else None
-        try:
-            return query_moment(
-                call.module,
-                call.hidden_states,
-                call.position_embeddings,
-                keys.shape[1],
-                self.press.balance_window,
-                known,
-            )
-        except UnknownAttentionError as reason:
-            self._warn_of_queries(call, reason, "without balanced channels", "balance=False")
-            return None
-
     def _wait(self, call: PrefillCall, moment: torch.Tensor | None) -> None:
         _, _, moments = self._waiting.setdefault(id(call.cache), (call.cache, call.tokens, {}))
         if moment is not None:
@@ -233,31 +232,9 @@ class Packer:
 
 
 def _positions_by_recomputing(call: PrefillCall, keys: torch.Tensor) -> torch.Tensor | None:
-    """Where nobody has recorded: the keys of all tokens follow from the hidden states, mostly bit for bit."""
+    """Without a record: the keys of all tokens follow from the hidden states, mostly bit for bit."""
     try:
         before = recomputed_keys(call.module, call.hidden_states, call.position_embeddings)
     except UnknownAttentionError:
         return None
     return survivor_positions(before, None, keys, None)
-
-
-def _reordered(
-    positions: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, *by_slot: torch.Tensor | None
-) -> tuple[Any, ...]:
-    """Keys, values and what there is by slot [B, Hkv, K], in the order of positions [B, Hkv, K]."""
-    order = positions.argsort(dim=-1)
-    moved = (None if part is None else part.gather(2, order) for part in by_slot)
-    return *sort_by_position(keys, values, positions), *moved
-
-
-@contextmanager
-def hooked(model: nn.Module, hook: Any) -> Iterator[None]:
-    """A forward hook on every attention module that sees the whole context."""
-    handles = [
-        module.register_forward_hook(hook, with_kwargs=True) for module in full_attention_modules(model)
-    ]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()

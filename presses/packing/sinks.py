@@ -27,7 +27,7 @@ QUERIES = 64
 """The last queries of the prefill, whose attention decides."""
 
 
-def places_with_sinks_first(
+def slots_with_sinks_first(
     call: PrefillCall,
     keys: torch.Tensor,
     first: int,
@@ -35,7 +35,7 @@ def places_with_sinks_first(
     count: int,
     hidden: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Where each token is to be stored, so that detected sinks follow the first tokens.
+    """The slot of each token, such that detected sinks follow the first tokens.
 
     A head's sinks are the tokens with the highest attention, averaged over the last queries and the query
     heads of its group, softmax over the candidates:

@@ -5,6 +5,7 @@ pins its first and its last tokens. Evicting only copies vectors, so a survivor'
 token that it was: each vector is hashed exactly (integers, no tolerance) and looked up among the originals.
 """
 
+from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
@@ -12,6 +13,30 @@ import torch
 _WORKSPACE_VALUES = 1 << 22  # int64 numbers per chunk: 32 MB
 _HASH_SEED = 20250504
 _WORDS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+@dataclass(frozen=True)
+class Survivors:
+    """What the evictors have left of one layer.
+
+    Args:
+        keys: [B, Hkv, K, D].
+        values: [B, Hkv, K, Dv].
+        hidden: [B, Hkv, K] bool, tokens that a head does not see; None: it sees all.
+        scores: [B, Hkv, K], by which tokens are demoted; None: none is.
+    """
+
+    keys: torch.Tensor
+    values: torch.Tensor
+    hidden: torch.Tensor | None
+    scores: torch.Tensor | None
+
+    def sorted_by(self, positions: torch.Tensor) -> "Survivors":
+        """The same tokens in the order of their positions [B, Hkv, K]."""
+        order = positions.argsort(dim=-1)
+        keys, values = sort_by_position(self.keys, self.values, positions)
+        moved = (None if part is None else part.gather(2, order) for part in (self.hidden, self.scores))
+        return Survivors(keys, values, *moved)
 
 
 def survivor_positions(

@@ -22,7 +22,7 @@ from quantpress.pipelines.prompt import cut_to, token_ids
 from quantpress.pipelines.reading.read_context import read_context
 from quantpress.pipelines.text_generation import TextGenerationPipeline
 from quantpress.presses.expression import parse_press
-from quantpress.presses.models.support import unlayered
+from quantpress.presses.models.eligibility import LAYERED, why_not
 from quantpress.presses.turboquant import TurboQuant
 
 DEFAULT_TOKENS = 1024
@@ -173,7 +173,7 @@ def main(
     text = book_piece(pipe.tokenizer, tokens) if text is None else text
     ids = cut_to(token_ids(pipe.tokenizer, text, "text"), tokens).to(pipe.model.device)
     outline = ModelOutline.of(model_name(pipe), pipe.model)
-    keys = {} if unlayered(pipe.model) or not outline.layers else _keys(pipe, ids)
+    keys = {} if why_not(pipe.model, LAYERED) or not outline.layers else _keys(pipe, ids)
     candidates: list[Candidate] = []
     refusal = outline.refusal
     if refusal is None:

@@ -11,7 +11,7 @@ from quantpress.cache.saved.format import read_file
 from quantpress.cli.loading import load_pipeline, model_name, read_text
 from quantpress.errors import InvalidInputError
 from quantpress.pipelines.contexts.cached_context import CachedContext
-from quantpress.pipelines.members import as_press
+from quantpress.pipelines.press_argument import as_press
 from quantpress.pipelines.report import Report
 
 DEFAULT_PRESS = "TurboQuant"

@@ -29,7 +29,7 @@ from quantpress.presses import (
     ThinK,
     TurboQuant,
 )
-from quantpress.presses.composition import decodes, masks_heads, rerotates
+from quantpress.presses.traits import traits_of
 
 SNAP = SnapKV()
 
@@ -246,8 +246,11 @@ def test_a_ratio_that_cannot_be_set() -> None:
 
 def test_what_presses_do_to_positions_and_slots() -> None:
     finch = Finch()
-    assert rerotates(KeyRerotation()) and rerotates(finch) and not rerotates(SnapKV())
+    assert all(traits_of(press).rerotates for press in (KeyRerotation(), finch))
+    assert not traits_of(SnapKV()).rerotates
     finch.rerotate_keys = False
-    assert not rerotates(finch)
-    assert masks_heads(AdaKV()) and masks_heads(KVCompose(structured=False)) and not masks_heads(KVCompose())
-    assert decodes(decoding()) and decodes(DMS(Knorm(), decoding=True)) and not decodes(DMS(Knorm()))
+    assert not traits_of(finch).rerotates
+    assert all(traits_of(press).masks_heads for press in (AdaKV(), KVCompose(structured=False)))
+    assert not traits_of(KVCompose()).masks_heads
+    assert all(traits_of(press).decodes for press in (decoding(), DMS(Knorm(), decoding=True)))
+    assert not traits_of(DMS(Knorm())).decodes

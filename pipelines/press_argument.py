@@ -1,22 +1,18 @@
-"""What a press is made of: a composition is treated like the presses inside it.
+"""The press= argument of pipelines and of `enable`: everything that it may be, made into a press."""
 
-kvpress's pipeline asks `isinstance(press, KeyRerotationPress)` and the like, which a press inside a
-composition does not answer. Here the question goes to every member.
-"""
+from collections.abc import Sequence
+from typing import Any, TypeAlias
 
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any, TypeAlias
-
-from kvpress import BasePress, FinchPress, RestoreKVPress
+from kvpress import BasePress, FinchPress
 from transformers import PreTrainedModel
 
 from quantpress.errors import InvalidInputError
-from quantpress.presses.composition import decodes, rerotates, with_inner
+from quantpress.presses.compose import Compose
 from quantpress.presses.expression import parse_press
 from quantpress.presses.finch import Finch, name_delimiter
-
-if TYPE_CHECKING:
-    from quantpress.presses import Compose
+from quantpress.presses.presets import PRESETS
+from quantpress.presses.traits import members, with_inner
+from quantpress.presses.turboquant import TurboQuant
 
 PressOrBits: TypeAlias = BasePress | type[BasePress] | Sequence[Any] | str | float | None
 
@@ -30,8 +26,6 @@ def as_press(press: Any) -> BasePress | None:
     """
     if press is None or isinstance(press, BasePress):
         return press
-    from quantpress.presses import Compose
-
     if isinstance(press, str):
         return parse_press(press)
     if isinstance(press, type) and issubclass(press, BasePress):
@@ -43,16 +37,13 @@ def as_press(press: Any) -> BasePress | None:
     )
 
 
-def chosen_press(press: PressOrBits, options: dict[str, Any]) -> "Compose":
+def chosen_press(press: PressOrBits, options: dict[str, Any]) -> Compose:
     """What a user gives `enable`, as a composition.
 
     Raises:
         CompositionError: presses that do not go together.
         InvalidInputError: something else, or options beside a press.
     """
-    from quantpress.presses import Compose, TurboQuant
-    from quantpress.presses.presets import PRESETS
-
     if press is None:
         return Compose([TurboQuant(**options)])
     if isinstance(press, str) and press in PRESETS:
@@ -68,10 +59,10 @@ def chosen_press(press: PressOrBits, options: dict[str, Any]) -> "Compose":
 
 
 def hand_tokenizer(press: BasePress | None, model: PreTrainedModel, tokenizer: Any) -> None:
-    """Tell the presses that need a delimiter in the text (Finch) which token it is, if nobody has yet.
+    """Tell the presses that need a delimiter in the text (Finch) which token it is, unless they know.
 
-    kvpress's own FinchPress has the model embed the delimiter, so that a model without room for one more
-    token grows by it; `Finch` does not.
+    The model embeds the delimiter of kvpress's own FinchPress, so a model without room for one more token
+    grows by it. It never sees that of `Finch`.
     """
     for finch in (inner for member in members(press) for inner in with_inner(member)):
         if isinstance(finch, FinchPress) and finch.delimiter_token_id is None:
@@ -79,32 +70,3 @@ def hand_tokenizer(press: BasePress | None, model: PreTrainedModel, tokenizer: A
             embedding: Any = model.get_input_embeddings()
             if not isinstance(finch, Finch) and token >= embedding.weight.shape[0]:
                 model.resize_token_embeddings(token + 1)
-
-
-def members(press: BasePress | None) -> Iterator[BasePress]:
-    """The press itself, then everything inside it (`Compose`, kvpress's `ComposedPress`), in order."""
-    if press is not None:
-        yield press
-        for inner in getattr(press, "presses", ()):
-            yield from members(inner)
-
-
-def contains(press: BasePress | None, kinds: type | tuple[type, ...]) -> bool:
-    """Whether the press, or one inside its composition, is an instance of `kinds`.
-
-    Example:
-        >>> from kvpress import ComposedPress, KnormPress, SnapKVPress
-        >>> contains(ComposedPress([SnapKVPress(), KnormPress()]), KnormPress), contains(None, KnormPress)
-        (True, False)
-    """
-    return any(isinstance(member, kinds) for member in members(press))
-
-
-def decode_time_presses(press: BasePress | None) -> list[BasePress]:
-    """The members that also act while the answer is generated."""
-    return [member for member in members(press) if decodes(member)]
-
-
-def renumbers_positions(press: BasePress | None) -> bool:
-    """Whether kept tokens get new positions without gaps: the next position is then the number kept."""
-    return contains(press, RestoreKVPress) or any(rerotates(member) for member in members(press))

@@ -1,0 +1,191 @@
+"""Which models can be read, evicted from and packed: every rule, and `why_not`, which applies them.
+
+check(model, PACKABLE)       raises the first reason why a model's cache cannot be packed
+why_not(model, PACKABLE)     gives all of them
+"""
+
+import sys
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+from torch import nn
+from transformers.cache_utils import DynamicCache
+
+from quantpress.errors import UnsupportedModelError
+from quantpress.presses.models.support import attention_modules, decoder_of, is_sliding
+
+SUPPORTED_ATTENTION = ("eager", "flash_attention_2", "flash_attention_3", "sdpa")
+"""Values of `attn_implementation` that packed layers work with."""
+
+_CHANGED_AFTER_CACHE = frozenset(
+    {
+        "diffllama",
+        "doge",
+        "gemma3n",
+        "gemma3n_text",
+        "glm_moe_dsa",
+        "idefics",
+        "jetmoe",
+        "longcat_flash",
+        "mllama",
+        "mllama_text_model",
+        "moonshine",
+        "moonshine_streaming",
+        "youtu",
+    }
+)
+"""Model types that change keys or values after the cache has returned them, or share them between layers, so
+that attention does not see the cache's own."""
+
+Rules: TypeAlias = tuple[tuple[Callable[[nn.Module], Any], str], ...]
+"""(what is found where a model breaks the rule, else None or False; the message, of {model} and {found})."""
+
+
+def why_not(model: nn.Module, rules: Rules) -> list[str]:
+    """Every reason why something cannot be done with a model; empty when it can.
+
+    Args:
+        model: a model of transformers.
+        rules: `LAYERED`, `HOOKABLE`, `EVICTABLE` or `PACKABLE`.
+    """
+    found = ((broken(model), message) for broken, message in rules)
+    return [message.format(model=type(model).__name__, found=what) for what, message in found if what]
+
+
+def check(model: nn.Module, rules: Rules) -> None:
+    """Refuse a model that breaks a rule.
+
+    Raises:
+        UnsupportedModelError: the first reason of `why_not`.
+    """
+    reasons = why_not(model, rules)
+    if reasons:
+        raise UnsupportedModelError(reasons[0])
+
+
+def unreadable(model: nn.Module) -> str | None:
+    """Why a model's attention cannot read packed layers; None when it can."""
+    modules = attention_modules(model)
+    if not modules:
+        return "it has no decoder attention with a cache of keys and values"
+    for module in modules:
+        for broken, message in _READABLE:
+            found = broken(module)
+            if found:
+                return message.format(attention=type(module).__name__, found=found)
+    return None
+
+
+def _changed_after_cache(module: nn.Module) -> bool:
+    return getattr(getattr(module, "config", None), "model_type", None) in _CHANGED_AFTER_CACHE
+
+
+def _own_attention_function(module: nn.Module) -> bool:
+    return not hasattr(sys.modules[type(module).__module__], "ALL_ATTENTION_FUNCTIONS")
+
+
+def _unsupported_implementation(module: nn.Module) -> str | None:
+    implementation = getattr(module.config, "_attn_implementation", None) or "eager"
+    return None if implementation in SUPPORTED_ATTENTION else repr(implementation)
+
+
+_READABLE: Rules = (
+    (_changed_after_cache, "{attention} changes or shares keys and values after the cache has returned them"),
+    (
+        _own_attention_function,
+        "{attention} does not call attention through transformers' ALL_ATTENTION_FUNCTIONS",
+    ),
+    (
+        lambda module: getattr(module, "config", None) is None,
+        "{attention} is not attention over a cache of keys and values",
+    ),
+    (
+        _unsupported_implementation,
+        'attn_implementation={found} cannot read packed layers (load it with attn_implementation="sdpa", or '
+        f"one of {', '.join(SUPPORTED_ATTENTION)})",
+    ),
+)
+"""The same for attention modules, with messages of {attention} and {found}."""
+
+
+def _cache_of_its_own(model: nn.Module) -> str | None:
+    """The class of cache that a model with other states than keys and values brings along.
+
+    Such a class is defined beside the model, and is no DynamicCache (Jamba, Falcon H1, LFM2, ...).
+    """
+    parts = (model, decoder_of(model))
+    dynamic = [getattr(part, "_supports_default_dynamic_cache", None) for part in parts]
+    if all(not callable(supports) or supports() for supports in dynamic):
+        return None
+    for module in dict.fromkeys(type(part).__module__ for part in parts):
+        for name, kind in vars(sys.modules[module]).items():
+            defined = isinstance(kind, type) and kind.__module__ == module and name.endswith("Cache")
+            if defined and not issubclass(kind, DynamicCache):
+                return name
+    return "cache of its own kind"
+
+
+def _encoder_decoder(model: nn.Module) -> bool:
+    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+
+
+def _without_self_attention(model: nn.Module) -> bool:
+    inner = getattr(model, "model", None)
+    layers = getattr(getattr(inner, "language_model", inner), "layers", None)
+    return layers is None or any(getattr(layer, "self_attn", None) is None for layer in layers)
+
+
+def _shares_keys(model: nn.Module) -> bool:
+    return any(getattr(module, "is_kv_shared_layer", False) for module in attention_modules(model))
+
+
+def _only_sliding(model: nn.Module) -> bool:
+    modules = attention_modules(model)
+    return bool(modules) and all(is_sliding(module) for module in modules)
+
+
+LAYERED: Rules = (
+    (
+        _cache_of_its_own,
+        "{model} keeps its state in a {found}, not in layers of a DynamicCache: it cannot be read into, "
+        "compressed or asked here; use model.generate without presses",
+    ),
+)
+"""The model can read into layers of a DynamicCache."""
+
+HOOKABLE: Rules = (
+    *LAYERED,
+    (
+        _without_self_attention,
+        "kvpress finds no model.model.layers[i].self_attn in {model}; give the model with its language-model "
+        "head (...ForCausalLM), or use a quantizer alone",
+    ),
+    (
+        _shares_keys,
+        "layers of {model} read keys and values of others, and kvpress looks for each layer's own; use it "
+        "without presses",
+    ),
+)
+"""kvpress can put its hooks on the model."""
+
+EVICTABLE: Rules = (
+    *HOOKABLE,
+    (
+        _only_sliding,
+        "every layer of {model} is a sliding window, and presses leave those to the model: nothing would be "
+        "evicted; use it without presses, or set config.sliding_window=None if the context fits the window",
+    ),
+)
+"""Presses can evict something from the model's cache."""
+
+PACKABLE: Rules = (
+    (_encoder_decoder, "{model} is an encoder-decoder model; TurboQuant packs decoder-only models"),
+    (unreadable, "{model} cannot be packed: {found}; use it without TurboQuant"),
+    *LAYERED,
+    (
+        _only_sliding,
+        "every layer of {model} is a sliding window, and those stay unpacked; use it without TurboQuant, or "
+        "set config.sliding_window=None if the context fits the window",
+    ),
+)
+"""The model's cache can be packed."""

@@ -1,0 +1,161 @@
+"""How a press of kvpress gets a short name, a default that evicts, and errors that say what is wrong.
+
+A statement in `names.py` is all that such a press needs:
+
+    class SimLayerKV(EvictingPress, kvpress.SimLayerKVPress, ratio_name="lazy_threshold", ratio_follows=True):
+        "What it does."
+
+The class is a dataclass with the fields of kvpress's own class, the last of its bases. Keywords that are no
+default are traits (`quantpress.presses.traits`); the first statement about a class of kvpress describes that
+class, too.
+"""
+
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from kvpress import BasePress, ScorerPress
+from torch import nn
+
+from quantpress.errors import InvalidInputError
+from quantpress.presses.base import PressMixin
+from quantpress.presses.failures import named_failure
+from quantpress.presses.traits import TRAITS, Trait, describe
+
+DEFAULT_RATIO = 0.5
+"""Fraction of the tokens that a press evicts unless told otherwise."""
+
+
+def check_ratio(owner: object, name: str, ratio: object) -> None:
+    """Refuse a fraction to evict that is not a number with 0 <= ratio < 1.
+
+    Raises:
+        InvalidInputError: names the press, the argument and the value.
+    """
+    if isinstance(ratio, bool) or not isinstance(ratio, (int, float)) or not 0 <= ratio < 1:
+        raise InvalidInputError(
+            f"{type(owner).__name__}: {name} is {ratio!r}; give the fraction to evict, 0 <= {name} < 1"
+        )
+
+
+def _wrapped(cls: type) -> type | None:
+    """The class of kvpress that a class names; None for a base like those above, and below a named press."""
+    last = cls.__bases__[-1]
+    return last if issubclass(last, BasePress) and not issubclass(last, PressMixin) else None
+
+
+def _set_default(cls: type, name: str, annotation: Any, default: Any) -> None:
+    """Declare a field, unless the class body does."""
+    own = inspect.get_annotations(cls)
+    if name not in own:
+        cls.__annotations__ = {name: annotation, **own}
+        setattr(cls, name, default)
+
+
+class NamedPress(PressMixin):
+    """A press of kvpress whose failures at a prefill name the press, the tokens and the remedy."""
+
+    def __init_subclass__(cls, **traits: Trait) -> None:
+        if _wrapped(cls) is None:
+            super().__init_subclass__(**traits)
+        else:
+            super().__init_subclass__()
+            dataclass(cls)
+            describe(cls if cls.__bases__[-1] in TRAITS else cls.__bases__[-1], **traits)
+
+    def __post_init__(self) -> None:
+        upstream = getattr(super(), "__post_init__", None)
+        if upstream is not None:
+            upstream()
+
+    def forward_hook(
+        self, module: nn.Module, input: list[torch.Tensor], kwargs: dict[str, Any], output: list[Any]
+    ) -> list[Any]:
+        """kvpress's hook.
+
+        Raises:
+            InvalidInputError: the press cannot compress this context.
+        """
+        press: Any = self
+        with named_failure(press, kwargs["hidden_states"].shape[1]):
+            result: list[Any] = super().forward_hook(module, input, kwargs, output)  # type: ignore[misc]
+            return result
+
+
+class EvictingPress(NamedPress):
+    """A press with a ratio, which is checked with an exception before kvpress asserts it.
+
+    Keywords of the class statement: `ratio_name`, the field to check, and `ratio`, its default.
+    """
+
+    ratio_name: ClassVar[str] = "compression_ratio"
+
+    def __init_subclass__(
+        cls, ratio_name: str | None = None, ratio: float = DEFAULT_RATIO, **traits: Trait
+    ) -> None:
+        if ratio_name is not None:
+            cls.ratio_name = ratio_name
+        if _wrapped(cls) is not None:
+            _set_default(cls, cls.ratio_name, float, ratio)
+        super().__init_subclass__(**traits)
+
+    def __post_init__(self) -> None:
+        check_ratio(self, self.ratio_name, getattr(self, self.ratio_name))
+        super().__post_init__()
+
+
+class WrappingPress(NamedPress):
+    """A press that works through one that scores tokens, given as an instance or as a class.
+
+    Keyword of the class statement: `inner`, which makes the default one.
+    """
+
+    press: ScorerPress
+
+    def __init_subclass__(cls, inner: Callable[[], ScorerPress] | None = None, **traits: Any) -> None:
+        if inner is not None:
+            _set_default(cls, "press", ScorerPress, field(default_factory=inner))
+        super().__init_subclass__(**traits)
+
+    def __post_init__(self) -> None:
+        self.press = inner_press(self, self.press)
+        super().__post_init__()
+
+
+class RereadingPress(EvictingPress):
+    """A press that loads its model's tokenizer by the model's name."""
+
+    @contextmanager
+    def __call__(self, model: Any) -> Iterator[None]:
+        """As kvpress's own context.
+
+        Raises:
+            InvalidInputError: there is no tokenizer of that name.
+        """
+        with ExitStack() as stack:
+            try:
+                stack.enter_context(super().__call__(model))
+            except OSError as error:
+                raise InvalidInputError(
+                    f"{type(self).__name__} loads the tokenizer that has its model's name, and there is none "
+                    f"of the name {model.config.name_or_path!r}: save the model and its tokenizer in one "
+                    "folder and load them from there, or set model.config._name_or_path to it"
+                ) from error
+            yield
+
+
+def inner_press(owner: object, press: Any) -> ScorerPress:
+    """The press inside another, made of its class if need be.
+
+    Raises:
+        InvalidInputError: it does not score tokens.
+    """
+    press = press() if isinstance(press, type) and issubclass(press, ScorerPress) else press
+    if not isinstance(press, ScorerPress):
+        raise InvalidInputError(
+            f"{type(owner).__name__}: press is {press!r}; give one that scores tokens, such as SnapKV(0.5)"
+        )
+    return press
