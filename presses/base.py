@@ -14,7 +14,7 @@ from quantpress.presses.traits import Trait, describe
 
 
 class PressMixin:
-    """Stands before a press class of kvpress among the bases of a press of ours.
+    """The first base of each of our presses, before a class of kvpress.
 
     Keywords of the class statement are the press's traits: `class Mine(PressMixin, BasePress, at_exit=True)`.
     `SnapKV(0.5) | TurboQuant(4)` is `Compose([SnapKV(0.5), TurboQuant(4)])`; the other side may be any press
@@ -22,7 +22,7 @@ class PressMixin:
     """
 
     composition: ClassVar[Any]
-    """The class that `|` makes: `Compose`, which enters itself here."""
+    """The class that `|` makes an instance of. `compose.py` sets it to `Compose`."""
 
     def __init_subclass__(cls, **traits: Trait) -> None:
         super().__init_subclass__()
@@ -34,7 +34,7 @@ class PressMixin:
         """Apply the press to every prefill inside the context; other threads wait for the model meanwhile.
 
         Raises:
-            UnsupportedModelError, InvalidInputError: as for `filled_caches`.
+            UnsupportedModelError, InvalidInputError: see `filled_caches`.
         """
         upstream: Any = super()
         with model_lock(model), filled_caches(model), upstream.__call__(model):
@@ -53,9 +53,9 @@ def name_of(press: BasePress) -> str:
 
 
 def short_repr(press: Any) -> str:
-    """A press as it would be written: its first argument, and those that differ from their defaults."""
+    """A press as one would write it: its first argument, and those that differ from their defaults."""
     made = getattr(press, "__dataclass_params__", None)
-    if made is None or not made.repr:  # it writes itself, as `Compose` does
+    if made is None or not made.repr:  # such as `Compose`, which has a short repr itself
         return repr(press)
     parts = []
     for index, field in enumerate(field for field in fields(press) if field.init and field.repr):

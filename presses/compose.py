@@ -14,12 +14,12 @@ from transformers.modeling_utils import PreTrainedModel
 
 from quantpress.errors import CompositionError, InvalidInputError, QuantPressError
 from quantpress.presses.base import PressMixin, name_of, short_repr
+from quantpress.presses.declaration import check_ratio
 from quantpress.presses.guard import guarded
 from quantpress.presses.models.eligibility import EVICTABLE, check
 from quantpress.presses.models.filling import filled_caches
 from quantpress.presses.models.restore import left_as_found
 from quantpress.presses.models.support import hooked
-from quantpress.presses.named_press import check_ratio
 from quantpress.presses.packing.pack_layers import Packer
 from quantpress.presses.packing.prefill_hook import forget_attention_weights
 from quantpress.presses.rules import why_not
@@ -31,8 +31,8 @@ from quantpress.presses.turboquant import TurboQuant
 class Compose(PressMixin, BasePress):
     """Applies presses one after the other, each in its own context.
 
-    kvpress's `ComposedPress` chains hooks only; entering each press's own context makes those work too that
-    replace `forward` or act when their context ends. Sliding-window layers are left to the model, in every
+    kvpress's `ComposedPress` only chains hooks. Here each press's own context is entered, so presses that
+    replace `forward` or act when their context ends work, too. Sliding-window layers are left alone in every
     model.
 
     Args:
@@ -42,7 +42,7 @@ class Compose(PressMixin, BasePress):
         presses: the instances, evictors first, then the quantizer if there is one.
 
     Raises:
-        CompositionError: the presses do not go together, or not in this order.
+        CompositionError: the presses do not work together, or not in this order.
 
     Example:
         >>> from quantpress.presses import SnapKV, TurboQuant
@@ -77,8 +77,10 @@ class Compose(PressMixin, BasePress):
         token (TurboQuant, ThinK, Demote) or do so only while decoding do not count.
 
         Raises:
-            InvalidInputError: an evictor's ratio is known only after a prefill, or the one assigned is wrong.
-            AttributeError: assigned, and there is no evictor, or its ratio follows from something else.
+            InvalidInputError: an evictor's ratio is known only after a prefill, or the assigned value is not
+                in 0 <= r < 1.
+            AttributeError: a value is assigned, but there is no evictor, or an evictor's ratio follows from
+                its other settings.
         """
         kept = 1.0
         for press in self._with_ratio():
@@ -122,7 +124,7 @@ class Compose(PressMixin, BasePress):
         return f"Compose({' | '.join(map(short_repr, self.presses))})"
 
     def post_init_from_model(self, model: PreTrainedModel) -> None:
-        """Let each press look at the model; for a wrapper that does not enter our context."""
+        """Let each press look at the model, for a wrapper that does not enter our context."""
         for press in self.presses:
             press.post_init_from_model(model)
 
@@ -132,7 +134,7 @@ class Compose(PressMixin, BasePress):
         """Chain the presses' hooks, for a wrapper that does not enter our context.
 
         Raises:
-            CompositionError: a press acts at the end of its context.
+            CompositionError: a press acts only when its context ends, so a hook is not enough.
         """
         packer = self._packer()
         for press in self.evictors:
@@ -170,11 +172,11 @@ class Compose(PressMixin, BasePress):
                     raise
         except BaseException as error:
             if failure is not None and error is not failure:
-                raise failure from error  # a press failed on its way out: what went wrong first counts
+                raise failure from error  # not what a press raised on its way out
             raise
 
     def _enter(self, stack: ExitStack, model: PreTrainedModel) -> None:
-        """Contexts from the outside in: keep the original keys, the evictors, the quantizer."""
+        """Enter the contexts: the record of the original keys, then the evictors, then the quantizer."""
         packer = self._packer()
         if self.quantizer is not None:
             self.quantizer.post_init_from_model(model)
@@ -211,10 +213,10 @@ PressMixin.composition = Compose
 
 
 def _one_by_one(presses: Any) -> tuple[BasePress, ...]:
-    """Instances of what `Compose` is given, and of what is in compositions among them, in order.
+    """Instances of the presses that `Compose` is given, with compositions among them flattened.
 
     Raises:
-        CompositionError: something is no press, or a class cannot be made without arguments.
+        CompositionError: an entry is not a press, or is a class that needs arguments.
     """
     if isinstance(presses, (str, BasePress, type)) or not isinstance(presses, Iterable):
         raise CompositionError(f"Compose takes a list of presses, got {presses!r}; write Compose([...])")

@@ -22,7 +22,7 @@ from torch import nn
 from transformers.modeling_utils import PreTrainedModel
 
 from quantpress.cache.tokens.demotion import Demotion
-from quantpress.presses.named_press import WrappingPress
+from quantpress.presses.declaration import WrappingPress
 from quantpress.presses.names import SnapKV
 from quantpress.presses.turboquant import TurboQuant
 

@@ -8,7 +8,7 @@ import kvpress
 import torch
 
 from quantpress.errors import InvalidInputError
-from quantpress.presses.named_press import EvictingPress
+from quantpress.presses.declaration import EvictingPress
 
 FINCH_DELIMITER = "<|finch_sep|>"
 """kvpress's own."""

@@ -5,14 +5,14 @@ and documents the remaining arguments. kvpress's default ratio of 0 keeps everyt
 ratio outside 0 <= ratio < 1 raises `InvalidInputError`. The last six are kvpress's own classes: what they
 need has no natural default.
 
-To add a press, write one class statement here (`quantpress.presses.named_press` has its keywords) and its
-name in `__init__.py`.
+To add a press, write one class statement here, with keywords of `quantpress.presses.declaration`, and its
+name in `__all__`.
 """
 
 import kvpress
 from kvpress import ScorerPress
 
-from quantpress.presses.named_press import (
+from quantpress.presses.declaration import (
     EvictingPress,
     NamedPress,
     RereadingPress,
@@ -20,6 +20,51 @@ from quantpress.presses.named_press import (
     inner_press,
 )
 from quantpress.presses.traits import describe
+
+__all__ = [
+    "AdaKV",
+    "Block",
+    "CAM",
+    "CUR",
+    "Cap",
+    "Chunk",
+    "ChunkKV",
+    "Compactor",
+    "CompressionRatioDecoding",
+    "CriticalAdaKV",
+    "CriticalKV",
+    "DMS",
+    "Decoding",
+    "DuoAttention",
+    "EntropyGatedChunkKV",
+    "ExpectedAttention",
+    "ExpectedAttentionStats",
+    "FastKVzip",
+    "KVCompose",
+    "KVgrad",
+    "KVzap",
+    "KVzip",
+    "KeyDiff",
+    "KeyRerotation",
+    "Knorm",
+    "LUKV",
+    "LagKV",
+    "LeverageScore",
+    "Merging",
+    "NonCausalAttn",
+    "ObservedAttention",
+    "PerLayerCompression",
+    "PrefillDecoding",
+    "PyramidKV",
+    "QFilter",
+    "Random",
+    "RestoreKV",
+    "SimLayerKV",
+    "SnapKV",
+    "StreamingLLM",
+    "TOVA",
+    "ThinK",
+]
 
 
 class Cap(EvictingPress, kvpress.CapPress):
@@ -194,7 +239,7 @@ class Merging(WrappingPress, kvpress.MergingPress, inner=SnapKV):
     """Folds evicted values into their most similar survivors."""
 
 
-# kvpress's own classes, as they are.
+# kvpress's own classes.
 
 # Over packed layers tokens stay in the order of the text, where kvpress leaves its unsorted top-k: scorers
 # that go by slot (SnapKV's window, StreamingLLM) see the recent tokens last, and equal scores may be decided

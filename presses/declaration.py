@@ -1,13 +1,11 @@
-"""How a press of kvpress gets a short name, a default that evicts, and errors that say what is wrong.
-
-A statement in `names.py` is all that such a press needs:
+"""Base classes with which `names.py` declares kvpress's presses: one class statement each.
 
     class SimLayerKV(EvictingPress, kvpress.SimLayerKVPress, ratio_name="lazy_threshold", ratio_follows=True):
         "What it does."
 
-The class is a dataclass with the fields of kvpress's own class, the last of its bases. Keywords that are no
-default are traits (`quantpress.presses.traits`); the first statement about a class of kvpress describes that
-class, too.
+The result is a dataclass with the fields of kvpress's own class, which is the last base. It has a default
+that evicts, and errors that say what is wrong. Keywords of the statement are the defaults below, and traits
+(`quantpress.presses.traits`). The first declaration of a class of kvpress describes that class, too.
 """
 
 import inspect
@@ -42,13 +40,13 @@ def check_ratio(owner: object, name: str, ratio: object) -> None:
 
 
 def _wrapped(cls: type) -> type | None:
-    """The class of kvpress that a class names; None for a base like those above, and below a named press."""
+    """The class of kvpress that a class declares; None for other classes."""
     last = cls.__bases__[-1]
     return last if issubclass(last, BasePress) and not issubclass(last, PressMixin) else None
 
 
 def _set_default(cls: type, name: str, annotation: Any, default: Any) -> None:
-    """Declare a field, unless the class body does."""
+    """Declare a field, unless the class body declares it."""
     own = inspect.get_annotations(cls)
     if name not in own:
         cls.__annotations__ = {name: annotation, **own}
@@ -56,7 +54,7 @@ def _set_default(cls: type, name: str, annotation: Any, default: Any) -> None:
 
 
 class NamedPress(PressMixin):
-    """A press of kvpress whose failures at a prefill name the press, the tokens and the remedy."""
+    """A press of kvpress. An error at a prefill names the press, the number of tokens and the remedy."""
 
     def __init_subclass__(cls, **traits: Trait) -> None:
         if _wrapped(cls) is None:
@@ -86,7 +84,7 @@ class NamedPress(PressMixin):
 
 
 class EvictingPress(NamedPress):
-    """A press with a ratio, which is checked with an exception before kvpress asserts it.
+    """A press with a ratio, which raises an exception where kvpress has an assert.
 
     Keywords of the class statement: `ratio_name`, the field to check, and `ratio`, its default.
     """
@@ -108,7 +106,7 @@ class EvictingPress(NamedPress):
 
 
 class WrappingPress(NamedPress):
-    """A press that works through one that scores tokens, given as an instance or as a class.
+    """A press that works through another, which scores tokens; it is given as an instance or as a class.
 
     Keyword of the class statement: `inner`, which makes the default one.
     """
@@ -126,11 +124,11 @@ class WrappingPress(NamedPress):
 
 
 class RereadingPress(EvictingPress):
-    """A press that loads its model's tokenizer by the model's name."""
+    """A press that loads a tokenizer by the name of its model."""
 
     @contextmanager
     def __call__(self, model: Any) -> Iterator[None]:
-        """As kvpress's own context.
+        """Enter kvpress's own context.
 
         Raises:
             InvalidInputError: there is no tokenizer of that name.
@@ -148,10 +146,10 @@ class RereadingPress(EvictingPress):
 
 
 def inner_press(owner: object, press: Any) -> ScorerPress:
-    """The press inside another, made of its class if need be.
+    """The press inside another; a class means its defaults.
 
     Raises:
-        InvalidInputError: it does not score tokens.
+        InvalidInputError: the press does not score tokens.
     """
     press = press() if isinstance(press, type) and issubclass(press, ScorerPress) else press
     if not isinstance(press, ScorerPress):
