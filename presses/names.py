@@ -258,6 +258,7 @@ CAM = kvpress.CAMPress
 describe(CAM, merges_while_decoding=True)
 
 CompressionRatioDecoding = kvpress.CompressionRatioDecodingPress
+describe(CompressionRatioDecoding)
 
 DMS = kvpress.DMSPress
 describe(

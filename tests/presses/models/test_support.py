@@ -23,6 +23,7 @@ from transformers import (
 from quantpress.cache import PackedLayer
 from quantpress.errors import UnsupportedHeadDimError, UnsupportedModelError
 from quantpress.presses import Compose, SnapKV, TurboQuant
+from quantpress.presses.models.eligibility import EVICTABLE, HOOKABLE, LAYERED, PACKABLE, check, why_not
 from quantpress.presses.models.support import (
     attention_modules,
     decoder_of,
@@ -79,6 +80,19 @@ def test_unsupported_models_are_refused_on_entering(name: str, press: Any) -> No
     make, message = UNSUPPORTED[name]
     with pytest.raises(UnsupportedModelError, match=message), press(make()):
         pytest.fail("entered")
+
+
+def test_every_reason_is_given() -> None:
+    model = UNSUPPORTED["MiniMax"][0]()
+    reasons = why_not(model, PACKABLE)
+    assert [reason.partition(":")[0] for reason in reasons] == [
+        "MiniMaxForCausalLM cannot be packed",
+        "MiniMaxForCausalLM keeps its state in a MiniMaxCache, not in layers of a DynamicCache",
+    ]
+    assert why_not(model, HOOKABLE) == why_not(model, LAYERED) == reasons[1:]
+    assert not why_not(tiny_model("llama"), (*PACKABLE, *EVICTABLE))
+    with pytest.raises(UnsupportedModelError, match="MiniMaxForCausalLM cannot be packed"):
+        check(model, PACKABLE)
 
 
 @pytest.mark.parametrize("implementation", ["flex_attention", "paged|sdpa", "my_own"])
