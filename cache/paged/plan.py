@@ -7,7 +7,7 @@ import torch
 
 from quantpress.cache.paged.buffers import PoolSize
 from quantpress.errors import InvalidInputError
-from quantpress.kernels.attend.schedule import PageShares, page_shares
+from quantpress.kernels.attend.schedule import PageSchedule, page_schedule
 from quantpress.kernels.layout import PAGE_TOKENS
 
 
@@ -23,7 +23,7 @@ class PagedPlan:
         packed: [B, Hkv] int32, tokens in the pages.
         window: [B, Hkv] int32, tokens in the window.
         ends: [B] int64, tokens in each window.
-        shares: how attention divides the pages among programs; None if its kernels do not run.
+        schedule: how attention divides the pages among programs; None if its kernels do not run.
         most_queries: most query tokens of one call, as far as the host knows.
     """
 
@@ -34,7 +34,7 @@ class PagedPlan:
     packed: torch.Tensor
     window: torch.Tensor
     ends: torch.Tensor
-    shares: PageShares | None
+    schedule: PageSchedule | None
     most_queries: int = sys.maxsize
 
     @property
@@ -93,6 +93,6 @@ def paged_plan(
         packed=lengths,
         window=per_head(window),
         ends=window.long(),
-        shares=page_shares(lengths, table),
+        schedule=page_schedule(lengths, table),
         most_queries=most_queries,
     )

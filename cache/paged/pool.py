@@ -136,7 +136,7 @@ class PagePool(PoolStorage):
         16-bit tokens and transforms are those of all sequences; `plan.chosen` selects some.
         """
         keys, values = (self._packed(side, layer) for side in (self.keys, self.values))
-        packed = PackedSegment(keys, values, plan.packed, plan.table, shares=plan.shares)
+        packed = PackedSegment(keys, values, plan.packed, plan.table, schedule=plan.schedule)
         newest = DenseSegment(self.keys.window[layer], self.values.window[layer], plan.window)
         if not self.settings.sink_tokens:
             return [packed, newest]

@@ -1,4 +1,10 @@
-"""Attention over dense and packed segments: the public entry, and the seam where a device kernel goes in."""
+"""Attention over dense and packed segments: `attend`, which chooses between the kernels and plain PyTorch.
+
+operands.py         segments of tokens, and which of them each query sees reference.py        plain PyTorch:
+the truth that the kernels are held to triton_attend.py    launches the kernels for packed and 16-bit tokens
+together: prepare.py, split_mma.py, merge.py triton_dense.py     launches those for 16-bit tokens alone:
+dense.py schedule.py         which program reads which pages, where heads have page tables
+"""
 
 from collections.abc import Sequence
 from typing import Any
@@ -27,27 +33,30 @@ def attend(
     sinks: torch.Tensor | None = None,
     slots: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """softmax(scaling * q.k + mask) v over the tokens of all segments, without decoding them all at once.
+    """softmax(scaling * q.k + mask) v over the tokens of all segments.
+
+    Packed tokens are never all decoded at once: the kernels read the codes, plain PyTorch decodes some pages
+    at a time.
 
     Args:
-        query: [B, Hq, Tq, D] any float dtype, post-RoPE.
-        segments: the tokens in order; each dense or packed; at least one token in all.
-        visibility: who sees what.
+        query: [B, Hq, Tq, D] any float dtype, after the rotary embedding.
+        segments: the tokens in order, each segment dense or packed; at least one token in all.
+        visibility: which tokens each query token sees.
         scaling: factor on q.k.
         softcap: scores become softcap * tanh(score / softcap) (Gemma 2), or None.
         sinks: [Hq] learned logits that take part in the softmax and carry no value (gpt-oss), or None.
-        slots: [B] int64: 16-bit tokens and channel transforms of the segments are those of S sequences, [S,
-            ...], and batch entry b reads those of slots[b]. Codes, lengths, starts and tables stay those of
-            B. None: S is B, in order.
+        slots: [B] int64: the 16-bit tokens and the channel transforms of the segments are those of S
+            sequences, [S, ...], and batch entry b reads those of slots[b]. Codes, lengths, starts and tables
+            stay [B, ...]. None: they are those of the B batch entries, in order.
 
     Returns:
         [B, Hq, Tq, Dv] in the query's dtype. A query that sees nothing gets zeros.
 
     Raises:
-        InvalidInputError: no token, or the segments' length is not what `visibility` says, or Hq is not a
-            multiple of Hkv, or `lengths`, `starts` or the table of a segment are not [B, Hkv] or [B, Hkv, P]
-            int32 on the query's device, or lengths are missing beside one of the others; slots that are not
-            [B] int64, or beside packed tokens without a table.
+        InvalidInputError: there is no token; the number of tokens is not the one that `visibility` has; Hq is
+            not a multiple of Hkv; `lengths` or `starts` of a segment are not [B, Hkv] int32, or its table is
+            not [B, Hkv, P] int32, on the query's device; `slots` are not [B] int64, or a packed segment
+            beside them has no table.
     """
     filled = [segment for segment in segments if segment.tokens > 0]
     tokens = sum(segment.tokens for segment in filled)

@@ -1,8 +1,8 @@
-"""Packed codes to int8 levels inside a kernel: byte permutations on a GPU, plain loads elsewhere.
+"""From packed codes to int8 levels inside a kernel: by byte permutations on a GPU, by plain loads elsewhere.
 
 The layout of `quantpress.kernels.layout` puts the fields of four neighbouring values where one `prmt.b32`
-wants its selectors, so that a codebook of up to eight levels (or eight magnitudes and a sign) is a lookup in
-two registers. A level 2 * b + 1 is held as the byte b: its negative, -2 * b - 1, is the complement of b.
+expects its selectors, so a codebook of up to eight levels (or eight magnitudes and a sign) is a lookup in two
+registers. A level 2 * b + 1 is held as the byte b: its negative, -2 * b - 1, is the complement of b.
 """
 
 from functools import lru_cache
@@ -18,12 +18,16 @@ LANES = 32
 
 @lru_cache(maxsize=64)
 def lookup_table(keys: Codebook, values: Codebook, device: torch.device) -> torch.Tensor:
-    """The registers that `LOOKUPS` look levels up in: [4, 32] int32, one row a register, one column a lane.
+    """The registers in which the assembly below looks levels up.
 
     Args:
-        keys: an int8 codebook of 2, 3 or 4 bits.
-        values: the same for values.
-        device: where.
+        keys: the int8 codebook of keys, of 2, 3 or 4 bits.
+        values: the int8 codebook of values.
+        device: device of the table.
+
+    Returns:
+        [4, 32] int32: a row for each register, two for keys and two for values, and a column for each lane.
+        Cached and shared: do not write to it.
     """
     rows = []
     with torch.inference_mode(False):  # kept: must stay usable outside inference mode
@@ -37,8 +41,8 @@ def lookup_table(keys: Codebook, values: Codebook, device: torch.device) -> torc
         return words[:, None].expand(-1, LANES).contiguous().to(device)
 
 
-# Operands: outputs first, then each packed word four times (once for each lane of the tile of bytes that
-# comes out), then the two registers of the table, again four times each.
+# Operands: first the outputs, then each packed word four times (once for each byte of the output), then the
+# two registers of the table, four times each.
 LOOKUP_4 = tl.constexpr("""{ .reg .b32 t, u, s;
 and.b32 t, $2, 0x77777777;
 prmt.b32 u, $6, $10, t;
@@ -114,10 +118,10 @@ prmt.b32 $3, $16, $20, s; }""")
 
 @triton.jit
 def code_at(page_ptr, token, channel, C: tl.constexpr, BITS: tl.constexpr, VALUES: tl.constexpr, mask):
-    """Codes of a page, one by one, for 2, 3 and 4 bits: the layout's definition in plain loads.
+    """Codes of 2, 3 or 4 bits of a page, one by one: the definition of the layout in plain loads.
 
-    page_ptr: uint8 pointer (or tile of pointers) to the start of a page; token, channel: broadcastable int32
-    tiles.
+    page_ptr: uint8 pointer to the start of a page, or a tile of pointers; token, channel: int32 tiles that
+    broadcast; C: channels; VALUES: a page of values, not of keys; mask: which codes to load.
     """
     ROWS: tl.constexpr = 16 if BITS == 3 else 16 * BITS
     part = token // ROWS

@@ -1,4 +1,4 @@
-"""What attention reads: segments of tokens, and what limits who sees whom.
+"""What attention reads: segments of tokens, and which of them each query token sees.
 
 Shapes: B batch, Hq query heads, Hkv KV heads, Tq query tokens, T key tokens, D head_dim of keys, Dv of
 values.
@@ -10,7 +10,7 @@ from typing import Protocol
 import torch
 
 from quantpress.errors import InvalidInputError
-from quantpress.kernels.attend.schedule import PageShares
+from quantpress.kernels.attend.schedule import PageSchedule
 from quantpress.kernels.layout import PAGE_TOKENS
 from quantpress.quantization.codebook import Codebook
 from quantpress.quantization.rotation import Rotation
@@ -24,13 +24,13 @@ class DenseSegment:
     Args:
         keys: [B, Hkv, T, D] any float dtype.
         values: [B, Hkv, T, Dv] any float dtype.
-        lengths: [B, Hkv] int32 on the same device, tokens in use of each KV head; None: all. The others may
-            hold anything and are never read as numbers.
+        lengths: [B, Hkv] int32 on the same device, the number of tokens in use of each KV head; None: all.
+            Tokens that are not in use may hold anything, NaN included.
         starts: [B, Hkv] int32 on the same device, the first token in use of each KV head: those in use are
-            starts <= t < starts + lengths; None: 0. Comes with `lengths`.
+            starts <= t < starts + lengths. None: 0. Needs `lengths`.
 
     Raises:
-        InvalidInputError: starts without lengths.
+        InvalidInputError: `starts` is given without `lengths`.
     """
 
     keys: torch.Tensor
@@ -46,13 +46,13 @@ class DenseSegment:
         return self.keys.shape[2]
 
     def of_slots(self, slots: torch.Tensor) -> "DenseSegment":
-        """With keys and values of sequences `slots` [B] out of all, copied."""
+        """The segment of the sequences in `slots` [B] int64; their keys and values are copied."""
         keys, values = (states.index_select(0, slots) for states in (self.keys, self.values))
         return replace(self, keys=keys, values=values)
 
     @property
     def used(self) -> torch.Tensor | int:
-        """Tokens in use: [B, Hkv] or all of them."""
+        """Number of tokens in use: [B, Hkv], or T where all of them are."""
         return self.tokens if self.lengths is None else self.lengths
 
     @property
@@ -105,9 +105,9 @@ class PackedSide:
 
     Args:
         codec: reads the planes.
-        planes: tensors [B, Hkv, P, ...] of the codec; [N, ...], pages of single heads, where the segment has
-            a table.
-        transform: the channel transform of these planes, per [B, Hkv].
+        planes: the codec's tensors [B, Hkv, P, ...]; where the segment has a table, a pool [N, ...] of pages
+            of single heads.
+        transform: the channel transform of these planes, for each [B, Hkv].
     """
 
     codec: PageReader
@@ -119,23 +119,25 @@ class PackedSide:
 class PackedSegment:
     """Tokens in packed pages, `PAGE_TOKENS` to a page.
 
-    Without a table every head has P pages of its own. With one the planes are a pool, each row of which is a
-    page of one head of one batch entry; heads and batch entries may share rows. A serving engine's blocks
-    [blocks, Hkv, ...] are such a pool: row block * Hkv + head.
+    Without a page table every head has P pages of its own. With one the planes are a pool, and each row of
+    the pool is a page of one head; heads and batch entries may share rows. A serving engine's blocks
+    [blocks, Hkv, ...] are such a pool: head h of block b is row b * Hkv + h.
 
     Args:
         keys: the key side.
         values: the value side, with the same pages.
-        lengths: [B, Hkv] int32 on the same device, tokens in use of each KV head, any number from 0 on; None:
-            all. The others may hold anything. A table comes with lengths.
-        table: [B, Hkv, P] int32 on the same device: page p of head (b, h) is row table[b, h, p] of the pool.
-            Where no token is in use any row that there is will do.
-        starts: [B, Hkv] int32 on the same device: the tokens in use are starts <= t < starts + lengths of
-            the P * 128; None: 0. Whole pages may lie before a start. Comes with `lengths`.
-        shares: of `page_shares` for these lengths and this table, without starts; None: each call finds them.
+        lengths: [B, Hkv] int32 on the same device, the number of tokens in use of each KV head, 0 included;
+            None: all. Tokens that are not in use may hold anything.
+        table: [B, Hkv, P] int32 on the same device: page p of head (b, h) is row table[b, h, p] of the pool;
+            pages without a token in use may name any row. Needs `lengths`.
+        starts: [B, Hkv] int32 on the same device: the tokens in use are starts <= t < starts + lengths out of
+            the P * 128. None: 0. Whole pages may lie before a start. Needs `lengths`.
+        schedule: what `page_schedule` made of these lengths and this table, for calls without starts; None:
+            each call works it out.
 
     Raises:
-        InvalidInputError: a table that is not int32 [B, Hkv, P], or a table or starts without lengths.
+        InvalidInputError: the table is not int32 [B, Hkv, P]; a table or starts are given without lengths; or
+            a schedule without a table, or beside starts.
     """
 
     keys: PackedSide
@@ -143,16 +145,16 @@ class PackedSegment:
     lengths: torch.Tensor | None = None
     table: torch.Tensor | None = None
     starts: torch.Tensor | None = None
-    shares: PageShares | None = None
+    schedule: PageSchedule | None = None
 
     def __post_init__(self) -> None:
         _check_counted(self.lengths, self.starts, self.table)
-        if self.shares is not None and (self.table is None or self.starts is not None):
-            raise InvalidInputError("shares are of pages by table, without starts; leave them out")
+        if self.schedule is not None and (self.table is None or self.starts is not None):
+            raise InvalidInputError("a schedule is for pages by table without starts; leave it out")
 
     @property
     def pages(self) -> int:
-        """P, of the longest head; 0 where there is not even a plane."""
+        """P, the pages of the longest head; 0 where there are no planes."""
         return self._shape[2] if self.table is not None or self.keys.planes else 0
 
     @property
@@ -161,7 +163,7 @@ class PackedSegment:
 
     @property
     def used(self) -> torch.Tensor | int:
-        """Tokens in use: [B, Hkv] or all of them."""
+        """Number of tokens in use: [B, Hkv], or T where all of them are."""
         return self.tokens if self.lengths is None else self.lengths
 
     @property
@@ -173,7 +175,7 @@ class PackedSegment:
         return self._first.device
 
     def of_slots(self, slots: torch.Tensor) -> "PackedSegment":
-        """With transforms of sequences `slots` [B] out of all, copied; pages are the table's."""
+        """The segment with the transforms of the sequences in `slots` [B] int64, copied; the pages stay."""
         keys, values = (
             replace(side, transform=side.transform.map(lambda part: part.index_select(0, slots)))
             for side in (self.keys, self.values)
@@ -183,7 +185,7 @@ class PackedSegment:
     def narrow(self, start: int, stop: int) -> tuple[PackedSide, PackedSide]:
         """Keys and values of pages `start` to `stop` of every head, planes [B, Hkv, n, ...].
 
-        Views, or copies of these pages where there is a table.
+        The planes are views, or copies where there is a table.
         """
         return self._narrowed(self.keys, start, stop), self._narrowed(self.values, start, stop)
 
@@ -192,7 +194,7 @@ class PackedSegment:
         return self._narrowed(self.keys, 0, self.pages)
 
     def whole_values(self) -> PackedSide:
-        """The values of all P pages; as `whole_keys`."""
+        """The values of all P pages, as `whole_keys` returns the keys."""
         return self._narrowed(self.values, 0, self.pages)
 
     def _narrowed(self, side: PackedSide, start: int, stop: int) -> PackedSide:
@@ -205,7 +207,7 @@ class PackedSegment:
 
     @property
     def _first(self) -> torch.Tensor:
-        """What has B, Hkv and P in front."""
+        """A tensor whose first dimensions are B, Hkv and P."""
         return next(iter(self.keys.planes.values())) if self.table is None else self.table
 
     @property
@@ -234,9 +236,10 @@ class Visibility:
     Args:
         queries: Tq.
         tokens: T over all segments, in use or not.
-        causal: query i of Tq sees tokens up to T - Tq + i (aligned at the bottom right). Where segments have
-            `lengths`, their end is the end of those: the last Tq - 1 - i tokens in use stay hidden.
-        mask: [B or 1, 1 or Hq, Tq or 1, >= T] bool (True: seen) or float (added to scores), or None.
+        causal: query token i sees tokens up to T - Tq + i. Where segments have `lengths`, tokens that are not
+            in use do not count: the last Tq - 1 - i tokens in use are hidden.
+        mask: [B or 1, 1 or Hq, Tq or 1, >= T] bool (True: seen) or float (added to scores), or None; replaces
+            the causal rule.
         dropped: [B, Hkv, T] bool, True where a KV head must not see a token, or None.
     """
 
@@ -249,13 +252,13 @@ class Visibility:
     def bias(
         self, start: int, stop: int, shape: tuple[int, int, int, int], device: torch.device
     ) -> torch.Tensor | None:
-        """What mask and dropped entries add to the scores of tokens `start` to `stop`.
+        """What `mask` and `dropped` add to the scores of tokens `start` to `stop`.
 
         Args:
             start: first token.
             stop: one past the last token.
-            shape: (B, Hkv, G, Tq) of the scores' leading dimensions.
-            device: where.
+            shape: (B, Hkv, G, Tq), the leading dimensions of the scores; G query heads share a KV head.
+            device: device of the result.
 
         Returns:
             float32 broadcastable to [B, Hkv, G, Tq, stop - start], or None when everything is seen.
@@ -277,16 +280,16 @@ class Visibility:
     def unseen(
         self, segment: Segment, low: int, high: int, behind: torch.Tensor | int
     ) -> torch.Tensor | None:
-        """Where tokens `low` to `high` of a segment are not in use, or hidden by the causal rule.
+        """Which of tokens `low` to `high` of a segment are not in use, or hidden by the causal rule.
 
         Args:
-            segment: the tokens.
+            segment: holds the tokens.
             low: first token, counted in the segment.
-            high: one past the last.
-            behind: tokens in use in later segments, [B, Hkv] where they have lengths.
+            high: one past the last token.
+            behind: number of tokens in use in later segments, [B, Hkv] where they have lengths.
 
         Returns:
-            bool broadcastable to [B, Hkv, G, Tq, high - low], or None where all of them are seen.
+            bool (True: not seen) broadcastable to [B, Hkv, G, Tq, high - low], or None where all are seen.
         """
         causal = self.causal and self.mask is None and self.queries > 1
         if segment.lengths is None and isinstance(behind, int):

@@ -1,7 +1,7 @@
-"""Attention over dense and packed segments, in plain PyTorch: the truth the Triton kernels are held to.
+"""Attention over dense and packed segments in plain PyTorch: the truth that the kernels are held to.
 
-Online softmax (Milakov and Gimelshein 2018) over chunks of tokens, float32 throughout. Packed chunks are
-decoded into code space only, a bounded number of values at a time, so the whole cache is never there at once:
+Online softmax (Milakov and Gimelshein 2018) over chunks of tokens, in float32. Packed chunks are decoded into
+code space, a bounded number of values at a time, so the whole cache is never decoded at once:
 
     score = scaling * (to_code_space(query(q)) . codes + bias(q)),    out = from_code_space(sum p * codes_v)
 """
@@ -21,7 +21,7 @@ class OnlineSoftmax:
     """Running softmax-weighted sum over chunks of tokens.
 
     Args:
-        like: [B, Hkv, G, Tq, D] float32, the queries; gives the leading shape and the device.
+        like: [B, Hkv, G, Tq, D] float32, the queries: their leading shape and device are the sum's.
         value_dim: Dv.
     """
 
@@ -31,7 +31,7 @@ class OnlineSoftmax:
         self.sum = like.new_zeros((*like.shape[:-1], value_dim))
 
     def add(self, scores: torch.Tensor, values: torch.Tensor) -> None:
-        """Take in scores [B, Hkv, G, Tq, n] and values [B, Hkv, n, Dv], both float32."""
+        """Add tokens with scores [B, Hkv, G, Tq, n] and values [B, Hkv, n, Dv], both float32."""
         maximum = torch.maximum(self.maximum, scores.amax(-1))
         safe = maximum.masked_fill(maximum == float("-inf"), 0.0)  # rows that have seen nothing yet
         weights = scores.sub_(safe.unsqueeze(-1)).exp_()
@@ -48,8 +48,8 @@ def merge(
     """Join running softmaxes exactly.
 
     Args:
-        parts: states over disjoint tokens, leading shape [B, Hkv, G, Tq].
-        sums: the weighted sum of each part, [B, Hkv, G, Tq, Dv] float32, in one common space.
+        parts: running softmaxes over disjoint tokens, leading shape [B, Hkv, G, Tq].
+        sums: the weighted sum of each part, [B, Hkv, G, Tq, Dv] float32, all out of code space.
         sinks: [Hkv, G] float32 learned attention-sink logits (gpt-oss), or None.
 
     Returns:
@@ -80,7 +80,7 @@ def attend_reference(
     softcap: float | None = None,
     sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """softmax(scaling * q.k + mask) v over segments in order; see `quantpress.kernels.attend.attend`."""
+    """softmax(scaling * q.k + mask) v; the arguments are those of `quantpress.kernels.attend.attend`."""
     batch, query_heads, queries, dim = query.shape
     kv_heads = segments[0].kv_heads
     group = query_heads // kv_heads
@@ -170,7 +170,7 @@ def _attend_pages(
 
 
 def _invert_values(segment: PackedSegment, restored: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """Undo the value transform on a weighted sum: the mean counts once per unit of weight."""
+    """Undo the value transform on a weighted sum; the mean counts once per unit of weight."""
     transform = segment.values.transform
     linear = replace(transform, mean=None).invert(restored)
     if transform.mean is None:
@@ -179,12 +179,15 @@ def _invert_values(segment: PackedSegment, restored: torch.Tensor, weight: torch
 
 
 def chunk_tokens(segment: Segment, heads: int, rows: int) -> int:
-    """Tokens of one chunk, so that neither its decoded values nor its scores exceed `WORKSPACE_VALUES`.
+    """How many tokens make a chunk whose decoded values and scores each stay within `WORKSPACE_VALUES`.
 
     Args:
-        segment: what is read.
+        segment: the segment that is read.
         heads: B * Hkv.
         rows: queries that share a KV head, G * Tq.
+
+    Returns:
+        A multiple of `PAGE_TOKENS`.
     """
     dim = segment.keys.shape[-1] if isinstance(segment, DenseSegment) else segment.keys.codec.head_dim
     tokens = WORKSPACE_VALUES // (heads * max(dim, rows))

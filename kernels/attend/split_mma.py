@@ -1,4 +1,4 @@
-"""Decode attention straight from the codes, on int8 tensor cores (Gluon), for NVIDIA GPUs from Ampere on.
+"""Attention straight from packed codes, on int8 tensor cores (Gluon), for NVIDIA GPUs from Ampere on.
 
 One program is one warp; it reads the packed tokens of one split of one KV head, a page at a time, and keeps
 everything in registers but words of 3 bits at a head_dim of 256. For token t and row r (a query head of the
@@ -7,14 +7,14 @@ group and a query token), in units of log 2, with b the signed bytes of a codebo
     s[t, r] = k_scale[t] factor[r] sum_c (2 b[t, c] + 1) q[c, r],    p[t, r] = exp2(s[t, r] - m[r])
     o[r] += sum_t p[t, r] v_scale[t] (2 b[t, :] + 1),                l[r] += sum_t p[t, r]
 
-Queries (by `first_kernel`) and weights p * v_scale (here, relative to the largest of the page) are whole
+Queries (by `prepare_kernel`) and weights p * v_scale (here, relative to the largest of the page) are whole
 numbers of 16 bits, split into a high and a low byte: rows r and r + 8 of one `mma.m16n8k32`, which one thread
-holds and adds up. Products of bytes are exact, so 2 ** -16 of the largest query coordinate, or weight, is all
-that is lost.
+holds and adds up. Products of bytes are exact, so the only loss is 2 ** -16 of the largest query coordinate,
+or weight.
 
-A packed word goes from memory (`words`) to the tensor core without leaving its thread: `prmt` makes bytes of
-its codes (`lookup`, `levels`), and rows and columns of the products are counted so that each thread loads 16
-bytes at a time:
+A packed word goes from memory to the tensor core without leaving its thread (`words`): `prmt` makes bytes of
+its codes (`lookup`), and the rows and columns of the products are numbered so that each thread loads 16 bytes
+at a time:
 
     K operand    thread 4 * g + t, column g of tile b: token 16 * x + 4 * (g // 2) + 2 * b + g % 2,
                  row 64 * v + 32 * u + 16 * h + 4 * t + i: channel 64 * v + 16 * t + 8 * u + 4 * h + i
@@ -29,7 +29,6 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 
-from quantpress.kernels.attend.levels import levels_of, value_operand
 from quantpress.kernels.attend.tiles import (
     MOST,
     capped,
@@ -46,11 +45,13 @@ from quantpress.kernels.attend.tiles import (
 from quantpress.kernels.attend.words import (
     fetch_words,
     fetched_words,
-    key_places,
+    key_offsets,
     key_words,
-    room_for_words,
-    value_places,
+    levels_of,
+    value_offsets,
+    value_operand,
     value_words,
+    words_buffer,
 )
 
 PAGE_TOKENS = gl.constexpr(128)
@@ -58,9 +59,9 @@ PAGE_TOKENS = gl.constexpr(128)
 
 @gluon.jit
 def _order(x):
-    """Loads before this are issued before anything that needs a value read from shared memory behind it.
+    """Issue the loads before this line before anything after it that waits for shared memory.
 
-    Without, the assembler puts loads off until they are needed.
+    Without it the assembler puts loads off until their values are needed.
     """
     gl.inline_asm_elementwise(
         "bar.sync 0; mov.b32 $0, 0;", "=r,r,~{memory}", [x], dtype=gl.int32, is_pure=False, pack=1
@@ -69,7 +70,7 @@ def _order(x):
 
 @gluon.jit
 def _wait_for_queries():
-    """Go on when the kernel before this one is done, and let the next one start (Hopper and later)."""
+    """Wait for the kernel before this one, and let the next one start (Hopper and later)."""
     gl.inline_asm_elementwise(
         "griddepcontrol.wait; griddepcontrol.launch_dependents; // $0",
         "=r,~{memory}",
@@ -91,11 +92,12 @@ def _add(a, b):
 
 
 @gluon.jit
-def _share(used_ptr, starts_ptr, heads, pages, HEADS: gl.constexpr, STARTS: gl.constexpr):
-    """With a page table: this program's head, the first and last page of its chunk, the same if it has none.
+def _assigned(used_ptr, starts_ptr, heads, pages, HEADS: gl.constexpr, STARTS: gl.constexpr):
+    """With a page table: this program's head, its first page, and one past its last; equal if it has none.
 
-    As `chunks_of_heads` of `ends` has it: heads get as many programs as their pages need, in order. The
-    quotient is exact for less than 2 ** 21 pages a head, and 16 divisions of integers would take 0.3 us.
+    used_ptr, starts_ptr, heads, pages, HEADS and STARTS are those of `split_mma_kernel`. Programs are divided
+    as by `chunks_of_heads` of `schedule_kernel`. The quotient is exact for less than 2 ** 21 pages per head;
+    16 integer divisions would take 0.3 us.
     """
     lanes: gl.constexpr = _heads_layout(HEADS)
     head = gl.arange(0, HEADS, layout=lanes)
@@ -106,8 +108,8 @@ def _share(used_ptr, starts_ptr, heads, pages, HEADS: gl.constexpr, STARTS: gl.c
     end = gl.minimum(start + used, pages * PAGE_TOKENS)
     begin = start // PAGE_TOKENS
     there = gl.where(used > 0, (end + PAGE_TOKENS - 1) // PAGE_TOKENS - begin, 0)
-    room = gl.num_programs(0) - heads
-    size = gl.maximum((gl.sum(there, 0) + room - 1) // room, 1)
+    spare = gl.num_programs(0) - heads
+    size = gl.maximum((gl.sum(there, 0) + spare - 1) // spare, 1)
     chunks = ((there + size).to(gl.float32) - 0.5) * (1.0 / size.to(gl.float32))
     chunks = chunks.to(gl.int32)
     ends = gl.associative_scan(chunks, 0, _add)
@@ -122,16 +124,19 @@ def _share(used_ptr, starts_ptr, heads, pages, HEADS: gl.constexpr, STARTS: gl.c
 
 
 @gluon.jit
-def _place(table_ptr, page, PAGED: gl.constexpr):
-    """Where a page of the head lies among the pages there are."""
+def _pool_row(page_table_ptr, page, PAGED: gl.constexpr):
+    """The row of a head's page in the pool; without a page table the page itself."""
     if PAGED:
-        page = gl.load(table_ptr + page)
+        page = gl.load(page_table_ptr + page)
     return page.to(gl.int64)
 
 
 @gluon.jit
 def _page(index, first, stride, count, lead, STARTS: gl.constexpr):
-    """The page that comes at `index` of `count`, `stride` apart from `first` on: `lead` of them come last."""
+    """The page that a program reads at step `index` of `count`.
+
+    Its pages are `stride` apart from `first` on; the first `lead` of them, 0 or 1, are read last.
+    """
     if STARTS:
         index += lead
         index = gl.where(index >= count, index - count, index)
@@ -141,7 +146,7 @@ def _page(index, first, stride, count, lead, STARTS: gl.constexpr):
 @gluon.jit
 def _step(
     step,
-    place,
+    pool_row,
     ka,
     kb,
     kc,
@@ -157,9 +162,9 @@ def _step(
     factor,
     bias,
     tables,
-    key_room,
-    value_room,
-    places_ptr,
+    key_buffer,
+    value_buffer,
+    page_table_ptr,
     k_ptr,
     ks_ptr,
     v_ptr,
@@ -190,23 +195,29 @@ def _step(
     STAGED_K: gl.constexpr,
     STAGED_V: gl.constexpr,
 ):
-    """Take a page, or one half of it, into the sums; its keys are there, those of the next are fetched.
+    """Add a page, or half of it, to the sums; its keys are loaded already, and the next ones are fetched.
 
-    MASKED: not all of its tokens need be in use. Words of 3 bits hold both halves: they are loaded for the
-    first and kept for the second, in shared memory if STAGED_K or STAGED_V, else in ka, kb, kc, va, vb, vc,
-    and HALF is which half it is; -1 where there are no such words, or each half loads them.
+    step: counts pages, or halves of pages if HALVES is 2; pool_row: of the page; ka, kb, kc and va, vb, vc:
+    words of keys and values; m, total, weight [R] and acc [R, DV]: the sums so far; q, start, factor, bias:
+    the queries; tables: `lookup_table` in shared memory; key_buffer, value_buffer: of `words_buffer`; the
+    pointers and strides: of this head; first, stride, count, lead: its pages, as `_page` has them; unused,
+    used: first token in use and one past the last.
+
+    MASKED: some of the tokens may not be in use. PAGED: pages go by the page table. Words of 3 bits hold both
+    halves: they are loaded for the first and kept for the second, in shared memory if STAGED_K or STAGED_V,
+    else in ka, kb, kc, va, vb, vc; HALF is then which half it is, and -1 where nothing is kept.
     """
     ahead = gl.minimum(step + 1, HALVES * count - 1)
-    next_place = _place(places_ptr, _page(ahead // HALVES, first, stride, count, lead, STARTS), PAGED)
+    next_row = _pool_row(page_table_ptr, _page(ahead // HALVES, first, stride, count, lead, STARTS), PAGED)
     if STAGED_V:
-        fetch_words(value_room, v_ptr + place * v_page, value_places(0, DV // 32, DV), step, 4 * DV)
+        fetch_words(value_buffer, v_ptr + pool_row * v_page, value_offsets(0, DV // 32, DV), step, 4 * DV)
     elif HALF != 1 or V_BITS != 3:
-        va, vb, vc = value_words(v_ptr + place * v_page, step, DV, V_BITS, HALVES)
-    ks = load_scales(ks_ptr + place * ks_page, step, HALVES)
-    vs = load_scales(vs_ptr + place * vs_page, step, HALVES)
+        va, vb, vc = value_words(v_ptr + pool_row * v_page, step, DV, V_BITS, HALVES)
+    ks = load_scales(ks_ptr + pool_row * ks_page, step, HALVES)
+    vs = load_scales(vs_ptr + pool_row * vs_page, step, HALVES)
     if STAGED_K:
         async_copy.wait_group(1 if STAGED_V else 0)
-        k0, k1, k2, k3 = levels_of(*fetched_words(key_room, D // 32), step, tables, 0, D, K_BITS, HALVES)
+        k0, k1, k2, k3 = levels_of(*fetched_words(key_buffer, D // 32), step, tables, 0, D, K_BITS, HALVES)
     else:
         _order(step)
         k0, k1, k2, k3 = levels_of(ka, kb, kc, step, tables, 0, D, K_BITS, HALVES)
@@ -215,11 +226,11 @@ def _step(
     if HALVES == 1:
         s2 = sums_with_keys(q, k2, start, R, D, mma)
         s3 = sums_with_keys(q, k3, start, R, D, mma)
-    place = next_place
+    pool_row = next_row
     if STAGED_K:
-        fetch_words(key_room, k_ptr + place * k_page, key_places(0, D // 32, D, 16), ahead, 4 * D)
+        fetch_words(key_buffer, k_ptr + pool_row * k_page, key_offsets(0, D // 32, D, 16), ahead, 4 * D)
     elif HALF != 0 or K_BITS != 3:
-        ka, kb, kc = key_words(k_ptr + place * k_page, ahead, D, K_BITS, HALVES)
+        ka, kb, kc = key_words(k_ptr + pool_row * k_page, ahead, D, K_BITS, HALVES)
     _order(step)
 
     ks0, ks1, ks2, ks3 = scales_of_tiles(ks, HALVES)
@@ -276,7 +287,9 @@ def _step(
     units = (MOST / most)[:, None]
     if STAGED_V:
         async_copy.wait_group(1 if STAGED_K else 0)
-        v0, v1, v2, v3 = levels_of(*fetched_words(value_room, DV // 32), step, tables, 1, DV, V_BITS, HALVES)
+        v0, v1, v2, v3 = levels_of(
+            *fetched_words(value_buffer, DV // 32), step, tables, 1, DV, V_BITS, HALVES
+        )
     else:
         v0, v1, v2, v3 = levels_of(va, vb, vc, step, tables, 1, DV, V_BITS, HALVES)
     o = gl.full([2 * R, DV], 0, gl.int32, mma)
@@ -290,12 +303,12 @@ def _step(
     fade = gl.convert_layout(decay, gl.SliceLayout(1, acc.type.layout))[:, None]
     grow = gl.convert_layout(gain * most * (1.0 / MOST), gl.SliceLayout(1, acc.type.layout))[:, None]
     acc = acc * fade + part * grow
-    return place, ka, kb, kc, va, vb, vc, m, total, weight, acc
+    return pool_row, ka, kb, kc, va, vb, vc, m, total, weight, acc
 
 
-@gluon.jit(do_not_specialize=["pages", "heads", "blocks", "places_row", "rows"])
+@gluon.jit(do_not_specialize=["pages", "heads", "blocks", "page_table_row", "rows"])
 def split_mma_kernel(
-    table_ptr,
+    lookup_ptr,
     q_ptr,
     factor_ptr,
     start_ptr,
@@ -306,15 +319,15 @@ def split_mma_kernel(
     vs_ptr,
     used_ptr,
     starts_ptr,
-    places_ptr,
-    shares_ptr,
+    page_table_ptr,
+    schedule_ptr,
     o_ptr,
     m_ptr,
     l_ptr,
     pages,
     heads,
     blocks,
-    places_row,
+    page_table_row,
     k_head,
     k_page,
     ks_head,
@@ -334,25 +347,27 @@ def split_mma_kernel(
     USED: gl.constexpr,
     STARTS: gl.constexpr,
     HEADS: gl.constexpr,
-    SHARED: gl.constexpr,
+    SCHEDULED: gl.constexpr,
     CAPPED: gl.constexpr,
     STAGED: gl.constexpr,
     CHAINED: gl.constexpr,
 ):
     """Partial softmax sums of one split (axis 0) of one (batch, KV head, block of R rows) (axis 1).
 
-    table [4, 32] int32 of `lookup_table`; q [N, 2R, D] int8, factor and bias [N, R] float32, start [N, 2R]
-    int32, from `first_kernel`, N = heads * blocks; k and v: pages of words, int32, their strides in words;
-    scales of any float dtype; used [heads] int32, tokens in use, if USED, from token starts [heads] int32 on,
-    if STARTS; o [A, S, R, DV], of which rows up to the last of a head's `rows` are written, m and l [A, R, S]
-    float32, S and A the numbers of programs on the axes. `softcap` counts if CAPPED.
-    Where HEADS, a power of two of at least `heads`, is not 0, page p of a head is page places[head, p] of
-    [pages there are], places [heads, places_row] int32, axis 0 is shared out over the heads by how many pages
-    each has in use, and axis 1 counts blocks of rows of a head. If SHARED, shares [S, 4] int32 of
-    `PageShares` has been made before, and HEADS is only not 0.
-    HALVES is 2 to take a page in two steps, groups of tokens 0, 2, 4, 6 before 1, 3, 5, 7; STAGED if words
-    of 3 bits wait in shared memory for the second.
-    CHAINED: started before `first_kernel` has ended.
+    lookup: [4, 32] int32, of `lookup_table`; q: [N, 2R, D] int8, factor and bias: [N, R] float32, start: [N,
+    2R] int32, all of `prepare_kernel`, N = heads * blocks; k, v: pages of words, int32, and ks, vs: their
+    scales in any float dtype, with the strides *_head and *_page, those of k and v in words; pages: P; used:
+    [heads] int32, tokens in use, if USED; starts: [heads] int32, the first of them, if STARTS; rows: of a
+    head; softcap: in units of log 2, if CAPPED. Written: o [A, S, R, DV], only rows of the head, m and l [A,
+    R, S] float32, with S and A programs on the axes.
+
+    Where HEADS, a power of two of at least `heads`, is not 0, heads have page tables: page p of a head is row
+    page_table[head, p] of a pool, page_table [heads, page_table_row] int32; axis 0 is divided among the heads
+    by the pages that each has in use, and axis 1 counts blocks of rows of a head. If SCHEDULED, schedule [S,
+    4] int32 of `PageSchedule` says how, and HEADS need only not be 0.
+
+    HALVES is 2 to take a page in two steps, groups of tokens 0, 2, 4, 6 before 1, 3, 5, 7. STAGED: words of 3
+    bits wait for the second step in shared memory. CHAINED: started before `prepare_kernel` has ended.
     """
     mma: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [1, 1], [16, 8])
     left: gl.constexpr = gl.DotOperandLayout(0, mma, 4)
@@ -360,17 +375,17 @@ def split_mma_kernel(
     splits = gl.num_programs(0)
     slot = gl.program_id(1).to(gl.int64) * splits + split
     if HEADS:
-        if SHARED:
-            share = shares_ptr + split * 4
-            mine, first, last = gl.load(share), gl.load(share + 1), gl.load(share + 2)
+        if SCHEDULED:
+            assigned = schedule_ptr + split * 4
+            mine, first, last = gl.load(assigned), gl.load(assigned + 1), gl.load(assigned + 2)
         else:
-            mine, first, last = _share(used_ptr, starts_ptr, heads, pages, HEADS, STARTS)
+            mine, first, last = _assigned(used_ptr, starts_ptr, heads, pages, HEADS, STARTS)
         if first >= last:
             return
         stride, count = 1, last - first
         head = mine.to(gl.int64)
         block = head * blocks + gl.program_id(1)
-        places_ptr += head * places_row
+        page_table_ptr += head * page_table_row
     else:
         block = gl.program_id(1).to(gl.int64)
         head = block // blocks
@@ -398,22 +413,22 @@ def split_mma_kernel(
         clean = clean - ((first + (count - 1) * stride + 1) * PAGE_TOKENS > used).to(gl.int32)
     clean = HALVES * gl.maximum(clean, 0)
     # An empty split reads the first page all the same, and throws it away.
-    if SHARED:
-        place = gl.load(shares_ptr + split * 4 + 3).to(gl.int64)
+    if SCHEDULED:
+        pool_row = gl.load(schedule_ptr + split * 4 + 3).to(gl.int64)
     else:
-        place = _place(
-            places_ptr, gl.minimum(_page(0, first, stride, count, lead, STARTS), pages - 1), HEADS > 0
+        pool_row = _pool_row(
+            page_table_ptr, gl.minimum(_page(0, first, stride, count, lead, STARTS), pages - 1), HEADS > 0
         )
     STAGED_K: gl.constexpr = STAGED and K_BITS == 3
     STAGED_V: gl.constexpr = STAGED and V_BITS == 3
-    key_room, value_room = room_for_words(4 * D, STAGED_K), room_for_words(4 * DV, STAGED_V)
+    key_buffer, value_buffer = words_buffer(4 * D, STAGED_K), words_buffer(4 * DV, STAGED_V)
     if STAGED_K:
         ka, kb, kc = first, first, first
-        fetch_words(key_room, k_ptr + place * k_page, key_places(0, D // 32, D, 16), 0, 4 * D)
+        fetch_words(key_buffer, k_ptr + pool_row * k_page, key_offsets(0, D // 32, D, 16), 0, 4 * D)
     else:
-        ka, kb, kc = key_words(k_ptr + place * k_page, 0, D, K_BITS, HALVES)
+        ka, kb, kc = key_words(k_ptr + pool_row * k_page, 0, D, K_BITS, HALVES)
     tables = gl.allocate_shared_memory(gl.int32, [4, 32], gl.SwizzledSharedLayout(1, 1, 1, [0]))
-    table = table_ptr + gl.arange(0, 32, layout=gl.BlockedLayout([1], [32], [1], [0]))
+    table = lookup_ptr + gl.arange(0, 32, layout=gl.BlockedLayout([1], [32], [1], [0]))
     low_k, high_k = gl.load(table), gl.load(table + 32)
     low_v, high_v = gl.load(table + 64), gl.load(table + 96)
     tables.index(0).store(low_k)
@@ -444,11 +459,11 @@ def split_mma_kernel(
     begin = 0
     for part in gl.static_range(2 if USED or STARTS else 1):  # the second: pages with tokens not in use
         for turns in range(begin // STEPS, clean // STEPS):
-            va, vb, vc = ka, kb, kc  # in place of values, which are loaded first
+            va, vb, vc = ka, kb, kc  # in the place of values, which are loaded first
             for half in gl.static_range(STEPS):
-                place, ka, kb, kc, va, vb, vc, m, total, weight, acc = _step(
+                pool_row, ka, kb, kc, va, vb, vc, m, total, weight, acc = _step(
                     STEPS * turns + half,
-                    place,
+                    pool_row,
                     ka,
                     kb,
                     kc,
@@ -464,9 +479,9 @@ def split_mma_kernel(
                     factor,
                     bias,
                     tables,
-                    key_room,
-                    value_room,
-                    places_ptr,
+                    key_buffer,
+                    value_buffer,
+                    page_table_ptr,
                     k_ptr,
                     ks_ptr,
                     v_ptr,

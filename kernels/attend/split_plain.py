@@ -1,20 +1,20 @@
-"""The split kernel in float32 and plain loads (Triton): for the interpreter, which does not know Gluon.
+"""The split kernel in float32 and plain loads (Triton), for Triton's interpreter, which cannot run Gluon.
 
-It computes what `quantpress.kernels.attend.split_mma` computes, from the same buffers, without its tricks.
+It computes what `quantpress.kernels.attend.split_mma` computes, from the same buffers.
 """
 
 import triton
 import triton.language as tl
 
 from quantpress.kernels.attend.dense import tanh
-from quantpress.kernels.attend.ends import chunks_of_heads
 from quantpress.kernels.attend.lookup import code_at
+from quantpress.kernels.attend.schedule_kernel import chunks_of_heads
 
 PAGE_TOKENS = tl.constexpr(128)
 TILE = tl.constexpr(32)
 
 
-@triton.jit(do_not_specialize=["pages", "heads", "blocks", "places_row", "rows"])
+@triton.jit(do_not_specialize=["pages", "heads", "blocks", "page_table_row", "rows"])
 def split_plain_kernel(
     q_ptr,
     factor_ptr,
@@ -27,15 +27,15 @@ def split_plain_kernel(
     v_levels_ptr,
     used_ptr,
     starts_ptr,
-    places_ptr,
-    shares_ptr,
+    page_table_ptr,
+    schedule_ptr,
     o_ptr,
     m_ptr,
     l_ptr,
     pages,
     heads,
     blocks,
-    places_row,
+    page_table_row,
     k_head,
     k_page,
     ks_head,
@@ -54,17 +54,18 @@ def split_plain_kernel(
     USED: tl.constexpr,
     STARTS: tl.constexpr,
     HEADS: tl.constexpr,
-    SHARED: tl.constexpr,
+    SCHEDULED: tl.constexpr,
 ):
     """Partial softmax sums of one split (axis 0) of one (batch, KV head, block of rows) (axis 1).
 
-    Buffers as in `split_mma_kernel`, except k_levels, v_levels: [2**bits] float32 odd levels.
+    The arguments are those of `split_mma_kernel`, except k, v: bytes, with strides in bytes; k_levels,
+    v_levels: [2**bits] float32, the odd levels in place of a lookup table; no cap where softcap is 0.
     """
     split, splits = tl.program_id(0), tl.num_programs(0)
     slot = tl.program_id(1).to(tl.int64) * splits + split
-    if SHARED:
-        share = shares_ptr + split * 4
-        mine, first, last = tl.load(share), tl.load(share + 1), tl.load(share + 2)
+    if SCHEDULED:
+        assigned = schedule_ptr + split * 4
+        mine, first, last = tl.load(assigned), tl.load(assigned + 1), tl.load(assigned + 2)
         if first >= last:
             return
     elif HEADS:
@@ -116,7 +117,7 @@ def split_plain_kernel(
         at = page * PAGE_TOKENS + inside
         live = (at >= unused) & (at < used)
         if HEADS:
-            page = tl.load(places_ptr + head * places_row + page).to(tl.int64)
+            page = tl.load(page_table_ptr + head * page_table_row + page).to(tl.int64)
         codes = code_at(
             k_ptr + page * k_page,
             inside[:, None],

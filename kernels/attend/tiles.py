@@ -1,13 +1,13 @@
-"""Scores and weights of tiles of 32 tokens, by thread as the products have them (Gluon; see `split_mma`)."""
+"""Scores and weights of tiles of 32 tokens, in the layouts of the products (Gluon; see `split_mma`)."""
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 
-from quantpress.kernels.attend.levels import key_operand
+from quantpress.kernels.attend.words import key_operand
 
 MOST = gl.constexpr(32512.0)
-"""Weights are counted in units of their largest over 127 * 256, so that the high byte stays below 128."""
+"""Weights are whole numbers, in units of the largest weight over this: their high byte stays below 128."""
 
 _SPLIT = gl.constexpr("""{ .reg .f32 a, b, c, d; .reg .b32 u, v, w, x;
 add.f32 a, $2, 0f4B400080;
@@ -23,13 +23,14 @@ prmt.b32 w, w, x, 0x5140;
 prmt.b32 v, u, w, 0x5410;
 prmt.b32 $0, u, w, 0x7632;
 xor.b32 $1, v, 0x80808080; }""")
-"""Four weights n -> their high bytes and low bytes, n = 256 * high + low with low from -128 to 127: adding
-1.5 * 2 ** 23 + 128 leaves n + 128 in the low bits of a float32."""
+"""Four weights n to their high and low bytes, n = 256 * high + low with low from -128 to 127.
+
+Adding 1.5 * 2 ** 23 + 128 leaves n + 128 in the low bits of a float32."""
 
 
 @gluon.jit
 def load_scales(ptr, step, HALVES: gl.constexpr):
-    """Scales of the tokens of a page (or half) in the order of `scales_of_tiles`."""
+    """Scales of the tokens of a page [128] or half a page [64], in the order that `scales_of_tiles` takes."""
     if HALVES == 2:
         half: gl.constexpr = gl.DistributedLinearLayout(
             [[1], [2], [16], [32]], [[4], [8], [0], [0], [0]], [], [], [64]
@@ -46,7 +47,7 @@ def load_scales(ptr, step, HALVES: gl.constexpr):
 
 @gluon.jit
 def scales_of_tiles(x, HALVES: gl.constexpr):
-    """[64 or 128], token 32 j + 16 x + 4 n + 2 b + e -> [32] of tile j, columns 16 x + 8 b + 2 n + e."""
+    """[64 or 128] -> [32] of each tile j: token 32 j + 16 x + 4 n + 2 b + e, column 16 x + 8 b + 2 n + e."""
     x = x.to(gl.float32)
     if HALVES == 2:
         x = x.reshape([2, 2, 4, 2, 2]).permute([1, 3, 2, 4, 0])
@@ -62,21 +63,21 @@ def scales_of_tiles(x, HALVES: gl.constexpr):
 
 @gluon.jit
 def high_and_low(x, R: gl.constexpr, N: gl.constexpr):
-    """[2 R, N], rows 16 m + 8 * (high, low) + r -> high and low parts [R, N]."""
+    """Take [2 R, N] apart into high parts (rows 16 m + r) and low parts (rows 16 m + 8 + r), [R, N] each."""
     high, low = gl.split(x.reshape([R // 8, 2, 8, N]).permute([0, 2, 3, 1]))
     return high.reshape([R, N]), low.reshape([R, N])
 
 
 @gluon.jit
 def sums_with_keys(q, k, start, R: gl.constexpr, D: gl.constexpr, mma: gl.constexpr):
-    """sum_c (b + 1 / 2) q: [R, 32] float32."""
+    """sum_c (b + 1 / 2) q, [R, 32] float32, of queries q [2 R, D] and bytes k; start: half the sum of q."""
     high, low = high_and_low(mma_v2(q, key_operand(k, D, mma), start), R, 32)
     return (high * 256 + low).to(gl.float32)
 
 
 @gluon.jit
 def scaled(x, scales):
-    """x [R, 32] times one scale a column."""
+    """x [R, 32] times the scale of each column, scales [32]."""
     return x * gl.convert_layout(scales, gl.SliceLayout(0, x.type.layout), assert_trivial=True)[None, :]
 
 
@@ -99,20 +100,20 @@ def exp2(x):
 
 @gluon.jit
 def seen_or(x, token, first, end, other: gl.constexpr):
-    """x [R, 32] where the token of its column is one from `first` to `end`, `other` elsewhere."""
+    """x [R, 32] where the column's token [32] lies in `first` to `end`, and `other` elsewhere."""
     return gl.where(((token >= first) & (token < end))[None, :], x, other)
 
 
 @gluon.jit
 def weigh(s, factor, top, vs):
-    """p = exp2(factor * s - top), and p * v_scale."""
+    """p = exp2(factor * s - top), and p times the value scales vs [32]."""
     p = exp2(s * factor - top)
     return p, scaled(p, vs)
 
 
 @gluon.jit
 def weight_operand(w, scale, R: gl.constexpr, mma: gl.constexpr):
-    """w * scale, from 0 to 32512: [R, 32] float32 -> [2 R, 32] int8, the left operand of the sum."""
+    """w * scale, [R, 32] float32 from 0 to 32512, as the left operand of the sum, [2 R, 32] int8."""
     high, low = gl.inline_asm_elementwise(
         _SPLIT, "=&r,=&r,f,f,f,f", [w * scale], dtype=(gl.int8, gl.int8), is_pure=True, pack=4
     )

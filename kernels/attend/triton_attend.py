@@ -1,7 +1,8 @@
-"""Launches the Triton attention kernels: what they can do, their settings, their buffers.
+"""Launches the attention kernels for packed tokens: what they support, their settings, their buffers.
 
-Three launches whatever the length: prepare the queries and attend the 16-bit tokens; attend the packed tokens
-in splits; join it all. Nothing is tuned at run time; each head_dim and pair of widths compiles once.
+There are three launches whatever the length: the first prepares the queries and attends the 16-bit tokens,
+the second attends the packed tokens in splits, the third joins the sums. Nothing is tuned at run time; each
+head_dim and pair of widths compiles once.
 """
 
 import contextlib
@@ -19,37 +20,39 @@ from quantpress.kernels.attend.operands import (
     Segment,
     Visibility,
 )
-from quantpress.kernels.attend.schedule import PageShares
+from quantpress.kernels.attend.schedule import (
+    PROGRAMS,
+    PageSchedule,
+    programs_at_a_time,
+    scheduled_programs,
+)
 from quantpress.kernels.rotation_matrix import rotation_matrix
 
 HEAD_DIMS = (64, 128, 256)
 WIDTHS = (2, 3, 4)
 MOST_QUERIES = 128
-"""Query tokens of one call; 8 or 16 rows (query heads of a group times tokens) share a pass over codes."""
+"""Query tokens of one call. Rows are query heads of a group times query tokens; 8 or 16 rows share a pass."""
 
 DENSE_TILE = 32
-"""16-bit tokens of one program."""
-
-PROGRAMS = 8
-"""Programs of the split kernel, of one warp each, that a multiprocessor holds: 255 registers a thread."""
+"""16-bit tokens per program."""
 
 STAGED_BYTES = 28 * 1024
-"""Most shared memory of such a program: keys and values of 3 bits, tables, and what the system keeps."""
+"""Most shared memory of a program that stages keys and values of 3 bits: words, tables, the system's part."""
 
 MOST_SPLITS = 128
-"""More programs for one block of rows would cost more in the merge than they save."""
+"""Programs per block of rows; more would cost more in the merge than they save."""
 
 MERGED = (16, 64)
-"""Partial sums that the merge takes at a time, where a head has at most 16, and where it may have more."""
+"""Partial sums that the merge joins at a time, where a head has at most 16 and where it may have more."""
 
 MERGES = 4
-"""Programs of the merge for each multiprocessor, before they take several rows: each reads the rotation."""
+"""Programs of the merge per multiprocessor; where there are more rows, a program takes several."""
 
 PLAIN_PROGRAMS = 16
-"""Programs in all of the plain kernel."""
+"""Programs of the plain kernel in all."""
 
 CHAINS = (9, 0)
-"""First compute capability whose kernels can start before the one before them has ended."""
+"""First compute capability on which a kernel can start before the one before it has ended."""
 
 LOG2_E = math.log2(math.e)
 
@@ -100,12 +103,12 @@ def attend_triton(
     Args:
         query: [B, Hq, Tq, D].
         segments: the tokens in order.
-        visibility: causal, as `supports` has it.
+        visibility: one that `supports` accepts.
         scaling: factor on q.k.
-        softcap: as there.
-        sinks: as there.
-        slots: as there.
-        plain: float32 arithmetic and plain loads, for Triton's interpreter.
+        softcap: as for `attend`.
+        sinks: as for `attend`.
+        slots: as for `attend`.
+        plain: compute in float32 with plain loads, for Triton's interpreter.
 
     Returns:
         [B, Hq, Tq, Dv] in the query's dtype.
@@ -131,7 +134,15 @@ def attend_triton(
 class _Call:
     """Shapes and buffers of one call.
 
-    Rows are (query head of the group, query token) pairs of a KV head; a block of them shares its programs.
+    A row is a query head of the group and a query token of a KV head; a block of rows shares its programs.
+
+    Args:
+        query: [B, Hq, Tq, D].
+        packed: the packed segment.
+        slots: as for `attend`.
+        scale: factor on q.k, in units of log 2.
+        softcap: in units of log 2; 0 for none.
+        plain: compute in float32 with plain loads, for Triton's interpreter.
     """
 
     def __init__(
@@ -158,15 +169,15 @@ class _Call:
         self.table = packed.table if packed.table is None else _in_rows(packed.table)
         self.pages = packed.pages
         self.padded = 0 if self.table is None else max(1 << (self.heads - 1).bit_length(), 2)
-        self.sharing = 1 if self.table is None else self.heads  # heads that share the programs
-        self.shares: PageShares | None = None
+        self.scheduled_heads = 1 if self.table is None else self.heads  # heads on axis 0 of the grid
+        self.schedule: PageSchedule | None = None
         self.chained = {"launch_pdl": True} if not plain and chains(query.device) else {}
 
     def _new(self, *shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device=self.query.device)
 
     def _sums(self, count: int, parts: int, value_dim: int) -> list[torch.Tensor]:
-        """Room for weighted sums, largest scores and totals of `parts` programs for each of `count`."""
+        """Buffers for weighted sums, largest scores and totals of `parts` programs for each of `count`."""
         rows = self.block
         return [
             self._new(count, parts, rows, value_dim),
@@ -177,7 +188,7 @@ class _Call:
         self, before: DenseSegment | None, after: DenseSegment | None
     ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         """Queries in code space, and the sums over the 16-bit tokens."""
-        from quantpress.kernels.attend.ends import first_kernel
+        from quantpress.kernels.attend.prepare import prepare_kernel
 
         dim, value_dim, transform = self.keys.head_dim, self.values.head_dim, self.packed.keys.transform
         turn = rotation_matrix(self.keys.rotation, self.query.device, inverse=True)
@@ -191,7 +202,7 @@ class _Call:
         starts = [None if segment is None else _numbers(segment.starts) for segment in ends]
         tiles = [-(-tokens // DENSE_TILE) for _, _, tokens in tails]
         sums = self._sums(count, sum(tiles), value_dim)
-        first_kernel[(self.block + sum(tiles), count)](
+        prepare_kernel[(self.block + sum(tiles), count)](
             self.query,
             transform.weight,
             transform.mean,
@@ -247,9 +258,9 @@ class _Call:
         if self.table is None:
             grid = (split_count(self.pages, count, self._programs()), count)
         else:
-            grid = (shared_programs(self.pages, self.heads, self._programs() // self.blocks), self.blocks)
-            if self.packed.shares is not None and self.packed.shares.programs.shape[0] == grid[0]:
-                self.shares = self.packed.shares
+            grid = (scheduled_programs(self.pages, self.heads, self._programs() // self.blocks), self.blocks)
+            if self.packed.schedule is not None and self.packed.schedule.programs.shape[0] == grid[0]:
+                self.schedule = self.packed.schedule
         sums = self._sums(grid[1], grid[0], value_dim)
         if not self.plain:
             codes = [plane.view(torch.int32) for plane in codes]
@@ -265,8 +276,8 @@ class _Call:
             "V_BITS": books[1].bits,
             "USED": self.used is not None,
             "STARTS": self.starts is not None,
-            "HEADS": self.padded if self.shares is None else 1,
-            "SHARED": self.shares is not None,
+            "HEADS": self.padded if self.schedule is None else 1,
+            "SCHEDULED": self.schedule is not None,
         }
         if self.plain:
             from quantpress.kernels.attend.split_plain import split_plain_kernel
@@ -281,7 +292,7 @@ class _Call:
                 self.used,
                 self.starts,
                 self.table,
-                None if self.shares is None else self.shares.programs,
+                None if self.schedule is None else self.schedule.programs,
                 *numbers,
                 **constants,
             )
@@ -299,7 +310,7 @@ class _Call:
                 self.used,
                 self.starts,
                 self.table,
-                None if self.shares is None else self.shares.programs,
+                None if self.schedule is None else self.schedule.programs,
                 *numbers,
                 **constants,
                 HALVES=steps_of_page(books[0].bits, books[1].bits, dim, self.block),
@@ -319,7 +330,7 @@ class _Call:
         return 1 if self.plain else programs_at_a_time(self.query.device) // PROGRAMS
 
     def _tail(self, segment: DenseSegment | None) -> tuple[torch.Tensor, torch.Tensor, int]:
-        """Keys, values and number of tokens kept as they are; the query stands in for none."""
+        """Keys, values and number of tokens of a dense segment; the query stands in where there is none."""
         if segment is None:
             return self.query, self.query, 0
         keys, values = (states.to(self.query.dtype).contiguous() for states in (segment.keys, segment.values))
@@ -328,8 +339,8 @@ class _Call:
     def merge(
         self, sums: list[torch.Tensor], dense: list[torch.Tensor], sinks: torch.Tensor | None
     ) -> torch.Tensor:
-        """The output: all sums joined, those of packed tokens rotated back."""
-        from quantpress.kernels.attend.ends import merge_kernel
+        """Join all sums, those of packed tokens rotated back, into the output."""
+        from quantpress.kernels.attend.merge import merge_kernel
 
         value_dim = self.values.head_dim
         out = self._new(self.heads, self.rows, value_dim, dtype=self.query.dtype)
@@ -342,7 +353,7 @@ class _Call:
             out,
             self.used,
             self.starts,
-            None if self.shares is None else self.shares.heads,
+            None if self.schedule is None else self.schedule.heads,
             sums[0].shape[1],
             dense[0].shape[1],
             self.rows,
@@ -356,10 +367,10 @@ class _Call:
             DV=value_dim,
             R=self.block,
             HAS_SINKS=sinks is not None,
-            SIZE=MERGED[sums[0].shape[1] > MERGED[0] * self.sharing],
-            HEADS=self.padded if self.shares is None else 1,
+            SIZE=MERGED[sums[0].shape[1] > MERGED[0] * self.scheduled_heads],
+            HEADS=self.padded if self.schedule is None else 1,
             STARTS=self.starts is not None,
-            SHARED=self.shares is not None,
+            SCHEDULED=self.schedule is not None,
             EACH=each,
             CHAINED=bool(self.chained),
             num_warps=4 if value_dim <= 128 else 8,
@@ -369,51 +380,46 @@ class _Call:
 
 
 def block_rows(rows: int, head_dim: int) -> int:
-    """Rows that share a program, 8 or 16; a head_dim of 256 leaves registers for 8 only."""
+    """How many rows share a program, 8 or 16; a head_dim of 256 leaves registers for 8 only."""
     return 8 if rows <= 8 or head_dim > 128 else 16
 
 
 def steps_of_page(key_bits: int, value_bits: int, head_dim: int, rows: int) -> int:
-    """Steps in which a page is taken: two where a whole one would not fit into registers."""
+    """Steps in which a page is read: two where a whole page would not fit into registers."""
     return 2 if 4 in (key_bits, value_bits) or head_dim > 128 or rows > 8 else 1
 
 
 def stages_words(key_bits: int, value_bits: int, head_dim: int, device: torch.device) -> bool:
-    """Whether words of 3 bits, of which each step takes a part, wait for the second step in shared memory.
+    """Whether words of 3 bits, which both steps of a page read, wait for the second step in shared memory.
 
-    With a head_dim of 256 there are too many for registers, and to load them twice takes half as long again.
+    With a head_dim of 256 there are too many for registers, and loading them twice takes half as long again.
     """
     return 3 in (key_bits, value_bits) and head_dim > 128 and shared_memory(device) >= PROGRAMS * STAGED_BYTES
 
 
 def split_count(pages: int, blocks: int, programs: int) -> int:
-    """Programs for each block of rows, so that all of them together fill the GPU once.
+    """Number of programs per block of rows, so that all programs together fill the GPU once.
 
     Args:
-        pages: P of one KV head.
+        pages: P, the pages of a KV head.
         blocks: B * Hkv * blocks of rows.
-        programs: that run at a time.
+        programs: programs that the GPU runs at a time.
     """
     return max(1, min(pages, programs // blocks, MOST_SPLITS))
 
 
-def programs_at_a_time(device: torch.device) -> int:
-    """Programs of the split kernel that a GPU runs at a time."""
-    return PROGRAMS * torch.cuda.get_device_properties(device).multi_processor_count
-
-
 def shared_memory(device: torch.device) -> int:
-    """Bytes of shared memory of a multiprocessor."""
+    """Bytes of shared memory per multiprocessor."""
     return int(torch.cuda.get_device_properties(device).shared_memory_per_multiprocessor)
 
 
 def rows_of_merge(rows: int, heads: int, multiprocessors: int) -> int:
-    """Rows that a program of the merge takes one after the other, each with the rotation that it has read.
+    """How many rows a program of the merge takes one after the other; it reads the rotation once for all.
 
     Args:
-        rows: of a KV head.
+        rows: rows of a KV head.
         heads: B * Hkv.
-        multiprocessors: of the GPU.
+        multiprocessors: number of multiprocessors of the GPU.
     """
     each = 1
     while each < rows and heads * -(-rows // each) > MERGES * multiprocessors:
@@ -423,19 +429,8 @@ def rows_of_merge(rows: int, heads: int, multiprocessors: int) -> int:
 
 @lru_cache(maxsize=16)
 def chains(device: torch.device) -> bool:
-    """Whether a kernel can start on this GPU before the one before it has ended."""
+    """Whether a kernel can start on this GPU before the one before it has ended (programmatic launch)."""
     return torch.cuda.get_device_capability(device) >= CHAINS
-
-
-def shared_programs(pages: int, heads: int, programs: int) -> int:
-    """Programs that heads with page tables share, by how many pages each has in use.
-
-    Args:
-        pages: P, the most pages of a head.
-        heads: B * Hkv.
-        programs: that run at a time for each block of rows.
-    """
-    return min(max(programs, 2 * heads), (pages + 1) * heads)
 
 
 def _numbers(tensor: torch.Tensor | None) -> torch.Tensor | None:
@@ -443,13 +438,13 @@ def _numbers(tensor: torch.Tensor | None) -> torch.Tensor | None:
 
 
 def _in_rows(table: torch.Tensor) -> torch.Tensor:
-    """A page table [B, Hkv, P] whose rows are equally far apart, as they are in the part of one in use."""
+    """A page table [B, Hkv, P] whose rows are equally far apart, as those of a slice over P are."""
     even = table.stride(2) == 1 and table.stride(0) == table.shape[1] * table.stride(1)
     return table if even else table.contiguous()
 
 
 def _strides(plane: torch.Tensor) -> tuple[int, int]:
-    """From head to head (0 in a pool [N, ...] of pages) and from page to page."""
+    """Strides from head to head (0 in a pool [N, ...] of pages) and from page to page."""
     return (plane.stride(1) if plane.dim() == 4 else 0), plane.stride(-2)
 
 

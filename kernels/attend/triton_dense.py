@@ -1,4 +1,4 @@
-"""Launches the Triton kernels for one query token over 16-bit tokens alone: layers that nothing packs."""
+"""Launches the Triton kernels for one query token over 16-bit tokens alone, in layers that are not packed."""
 
 import contextlib
 from collections.abc import Sequence
@@ -14,10 +14,10 @@ SPLIT_TOKENS = 128
 
 MOST_SPLITS = 64
 PROGRAMS = 4
-"""Programs of a multiprocessor."""
+"""Programs per multiprocessor."""
 
 PLAIN_PROGRAMS = 8
-"""Programs in all under Triton's interpreter."""
+"""Programs in all in Triton's interpreter."""
 
 
 def supports_dense(query: torch.Tensor, segments: Sequence[Segment], visibility: Visibility) -> bool:
@@ -47,17 +47,17 @@ def attend_dense(
 
     Args:
         query: [B, Hq, 1, D].
-        segments: the tokens.
-        visibility: without a mask.
+        segments: one dense segment.
+        visibility: a `Visibility` without a mask.
         scaling: factor on q.k.
-        softcap: as there.
-        sinks: as there.
-        plain: float32 arithmetic, for Triton's interpreter.
+        softcap: as for `attend`.
+        sinks: as for `attend`.
+        plain: compute in float32, for Triton's interpreter.
 
     Returns:
         [B, Hq, 1, Dv] in the query's dtype.
     """
-    from quantpress.kernels.attend.split_dense import dense_merge_kernel, dense_split_kernel
+    from quantpress.kernels.attend.dense import dense_merge_kernel, dense_split_kernel
 
     (segment,) = segments
     assert isinstance(segment, DenseSegment)
@@ -122,7 +122,13 @@ def attend_dense(
 
 
 def dense_splits(tokens: int, blocks: int, programs: int) -> int:
-    """Into how many parts the tokens of each of `blocks` go: a power of two that fills the GPU about once."""
+    """Number of splits of the tokens of a block: a power of two, so that all splits fill the GPU about once.
+
+    Args:
+        tokens: tokens of the segment.
+        blocks: B * Hkv * blocks of rows.
+        programs: programs that the GPU runs at a time.
+    """
     wanted = max(1, min(-(-tokens // SPLIT_TOKENS), programs // blocks, MOST_SPLITS))
     return 1 << (wanted.bit_length() - 1)
 

@@ -1,11 +1,14 @@
-"""Packed words from memory to the threads that look their codes up (Gluon; see `split_mma`).
+"""Packed words from memory to operands of int8 tensor cores (Gluon; see `split_mma`).
 
-Each lane loads the words that it needs itself, 16 bytes at a time, so nothing is exchanged.
+Each lane loads the words that it needs itself, 16 bytes at a time, and looks their codes up, so nothing is
+exchanged between threads.
 """
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
+
+from quantpress.kernels.attend.lookup import LOOKUP_2, LOOKUP_3, LOOKUP_3_HALF, LOOKUP_4
 
 READ_ONCE = gl.constexpr("evict_first")
 """Codes leave the L2 cache first: nearly all are read once, and push out nothing that is read again."""
@@ -13,13 +16,16 @@ READ_ONCE = gl.constexpr("evict_first")
 
 @gluon.constexpr_function
 def bytes_layout(VECTORS):
-    """[VECTORS, 32 lanes, 4 words, 4 bytes]: each lane holds its own words."""
+    """The layout [VECTORS, 32 lanes, 4 words, 4 bytes] in which each lane holds its own words."""
     return gl.BlockedLayout([VECTORS, 1, 4, 4], [1, 32, 1, 1], [1, 1, 1, 1], [3, 2, 1, 0])
 
 
 @gluon.jit
-def key_places(GAP: gl.constexpr, VECTORS: gl.constexpr, D: gl.constexpr, ROWS: gl.constexpr):
-    """Where 16 or 32 rows of packed keys lie: [VECTORS, 32, 4]; groups of 16 rows are GAP rows apart."""
+def key_offsets(GAP: gl.constexpr, VECTORS: gl.constexpr, D: gl.constexpr, ROWS: gl.constexpr):
+    """Offsets in words of 16 or 32 rows of packed keys: [VECTORS, 32, 4].
+
+    GAP: rows from one group of 16 rows to the next; ROWS: rows R of a part of the page.
+    """
     layout: gl.constexpr = gl.SliceLayout(3, bytes_layout(VECTORS))
     vector = gl.arange(0, VECTORS, layout=gl.SliceLayout(1, gl.SliceLayout(2, layout)))
     lane = gl.arange(0, 32, layout=gl.SliceLayout(0, gl.SliceLayout(2, layout)))
@@ -32,8 +38,8 @@ def key_places(GAP: gl.constexpr, VECTORS: gl.constexpr, D: gl.constexpr, ROWS: 
 
 
 @gluon.jit
-def value_places(GAP: gl.constexpr, VECTORS: gl.constexpr, C: gl.constexpr):
-    """Where 4 or 8 rows of packed values lie: [VECTORS, 32, 4]; groups of 4 rows are GAP rows apart."""
+def value_offsets(GAP: gl.constexpr, VECTORS: gl.constexpr, C: gl.constexpr):
+    """Offsets in words of 4 or 8 rows of packed values: [VECTORS, 32, 4]; groups of 4 are GAP rows apart."""
     layout: gl.constexpr = gl.SliceLayout(3, bytes_layout(VECTORS))
     vector = gl.arange(0, VECTORS, layout=gl.SliceLayout(1, gl.SliceLayout(2, layout)))
     lane = gl.arange(0, 32, layout=gl.SliceLayout(0, gl.SliceLayout(2, layout)))
@@ -45,80 +51,191 @@ def value_places(GAP: gl.constexpr, VECTORS: gl.constexpr, C: gl.constexpr):
 
 
 @gluon.jit
-def _load(ptr, places):
-    return gl.load(ptr + places, eviction_policy=READ_ONCE)
+def _load(ptr, offsets):
+    return gl.load(ptr + offsets, eviction_policy=READ_ONCE)
 
 
 @gluon.jit
-def room_for_words(WORDS: gl.constexpr, STAGED: gl.constexpr):
-    """Shared memory for the words of a page of 3 bits, three times WORDS; hardly any if not STAGED."""
+def words_buffer(WORDS: gl.constexpr, STAGED: gl.constexpr):
+    """Shared memory for the three planes of WORDS words of a page of 3 bits; next to none if not STAGED."""
     plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [2, 1, 0])
     shape: gl.constexpr = [3, WORDS // 128, 32, 4] if STAGED else [3, 1, 1, 4]
     return gl.allocate_shared_memory(gl.int32, shape, plain)
 
 
 @gluon.jit
-def fetch_words(room, ptr, places, step, PART: gl.constexpr):
-    """The words of a page of 3 bits to shared memory, before its first step; nothing before its second.
+def fetch_words(buffer, ptr, offsets, step, PART: gl.constexpr):
+    """Copy the words of a page of 3 bits to shared memory before its first step; nothing before its second.
 
-    A lane copies the words that it reads itself. No L2::evict_first: `cp.async` has none in Triton.
+    buffer: of `words_buffer`; ptr: the page; offsets: of the lane's words in each plane; PART: words of a
+    plane. Each lane copies the words that it reads itself. There is no L2::evict_first: `cp.async` has none
+    in Triton.
     """
     if step % 2 == 0:
         for part in gl.static_range(3):
-            async_copy.async_copy_global_to_shared(room.index(part), ptr + part * PART + places)
+            async_copy.async_copy_global_to_shared(buffer.index(part), ptr + part * PART + offsets)
     async_copy.commit_group()
 
 
 @gluon.jit
-def fetched_words(room, VECTORS: gl.constexpr):
-    """The words out of shared memory: three tensors as `key_words` has them."""
+def fetched_words(buffer, VECTORS: gl.constexpr):
+    """The words in shared memory: three tensors, as `key_words` returns them."""
     layout: gl.constexpr = gl.SliceLayout(3, bytes_layout(VECTORS))
-    return room.index(0).load(layout), room.index(1).load(layout), room.index(2).load(layout)
+    return buffer.index(0).load(layout), buffer.index(1).load(layout), buffer.index(2).load(layout)
 
 
 @gluon.jit
 def key_words(ptr, step, D: gl.constexpr, BITS: gl.constexpr, HALVES: gl.constexpr):
-    """The words of keys of a page, or of one half of it: three tensors, not all of them used."""
+    """Words of the keys of a page, or of one half of it: three tensors, of which `levels_of` uses some.
+
+    ptr: the page; step: odd for the second half, if HALVES is 2.
+    """
     half = step % 2 * (16 * 16)
     if BITS == 3:  # both halves lie in each word
-        a = _load(ptr, key_places(0, D // 32, D, 16))
-        b = _load(ptr + 4 * D, key_places(0, D // 32, D, 16))
-        c = _load(ptr + 8 * D, key_places(0, D // 32, D, 16))
+        a = _load(ptr, key_offsets(0, D // 32, D, 16))
+        b = _load(ptr + 4 * D, key_offsets(0, D // 32, D, 16))
+        c = _load(ptr + 8 * D, key_offsets(0, D // 32, D, 16))
     elif HALVES == 2:
         if BITS == 4:
-            a = _load(ptr + half, key_places(32, D // 16, D, 64))
+            a = _load(ptr + half, key_offsets(32, D // 16, D, 64))
         else:
-            a = _load(ptr + half, key_places(0, D // 32, D, 32))
+            a = _load(ptr + half, key_offsets(0, D // 32, D, 32))
         b, c = a, a
     elif BITS == 4:
-        a = _load(ptr, key_places(16, D // 16, D, 64))
-        b = _load(ptr + 32 * 16, key_places(16, D // 16, D, 64))
+        a = _load(ptr, key_offsets(16, D // 16, D, 64))
+        b = _load(ptr + 32 * 16, key_offsets(16, D // 16, D, 64))
         c = a
     else:
-        a = _load(ptr, key_places(16, D // 16, D, 32))
+        a = _load(ptr, key_offsets(16, D // 16, D, 32))
         b, c = a, a
     return a, b, c
 
 
 @gluon.jit
 def value_words(ptr, step, C: gl.constexpr, BITS: gl.constexpr, HALVES: gl.constexpr):
-    """The same of values."""
+    """Words of the values of a page, as `key_words` returns those of keys."""
     half = step % 2 * (4 * C)
     if BITS == 3:
-        a = _load(ptr, value_places(0, C // 32, C))
-        b = _load(ptr + 4 * C, value_places(0, C // 32, C))
-        c = _load(ptr + 8 * C, value_places(0, C // 32, C))
+        a = _load(ptr, value_offsets(0, C // 32, C))
+        b = _load(ptr + 4 * C, value_offsets(0, C // 32, C))
+        c = _load(ptr + 8 * C, value_offsets(0, C // 32, C))
     elif HALVES == 2:
         if BITS == 4:
-            a = _load(ptr + half, value_places(8, C // 16, C))
+            a = _load(ptr + half, value_offsets(8, C // 16, C))
         else:
-            a = _load(ptr + half, value_places(0, C // 32, C))
+            a = _load(ptr + half, value_offsets(0, C // 32, C))
         b, c = a, a
     elif BITS == 4:
-        a = _load(ptr, value_places(4, C // 16, C))
-        b = _load(ptr + 8 * C, value_places(4, C // 16, C))
+        a = _load(ptr, value_offsets(4, C // 16, C))
+        b = _load(ptr + 8 * C, value_offsets(4, C // 16, C))
         c = a
     else:
-        a = _load(ptr, value_places(4, C // 16, C))
+        a = _load(ptr, value_offsets(4, C // 16, C))
         b, c = a, a
     return a, b, c
+
+
+@gluon.jit
+def _repeat(words, VECTORS: gl.constexpr):
+    """[VECTORS, 32, 4] -> [VECTORS, 32, 4, 4]: each word four times, once for each byte that comes of it."""
+    return words[:, :, :, None] + gl.full([VECTORS, 32, 4, 4], 0, gl.int32, bytes_layout(VECTORS))
+
+
+@gluon.jit
+def _register(tables, ROW: gl.constexpr, VECTORS: gl.constexpr):
+    """Row ROW of the lookup table, from shared memory."""
+    layout: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(2, gl.SliceLayout(3, bytes_layout(VECTORS))))
+    return tables.index(ROW).load(layout)[None, :][:, :, None][:, :, :, None]
+
+
+@gluon.jit
+def _pair(a, b, VECTORS: gl.constexpr):
+    """Two groups of 16 tokens as one tile."""
+    return gl.join(a, b).permute([4, 0, 1, 2, 3]).reshape([2 * VECTORS, 32, 4, 4])
+
+
+@gluon.jit
+def levels_of(
+    a, b, c, step, tables, SIDE: gl.constexpr, D: gl.constexpr, BITS: gl.constexpr, HALVES: gl.constexpr
+):
+    """int8 levels of four tiles [D / 16, 32, 4, 4]; of half a page two tiles, each returned twice.
+
+    a, b, c: words, of `key_words` or `value_words`; step: odd for the second half, if HALVES is 2; tables:
+    the lookup table in shared memory; SIDE: 0 for keys, 1 for values; D: channels.
+    """
+    N: gl.constexpr = D // 16 if BITS == 4 or (BITS == 2 and HALVES == 1) else D // 32
+    low = _register(tables, 2 * SIDE, N)
+    if BITS != 2:
+        high = _register(tables, 2 * SIDE + 1, N)
+    if BITS == 4:
+        w, x = gl.inline_asm_elementwise(
+            LOOKUP_4,
+            "=&r,=&r,r,r,r,r,r,r,r,r,r,r,r,r",
+            [_repeat(a, N), low, high],
+            dtype=(gl.int8, gl.int8),
+            is_pure=True,
+            pack=4,
+        )
+        if HALVES == 2:
+            y, z = w, x
+        else:
+            y = x
+            x, z = gl.inline_asm_elementwise(
+                LOOKUP_4,
+                "=&r,=&r,r,r,r,r,r,r,r,r,r,r,r,r",
+                [_repeat(b, N), low, high],
+                dtype=(gl.int8, gl.int8),
+                is_pure=True,
+                pack=4,
+            )
+    elif BITS == 3 and HALVES == 2:
+        w0, w1, x0, x1 = gl.inline_asm_elementwise(
+            LOOKUP_3_HALF,
+            "=&r,=&r,=&r,=&r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r",
+            [_repeat(a, N), _repeat(b, N), _repeat(c, N), low, high, step % 2 * 16],
+            dtype=(gl.int8, gl.int8, gl.int8, gl.int8),
+            is_pure=True,
+            pack=4,
+        )
+        w, x = _pair(w0, w1, N), _pair(x0, x1, N)
+        y, z = w, x
+    elif BITS == 3:
+        w0, w1, x0, x1, y0, y1, z0, z1 = gl.inline_asm_elementwise(
+            LOOKUP_3,
+            "=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r",
+            [_repeat(a, N), _repeat(b, N), _repeat(c, N), low, high],
+            dtype=(gl.int8, gl.int8, gl.int8, gl.int8, gl.int8, gl.int8, gl.int8, gl.int8),
+            is_pure=True,
+            pack=4,
+        )
+        w, x, y, z = _pair(w0, w1, N), _pair(x0, x1, N), _pair(y0, y1, N), _pair(z0, z1, N)
+    else:
+        w, x, y, z = gl.inline_asm_elementwise(
+            LOOKUP_2,
+            "=&r,=&r,=&r,=&r,r,r,r,r,r,r,r,r",
+            [_repeat(a, N), low],
+            dtype=(gl.int8, gl.int8, gl.int8, gl.int8),
+            is_pure=True,
+            pack=4,
+        )
+        if HALVES == 2:
+            w = _pair(w, x, N)
+            x = _pair(y, z, N)
+            y, z = w, x
+    return w, x, y, z
+
+
+@gluon.jit
+def key_operand(levels, D: gl.constexpr, mma: gl.constexpr):
+    """[D / 16, 32, 4, 4] int8 -> [D, 32], the right operand of the scores."""
+    x = levels.reshape([2, 2, D // 64, 4, 2, 4, 2, 2, 4])  # x b v | n e t | u h i
+    x = x.permute([2, 6, 7, 5, 8, 0, 1, 3, 4]).reshape([D, 32])
+    return gl.convert_layout(x, gl.DotOperandLayout(1, mma, 4), assert_trivial=True)
+
+
+@gluon.jit
+def value_operand(levels, C: gl.constexpr, mma: gl.constexpr):
+    """[C / 16, 32, 4, 4] int8 -> [32, C], the right operand of the sum."""
+    x = levels.reshape([2, C // 32, 8, 4, 4, 4])  # h c | g t | u i
+    x = x.permute([0, 3, 5, 1, 4, 2]).reshape([32, C])
+    return gl.convert_layout(x, gl.DotOperandLayout(1, mma, 4), assert_trivial=True)

@@ -12,9 +12,18 @@ import torch
 from quantpress.kernels.attend import PackedSegment, Visibility
 from quantpress.kernels.attend import triton_attend as launching
 from quantpress.kernels.attend.reference import attend_reference
-from quantpress.kernels.attend.schedule import PageShares
-from tests.kernels import emulate_gluon
-from tests.kernels.test_attend import BATCH, GROUP, KV_HEADS, PAGES, in_use, packed, pooled, some_lengths
+from quantpress.kernels.attend.schedule import PageSchedule
+from tests.kernels.attend import emulate_gluon
+from tests.kernels.attend.test_attend import (
+    BATCH,
+    GROUP,
+    KV_HEADS,
+    PAGES,
+    in_use,
+    packed,
+    pooled,
+    some_lengths,
+)
 
 pytest.importorskip("triton")
 
@@ -33,7 +42,7 @@ class Emulated:
         self.launches: list[dict[str, Any]] = []
 
     def __getitem__(self, grid: tuple[int, int]) -> Callable[..., None]:
-        from tests.kernels.emulate_gluon import emulate
+        from tests.kernels.attend.emulate_gluon import emulate
 
         def launch(*arguments: Any, num_warps: int, launch_pdl: bool = False, **constants: Any) -> None:
             assert num_warps == 1
@@ -85,14 +94,14 @@ def joined(call: Any, sums: list[torch.Tensor]) -> torch.Tensor:
     """What the merge makes of the splits: [B, Hq, Tq, Dv]."""
     o, m, totals = (x.double() for x in sums)  # [A, S, R, DV], [A, R, S] twice
     out = torch.zeros(call.heads, call.rows, o.shape[-1], dtype=torch.float64)
-    shares = None if call.shares is None else call.shares.heads
-    if call.table is not None and shares is None:
-        shares = shares_of(call)
+    bounds = None if call.schedule is None else call.schedule.heads
+    if call.table is not None and bounds is None:
+        bounds = bounds_of_call(call)
     for head in range(call.heads):
         for row in range(call.rows):
             at, local = row // call.block, row % call.block
-            held = slice(None) if shares is None else slice(*shares[head].tolist())
-            at = at if shares is not None else head * call.blocks + at
+            held = slice(None) if bounds is None else slice(*bounds[head].tolist())
+            at = at if bounds is not None else head * call.blocks + at
             parts, largest, total = o[at, held, local], m[at, local, held], totals[at, local, held]
             if not len(parts):
                 continue
@@ -104,12 +113,12 @@ def joined(call: Any, sums: list[torch.Tensor]) -> torch.Tensor:
     return out.view(call.batch, call.query_heads, call.queries, -1)
 
 
-def shares_of(call: Any) -> torch.Tensor:
+def bounds_of_call(call: Any) -> torch.Tensor:
     """[heads, 2]: the programs of each head, in order, as many as its share of the pages asks for."""
     starts = torch.zeros_like(call.used) if call.starts is None else call.starts
     there = torch.where(call.used > 0, (starts + call.used + 127) // 128 - starts // 128, 0).flatten()
     at_a_time = launching.programs_at_a_time(call.query.device)
-    return bounds_of(there, launching.shared_programs(call.pages, call.heads, at_a_time // call.blocks))
+    return bounds_of(there, launching.scheduled_programs(call.pages, call.heads, at_a_time // call.blocks))
 
 
 def bounds_of(there: torch.Tensor, programs: int) -> torch.Tensor:
@@ -118,18 +127,18 @@ def bounds_of(there: torch.Tensor, programs: int) -> torch.Tensor:
     return torch.stack((torch.cat((ends.new_zeros(1), ends[:-1])), ends), 1)
 
 
-def with_shares(pages: PackedSegment) -> PackedSegment:
-    """Pages by table, without starts, with what `page_shares` writes down for one block of rows."""
+def with_schedule(pages: PackedSegment) -> PackedSegment:
+    """Pages by table, without starts, with what `page_schedule` writes down for one block of rows."""
     assert isinstance(pages.lengths, torch.Tensor) and pages.table is not None
     rows, there = pages.table.flatten(0, 1), (pages.lengths.flatten() + 127) // 128
-    count = launching.shared_programs(pages.pages, len(there), launching.programs_at_a_time(rows.device))
+    count = launching.scheduled_programs(pages.pages, len(there), launching.programs_at_a_time(rows.device))
     bounds, programs = bounds_of(there, count), torch.zeros(count, 4, dtype=torch.int32)
     for head, (begin, end) in enumerate(bounds.tolist()):
         parts = end - begin
         edges = [local * int(there[head]) // max(parts, 1) for local in range(parts + 1)]
         for local, (first, last) in enumerate(itertools.pairwise(edges)):
             programs[begin + local] = torch.tensor((head, first, last, int(rows[head, first])))
-    return replace(pages, starts=None, shares=PageShares(programs, bounds.int()))
+    return replace(pages, starts=None, schedule=PageSchedule(programs, bounds.int()))
 
 
 def run(
@@ -211,8 +220,8 @@ def test_lengths_starts_and_tables(
     check(*run(pooled(pages, lengths, starts), 1))
     check(*run(replace(pooled(pages, lengths, 0 * starts), starts=None), 1))
     check(*run(replace(pages, lengths=lengths, starts=starts), 1))
-    check(*run(with_shares(pooled(pages, lengths, 0 * starts)), 1))
-    given = [tuple(launch[name] for name in ("STARTS", "HEADS", "SHARED")) for launch in emulated.launches]
+    check(*run(with_schedule(pooled(pages, lengths, 0 * starts)), 1))
+    given = [tuple(launch[name] for name in ("STARTS", "HEADS", "SCHEDULED")) for launch in emulated.launches]
     padded = given[1][1]
     assert padded > 1 and given == [
         (False, 0, False),

@@ -1,4 +1,4 @@
-"""Run by `test_triton_attend.py` in Triton's interpreter: prints how programs are shared out over heads."""
+"""Run by `test_triton_attend.py` in Triton's interpreter: prints how programs are divided among heads."""
 
 import json
 
@@ -6,9 +6,8 @@ import torch
 import triton
 import triton.language as tl
 
-from quantpress.kernels.attend.ends import chunks_of_heads
-from quantpress.kernels.attend.schedule import launch_shares
-from quantpress.kernels.attend.triton_attend import shared_programs
+from quantpress.kernels.attend.schedule import launch_schedule, scheduled_programs
+from quantpress.kernels.attend.schedule_kernel import chunks_of_heads
 
 PAGES = 40
 
@@ -22,17 +21,17 @@ def write_chunks(used_ptr, starts_ptr, there_ptr, chunks_ptr, heads, pages, prog
 
 
 def chunks(heads: int, most: int, used: torch.Tensor, starts: torch.Tensor) -> list[object]:
-    programs = shared_programs(PAGES, heads, most)
-    there, shares = (torch.empty(heads, dtype=torch.int32) for _ in range(2))
+    programs = scheduled_programs(PAGES, heads, most)
+    there, counts = (torch.empty(heads, dtype=torch.int32) for _ in range(2))
     padded = max(1 << (heads - 1).bit_length(), 2)
-    write_chunks[(1,)](used, starts, there, shares, heads, PAGES, programs, HEADS=padded)
-    return [programs, there.tolist(), shares.tolist()]
+    write_chunks[(1,)](used, starts, there, counts, heads, PAGES, programs, HEADS=padded)
+    return [programs, there.tolist(), counts.tolist()]
 
 
-def shares(heads: int, most: int, used: torch.Tensor) -> list[object]:
-    """What `page_shares` writes down for pages of a pool in any order."""
+def schedule(heads: int, most: int, used: torch.Tensor) -> list[object]:
+    """What `page_schedule` writes down for pages of a pool in any order."""
     table = torch.randperm(heads * PAGES, dtype=torch.int32).view(1, heads, PAGES)
-    found = launch_shares(used.view(1, heads), table, shared_programs(PAGES, heads, most))
+    found = launch_schedule(used.view(1, heads), table, scheduled_programs(PAGES, heads, most))
     return [used.tolist(), table[0].tolist(), found.programs.tolist(), found.heads.tolist()]
 
 
@@ -47,4 +46,4 @@ if __name__ == "__main__":
     for heads, most in [(1, 16), (3, 7), (8, 64), (24, 100)]:
         used = torch.randint(PAGES * 128 + 1, (heads,), dtype=torch.int32)
         used[heads // 2] = 0 if heads > 1 else PAGES * 128
-        print(json.dumps(shares(heads, most, used)))
+        print(json.dumps(schedule(heads, most, used)))

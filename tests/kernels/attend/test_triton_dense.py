@@ -10,7 +10,7 @@ import torch
 from quantpress.kernels.attend import DenseSegment, Visibility, attend
 from quantpress.kernels.attend.operands import PackedSegment
 from quantpress.kernels.attend.triton_dense import attend_dense, dense_splits, supports_dense
-from tests.kernels.test_attend import packed
+from tests.kernels.attend.test_attend import packed
 from tests.kernels.triton_cases import compile_only, interpret
 
 CASES = [
@@ -109,7 +109,7 @@ def test_interpreter() -> None:
 )
 def test_compiles_without_a_gpu(capability: int, dim: int, dtype: torch.dtype) -> None:
     pytest.importorskip("triton")
-    from quantpress.kernels.attend.split_dense import dense_merge_kernel, dense_split_kernel
+    from quantpress.kernels.attend.dense import dense_merge_kernel, dense_split_kernel
 
     states, sums = torch.empty(1, dtype=dtype), torch.empty(1)
     counts = torch.empty(1, dtype=torch.int32)

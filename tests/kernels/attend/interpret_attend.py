@@ -8,9 +8,9 @@ import torch
 
 from quantpress.kernels.attend import DenseSegment, PackedSegment, Segment, Visibility, triton_attend
 from quantpress.kernels.attend.reference import attend_reference
-from quantpress.kernels.attend.schedule import launch_shares
-from quantpress.kernels.attend.triton_attend import attend_triton, shared_programs, supports
-from tests.kernels.test_attend import (
+from quantpress.kernels.attend.schedule import launch_schedule, scheduled_programs
+from quantpress.kernels.attend.triton_attend import attend_triton, supports
+from tests.kernels.attend.test_attend import (
     GROUP,
     KV_HEADS,
     dense,
@@ -69,8 +69,8 @@ def pool_error(segments: list[Segment], query: torch.Tensor, extras: str) -> flo
             pool = pooled(segment, lengths, starts)
             if "shared" in extras:
                 assert pool.table is not None
-                count = shared_programs(pool.pages, lengths.numel(), triton_attend.PLAIN_PROGRAMS)
-                pool = replace(pool, starts=None, shares=launch_shares(lengths, pool.table, count))
+                count = scheduled_programs(pool.pages, lengths.numel(), triton_attend.PLAIN_PROGRAMS)
+                pool = replace(pool, starts=None, schedule=launch_schedule(lengths, pool.table, count))
             changed.append(pool)
         else:
             changed.append(DenseSegment(segment.keys, segment.values, lengths, starts))

@@ -15,7 +15,7 @@ from quantpress.codecs.raw import RawPages
 from quantpress.codecs.scalar import ScalarPages
 from quantpress.kernels.attend import DenseSegment, PackedSegment, PackedSide, Segment, Visibility, attend
 from quantpress.kernels.attend.reference import attend_reference
-from quantpress.kernels.attend.schedule import PROGRAMS_AT_A_TIME, page_shares
+from quantpress.kernels.attend.schedule import SCHEDULE_TILE, page_schedule
 from quantpress.kernels.attend.triton_attend import (
     DENSE_TILE,
     MERGED,
@@ -28,10 +28,9 @@ from quantpress.kernels.attend.triton_attend import (
 )
 from quantpress.quantization.spec import CodecSpec
 from quantpress.quantization.transform import ChannelTransform, key_statistics
-from tests.kernels.test_attend import KV_HEADS, causal_limit, dense, exact, packed, pooled
+from tests.kernels.attend.test_attend import KV_HEADS, causal_limit, dense, exact, packed, pooled
 from tests.kernels.triton_cases import interpret
 
-ROOT = Path(__file__).parents[2]
 INTERPRETED = [
     [2, 3, 64, 1, "float16", "softcap lengths"],
     [3, 4, 128, 3, "bfloat16", "sinks softcap"],
@@ -47,7 +46,7 @@ INTERPRETED = [
 
 def test_interpreter() -> None:
     """Every pair of layouts, several queries, all options, against float64."""
-    script = ROOT / "tests" / "kernels" / "interpret_attend.py"
+    script = Path(__file__).with_name("interpret_attend.py")
     errors = json.loads(interpret(str(script), json.dumps(INTERPRETED)).splitlines()[-1])
     assert len(errors) == len(INTERPRETED)
     assert max(errors) < 2e-4, dict(zip(map(str, INTERPRETED), errors, strict=True))
@@ -56,9 +55,9 @@ def test_interpreter() -> None:
 def test_programs_are_shared_out_by_pages() -> None:
     """Heads of any lengths get at most all programs, and no program much more than its share."""
     pytest.importorskip("triton")
-    out = interpret(str(ROOT / "tests" / "kernels" / "interpret_chunks.py"))
+    out = interpret(str(Path(__file__).with_name("interpret_schedule.py")))
     lines = [json.loads(line) for line in out.splitlines()]
-    cases, shares = lines[:12], lines[12:]
+    cases, schedules = lines[:12], lines[12:]
     for programs, there, chunks in cases:
         assert sum(chunks) <= programs
         assert all((count > 0) == (pages > 0) for count, pages in zip(chunks, there, strict=True))
@@ -66,8 +65,8 @@ def test_programs_are_shared_out_by_pages() -> None:
         assert most <= -(-sum(there) // (programs - len(there)))
     programs, there, chunks = cases[-1]  # 64 sequences of 8 heads on an H100
     assert set(there) == {31} and set(chunks) == {2}
-    assert len(shares) == 4
-    for used, table, programs, bounds in shares:
+    assert len(schedules) == 4
+    for used, table, programs, bounds in schedules:
         assert [begin for begin, _ in bounds] == [0, *(end for _, end in bounds[:-1])]
         for head, (tokens, (begin, end)) in enumerate(zip(used, bounds, strict=True)):
             own = programs[begin:end]
@@ -75,13 +74,12 @@ def test_programs_are_shared_out_by_pages() -> None:
             assert [page for _, first, last, _ in own for page in range(first, last)] == [
                 *range(-(-tokens // 128))
             ]
-            assert [place for *_, place in own] == [table[head][first] for _, first, _, _ in own]
+            assert [row for *_, row in own] == [table[head][first] for _, first, _, _ in own]
         assert all(first == last for _, first, last, _ in programs[bounds[-1][1] :])
 
 
 FLOATS = {"scale", "softcap", "unit", "turn_factor"}
 POINTERS = {
-    "table_ptr": "*i32",
     "start_ptr": "*i32",
     "q_ptr": "*i8",
     "k_ptr": "*i32",
@@ -93,7 +91,7 @@ POINTERS = {
     "out_ptr": "*bf16",
     **{f"{run}used_ptr": "*i32" for run in ("", "first_", "recent_")},
     **{f"{run}starts_ptr": "*i32" for run in ("", "first_", "recent_")},
-    **{f"{name}_ptr": "*i32" for name in ("places", "shares", "programs", "heads")},
+    **{f"{name}_ptr": "*i32" for name in ("lookup", "page_table", "schedule", "programs", "heads")},
     "slots_ptr": "*i64",
     **{f"{run}_{side}_ptr": "*bf16" for run in ("first", "recent") for side in "kv"},
 }
@@ -156,7 +154,7 @@ def test_split_kernel_compiles_without_a_gpu(
         "CHAINED": capability >= 90,
         "STAGED": staged,
         "HEADS": heads,
-        "SHARED": heads == 1,
+        "SCHEDULED": heads == 1,
         "STARTS": heads > 1,
     }
     kernel = compiled(split_mma_kernel, constants, capability, 1)
@@ -177,7 +175,9 @@ def test_split_kernel_compiles_without_a_gpu(
 @pytest.mark.parametrize(("capability", "heads", "dim"), [(80, 0, 64), (90, 64, 256), (100, 32, 128)])
 def test_kernels_around_it_compile_without_a_gpu(capability: int, heads: int, dim: int) -> None:
     pytest.importorskip("triton")
-    from quantpress.kernels.attend.ends import first_kernel, merge_kernel, share_kernel
+    from quantpress.kernels.attend.merge import merge_kernel
+    from quantpress.kernels.attend.prepare import prepare_kernel
+    from quantpress.kernels.attend.schedule_kernel import schedule_kernel
 
     chained = {"CHAINED": capability >= 90, "R": 8, "DV": dim}
     first = chained | {"D": dim, "TILE": DENSE_TILE, "HAS_WEIGHT": True, "HAS_MEAN": True}
@@ -185,9 +185,9 @@ def test_kernels_around_it_compile_without_a_gpu(capability: int, heads: int, di
     first |= {"HALVES": 2 if dim == 64 else 1}
     first |= {"FIRST_STARTS": heads == 0, "RECENT_STARTS": True, "SLOTS": heads > 0}
     merge = chained | {"HAS_SINKS": True, "SIZE": MERGED[heads > 0], "HEADS": heads, "STARTS": heads > 0}
-    merge |= {"EACH": 4 if heads else 1, "SHARED": heads == 32}
-    share = {"HEADS": max(heads, 2), "SIZE": PROGRAMS_AT_A_TIME}
-    for kernel, constants in ((first_kernel, first), (merge_kernel, merge), (share_kernel, share)):
+    merge |= {"EACH": 4 if heads else 1, "SCHEDULED": heads == 32}
+    schedule = {"HEADS": max(heads, 2), "SIZE": SCHEDULE_TILE}
+    for kernel, constants in ((prepare_kernel, first), (merge_kernel, merge), (schedule_kernel, schedule)):
         binary = compiled(kernel, constants, capability, 8 if dim > 128 else 4)
         assert len(binary.asm["cubin"]) > 0
         assert binary.metadata.shared <= 99 * 1024  # of consumer GPUs
@@ -196,7 +196,7 @@ def test_kernels_around_it_compile_without_a_gpu(capability: int, heads: int, di
 def test_the_next_kernel_starts_behind_the_loads() -> None:
     """Its own, of several MB, would go before them."""
     pytest.importorskip("triton")
-    from quantpress.kernels.attend.ends import first_kernel
+    from quantpress.kernels.attend.prepare import prepare_kernel
 
     constants = {
         "D": 128,
@@ -209,7 +209,7 @@ def test_the_next_kernel_starts_behind_the_loads() -> None:
     }
     constants |= dict.fromkeys(("HAS_WEIGHT", "HAS_MEAN", "RECENT_USED"), True)
     constants |= dict.fromkeys(("FIRST_USED", "FIRST_STARTS", "RECENT_STARTS", "SLOTS"), False)
-    ptx = compiled(first_kernel, constants, 90, 4).asm["ptx"]
+    ptx = compiled(prepare_kernel, constants, 90, 4).asm["ptx"]
     query, tokens, rest = ptx.split("griddepcontrol.launch_dependents")
     assert "ld.global" in query and "ld.global" in tokens and "ld.global" not in rest
     matrix = 128 * 128 // (8 * 4 * 32)  # loads of 16 bytes
@@ -287,7 +287,7 @@ def double_attention(
     tokens = sum(segment.tokens for segment in segments)
     limit = causal_limit(query.shape[2], tokens).to(query.device)
     repeated = [expand(segment, group) for segment in segments]
-    import tests.kernels.test_attend as oracle
+    import tests.kernels.attend.test_attend as oracle
 
     old, oracle.GROUP = oracle.GROUP, 1
     try:
@@ -378,14 +378,14 @@ def test_pages_by_table_on_a_gpu(dim: int, bits: tuple[int, int], queries: int) 
 @pytest.mark.gpu
 @pytest.mark.parametrize("queries", [1, 7])
 @pytest.mark.parametrize("batch", [1, 40])
-def test_shares_made_before_give_the_same_on_a_gpu(batch: int, queries: int) -> None:
+def test_a_schedule_made_before_give_the_same_on_a_gpu(batch: int, queries: int) -> None:
     pages = on_device(batch, 3, 20 * 128, 128, (3, 4))
     lengths = torch.randint(20 * 128 + 1, (batch, 3), dtype=torch.int32, device="cuda")
     lengths[0, 1] = 0
     found = pooled(pages, lengths, 0 * lengths)
     assert found.table is not None
-    shared = replace(found, starts=None, shares=page_shares(lengths, found.table))
-    assert shared.shares is not None
+    shared = replace(found, starts=None, schedule=page_schedule(lengths, found.table))
+    assert shared.schedule is not None
     recent = torch.randn(batch, 3, 40, 128, device="cuda")
     query = torch.randn(batch, 12, queries, 128, device="cuda")
     segments = [[one, DenseSegment(recent, recent)] for one in (shared, replace(found, starts=None))]

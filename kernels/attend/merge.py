@@ -1,0 +1,140 @@
+"""The last launch (Triton): partial sums over packed and over 16-bit tokens become the output."""
+
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_wait
+
+from quantpress.kernels.attend.schedule_kernel import chunks_of_heads
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+TILES = tl.constexpr(16)
+"""Partial sums over 16-bit tokens that are joined at a time."""
+
+
+@triton.jit
+def _load(
+    o_ptr,
+    m_ptr,
+    l_ptr,
+    start,
+    end,
+    count,
+    block,
+    local,
+    DV: tl.constexpr,
+    R: tl.constexpr,
+    SIZE: tl.constexpr,
+):
+    """Partial sums `start` to `end` of the `count` of a row, at most SIZE: o [SIZE, DV], m and l [SIZE]."""
+    split = start + tl.arange(0, SIZE)
+    live = split < end
+    slot = (block * count + split) * R + local
+    o = tl.load(o_ptr + slot[:, None] * DV + tl.arange(0, DV)[None, :], mask=live[:, None], other=0.0)
+    at = (block * R + local) * count + split
+    m = tl.load(m_ptr + at, mask=live, other=-1e30)
+    return o, m, tl.load(l_ptr + at, mask=live, other=0.0)
+
+
+@triton.jit
+def _join(m, total, y, part_o, part_m, part_l):
+    """Add partial sums part_o [N, DV], part_m and part_l [N] to m, total [1] and y [DV]."""
+    new = tl.maximum(m, tl.max(part_m, 0))
+    decay, weight = tl.exp2(m - new), tl.exp2(part_m - new)
+    y = y * decay + tl.sum(part_o * weight[:, None], 0)
+    return new, total * decay + tl.sum(part_l * weight, 0), y
+
+
+_NUMBERS = ["splits", "tiles", "rows", "queries", "group", "kv_heads", "blocks", "heads", "pages"]
+
+
+@triton.jit(do_not_specialize=_NUMBERS)
+def merge_kernel(
+    o_ptr,
+    m_ptr,
+    l_ptr,
+    dense_o_ptr,
+    dense_m_ptr,
+    dense_l_ptr,
+    sinks_ptr,
+    rotation_ptr,
+    out_ptr,
+    used_ptr,
+    starts_ptr,
+    schedule_ptr,
+    splits,
+    tiles,
+    rows,
+    queries,
+    group,
+    kv_heads,
+    blocks,
+    heads,
+    pages,
+    unit,
+    DV: tl.constexpr,
+    R: tl.constexpr,
+    HAS_SINKS: tl.constexpr,
+    SIZE: tl.constexpr,
+    HEADS: tl.constexpr,
+    STARTS: tl.constexpr,
+    SCHEDULED: tl.constexpr,
+    EACH: tl.constexpr,
+    CHAINED: tl.constexpr,
+):
+    """Join the splits of EACH rows (axis 0) of one (batch, KV head) (axis 1), rotate back, add 16-bit tokens.
+
+    o: [N, splits, R, DV], m and l: [N, R, splits], sums over packed tokens in code space, N = heads * blocks;
+    dense_o, dense_m, dense_l: the same over 16-bit tokens, with `tiles` in place of `splits`; sinks: [Hkv *
+    group] logits, if HAS_SINKS; rotation: [DV, DV] float32, out of code space but for the factor `unit`; out:
+    [BH, rows, DV], written; SIZE: partial sums joined at a time.
+    Where HEADS, a power of two of at least `heads`, is not 0, heads have page tables: o, m and l are [blocks,
+    splits, ...], and the splits belong to heads as `chunks_of_heads` says, of used and starts [heads] int32
+    and pages, or, if SCHEDULED, as schedule [BH, 2] int32 says. CHAINED: started before the split kernel has
+    ended.
+    """
+    head = tl.program_id(1).to(tl.int64)
+    begin, end = 0, splits
+    if SCHEDULED:
+        begin = tl.load(schedule_ptr + head * 2)
+        end = tl.load(schedule_ptr + head * 2 + 1)
+    elif HEADS:
+        _, _, chunks = chunks_of_heads(used_ptr, starts_ptr, heads, pages, splits, HEADS, STARTS, 128)
+        index = tl.arange(0, HEADS)
+        begin = tl.sum(tl.where(index < head, chunks, 0), 0)
+        end = begin + tl.sum(tl.where(index == head, chunks, 0), 0)
+    value = tl.arange(0, DV)
+    turn = tl.load(rotation_ptr + value[:, None] * DV + value[None, :])  # float32: to convert it takes 0.5 us
+    if CHAINED:
+        gdc_wait()
+    for step in range(EACH):
+        row = tl.minimum(tl.program_id(0) * EACH + step, rows - 1)
+        block, local = head * blocks + row // R, row % R
+        holder = block
+        if HEADS:
+            holder = head * 0 + row // R
+        m = tl.full([1], -1e30, tl.float32)
+        total = tl.zeros([1], tl.float32)
+        y = tl.zeros([DV], tl.float32)
+        o, ms, ls = _load(o_ptr, m_ptr, l_ptr, begin, end, splits, holder, local, DV, R, SIZE)
+        dense_o, dense_ms, dense_ls = _load(
+            dense_o_ptr, dense_m_ptr, dense_l_ptr, 0, tiles, tiles, block, local, DV, R, TILES
+        )
+        m, total, y = _join(m, total, y, o, ms, ls)
+        for start in range(begin + SIZE, end, SIZE):
+            o, ms, ls = _load(o_ptr, m_ptr, l_ptr, start, end, splits, holder, local, DV, R, SIZE)
+            m, total, y = _join(m, total, y, o, ms, ls)
+        turned = tl.sum(turn * (y * unit)[:, None], 0)
+        m, total, turned = _join(m, total, turned, dense_o, dense_ms, dense_ls)
+        for start in range(TILES, tiles, TILES):
+            dense_o, dense_ms, dense_ls = _load(
+                dense_o_ptr, dense_m_ptr, dense_l_ptr, start, tiles, tiles, block, local, DV, R, TILES
+            )
+            m, total, turned = _join(m, total, turned, dense_o, dense_ms, dense_ls)
+        if HAS_SINKS:
+            sink = tl.load(sinks_ptr + head % kv_heads * group + row // queries).to(tl.float32) * LOG2_E
+            new = tl.maximum(m, sink)
+            decay = tl.exp2(m - new)
+            turned = turned * decay
+            total = total * decay + tl.exp2(sink - new)
+        total = tl.where(total == 0, 1.0, total)  # nothing in use
+        tl.store(out_ptr + (head * rows + row) * DV + value, turned / total)

@@ -1,0 +1,83 @@
+"""Divides the programs of the split kernel among heads with page tables (Triton).
+
+`quantpress.kernels.attend.split_mma` computes the same by itself where it is given no schedule.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def chunks_of_heads(
+    used_ptr,
+    starts_ptr,
+    heads,
+    pages,
+    programs,
+    HEADS: tl.constexpr,
+    STARTS: tl.constexpr,
+    TOKENS: tl.constexpr,
+):
+    """Divide programs among heads by the pages that each head has in use.
+
+    used_ptr: [heads] int32, tokens in use; starts_ptr: [heads] int32, the first of them, if STARTS; pages: P
+    of the longest head; programs: how many there are, more than `heads`; HEADS: a power of two, at least
+    `heads`; TOKENS: of a page.
+
+    Returns three tensors [HEADS]: the first page in use of each head, how many pages it has in use, and its
+    chunks, one for each of its programs, among which its pages are divided evenly. Programs belong to heads
+    in order, and there are at most `programs` chunks.
+    """
+    head = tl.arange(0, HEADS)
+    used = tl.load(used_ptr + head, mask=head < heads, other=0)
+    start = 0 * used
+    if STARTS:
+        start = tl.load(starts_ptr + head, mask=head < heads, other=0)
+    begin = start // TOKENS
+    end = tl.minimum(start + used, pages * TOKENS)
+    there = tl.where(used > 0, tl.cdiv(end, TOKENS) - begin, 0)
+    size = tl.maximum(tl.cdiv(tl.sum(there, 0), programs - heads), 1)
+    return begin, there, tl.cdiv(there, size)
+
+
+@triton.jit(do_not_specialize=["heads", "pages", "programs"])
+def schedule_kernel(
+    used_ptr,
+    page_table_ptr,
+    programs_ptr,
+    heads_ptr,
+    heads,
+    pages,
+    programs,
+    HEADS: tl.constexpr,
+    SIZE: tl.constexpr,
+):
+    """Write the schedule of SIZE programs (axis 0); see `quantpress.kernels.attend.schedule.PageSchedule`.
+
+    used_ptr: [heads] int32, tokens in use; page_table_ptr: [heads, pages] int32; programs_ptr: [programs, 4]
+    int32, written; heads_ptr: [heads, 2] int32, written by program 0; HEADS: a power of two, at least
+    `heads`.
+    """
+    part = tl.program_id(0) * SIZE + tl.arange(0, SIZE)
+    head = tl.arange(0, HEADS)
+    _, there, chunks = chunks_of_heads(used_ptr, used_ptr, heads, pages, programs, HEADS, False, 128)
+    ends = tl.cumsum(chunks, 0)
+    begins = ends - chunks
+    own = (begins[None, :] <= part[:, None]) & (part[:, None] < ends[None, :])
+    mine = tl.sum(tl.where(own, head[None, :], 0), 1)
+    local = part - tl.sum(tl.where(own, begins[None, :], 0), 1)
+    parts = tl.maximum(tl.sum(tl.where(own, chunks[None, :], 0), 1), 1)
+    held = tl.sum(tl.where(own, there[None, :], 0), 1)  # 0 for programs that are left over
+    first, last = local * held // parts, (local + 1) * held // parts
+    live = part < programs
+    pool_row = tl.load(
+        page_table_ptr + mine.to(tl.int64) * pages + tl.minimum(first, pages - 1), mask=live, other=0
+    )
+    at = programs_ptr + part * 4
+    tl.store(at, mine, mask=live)
+    tl.store(at + 1, first, mask=live)
+    tl.store(at + 2, last, mask=live)
+    tl.store(at + 3, pool_row, mask=live)
+    if tl.program_id(0) == 0:
+        tl.store(heads_ptr + head * 2, begins, mask=head < heads)
+        tl.store(heads_ptr + head * 2 + 1, ends, mask=head < heads)
