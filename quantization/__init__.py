@@ -4,9 +4,9 @@ A head's vector x is coded as
 
     y = transform(x)                 channels centred, balanced and ordered      transform.py
     y = R y / |R y|                  rotated per channel group, on a sphere      rotation.py
-    code = nearest level per channel the sphere's coordinate density is known    codebook.py
+    code = nearest level per channel the density of its coordinates is known     codebook.py
 
-and a `CodecSpec` says with how many bits and how its scale is kept. Definitions are exact to float64.
+A `CodecSpec` says with how many bits, and how the scale is stored. Definitions are exact to float64.
 """
 
 from quantpress.quantization.bounds import (

@@ -1,6 +1,7 @@
-"""What a code of b bits per coordinate can reach: the limit, the paper's bounds, the exact scalar optimum.
+"""What a code of b bits per coordinate can reach: the limit, the paper's bounds, the best scalar code.
 
-All are squared errors E|u - decode(u)|^2 of a unit vector u. Bits may be fractional where a formula allows.
+All are squared errors E|u - u'|^2 of a unit vector u and its decoded u'. Bits may be fractional where the
+formula allows it.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ PAPER_PRODUCT_CONSTANT = math.sqrt(3) * math.pi**2
 
 
 def shannon_distortion(bits: float) -> float:
-    """4^-bits: no code of `bits` per coordinate does better in high dimension.
+    """4^-bits: in high dimension no code of `bits` per coordinate has a smaller distortion.
 
     Source: TurboQuant, arXiv 2504.19874, Theorem 3, from Shannon's distortion-rate function.
 
@@ -28,7 +29,7 @@ def shannon_distortion(bits: float) -> float:
 
 
 def paper_mse_bound(bits: float) -> float:
-    """sqrt(3) pi / 2 * 4^-bits, the paper's upper bound for TurboQuant_mse (Theorem 1)."""
+    """The paper's upper bound for TurboQuant_mse (Theorem 1), sqrt(3) pi / 2 * 4^-bits."""
     return PAPER_MSE_CONSTANT * shannon_distortion(bits)
 
 
@@ -36,8 +37,8 @@ def paper_product_bound(bits: float, head_dim: int, query_norm: float = 1.0) -> 
     """The paper's upper bound for TurboQuant_prod, E|q.u - estimate|^2 <= sqrt(3) pi^2 |q|^2 / D * 4^-bits.
 
     Args:
-        bits: total width, the sketch's bit included.
-        head_dim: dimension D.
+        bits: code width per coordinate, the sketch's bit included.
+        head_dim: dimension D of the vectors.
         query_norm: |q|.
 
     Source: TurboQuant, arXiv 2504.19874, Theorem 2.
@@ -46,7 +47,11 @@ def paper_product_bound(bits: float, head_dim: int, query_norm: float = 1.0) -> 
 
 
 def lloyd_max_distortion(bits: int, head_dim: int) -> float:
-    """The exact distortion of the best scalar code of `bits`, 1 to 8, at dimension D = `head_dim` >= 2.
+    """The exact distortion of the best scalar code.
+
+    Args:
+        bits: code width, 1 to 8.
+        head_dim: dimension D >= 2 of the unit vector.
 
     Raises:
         UnsupportedBitsError: `bits` is outside 1 to 8.

@@ -1,7 +1,7 @@
 """How many bits each channel gets.
 
-A whole width gives every channel the same code. A fractional width such as 2.5 splits the channels in two
-groups, the ones with the most energy one bit wider than the rest, and the groups are rotated and coded apart.
+A whole width gives every channel the same code. A fractional width such as 2.5 splits the channels into two
+groups: those with the most energy get one bit more than the rest. Each group is rotated and coded by itself.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ WHOLE_BITS = (1, 2, 3, 4, 8)
 """Code widths that a page stores."""
 
 CHANNEL_STEP = 4
-"""A group holds a multiple of 4 channels: a 32-bit word of a page holds 4 neighbours."""
+"""A group has a multiple of 4 channels, since a 32-bit word of a page holds codes of 4 neighbours."""
 
 MIN_HEAD_DIM, MAX_HEAD_DIM = 8, 1024
 
@@ -29,8 +29,12 @@ class ChannelGroup:
     """Channels that are rotated and coded together.
 
     Args:
-        channels: how many channels C the group holds, a multiple of 4.
-        bits: width of one code, 1, 2, 3, 4 or 8.
+        channels: number of channels C of the group, a multiple of 4.
+        bits: code width, 1, 2, 3, 4 or 8.
+
+    Raises:
+        UnsupportedBitsError: no page stores codes of `bits`.
+        UnsupportedHeadDimError: `channels` is not a positive multiple of 4.
     """
 
     channels: int
@@ -63,10 +67,10 @@ def check_head_dim(head_dim: int) -> None:
 
 @lru_cache(maxsize=256, typed=True)  # typed: 64.0 and True are not 64 and 1
 def split_channels(bits: float, head_dim: int) -> tuple[ChannelGroup, ...]:
-    """Split head_dim channels into groups whose mean width is `bits`, or the nearest that whole words allow.
+    """Split head_dim channels into groups whose mean width is `bits`, or the nearest width possible.
 
-    A width b + f with 0 < f < 1 gives round(f * head_dim / 4) * 4 channels (at least 4, and leaving at least
-    4) to an outlier group of b + 1 bits, which comes first, and the rest to a group of b bits.
+    A width b + f with 0 < f < 1 makes an outlier group of round(f * head_dim / 4) * 4 channels, at least 4,
+    with b + 1 bits, which comes first, and a group of the other channels, at least 4, with b bits.
 
     Args:
         bits: mean code width per channel: 1, 2, 3, 4, 8 or a fraction between 1 and 4.

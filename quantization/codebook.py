@@ -1,8 +1,9 @@
 """Codebooks: the levels that a coordinate of a rotated unit vector is rounded to.
 
-Two forms. "lloyd_max" has the levels of least squared error under the exact coordinate density. "int8" has
-odd integers of at most 255 times one common unit, which 8-bit integer tensor cores take without error (see
-`quantpress.quantization.odd_levels`). Against Lloyd-Max that costs, in % of the distortion:
+There are two forms. "lloyd_max" has the levels of least squared error under the exact density of a
+coordinate. "int8" has odd integers up to 255 times a common unit, which 8-bit integer tensor cores multiply
+without error (see `quantpress.quantization.levels`). Compared with Lloyd-Max that adds to the distortion, in
+%:
 
     D       32      64      128     256
     1 bit   0       0       0       0
@@ -25,8 +26,7 @@ from torch import Tensor
 
 from quantpress.errors import InvalidInputError, UnsupportedBitsError
 from quantpress.quantization.density import CoordinateDensity
-from quantpress.quantization.lloyd import check_bits, lloyd_max, positive_levels
-from quantpress.quantization.odd_levels import fit_odd_levels
+from quantpress.quantization.levels import check_bits, fit_odd_levels, lloyd_max, positive_levels
 
 __all__ = ["CODEBOOK_FORMS", "MAX_INT8_BITS", "Codebook", "codebook", "compute_codebook", "lloyd_max"]
 
@@ -48,8 +48,8 @@ class Codebook:
         levels: 2**b ascending floats in units of the coordinate, exactly symmetric: levels[i] ==
             -levels[-1-i].
         thresholds: 2**b - 1 floats, the midpoints of neighbouring levels.
-        distortion: E|u - decode(u)|^2 for a uniform unit vector u, with no rescaling.
-        unit: common factor, levels[i] == scaled[i] * unit.
+        distortion: E|u - dequantize(quantize(u))|^2 of a uniform unit vector u.
+        unit: common factor of the levels, levels[i] == scaled[i] * unit.
         scaled: levels / unit; odd integers of magnitude 1 to 255 when form is "int8", in units of 1/sqrt(D)
             when form is "lloyd_max".
     """
@@ -86,7 +86,7 @@ class Codebook:
 
 @lru_cache(maxsize=512, typed=True)  # typed: 4.0 and True are not 4 and 1
 def codebook(bits: int, head_dim: int, form: str = "int8") -> Codebook:
-    """The codebook of a width, dimension and form; from the shipped table where it is there, else computed.
+    """The codebook of a width, dimension and form, read from the shipped table or else computed.
 
     Args:
         bits: 1 to 4 for "int8", 1 to 8 for "lloyd_max".
@@ -96,7 +96,7 @@ def codebook(bits: int, head_dim: int, form: str = "int8") -> Codebook:
     Raises:
         UnsupportedBitsError: the form has no such width.
         UnsupportedHeadDimError: `head_dim` is below 2.
-        InvalidInputError: unknown `form`.
+        InvalidInputError: `form` is unknown.
 
     >>> codebook(2, 128).scaled
     (-163.0, -49.0, 49.0, 163.0)
@@ -109,7 +109,7 @@ def codebook(bits: int, head_dim: int, form: str = "int8") -> Codebook:
 
 
 def compute_codebook(bits: int, head_dim: int, form: str) -> Codebook:
-    """Like `codebook`, always computed and never read from the table."""
+    """As `codebook`, but always computed, never read from the table."""
     _check(bits, form)
     half = positive_levels(bits, head_dim)
     if form == "int8":

@@ -2,7 +2,7 @@
 
 f(x) = Gamma(D/2) / (sqrt(pi) Gamma((D-1)/2)) * (1 - x^2)^((D-3)/2) on [-1, 1].
 
-Its cell masses and first moments have closed forms, so that codebooks and distortions need no numerical
+The masses and first moments of its cells have closed forms, so codebooks and distortions need no numerical
 integration. Source: TurboQuant, arXiv 2504.19874, Lemma 1.
 """
 
@@ -22,10 +22,10 @@ Floats = npt.NDArray[np.float64]
 
 @dataclass(frozen=True)
 class CoordinateDensity:
-    """f for D = `dim`. Every argument x is an array in [0, 1]; negative x follow by symmetry.
+    """f for D = `dim`. All arguments are arrays in [0, 1]; negative coordinates follow by symmetry.
 
     Args:
-        dim: D, at least 2.
+        dim: dimension D, at least 2.
 
     Raises:
         UnsupportedHeadDimError: `dim` is below 2.
@@ -49,7 +49,7 @@ class CoordinateDensity:
         return np.asarray(self.constant * (1.0 - x * x) ** ((self.dim - 3) / 2))
 
     def mass(self, low: Floats, high: Floats) -> Floats:
-        """P(low < X < high): x^2 is Beta(1/2, (D-1)/2), and the tail form keeps far cells exact."""
+        """P(low < X < high). X^2 is Beta(1/2, (D-1)/2); its upper tail keeps cells far out exact."""
         tail = special.betaincc(0.5, (self.dim - 1) / 2, np.stack([low * low, high * high]))
         return np.asarray((tail[0] - tail[1]) / 2)
 
@@ -65,13 +65,13 @@ class CoordinateDensity:
         return np.concatenate([[0.0], middle]), np.concatenate([middle, [1.0]])
 
     def distortion(self, half: Floats) -> float:
-        """Exact E|u - decode(u)|^2 of a uniform unit vector u that is rounded to the nearest level.
+        """The exact squared error of a uniform unit vector rounded to the nearest levels.
 
         Args:
             half: [n] float64, the positive levels, ascending, in units of the coordinate.
         """
         low, high = self.cells(half)
-        second_moment = 1.0 / (2 * self.dim)  # of one positive half; all of it sums to 1 / D
+        second_moment = 1.0 / (2 * self.dim)  # of the positive half; both halves make 1 / D
         inner = np.dot(half, self.first_moment(low, high))
         power = np.dot(half * half, self.mass(low, high))
         return float(2 * self.dim * (second_moment - 2 * inner + power))

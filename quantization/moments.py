@@ -13,16 +13,19 @@ _CHUNK_VALUES = 2**22  # float32 workspace of 16 MB
 
 
 def token_mean(x: Tensor, name: str, in_use: Tensor | None = None) -> Tensor:
-    """E[x] over tokens: [B, Hkv, T, D] -> [B, Hkv, D] float32.
+    """E[x] over tokens.
 
     Args:
-        x: any float dtype.
-        name: for messages.
-        in_use: [B, Hkv, T] bool, the tokens that count; None: all. The mean over none is 0.
+        x: [B, Hkv, T, D] any float dtype.
+        name: what messages call x, in the plural.
+        in_use: [B, Hkv, T] bool, the tokens that count; None: all. The mean over no tokens is 0.
+
+    Returns:
+        [B, Hkv, D] float32.
 
     Raises:
         EmptyContextError: T is 0.
-        NonFiniteError: x, called `name` in the message, holds NaN or infinity.
+        NonFiniteError: x holds NaN or infinity.
         InvalidInputError: x is not [B, Hkv, T, D].
     """
     _check_states(x, name)
@@ -34,7 +37,17 @@ def token_mean(x: Tensor, name: str, in_use: Tensor | None = None) -> Tensor:
 
 
 def token_energy(x: Tensor, centre: Tensor | None, name: str, in_use: Tensor | None = None) -> Tensor:
-    """E[(x - centre)^2] over tokens: [B, Hkv, T, D] -> [B, Hkv, D] float32. The rest as for `token_mean`."""
+    """E[(x - centre)^2] over tokens: [B, Hkv, D] float32.
+
+    Args:
+        x: as for `token_mean`.
+        centre: [B, Hkv, D] float32, or None for 0.
+        name: as for `token_mean`.
+        in_use: as for `token_mean`.
+
+    Raises:
+        EmptyContextError, NonFiniteError, InvalidInputError: as for `token_mean`.
+    """
     _check_states(x, name)
     total = torch.zeros(x.shape[0], x.shape[1], x.shape[3], dtype=torch.float32, device=x.device)
     for chunk, used in _chunks(x, in_use):
@@ -45,16 +58,20 @@ def token_energy(x: Tensor, centre: Tensor | None, name: str, in_use: Tensor | N
 
 
 def relative_moment(moment: Tensor, floor: float) -> Tensor:
-    """Moment over its mean over channels, at least `floor`; all ones where every channel is zero."""
+    """A moment [..., D] over its mean over channels, at least `floor`; 1 where every channel is zero."""
     average = moment.mean(-1, keepdim=True)
     return torch.where(average > 0, moment / average, 1.0).clamp_min(floor)
 
 
 def finite(x: Tensor, name: str) -> Tensor:
-    """Hand x back when all of it is finite.
+    """Return x, which must be finite.
+
+    Args:
+        x: any shape.
+        name: what the message calls x, in the plural.
 
     Raises:
-        NonFiniteError: x holds NaN or infinity; the message calls it `name`.
+        NonFiniteError: x holds NaN or infinity.
     """
     if not bool(torch.isfinite(x).all()):
         raise NonFiniteError(

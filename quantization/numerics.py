@@ -1,8 +1,8 @@
-"""Arithmetic in the dtypes that the code names, whatever the user has set around it.
+"""Arithmetic in the dtypes that the code names, whatever settings of torch are in force.
 
 `torch.autocast` would run our float32 products in 16 bits, and `torch.set_float32_matmul_precision` would run
-those of a rotation in TF32 or bfloat16. What is stored must depend on neither. Default dtype and default
-device need nothing of the kind: every factory in this package names both.
+those of a rotation in TF32 or bfloat16. What is stored must depend on neither. The default dtype and the
+default device need no such care: every factory call in this package names both.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _FULL_PRECISION = ("ieee", "none")
 
 @contextmanager
 def without_autocast() -> Iterator[None]:
-    """Turn `torch.autocast` off in this thread, for as long as the context lasts."""
+    """Turn `torch.autocast` off in this thread while the context lasts."""
     kinds = [kind for kind in _KINDS if torch.is_autocast_enabled(kind)]
     for kind in kinds:
         torch.set_autocast_enabled(kind, False)
@@ -40,7 +40,7 @@ def in_named_dtypes(function: Callable[_P, _R]) -> Callable[_P, _R]:
 
     @wraps(function)
     def call(*args: _P.args, **kwargs: _P.kwargs) -> _R:
-        if not any(map(torch.is_autocast_enabled, _KINDS)):  # a decode step comes here once a layer
+        if not any(map(torch.is_autocast_enabled, _KINDS)):  # every layer of a step comes here
             return function(*args, **kwargs)
         with without_autocast():
             return function(*args, **kwargs)
@@ -52,8 +52,8 @@ def in_named_dtypes(function: Callable[_P, _R]) -> Callable[_P, _R]:
 def exact_product(x: Tensor, matrix: Tensor) -> Tensor:
     """x @ matrix, to the precision of its dtype.
 
-    Where torch may multiply float32 matrices in less, the product runs in float64 and is rounded once. The
-    setting itself is left alone: it holds for all threads.
+    Where torch may multiply float32 matrices in lower precision, the product is computed in float64 and
+    rounded once. The setting itself is not touched, since it holds for all threads.
 
     Args:
         x: [..., C] float32 or float64.

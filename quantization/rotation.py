@@ -1,7 +1,7 @@
 """Random orthogonal rotations that spread a vector's energy evenly over its channels.
 
 After a random rotation every coordinate of a vector follows (nearly) the density of one coordinate of a
-uniform unit vector, so that one codebook, known in advance, fits every model, layer and head.
+uniform unit vector, so one codebook, known in advance, fits every model, layer and head.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ class Rotation:
             product of an orthonormal discrete Hartley transform (odd part) and a Walsh-Hadamard matrix
             (2**k), so that no head_dim needs padding; "haar", uniform over all orthogonal matrices;
             "identity", no rotation.
-        seed: 0 <= seed < 2**62. The same seed gives the same matrix on every device: it is built in float64
-            on the CPU and then cast.
+        seed: 0 <= seed < 2**62. The same seed gives the same matrix on every device: the matrix is built in
+            float64 on the CPU and then cast.
 
     Raises:
-        InvalidInputError: `dim`, `kind` or `seed` is outside these.
+        InvalidInputError: `dim`, `kind` or `seed` has none of these values.
 
     Source: TurboQuant, arXiv 2504.19874, Algorithm 1; random signs after QuIP#, arXiv 2402.04396.
 
@@ -60,7 +60,7 @@ class Rotation:
         """The [D, D] matrix R. Cached and shared: do not write to it.
 
         Args:
-            device: where to put it; the CPU when None.
+            device: device of the matrix; the CPU when None.
             dtype: its floating dtype.
         """
         return _cast_matrix(self, torch.device("cpu" if device is None else device), dtype)
@@ -69,8 +69,8 @@ class Rotation:
         """Rotate: y = x @ R.T.
 
         Args:
-            x: [..., D] floating. 16-bit input is rotated in float32, also where `torch.autocast` or
-                `torch.set_float32_matmul_precision` would have less.
+            x: [..., D] floating. 16-bit input is rotated in float32, whatever `torch.autocast` and
+                `torch.set_float32_matmul_precision` say.
 
         Returns:
             [..., D] on x's device, float64 for float64 input and float32 otherwise.
@@ -98,7 +98,7 @@ class Rotation:
 
 @lru_cache(maxsize=256)
 def _cast_matrix(rotation: Rotation, device: torch.device, dtype: torch.dtype) -> Tensor:
-    # Kept over many calls: a tensor made under inference_mode could not be used under autograd later.
+    # Cached: a tensor made under inference_mode could not be used under autograd later.
     with torch.inference_mode(False), torch.no_grad():
         return _exact_matrix(rotation).to(device=device, dtype=dtype)
 
@@ -118,7 +118,7 @@ def _exact_matrix(rotation: Rotation) -> Tensor:
         basis = torch.kron(_hartley(dim // power), _walsh_hadamard(power))
         signs = torch.randint(0, 2, (dim,), generator=generator, device="cpu").double() * 2 - 1
     rotated: Tensor = basis * signs
-    return rotated.contiguous()  # QR's factor lies by columns; kernels read rows
+    return rotated.contiguous()  # QR returns columns; kernels read rows
 
 
 def _hartley(n: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""Mean and energy of every channel while vectors arrive: which channels stand out, chosen online."""
+"""Mean and energy of every channel, updated as vectors arrive, to find the channels that stand out."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from quantpress.quantization.transform import ChannelTransform, channel_order
 
 
 class RunningMoments:
-    """Sums over all vectors seen so far, in float64; no vector is kept.
+    """Moments of all vectors seen so far, in float64; no vector is kept.
 
     Args:
         head_dim: dimension D of the vectors.
@@ -38,11 +38,11 @@ class RunningMoments:
         self._deviation = torch.zeros(head_dim, dtype=torch.float64, device="cpu")
 
     def update(self, x: Tensor) -> None:
-        """Take more vectors [..., D] floating into account.
+        """Add vectors x [..., D] floating.
 
         Raises:
-            InvalidInputError: x has another D.
-            NonFiniteError: x holds NaN or infinity; nothing was changed.
+            InvalidInputError: x has another D, or is not floating.
+            NonFiniteError: x holds NaN or infinity; the moments are unchanged.
         """
         if x.dim() == 0 or x.shape[-1] != self.head_dim or not x.is_floating_point():
             raise InvalidInputError(
@@ -75,21 +75,21 @@ class RunningMoments:
         return self.variance + self._mean.square()
 
     def order(self, mean: bool = False) -> Tensor:
-        """Channels by descending energy, [D] int16; with `mean` by what is left of it without the mean.
+        """Channels by descending energy, [D] int16; with `mean`, by descending variance.
 
         Raises:
             EmptyContextError: no vector was seen.
         """
         if self.count == 0:
-            raise EmptyContextError("no vector was seen yet, so no channel stands out; update first")
+            raise EmptyContextError("no vector was seen yet, so no channel stands out; call update first")
         return channel_order(self.variance if mean else self.energy)
 
     def transform(self, groups: Sequence[ChannelGroup], mean: bool = False) -> ChannelTransform:
         """A transform for `TurboQuantCodec.encode`, shared by all vectors: B = Hkv = 1.
 
         Args:
-            groups: channel groups of the codec; the first ones get the channels of most energy.
-            mean: take off the mean too.
+            groups: channel groups of the codec; the first group gets the channels with the most energy.
+            mean: whether the transform takes off the mean, too.
 
         Raises:
             EmptyContextError: no vector was seen.

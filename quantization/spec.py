@@ -1,4 +1,4 @@
-"""What a codec is: the one value that encode, decode, attention, accounting and saved caches agree on."""
+"""`CodecSpec`: the parameters of a scalar codec, which encode, decode, attention and saved caches share."""
 
 from __future__ import annotations
 
@@ -33,28 +33,29 @@ _STREAMS = 16  # seeds a role may use: one per group, and the last one for the s
 
 @dataclass(frozen=True)
 class CodecSpec:
-    """A codec for the keys, or the values, of one layer.
+    """The scalar codec of the keys, or of the values, of one layer.
 
     Args:
         head_dim: channels D of one head, a multiple of 4 in 8 to 1024.
         bits: code width per channel: 1, 2, 3, 4, 8 or a fraction between 1 and 4.
         role: "key" or "value".
         rotation: "hadamard", "haar" or "identity".
-        seed: whole number, 0 <= seed < 2**32. Roles and groups derive seeds of their own from it.
-        scale: what is stored beside a group y = |y| u with codes for the levels l. "norm": |y|.
+        seed: whole number, 0 <= seed < 2**32. Each role and group derives a seed of its own from it.
+        scale: what is stored beside the codes of a group y = |y| u whose levels are l. "norm": |y|.
             "norm_corrected": |y| / |l|, so that the decoded norm is exact. "unbiased": |y|^2 / <y, l>, so
             that the decoded vector projects onto y exactly. "auto": norm_corrected for keys, unbiased for
             values, norm for "prod".
-        codebook: "int8" or "lloyd_max". An 8-bit group uses lloyd_max either way.
-        estimator: "mse", or "prod": a (bits - 1)-bit code and a 1-bit QJL sketch of what it leaves over.
-        scale_dtype: of scales and residual norms. "auto": float16, and float32 for pages with vectors that
-            float16 does not hold, see `quantpress.kernels.encode`. "float16": a scale of 65504 or more is an
-            error, and small ones lose precision from 6e-5 on. "bfloat16" and "float32" hold every length.
+        codebook: "int8" or "lloyd_max". A group of 8 bits always has a "lloyd_max" codebook.
+        estimator: "mse", or "prod": a code of bits - 1 and a 1-bit QJL sketch of its residual.
+        scale_dtype: dtype of scales and residual norms. "auto": float16, but float32 for pages with vectors
+            whose scales float16 does not hold, see `quantpress.kernels.encode`. "float16": a scale of 65504
+            or more is an error, and scales below 6e-5 lose precision. "bfloat16" and "float32" hold every
+            length.
 
     Raises:
-        UnsupportedBitsError: `bits` cannot be stored (with this estimator).
+        UnsupportedBitsError: `bits` cannot be stored, or not with this estimator.
         UnsupportedHeadDimError: `head_dim` cannot be packed.
-        InvalidInputError: any other argument is not one of the above.
+        InvalidInputError: another argument has none of the values above.
 
     Source: TurboQuant, arXiv 2504.19874, Algorithms 1 and 2.
 
@@ -91,7 +92,7 @@ class CodecSpec:
 
     @property
     def groups(self) -> tuple[ChannelGroup, ...]:
-        """The channel groups in storage order, outliers first; for "prod" one group of bits - 1."""
+        """The channel groups in the order of storage, outliers first; for "prod" one group of bits - 1."""
         return split_channels(self.bits - (self.estimator == "prod"), self.head_dim)
 
     @property
@@ -105,14 +106,14 @@ class CodecSpec:
 
     @property
     def torch_scale_dtype(self) -> torch.dtype:
-        """`scale_dtype` as torch's own; float16 for "auto", as nearly every page has it."""
+        """`scale_dtype` as a torch dtype; float16 for "auto", which nearly every page has."""
         return SCALE_DTYPES[self.scale_dtype]
 
     @property
     def bits_per_value(self) -> float:
-        """True bits stored per channel: codes, one scale a group, and for "prod" residual norm and sketch.
+        """Stored bits per channel: codes, one scale per group, and for "prod" residual norm and sketch.
 
-        Pages whose scales "auto" stores in float32 take 16 bits more a scale.
+        Where "auto" stores scales in float32, each takes 16 bits more.
         """
         codes = sum(group.channels * group.bits for group in self.groups)
         scalars = len(self.groups)
@@ -122,11 +123,11 @@ class CodecSpec:
         return (codes + scalars * self.torch_scale_dtype.itemsize * 8) / self.head_dim
 
     def rotation_of(self, group: int) -> Rotation:
-        """The rotation of one group, whose dim is the group's channels."""
+        """The rotation of one group, over the group's channels."""
         return Rotation(self.groups[group].channels, self.rotation, self._seed_of(group))
 
     def codebook_of(self, group: int) -> Codebook:
-        """The codebook of one group, for the dimension and width of that group."""
+        """The codebook of one group, for its width and number of channels."""
         channels, bits = self.groups[group].channels, self.groups[group].bits
         return codebook(bits, channels, self.codebook if bits <= MAX_INT8_BITS else "lloyd_max")
 
@@ -137,7 +138,7 @@ class CodecSpec:
         return sketch_matrix(self.head_dim, self._seed_of(_SKETCH_STREAM), device, dtype)
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields as plain JSON values."""
+        """The fields as JSON values."""
         return asdict(self)
 
     @classmethod

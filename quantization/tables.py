@@ -1,7 +1,8 @@
 """Writes codebooks.json, the codebooks of common dimensions: `python -m quantpress.quantization.tables`.
 
-A code is only as good as the levels it is read back with. The table keeps those of packed caches the same to
-the last bit whatever the version of scipy; dimensions outside it are computed when asked for.
+Codes must be read back with the levels that they were made with. The table keeps the levels of packed caches
+the same to the last bit whatever the version of scipy; for dimensions that are not in it codebooks are
+computed.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ def group_dims() -> list[int]:
 def build_table() -> dict[str, dict[str, Any]]:
     """Rows by "form/bits/dimension": the positive half of `scaled`, `unit` and `distortion`.
 
-    8-bit rows are there for whole heads only, since no split has an 8-bit group.
+    There are 8-bit rows for whole heads only, since no split has an 8-bit group.
     """
     rows: dict[str, dict[str, Any]] = {}
     for form in CODEBOOK_FORMS:

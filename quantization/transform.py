@@ -1,8 +1,8 @@
 """What is done to the channels of a head before they are rotated and coded.
 
-Attention sees keys only through q.k, so a key may lose its mean (softmax ignores a shift that all keys share)
-and its channels may be scaled if the query's are scaled back. Both are chosen per KV head so that the codec's
-error, which the rotation spreads evenly, falls where queries do not look:
+Attention sees keys only through q.k, so the mean key may be subtracted (softmax ignores a shift that all
+scores share), and a key's channels may be scaled if the query's are scaled back. Both are chosen for each KV
+head so that the codec's error, which the rotation spreads evenly, falls on channels where queries are small:
 
     y = ((k - mu) * w)[order],   q.k = (q / w)[order].y + q.mu,   w_j = (E[q_j^2] / E[(k_j - mu_j)^2])^(1/4)
 
@@ -24,7 +24,7 @@ from quantpress.quantization.moments import finite, relative_moment, token_energ
 from quantpress.quantization.numerics import in_named_dtypes
 
 DEFAULT_FLOOR = 0.05
-"""Least second moment of a channel, as a part of the mean over channels: 2 to 10 % measured alike."""
+"""Least second moment of a channel, relative to the mean over channels; 2 to 10 % measured the same."""
 
 _BALANCE_EXPONENT = 0.25
 
@@ -36,7 +36,8 @@ class ChannelTransform:
     Args:
         mean: mu, [B, Hkv, D] float32, or None for zero.
         weight: w, [B, Hkv, D] float32, positive, or None for one.
-        order: [B, Hkv, D] int16, a permutation of 0 to D-1: place i of the result takes channel order[i].
+        order: [B, Hkv, D] int16, a permutation of 0 to D-1: channel i of the result is channel order[i] of x.
+            None: the channels stay in order.
 
     Raises:
         InvalidInputError: the parts differ in shape or are not [B, Hkv, D].
@@ -63,7 +64,7 @@ class ChannelTransform:
             The same shape in float32.
 
         Raises:
-            InvalidInputError: x's heads or channels are not the transform's (also from the methods below).
+            InvalidInputError: x's heads or channels are not the transform's; the methods below raise it, too.
         """
         y = self._checked(x)
         if self.mean is not None:
@@ -103,17 +104,17 @@ class ChannelTransform:
         return (y * _spread(self.mean, y)).sum(-1)
 
     def tensors(self) -> dict[str, Tensor]:
-        """The parts that are there, by name."""
+        """The parts that are not None, by name."""
         parts = {"mean": self.mean, "weight": self.weight, "order": self.order}
         return {name: tensor for name, tensor in parts.items() if tensor is not None}
 
     def map(self, fn: Callable[[Tensor], Tensor]) -> ChannelTransform:
-        """A new transform with `fn` applied to each part, for instance to move it or to pick batch rows."""
+        """A new transform with `fn` applied to each part, for instance to move it to another device."""
         return ChannelTransform(**{name: fn(tensor) for name, tensor in self.tensors().items()})
 
     @property
     def nbytes(self) -> int:
-        """Bytes that the parts hold."""
+        """Bytes of all parts."""
         return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors().values())
 
     def _checked(self, x: Tensor) -> Tensor:
@@ -136,28 +137,29 @@ def key_statistics(
     floor: float = DEFAULT_FLOOR,
     in_use: Tensor | None = None,
 ) -> ChannelTransform:
-    """The transform for keys: mean key off, channels balanced against the queries, outlier channels first.
+    """The transform of keys: subtract the mean key, balance channels against queries, outlier channels first.
 
     weight_j = (E[q_j^2] / E[(k_j - mu_j)^2])^(1/4), scaled so that its geometric mean over channels is 1.
     With several groups the channels are ordered by descending energy of the weighted, centred key.
 
     Args:
-        keys: [B, Hkv, T, D] floating, after the rotary embedding. Sums run in float32.
+        keys: [B, Hkv, T, D] floating, after the rotary embedding. Sums are in float32.
         query_moment: E[q_j^2], [B, Hkv, D], over recent queries and the query heads of each KV head; None for
             no weight.
         groups: channel groups of the codec.
-        mean: whether to take off the mean over T.
-        balance: whether to weigh channels; needs `query_moment`.
-        floor: both moments are raised to at least `floor` times their mean over channels, 0 < floor <= 1.
+        mean: whether to subtract the mean over tokens.
+        balance: whether to weight channels; needs `query_moment`.
+        floor: both moments are at least `floor` times their mean over channels, 0 < floor <= 1.
         in_use: [B, Hkv, T] bool, the tokens that count; None: all.
 
     Returns:
         mean and weight float32, order int16, each [B, Hkv, D] or None where not asked for.
 
     Raises:
-        EmptyContextError: T is 0.
-        NonFiniteError: keys or query_moment hold NaN or infinity.
-        InvalidInputError: a shape, a sign or `floor` is wrong.
+        EmptyContextError: T is 0. NonFiniteError: keys or query_moment hold NaN or infinity.
+        InvalidInputError: `query_moment` has the wrong shape or negative values, `keys` are not [B, Hkv, T,
+        D],
+            or `floor` is out of range.
     """
     if not 0 < floor <= 1:
         raise InvalidInputError(f"floor must lie in 0 < floor <= 1, got {floor!r}")
@@ -175,7 +177,7 @@ def key_statistics(
 def value_statistics(
     values: Tensor, groups: Sequence[ChannelGroup], in_use: Tensor | None = None
 ) -> ChannelTransform:
-    """The transform for values: with several groups, the channels in order of descending energy.
+    """The transform of values: with several groups, the channels in order of descending energy.
 
     Args:
         values: [B, Hkv, T, D] floating.
@@ -183,7 +185,7 @@ def value_statistics(
         in_use: [B, Hkv, T] bool, the tokens that count; None: all.
 
     Returns:
-        order int16 [B, Hkv, D] with several groups; with one group the identity, and values are not read.
+        With several groups order int16 [B, Hkv, D]; with one group the identity, and `values` are not read.
 
     Raises:
         EmptyContextError: T is 0.
@@ -225,5 +227,5 @@ def _checked_moment(query_moment: Tensor, energy: Tensor) -> Tensor:
 
 
 def channel_order(energy: Tensor) -> Tensor:
-    """Channels by descending energy: [..., D] -> [..., D] int16; equal ones stay as they are."""
+    """Channels by descending energy: [..., D] -> [..., D] int16; equal channels keep their order."""
     return energy.argsort(dim=-1, descending=True, stable=True).to(torch.int16)

@@ -1,4 +1,10 @@
-"""Lloyd-Max quantization of one coordinate of a random unit vector."""
+"""Levels for one coordinate of a random unit vector: Lloyd-Max's, and odd integers that come close to them.
+
+A kernel keeps an odd level as the byte (level - 1) / 2, in -128 to 127, which 8-bit integer tensor cores
+multiply without error: x . levels = unit * (2 * x . bytes + sum(x)). Odd levels are exactly symmetric and
+have no zero. Divided by the right unit, up to 16 levels come close to odd integers; a search over all units
+that make the largest level 64 to 255 finds it.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +12,7 @@ from functools import lru_cache
 
 import numpy as np
 import torch
-from scipy import linalg, special
+from scipy import linalg, optimize, special
 from torch import Tensor
 
 from quantpress.errors import UnsupportedBitsError
@@ -17,13 +23,18 @@ MAX_BITS = 8
 _TOLERANCE = 1e-11  # of the largest level
 _MAX_STEPS = 100
 
+MAX_ODD_LEVEL = 255
+_LEAST_TOP = 64  # a pattern with a smaller largest level is a coarser one
+_SEARCH_STEPS = 4096
+_LEAST_GAIN = 1e-12  # less is rounding noise between patterns that are multiples of each other
+
 
 def lloyd_max(bits: int, head_dim: int) -> Tensor:
     """Levels of least squared error for one coordinate of a random unit vector.
 
     Args:
         bits: code width in bits per coordinate, 1 to 8.
-        head_dim: dimension D >= 2 of the vector the coordinate belongs to.
+        head_dim: dimension D >= 2 of the vector that the coordinate belongs to.
 
     Returns:
         [2**bits] float64, ascending, in units of 1/sqrt(D).
@@ -53,10 +64,10 @@ def check_bits(bits: int) -> None:
 
 @lru_cache(maxsize=512, typed=True)  # typed: 4.0 and True are not 4 and 1
 def positive_levels(bits: int, head_dim: int) -> Floats:
-    """The upper half of the Lloyd-Max levels, in units of the coordinate itself. Cached and read-only.
+    """The upper half of the Lloyd-Max levels, in units of the coordinate. Cached and read-only.
 
     Newton's method on the two optimality conditions (each level is the centroid of its cell, each threshold
-    the midpoint of its levels), started from the companded levels of high-resolution theory, density f^(1/3).
+    the midpoint of its levels), started from the levels of high-resolution theory, whose density is f^(1/3).
 
     Args:
         bits: 1 to 8.
@@ -73,9 +84,7 @@ def positive_levels(bits: int, head_dim: int) -> Floats:
     for _ in range(_MAX_STEPS):
         step = _newton_step(density, half)
         moved = half + step
-        if np.any(
-            np.diff(np.concatenate([[0.0], moved, [1.0]])) <= 0
-        ):  # overshot: one plain Lloyd step instead
+        if np.any(np.diff(np.concatenate([[0.0], moved, [1.0]])) <= 0):  # overshot: take a plain Lloyd step
             low, high = density.cells(half)
             moved = density.first_moment(low, high) / density.mass(low, high)
         half = moved
@@ -99,3 +108,48 @@ def _newton_step(density: CoordinateDensity, half: Floats) -> Floats:
     bands[1, :-1] -= by_high
     bands[2, :-1] = -by_low
     return np.asarray(linalg.solve_banded((1, 1), bands, centroid - half))
+
+
+def fit_odd_levels(half: Floats, head_dim: int) -> tuple[Floats, float]:
+    """Odd integers and a unit of least distortion whose products are close to given levels.
+
+    Each unit of a fine grid gives a pattern of odd integers, 2 * round((level / unit - 1) / 2) + 1. Then the
+    best unit of each pattern is found, with thresholds at the midpoints of its levels.
+
+    Args:
+        half: [n] float64, the positive levels, ascending, in units of the coordinate.
+        head_dim: dimension D of the unit vector.
+
+    Returns:
+        (scaled, unit): scaled [n] float64, odd, ascending, 1 to 255; the levels are scaled * unit.
+    """
+    density = CoordinateDensity(head_dim)
+    tops = np.geomspace(MAX_ODD_LEVEL, _LEAST_TOP, _SEARCH_STEPS)
+    units = half[-1] / tops
+    rounded = round_to_odd(half / units[:, None])
+    apart = np.all(rounded[:, 1:] > rounded[:, :-1], axis=1)
+    patterns = {tuple(row): unit for row, unit in zip(rounded[apart].tolist(), units[apart], strict=True)}
+    best_error, best = np.inf, (half, 1.0)
+    for values, start in patterns.items():
+        pattern = np.array(values)
+        unit = _best_unit(density, pattern, float(start))
+        error = density.distortion(pattern * unit)
+        if error < best_error * (1 - _LEAST_GAIN):
+            best_error, best = error, (pattern, unit)
+    return best
+
+
+def round_to_odd(values: Floats) -> Floats:
+    """The odd integer nearest to each value, as float64."""
+    return np.asarray(2 * np.round((values - 1) / 2) + 1)
+
+
+def _best_unit(density: CoordinateDensity, pattern: Floats, unit: float) -> float:
+    """The unit near `unit` with the least distortion of pattern * unit, by Brent's method."""
+    found = optimize.minimize_scalar(
+        lambda trial: density.distortion(pattern * trial),
+        bounds=(unit * 0.9, unit * 1.1),
+        method="bounded",
+        options={"xatol": unit * 1e-10},
+    )
+    return float(found.x)
