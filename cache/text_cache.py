@@ -1,4 +1,4 @@
-"""`TextCache`: a cache whose length is that of the text, however many of its tokens are kept."""
+"""`TextCache`: a cache whose length is the length of the text, however many of its tokens are kept."""
 
 from typing import Any
 
@@ -9,17 +9,17 @@ from transformers.cache_utils import DynamicCache
 class TextCache(DynamicCache):
     """A `DynamicCache` that counts the tokens it has read, not those it still keeps.
 
-    transformers takes a cache's length for three things: the position of the next token, how many of the
-    given ids are new, and where to crop after a rejected guess. After an eviction all three are wrong. This
-    cache answers with the length of the text, and tells the mask how far its slots are shifted. Layers,
-    their storage and everything else are those of `DynamicCache`.
+    transformers uses a cache's length for three things: the position of the next token, how many of the given
+    ids are new, and where to crop after a rejected guess. After an eviction all three are wrong. This cache
+    returns the length of the text instead, and tells the mask how far its slots are shifted. Layers, their
+    storage and everything else are those of `DynamicCache`.
 
     Attributes:
         evicted: tokens of the text that a layer no longer keeps, by layer index.
-        position_shift: how far the position of the next token lies before its place in the text, for presses
-            that number the kept tokens anew.
+        position_shift: by how much the position of the next token is less than its index in the text, under
+            presses that number the kept tokens anew.
         masked: kvpress's `masked_key_indices` of layers that still hold what single heads have evicted, by
-            layer index: (batch, head, slot) entries that attention must not see.
+            layer index: (batch, head, slot) indices that attention must not see.
 
     Example:
         >>> cache = TextCache()
@@ -43,19 +43,19 @@ class TextCache(DynamicCache):
     @classmethod
     def of(cls, cache: DynamicCache) -> "TextCache":
         """A cache with the layers and settings of an empty `DynamicCache`, which is not used afterwards."""
-        made = cls()
-        vars(made).update(vars(cache))
+        only_full = getattr(cache, "only_non_sliding", False)
+        made = cls(offloading=cache.offloading, offload_only_non_sliding=only_full)
+        made.layers, made.layer_class_to_replicate = cache.layers, cache.layer_class_to_replicate
         return made
 
     def _forget(self) -> None:
         self.evicted, self.masked, self.position_shift = {}, {}, 0
 
     def has_read(self, tokens: int) -> None:
-        """Say how long the text is that the layers stem from, after a press has worked on them.
+        """Tell the length of the text that was read, after a press has worked on the layers.
 
         Args:
-            tokens: of the text, each of which every layer has seen; a layer that nothing was written to has
-                seen none.
+            tokens: length of the text. Every layer that anything was written to has seen all of it.
         """
         self.evicted = {
             index: tokens - layer.get_seq_length()
@@ -69,14 +69,23 @@ class TextCache(DynamicCache):
         return length + self.evicted.get(layer_idx, 0)
 
     def get_mask_sizes(self, cache_position: torch.Tensor, layer_idx: int) -> tuple[int, int]:
-        """(slots of the layer and tokens arriving, place of the first slot if slots were the newest)."""
+        """Sizes for the attention mask.
+
+        Args:
+            cache_position: [N] int64, positions of the tokens that arrive.
+            layer_idx: the layer that the mask is for.
+
+        Returns:
+            How many slots the layer has, with the arriving tokens, and the index in the text of the first
+            slot if the slots were the newest tokens.
+        """
         length, offset = super().get_mask_sizes(cache_position, layer_idx)
         return length, offset + self.evicted.get(layer_idx, 0)
 
     def crop(self, max_length: int) -> None:
         """Go back to the first `max_length` tokens of the text; a negative value drops that many.
 
-        The newest tokens go, none of which may have been evicted.
+        The newest tokens are dropped. None of them may have been evicted.
         """
         length = self.get_seq_length()
         drop = -max_length if max_length < 0 else length - max_length

@@ -1,4 +1,4 @@
-"""What the uncompressed model says about a document, and the queries with which it reads its context."""
+"""What the uncompressed model predicts for a document, and the queries with which it reads the context."""
 
 import threading
 from collections.abc import Iterator
@@ -68,13 +68,16 @@ class Reference:
 
 
 def read_reference(model: PreTrainedModel, ids: torch.Tensor, context: int, queries: int = 0) -> Reference:
-    """Run the whole text through the model.
+    """Run the whole text through the uncompressed model.
 
     Args:
         model: decoder-only, in evaluation mode.
         ids: [B, T + N] int64: context and continuation.
         context: T.
         queries: how many of the queries behind the context to keep for each layer; 0 keeps no attention.
+
+    Returns:
+        The model's predictions, and its attention over the context where it was asked for.
     """
     calls: dict[int, AttentionCall] = {}
     with float32_logits(model), _recorded(model, calls, context, queries):

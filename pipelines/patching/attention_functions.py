@@ -25,14 +25,14 @@ TRIP: ContextVar[RoundTrip | None] = ContextVar("round trip", default=None)
 
 
 def _patched(query: torch.Tensor, keys: Any, values: Any, attention: Any, name: str) -> Any:
-    """An attention call; the functions that it calls itself are not patched once more."""
+    """One attention call. The functions that it calls in turn are not patched again."""
     trip = TRIP.get()
     if trip is None:
         return attention(keys, values)
     if isinstance(keys, PackedStates) or isinstance(values, PackedStates):
         raise InvalidInputError(
-            "the cache is packed already, and its keys and values would be quantized twice; use the patch "
-            "without a press, and disable(model) before"
+            "the cache is packed already, so its keys and values would be quantized twice; use the patch "
+            "without a press, and call disable(model) before"
         )
     token = TRIP.set(None)
     try:
@@ -72,7 +72,7 @@ _patched_sdpa = _torch_patched(_own_sdpa)
 
 
 class _PatchedFunctions(TorchFunctionMode):
-    """Finds calls of `scaled_dot_product_attention` by whatever name.
+    """Finds calls of `scaled_dot_product_attention` by any name.
 
     It does not see calls inside other functions of torch (multi-head attention); those find the wrapped
     function in torch.nn.functional.
@@ -87,6 +87,6 @@ class _PatchedFunctions(TorchFunctionMode):
 
 @contextmanager
 def functions_taken_over() -> Iterator[None]:
-    """Around a patched forward: attention calls of this thread go through what `TRIP` holds."""
+    """Around a patched forward: attention calls of this thread go through the round trip in `TRIP`."""
     with _PATCH.in_place(), _PatchedFunctions():
         yield

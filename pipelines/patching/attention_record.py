@@ -1,4 +1,4 @@
-"""What a live attention patch did: one entry a call, and their sums."""
+"""What a live attention patch did: one entry for each call, and their sums."""
 
 from collections import Counter
 from dataclasses import dataclass, field
@@ -12,14 +12,14 @@ class AttentionCall:
 
     Args:
         name: class of the attention module, or "scaled_dot_product_attention".
-        query_shape, key_shape, value_shape: as the call was given them, [..., heads, tokens, channels].
-        values: numbers in keys and values.
+        query_shape, key_shape, value_shape: shapes that the call was given, [..., heads, tokens, channels].
+        values: how many numbers keys and values have.
         dense_bytes: bytes of keys and values as they came.
         packed_bytes: bytes that their packed form took: codes, scales, padding of the last page, means and
             weights.
         key_error, value_error: of the restored keys and values.
-        output_error: of the output, against the same call on keys and values as they came; None when it was
-            not measured.
+        output_error: of the output, against the same call on the keys and values as they came; None when it
+            was not measured.
     """
 
     name: str

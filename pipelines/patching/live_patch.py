@@ -18,28 +18,30 @@ _STATE = "_quantpress_attention_patch"
 def patch_attention(
     model: nn.Module, bits: float = 4, *, enabled: bool = True, **options: Any
 ) -> "AttentionPatch":
-    """Let every attention call of a model work on keys and values that were packed and restored just before.
+    """Make every attention call of a model work on keys and values that were packed and restored just before.
 
-    Shows what a width does to a model, with or without a cache; a cache of the model keeps what it keeps.
-    It saves no memory by itself: the record tells what packing could save. Attention is found in two places:
-    transformers' attention functions, and torch.nn.functional.scaled_dot_product_attention, which diffusers
-    and most other models call. Made for inference: no gradient reaches keys and values.
+    This shows what a code width does to a model, with or without a cache; the model's cache is not changed.
+    It saves no memory by itself: the record tells how much packing could save. Attention calls are found in
+    two places: transformers' attention functions, and torch.nn.functional.scaled_dot_product_attention, which
+    diffusers and most other models call. Both are wrapped only while a forward of the model runs. It is made
+    for inference: no gradient reaches keys and values.
 
     Args:
-        model: any module; calls of its forward are patched, in the thread that makes them.
+        model: any module. Calls of its forward are patched, in the thread that makes them.
         bits: code width of keys and values.
         enabled: False leaves the model untouched.
         **options: of `RoundTrip`: key_bits, value_bits, mean_key, balance, measure, rotation, seed, ...
 
     Returns:
-        The patch, with its record. `remove` undoes it, and so does leaving it as a context.
+        The patch, with its record. `remove` undoes it, and so does the end of a `with` block over it.
 
     Raises:
-        UnsupportedModelError: `model` is no module; in a forward: model incompatible, there was no attention
-            call that could be intercepted.
-        NotAppliedError: when it is left as a context, or in `check`: compression not applied.
-        InvalidInputError: the model is patched already, or an argument cannot be used; in a forward: the
-            cache is packed already.
+        UnsupportedModelError: `model` is not a module. Also raised by a forward that makes no attention call
+            that can be found.
+        NotAppliedError: raised by `check`, and at the end of a `with` block, when no attention call was
+            compressed.
+        InvalidInputError: the model is patched already, or an argument cannot be used. Also raised by a
+            forward over a cache that is packed already.
 
     Example:
         >>> import torch
@@ -52,7 +54,7 @@ def patch_attention(
     trip = RoundTrip(bits, **options)
     if not isinstance(model, nn.Module):
         raise UnsupportedModelError(
-            f"model incompatible: a {type(model).__name__} is no torch.nn.Module; of a pipeline give the "
+            f"model incompatible: a {type(model).__name__} is no torch.nn.Module; of a pipeline, give the "
             "part that holds the attention, such as pipe.model, pipe.unet or pipe.transformer"
         )
     with model_lock(model):
@@ -64,12 +66,12 @@ def patch_attention(
 
 
 class AttentionPatch:
-    """What `patch_attention` has put on a model; a context that undoes it when it is left.
+    """A patch of a model's attention; as a context manager it is removed at the end of the block.
 
     Args:
-        model: to patch.
-        trip: what is done in a call.
-        enabled: False does nothing.
+        model: the model to patch.
+        trip: what is done in each attention call.
+        enabled: False leaves the model untouched.
     """
 
     def __init__(self, model: nn.Module, trip: RoundTrip, enabled: bool = True) -> None:
@@ -81,7 +83,7 @@ class AttentionPatch:
 
     @property
     def record(self) -> AttentionRecord:
-        """What the patch did since it was made, or since `record.clear()`."""
+        """What the patch has done since it was made, or since `record.clear()`."""
         return self.trip.record
 
     @property
@@ -93,12 +95,12 @@ class AttentionPatch:
         """Refuse a run in which nothing was compressed.
 
         Raises:
-            NotAppliedError: compression not applied.
+            NotAppliedError: no attention call was compressed.
         """
         check_applied(self.record, type(self.model).__name__)
 
     def remove(self) -> None:
-        """Put the model's own forward back; does nothing when that is done already."""
+        """Put the model's own forward back; does nothing when this was done already."""
         with model_lock(self.model):
             if self._forward is not None:
                 self._forward.undo()
@@ -137,11 +139,11 @@ def check_applied(record: AttentionRecord, name: str) -> None:
     """Refuse a run in which nothing was compressed.
 
     Args:
-        record: of the run.
-        name: of the model.
+        record: the record of the run.
+        name: the model's name, for the message.
 
     Raises:
-        NotAppliedError: compression not applied.
+        NotAppliedError: no attention call was compressed.
     """
     if not record.calls:
         reasons = "; ".join(f"{count} calls: {reason}" for reason, count in record.skipped.items())

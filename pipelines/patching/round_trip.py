@@ -17,22 +17,23 @@ Attention = Callable[[Tensor, Tensor], Any]
 class RoundTrip:
     """Attention on keys and values that were packed and restored just before; nothing is kept.
 
-    Each call packs all its keys and values as `TurboQuant` packs pages: mean key off, channels balanced
-    against the call's own queries. No token stays in 16 bits. A call that cannot be packed (head_dim, NaN)
-    runs as it is, and counts as skipped.
+    Each call packs all its keys and values as `TurboQuant` packs pages: the mean key is removed, and channels
+    are balanced against the call's own queries. No token stays in 16 bits. A call that cannot be packed
+    (because of its head_dim, or NaN) runs as it is and counts as skipped.
 
     Args:
         bits: code width of keys and values.
-        key_bits, value_bits: where they differ.
+        key_bits, value_bits: code widths where the two differ.
         mean_key, balance: as for `TurboQuant`.
-        measure: run each call a second time on keys and values as they came, for the error of its output.
+        measure: run each call a second time on the keys and values as they came, for the error of the output.
         **codec: other fields of `CodecSpec`: rotation, seed, scale, codebook, estimator.
 
     Attributes:
         record: what was done.
 
     Raises:
-        UnsupportedBitsError, InvalidInputError: an argument that cannot be used.
+        UnsupportedBitsError: a code width is not supported.
+        InvalidInputError: another argument cannot be used.
 
     Example:
         >>> trip = RoundTrip(bits=4)
@@ -69,14 +70,14 @@ class RoundTrip:
     def attend(
         self, query: Tensor, keys: Tensor, values: Tensor, attention: Attention, name: str = "attention"
     ) -> Any:
-        """One attention call on restored keys and values, recorded.
+        """Run one attention call on restored keys and values, and record it.
 
         Args:
             query: [..., Hq, Tq, D].
             keys: [..., Hkv, T, D]; Hq is a multiple of Hkv.
             values: [..., Hkv, T, Dv].
-            attention: the call itself, given keys and values.
-            name: for the record.
+            attention: the call itself, as a function of keys and values.
+            name: name of the call in the record.
 
         Returns:
             What `attention` returns.
@@ -132,7 +133,7 @@ class RoundTrip:
 
 
 def _heads(states: Tensor) -> Tensor:
-    """[..., H, T, D] with any leading dimensions, or [T, D], as [B, H, T, D]."""
+    """States [..., H, T, D] with any leading dimensions, or [T, D], as [B, H, T, D]."""
     if states.dim() == 4:
         return states
     return states.reshape(-1, 1, *states.shape[-2:]) if states.dim() < 4 else states.flatten(0, -4)
