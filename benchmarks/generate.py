@@ -30,7 +30,7 @@ from rich.table import Table
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from quantpress.cache import PackedLayer, cache_memory, continue_inputs
-from quantpress.evaluation.token_clock import TokenClock
+from quantpress.evaluation.measuring import TokenClock
 from quantpress.pipelines.capture.captured import captured_decoding
 from quantpress.pipelines.reading.read_context import read_context
 from quantpress.presses import TurboQuant

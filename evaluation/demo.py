@@ -1,106 +1,130 @@
-"""The main job in one table: a fact in a book, asked for over the whole cache and over compressed ones.
+"""Facts planted in a book, one at a time, and asked for over caches compressed in different ways.
 
 A slice of Pride and Prejudice is read once for every depth and every press, with one fact at that depth.
-Presses that evict without knowing the question may drop it; the table shows what happened, and what each
-cache really takes.
+Presses that evict without knowing the question may drop it.
 """
 
-import time
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-import transformers
+from kvpress import BasePress
 from rich import box
 from rich.console import Console
+from rich.progress import track
 from rich.table import Table
 from rich.text import Text
 
-from quantpress.evaluation.trials import MakePress, Row, Trial, run
-from quantpress.pipelines import TASK, register
-from quantpress.pipelines.default_model import DEFAULT_MODEL_NAME, ensure_default_model, quick_dtype
-from quantpress.pipelines.report import format_bytes
-from quantpress.pipelines.text_generation import TextGenerationPipeline
-from quantpress.presses import Compactor, Compose, SnapKV, StreamingLLM, TurboQuant
-
-TOKENS, DEPTHS = 4096, 3
-FAST_TOKENS, FAST_DEPTHS = 2048, 3
-PRESSES: tuple[MakePress, ...] = (
-    lambda: None,
-    TurboQuant,
-    lambda: Compose([Compactor, TurboQuant]),
-    lambda: Compose([SnapKV, TurboQuant]),
-    lambda: Compose([StreamingLLM, TurboQuant]),
+from quantpress.evaluation.sizing.kept_tokens import described
+from quantpress.evaluation.tasks.cases import CHAT_TOKENS
+from quantpress.evaluation.tasks.haystack import (
+    ANSWER_PREFIX,
+    Needle,
+    book_text,
+    is_right,
+    needle_question,
+    plant,
+    random_needles,
 )
-FAST_PRESSES = PRESSES[:3]
+from quantpress.pipelines.report import Report, format_bytes
+from quantpress.pipelines.text_generation import TextGenerationPipeline
+
+ANSWER_TOKENS = 8
+SHOWN = 6  # characters of an answer in a table: one more than a number has
+
+MakePress = Callable[[], BasePress | None]
 
 
-def main(tokens: int | None = None, json: bool = False, fast: bool = False) -> None:
-    """Run the demo on the default model and print its table.
+@dataclass(frozen=True)
+class Trial:
+    """One fact, asked for over one cache."""
+
+    needle: Needle
+    answer: str
+    report: Report
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        asked = {"depth": self.needle.depth, "city": self.needle.city, "number": self.needle.number}
+        return {**asked, "answer": self.answer, "right": self.right, "report": self.report.as_dict()}
+
+    @property
+    def right(self) -> bool:
+        """Whether the answer is the planted number."""
+        return is_right(self.answer, self.needle)
+
+    @property
+    def said(self) -> str:
+        """The number in the answer, or its first word; short enough for a table."""
+        answer = self.answer.replace(",", "")
+        found = re.search(r"\d+", answer) or re.search(r"\S+", answer)
+        shown = found[0] if found else ""
+        return shown if len(shown) <= SHOWN else f"{shown[:SHOWN]}…"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One press and its trials, one for each depth."""
+
+    press: str
+    trials: tuple[Trial, ...]
+
+    def mean(self, name: str) -> float:
+        """Mean of one field of the reports."""
+        return float(sum(getattr(trial.report, name) for trial in self.trials) / len(self.trials))
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of reading and answering, all depths together."""
+        return sum(self.mean(name) for name in ("prefill_s", "compress_s", "decode_s")) * len(self.trials)
+
+
+def run_trials(
+    pipe: TextGenerationPipeline, tokens: int, depths: int, presses: Sequence[MakePress]
+) -> list[Row]:
+    """Ask for a fact at every depth over every press.
 
     Args:
-        tokens: length of the context; left out, 4096, or 2048 with `fast` or in float32.
-        json: print one JSON object instead, to stdout.
-        fast: a shorter context, fewer depths and fewer presses.
+        pipe: loaded model and tokenizer.
+        tokens: length of the context, chat form included, within a word or two.
+        depths: number of facts, each in a context of its own.
+        presses: functions that make a press each, or None for the uncompressed cache.
+
+    Returns:
+        One row for each press.
 
     Raises:
-        InvalidInputError: there is no room for a fact, the book has fewer tokens, or `QUANTPRESS_DTYPE` names
-            no dtype.
-        ModelFilesError: the default model could not be fetched.
+        InvalidInputError: no fact fits into `tokens`, or the book has fewer.
     """
-    begin = time.perf_counter()
-    pipe = default_pipeline()
-    short = fast or pipe.model.dtype == torch.float32
-    tokens = tokens or (FAST_TOKENS if short else TOKENS)
-    presses = FAST_PRESSES if fast else PRESSES
-    rows = run(pipe, tokens, FAST_DEPTHS if fast else DEPTHS, presses)
-    seconds = time.perf_counter() - begin
-    if json:
-        Console(soft_wrap=True).print_json(data=as_dict(rows, pipe, seconds))
-        return
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=90)
-    console.print(table(rows, pipe.model.dtype))
-    where = f"{dtype_name(pipe.model.dtype)} on {pipe.device.type}"
-    console.print(
-        f"{DEFAULT_MODEL_NAME} in {where}, {torch.get_num_threads()} threads, {seconds:.0f} s in all. Bits, "
-        "bytes and ratio are measured from what the cache keeps.",
-        style="dim",
-    )
-
-
-def default_pipeline(dtype: torch.dtype | None = None) -> TextGenerationPipeline:
-    """Our pipeline of the default model.
-
-    Args:
-        dtype: of the model; None for what `quick_dtype` chooses.
-
-    Raises:
-        InvalidInputError: `QUANTPRESS_DTYPE` names no dtype.
-        ModelFilesError: the default model could not be fetched.
-    """
-    register()
-    folder = ensure_default_model()
-    bars = transformers.utils.logging.is_progress_bar_enabled()
-    transformers.utils.logging.disable_progress_bar()
-    try:
-        make: Any = transformers.pipeline
-        pipe: TextGenerationPipeline = make(TASK, model=str(folder), dtype=dtype or quick_dtype())
-    finally:
-        if bars:
-            transformers.utils.logging.enable_progress_bar()
-    return pipe
+    text, needles = book_text(), random_needles(depths)
+    contexts = [plant(text, [needle], pipe.tokenizer, tokens - CHAT_TOKENS) for needle in needles]
+    jobs = [(press, index) for press in presses for index in range(depths)]
+    trials: dict[MakePress, list[Trial]] = {press: [] for press in presses}
+    for press, index in track(jobs, "asking", console=Console(stderr=True), transient=True):
+        with torch.random.fork_rng():
+            torch.manual_seed(index)  # some presses draw random projections
+            result = pipe(
+                contexts[index],
+                question=needle_question(needles[index].city),
+                answer_prefix=ANSWER_PREFIX,
+                press=press(),
+                max_new_tokens=ANSWER_TOKENS,
+                report=True,
+            )
+        trials[press].append(Trial(needles[index], result["answer"], result["report"]))
+    return [Row(described(press()), tuple(trials[press])) for press in presses]
 
 
 def table(rows: Sequence[Row], dtype: torch.dtype) -> Table:
     """The rows for people: answers by depth, then what the cache takes.
 
     Args:
-        rows: of `run`.
-        dtype: of the model, in which an uncompressed cache has its numbers.
+        rows: rows of `run_trials`.
+        dtype: dtype of the model, and so of an uncompressed cache.
     """
-    first, name = rows[0], dtype_name(dtype)
+    first, name = rows[0], str(dtype).removeprefix("torch.")
     shown = Table(
         title=f"A number hidden in {first.mean('tokens_seen'):,.0f} tokens of Pride and Prejudice",
         caption="All that a cache keeps counts: codes, scales, and the first and last tokens, which stay in "
@@ -128,29 +152,5 @@ def table(rows: Sequence[Row], dtype: torch.dtype) -> Table:
     return shown
 
 
-def as_dict(rows: Sequence[Row], pipe: TextGenerationPipeline, seconds: float) -> dict[str, Any]:
-    """Everything measured, as plain values for JSON."""
-    return {
-        "model": DEFAULT_MODEL_NAME,
-        "dtype": dtype_name(pipe.model.dtype),
-        "device": pipe.device.type,
-        "threads": torch.get_num_threads(),
-        "seconds": seconds,
-        "rows": [
-            {"cache": row.press, "trials": [_trial_dict(trial) for trial in row.trials]} for row in rows
-        ],
-    }
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    """Such as "bfloat16"."""
-    return str(dtype).removeprefix("torch.")
-
-
 def _verdict(trial: Trial) -> Text:
     return Text(f"{'✓' if trial.right else '✗'}{trial.said}", "green" if trial.right else "red")
-
-
-def _trial_dict(trial: Trial) -> dict[str, Any]:
-    asked = {"depth": trial.needle.depth, "city": trial.needle.city, "number": trial.needle.number}
-    return asked | {"answer": trial.answer, "right": trial.right, "report": trial.report.as_dict()}

@@ -3,8 +3,11 @@
 from dataclasses import dataclass
 
 import torch
+from transformers import DynamicCache, PreTrainedModel
 
 from quantpress.errors import InvalidInputError
+from quantpress.pipelines.preserve import unchanged_model
+from quantpress.pipelines.reading.read_context import read_context
 
 OUTLIER = 5.0
 """A channel stands out when its energy is more than this many times the mean of its head."""
@@ -57,6 +60,24 @@ class KeyStatistics:
             centred_outliers=_standing_out(energy - mean),
             channels=keys.shape[-1],
         )
+
+
+def key_statistics(model: PreTrainedModel, input_ids: torch.Tensor) -> dict[int, KeyStatistics]:
+    """Statistics of each layer that caches keys of four dimensions, by layer index.
+
+    Args:
+        model: decoder-only.
+        input_ids: [1, T] int64, read without a press.
+    """
+    cache = DynamicCache()
+    with torch.no_grad(), unchanged_model(model):
+        read_context(model, input_ids, cache)
+    found = {}
+    for index, layer in enumerate(cache.layers):
+        states = getattr(layer, "keys", None)
+        if isinstance(states, torch.Tensor) and states.dim() == 4 and states.numel():
+            found[index] = KeyStatistics.of(states)
+    return found
 
 
 def _standing_out(energy: torch.Tensor) -> float:

@@ -13,17 +13,15 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from quantpress.errors import QuantPressError
 from quantpress.evaluation.arms import UNCOMPRESSED, Arm, check_names
-from quantpress.evaluation.devices import device_names
 from quantpress.evaluation.divergence.divergence import FidelityProbe
 from quantpress.evaluation.documents import make_documents
 from quantpress.evaluation.equal_bytes import GridArm, Shape, grid_arms
-from quantpress.evaluation.results.records import Records
+from quantpress.evaluation.measuring import device_names
+from quantpress.evaluation.results.records import REFUSED, Records
 from quantpress.evaluation.suites import PARTS, Suite
 from quantpress.evaluation.tasks.haystack import book_text
 from quantpress.evaluation.tasks.task_runs import ask, make_cases
 from quantpress.pipelines.text_generation import TextGenerationPipeline
-
-REFUSED = "refused"
 
 
 class Runner:

@@ -9,8 +9,7 @@ import argparse
 from rich.console import Console
 from transformers import pipeline
 
-from quantpress.evaluation.demo import table
-from quantpress.evaluation.trials import run
+from quantpress.evaluation.demo import run_trials, table
 from quantpress.pipelines import register
 from quantpress.presses.expression import parse_press
 
@@ -34,7 +33,7 @@ register()  # of the task; importing a press from quantpress does it too
 pipe = pipeline("kv-press-text-generation", model=options.model)
 # A press may carry notes from one context to the next: a new one for every question.
 presses = [lambda text=text: parse_press(text) for text in options.press]
-rows = run(pipe, options.tokens, options.depths, presses)
+rows = run_trials(pipe, options.tokens, options.depths, presses)
 
 Console().print(table(rows, pipe.model.dtype))
 print("✓ the number that was hidden, ✗ another answer; the first line of the table names the right ones")

@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import pipeline
 
-from quantpress.evaluation.trials import run
+from quantpress.evaluation.demo import run_trials
 from quantpress.pipelines import register
 from quantpress.pipelines.report import format_bytes
 from quantpress.presses.expression import parse_press
@@ -50,7 +50,7 @@ pipe = pipeline("kv-press-text-generation", model=options.model)
 depths = options.depths or (TINY_DEPTHS if options.tiny else DEPTHS)
 shown = Table("tokens", *(f"at {(place + 0.5) / depths:.0%}" for place in range(depths)), "cache", "ratio")
 for tokens in options.tokens or (TINY_LENGTHS if options.tiny else LENGTHS):
-    (row,) = run(pipe, tokens, depths, [lambda: parse_press(options.press)])
+    (row,) = run_trials(pipe, tokens, depths, [lambda: parse_press(options.press)])
     answers = [f"{'✓' if trial.right else '✗'} {trial.said}" for trial in row.trials]
     size = format_bytes(round(row.mean("resident_bytes")))
     shown.add_row(f"{row.mean('tokens_seen'):,.0f}", *answers, size, f"{row.mean('ratio'):.2f}x")

@@ -33,7 +33,7 @@ from quantpress.task import watch_imports
 if TYPE_CHECKING:
     from quantpress.cache import PackedLayer, PagedAttention, cache_memory, continue_inputs
     from quantpress.codecs.turboquant import TurboQuantCodec
-    from quantpress.evaluation.divergence.attention_fidelity import attention_fidelity
+    from quantpress.evaluation.attention_fidelity import attention_fidelity
     from quantpress.pipelines.capture.captured import captured_decoding
     from quantpress.pipelines.contexts.cached_context import CachedContext
     from quantpress.pipelines.enabling.enable import disable, enable
@@ -87,7 +87,7 @@ _LAZY = {
     "TextGenerationPipeline": "quantpress.pipelines.text_generation",
     "TurboQuant": "quantpress.presses",
     "TurboQuantCodec": "quantpress.codecs.turboquant",
-    "attention_fidelity": "quantpress.evaluation.divergence.attention_fidelity",
+    "attention_fidelity": "quantpress.evaluation.attention_fidelity",
     "cache_memory": "quantpress.cache",
     "captured_decoding": "quantpress.pipelines.capture.captured",
     "continue_inputs": "quantpress.cache",

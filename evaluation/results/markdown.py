@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from quantpress.evaluation.results.records import Records
+from quantpress.evaluation.results.records import REFUSED, Records
 from quantpress.evaluation.results.statistics import Estimate
 from quantpress.evaluation.results.summary import (
     WEAK,
@@ -13,7 +13,6 @@ from quantpress.evaluation.results.summary import (
     pareto_front,
     weak_tasks,
 )
-from quantpress.evaluation.runner import REFUSED
 
 
 def report(records: Records, findings: Findings) -> str:

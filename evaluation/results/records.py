@@ -13,6 +13,8 @@ from typing import Any
 from quantpress.errors import InvalidInputError
 
 RESULTS = "results.jsonl"
+REFUSED = "refused"
+"""The measure under which a press that cannot do something is noted."""
 Record = dict[str, Any]
 
 

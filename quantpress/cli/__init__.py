@@ -1,25 +1,21 @@
 """The command line: `quantpress COMMAND`, or `python -m quantpress COMMAND`.
 
-A command is one function that says what its options are. What it does lives elsewhere and is imported when
-the command runs, so that `quantpress --help` stays quick. docs/command_line.md is written from here.
+Each command is one function in a file of its own, whose signature declares the options and whose return value
+knows how to show itself (`output.py`). Functions import what they need when they are called, so that
+`quantpress --help` stays quick. docs/command_line.md is written from here.
 
-options.py   options that several commands share; running a command
-answer.py    demo, run, pack, compare: a text and questions about it
-evaluate.py  eval: quality against controls
-measure.py   memory, bench: bytes and seconds
-check.py     inspect, validate, doctor, version: this model, the codec, this machine
+A new command is a file and a line in `COMMANDS`.
 """
 
 import sys
 from collections.abc import Callable
+from typing import Any
 
 import typer
 
 import quantpress
-from quantpress.cli import options_answer as answer
-from quantpress.cli import options_check as check
-from quantpress.cli import options_evaluate as evaluate
-from quantpress.cli import options_measure as measure
+from quantpress.cli import bench, compare, demo, doctor, evaluate, inspect, memory, pack, run, validate
+from quantpress.cli.output import with_json
 
 EXIT_WRONG_INPUT = 2
 
@@ -33,31 +29,37 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-# Every command in the order of --help: its name, its function, and the example that --help shows.
-COMMANDS: dict[str, tuple[Callable[..., None], str]] = {
-    "demo": (answer.demo, "quantpress demo --fast"),
+
+def version() -> None:
+    """Print the version."""
+    typer.echo(quantpress.__version__)
+
+
+# Commands in the order of --help: name, function, and the example that --help shows.
+COMMANDS: dict[str, tuple[Callable[..., Any], str]] = {
+    "demo": (demo.demo, "quantpress demo --fast"),
     "run": (
-        answer.run,
+        run.run,
         'quantpress run book.txt -q "Who is Ada?" -q "Where?" -p "SnapKV(0.5) | TurboQuant(bits=3)"',
     ),
-    "pack": (answer.pack, 'quantpress pack book.txt -o book.safetensors -p "TurboQuant(bits=3)"'),
+    "pack": (pack.pack, 'quantpress pack book.txt -o book.safetensors -p "TurboQuant(bits=3)"'),
     "compare": (
-        answer.compare,
+        compare.compare,
         'quantpress compare book.txt -q "Who is Ada?" -p "SnapKV(0.5)" -p "TurboQuant(bits=3)"',
     ),
     "eval": (evaluate.evaluate, 'quantpress eval --suite quick -p "SnapKV(0.5) | TurboQuant(bits=3)"'),
     "memory": (
-        measure.memory,
+        memory.memory,
         'quantpress memory config.json --context 131072 -p "TurboQuant(bits=3)" --gpu 80GB',
     ),
-    "bench": (measure.bench, 'quantpress bench --tokens 4096 -p "TurboQuant(bits=3)"'),
-    "inspect": (check.inspect, "quantpress inspect my-model-folder --tokens 2048"),
-    "validate": (check.validate, "quantpress validate --bits 3 --head-dim 128"),
-    "doctor": (check.doctor, "quantpress doctor --json"),
-    "version": (check.version, "quantpress version"),
+    "bench": (bench.bench, 'quantpress bench --tokens 4096 -p "TurboQuant(bits=3)"'),
+    "inspect": (inspect.inspect, "quantpress inspect my-model-folder --tokens 2048"),
+    "validate": (validate.validate, "quantpress validate --bits 3 --head-dim 128"),
+    "doctor": (doctor.doctor, "quantpress doctor --json"),
+    "version": (version, "quantpress version"),
 }
-for _name, (_command, _example) in COMMANDS.items():
-    app.command(_name, epilog=f"Example: {_example}")(_command)
+for _name, (_work, _example) in COMMANDS.items():
+    app.command(_name, epilog=f"Example: {_example}")(_work if _work is version else with_json(_work))
 
 
 def main() -> None:

@@ -1,53 +1,51 @@
 """`quantpress bench`: tokens a second, time to first token and peak memory of presses on this machine.
 
-The text is a piece of a novel, the model's answer is as long as it is told to be. Everything goes through the
-pipeline, so that it decodes as it would for a user. The uncompressed cache runs first, in the same process.
+The text is a piece of a novel, and the model answers as many tokens as it is told to. Everything goes
+through the pipeline, so that it decodes as it does for a user. The uncompressed cache runs first, in the same
+process.
 """
 
 import gc
 import time
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from statistics import median
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import torch
-from kvpress import BasePress
+import typer
 from rich.table import Table
 
-from quantpress.cli.loading import load_pipeline, machine, model_name
+from quantpress.cli.options import Device, Dtype, Model, Presses
 from quantpress.cli.output import progress
 from quantpress.errors import InvalidInputError
-from quantpress.evaluation.devices import devices_of
-from quantpress.evaluation.sizing.kept_tokens import described
-from quantpress.evaluation.tasks.haystack import book_piece
-from quantpress.evaluation.token_clock import TokenClock, peak_memory
-from quantpress.pipelines.report import Report, format_bytes
-from quantpress.pipelines.text_generation import TextGenerationPipeline
-from quantpress.presses.expression import parse_press
 
-SKIPPED = 4  # first tokens that do not count for tokens a second: kernels are compiled, graphs recorded
+if TYPE_CHECKING:
+    from kvpress import BasePress
+
+    from quantpress.pipelines.report import Report
+    from quantpress.pipelines.text_generation import TextGenerationPipeline
+
+SKIPPED = 4  # first tokens that tokens a second leaves out: kernels are compiled, graphs captured
 WARM_UP_TOKENS = 512
 QUESTION = "\n\nWhat happens next?"
 
 
 @dataclass(frozen=True)
 class Side:
-    """One press; the medians of its runs.
+    """One press: medians of its runs.
 
     Args:
-        press: in words.
-        first_token_s: from the text to the first new token.
-        tokens_per_s: of the tokens after the first few.
-        peak_bytes: most memory in use at a time beside the model's weights, reading included.
-        report: of the last run.
+        press: as it is written.
+        first_token_s: seconds from the text to the first new token.
+        tokens_per_s: decoding speed, without the first few tokens.
+        peak_bytes: peak memory beside the model's weights, reading included.
+        report: report of the last run.
     """
 
     press: str
     first_token_s: float
     tokens_per_s: float
     peak_bytes: int
-    report: Report
+    report: "Report"
 
 
 @dataclass(frozen=True)
@@ -55,11 +53,11 @@ class Benchmark:
     """The uncompressed cache, then the presses.
 
     Args:
-        model: its name.
+        model: name of the model.
         machine: device, dtype, threads and versions.
-        new_tokens: of each answer.
+        new_tokens: length of each answer.
         repeats: runs of each side.
-        sides: one a press.
+        sides: one for each press.
     """
 
     model: str
@@ -90,6 +88,8 @@ class Benchmark:
         }
 
     def __rich__(self) -> Table:
+        from quantpress.pipelines.report import format_bytes
+
         machine = ", ".join(f"{name} {value}" for name, value in self.machine.items())
         table = Table(
             title=f"{self.model}: {self.sides[0].report.tokens_seen:,} tokens read, {self.new_tokens} new",
@@ -114,62 +114,49 @@ class Benchmark:
         return table
 
 
-def main(
-    presses: Sequence[str] = (),
-    model: str | None = None,
-    tokens: int = 2048,
-    new_tokens: int = 32,
-    repeats: int = 3,
-    device: str | None = None,
-    dtype: str | None = None,
+def bench(
+    press: Presses = None,
+    model: Model = None,
+    tokens: Annotated[int, typer.Option(help="Length of the context.", min=1)] = 2048,
+    new_tokens: Annotated[int, typer.Option(help="Tokens of each answer.", min=1)] = 32,
+    repeats: Annotated[int, typer.Option(help="Runs of each press, of which the median counts.", min=1)] = 3,
+    device: Device = None,
+    dtype: Dtype = None,
 ) -> Benchmark:
-    """Time presses against the uncompressed cache.
+    """Time presses against the full cache on this machine: tokens a second, first token, peak memory."""
+    from quantpress.cli.loading import load_pipeline, model_name
+    from quantpress.evaluation.measuring import machine
+    from quantpress.evaluation.sizing.kept_tokens import described
+    from quantpress.evaluation.tasks.haystack import book_piece
+    from quantpress.presses.expression import parse_press
 
-    Args:
-        presses: as `parse_press` takes them; left out, TurboQuant.
-        model: as for `load_pipeline`.
-        tokens: length of the context.
-        new_tokens: of each answer.
-        repeats: runs of each side.
-        device: as for `load_pipeline`.
-        dtype: as for `load_pipeline`.
-
-    Raises:
-        InvalidInputError: an argument cannot be used.
-    """
     if new_tokens < SKIPPED + 2:
         raise InvalidInputError(f"new_tokens is {new_tokens}; give at least {SKIPPED + 2} to time")
-    made = [None, *(press for press in map(parse_press, presses or ("TurboQuant",)) if press is not None)]
+    made = [None, *(one for one in map(parse_press, press or ("TurboQuant",)) if one is not None)]
     pipe = load_pipeline(model, device, dtype)
     text = book_piece(pipe.tokenizer, tokens)
     warm_up = book_piece(pipe.tokenizer, min(tokens, WARM_UP_TOKENS))
-    for press in made:
-        _once(pipe, warm_up, press, SKIPPED + 2)
-    jobs = [
-        (run, index) for run in range(repeats) for index in range(len(made))
-    ]  # in turns: a machine may slow down
-    runs: dict[int, list[tuple[float, float, int, Report]]] = {index: [] for index in range(len(made))}
+    for one in made:
+        _timed(pipe, warm_up, one, SKIPPED + 2)
+    jobs = [(run, index) for run in range(repeats) for index in range(len(made))]  # in turns: speed drifts
+    runs: list[list[tuple[float, float, int, Report]]] = [[] for _ in made]
     for _, index in progress(jobs, "timing", len(jobs)):
-        runs[index].append(_once(pipe, text, made[index], new_tokens))
-    sides = [
-        Side(
-            described(press),
-            median(one[0] for one in runs[index]),
-            median(one[1] for one in runs[index]),
-            int(median(one[2] for one in runs[index])),
-            runs[index][-1][3],
-        )
-        for index, press in enumerate(made)
-    ]
+        runs[index].append(_timed(pipe, text, made[index], new_tokens))
+    sides = []
+    for one, timed in zip(made, runs, strict=True):
+        first, speed, peak, reports = zip(*timed, strict=True)
+        sides.append(Side(described(one), median(first), median(speed), int(median(peak)), reports[-1]))
     return Benchmark(model_name(pipe), machine(pipe), new_tokens, repeats, tuple(sides))
 
 
-def _once(
-    pipe: TextGenerationPipeline, text: str, press: BasePress | None, new_tokens: int
-) -> tuple[float, float, int, Report]:
+def _timed(
+    pipe: "TextGenerationPipeline", text: str, press: "BasePress | None", new_tokens: int
+) -> "tuple[float, float, int, Report]":
     """Seconds to the first token, tokens a second, peak bytes, report."""
+    from quantpress.evaluation.measuring import TokenClock, devices_of, give_back_memory, peak_memory
+
     gc.collect()
-    _give_back_memory(pipe.device)
+    give_back_memory(pipe.device)
     clock = TokenClock()
     with peak_memory(*devices_of(pipe)) as peak:
         begin = time.perf_counter()
@@ -184,23 +171,5 @@ def _once(
             progress=False,
         )
     times = clock.times[0]
-    return (
-        times[0] - begin,
-        (len(times) - 1 - SKIPPED) / (times[-1] - times[SKIPPED]),
-        peak.bytes,
-        result["report"],
-    )
-
-
-def _give_back_memory(device: torch.device) -> None:
-    """Freed memory that the allocator still holds would hide what the next run takes."""
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-        return
-    import ctypes
-    import ctypes.util
-
-    library = ctypes.util.find_library("c")
-    trim = getattr(ctypes.CDLL(library), "malloc_trim", None) if library else None
-    if trim is not None:  # glibc
-        trim(0)
+    speed = (len(times) - 1 - SKIPPED) / (times[-1] - times[SKIPPED])
+    return times[0] - begin, speed, peak.bytes, result["report"]

@@ -1,23 +1,22 @@
 """`quantpress compare`: several presses on the same text and questions, beside the uncompressed cache."""
 
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-from kvpress import BasePress
+import typer
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from quantpress.cli.loading import load_pipeline, machine, model_name, read_text
+from quantpress.cli.options import Device, Dtype, Model, Presses, Questions
 from quantpress.cli.output import progress
 from quantpress.errors import QuantPressError
-from quantpress.evaluation.sizing.kept_tokens import described
-from quantpress.evaluation.tasks.haystack import book_text, needle_question, plant, random_needles
-from quantpress.evaluation.token_clock import TokenClock
-from quantpress.pipelines.report import Report, format_bytes
-from quantpress.pipelines.text_generation import TextGenerationPipeline
-from quantpress.presses.expression import parse_press
+
+if TYPE_CHECKING:
+    from kvpress import BasePress
+
+    from quantpress.pipelines.report import Report
+    from quantpress.pipelines.text_generation import TextGenerationPipeline
 
 DEFAULT_PRESSES = (
     "TurboQuant(bits=4)",
@@ -25,8 +24,6 @@ DEFAULT_PRESSES = (
     "SnapKV(0.5)",
     "SnapKV(0.5) | TurboQuant(bits=4)",
 )
-DEFAULT_TOKENS = 1024
-DEFAULT_NEW_TOKENS = 32
 
 
 @dataclass(frozen=True)
@@ -59,7 +56,7 @@ class Compared:
 
     press: str
     answers: tuple[Answer, ...] = ()
-    report: Report | None = None
+    report: "Report | None" = None
     refusal: str | None = None
 
     @property
@@ -132,63 +129,62 @@ class Comparison:
         return table
 
 
-def main(
-    file: str | None = None,
-    questions: Sequence[str] = (),
-    presses: Sequence[str] = (),
-    model: str | None = None,
-    tokens: int = DEFAULT_TOKENS,
-    max_new_tokens: int = DEFAULT_NEW_TOKENS,
-    device: str | None = None,
-    dtype: str | None = None,
+def compare(
+    file: Annotated[
+        str | None,
+        typer.Argument(help="Text to read; - for the standard input; left out, a novel that hides a number."),
+    ] = None,
+    question: Questions = None,
+    press: Presses = None,
+    model: Model = None,
+    tokens: Annotated[int, typer.Option(help="How much of the novel to read.", min=1)] = 1024,
+    max_new_tokens: Annotated[int, typer.Option(help="Most tokens of an answer.", min=1)] = 32,
+    device: Device = None,
+    dtype: Dtype = None,
 ) -> Comparison:
-    """Ask the same questions over several caches.
+    """Ask the same questions under several presses: answers, agreement, bytes, seconds."""
+    from quantpress.cli.loading import load_pipeline, model_name, read_text
+    from quantpress.evaluation.measuring import machine
+    from quantpress.evaluation.sizing.kept_tokens import described
+    from quantpress.evaluation.tasks.haystack import book_text, needle_question, plant, random_needles
+    from quantpress.presses.expression import parse_press
 
-    Args:
-        file: of text; "-" for the standard input. None for a piece of a novel in which a number is hidden.
-        questions: none at all goes on from the text, or asks for the number.
-        presses: as `parse_press` takes them; left out, a few that show the range.
-        model: as for `load_pipeline`.
-        tokens: length of the piece of the novel.
-        max_new_tokens: most tokens of an answer.
-        device: as for `load_pipeline`.
-        dtype: as for `load_pipeline`.
-
-    Raises:
-        QuantPressError: an argument cannot be used. A press that the model or the text rules out does not
-            raise: its row says so.
-    """
-    given = [parse_press(press) for press in presses or DEFAULT_PRESSES]
+    given = [parse_press(one) for one in press or DEFAULT_PRESSES]
     text = None if file is None else read_text(file)
     pipe = load_pipeline(model, device, dtype)
+    asked = list(question or [])
     if text is None:
         (needle,) = random_needles(1)
         text = plant(book_text(), [needle], pipe.tokenizer, tokens)
-        questions = list(questions) or [needle_question(needle.city)]
-    asked = list(questions) or [""]
+        asked = asked or [needle_question(needle.city)]
+    asked = asked or [""]
     rows: list[Compared] = []
     reference: list[list[int]] = []
-    everything = [None, *(press for press in given if press is not None)]
-    for press in progress(everything, "comparing", len(everything)):
+    everything = [None, *(one for one in given if one is not None)]
+    for one in progress(everything, "comparing", len(everything)):
         try:
-            row, ids = _ask(pipe, text, asked, press, max_new_tokens, reference)
+            row, ids = _ask(pipe, text, asked, one, max_new_tokens, reference)
         except QuantPressError as error:
-            if press is None:
+            if one is None:
                 raise
-            row, ids = Compared(described(press), refusal=str(error)), []
+            row, ids = Compared(described(one), refusal=str(error)), []
         reference = reference or ids
         rows.append(row)
     return Comparison(model_name(pipe), machine(pipe), tuple(asked), tuple(rows))
 
 
 def _ask(
-    pipe: TextGenerationPipeline,
+    pipe: "TextGenerationPipeline",
     text: str,
     questions: list[str],
-    press: BasePress | None,
+    press: "BasePress | None",
     max_new_tokens: int,
     reference: list[list[int]],
 ) -> tuple[Compared, list[list[int]]]:
+    """One row and the ids of its answers; an empty `reference` stands for these answers themselves."""
+    from quantpress.evaluation.measuring import TokenClock
+    from quantpress.evaluation.sizing.kept_tokens import described
+
     clock = TokenClock()
     result = pipe(
         text,
@@ -210,6 +206,8 @@ def _ask(
 
 
 def _figures(row: Compared) -> list[str]:
+    from quantpress.pipelines.report import format_bytes
+
     report = row.report
     if report is None:
         return ["refused"]

@@ -1,70 +1,103 @@
 """`quantpress eval`: a suite on a model, and its files."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any
 
+import typer
 from rich.console import Console
 
-from quantpress.cli.loading import load_pipeline, model_name
-from quantpress.cli.output import print_json
+from quantpress.cli.options import Device, Dtype, Model
 from quantpress.errors import InvalidInputError
-from quantpress.evaluation.arms import Arm, check_names, every_arm
-from quantpress.evaluation.results.figures import check_matplotlib, write_figures
-from quantpress.evaluation.results.markdown import report
-from quantpress.evaluation.results.records import RESULTS, Records
-from quantpress.evaluation.results.summary import Findings
-from quantpress.evaluation.runner import REFUSED, Runner, run_settings
-from quantpress.evaluation.suites import PARTS, suite_by_name
-from quantpress.presses.expression import parse_press
 
+if TYPE_CHECKING:
+    from quantpress.evaluation.arms import Arm
+
+PARTS = ("fidelity", "grid", "tasks")
 REPORT = "report.md"
 
 
-def main(
-    suite: str = "quick",
-    output: Path | None = None,
-    *,
-    presses: Sequence[str] = (),
-    model: str | None = None,
-    parts: Sequence[str] = PARTS,
-    device: str | None = None,
-    dtype: str | None = None,
-    sizes: Mapping[str, Any] | None = None,
-    seed: int = 0,
-    figures: bool = True,
-    json: bool = False,
-    report_only: bool = False,
-) -> None:
-    """Run a suite, or what is left of it, and write its tables and pictures.
+@dataclass(frozen=True)
+class Evaluated:
+    """What a run has found.
 
     Args:
-        suite: "quick" or "full".
-        output: a folder for results.jsonl, report.md and PNG files; left out, quantpress-eval-<suite>.
-        presses: more arms, as `parse_press` takes them.
-        model: as for `load_pipeline`.
-        parts: some of "fidelity", "grid", "tasks".
-        device: as for `load_pipeline`.
-        dtype: as for `load_pipeline`.
-        sizes: fields of `Suite` that replace the suite's.
-        seed: of the tasks' texts and numbers.
-        figures: draw pictures, for which matplotlib is needed.
-        json: print the figures as one JSON object instead of the tables.
-        report_only: measure nothing, load no model: only write what the folder's results show, wherever they
-            were measured.
-
-    Raises:
-        InvalidInputError: an argument that cannot be used, a folder with results of other settings (or, to
-            report on, with none), or figures without matplotlib.
-        ModelFilesError: the default model could not be fetched.
+        report: its tables, in Markdown.
+        figures: the same as plain values.
     """
-    unknown = [part for part in parts if part not in PARTS]
+
+    report: str
+    figures: dict[str, Any]
+
+    exit_status = 0
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return self.figures
+
+    def __rich__(self) -> str:
+        return self.report
+
+
+def evaluate(
+    suite: Annotated[str, typer.Option(help="quick (two CPU cores, minutes) or full (a GPU).")] = "quick",
+    output: Annotated[
+        Path | None, typer.Option(help="Folder for results; a run that stopped goes on there.")
+    ] = None,
+    model: Model = None,
+    press: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--press", "-p", help='One more to compare, such as "SnapKV(0.5) | TurboQuant(bits=3)".'
+        ),
+    ] = None,
+    part: Annotated[
+        list[str] | None, typer.Option(help=f"Only this part, of {', '.join(PARTS)}; may be repeated.")
+    ] = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    documents: Annotated[int | None, typer.Option(help="Pieces of the book to score.", min=1)] = None,
+    context: Annotated[int | None, typer.Option(help="Tokens of each that are read.", min=1)] = None,
+    continuation: Annotated[
+        int | None, typer.Option(help="Tokens that follow and are scored.", min=2)
+    ] = None,
+    length: Annotated[
+        list[int] | None, typer.Option(help="Tokens of a needle's context; may be repeated.", min=1)
+    ] = None,
+    task_tokens: Annotated[int | None, typer.Option(help="Tokens of other tasks' contexts.", min=1)] = None,
+    samples: Annotated[int | None, typer.Option(help="Cases of each other task.", min=1)] = None,
+    batch: Annotated[int | None, typer.Option(help="Documents read at once on a GPU.", min=1)] = None,
+    seed: Annotated[int, typer.Option(help="Of the tasks' texts and numbers.")] = 0,
+    figures: Annotated[bool, typer.Option(help="Draw pictures; needs matplotlib.")] = True,
+    report_only: Annotated[
+        bool, typer.Option("--report-only", help="Measure nothing: tables and pictures of the results there.")
+    ] = False,
+) -> Evaluated:
+    """Measure quality, memory and answers of many cache compressions, with controls, on any model."""
+    from quantpress.cli.loading import load_pipeline, model_name
+    from quantpress.evaluation.arms import check_names, every_arm
+    from quantpress.evaluation.results.figures import check_matplotlib, write_figures
+    from quantpress.evaluation.results.markdown import report
+    from quantpress.evaluation.results.records import REFUSED, RESULTS, Records
+    from quantpress.evaluation.results.summary import Findings
+    from quantpress.evaluation.runner import Runner, run_settings
+    from quantpress.evaluation.suites import suite_by_name
+
+    unknown = [one for one in part or () if one not in PARTS]
     if unknown:
         raise InvalidInputError(f"there is no part {unknown[0]!r}; use some of {', '.join(PARTS)}")
-    sized = replace(suite_by_name(suite), **(sizes or {}))
-    arms = [*every_arm(), *map(_own_arm, presses)]
+    sizes: dict[str, Any] = {
+        "documents": documents,
+        "context": context,
+        "continuation": continuation,
+        "lengths": tuple(length) if length else None,
+        "task_tokens": task_tokens,
+        "samples": samples,
+        "batch": batch,
+    }
+    sized = replace(suite_by_name(suite), **{name: size for name, size in sizes.items() if size is not None})
+    arms = [*every_arm(), *map(_own_arm, press or ())]
     check_names(arms)
     if figures:
         check_matplotlib()
@@ -74,20 +107,20 @@ def main(
     else:
         pipe = load_pipeline(model, device, dtype)
         records = Records(folder / RESULTS, run_settings(pipe, model_name(pipe), sized, seed))
-        Runner(pipe, sized, arms, records, seed=seed).run(parts)
+        Runner(pipe, sized, arms, records, seed=seed).run(part or PARTS)
     findings = Findings.of(records)
     text = report(records, findings)
     (folder / REPORT).write_text(text, encoding="utf-8")
     drawn = write_figures(records, findings, folder) if figures else []
-    if json:
-        refused = list(records.of(REFUSED))
-        print_json({"settings": records.settings, **findings.as_dict(), "refused": refused})
-        return
-    Console(soft_wrap=True).print(text, markup=False, highlight=False)
     files = ", ".join(str(path) for path in (records.path, folder / REPORT, *drawn))
     Console(stderr=True, soft_wrap=True).print(f"written: {files}", highlight=False)
+    refused = list(records.of(REFUSED))
+    return Evaluated(text, {"settings": records.settings, **findings.as_dict(), "refused": refused})
 
 
-def _own_arm(text: str) -> Arm:
+def _own_arm(text: str) -> "Arm":
+    from quantpress.evaluation.arms import Arm
+    from quantpress.presses.expression import parse_press
+
     parse_press(text)  # what is wrong with it is said before anything is measured
     return Arm(text, partial(parse_press, text), "yours")

@@ -2,33 +2,28 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import torch
+import typer
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
-from transformers import DynamicCache
 
-from quantpress.cli.loading import load_pipeline, model_name, read_text
+from quantpress.cli.options import Device, Dtype
 from quantpress.cli.output import progress
 from quantpress.errors import InvalidInputError, QuantPressError
-from quantpress.evaluation.divergence.attention_fidelity import attention_fidelity
-from quantpress.evaluation.key_statistics import OUTLIER, KeyStatistics
-from quantpress.evaluation.sizing.model_outline import LayerOutline, ModelOutline
-from quantpress.evaluation.tasks.haystack import book_piece
-from quantpress.pipelines.preserve import unchanged_model
-from quantpress.pipelines.prompt import cut_to, token_ids
-from quantpress.pipelines.reading.read_context import read_context
-from quantpress.pipelines.text_generation import TextGenerationPipeline
-from quantpress.presses.expression import parse_press
-from quantpress.presses.models.eligibility import LAYERED, why_not
-from quantpress.presses.turboquant import TurboQuant
 
-DEFAULT_TOKENS = 1024
+if TYPE_CHECKING:
+    import torch
+
+    from quantpress.evaluation.key_statistics import KeyStatistics
+    from quantpress.evaluation.sizing.model_outline import LayerOutline
+    from quantpress.pipelines.text_generation import TextGenerationPipeline
+
 CANDIDATES = ("TurboQuant(bits=3)", "TurboQuant(bits=4)", "TurboQuant(key_bits=8, value_bits=4)")
 
 UNTRIED = "TurboQuant"
+"""What is suggested where no setting could be tried."""
 
 ENOUGH_TOP1 = 0.9
 """Share of the queries whose best token has to stay the same for a width to be suggested."""
@@ -56,7 +51,7 @@ class Layer:
     value_dim: int
     packed: bool
     reason: str
-    keys: KeyStatistics | None
+    keys: "KeyStatistics | None"
 
 
 @dataclass(frozen=True)
@@ -109,6 +104,8 @@ class Inspected:
         return asdict(self)
 
     def __rich__(self) -> RenderableType:
+        from quantpress.evaluation.key_statistics import OUTLIER
+
         packed = sum(layer.packed for layer in self.layers)
         table = Table(
             title=f"{self.model} ({self.architecture}): {packed} of {len(self.layers)} layers are packed",
@@ -149,31 +146,31 @@ class Inspected:
         return Group(*shown)
 
 
-def main(
-    model: str | None = None,
-    file: str | None = None,
-    tokens: int = DEFAULT_TOKENS,
-    device: str | None = None,
-    dtype: str | None = None,
+def inspect(
+    model: Annotated[
+        str | None, typer.Argument(help="Id or folder of a model; left out, the default model.")
+    ] = None,
+    file: Annotated[
+        str | None, typer.Option(help="Text for the model to read; left out, a piece of a novel.")
+    ] = None,
+    tokens: Annotated[int, typer.Option(help="Most tokens to read.", min=8)] = 1024,
+    device: Device = None,
+    dtype: Dtype = None,
 ) -> Inspected:
-    """Look at a model while it reads a short text.
+    """Look at a model: which layers will be packed, which not and why, its keys, a setting for it."""
+    from quantpress.cli.loading import load_pipeline, model_name, read_text
+    from quantpress.evaluation.key_statistics import key_statistics
+    from quantpress.evaluation.sizing.model_outline import ModelOutline
+    from quantpress.evaluation.tasks.haystack import book_piece
+    from quantpress.pipelines.prompt import cut_to, token_ids
+    from quantpress.presses.models.eligibility import LAYERED, why_not
 
-    Args:
-        model: as for `load_pipeline`.
-        file: of text to read; None for a piece of a novel.
-        tokens: most tokens to read.
-        device: as for `load_pipeline`.
-        dtype: as for `load_pipeline`.
-
-    Raises:
-        QuantPressError: an argument cannot be used.
-    """
     text = None if file is None else read_text(file)
     pipe = load_pipeline(model, device, dtype)
     text = book_piece(pipe.tokenizer, tokens) if text is None else text
     ids = cut_to(token_ids(pipe.tokenizer, text, "text"), tokens).to(pipe.model.device)
     outline = ModelOutline.of(model_name(pipe), pipe.model)
-    keys = {} if why_not(pipe.model, LAYERED) or not outline.layers else _keys(pipe, ids)
+    keys = {} if why_not(pipe.model, LAYERED) or not outline.layers else key_statistics(pipe.model, ids)
     candidates: list[Candidate] = []
     refusal = outline.refusal
     if refusal is None:
@@ -204,20 +201,10 @@ def suggested(candidates: Sequence[Candidate]) -> str:
     return next((one.press for one in candidates if one.top1 >= ENOUGH_TOP1), candidates[-1].press)
 
 
-def _keys(pipe: TextGenerationPipeline, ids: torch.Tensor) -> dict[int, KeyStatistics]:
-    """Statistics by layer, of those that cache keys of four dimensions."""
-    cache = DynamicCache()
-    with torch.no_grad(), unchanged_model(pipe.model):
-        read_context(pipe.model, ids, cache)
-    found = {}
-    for index, layer in enumerate(cache.layers):
-        states = getattr(layer, "keys", None)
-        if isinstance(states, torch.Tensor) and states.dim() == 4 and states.numel():
-            found[index] = KeyStatistics.of(states)
-    return found
+def _tried_on(pipe: "TextGenerationPipeline", ids: "torch.Tensor", text: str, head_dim: int) -> Candidate:
+    from quantpress.evaluation.attention_fidelity import attention_fidelity
+    from quantpress.presses.expression import parse_press
 
-
-def _tried_on(pipe: TextGenerationPipeline, ids: torch.Tensor, text: str, head_dim: int) -> Candidate:
     press: Any = parse_press(text)
     found = attention_fidelity(pipe.model, ids, press)
     return Candidate(
@@ -229,7 +216,9 @@ def _tried_on(pipe: TextGenerationPipeline, ids: torch.Tensor, text: str, head_d
     )
 
 
-def _layer(layer: LayerOutline, refusal: str | None, keys: KeyStatistics | None) -> Layer:
+def _layer(layer: "LayerOutline", refusal: str | None, keys: "KeyStatistics | None") -> Layer:
+    from quantpress.presses.turboquant import TurboQuant
+
     reason = "a sliding window" if layer.sliding else ""
     if not reason and refusal is not None:
         reason = "this model's cache cannot be packed"

@@ -8,10 +8,8 @@ import torch
 import transformers
 
 from quantpress.errors import InvalidInputError
-from quantpress.evaluation.demo import default_pipeline
-from quantpress.evaluation.devices import device_names
 from quantpress.pipelines import TASK, register
-from quantpress.pipelines.default_model import DEFAULT_MODEL_NAME
+from quantpress.pipelines.default_model import DEFAULT_MODEL_NAME, ensure_default_model, quick_dtype
 from quantpress.pipelines.text_generation import TextGenerationPipeline
 
 STDIN = "-"
@@ -32,28 +30,44 @@ def load_pipeline(
 
     Raises:
         InvalidInputError: the model, device or dtype cannot be used.
+        ModelFilesError: the default model could not be fetched.
     """
     kind = None if dtype is None else getattr(torch, dtype, None)
     if dtype is not None and not isinstance(kind, torch.dtype):
         raise InvalidInputError(f"dtype {dtype!r} is unknown; use bfloat16, float16 or float32")
     try:
         if model in (None, DEFAULT_MODEL_NAME):
-            pipe = default_pipeline(kind)
+            pipe = _default_pipeline(kind)
             if device not in (None, AUTO):
                 pipe.device = torch.device(device)
                 pipe.model.to(pipe.device)
             return pipe
         register()
         make: Any = transformers.pipeline
-        place = {"device": device or ("cuda" if torch.cuda.is_available() else "cpu")}
+        where = {"device": device or ("cuda" if torch.cuda.is_available() else "cpu")}
         if device == AUTO:
-            place = {"device_map": AUTO}
-        loaded: TextGenerationPipeline = make(TASK, model=model, dtype=kind or "auto", **place)
+            where = {"device_map": AUTO}
+        loaded: TextGenerationPipeline = make(TASK, model=model, dtype=kind or "auto", **where)
     except (OSError, ValueError, RuntimeError) as error:
         raise InvalidInputError(
             f"{model or DEFAULT_MODEL_NAME} cannot be loaded: {str(error).splitlines()[0]}"
         ) from error
     return loaded
+
+
+def _default_pipeline(dtype: torch.dtype | None) -> TextGenerationPipeline:
+    """Our pipeline of the default model, in the dtype that `quick_dtype` chooses unless one is given."""
+    register()
+    folder = ensure_default_model()
+    bars = transformers.utils.logging.is_progress_bar_enabled()
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        make: Any = transformers.pipeline
+        pipe: TextGenerationPipeline = make(TASK, model=str(folder), dtype=dtype or quick_dtype())
+    finally:
+        if bars:
+            transformers.utils.logging.enable_progress_bar()
+    return pipe
 
 
 def model_name(pipe: TextGenerationPipeline) -> str:
@@ -72,14 +86,3 @@ def read_text(file: str) -> str:
         return sys.stdin.read() if file == STDIN else Path(file).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise InvalidInputError(f"{file} cannot be read as text: {error}") from error
-
-
-def machine(pipe: TextGenerationPipeline) -> dict[str, Any]:
-    """Where a pipeline runs, for figures: device, dtype, threads and versions."""
-    return {
-        "device": device_names(pipe),
-        "dtype": str(pipe.model.dtype).removeprefix("torch."),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-    }

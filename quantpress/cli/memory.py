@@ -1,23 +1,23 @@
-"""`quantpress memory`: what a cache will weigh, and what a GPU has room for."""
+"""`quantpress memory`: what a cache will weigh, and what fits on a GPU."""
 
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Annotated, Any
 
+import typer
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from quantpress.cli.options import Presses
 from quantpress.errors import InvalidInputError
-from quantpress.evaluation.sizing.memory_plan import MemoryPlan, Planner, Room
-from quantpress.evaluation.sizing.model_outline import ModelOutline, outline
-from quantpress.pipelines.report import format_bytes
-from quantpress.presses.expression import parse_press
+
+if TYPE_CHECKING:
+    from quantpress.evaluation.sizing.memory_plan import MemoryPlan, Room
+    from quantpress.evaluation.sizing.model_outline import ModelOutline
 
 UNITS = {"B": 1, **{f"{p}B": 1000**i for i, p in enumerate("KMGT", 1)}}
 UNITS |= {f"{p}iB": 1024**i for i, p in enumerate("KMGT", 1)}
-DEFAULT_CONTEXT = 131072
 
 
 @dataclass(frozen=True)
@@ -31,10 +31,10 @@ class Sized:
         rooms: what it has room for, one a plan; empty without a GPU.
     """
 
-    model: ModelOutline
-    plans: tuple[MemoryPlan, ...]
+    model: "ModelOutline"
+    plans: "tuple[MemoryPlan, ...]"
     gpu_bytes: int | None = None
-    rooms: tuple[Room, ...] = ()
+    rooms: "tuple[Room, ...]" = ()
 
     exit_status = 0
 
@@ -61,6 +61,8 @@ class Sized:
         return {"model": model, "gpu_bytes": self.gpu_bytes, "presses": plans}
 
     def __rich__(self) -> RenderableType:
+        from quantpress.pipelines.report import format_bytes
+
         first = self.plans[0]
         sequences = "" if first.batch == 1 else f", {first.batch} sequences"
         table = Table(title=f"{self.model.name}: {first.context:,} tokens{sequences}")
@@ -80,6 +82,8 @@ class Sized:
         return Group(table, *(Text(line, "dim") for line in self._notes()))
 
     def _notes(self) -> list[str]:
+        from quantpress.pipelines.report import format_bytes
+
         model, plan = self.model, self.plans[-1]
         sliding = sum(layer.sliding for layer in model.layers)
         notes = [f"The ratio is to all tokens uncompressed, in {self.dtype}."]
@@ -110,33 +114,36 @@ class Sized:
         return notes
 
 
-def main(
-    model: str | None = None,
-    presses: Sequence[str] = (),
-    context: int = DEFAULT_CONTEXT,
-    batch: int = 1,
-    gpu: str | None = None,
-    weights: str | None = None,
+def memory(
+    model: Annotated[
+        str | None,
+        typer.Argument(
+            help="Id, folder, config.json, or a shape such as layers=32,kv_heads=8,head_dim=128; left out, "
+            "the default model."
+        ),
+    ] = None,
+    press: Presses = None,
+    context: Annotated[int, typer.Option("--context", "-c", help="Tokens of each sequence.", min=1)] = 131072,
+    batch: Annotated[int, typer.Option("--batch", "-b", help="Sequences.", min=1)] = 1,
+    gpu: Annotated[
+        str | None,
+        typer.Option(help="Memory of a GPU, such as 80GB: also print the longest context and largest batch."),
+    ] = None,
+    weights: Annotated[
+        str | None, typer.Option(help="Bytes of the weights where the configuration is wrong, such as 4.7GB.")
+    ] = None,
 ) -> Sized:
-    """Weigh a cache before there is one.
+    """Say what a cache will weigh, part by part, before a model is loaded."""
+    from quantpress.evaluation.sizing.memory_plan import Planner
+    from quantpress.evaluation.sizing.model_outline import outline
+    from quantpress.presses.expression import parse_press
 
-    Args:
-        model: as `outline` takes it.
-        presses: as `parse_press` takes them; left out, TurboQuant.
-        context: tokens of each sequence.
-        batch: sequences.
-        gpu: memory of a GPU, such as "80GB" (10**9 bytes) or "24GiB" (2**30).
-        weights: bytes of the weights where they are not what the configuration says, such as "4.7GB".
-
-    Raises:
-        QuantPressError: an argument cannot be used.
-    """
-    made = [parse_press(press) for press in presses or ("TurboQuant",)]
+    made = [parse_press(one) for one in press or ("TurboQuant",)]
     capacity = None if gpu is None else byte_count(gpu)
     known = outline(model)
     if weights is not None:
-        known = ModelOutline(**{**vars(known), "weights_bytes": byte_count(weights), "quantized": False})
-    planners = [Planner(known, press) for press in (None, *(press for press in made if press is not None))]
+        known = replace(known, weights_bytes=byte_count(weights), quantized=False)
+    planners = [Planner(known, one) for one in (None, *(one for one in made if one is not None))]
     plans = tuple(planner.plan(context, batch) for planner in planners)
     rooms = () if capacity is None else tuple(one.room(capacity, context, batch) for one in planners)
     return Sized(known, plans, capacity, rooms)

@@ -1,63 +1,87 @@
 """How a command shows what it found: one JSON document, or a table; everything else goes to stderr."""
 
+import inspect
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import redirect_stdout
-from typing import Any, Protocol, TypeVar
+from functools import wraps
+from typing import Annotated, Any, Protocol, TypeVar
 
+import typer
 from rich.console import Console, RenderableType
 from rich.progress import track
 
 FILE_WIDTH = 120  # columns of a table that is not shown in a terminal
 
 Item = TypeVar("Item")
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of tables.")]
 
 
 class Outcome(Protocol):
-    """What a command returns. `exit_status` is 0, 1 when a bound failed, 2 when something was refused."""
+    """What a command returns."""
 
     @property
     def exit_status(self) -> int:
-        """Of the process."""
+        """Exit status of the process: 0, 1 when a bound failed, 2 when something was refused."""
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
 
-    def __rich__(self) -> RenderableType: ...
+    def __rich__(self) -> RenderableType:
+        """What people see; a string is printed as it is, whatever the width."""
 
 
-def console() -> Console:
-    """For people; wide enough for a table where there is no terminal."""
-    shown = Console()
-    return shown if shown.is_terminal else Console(width=FILE_WIDTH)
-
-
-def print_json(data: Any) -> None:
-    """One JSON document on the standard output."""
-    Console(soft_wrap=True).print_json(data=data)
-
-
-def perform(command: Any, json: bool, options: dict[str, Any]) -> int:
-    """Run a command and show what it returns.
+def with_json(work: Callable[..., Outcome]) -> Callable[..., None]:
+    """Turn the function of a command into the one that typer calls.
 
     Args:
-        command: takes the options and returns an `Outcome`.
+        work: takes the options of the command and returns what it found.
+
+    Returns:
+        A function with one option more, `--json`, which shows the outcome and exits with its status.
+    """
+
+    @wraps(work)
+    def command(json: bool, **options: Any) -> None:
+        raise typer.Exit(perform(work, json, options))
+
+    signature = inspect.signature(work)
+    option = inspect.Parameter("json", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=Json)
+    parameters = [*signature.parameters.values(), option]
+    command.__signature__ = signature.replace(parameters=parameters, return_annotation=None)  # type: ignore[attr-defined]
+    command.__annotations__ = {**work.__annotations__, "json": Json, "return": None}
+    return command
+
+
+def perform(work: Callable[..., Outcome], json: bool, options: dict[str, Any]) -> int:
+    """Run a command and show its outcome.
+
+    Args:
+        work: the function of the command.
         json: print JSON; what libraries print meanwhile goes to stderr, so that stdout holds nothing else.
-        options: of the command.
+        options: keyword arguments of `work`.
 
     Returns:
         The exit status.
     """
     if json:
         with redirect_stdout(sys.stderr):
-            outcome: Outcome = command(**options)
-        print_json(outcome.as_dict())
+            outcome = work(**options)
+        Console(soft_wrap=True).print_json(data=outcome.as_dict())
     else:
-        outcome = command(**options)
-        console().print(outcome)
+        outcome = work(**options)
+        _show(outcome.__rich__())
     return outcome.exit_status
 
 
+def _show(shown: RenderableType) -> None:
+    if isinstance(shown, str):
+        Console(soft_wrap=True).print(shown, markup=False, highlight=False)
+        return
+    console = Console()
+    (console if console.is_terminal else Console(width=FILE_WIDTH)).print(shown)
+
+
 def progress(items: Iterable[Item], what: str, total: int) -> Iterable[Item]:
-    """The items, with a bar on stderr while they are worked on; in a terminal only."""
+    """The items, with a progress bar on stderr, which is drawn in a terminal only."""
     return track(items, what, total=total, console=Console(stderr=True), transient=True)

@@ -1,13 +1,13 @@
-"""`quantpress pack`: read a text once, save the packed context."""
+"""`quantpress pack`: read a text once and save the packed context."""
 
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Annotated, Any
 
+import typer
 from rich.text import Text
 
-from quantpress.cli.loading import STDIN, load_pipeline, model_name, read_text
+from quantpress.cli.options import Device, Dtype, Model, Press
 from quantpress.errors import InvalidInputError
-from quantpress.pipelines.report import format_bytes
 
 SUFFIX = ".kv.safetensors"
 
@@ -43,6 +43,8 @@ class Packed:
         return asdict(self)
 
     def __rich__(self) -> Text:
+        from quantpress.pipelines.report import format_bytes
+
         return Text(
             f"{self.file}: {self.tokens:,} tokens in {format_bytes(self.file_bytes)}, "
             f"{self.bits_per_value:.2f} bits a value, read by {self.model} under {self.press}. It contains "
@@ -50,27 +52,19 @@ class Packed:
         )
 
 
-def main(
-    file: str,
-    output: str | None = None,
-    press: str = "TurboQuant",
-    model: str | None = None,
-    device: str | None = None,
-    dtype: str | None = None,
+def pack(
+    file: Annotated[str, typer.Argument(help="Text to read; - for the standard input.")],
+    output: Annotated[
+        str | None, typer.Option("--output", "-o", help="File to write; left out, FILE.kv.safetensors.")
+    ] = None,
+    press: Press = "TurboQuant",
+    model: Model = None,
+    device: Device = None,
+    dtype: Dtype = None,
 ) -> Packed:
-    """Read a text under a press and save its cache.
+    """Read a text once and save its packed cache, for `run --cache`. The file contains the text."""
+    from quantpress.cli.loading import STDIN, load_pipeline, model_name, read_text
 
-    Args:
-        file: of text; "-" for the standard input.
-        output: the file to write; left out, the text's name with `SUFFIX`.
-        press: as `parse_press` takes it.
-        model: as for `load_pipeline`.
-        device: as for `load_pipeline`.
-        dtype: as for `load_pipeline`.
-
-    Raises:
-        QuantPressError: the text, press or model cannot be used, or the file cannot be written.
-    """
     if output is None and file == STDIN:
         raise InvalidInputError("text from the standard input has no name; give --output FILE")
     target = f"{file}{SUFFIX}" if output is None else output

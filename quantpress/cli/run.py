@@ -1,18 +1,17 @@
 """`quantpress run`: questions about a text, or about a context that was packed before."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any
 
+import typer
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from quantpress.cache.saved.format import read_file
-from quantpress.cli.loading import load_pipeline, model_name, read_text
+from quantpress.cli.options import Device, Dtype, Model, Questions
 from quantpress.errors import InvalidInputError
-from quantpress.pipelines.contexts.cached_context import CachedContext
-from quantpress.pipelines.press_argument import as_press
-from quantpress.pipelines.report import Report
+
+if TYPE_CHECKING:
+    from quantpress.pipelines.report import Report
 
 DEFAULT_PRESS = "TurboQuant"
 
@@ -33,7 +32,7 @@ class Answered:
     press: str
     questions: tuple[str, ...]
     answers: tuple[str, ...]
-    report: Report
+    report: "Report"
 
     exit_status = 0
 
@@ -51,31 +50,27 @@ class Answered:
         return Group(*shown, self.report)
 
 
-def main(
-    file: str | None = None,
-    questions: Sequence[str] = (),
-    press: str | None = None,
-    cache: str | None = None,
-    model: str | None = None,
-    device: str | None = None,
-    dtype: str | None = None,
-    max_new_tokens: int = 50,
+def run(
+    file: Annotated[str | None, typer.Argument(help="Text to read; - for the standard input.")] = None,
+    question: Questions = None,
+    press: Annotated[
+        str | None,
+        typer.Option("--press", "-p", help='Such as "SnapKV(0.5) | TurboQuant(bits=3)"; else TurboQuant.'),
+    ] = None,
+    cache: Annotated[
+        str | None, typer.Option(help="A context that `quantpress pack` wrote, instead of a text.")
+    ] = None,
+    model: Model = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Most tokens of an answer.", min=1)] = 50,
 ) -> Answered:
-    """Answer questions and say what it cost.
+    """Answer questions about a text, or about a context that was packed before."""
+    from quantpress.cache.saved.format import read_file
+    from quantpress.cli.loading import load_pipeline, model_name, read_text
+    from quantpress.pipelines.contexts.cached_context import CachedContext
+    from quantpress.pipelines.press_argument import as_press
 
-    Args:
-        file: of text; "-" for the standard input. None with `cache`.
-        questions: none at all goes on from the context.
-        press: as `parse_press` takes it; left out, `TurboQuant` for a text.
-        cache: what `quantpress pack` wrote.
-        model: as for `load_pipeline`; left out, with `cache`, the one that packed it.
-        device: as for `load_pipeline`.
-        dtype: as for `load_pipeline`; left out, with `cache`, that of the model that packed it.
-        max_new_tokens: most tokens of an answer.
-
-    Raises:
-        QuantPressError: an argument cannot be used.
-    """
     if (file is None) == (cache is None):
         raise InvalidInputError("give a text file, or --cache FILE for one that was packed before, not both")
     as_press(press)  # a wrong one is refused before a model is loaded
@@ -84,7 +79,7 @@ def main(
         known = read_file(cache, verify=False)[0].get("model", {})
         model, dtype = model or known.get("name"), dtype or known.get("dtype")
     pipe = load_pipeline(model, device, dtype)
-    asked: dict[str, Any] = {"questions": list(questions) or [""], "max_new_tokens": max_new_tokens}
+    asked: dict[str, Any] = {"questions": question or [""], "max_new_tokens": max_new_tokens}
     if cache is not None:
         context: Any = CachedContext.load(cache, pipe.model)
         asked |= {} if press is None else {"press": press}

@@ -1,16 +1,16 @@
 """`quantpress validate`: the codec measured on random vectors, beside what theory says of it."""
 
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any
 
+import typer
 from rich.table import Table
 from rich.text import Text
 
 from quantpress.cli.output import progress
-from quantpress.codecs.reports import CodecReport
-from quantpress.codecs.turboquant import TurboQuantCodec
-from quantpress.quantization.spec import ROLES
+
+if TYPE_CHECKING:
+    from quantpress.codecs.reports import CodecReport
 
 DEFAULT_BITS = (1.0, 2.0, 2.5, 3.0, 3.5, 4.0, 8.0)
 DEFAULT_HEAD_DIMS = (64, 128, 256)
@@ -28,7 +28,7 @@ class Check:
 
     role: str
     bits: float
-    report: CodecReport
+    report: "CodecReport"
 
     @property
     def ok(self) -> bool:
@@ -100,29 +100,33 @@ class Validated:
         return table
 
 
-def main(
-    bits: Sequence[float] = DEFAULT_BITS,
-    head_dims: Sequence[int] = DEFAULT_HEAD_DIMS,
-    samples: int = 4096,
-    seed: int = 0,
-    **spec: str,
+def validate(
+    bits: Annotated[
+        list[float] | None, typer.Option(help="Code width, such as 3 or 2.5; may be repeated; else all.")
+    ] = None,
+    head_dim: Annotated[
+        list[int] | None, typer.Option(help="Dimension of the vectors; may be repeated; else 64, 128, 256.")
+    ] = None,
+    samples: Annotated[int, typer.Option(help="Vectors for each codec.", min=1)] = 4096,
+    seed: Annotated[int, typer.Option(help="Of the vectors.")] = 0,
+    rotation: Annotated[str, typer.Option(help="hadamard, haar or identity.")] = "hadamard",
+    scale: Annotated[str, typer.Option(help="auto, norm_corrected, unbiased or norm.")] = "auto",
+    codebook: Annotated[str, typer.Option(help="int8 or lloyd_max.")] = "int8",
+    estimator: Annotated[str, typer.Option(help="mse or prod.")] = "mse",
 ) -> Validated:
-    """Measure codecs.
+    """Measure the codec against theory on random vectors; exit status 1 when a bound fails."""
+    from quantpress.codecs.turboquant import TurboQuantCodec
+    from quantpress.quantization.spec import ROLES
 
-    Args:
-        bits: code widths.
-        head_dims: dimensions.
-        samples: vectors for each.
-        seed: of the vectors.
-        **spec: rotation, scale, codebook, estimator, as for `CodecSpec`.
-
-    Raises:
-        InvalidInputError: there is no such codec.
-    """
-    wanted = [(dim, width, role) for dim in head_dims for width in bits for role in ROLES]
-    codecs = [(width, TurboQuantCodec(dim, width, role, **spec)) for dim, width, role in wanted]
-    checks = []
-    for width, codec in progress(codecs, "measuring", len(codecs)):
-        report = codec.validate(samples, seed)
-        checks.append(Check(codec.spec.role, width, report))
+    spec = {"rotation": rotation, "scale": scale, "codebook": codebook, "estimator": estimator}
+    codecs = [
+        (width, TurboQuantCodec(dim, width, role, **spec))
+        for dim in head_dim or DEFAULT_HEAD_DIMS
+        for width in bits or DEFAULT_BITS
+        for role in ROLES
+    ]
+    checks = [
+        Check(codec.spec.role, width, codec.validate(samples, seed))
+        for width, codec in progress(codecs, "measuring", len(codecs))
+    ]
     return Validated(tuple(checks))

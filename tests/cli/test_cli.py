@@ -5,7 +5,6 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -13,8 +12,14 @@ from typer.main import get_command
 from typer.testing import CliRunner
 
 import quantpress
-from quantpress import cli, doctor
+from quantpress import cli
+from quantpress.cli import doctor, loading
+from quantpress.evaluation import demo
+from quantpress.evaluation.demo import Row, Trial
+from quantpress.evaluation.tasks.haystack import Needle
+from quantpress.pipelines.report import Report
 from tests.limits import HANG
+from tests.pipelines.words import ours
 
 ROOT = Path(__file__).parents[2]
 
@@ -24,19 +29,19 @@ def invoke(*arguments: str) -> Any:
 
 
 @pytest.fixture
-def demo(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
-    """A demo that only notes how it was called; it fails when asked for 13 tokens."""
-    calls: list[dict[str, Any]] = []
+def trials(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+    """Tokens and number of presses of each demo, which asks nothing and fails when asked for 13 tokens."""
+    calls: list[tuple[int, int]] = []
 
-    def main(**options: Any) -> int:
-        calls.append(options)
-        if options["tokens"] == 13:
+    def noted(pipe: Any, tokens: int, depths: int, presses: list[Any]) -> list[Row]:
+        calls.append((tokens, len(presses)))
+        if tokens == 13:
             raise quantpress.ContextTooLongError("13 tokens are too many")
-        return 0
+        report = Report(4000, 2000.0, 5.5, 2**20, 4 * 2**20, 1.0, 0.5, 0.25, 8)
+        return [Row("uncompressed", (Trial(Needle("Oslo", 12345, 0.5), "12345", report),))]
 
-    module = ModuleType("quantpress.evaluation.demo")
-    module.main = main  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "quantpress.evaluation.demo", module)
+    monkeypatch.setattr(loading, "load_pipeline", lambda *_: ours())
+    monkeypatch.setattr(demo, "run_trials", noted)
     return calls
 
 
@@ -44,17 +49,16 @@ def test_version_is_printed() -> None:
     assert invoke("version").stdout.strip() == quantpress.__version__
 
 
-def test_demo_gets_its_options(demo: list[dict[str, Any]]) -> None:
-    assert invoke("demo").exit_code == 0
-    assert invoke("demo", "--tokens", "512", "--json", "--fast").exit_code == 0
-    assert demo == [
-        {"tokens": None, "json": False, "fast": False},
-        {"tokens": 512, "json": True, "fast": True},
-    ]
+def test_demo_gets_its_options(trials: list[tuple[int, int]]) -> None:
+    shown = " ".join(invoke("demo").stdout.split())
+    assert "Pride and Prejudice" in shown and "in float32 on cpu" in shown
+    found = json.loads(invoke("demo", "--tokens", "512", "--json", "--fast").stdout)
+    assert found["rows"][0]["trials"][0]["right"]
+    assert trials == [(2048, 5), (512, 3)]  # the tiny model is in float32: the context is short
 
 
 def test_an_error_of_ours_is_one_line_on_stderr(
-    demo: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    trials: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["quantpress", "demo", "--tokens", "13"])
     with pytest.raises(SystemExit) as stopped:
@@ -113,7 +117,17 @@ def test_a_process_prints_one_json_document() -> None:
 def test_doctor_names_every_part() -> None:
     result = invoke("doctor")
     assert result.exit_code == 0
-    parts = ("python", "torch", "transformers", "kvpress", "triton", "cuda", "attention", "encode", "decode")
+    parts = (
+        "python",
+        "torch",
+        "transformers",
+        "kvpress",
+        "triton",
+        "cuda",
+        "attention",
+        "encode",
+        "dequantize",
+    )
     for part in (*parts, "falls back", "default model", "its dtype"):
         assert part in result.stdout
 
@@ -143,13 +157,13 @@ def test_doctor_is_json_too() -> None:
 
 def test_doctor_reports_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "PACKAGES", ("torch", "no-such-package-anywhere", "triton"))
-    assert doctor.diagnose().versions["no-such-package-anywhere"] is None
+    assert doctor.doctor().versions["no-such-package-anywhere"] is None
     assert "not installed" in invoke("doctor").stdout
 
 
 def test_doctor_finds_the_reference_of_each_operation() -> None:
-    backends = doctor.diagnose().backends
-    assert {"attend", "decode", "encode"} <= set(backends)
+    backends = doctor.doctor().backends
+    assert {"attend", "dequantize", "encode"} <= set(backends)
     assert all("reference" in found for found in backends.values())
 
 

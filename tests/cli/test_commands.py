@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 from typer.testing import CliRunner
 
 from quantpress import cli
+from quantpress.cli import loading
 from quantpress.cli.loading import load_pipeline
 from quantpress.errors import CacheFileError, InvalidInputError
-from quantpress.evaluation.devices import device_names, devices_of
+from quantpress.evaluation.measuring import device_names, devices_of
 from tests.pipelines.words import model_folder, ours, text
 
 CONTEXT = text(500)
@@ -83,16 +83,16 @@ def test_a_model_spread_over_all_devices_answers_the_same(
 ) -> None:
     """With one device, as here, all of it is there; tests with two GPUs spread one by hand."""
     options = ["run", context, "-q", "w1", "-m", model, "--json"]
-    expected, places = answers(invoke(*options)), []
-    make: Any = transformers.pipeline
+    expected, devices = answers(invoke(*options)), []
+    make: Any = loading.transformers.pipeline
 
     def noted(*args: Any, **kwargs: Any) -> Any:
-        places.append((kwargs.get("device"), kwargs.get("device_map")))
+        devices.append((kwargs.get("device"), kwargs.get("device_map")))
         return make(*args, **kwargs)
 
-    monkeypatch.setattr(transformers, "pipeline", noted)
+    monkeypatch.setattr(loading.transformers, "pipeline", noted)
     assert answers(invoke(*options, "--device", "auto")) == expected
-    assert places == [(None, "auto")]
+    assert devices == [(None, "auto")]
     assert load_pipeline(None, "auto").device == load_pipeline(None).device
 
 

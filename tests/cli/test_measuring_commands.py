@@ -15,8 +15,9 @@ from quantpress.cache import cache_memory
 from quantpress.cli import bench, compare, inspect, loading, memory, validate
 from quantpress.cli.inspect import CANDIDATES, Candidate, suggested
 from quantpress.codecs import turboquant as codec
+from quantpress.evaluation.measuring import TokenClock, machine
 from quantpress.evaluation.sizing.model_outline import EXAMPLE_SHAPE
-from quantpress.evaluation.token_clock import TokenClock
+from quantpress.evaluation.tasks.haystack import book_piece
 from tests.pipelines.words import model_folder, ours, text, word_tokenizer
 from tests.tiny_models import tiny_model
 
@@ -87,9 +88,9 @@ def test_compare_without_a_text_asks_for_a_hidden_number(monkeypatch: pytest.Mon
         asked.append((read, questions))
         return compare.Compared("uncompressed"), [[1]]
 
-    monkeypatch.setattr(compare, "load_pipeline", lambda *_: ours())
+    monkeypatch.setattr(loading, "load_pipeline", lambda *_: ours())
     monkeypatch.setattr(compare, "_ask", ask)
-    compare.main(presses=["none"], tokens=300)
+    compare.compare(press=["none"], tokens=300)
     ((read, (question,)),) = asked
     city = question.split("for ")[1].split(" mentioned")[0]
     assert f"special magic number for {city} is: " in read
@@ -114,7 +115,9 @@ def test_memory_prints_the_parts(model: str) -> None:
 
 
 def test_memory_takes_other_weights() -> None:
-    (own, lighter) = (memory.main(EXAMPLE_SHAPE, gpu="24GB", weights=weights) for weights in (None, "4.7GB"))
+    (own, lighter) = (
+        memory.memory(EXAMPLE_SHAPE, gpu="24GB", weights=weights) for weights in (None, "4.7GB")
+    )
     assert lighter.model.weights_bytes == 4_700_000_000
     assert all(b.context > a.context for a, b in zip(own.rooms, lighter.rooms, strict=True))
 
@@ -138,7 +141,7 @@ def test_bench_measures_every_side(model: str) -> None:
         assert 0 < row["report"]["prefill_s"] < row["first_token_s"]
         assert row["tokens_per_s"] > 0 and row["peak_bytes"] >= 0
         assert row["speed_ratio"] == pytest.approx(row["tokens_per_s"] / plain["tokens_per_s"])
-    cache = ours().read(bench.book_piece(word_tokenizer(), 300), press=None).cache
+    cache = ours().read(book_piece(word_tokenizer(), 300), press=None).cache
     assert plain["report"]["resident_bytes"] == cache_memory(cache).total_bytes
     assert found["machine"]["device"] == "cpu"
 
@@ -149,7 +152,7 @@ def test_bench_answers_are_as_long_as_asked_although_the_model_would_stop(
     pipe = ours()
     # every token but one would end the answer
     monkeypatch.setattr(pipe.model.generation_config, "eos_token_id", list(range(2, 256)))
-    _, speed, _, report = bench._once(pipe, CONTEXT, None, 8)
+    _, speed, _, report = bench._timed(pipe, CONTEXT, None, 8)
     assert report.new_tokens == 8 and speed > 0
 
 
@@ -194,16 +197,16 @@ def test_inspect_names_packed_layers_and_suggests_a_press(model: str) -> None:
 def test_inspect_says_why_a_layer_is_not_packed(
     family: str, packed: list[bool], why: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(inspect, "load_pipeline", lambda *_: ours(family))
-    found = inspect.main(tokens=300)
+    monkeypatch.setattr(loading, "load_pipeline", lambda *_: ours(family))
+    found = inspect.inspect(tokens=300)
     assert [layer.packed for layer in found.layers] == packed
     assert [layer.reason for layer in found.layers] == ["" if one else why for one in packed]
     assert (found.suggestion is None) == (not any(packed)) == (found.refusal is not None)
 
 
 def test_inspect_of_a_short_text_says_that_nothing_could_be_tried(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(inspect, "load_pipeline", lambda *_: ours())
-    found = inspect.main(tokens=100)
+    monkeypatch.setattr(loading, "load_pipeline", lambda *_: ours())
+    found = inspect.inspect(tokens=100)
     assert (found.candidates, found.suggestion) == ((), "TurboQuant")
     assert "none of the 100 tokens was packed" in str(found.refusal)
 
@@ -225,7 +228,7 @@ def test_validate_passes_and_shows_every_codec() -> None:
 
 
 def test_validate_covers_the_papers_estimator() -> None:
-    found = validate.main(bits=[3], head_dims=[64], samples=512, estimator="prod")
+    found = validate.validate(bits=[3], head_dim=[64], samples=512, estimator="prod")
     assert not found.exit_status and all(check.report.paper_bound is None for check in found.checks)
 
 
@@ -240,7 +243,7 @@ def test_validate_exits_1_when_a_codec_is_not_what_it_says(
 
 
 def test_a_codec_that_is_better_than_possible_fails_too() -> None:
-    (check, *_) = validate.main(bits=[2], head_dims=[64], samples=512).checks
+    (check, *_) = validate.validate(bits=[2], head_dim=[64], samples=512).checks
     assert check.ok
     for distortion in (0.9 * check.report.shannon, 1.1 * float(check.report.paper_bound or 0)):
         report = replace(check.report, distortion=distortion, expected=distortion)
@@ -252,7 +255,7 @@ def test_what_libraries_print_stays_out_of_the_json(model: str, monkeypatch: pyt
         print("a library says hello")
         return ours()
 
-    monkeypatch.setattr(bench, "load_pipeline", noisy)
+    monkeypatch.setattr(loading, "load_pipeline", noisy)
     options = ["--tokens", "100", "--new-tokens", "6", "--repeats", "1", "--json"]
     result = invoke("bench", *options)
     assert json.loads(result.stdout)["presses"]
@@ -260,10 +263,10 @@ def test_what_libraries_print_stays_out_of_the_json(model: str, monkeypatch: pyt
 
 
 def test_the_machine_of_a_pipeline_is_named() -> None:
-    found = loading.machine(ours())
+    found = machine(ours())
     assert (found["device"], found["dtype"], found["torch"]) == ("cpu", "float32", torch.__version__)
 
 
 def test_a_piece_of_the_book_has_the_length_that_was_asked_for() -> None:
-    piece = bench.book_piece(word_tokenizer(), 100)
+    piece = book_piece(word_tokenizer(), 100)
     assert 98 <= len(word_tokenizer().encode(piece)) <= 100

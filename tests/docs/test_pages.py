@@ -37,7 +37,7 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def reader(tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder as the pages' readers have it: a README.md, a book.txt, a model and its config.json."""
-    for module in ("quantpress.evaluation.demo", "quantpress.pipelines.default_model.lazy"):
+    for module in ("quantpress.cli.loading", "quantpress.pipelines.default_model.lazy"):
         monkeypatch.setattr(f"{module}.ensure_default_model", lambda *_: tiny_folder)
     for name in ("README.md", "book.txt"):
         (tmp_path / name).write_text(text(500), encoding="utf-8")

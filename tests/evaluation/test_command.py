@@ -2,17 +2,18 @@
 
 import json
 import sys
-from dataclasses import fields
+from dataclasses import replace
 
 import pytest
 from typer.testing import CliRunner
 
 from quantpress import cli
 from quantpress.cli import evaluate as command
+from quantpress.cli import loading
 from quantpress.errors import InvalidInputError
+from quantpress.evaluation import runner, suites
 from quantpress.evaluation.arms import every_arm
 from quantpress.evaluation.results import statistics
-from quantpress.evaluation.suites import Suite
 from tests.pipelines.words import ours
 
 SIZES = {
@@ -32,18 +33,24 @@ SIZES = {
 
 @pytest.fixture
 def tiny(monkeypatch):
-    """The tiny model in place of any other."""
+    """The tiny model in place of any other, and a tiny suite in place of the quick one."""
     asked = []
+    monkeypatch.setitem(suites.SUITES, "quick", replace(suites.QUICK, **SIZES))
     monkeypatch.setattr(statistics, "RESAMPLES", 20)
-    monkeypatch.setattr(command, "load_pipeline", lambda *names: asked.append(names) or ours())
+    monkeypatch.setattr(loading, "load_pipeline", lambda *names: asked.append(names) or ours())
     return asked
 
 
-def test_a_suite_writes_results_tables_and_pictures(tiny, tmp_path, capsys):
-    own = ["Knorm(0.2) | TurboQuant(bits=3)"]
-    command.main("quick", tmp_path, model="m", device="d", dtype="t", presses=own, sizes=SIZES)
+def evaluate(*arguments):
+    result = CliRunner().invoke(cli.app, ["eval", *map(str, arguments)], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+def test_a_suite_writes_results_tables_and_pictures(tiny, tmp_path):
+    own = "Knorm(0.2) | TurboQuant(bits=3)"
+    printed = evaluate("--output", tmp_path, "-m", "m", "--device", "d", "--dtype", "t", "-p", own)
     assert tiny == [("m", "d", "t")]
-    printed = capsys.readouterr().out
     assert printed.strip() == (tmp_path / "report.md").read_text("utf-8").strip()
     for arm in every_arm():
         assert f"| {arm.name} |".replace(") | ", ") \\| ") in printed
@@ -52,13 +59,11 @@ def test_a_suite_writes_results_tables_and_pictures(tiny, tmp_path, capsys):
     assert names >= {"results.jsonl", "report.md", "needles.png", "divergence.png", "memory.png", "front.png"}
 
 
-def test_json_holds_every_row_and_a_second_run_adds_nothing(tiny, tmp_path, capsys):
-    how = {"parts": ["fidelity"], "sizes": SIZES, "figures": False, "json": True}
-    command.main("quick", tmp_path, **how)
-    first = json.loads(capsys.readouterr().out)
+def test_json_holds_every_row_and_a_second_run_adds_nothing(tiny, tmp_path):
+    how = ("--output", tmp_path, "--part", "fidelity", "--no-figures", "--json")
+    first = json.loads(evaluate(*how))
     size = (tmp_path / "results.jsonl").stat().st_size
-    command.main("quick", tmp_path, **how)
-    assert json.loads(capsys.readouterr().out) == first
+    assert json.loads(evaluate(*how)) == first
     assert (tmp_path / "results.jsonl").stat().st_size == size
     assert {path.name for path in tmp_path.iterdir()} == {"results.jsonl", "report.md"}
     assert [row["arm"] for row in first["fidelity"]] == [arm.name for arm in every_arm()]
@@ -67,104 +72,72 @@ def test_json_holds_every_row_and_a_second_run_adds_nothing(tiny, tmp_path, caps
     assert first["grid"] == first["tasks"] == first["refused"] == []
 
 
-def test_results_of_another_machine_are_reported_on(tiny, tmp_path, capsys):
-    command.main("quick", tmp_path, parts=["fidelity"], sizes=SIZES, figures=False)
+def test_results_of_another_machine_are_reported_on(tiny, tmp_path):
+    command.evaluate(output=tmp_path, part=["fidelity"], figures=False)
     written = (tmp_path / "report.md").read_text("utf-8")
     path, asked = tmp_path / "results.jsonl", len(tiny)
     path.write_text(path.read_text("utf-8").replace('"device": "cpu"', '"device": "a GPU"', 1), "utf-8")
     with pytest.raises(InvalidInputError, match="device"):
-        command.main("quick", tmp_path, parts=["fidelity"], sizes=SIZES, figures=False)
+        command.evaluate(output=tmp_path, part=["fidelity"], figures=False)
     before = path.read_bytes()
-    command.main(output=tmp_path, report_only=True)
+    command.evaluate(output=tmp_path, report_only=True)
     assert (tmp_path / "report.md").read_text("utf-8") == written.replace("on cpu", "on a GPU")
     assert path.read_bytes() == before and (tmp_path / "divergence.png").exists()
     assert len(tiny) == asked + 1  # by the refused run, not by the report
     with pytest.raises(InvalidInputError, match="no file of results"):
-        command.main(output=tmp_path / "empty", report_only=True)
+        command.evaluate(output=tmp_path / "empty", report_only=True)
     assert not (tmp_path / "empty").exists()
 
 
 def test_a_press_that_there_is_not_is_named_at_once(tiny, tmp_path):
     with pytest.raises(InvalidInputError, match="did you mean 'SnapKV'"):
-        command.main("quick", tmp_path, presses=["SnapKVV(0.5)"])
+        command.evaluate(output=tmp_path, press=["SnapKVV(0.5)"])
     with pytest.raises(InvalidInputError, match="two arms"):
-        command.main("quick", tmp_path, presses=["SnapKV(0.5)"])
+        command.evaluate(output=tmp_path, press=["SnapKV(0.5)"])
     assert not tiny
 
 
 def test_a_part_that_there_is_not_is_refused(tiny, tmp_path):
     with pytest.raises(InvalidInputError, match="'speed'"):
-        command.main("quick", tmp_path, parts=["speed"])
+        command.evaluate(output=tmp_path, part=["speed"])
     assert not tiny
 
 
 def test_missing_matplotlib_is_named_before_anything_is_measured(tiny, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(InvalidInputError, match="--no-figures"):
-        command.main("quick", tmp_path, sizes=SIZES)
+        command.evaluate(output=tmp_path)
     assert not tiny
 
 
-@pytest.fixture
-def called(monkeypatch):
-    calls = []
-    monkeypatch.setattr(command, "main", lambda *args, **kwargs: calls.append((args, kwargs)))
-    return calls
+def test_the_command_takes_its_options(tiny, tmp_path):
+    options = (
+        f"--suite full --model m --part fidelity -p Knorm --device cuda --dtype float32 --output {tmp_path}"
+    )
+    options += " --documents 1 --context 300 --continuation 5 --length 10 --length 20 --task-tokens 30"
+    options += " --samples 2 --batch 4 --seed 5 --no-figures --json"
+    found = json.loads(evaluate(*options.split()))
+    assert tiny == [("m", "cuda", "float32")]
+    settings = found["settings"]
+    assert (
+        settings["seed"] == 5
+        and settings["suite"].items()
+        >= {
+            "name": "full",
+            "documents": 1,
+            "context": 300,
+            "continuation": 5,
+            "lengths": [10, 20],
+            "task_tokens": 30,
+            "samples": 2,
+            "batch": 4,
+        }.items()
+    )
+    assert "Knorm" in [row["arm"] for row in found["fidelity"]]
 
 
-def test_the_command_hands_its_options_on(called, tmp_path):
-    options = [
-        "--suite",
-        "full",
-        "--output",
-        str(tmp_path),
-        "--model",
-        "m",
-        "--part",
-        "grid",
-        "--part",
-        "tasks",
-    ]
-    options += [
-        "--press",
-        "SnapKV",
-        "-p",
-        "Knorm | TurboQuant",
-        "--device",
-        "cuda",
-        "--dtype",
-        "float32",
-        "--documents",
-        "3",
-        "--context",
-        "99",
-    ]
-    options += ["--continuation", "7", "--length", "10", "--length", "20", "--task-tokens", "30"]
-    options += ["--samples", "2", "--batch", "4", "--seed", "5", "--no-figures", "--json"]
-    result = CliRunner().invoke(cli.app, ["eval", *options])
-    assert result.exit_code == 0, result.output
-    ((args, kwargs),) = called
-    assert args == ("full", tmp_path)
-    sizes = kwargs.pop("sizes")
-    assert sizes == {
-        "documents": 3,
-        "context": 99,
-        "continuation": 7,
-        "lengths": (10, 20),
-        "task_tokens": 30,
-        "samples": 2,
-        "batch": 4,
-    }
-    assert sizes.keys() <= {field.name for field in fields(Suite)}
-    assert (kwargs["model"], kwargs["device"], kwargs["dtype"], kwargs["seed"]) == ("m", "cuda", "float32", 5)
-    assert kwargs["parts"] == ["grid", "tasks"]
-    assert kwargs["presses"] == ["SnapKV", "Knorm | TurboQuant"]
-    assert (kwargs["figures"], kwargs["json"]) == (False, True)
-
-
-def test_without_options_everything_is_measured(called):
-    assert CliRunner().invoke(cli.app, ["eval"]).exit_code == 0
-    ((args, kwargs),) = called
-    assert args == ("quick", None)
-    assert kwargs["parts"] == ["fidelity", "grid", "tasks"]
-    assert kwargs["sizes"] == {}
+def test_without_options_every_part_is_measured(tiny, tmp_path, monkeypatch):
+    parts = []
+    monkeypatch.setattr(runner.Runner, "run", lambda self, some: parts.append((self.suite.name, tuple(some))))
+    command.evaluate(output=tmp_path, figures=False)
+    assert parts == [("quick", suites.PARTS)] and command.PARTS == suites.PARTS

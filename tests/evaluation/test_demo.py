@@ -6,11 +6,12 @@ import pytest
 import torch
 from rich.console import Console
 
+from quantpress.cli import demo as command
 from quantpress.evaluation import demo
+from quantpress.evaluation.demo import Row, Trial, run_trials
 from quantpress.evaluation.tasks.haystack import Needle
-from quantpress.evaluation.trials import Row, Trial, name_of, run
 from quantpress.pipelines.report import Report
-from quantpress.presses import Compose, SnapKV, TurboQuant
+from quantpress.presses import TurboQuant
 from tests.pipelines.words import ours
 
 
@@ -63,24 +64,19 @@ def test_what_was_said_is_short(answer, said):
 
 
 def test_figures_are_json():
-    found = json.loads(json.dumps(demo.as_dict(_rows(), ours(), 1.5)))
+    shown = command.Demonstrated("tiny", torch.bfloat16, "cpu", 2, 1.5, _rows())
+    found = json.loads(json.dumps(shown.as_dict()))
     assert [[trial["right"] for trial in row["trials"]] for row in found["rows"]] == [
         [True, True],
         [False, False],
     ]
     assert found["rows"][0]["trials"][1]["report"]["resident_bytes"] == 3 * 2**20
-    assert (found["seconds"], found["threads"]) == (1.5, torch.get_num_threads())
-
-
-def test_presses_are_named_as_they_are_written():
-    assert name_of(None) == "uncompressed"
-    assert name_of(TurboQuant(bits=3)) == "TurboQuant(3)"
-    assert name_of(Compose([SnapKV, TurboQuant(bits=3)])) == "SnapKV(0.5) | TurboQuant(3)"
+    assert (found["seconds"], found["threads"], found["dtype"]) == (1.5, 2, "bfloat16")
 
 
 def test_every_depth_is_asked_for_over_every_press():
     presses = (lambda: None, TurboQuant)
-    rows = run(ours(), 600, 3, presses)
+    rows = run_trials(ours(), 600, 3, presses)
     assert [row.press for row in rows] == ["uncompressed", "TurboQuant(4)"]
     for row in rows:
         assert [trial.needle.depth for trial in row.trials] == pytest.approx([1 / 6, 1 / 2, 5 / 6])
@@ -94,36 +90,27 @@ def test_every_depth_is_asked_for_over_every_press():
 @pytest.fixture
 def one_depth(monkeypatch):
     """A shorter text, half-way: `test_haystack.py` has the model find what lies elsewhere."""
-    monkeypatch.setattr(demo, "FAST_DEPTHS", 1)
-    monkeypatch.setattr(demo, "FAST_TOKENS", 1024)
+    monkeypatch.setattr(command, "DEPTHS", 1)
+    monkeypatch.setattr(command, "FAST_TOKENS", 1024)
 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("one_depth")
-def test_the_main_job(capfd):
+def test_the_main_job():
     """On the default model nothing is lost uncompressed or by TurboQuant; the figures are those of 4 bits.
 
     In whichever dtype this machine takes: the bits are those of the formula in docs/how_it_works.md.
     """
-    demo.main(fast=True, json=True)
-    found = json.loads(capfd.readouterr().out)
+    found = command.demo(fast=True).as_dict()
     rows = {row["cache"]: row["trials"] for row in found["rows"]}
-    assert len(rows) == len(demo.FAST_PRESSES)
+    assert len(rows) == len(command.FAST_PRESSES)
     for name in ("uncompressed", "TurboQuant(4)"):
         assert all(trial["right"] for trial in rows[name]), rows[name]
     plain, packed = (rows[name][0]["report"] for name in ("uncompressed", "TurboQuant(4)"))
-    assert packed["tokens_seen"] == packed["tokens_kept"] == pytest.approx(demo.FAST_TOKENS, abs=64)
+    assert packed["tokens_seen"] == packed["tokens_kept"] == pytest.approx(command.FAST_TOKENS, abs=64)
     width, tokens = {"float32": 32, "bfloat16": 16, "float16": 16}[found["dtype"]], packed["tokens_seen"]
     pages = (tokens - 4 - 128) // 128
     by_hand = (128 * pages * (4 + 16 / 64) + width * (tokens - 128 * pages) + 32) / tokens
     assert packed["bits_per_value"] == pytest.approx(by_hand)
     assert packed["ratio"] == pytest.approx(width / by_hand)
     assert (plain["bits_per_value"], plain["ratio"]) == (width, 1)
-
-
-def test_the_table_of_the_main_job(monkeypatch, capsys):
-    monkeypatch.setattr(demo, "run", lambda *_: _rows())
-    demo.main(tokens=512, fast=True)
-    out = capsys.readouterr().out
-    assert "Pride and Prejudice" in out
-    assert "SmolLM2" in out

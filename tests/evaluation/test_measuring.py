@@ -6,7 +6,7 @@ import psutil
 import pytest
 import torch
 
-from quantpress.evaluation.token_clock import TokenClock, peak_memory
+from quantpress.evaluation.measuring import TokenClock, peak_memory
 from tests.pipelines.words import ours, text
 
 MEBIBYTE = 2**20

@@ -9,7 +9,7 @@ from transformers import DynamicCache
 
 from quantpress.codecs.raw import RawPages
 from quantpress.errors import InvalidInputError
-from quantpress.evaluation.divergence.attention_fidelity import attention_fidelity
+from quantpress.evaluation.attention_fidelity import attention_fidelity
 from quantpress.presses import TurboQuant
 from tests.tiny_models import prompt, tiny_model
 

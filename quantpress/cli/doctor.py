@@ -1,4 +1,4 @@
-"""What this machine offers: versions, devices, kernels, and what runs in plain PyTorch instead, and why."""
+"""`quantpress doctor`: versions, devices, kernels, and what runs in plain PyTorch instead, and why."""
 
 import platform
 import sys
@@ -9,7 +9,7 @@ from typing import Any
 
 from rich.table import Table
 
-import quantpress.kernels
+import quantpress
 
 PACKAGES = ("torch", "transformers", "kvpress", "triton")
 
@@ -76,8 +76,8 @@ class Diagnosis:
         return table
 
 
-def diagnose() -> Diagnosis:
-    """Look at this machine; nothing is changed, and a missing package is reported, not raised."""
+def doctor() -> Diagnosis:
+    """Print versions, devices and kernels, what falls back to plain PyTorch here, and why."""
     versions: dict[str, str | None] = {name: _version(name) for name in PACKAGES}
     versions = {"python": platform.python_version(), "quantpress": quantpress.__version__, **versions}
     cuda, devices = _cuda() if versions["torch"] else (None, ())
