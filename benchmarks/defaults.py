@@ -20,8 +20,8 @@ from rich.console import Console
 from rich.progress import track
 
 from quantpress.cli.loading import load_pipeline, model_name
-from quantpress.evaluation.divergence.divergence import FidelityProbe
-from quantpress.evaluation.documents import Pieces, make_unread_documents
+from quantpress.evaluation.divergence.documents import Pieces, make_unread_documents
+from quantpress.evaluation.divergence.probe import DivergenceProbe
 from quantpress.evaluation.results.markdown import interval, table
 from quantpress.evaluation.results.records import Records
 from quantpress.evaluation.results.statistics import mean_by_document, paired_ratio
@@ -81,7 +81,7 @@ def main() -> None:
     settings = {"model": model_name(pipe), "documents": args.documents, "context": args.context}
     records = Records(folder / "results.jsonl", settings)
     for document in track(documents, console=Console(stderr=True)):
-        probe = FidelityProbe(pipe.model, [document])
+        probe = DivergenceProbe(pipe.model, [document])
         for press in presses:
             if not records.has("fidelity", press, document.name):
                 (found,) = probe.over(parse_press(press))

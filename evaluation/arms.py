@@ -1,7 +1,7 @@
-"""What is compared: the arms of an evaluation, each a way to keep a cache.
+"""The arms of an evaluation: ways to keep a cache that are compared.
 
 Every run has the controls: the uncompressed cache, plain integers, KIVI's scheme, random eviction and
-kvpress's presses alone. All of them are held for real; nothing is simulated.
+kvpress's presses alone. All of them really hold their cache in that form; nothing is simulated.
 """
 
 from collections.abc import Callable, Sequence
@@ -33,10 +33,10 @@ class Arm:
     """One way to keep a cache.
 
     Args:
-        name: unique in a run; what tables and records call it.
-        make: makes a fresh press for every reading; None keeps the cache as it is.
+        name: name in tables and records, unique in a run.
+        make: makes a fresh press for every reading, or None to keep the cache as it is.
         kind: "control", "eviction", "quantizer", "combined", "grid" or "yours".
-        one_by_one: its press takes no batch: documents are read one at a time.
+        one_by_one: whether documents are read one at a time, because the press takes no batch.
     """
 
     name: str
@@ -49,7 +49,7 @@ def check_names(arms: Sequence[Arm]) -> None:
     """Refuse two arms of one name, and arms without the uncompressed one.
 
     Raises:
-        InvalidInputError: naming the arm.
+        InvalidInputError: two arms have the same name, or none is called `UNCOMPRESSED`.
     """
     names = [arm.name for arm in arms]
     twice = sorted({name for name in names if names.count(name) > 1})
@@ -65,7 +65,7 @@ def uncompressed() -> Arm:
 
 
 def plain_integers(bits: int) -> TurboQuant:
-    """Plain integers of `bits` bits, one range a token and head, nothing pinned, nothing rotated."""
+    """Plain integers of `bits` bits, one range for each token and head, without pinned tokens or rotation."""
     return TurboQuant(
         codec=lambda head_dim, role, layer_idx: UniformPages(head_dim, bits), sink_tokens=0, recent_tokens=0
     )
@@ -95,7 +95,7 @@ def codec_arm(name: str, codec: CodecFactory, **options: Any) -> Arm:
 
 
 def controls() -> list[Arm]:
-    """What every run has."""
+    """The arms of every run."""
     return [
         uncompressed(),
         Arm("int8 per token", lambda: plain_integers(8), "control"),
@@ -119,8 +119,9 @@ def evictions() -> list[Arm]:
 def quantizers() -> list[Arm]:
     """TurboQuant by its presets and widths, and as published at the same true bits.
 
-    The first ones have the presets' windows: 4 first and 8 detected tokens of each head and 64 recent ones in
-    16 bits; TurboQuant as published has 12 first ones, so as many. The last ones have the class's windows.
+    The first ones have the windows of the presets in 16 bits: 4 first and 8 detected tokens of each head and
+    64 recent ones; TurboQuant as published has 12 first ones, the same number. The last ones have the windows
+    of `TurboQuant()`.
     """
     small, paper = partial(TurboQuant.preset, "small"), partial(TurboQuant.preset, "paper")
     same = {
@@ -152,7 +153,7 @@ AGAINST_PUBLISHED = {
     "TurboQuant 3.5": "as published 3.5, 128 recent",
     "TurboQuant 3/3": "as published 3/3, 128 recent",
 }
-"""Arms and TurboQuant as published in as many bits."""
+"""Arms, each with TurboQuant as published at the same number of bits."""
 
 
 def combined() -> list[Arm]:

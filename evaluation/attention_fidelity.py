@@ -1,7 +1,7 @@
 """How well attention over packed keys and values follows attention over exact ones, on a real model.
 
-For the last queries of a context every layer's scores q.k are computed twice: with the keys of the model, and
-with the same keys as a press keeps them (packed, with their sinks and recent tokens in 16 bits). Each layer
+For the last queries of a context, the scores q.k of every layer are computed twice: with the keys of the
+model, and with the same keys as a press keeps them (packed, sinks and recent tokens in 16 bits). Each layer
 sees exact inputs, so errors do not add up over layers. A softcap of the model is left out.
 """
 
@@ -33,12 +33,12 @@ class LayerFidelity:
     """One layer, averaged over its query heads and queries.
 
     Args:
-        layer: its index.
-        packed_tokens: how many of its tokens were in packed pages.
+        layer: index of the layer.
+        packed_tokens: number of its tokens in packed pages.
         cosine: cosine between exact and packed scores over the tokens that a query sees.
-        worst_cosine: of the query head with the lowest mean cosine.
-        top1: part of the queries whose best token is the same.
-        top5: part of the queries whose best token is among the five best over packed keys.
+        worst_cosine: mean cosine of the query head with the lowest one.
+        top1: share of the queries whose best token stays the same.
+        top5: share of the queries whose best token is among the five best over packed keys.
         output_error: |o - o^| / |o| of the attention output, packed values included.
     """
 
@@ -53,11 +53,11 @@ class LayerFidelity:
 
 @dataclass(frozen=True)
 class FidelityReport:
-    """Layer by layer.
+    """Fidelity of attention, layer by layer.
 
     Args:
-        tokens: of the context.
-        queries: the last so many were looked at.
+        tokens: tokens of the context.
+        queries: number of queries, the last ones of the context.
         layers: one entry for each layer that was packed.
     """
 
@@ -66,7 +66,7 @@ class FidelityReport:
     layers: tuple[LayerFidelity, ...]
 
     def mean(self, name: str) -> float:
-        """Mean of one figure over the layers."""
+        """Mean of one field over the layers."""
         return float(sum(getattr(layer, name) for layer in self.layers) / len(self.layers))
 
     def as_dict(self) -> dict[str, Any]:
@@ -102,15 +102,16 @@ def attention_fidelity(
     Args:
         model: decoder-only.
         input_ids: [B, T] int64, unpadded.
-        press: how keys and values are packed; `TurboQuant()` when left out.
-        queries: look at the last so many positions.
+        press: how keys and values are packed; left out, `TurboQuant()`.
+        queries: number of queries, the last ones of the context.
 
     Returns:
-        Figures of each packed layer.
+        Figures for each packed layer.
 
     Raises:
-        UnsupportedModelError: the model cannot be packed, or its queries are not known.
-        InvalidInputError: `queries` is out of range, or nothing was packed: the context is too short.
+        UnsupportedModelError: the model cannot be packed, or its queries cannot be computed.
+        InvalidInputError: `queries` is out of range, the press detects sinks, or the context is so short that
+            nothing was packed.
     """
     press = TurboQuant() if press is None else press
     tokens = input_ids.shape[1]
@@ -146,7 +147,7 @@ def attention_fidelity(
 def _compared(
     call: PrefillCall, layer: PackedLayer, keys: torch.Tensor, values: torch.Tensor, queries: int
 ) -> LayerFidelity:
-    """Figures of one layer; keys and values are exact, [B, Hkv, T, D] and [B, Hkv, T, Dv]."""
+    """Compare one layer with its exact keys [B, Hkv, T, D] and values [B, Hkv, T, Dv]."""
     try:
         query = last_queries(call.module, call.hidden_states, call.position_embeddings, queries)
     except UnknownAttentionError as reason:
@@ -193,7 +194,7 @@ def _figures(
     near_out: torch.Tensor,
     seen: torch.Tensor,
 ) -> tuple[torch.Tensor, ...]:
-    """Cosine, same best token, best token among the best five, error of the output: [B, G, W] each."""
+    """Cosine, same best token, best token among the five best, error of the output: [B, G, W] each."""
     cosine = torch.cosine_similarity(scores * seen, near * seen, dim=-1)
     best = scores.masked_fill(~seen, -torch.inf).argmax(dim=-1, keepdim=True)
     ranked = near.masked_fill(~seen, -torch.inf).topk(min(TOP, near.shape[-1]), dim=-1).indices

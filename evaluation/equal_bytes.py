@@ -1,9 +1,9 @@
-"""At the same bytes: n tokens in 16 bits, 4n in 4, 5n in 3 or 7n in 2?
+"""Arms of equal bytes: n tokens in 16 bits, about 4n in 4, 5n in 3 or 7n in 2.
 
-Tokens that are not packed have the model's own dtype: 16 bits, or 32 in a model that runs in float32.
-For each budget, press and width, a ratio is found with which evicting and packing leaves as many bytes as the
-budget allows; KVzip's in each text, since its heads keep different numbers of tokens. Records hold the bytes
-that were then measured.
+Tokens that are not packed have the model's own dtype: 16 bits, or 32 in a model that runs in float32. For
+each budget, press and width, a ratio is found at which evicting and packing leaves as many bytes as the
+budget allows; for KVzip it is found in each text, because its heads keep different numbers of tokens. Records
+hold the bytes that were then measured.
 """
 
 from collections.abc import Sequence
@@ -33,13 +33,13 @@ HEAD_WISE = "KVzip"
 """Reads the context twice and chooses tokens head by head, one text at a time."""
 GRID_PRESSES = (*PRESSES, HEAD_WISE)
 RECENT_TOKENS = 32
-"""Of the packed arms; few, since at small budgets they would be most of the bytes."""
+"""Recent tokens of the packed arms; few, because at small budgets they would be most of the bytes."""
 DETECTED_SINKS = 8
-"""Of each head, but behind KVzip, which acts after sinks could be detected."""
+"""Detected sinks of each head; none after KVzip, which acts when sinks can no longer be detected."""
 DENSE_BITS = 16
-"""In place of a width: not packed, in the model's own dtype."""
+"""The width that stands for "not packed, in the model's own dtype"."""
 EVERY_TOKEN = "every token"
-"""In place of a press, where the budget holds the whole context."""
+"""The press that stands for "none", where the budget holds the whole context."""
 
 
 @dataclass(frozen=True)
@@ -47,9 +47,9 @@ class Shape:
     """What a cache's bytes depend on.
 
     Args:
-        layers, kv_heads, head_dim: of the model.
-        context: tokens that are read.
-        dtype: of the keys and values that the model computes.
+        layers, kv_heads, head_dim: shape of the model.
+        context: number of tokens that are read.
+        dtype: dtype of the keys and values that the model computes.
     """
 
     layers: int
@@ -67,7 +67,7 @@ class Shape:
         return cls(text.num_hidden_layers, heads, dim, context, dtype)
 
     def bytes(self, tokens: int, bits: int) -> int:
-        """What `tokens` tokens take in `bits` bits, sinks, recent tokens and metadata included."""
+        """Bytes of `tokens` tokens in `bits` bits, with sinks, recent tokens and metadata."""
         if bits == DENSE_BITS:
             return tokens * self.layers * self.kv_heads * self.head_dim * 2 * self.dtype.itemsize
         sinks = DEFAULT_SINK_TOKENS
@@ -78,7 +78,7 @@ class Shape:
         return codec.memory_report(*counts, dtype=self.dtype).total_bytes
 
     def width(self, bits: int) -> int:
-        """Bits that a number has in the rows of `bits`."""
+        """Bits of a number in the arms of width `bits`."""
         return 8 * self.dtype.itemsize if bits == DENSE_BITS else bits
 
     def tokens(self, budget: float, bits: int) -> int:
@@ -87,9 +87,9 @@ class Shape:
         Raises:
             InvalidInputError: not even one token fits.
         """
-        room = budget * self.bytes(self.context, DENSE_BITS)
+        allowed = budget * self.bytes(self.context, DENSE_BITS)
         for tokens in range(self.context, 0, -1):  # pages make the bytes rise and fall
-            if self.bytes(tokens, bits) <= room:
+            if self.bytes(tokens, bits) <= allowed:
                 return tokens
         raise InvalidInputError(
             f"{budget:g} of the bytes of {self.context} tokens hold no token of {bits} bits; give a larger "
@@ -102,10 +102,10 @@ class GridArm(Arm):
     """An arm of the grid.
 
     Args:
-        press: the evictor's name, or `EVERY_TOKEN`.
-        bits: the width of what is kept; 16 is not packed, whatever the model's dtype.
-        budget: bytes allowed, as a part of the whole context's, uncompressed.
-        tokens: kept, in every head alike; KVzip's heads keep about as many, each its own number.
+        press: name of the evictor, or `EVERY_TOKEN`.
+        bits: width of what is kept; 16 is not packed, whatever the model's dtype.
+        budget: bytes allowed, as a share of the whole context's, uncompressed.
+        tokens: tokens kept in every head; KVzip's heads keep about as many on average.
     """
 
     press: str
@@ -117,16 +117,16 @@ class GridArm(Arm):
 def grid_arms(
     shape: Shape, presses: Sequence[str], widths: Sequence[int], budgets: Sequence[float]
 ) -> list[GridArm]:
-    """One arm for each press, width and budget; one for all presses where nothing has to go.
+    """One arm for each press, width and budget; one for all presses where every token fits.
 
     Args:
-        shape: of the cache.
-        presses: names out of `GRID_PRESSES`.
-        widths: bits, 16 for no packing.
-        budgets: parts of the whole context's bytes, uncompressed.
+        shape: shape of the cache.
+        presses: names from `GRID_PRESSES`.
+        widths: bits; 16 for no packing.
+        budgets: shares of the whole context's bytes, uncompressed.
 
     Raises:
-        InvalidInputError: a press that is not in `GRID_PRESSES`, or a budget that holds no token.
+        InvalidInputError: a press is not in `GRID_PRESSES`, or a budget holds no token.
     """
     unknown = [name for name in presses if name not in GRID_PRESSES]
     if unknown:
@@ -144,8 +144,8 @@ def grid_arms(
                 make: MakePress = partial(make_press, press, bits, tokens, shape.context)
                 if press == HEAD_WISE:
                     name = f"{press} within {budget:g}, {width}"
-                    room = budget * shape.bytes(shape.context, DENSE_BITS)
-                    make = partial(filled_kvzip, room, _quantizer(bits, 0))
+                    allowed = budget * shape.bytes(shape.context, DENSE_BITS)
+                    make = partial(filled_kvzip, allowed, _quantizer(bits, 0))
                 arm = GridArm(name, make, "grid", press, bits, budget, tokens, one_by_one=press == HEAD_WISE)
                 arms.setdefault(name, arm)
     return list(arms.values())

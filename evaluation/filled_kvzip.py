@@ -1,7 +1,7 @@
-"""KVzip at given bytes: how many tokens it may keep depends on how its choice is spread over heads.
+"""KVzip within a number of bytes.
 
 KVzip ranks the tokens of all heads together, so heads keep different numbers of them, in pages of their own,
-the last of them partly filled. No ratio has the same bytes in every text: it is looked for in each.
+the last of which is partly filled. No ratio has the same bytes in every text; it is searched for in each.
 """
 
 import logging
@@ -20,20 +20,20 @@ from quantpress.presses import Compose, KVzip, TurboQuant
 from quantpress.presses.models.support import full_attention_modules
 
 STEPS = 12
-"""Halvings of the interval of ratios: the last is a 4096th."""
+"""Halvings of the interval of ratios; the last interval is 1/4096."""
 
 
 @dataclass
 class FilledKVzip(KVzip):
-    """KVzip with the least ratio whose bytes, packed head by head, are within `room`.
+    """KVzip with the least ratio whose bytes, packed head by head, are at most `budget_bytes`.
 
     Args:
         compression_ratio: set when a context is compressed.
-        room: bytes of the packed cache.
+        budget_bytes: most bytes of the packed cache.
         quantizer: what packs it.
     """
 
-    room: float = field(default=0.0, kw_only=True)
+    budget_bytes: float = field(default=0.0, kw_only=True)
     quantizer: TurboQuant = field(default_factory=TurboQuant, kw_only=True)
 
     def __post_init__(self) -> None:
@@ -45,12 +45,12 @@ class FilledKVzip(KVzip):
             log.disabled = was
 
     def compress_post(self, model: PreTrainedModel) -> None:
-        """Name the slots to evict, at the ratio that fills the room."""
+        """Name the slots to evict, at the ratio that fills the budget."""
         low, high = 0.0, 1.0
         for _ in range(STEPS):
             self.compression_ratio = (low + high) / 2
             super().compress_post(model)
-            if self._bytes(model) > self.room:
+            if self._bytes(model) > self.budget_bytes:
                 low = self.compression_ratio
             else:
                 high = self.compression_ratio
@@ -58,7 +58,7 @@ class FilledKVzip(KVzip):
         super().compress_post(model)
 
     def _bytes(self, model: PreTrainedModel) -> int:
-        """Of the slots that are not named now."""
+        """Bytes of the slots that are not named now."""
         return sum(
             head_wise_bytes(self._settings(module), self._hidden(module), dtype=model.dtype)
             for module in full_attention_modules(model)
@@ -77,14 +77,14 @@ class FilledKVzip(KVzip):
         return hidden
 
 
-def filled_kvzip(room: float, quantizer: TurboQuant | None) -> Compose:
-    """KVzip, then packing, in `room` bytes for a context.
+def filled_kvzip(budget_bytes: float, quantizer: TurboQuant | None) -> Compose:
+    """KVzip, then packing, within a number of bytes for a context.
 
     Args:
-        room: bytes.
-        quantizer: None for the model's own dtype: the same ragged pages, holding numbers as they are.
+        budget_bytes: most bytes of the packed cache.
+        quantizer: what packs; None keeps numbers in the model's own dtype, in the same ragged pages.
     """
     packed = quantizer or TurboQuant(
         codec=lambda head_dim, role, layer_idx: RawPages(head_dim), sink_tokens=0, recent_tokens=0
     )
-    return Compose([FilledKVzip(0.5, room=room, quantizer=packed), packed])
+    return Compose([FilledKVzip(0.5, budget_bytes=budget_bytes, quantizer=packed), packed])

@@ -13,7 +13,7 @@ OUTLIER = 5.0
 """A channel stands out when its energy is more than this many times the mean of its head."""
 
 SINK_TOKENS = 4
-"""First tokens that are left out: they are kept in 16 bits, and their keys are unlike all others."""
+"""First tokens, which are left out: they stay in 16 bits, and their keys are unlike all others."""
 
 
 @dataclass(frozen=True)
@@ -22,10 +22,10 @@ class KeyStatistics:
 
     Args:
         mean_energy: share of the keys' energy that lies in their mean, |E k|^2 / E|k|^2, 0 to 1.
-        worst_mean_energy: that of the head with the largest share.
-        outliers: channels of a head that stand out.
-        centred_outliers: those that still do when the mean is subtracted.
-        channels: of a head.
+        worst_mean_energy: the largest such share of one head.
+        outliers: number of channels of a head that stand out.
+        centred_outliers: number of channels that still stand out once the mean is subtracted.
+        channels: number of channels of a head.
     """
 
     mean_energy: float
@@ -40,7 +40,7 @@ class KeyStatistics:
 
         Args:
             keys: [B, Hkv, T, D] any float dtype, post-RoPE.
-            skip: first tokens to leave out.
+            skip: number of first tokens to leave out.
 
         Raises:
             InvalidInputError: fewer than two tokens are left.
@@ -81,5 +81,5 @@ def key_statistics(model: PreTrainedModel, input_ids: torch.Tensor) -> dict[int,
 
 
 def _standing_out(energy: torch.Tensor) -> float:
-    """Channels [B, Hkv, D] of much energy, the mean number over heads."""
+    """Mean number of channels per head with much energy, from [B, Hkv, D]."""
     return float((energy > OUTLIER * energy.mean(-1, keepdim=True)).sum(-1).double().mean())

@@ -1,4 +1,4 @@
-"""Runs a suite: every arm over every case that has no result yet."""
+"""Runs a suite: every arm on every case that has no result yet."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -13,8 +13,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from quantpress.errors import QuantPressError
 from quantpress.evaluation.arms import UNCOMPRESSED, Arm, check_names
-from quantpress.evaluation.divergence.divergence import FidelityProbe
-from quantpress.evaluation.documents import make_documents
+from quantpress.evaluation.divergence.documents import make_documents
+from quantpress.evaluation.divergence.probe import DivergenceProbe
 from quantpress.evaluation.equal_bytes import GridArm, Shape, grid_arms
 from quantpress.evaluation.measuring import device_names
 from quantpress.evaluation.results.records import REFUSED, Records
@@ -28,15 +28,15 @@ class Runner:
     """One run of a suite.
 
     Args:
-        pipe: a `TextGenerationPipeline`.
-        suite: sizes.
-        arms: the uncompressed one among them.
-        records: where results go, and which are there.
-        seed: of the tasks' texts and numbers.
-        text: that is read and scored for fidelity; None is the book that comes along.
+        pipe: loaded model and tokenizer.
+        suite: sizes of the run.
+        arms: what is compared, with the uncompressed arm.
+        records: results so far, to which new ones are added.
+        seed: seed of the tasks' texts and numbers.
+        text: text that is read and scored; None for the book that the package holds.
 
     Raises:
-        InvalidInputError: two arms of one name, or none of them uncompressed.
+        InvalidInputError: two arms have the same name, or none is the uncompressed one.
     """
 
     def __init__(
@@ -55,10 +55,10 @@ class Runner:
         self.on_gpu = pipe.device.type == "cuda"
 
     def run(self, parts: Sequence[str] = PARTS) -> None:
-        """Compute what is missing, with a bar on stderr.
+        """Measure what is missing, with a progress bar on stderr.
 
         Args:
-            parts: some of `PARTS`, in this order.
+            parts: some of `PARTS`, run in this order.
         """
         columns = (
             TextColumn("{task.description}"),
@@ -80,7 +80,7 @@ class Runner:
         self._score("fidelity", self.arms, self.suite.queries, advance)
 
     def grid(self, advance: Callable[[int, int], None] | None = None) -> None:
-        """The same, without attention, of the arms of equal bytes."""
+        """The same without attention, for the arms of equal bytes."""
         suite = self.suite
         shape = Shape.of(self.pipe.model.config, suite.context, self.pipe.model.dtype)
         arms = grid_arms(shape, suite.grid_presses, suite.grid_bits, suite.grid_budgets)
@@ -88,7 +88,7 @@ class Runner:
             self._score("grid", [arm for arm in arms if arm.one_by_one is slow], 0, advance)
 
     def tasks(self, advance: Callable[[int, int], None] | None = None) -> None:
-        """Answers of the arms that the suite names, the user's own among them."""
+        """Answers of the arms that the suite names, and of the user's own."""
         suite = self.suite
         cases = make_cases(
             self.pipe.tokenizer,
@@ -135,7 +135,7 @@ class Runner:
             for arm in arms:
                 missing = [one for one in batch if not self._has(measure, arm, one.name)]
                 if missing:
-                    probe = probe or FidelityProbe(self.pipe.model, batch, queries=queries)
+                    probe = probe or DivergenceProbe(self.pipe.model, batch, queries=queries)
                     results = self._refusable(
                         measure, arm, partial(probe.over, arm.make(), one_by_one=arm.one_by_one)
                     )
@@ -151,10 +151,10 @@ class Runner:
         return self.records.has(measure, arm.name, case) or self.records.has(REFUSED, arm.name, measure)
 
     def _refusable(self, measure: str, arm: Arm, work: Callable[[], Any]) -> Any:
-        """The result, or None where the press says clearly that it cannot do this; that is a result too.
+        """The result, or None where the press refuses, which is recorded.
 
         Raises:
-            QuantPressError: the uncompressed cache fails, without which there is nothing to compare with.
+            QuantPressError: the uncompressed cache fails, so that there is nothing to compare with.
         """
         try:
             return work()
@@ -166,12 +166,12 @@ class Runner:
 
 
 def _budget(arm: Arm) -> dict[str, float]:
-    """What an arm of the grid was allowed, for its record."""
+    """The budget of an arm of the grid, for its record."""
     return {"budget": arm.budget} if isinstance(arm, GridArm) else {}
 
 
 def run_settings(pipe: TextGenerationPipeline, model_name: str, suite: Suite, seed: int) -> dict[str, Any]:
-    """What results depend on beside the arms: they are kept apart when one of these differs."""
+    """What results depend on beside the arms; results of other settings go to another folder."""
     return {
         "model": model_name,
         "dtype": str(pipe.model.dtype).removeprefix("torch."),

@@ -1,4 +1,4 @@
-"""How much is measured: `quick` for two CPU cores, `full` for a GPU."""
+"""The sizes of a run: `quick` for two CPU cores, `full` for a GPU."""
 
 from dataclasses import dataclass
 
@@ -15,18 +15,19 @@ class Suite:
     """Sizes of a run.
 
     Args:
-        name: of the suite.
-        documents: pieces of the book that are read and scored.
-        context: tokens of each that are read under a press.
+        name: name of the suite.
+        documents: number of pieces of the book that are read and scored.
+        context: tokens of each piece that are read under a press.
         continuation: tokens that follow; all but the first are scored.
-        queries: of each document, for errors of attention.
-        lengths: contexts of the needle grid, in tokens.
-        depths: of its needles.
-        task_tokens: contexts of the other tasks.
-        samples: of each other task.
-        task_arms: arms that answer tasks; empty is all of them.
-        grid_presses, grid_bits, grid_budgets: of the equal-bytes grid.
+        queries: queries of each document that attention is compared with.
+        lengths: tokens of the contexts of the needle grid.
+        depths: depths of its needles, 0.0 to 1.0.
+        task_tokens: tokens of the contexts of the other tasks.
+        samples: cases of each other task.
+        task_arms: names of the arms that answer tasks; empty for all.
+        grid_presses, grid_bits, grid_budgets: arguments of `grid_arms`.
         batch: documents read at once on a GPU; on a CPU it is one.
+        tasks: names of the tasks.
     """
 
     name: str
@@ -102,10 +103,10 @@ SUITES = {suite.name: suite for suite in (QUICK, FULL)}
 
 
 def suite_by_name(name: str) -> Suite:
-    """A suite.
+    """The suite of a name.
 
     Raises:
-        InvalidInputError: there is none of this name.
+        InvalidInputError: there is no suite of this name.
     """
     if name not in SUITES:
         raise InvalidInputError(f"there is no suite {name!r}; use one of {', '.join(SUITES)}")

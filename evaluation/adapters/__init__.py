@@ -1,1 +1,1 @@
-"""Evaluation harnesses of others: kvpress's and lm-eval's."""
+"""Benchmarks of other projects over our presses: kvpress's evaluation and lm-evaluation-harness."""

@@ -28,17 +28,17 @@ QUANTIZERS: dict[str, Callable[[], TurboQuant]] = {
     "turboquant3": lambda: TurboQuant(bits=3),
     "turboquant2": lambda: TurboQuant(bits=2),
 }
-"""What can stand behind the + of a press's name."""
+"""What can follow the + of a press's name."""
 
 
 class PackingPipeline:
-    """A pipeline that puts a quantizer behind the press of every call.
+    """A pipeline that puts a quantizer after the press of every call.
 
-    The evaluation asks for the class of its press in many places; here it keeps the press that it knows.
+    kvpress's evaluation often asks for the class of its press, so it keeps the press that it knows.
 
     Args:
-        pipe: a `TextGenerationPipeline`.
-        quantizer: put last.
+        pipe: the `TextGenerationPipeline` to call.
+        quantizer: put last in every composition.
     """
 
     def __init__(self, pipe: Any, quantizer: TurboQuant) -> None:
@@ -53,10 +53,10 @@ class PackingPipeline:
 
 
 def quantizer_of(press_name: str) -> TurboQuant | None:
-    """The quantizer behind the + of a name; None where there is no +.
+    """The quantizer after the + of a name; None where there is no +.
 
     Raises:
-        InvalidInputError: another word behind the +.
+        InvalidInputError: what follows the + is not one of `QUANTIZERS`.
 
     Example:
         >>> quantizer_of("snapkv+turboquant3").bits, quantizer_of("snapkv")
@@ -71,13 +71,13 @@ def quantizer_of(press_name: str) -> TurboQuant | None:
 
 
 def load_evaluation(folder: Path) -> Any:
-    """kvpress's module `evaluate`, whose runner and registry know the quantizers.
+    """Import kvpress's module `evaluate` and add the quantizers to its runner and registry.
 
     Args:
-        folder: `evaluation` of a kvpress checkout; it stays on `sys.path`, where its own imports look.
+        folder: `evaluation` of a kvpress checkout; it stays on `sys.path`, for its own imports.
 
     Raises:
-        InvalidInputError: the folder holds no such evaluation, or what it needs is not installed.
+        InvalidInputError: the folder holds no such evaluation, or a package that it needs is not installed.
     """
     if not (folder / "evaluate.py").is_file() or not (folder / "evaluate_registry.py").is_file():
         raise InvalidInputError(f"{folder} holds no evaluate.py; give the folder evaluation/ of kvpress")
@@ -99,10 +99,10 @@ def load_evaluation(folder: Path) -> Any:
 
 
 def packing_runner(runner: Any) -> Any:
-    """A subclass of kvpress's runner that packs where the press's name asks for it."""
+    """A subclass of kvpress's runner that packs where the name of the press asks for it."""
 
     class PackingRunner(runner):
-        """kvpress's runner, with a quantizer behind the press."""
+        """kvpress's runner, with a quantizer after the press."""
 
         packs = True
         pipeline: Any
@@ -118,7 +118,14 @@ def packing_runner(runner: Any) -> Any:
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Run kvpress's command line: the folder, then its own options."""
+    """Run kvpress's command line.
+
+    Args:
+        arguments: the folder of kvpress's evaluation, then its own options.
+
+    Raises:
+        InvalidInputError: there is no folder, or its evaluation cannot be loaded.
+    """
     if not arguments:
         raise InvalidInputError("give the folder evaluation/ of kvpress, then its options")
     evaluate = load_evaluation(Path(arguments[0]))

@@ -31,15 +31,15 @@ from quantpress.pipelines.prompt import check_positions
 from quantpress.pipelines.reading.read_context import read_context
 from quantpress.pipelines.text_generation import TextGenerationPipeline
 
-NEW_TOKENS = 256  # of an answer whose task does not say
+NEW_TOKENS = 256  # most tokens of an answer, unless the task says
 
 
 class PressedModel:
     """Scores and generates token ids over compressed caches, one request at a time.
 
     Args:
-        pipe: holds model and tokenizer.
-        press: None keeps the whole cache.
+        pipe: loaded model and tokenizer.
+        press: what compresses the cache; None keeps all of it.
     """
 
     def __init__(self, pipe: TextGenerationPipeline, press: BasePress | None) -> None:
@@ -54,8 +54,9 @@ class PressedModel:
             continuation: ids, at least one.
 
         Raises:
-            InvalidInputError: one of them is empty, or the press cannot compress this context.
-            ContextTooLongError: together they are longer than the model has positions.
+            InvalidInputError: `context` or `continuation` is empty, or the press cannot compress this
+                context.
+            ContextTooLongError: both together have more tokens than the model has positions.
         """
         if not context or not continuation:
             raise InvalidInputError(
@@ -76,16 +77,16 @@ class PressedModel:
 
     @torch.inference_mode()
     def generate(self, context: list[int], until: Iterable[str] = (), **generation: Any) -> str:
-        """An answer, cut before the first of some strings.
+        """Generate an answer and cut it before the first of some strings.
 
         Args:
             context: ids, at least one; all but the last are read under the press.
             until: strings that end the answer.
-            generation: of `model.generate`, max_new_tokens among them; greedy unless do_sample is True.
+            generation: arguments of `model.generate` such as max_new_tokens; greedy unless do_sample is True.
 
         Raises:
             InvalidInputError: the context is empty, or the press cannot compress it.
-            ContextTooLongError: it is longer than the model has positions.
+            ContextTooLongError: the context has more tokens than the model has positions.
         """
         if not context:
             raise InvalidInputError("a context of 0 tokens; give one or more")
@@ -115,13 +116,13 @@ class PressedModel:
 
 
 class _Said(StoppingCriteria):
-    """Ends an answer once one of some strings is in it, wherever tokens begin and end."""
+    """Ends an answer once it contains one of some strings, wherever tokens begin and end."""
 
     def __init__(self, decode: Callable[[torch.Tensor], str], stops: Sequence[str]) -> None:
         self.decode, self.stops = decode, stops
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
-        texts = [self.decode(ids[1:]) for ids in input_ids]  # the first is the context's last
+        texts = [self.decode(ids[1:]) for ids in input_ids]  # the first id is the last of the context
         said = [any(stop in text for stop in self.stops) for text in texts]
         return torch.tensor(said, dtype=torch.bool, device=input_ids.device)
 
@@ -130,8 +131,8 @@ def lm_eval_model(pipe: TextGenerationPipeline, press: BasePress | None = None) 
     """A model that `lm_eval.simple_evaluate(model=...)` takes.
 
     Args:
-        pipe: holds model and tokenizer.
-        press: None keeps the whole cache.
+        pipe: loaded model and tokenizer.
+        press: what compresses the cache; None keeps all of it.
 
     Returns:
         An `lm_eval.api.model.TemplateLM`. Rolling likelihoods are refused: they have no context to compress.

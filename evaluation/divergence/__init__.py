@@ -1,1 +1,1 @@
-"""How far a model's predictions and attention move when its cache is compressed."""
+"""Divergence of continuations over a compressed cache from the uncompressed model; errors of attention."""

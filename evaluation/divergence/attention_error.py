@@ -1,7 +1,7 @@
 """How far attention over a compressed context is from attention over the context, per layer and head.
 
-The queries are those of the uncompressed model behind the context, the same for every arm, so an error is
-this layer's own and not handed down from the layers below.
+The queries are those of the uncompressed model right after the context, the same for every arm. So an error
+is this layer's own and not inherited from the layers below.
 """
 
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from transformers import Cache, PreTrainedModel
 from quantpress.cache import CacheMemory
 from quantpress.cache.attention.states import PackedStates
 from quantpress.evaluation.divergence.reference import AttentionCall, Reference, attend
-from quantpress.evaluation.divergence.teacher_forcing import divergence
+from quantpress.evaluation.divergence.teacher_forcing import kl_divergence
 from quantpress.quantization.numerics import in_named_dtypes
 
 Table = list[list[float]]
@@ -24,10 +24,10 @@ class AttentionError:
     """Errors of one document, [layers][query heads].
 
     Args:
-        layers: the layer indices.
+        layers: indices of the layers.
         output: |o' - o| / |o| over all queries of a head.
         divergence: mean KL(attention || compressed attention) over the queries, in nats; None where tokens
-            were evicted or moved, since the two do not weigh the same tokens.
+            were evicted or moved, because the two then weigh different tokens.
     """
 
     layers: list[int]
@@ -35,7 +35,7 @@ class AttentionError:
     divergence: Table | None
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON, in six digits."""
+        """Plain values of six digits, for JSON."""
         rounded = {"output": _rounded(self.output)}
         return {
             "layers": self.layers,
@@ -47,13 +47,13 @@ class AttentionError:
 def attention_errors(
     model: PreTrainedModel, reference: Reference, cache: Cache, memory: CacheMemory, in_order: bool = True
 ) -> list[AttentionError]:
-    """Compare the context's attention layer by layer, before anything is appended to the cache.
+    """Compare attention over the context layer by layer, before anything is appended to the cache.
 
     Args:
-        model: as it has read the context (masks of head-wise presses included).
-        reference: with its attention, of the same documents.
+        model: the model after reading the context (with the masks that head-wise presses set on it).
+        reference: the same documents read without compression, with attention calls.
         cache: the compressed context.
-        memory: of the cache.
+        memory: memory report of the cache.
         in_order: whether the cache holds tokens in the order of the text.
 
     Returns:
@@ -91,7 +91,7 @@ def _output_error(
 
 def _attention_divergence(call: AttentionCall, keys: torch.Tensor) -> torch.Tensor:
     dense = keys.dense() if isinstance(keys, PackedStates) else keys
-    return divergence(_log_weights(call, call.keys), _log_weights(call, dense)).mean(-1)
+    return kl_divergence(_log_weights(call, call.keys), _log_weights(call, dense)).mean(-1)
 
 
 @in_named_dtypes

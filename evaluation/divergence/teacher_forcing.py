@@ -2,7 +2,7 @@
 
 The context is read once, under the press. The continuation is then fed through the *compressed* cache, a
 chunk at a time, and the model's distribution of each next token is compared. A single forward of the whole
-text would never touch a packed cache. The first token behind the context is not scored: its distribution
+text would never touch a packed cache. The first token after the context is not scored: its distribution
 comes from the prefill, which reads no compressed token.
 """
 
@@ -31,17 +31,17 @@ def score_continuation(
     """Log-probabilities of the next token after each token of a continuation but its last.
 
     Args:
-        model: has read the context into `cache`.
-        cache: grows by the continuation.
+        model: decoder-only; it has read the context into `cache`.
+        cache: the compressed context, which grows by the continuation.
         continuation_ids: [B, N] int64, N >= 2.
-        position: of its first token.
-        chunk_tokens: tokens fed at once; each reads the compressed context and what came before it.
+        position: position of its first token.
+        chunk_tokens: tokens fed at once; each attends to the compressed context and to what came before it.
 
     Yields:
-        [B, n, V] float32, n <= chunk_tokens, N - 1 in all; entry i is of token i + 1.
+        [B, n, V] float32, n <= chunk_tokens, N - 1 in all; entry i predicts token i + 1.
 
     Raises:
-        InvalidInputError: the continuation has fewer than two tokens, or a chunk none.
+        InvalidInputError: the continuation has fewer than two tokens, or `chunk_tokens` is below 1.
     """
     if continuation_ids.dim() != 2 or continuation_ids.shape[1] < 2 or chunk_tokens < 1:
         raise InvalidInputError(
@@ -52,17 +52,16 @@ def score_continuation(
     with fitted_masks(model, cache), float32_logits(model):
         for start in range(0, fed.shape[1], chunk_tokens):
             ids = fed[:, start : start + chunk_tokens]
-            places = torch.arange(position + start, position + start + ids.shape[1], device=ids.device)
-            output = model(input_ids=ids, past_key_values=cache, position_ids=places.expand(ids.shape))
+            positions = torch.arange(position + start, position + start + ids.shape[1], device=ids.device)
+            output = model(input_ids=ids, past_key_values=cache, position_ids=positions.expand(ids.shape))
             yield output.logits.float().log_softmax(-1)
 
 
 @contextmanager
 def float32_logits(model: PreTrainedModel) -> Iterator[None]:
-    """While inside, the language-modelling head multiplies in float32.
+    """Make the language-modelling head multiply in float32 while inside; other threads wait.
 
-    In bf16 logits are rounded to steps of up to 0.125, which adds some 1e-3 nats to every divergence. Other
-    threads wait meanwhile.
+    Logits in bf16 are rounded to steps of up to 0.125, which adds about 1e-3 nats to every divergence.
     """
     with model_lock(model):
         yield from _float32_logits(model)
@@ -91,6 +90,6 @@ def _float32_logits(model: PreTrainedModel) -> Iterator[None]:
             head.forward = own
 
 
-def divergence(reference: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
-    """KL(reference || other) in nats of log-probabilities [..., V] -> [...], float32; never below 0."""
+def kl_divergence(reference: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """KL(reference || other) in nats, of log-probabilities [..., V] -> [...] float32, clamped at 0."""
     return (reference.exp() * (reference - other)).sum(-1).clamp(min=0)

@@ -9,7 +9,7 @@ import numpy as np
 
 from quantpress.errors import InvalidInputError
 from quantpress.evaluation.results.records import Record, Records
-from quantpress.evaluation.results.summary import FidelityRow, Findings, pareto_front
+from quantpress.evaluation.results.summary import DivergenceRow, Findings, pareto_front
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -20,7 +20,7 @@ MARKERS = "os^Dv"
 
 
 def check_matplotlib() -> None:
-    """Find out before a long run, rather than after it.
+    """Check for matplotlib before a long run rather than after it.
 
     Raises:
         InvalidInputError: matplotlib is not installed.
@@ -29,15 +29,15 @@ def check_matplotlib() -> None:
 
 
 def write_figures(records: Records, findings: Findings, folder: Path) -> list[Path]:
-    """Draw what there are results for.
+    """Draw every figure that there are results for.
 
     Args:
-        records: of a run.
-        findings: of the same.
-        folder: gets the PNG files.
+        records: records of a run.
+        findings: findings of the same run.
+        folder: folder for the PNG files.
 
     Returns:
-        The files.
+        Paths of the files.
 
     Raises:
         InvalidInputError: matplotlib is not installed.
@@ -59,7 +59,7 @@ def write_figures(records: Records, findings: Findings, folder: Path) -> list[Pa
 
 
 def needle_map(records: Records) -> "Figure | None":
-    """Score of the needle by length and depth, one map an arm."""
+    """Score of the needle by length and depth, one map for each arm."""
     arms: dict[str, list[Record]] = defaultdict(list)
     for line in records.of("tasks"):
         if line["depth"] is not None:
@@ -69,7 +69,7 @@ def needle_map(records: Records) -> "Figure | None":
     columns = min(4, len(arms))
     rows = -(-len(arms) // columns)
     figure = _figure(3.2 * columns, 2.6 * rows)
-    for place, (arm, lines) in enumerate(arms.items(), 1):
+    for index, (arm, lines) in enumerate(arms.items(), 1):
         lengths = sorted({line["tokens"] for line in lines})
         depths = sorted({line["depth"] for line in lines})
         scores = np.full((len(depths), len(lengths)), np.nan)
@@ -77,7 +77,7 @@ def needle_map(records: Records) -> "Figure | None":
             for j, length in enumerate(lengths):
                 found = [one["score"] for one in lines if (one["depth"], one["tokens"]) == (depth, length)]
                 scores[i, j] = np.mean(found) if found else np.nan
-        axes = figure.add_subplot(rows, columns, place)
+        axes = figure.add_subplot(rows, columns, index)
         axes.imshow(scores, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
         axes.set_title(arm, fontsize=8)
         axes.set_xticks(range(len(lengths)), [f"{length:,}" for length in lengths], fontsize=7)
@@ -87,17 +87,17 @@ def needle_map(records: Records) -> "Figure | None":
     return figure
 
 
-def divergence_plot(rows: Sequence[FidelityRow]) -> "Figure | None":
-    """KL against bits a value, with intervals; the uncompressed cache as the floor."""
+def divergence_plot(rows: Sequence[DivergenceRow]) -> "Figure | None":
+    """KL against bits a value, with intervals; the uncompressed cache is the floor."""
     if not rows:
         return None
     figure = _figure(10, 5.5)
     axes = figure.add_subplot()
-    for place, row in enumerate(rows):
+    for index, row in enumerate(rows):
         if row.ratio == 1:
             axes.axhline(row.kl.value, color="grey", linestyle=":", label=f"{row.arm}: rounding alone")
         else:
-            _point(axes, row.bits_per_value, row, label=row.arm, **_look(place))
+            _point(axes, row.bits_per_value, row, label=row.arm, **_look(index))
     axes.set_yscale("log")
     axes.set_xlabel("bits a value, measured, all tokens read in the denominator")
     axes.set_ylabel("KL to the uncompressed model, nats")
@@ -106,7 +106,7 @@ def divergence_plot(rows: Sequence[FidelityRow]) -> "Figure | None":
 
 
 def memory_plot(records: Records) -> "Figure | None":
-    """Resident bytes against tokens read, one line an arm."""
+    """Resident bytes against tokens read, one line for each arm."""
     arms: dict[str, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
     for line in records.of("tasks"):
         if line["depth"] is not None:
@@ -115,10 +115,10 @@ def memory_plot(records: Records) -> "Figure | None":
         return None
     figure = _figure(8, 5)
     axes = figure.add_subplot()
-    for place, (arm, lengths) in enumerate(arms.items()):
+    for index, (arm, lengths) in enumerate(arms.items()):
         ordered = sorted(lengths)
         means = [np.mean(lengths[tokens]) for tokens in ordered]
-        axes.plot(ordered, means, markersize=4, label=arm, **_look(place))
+        axes.plot(ordered, means, markersize=4, label=arm, **_look(index))
     axes.set_xlabel("tokens of the context")
     axes.set_ylabel("resident bytes of the cache, MiB")
     _legend(figure)
@@ -126,7 +126,7 @@ def memory_plot(records: Records) -> "Figure | None":
 
 
 def attention_plot(records: Records) -> "Figure | None":
-    """Error of the attention output by layer, one line an arm."""
+    """Error of the attention output by layer, one line for each arm."""
     arms: dict[str, list[Any]] = defaultdict(list)
     layers: list[int] = []
     for line in records.of("fidelity"):
@@ -137,10 +137,10 @@ def attention_plot(records: Records) -> "Figure | None":
         return None
     figure = _figure(10, 5.5)
     axes = figure.add_subplot()
-    for place, (arm, errors) in enumerate(arms.items()):
+    for index, (arm, errors) in enumerate(arms.items()):
         by_layer = np.mean(errors, axis=(0, 2))
         if by_layer.max() > 0:
-            axes.plot(layers, by_layer, label=arm, linewidth=1, markersize=3, **_look(place))
+            axes.plot(layers, by_layer, label=arm, linewidth=1, markersize=3, **_look(index))
     axes.set_yscale("log")
     axes.set_xlabel("layer")
     axes.set_ylabel("error of the attention output, mean of its heads")
@@ -148,8 +148,8 @@ def attention_plot(records: Records) -> "Figure | None":
     return figure
 
 
-def front_plot(rows: Sequence[FidelityRow]) -> "Figure | None":
-    """KL against the part of the bytes, one colour a width, and the front through the best."""
+def front_plot(rows: Sequence[DivergenceRow]) -> "Figure | None":
+    """KL against the share of the bytes, one colour for each width, and the Pareto front."""
     if not rows:
         return None
     figure = _figure(8, 5.5)
@@ -172,15 +172,15 @@ def front_plot(rows: Sequence[FidelityRow]) -> "Figure | None":
     return figure
 
 
-def _point(axes: Any, x: float, row: FidelityRow, **look: Any) -> None:
+def _point(axes: Any, x: float, row: DivergenceRow, **look: Any) -> None:
     value, low, high = row.kl.value, row.kl.low, row.kl.high
     spread = None if low is None or high is None else [[max(0, value - low)], [max(0, high - value)]]
     axes.errorbar([x], [value], yerr=spread, linestyle="", markersize=5, capsize=2, **look)
 
 
-def _look(place: int) -> dict[str, Any]:
-    """A colour and a marker; the markers change where the colours begin again."""
-    return {"color": f"C{place % 10}", "marker": MARKERS[place // 10 % len(MARKERS)]}
+def _look(index: int) -> dict[str, Any]:
+    """A colour and a marker; the marker changes where the colours repeat."""
+    return {"color": f"C{index % 10}", "marker": MARKERS[index // 10 % len(MARKERS)]}
 
 
 def _legend(figure: "Figure") -> None:

@@ -6,7 +6,7 @@ from quantpress.evaluation.results.records import REFUSED, Records
 from quantpress.evaluation.results.statistics import Estimate
 from quantpress.evaluation.results.summary import (
     WEAK,
-    FidelityRow,
+    DivergenceRow,
     Findings,
     PairRow,
     TaskRow,
@@ -16,10 +16,10 @@ from quantpress.evaluation.results.summary import (
 
 
 def report(records: Records, findings: Findings) -> str:
-    """Everything a run has found, as one page."""
+    """Everything that a run has found, as one page."""
     parts = [_heading(records)]
     if findings.fidelity:
-        parts += ["## Fidelity of continuations", FIDELITY_NOTE, fidelity_table(findings.fidelity)]
+        parts += ["## Fidelity of continuations", DIVERGENCE_NOTE, divergence_table(findings.fidelity)]
     if findings.pairs:
         parts += ["## Against TurboQuant as published", PAIR_NOTE, pair_table(findings.pairs)]
     if findings.grid:
@@ -35,7 +35,7 @@ def report(records: Records, findings: Findings) -> str:
 
 BUDGET_TOLERANCE = 0.01
 
-FIDELITY_NOTE = """\
+DIVERGENCE_NOTE = """\
 KL(uncompressed || compressed) in nats over the tokens of each continuation, teacher-forced through the
 compressed cache; agreement is of the most likely token; perplexity ratio is to the uncompressed model on the
 same tokens. In brackets 95 % bootstrap intervals over documents. Bits a value and ratio are measured bytes
@@ -56,8 +56,8 @@ Mean scores, 0 to 1, of identical prompts, greedy. Difference is to the uncompre
 its 95 % bootstrap interval; lost and gained count cases answered fully right, with McNemar's exact p."""
 
 
-def fidelity_table(rows: Sequence[FidelityRow]) -> str:
-    """Arms by row."""
+def divergence_table(rows: Sequence[DivergenceRow]) -> str:
+    """One row for each arm."""
     headers = (
         *("cache", "bits a value", "ratio", "KL mean", "median", "99 %", "agreement"),
         *("perplexity", "perplexity ratio", "attention error, worst", "attention KL"),
@@ -84,7 +84,7 @@ def fidelity_table(rows: Sequence[FidelityRow]) -> str:
 
 
 def pair_table(rows: Sequence[PairRow]) -> str:
-    """Pairs by row."""
+    """One row for each pair."""
     headers = ("cache", "bits a value", "as published", "bits a value", "KL ratio", "less rounding")
     return table(
         headers,
@@ -102,8 +102,8 @@ def pair_table(rows: Sequence[PairRow]) -> str:
     )
 
 
-def grid_table(rows: Sequence[FidelityRow]) -> str:
-    """Arms by row, from few bytes to many."""
+def grid_table(rows: Sequence[DivergenceRow]) -> str:
+    """One row for each arm, from few bytes to many."""
     front = {row.arm for row in pareto_front(rows)}
     ordered = sorted(rows, key=lambda row: row.resident_bytes)
     return table(
@@ -124,7 +124,7 @@ def grid_table(rows: Sequence[FidelityRow]) -> str:
 
 
 def task_table(rows: Sequence[TaskRow]) -> str:
-    """Arms by row, tasks by column; weak tasks are marked."""
+    """One row for each arm and one column for each task; weak tasks are marked."""
     tasks = list(dict.fromkeys(task for row in rows for task in row.scores))
     weak = weak_tasks(rows)
     headers = ["cache", "ratio", *(f"{task} †" if task in weak else task for task in tasks)]
@@ -162,7 +162,7 @@ def table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def interval(estimate: Estimate, digits: int) -> str:
-    """A figure and its interval.
+    """A figure with its interval.
 
     Example:
         >>> interval(Estimate(0.25, 0.2, 0.3), 2), interval(Estimate(0.25, None, None), 2)
@@ -185,8 +185,8 @@ def _heading(records: Records) -> str:
     )
 
 
-def _budget_note(rows: Sequence[FidelityRow]) -> str:
-    """Rows whose measured bytes are not those of their budget."""
+def _budget_note(rows: Sequence[DivergenceRow]) -> str:
+    """Names the rows whose measured bytes are off their budget."""
     off = {row.arm: 1 / row.ratio / row.budget - 1 for row in rows if row.budget}
     shown = ", ".join(f"{arm} {part:+.1%}" for arm, part in off.items() if abs(part) > BUDGET_TOLERANCE)
     return shown and f"More than {BUDGET_TOLERANCE:.0%} over or under the bytes of the budget: {shown}."

@@ -1,7 +1,7 @@
-"""Results as JSON lines: one header, then one line for each arm and case, written when it is finished.
+"""Results as JSON lines: a header, then one line for each arm and case, written when it is finished.
 
-A run that was interrupted goes on where it stopped: what has a line is not computed again. A last line that
-was cut short is dropped.
+An interrupted run resumes where it stopped: what has a line is not measured again. A last line that was cut
+short is dropped.
 """
 
 import json
@@ -14,7 +14,7 @@ from quantpress.errors import InvalidInputError
 
 RESULTS = "results.jsonl"
 REFUSED = "refused"
-"""The measure under which a press that cannot do something is noted."""
+"""The measure of lines that say why a press refused."""
 Record = dict[str, Any]
 
 
@@ -22,11 +22,11 @@ class Records:
     """The lines of one run.
 
     Args:
-        path: the file; its folder is made. An existing file is gone on with.
-        settings: what the results depend on; a file with other settings is refused.
+        path: the file; its folder is made. An existing file is continued.
+        settings: what the results depend on.
 
     Raises:
-        InvalidInputError: the file belongs to a run of other settings, or is no such file.
+        InvalidInputError: the file belongs to a run of other settings, or does not hold results.
     """
 
     def __init__(self, path: Path, settings: Record) -> None:
@@ -42,10 +42,10 @@ class Records:
 
     @classmethod
     def read(cls, path: Path) -> "Records":
-        """The lines of a file, whatever its settings: to be reported on.
+        """Read a file whatever its settings, to report on it.
 
         Raises:
-            InvalidInputError: there is no such file, or it is none of results.
+            InvalidInputError: there is no such file, or it does not hold results.
         """
         try:
             header = json.loads(path.read_text(encoding="utf-8").partition("\n")[0])
@@ -74,18 +74,18 @@ class Records:
                 file.truncate(len(whole.encode("utf-8")))
 
     def has(self, measure: str, arm: str, case: str) -> bool:
-        """Whether this result is there."""
+        """Whether there is a result of this arm and case."""
         return (measure, arm, case) in self._done
 
     def add(self, measure: str, arm: str, case: str, **figures: Any) -> None:
-        """Write one result; after a crash of the machine, too, it is either there or not."""
+        """Write one result; even after a crash of the machine it is there either whole or not at all."""
         line = {"measure": measure, "arm": arm, "case": case, **figures}
         self._write(line)
         self.lines.append(json.loads(json.dumps(line)))
         self._done.add((measure, arm, case))
 
     def of(self, measure: str, arm: str | None = None) -> Iterator[Record]:
-        """The results of one measure, of one arm or all."""
+        """The results of one measure, for one arm or for all."""
         return (
             line for line in self.lines if line["measure"] == measure and (arm is None or line["arm"] == arm)
         )

@@ -1,6 +1,6 @@
-"""Intervals and paired tests. scipy does the resampling and the exact tests.
+"""Intervals and paired tests, by scipy's resampling and exact tests.
 
-Tokens of one document are not independent: intervals come from resampling whole documents.
+Tokens of one document are not independent, so intervals come from resampling whole documents.
 """
 
 import math
@@ -23,10 +23,10 @@ Numbers = Sequence[float] | NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Estimate:
-    """A figure and the interval that covers it in 95 of 100 runs.
+    """A figure and its 95 % confidence interval.
 
     Args:
-        value: of all data.
+        value: the figure over all data.
         low, high: ends of the interval; None when there are fewer than two documents.
     """
 
@@ -35,7 +35,7 @@ class Estimate:
     high: float | None
 
     def exp(self) -> "Estimate":
-        """The same for the exponential of the figure; percentile intervals go along."""
+        """The estimate of the figure's exponential; percentile intervals transform with it."""
         ends = [None if end is None else math.exp(end) for end in (self.low, self.high)]
         return Estimate(math.exp(self.value), *ends)
 
@@ -45,10 +45,10 @@ def by_document(documents: Sequence[Numbers], statistic: Callable[[NDArray[np.fl
 
     Args:
         documents: the numbers of each document.
-        statistic: from all of them, pooled, to a figure.
+        statistic: computes the figure from all numbers, pooled.
 
     Raises:
-        InvalidInputError: there is no number.
+        InvalidInputError: no document has a number.
 
     Source: Efron and Tibshirani 1993, chapter 13; clusters resampled whole.
 
@@ -66,10 +66,10 @@ def by_document(documents: Sequence[Numbers], statistic: Callable[[NDArray[np.fl
 
 
 def mean_by_document(documents: Sequence[Numbers]) -> Estimate:
-    """The mean of pooled tokens, as `by_document(documents, np.mean)`, much quicker.
+    """The mean of pooled tokens: `by_document(documents, np.mean)`, but much faster.
 
     Raises:
-        InvalidInputError: there is no number.
+        InvalidInputError: no document has a number.
 
     Example:
         >>> mean_by_document([[1.0] * 9, [11.0]]).value
@@ -98,7 +98,7 @@ def paired_difference(values: Numbers, reference: Numbers) -> Estimate:
     """Mean of values - reference over pairs, with its interval.
 
     Raises:
-        InvalidInputError: the two differ in length, or are empty.
+        InvalidInputError: `values` and `reference` differ in length, or are empty.
     """
     ours, theirs = _paired(values, reference)
     return mean_interval(ours - theirs)
@@ -108,11 +108,11 @@ def paired_ratio(values: Numbers, reference: Numbers) -> Estimate:
     """Mean of the reference over the mean of the values, pairs resampled together.
 
     Args:
-        values: one for each document.
-        reference: of the same documents.
+        values: one value for each document.
+        reference: values of the same documents.
 
     Raises:
-        InvalidInputError: the two differ in length, or are empty.
+        InvalidInputError: `values` and `reference` differ in length, or are empty.
 
     Example:
         >>> paired_ratio([1.0, 2.0], [2.0, 4.0])
@@ -132,9 +132,9 @@ class McNemar:
     """The exact test of whether two arms are right equally often on the same cases.
 
     Args:
-        lost: cases that the reference has right and the arm wrong.
-        gained: the other way round.
-        p_value: two-sided; 1.0 when they never differ.
+        lost: cases that the reference gets right and the arm wrong.
+        gained: cases that the arm gets right and the reference wrong.
+        p_value: two-sided p-value; 1.0 when they never differ.
     """
 
     lost: int
@@ -143,10 +143,10 @@ class McNemar:
 
 
 def mcnemar(right: Sequence[bool], reference: Sequence[bool]) -> McNemar:
-    """McNemar's exact test: of the cases that differ, lost ones are binomial with one half.
+    """McNemar's exact test: among the cases that differ, lost ones are binomial with p = 1/2.
 
     Raises:
-        InvalidInputError: the two differ in length.
+        InvalidInputError: `right` and `reference` differ in length.
 
     Source: McNemar 1947; scipy's binomtest.
 
@@ -187,7 +187,7 @@ def _estimate(
     *,
     vectorized: bool,
 ) -> Estimate:
-    """A figure and its interval, when there is more than one document to resample."""
+    """A figure, with its interval when there are two or more documents to resample."""
     if len(data[0]) < 2:
         return Estimate(value, None, None)
     found = bootstrap(

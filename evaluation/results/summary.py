@@ -21,28 +21,28 @@ from quantpress.evaluation.results.statistics import (
 )
 
 WEAK = 0.5
-"""A task on which the uncompressed model scores less is marked: it says little about a cache."""
+"""Tasks on which the uncompressed model scores less are marked: they say little about a cache."""
 
 
 @dataclass(frozen=True)
-class FidelityRow:
+class DivergenceRow:
     """One arm over all documents. Intervals come from resampling documents.
 
     Args:
-        arm: its name.
-        documents, tokens: how many, and how many tokens were scored in all.
+        arm: name of the arm.
+        documents, tokens: number of documents, and of tokens scored in all of them.
         kl, kl_median, kl_p99: KL(uncompressed || compressed) in nats: mean, median, 99th percentile.
-        agreement: part of the tokens on which both find the same token most likely.
-        perplexity: of the continuations, over the compressed cache.
-        perplexity_ratio: to the uncompressed model's, token by token.
+        agreement: share of the tokens on which both find the same token most likely.
+        perplexity: perplexity of the continuations over the compressed cache.
+        perplexity_ratio: perplexity over the uncompressed model's, token by token.
         bits_per_value: resident bits over the numbers of all tokens read.
-        resident_bytes: of one document's context, measured, the mean.
+        resident_bytes: measured bytes of one document's context, the mean.
         ratio: bytes of all tokens read, uncompressed in the model's own dtype, over resident bytes.
-        attention_error: |o' - o| / |o|, the mean over layers and heads, with the worst head's; None where
+        attention_error: |o' - o| / |o|, mean over layers and heads, and of the worst head; None where
             attention was not compared.
-        attention_kl: of the attention weights, in nats; None where tokens were evicted.
-        seconds: for one document.
-        budget: bytes allowed, as a part of all tokens' uncompressed; None outside the grid.
+        attention_kl: KL of the attention weights in nats; None where tokens were evicted.
+        seconds: time for one document.
+        budget: bytes allowed, as a share of all tokens uncompressed; None outside the grid.
     """
 
     arm: str
@@ -68,14 +68,14 @@ class TaskRow:
     """One arm over all cases that it and the uncompressed cache have answered.
 
     Args:
-        arm: its name.
-        cases: how many.
+        arm: name of the arm.
+        cases: number of cases.
         scores: mean score of each task.
-        mean: of all cases.
-        difference: to the uncompressed cache, case by case.
-        test: cases answered fully right, against the uncompressed cache's.
-        ratio: uncompressed bytes over resident bytes, the mean over cases.
-        seconds: for one case.
+        mean: mean score of all cases.
+        difference: difference to the uncompressed cache, case by case.
+        test: McNemar's test of the cases answered fully right, against the uncompressed cache.
+        ratio: uncompressed bytes over resident bytes, mean over cases.
+        seconds: time for one case.
     """
 
     arm: str
@@ -90,13 +90,14 @@ class TaskRow:
 
 @dataclass(frozen=True)
 class PairRow:
-    """How much nearer to the uncompressed model an arm is than TurboQuant as published in as many bits.
+    """How much nearer to the uncompressed model an arm is than TurboQuant as published at the same bits.
 
     Args:
-        arm, published: their names.
-        bits, published_bits: bits a value, measured.
+        arm, published: names of the two arms.
+        bits, published_bits: their measured bits a value.
         ratio: mean KL as published over the arm's, document by document.
-        net: the same less the KL of the uncompressed arm, which rounding makes; None where no more is left.
+        net: the same after subtracting the KL of the uncompressed arm, which is rounding; None where nothing
+            is left of the arm's.
     """
 
     arm: str
@@ -112,38 +113,38 @@ class Findings:
     """All rows of a run.
 
     Args:
-        fidelity, grid: of continuations, over the arms and over those of equal bytes.
-        tasks: of answers.
-        pairs: of the arms of `AGAINST_PUBLISHED`.
+        fidelity, grid: divergence of continuations, over the arms and over the arms of equal bytes.
+        tasks: scores of answers.
+        pairs: the pairs of `AGAINST_PUBLISHED`.
     """
 
-    fidelity: list[FidelityRow]
-    grid: list[FidelityRow]
+    fidelity: list[DivergenceRow]
+    grid: list[DivergenceRow]
     tasks: list[TaskRow]
     pairs: list[PairRow]
 
     @classmethod
     def of(cls, records: Records) -> "Findings":
-        """What there are results for."""
-        rows = fidelity_rows(records)
-        return cls(rows, fidelity_rows(records, "grid"), task_rows(records), pair_rows(records, rows))
+        """Summarize what there are results for."""
+        rows = divergence_rows(records)
+        return cls(rows, divergence_rows(records, "grid"), task_rows(records), pair_rows(records, rows))
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
         return asdict(self)
 
 
-def fidelity_rows(records: Records, measure: str = "fidelity") -> list[FidelityRow]:
-    """One row for each arm with results, in the order in which they came.
+def divergence_rows(records: Records, measure: str = "fidelity") -> list[DivergenceRow]:
+    """One row for each arm with results, in the order of the records.
 
     Args:
-        records: of a run.
+        records: records of a run.
         measure: "fidelity" or "grid".
     """
-    return [_fidelity_row(arm, lines) for arm, lines in _by_arm(records, measure).items()]
+    return [_divergence_row(arm, lines) for arm, lines in _by_arm(records, measure).items()]
 
 
-def _fidelity_row(arm: str, lines: Sequence[Record]) -> FidelityRow:
+def _divergence_row(arm: str, lines: Sequence[Record]) -> DivergenceRow:
     kl, nll = [line["kl"] for line in lines], [line["nll"] for line in lines]
     excess = [np.subtract(line["nll"], line["reference_nll"]) for line in lines]
     sizes = ("resident_bytes", "uncompressed_bytes", "numbers")
@@ -151,7 +152,7 @@ def _fidelity_row(arm: str, lines: Sequence[Record]) -> FidelityRow:
     errors = [line["attention"] for line in lines if line.get("attention")]
     output = np.mean([one["output"] for one in errors], axis=0) if errors else None
     weights = [one["kl"] for one in errors]
-    return FidelityRow(
+    return DivergenceRow(
         arm=arm,
         documents=len(lines),
         tokens=sum(map(len, kl)),
@@ -171,12 +172,12 @@ def _fidelity_row(arm: str, lines: Sequence[Record]) -> FidelityRow:
     )
 
 
-def pair_rows(records: Records, rows: Sequence[FidelityRow]) -> list[PairRow]:
+def pair_rows(records: Records, rows: Sequence[DivergenceRow]) -> list[PairRow]:
     """One row for each pair of `AGAINST_PUBLISHED` with results on the same documents.
 
     Args:
-        records: of a run.
-        rows: what `fidelity_rows` makes of them.
+        records: records of a run.
+        rows: what `divergence_rows` makes of them.
     """
     kl: dict[str, dict[str, float]] = defaultdict(dict)
     for line in records.of("fidelity"):
@@ -196,7 +197,7 @@ def pair_rows(records: Records, rows: Sequence[FidelityRow]) -> list[PairRow]:
 
 
 def task_rows(records: Records) -> list[TaskRow]:
-    """One row for each arm with answers, in the order in which they came."""
+    """One row for each arm with answers, in the order of the records."""
     arms = _by_arm(records, "tasks")
     reference = {line["case"]: line for line in arms.get(UNCOMPRESSED, ())}
     rows = []
@@ -225,15 +226,15 @@ def _task_row(arm: str, pairs: Sequence[tuple[Record, Record]]) -> TaskRow:
 
 
 def weak_tasks(rows: Sequence[TaskRow]) -> dict[str, float]:
-    """Tasks that the uncompressed model itself scores below `WEAK` on, and what it scores."""
+    """Tasks on which the uncompressed model itself scores below `WEAK`, with its scores."""
     reference = next((row for row in rows if row.arm == UNCOMPRESSED), None)
     scores = reference.scores if reference is not None else {}
     return {task: score for task, score in scores.items() if score < WEAK}
 
 
-def pareto_front(rows: Sequence[FidelityRow]) -> list[FidelityRow]:
-    """The rows that no other beats in bytes and in divergence, from few bytes to many."""
-    front: list[FidelityRow] = []
+def pareto_front(rows: Sequence[DivergenceRow]) -> list[DivergenceRow]:
+    """The rows that no other row beats in both bytes and divergence, from few bytes to many."""
+    front: list[DivergenceRow] = []
     for row in sorted(rows, key=lambda row: (row.resident_bytes, row.kl.value)):
         if not front or row.kl.value < front[-1].kl.value:
             front.append(row)

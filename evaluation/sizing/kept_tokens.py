@@ -1,4 +1,4 @@
-"""How many tokens presses will keep, as far as that follows from their settings."""
+"""How many tokens presses will keep, as far as their settings say."""
 
 from collections.abc import Iterator
 
@@ -23,14 +23,14 @@ def described(press: BasePress | None) -> str:
 
 
 def parts(press: BasePress | None) -> Iterator[BasePress]:
-    """The presses of a composition, or the press itself; nothing for None."""
+    """Yield the presses of a composition, or the press itself; nothing for None."""
     if press is not None:
         inner = getattr(press, "presses", None)
         yield from (press,) if inner is None else inner
 
 
 def prefill_evictors(press: BasePress | None) -> Iterator[BasePress]:
-    """The presses that evict tokens at the prefill, in order."""
+    """Yield the presses that evict tokens at the prefill, in order."""
     for one in parts(press):
         if isinstance(getattr(one, "prefilling_press", None), BasePress):
             yield from prefill_evictors(one.prefilling_press)
@@ -42,15 +42,16 @@ def tokens_kept(evictors: tuple[BasePress, ...], tokens: int, packed: bool) -> t
     """How many tokens every head of a layer keeps, on average.
 
     Args:
-        evictors: at the prefill, in order.
-        tokens: of the context.
-        packed: whether a quantizer comes behind them, which frees what head-wise presses only hide.
+        evictors: presses that evict at the prefill, in order.
+        tokens: tokens of the context.
+        packed: whether a quantizer follows, which frees what head-wise presses only hide.
 
     Returns:
-        Tokens, and whether that is sure: kvpress's scorers keep int(T (1 - ratio)) in every head.
+        The number of tokens, and whether it is certain: kvpress's scorers keep int(T (1 - ratio)) in every
+            head.
 
     Raises:
-        InvalidInputError: how much a press evicts depends on the text, or it packs in two widths.
+        InvalidInputError: how much a press evicts depends on the text, or a press packs in two widths.
     """
     exact = True
     for press in evictors:

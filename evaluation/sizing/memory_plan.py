@@ -1,7 +1,7 @@
-"""What a model with its cache will weigh, for a context, a batch and a press, and what a GPU has room for.
+"""What a model with its cache will weigh, for a context, a batch and a press, and what fits on a GPU.
 
-Bytes of the cache are those that `quantpress.cache.memory_estimate` gives, which equal measurements. How
-many tokens a press keeps follows from its ratio; activations are an estimate, and say so.
+The bytes of the cache come from `quantpress.cache.memory_estimate` and equal measurements. How many tokens a
+press keeps follows from its ratio. Activations are an estimate.
 """
 
 from collections import Counter
@@ -31,15 +31,15 @@ class MemoryPlan:
     """A model, its cache and its work space, once a context is read.
 
     Args:
-        press: what compresses the cache, in words.
+        press: what compresses the cache, as it is written.
         context: tokens of each sequence.
-        batch: sequences.
-        cache: layer by layer, all sequences.
-        exact: whether the number of tokens kept is sure; else it is what the press aims at.
+        batch: number of sequences.
+        cache: memory of the cache, layer by layer, all sequences together.
+        exact: whether the number of kept tokens is certain; if not, it is what the press aims at.
         whole_bytes: the cache of all tokens uncompressed, in the model's dtype.
-        weights_bytes: of the model; None where unknown.
-        activation_bytes: most of what reading the context needs beside weights and cache; an estimate, None
-            where the widths are unknown.
+        weights_bytes: bytes of the weights; None where unknown.
+        activation_bytes: peak bytes that reading the context needs beside weights and cache, an estimate;
+            None where the widths are unknown.
     """
 
     press: str
@@ -53,12 +53,12 @@ class MemoryPlan:
 
     @property
     def ratio(self) -> float:
-        """The whole cache uncompressed over this one."""
+        """Bytes of the whole cache uncompressed, divided by the bytes of this one."""
         return self.whole_bytes / self.cache.total_bytes if self.cache.total_bytes else 1.0
 
     @property
     def total_bytes(self) -> int | None:
-        """Weights, cache and activations; None where a part is unknown."""
+        """Bytes of weights, cache and activations; None where a part is unknown."""
         if self.weights_bytes is None or self.activation_bytes is None:
             return None
         return self.weights_bytes + self.cache.total_bytes + self.activation_bytes
@@ -74,12 +74,12 @@ class MemoryPlan:
 
 
 @dataclass(frozen=True)
-class Room:
+class Capacity:
     """What fits into a number of bytes.
 
     Args:
-        context: the longest one, in tokens, with the batch that was asked for; 0 when not even one token.
-        batch: the largest one with the context that was asked for; 0 when not even one sequence.
+        context: longest context in tokens, at the batch that was asked for; 0 when not even one token fits.
+        batch: largest batch, at the context that was asked for; 0 when not even one sequence fits.
     """
 
     context: int
@@ -90,12 +90,12 @@ class Planner:
     """Plans for one model and one press.
 
     Args:
-        model: its outline.
-        press: None keeps the whole cache.
+        model: outline of the model.
+        press: what compresses the cache; None keeps all of it.
 
     Raises:
-        UnsupportedModelError: TurboQuant cannot pack this model's cache.
-        UnsupportedHeadDimError: nor its head_dim.
+        UnsupportedModelError: TurboQuant cannot pack the cache of this model.
+        UnsupportedHeadDimError: TurboQuant cannot pack keys or values of this head_dim.
         InvalidInputError: how much the press evicts depends on the text.
     """
 
@@ -112,20 +112,20 @@ class Planner:
         self._order = [self._kind(layer) for layer in model.layers]
 
     def plan(self, context: int, batch: int = 1) -> MemoryPlan:
-        """The bytes of a context.
+        """Plan the memory of a context.
 
         Args:
             context: tokens T of each sequence.
-            batch: sequences.
+            batch: number of sequences.
 
         Raises:
-            InvalidInputError: a count is below 1.
+            InvalidInputError: `context` or `batch` is below 1.
         """
         for name, count in (("context", context), ("batch", batch)):
             if count < 1:
                 raise InvalidInputError(f"{name} is {count}; give 1 or more")
         kept, exact = tokens_kept(self._evictors, context, self._quantizer is not None)
-        # a press of kvpress alone evicts from sliding-window layers in some models, Compose in none
+        # a press of kvpress by itself evicts from sliding-window layers of some models, Compose never does
         exact = exact and not (self._alone and any(kind.sliding for kind in self._kinds))
         estimates = {kind: kind.estimate(context if kind.sliding else kept, batch) for kind in self._kinds}
         whole = {kind: replace(kind, settings=None).estimate(context, batch) for kind in self._kinds}
@@ -141,12 +141,11 @@ class Planner:
         )
 
     def activations(self, context: int, batch: int) -> int | None:
-        """Most bytes in use beside weights and cache while a context is read, about.
+        """Estimate the peak bytes beside weights and cache while a context is read (`work_space.py`).
 
-        See `work_space.py`. Against torch's profiler on the CPU, for bfloat16 models of two
-        shapes and 1500 to 24,000 tokens, it is between 1 % too low and 17 % too high without a press and with
-        TurboQuant; with Knorm or ExpectedAttention between 6 % too low and 30 % too high. Other presses may
-        need more for their scores.
+        Compared with torch's profiler on the CPU, for bfloat16 models of two shapes and 1500 to 24,000
+        tokens, the estimate is 1 % too low to 17 % too high without a press and with TurboQuant, and 6 % too
+        low to 30 % too high with Knorm or ExpectedAttention. Other presses may need more for their scores.
         """
         model = self.model
         if model.hidden is None or model.intermediate is None or not model.layers:
@@ -164,25 +163,25 @@ class Planner:
             return size * widths.whole(tokens, self.press is not None, packed)
         return size * widths.in_chunks(tokens, chunk, bool(self._evictors), packed, size)
 
-    def room(self, capacity: int, context: int, batch: int) -> Room:
+    def capacity(self, available: int, context: int, batch: int) -> Capacity:
         """The longest context and the largest batch that fit.
 
         Args:
-            capacity: bytes for weights, cache and activations.
-            context: that the batch is to have.
-            batch: that the context is to have.
+            available: bytes for weights, cache and activations.
+            context: tokens of each sequence, for the largest batch.
+            batch: sequences, for the longest context.
 
         Raises:
-            InvalidInputError: the model's weights or widths are unknown.
+            InvalidInputError: the weights or widths of the model are unknown.
         """
         if self.plan(1).total_bytes is None:
             raise InvalidInputError(
                 f"how much fits depends on weights and widths, which {self.model.name!r} leaves open; add "
                 "heads, hidden, intermediate and vocab to the shape"
             )
-        return Room(
-            context=_largest(lambda tokens: self._total(tokens, batch) <= capacity),
-            batch=_largest(lambda count: self._total(context, count) <= capacity),
+        return Capacity(
+            context=_largest(lambda tokens: self._total(tokens, batch) <= available),
+            batch=_largest(lambda count: self._total(context, count) <= available),
         )
 
     def _total(self, context: int, batch: int) -> int:

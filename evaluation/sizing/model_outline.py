@@ -1,7 +1,7 @@
-"""What a model's cache will be made of, without its weights: layers, heads, dimensions, bytes of the weights.
+"""Outlines of models: layers, heads, dimensions and bytes of the weights, without loading the weights.
 
-The model is built from its configuration on the "meta" device, which holds shapes and no data. So every
-architecture that transformers knows is counted by its own code.
+The model is built from its configuration on the "meta" device, which holds shapes and no data. So the code of
+each architecture in transformers says what there is.
 """
 
 from collections.abc import Iterator
@@ -35,7 +35,7 @@ SHAPE_FIELDS = {
     "vocab": "vocab_size",
     "positions": "max_position_embeddings",
 }
-"""Words of a shape written as text, and the fields of a Llama's configuration that they set."""
+"""Names in a shape that is written as text, and the fields of a Llama's configuration that they set."""
 
 _NEEDED = ("layers", "kv_heads", "head_dim")
 _OF_WEIGHTS = ("heads", "hidden", "intermediate", "vocab")
@@ -47,13 +47,13 @@ class LayerOutline:
     """The attention of one layer.
 
     Args:
-        module: on the meta device, or of a model in memory.
-        index: of the layer.
-        sliding: it looks back over a window only, and stays unpacked.
-        query_heads: Hq.
-        kv_heads: Hkv, as cached.
-        head_dim: D of the keys, as cached.
-        value_dim: Dv of the values.
+        module: the attention module, on the meta device or of a model in memory.
+        index: index of the layer.
+        sliding: whether it attends to a window only, and stays unpacked.
+        query_heads: number of query heads, Hq.
+        kv_heads: number of KV heads as cached, Hkv.
+        head_dim: dimension of the keys as cached, D.
+        value_dim: dimension of the values, Dv.
     """
 
     module: nn.Module
@@ -70,17 +70,17 @@ class ModelOutline:
     """A model without its weights.
 
     Args:
-        name: what it was asked for by.
-        architecture: the name of its class.
+        name: name that it was asked for by.
+        architecture: name of its class.
         layers: its attention layers in order.
-        other_layers: layers that cache something else (state spaces, convolutions), or nothing.
-        weights_bytes: of all parameters; None where a shape leaves them open.
-        dtype: of the weights.
+        other_layers: number of layers that cache something else (state spaces, convolutions), or nothing.
+        weights_bytes: bytes of all parameters; None where a shape leaves them open.
+        dtype: dtype of the weights.
         hidden: width of the hidden states; None where a shape leaves it open.
         intermediate: width of the feed-forward; None where it is not known.
         positions: most tokens that the model was made for; None where it does not say.
         refusal: why its cache cannot be packed; None when it can.
-        quantized: its checkpoint holds weights of other widths than `dtype`, so that they weigh less.
+        quantized: whether its checkpoint holds weights of smaller widths than `dtype`.
     """
 
     name: str
@@ -97,12 +97,12 @@ class ModelOutline:
 
     @classmethod
     def of(cls, name: str, model: PreTrainedModel, dtype: torch.dtype | None = None) -> "ModelOutline":
-        """The outline of a model, in memory or on the meta device.
+        """The outline of a model in memory or on the meta device.
 
         Args:
             name: what to call it.
             model: decoder-only.
-            dtype: that the weights will have; left out, that of the parameters.
+            dtype: dtype that the weights will have; left out, that of the parameters.
         """
         config = model.config.get_text_config()
         layers = tuple(_layers(attention_modules(model)))
@@ -130,7 +130,7 @@ class ModelOutline:
 
 
 def outline(model: str | None = None) -> ModelOutline:
-    """A model's outline by its name.
+    """The outline of a model, by name, configuration or shape.
 
     Args:
         model: an id on the hub, a folder, a config.json, or a shape such as `EXAMPLE_SHAPE`, of which heads,
@@ -144,9 +144,9 @@ def outline(model: str | None = None) -> ModelOutline:
         return _of_shape(model)
     if model is not None and not Path(model).exists() and model.endswith(".json"):
         raise InvalidInputError(f"there is no file {model}; give a config.json, a folder, an id or a shape")
-    place = str(ensure_default_model()) if model in (None, DEFAULT_MODEL_NAME) else str(model)
+    source = str(ensure_default_model()) if model in (None, DEFAULT_MODEL_NAME) else str(model)
     try:
-        config = AutoConfig.from_pretrained(place)
+        config = AutoConfig.from_pretrained(source)
         made = _without_weights(config)
     except (OSError, ValueError, KeyError, TypeError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
@@ -204,7 +204,7 @@ def _layers(modules: list[nn.Module]) -> Iterator[LayerOutline]:
     for module in modules:
         of: Any = module
         config = getattr(of, "config", None)
-        if config is None:  # attention of a kind that is not packed either
+        if config is None:  # attention of a kind that cannot be packed either
             continue
         heads = int(config.num_attention_heads)
         latent = getattr(of, "qk_head_dim", None)  # it caches a key and a value for every query head
@@ -221,7 +221,7 @@ def _layers(modules: list[nn.Module]) -> Iterator[LayerOutline]:
 
 
 def _kv_heads(module: Any, heads: int) -> int:
-    """As the module itself counts them: a configuration may name what its architecture does not know."""
+    """KV heads as the module itself counts them, which may ignore its configuration."""
     for name in ("num_key_value_heads", "num_kv_heads"):
         if isinstance(getattr(module, name, None), int):
             return int(getattr(module, name))

@@ -1,8 +1,8 @@
-"""What reading a context takes beside weights and cache: the most of a few stages of one decoder layer.
+"""What reading a context takes beside weights and cache: the largest of a few stages of one decoder layer.
 
-The numbers of tensors were read off live tensors at the peak on the CPU, for four Llama shapes. A context
-read whole has them for all tokens; one read in chunks (`chunked_prefill`) for all tokens, or
-for those of a chunk.
+The numbers of tensors were counted at the peak on the CPU, for four Llama shapes. A context that is read
+whole has them for all tokens; one that is read in chunks (`chunked_prefill`) has some for all tokens and some
+for a chunk.
 """
 
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from quantpress.kernels.encode.reference import WORKSPACE_VALUES
 from quantpress.pipelines.reading.chunked_prefill import QUERY_CHUNKS
 
 ENCODER_BYTES = 24
-"""For each of up to `WORKSPACE_VALUES` coordinates that are packed at a time."""
+"""Bytes for each of up to `WORKSPACE_VALUES` coordinates that are packed at a time."""
 
 
 @dataclass(frozen=True)
@@ -22,8 +22,8 @@ class Widths:
         hidden: in its hidden state.
         intermediate: in the feed-forward.
         queries: in all query heads.
-        states: in the keys of all KV heads, and as many in the values.
-        rotary: in the tables of the rotary embedding, both together.
+        states: in the keys of all KV heads; the values have as many.
+        rotary: in both tables of the rotary embedding together.
     """
 
     hidden: int
@@ -33,12 +33,12 @@ class Widths:
     rotary: int
 
     def whole(self, tokens: int, pressed: bool, packed: bool) -> int:
-        """Most numbers at a time while a context is read whole.
+        """Peak count of numbers while a context is read whole.
 
         Args:
-            tokens: of all sequences.
+            tokens: tokens of all sequences.
             pressed: whether there is a press.
-            packed: whether one packs.
+            packed: whether a press packs.
         """
         feed_forward = 6 * self.hidden + 3 * self.intermediate
         attention = 4 * self.hidden + 3 * self.queries + (3 + pressed) * self.states
@@ -46,18 +46,18 @@ class Widths:
         return tokens * max(feed_forward, attention, packing)
 
     def in_chunks(self, tokens: int, chunk: int, evicts: bool, packed: bool, itemsize: int) -> int:
-        """Most numbers at a time while a context is read in chunks.
+        """Peak count of numbers while a context is read in chunks.
 
         Args:
-            tokens: of all sequences.
-            chunk: those in a chunk.
-            evicts: whether a press scores tokens. What that takes differs; ExpectedAttention, and SnapKV
-                with 128 channels a head, take four tensors of all query heads.
-            packed: whether one packs.
+            tokens: tokens of all sequences.
+            chunk: tokens of a chunk, of all sequences.
+            evicts: whether a press scores tokens. Presses differ; ExpectedAttention, and SnapKV with 128
+                channels a head, take four tensors of all query heads.
+            packed: whether a press packs.
             itemsize: bytes of a number.
         """
         kept = 3 * self.hidden + self.rotary
-        raw = 2 * self.states if evicts or packed else 0  # else they are the cache
+        raw = 2 * self.states if evicts or packed else 0  # otherwise they are the cache
         queries = min(tokens, QUERY_CHUNKS * chunk)
         attending = 4 * self.queries + 2 * self.states
         first = tokens * (kept - self.hidden + raw) + queries * attending  # no output yet

@@ -1,1 +1,1 @@
-"""Texts with planted facts, and questions about them."""
+"""Tasks: questions about a context, asked over compressed caches."""

@@ -1,4 +1,4 @@
-"""A case: one question about one context, and what its answer is worth.
+"""Cases: one question about one context each, and how an answer is scored.
 
 >>> score("They are 12,345 and 999.", ("12345", "67890"), "recall")
 0.5
@@ -18,8 +18,8 @@ from quantpress.errors import InvalidInputError
 from quantpress.evaluation.tasks.haystack import book_text
 
 SCORINGS = ("recall", "words")
-CHAT_TOKENS = 64  # room for what the chat form adds to a context
-_CHARACTERS = 6  # of a token, more than prose has
+CHAT_TOKENS = 64  # left free for what the chat form adds to a context
+_CHARACTERS = 6  # per token, more than prose has
 _THOUSANDS = re.compile(r"(?<=\d),(?=\d{3})")
 
 
@@ -28,16 +28,16 @@ class Case:
     """One question about one context.
 
     Args:
-        task: what kind it is.
-        name: unique in a run.
-        context: what is read under a press.
+        task: name of the task.
+        name: name of the case, unique in a run.
+        context: text that is read under a press.
         question: asked afterwards; presses do not see it.
         answer_prefix: how the answer begins.
-        references: what a right answer holds.
-        scoring: see `score`.
+        references: what a right answer contains.
+        scoring: "recall" or "words"; see `score`.
         answer_tokens: most tokens of the answer.
-        tokens: of the context, chat form included, about.
-        depth: of a single needle, 0.0 to 1.0; else None.
+        tokens: approximate length of the context, chat form included.
+        depth: depth of a single needle, 0.0 to 1.0; otherwise None.
     """
 
     task: str
@@ -55,11 +55,12 @@ class Case:
 def score(answer: str, references: Sequence[str], scoring: str) -> float:
     """What an answer is worth, 0.0 to 1.0.
 
-    "recall" is the part of the references that stand in the answer as whole words, in any case, with 12,345
-    for 12345. "words" is the part of the first reference's words that the answer has, in this order.
+    "recall" is the share of the references that the answer contains as whole words, in upper or lower case;
+    12,345 counts as 12345. "words" is the share of the first reference's words that the answer has, in the
+    same order.
 
     Raises:
-        InvalidInputError: another scoring, or no reference.
+        InvalidInputError: `scoring` is unknown, or there is no reference.
 
     Source: "recall" is the string match of RULER, arXiv 2404.06654.
     """
@@ -74,10 +75,10 @@ def score(answer: str, references: Sequence[str], scoring: str) -> float:
 
 
 def prose(chance: random.Random, tokens: int) -> str:
-    """The book from a random paragraph on, with more than `tokens` tokens where the book is long enough."""
+    """The book from a random paragraph on; more than `tokens` tokens where the book is long enough."""
     book, starts = _book(), _paragraphs()
-    room = max(0, len(book) - tokens * _CHARACTERS)
-    return book[chance.choice(starts[: bisect.bisect_right(starts, room)]) :]
+    latest = max(0, len(book) - tokens * _CHARACTERS)
+    return book[chance.choice(starts[: bisect.bisect_right(starts, latest)]) :]
 
 
 @cache

@@ -26,18 +26,18 @@ CITIES = (
 )
 SENTENCE_END = re.compile(r"(?<!\bMr)(?<!\bMrs)(?<!\bDr)(?<!\bSt)(?<!\b[A-Z])[.!?][\"')_]*(?=\s)")
 NUMBER = re.compile(r"\d+(?:,\d{3})*")
-LONGEST_TOKEN = 16  # characters; tokens of running prose average 4 to 6
+LONGEST_TOKEN = 16  # characters; tokens of prose average 4 to 6
 
 
 class Tokenizer(Protocol):
-    """What is needed of a tokenizer; every transformers tokenizer has it."""
+    """What we need of a tokenizer; every tokenizer of transformers has it."""
 
     def encode(self, text: str, *, add_special_tokens: bool, verbose: bool) -> list[int]:
-        """The token ids of `text`; `verbose` allows a warning when they are more than the model reads."""
+        """The token ids of `text`; with `verbose`, a text longer than the model reads gives a warning."""
 
 
 class Planted(Protocol):
-    """What is needed of a thing to plant."""
+    """What can be planted: a sentence and its depth."""
 
     @property
     def sentence(self) -> str: ...
@@ -68,15 +68,15 @@ class Needle:
 
 
 def book_text(max_characters: int | None = None) -> str:
-    """The first `max_characters` of Pride and Prejudice (1813, public domain); None means all 685,000."""
+    """The first `max_characters` of Pride and Prejudice (1813, public domain); None for all 685,000."""
     return lzma.decompress(BOOK.read_bytes()).decode("utf-8")[:max_characters]
 
 
 def book_piece(tokenizer: Tokenizer, tokens: int) -> str:
-    """The beginning of the book that has so many tokens, give or take a word.
+    """The beginning of the book with `tokens` tokens, give or take a word.
 
     Raises:
-        InvalidInputError: the book has fewer.
+        InvalidInputError: the book has fewer tokens.
     """
     return plant(book_text(), [], tokenizer, tokens)
 
@@ -102,13 +102,13 @@ def plant(text: str, needles: Sequence[Planted], tokenizer: Tokenizer, tokens: i
     """The longest beginning of `text` that has at most `tokens` tokens with the needles planted in it.
 
     Args:
-        text: running prose; it is cut at the end of a word.
-        needles: each is put at the end of the sentence nearest to its depth.
-        tokenizer: counts the tokens (without special ones).
-        tokens: most tokens of the result; it has this many, give or take a word.
+        text: running prose, which is cut at the end of a word.
+        needles: facts, each put at the end of the sentence nearest to its depth.
+        tokenizer: counts the tokens, without special ones.
+        tokens: most tokens of the result, which has this many, give or take a word.
 
     Raises:
-        InvalidInputError: `tokens` has no room for the needles, or `text` has fewer tokens than asked for.
+        InvalidInputError: the needles do not fit into `tokens`, or `text` has fewer tokens than asked for.
     """
     reach = text[: tokens * LONGEST_TOKEN]
     word_ends = [match.end() for match in re.finditer(r"\S+", reach)]
@@ -116,12 +116,12 @@ def plant(text: str, needles: Sequence[Planted], tokenizer: Tokenizer, tokens: i
 
     def planted(words: int) -> str:
         end = word_ends[words - 1] if words else 0
-        places = [0, *sentence_ends[: bisect.bisect_right(sentence_ends, end)]]
+        ends = [0, *sentence_ends[: bisect.bisect_right(sentence_ends, end)]]
         pieces, done = [], 0
         for needle in sorted(needles, key=lambda needle: needle.depth):
-            place = min(places, key=lambda place: abs(place - needle.depth * end))
-            pieces += [text[done:place], f" {needle.sentence}" if place else f"{needle.sentence} "]
-            done = place
+            here = min(ends, key=lambda offset: abs(offset - needle.depth * end))
+            pieces += [text[done:here], f" {needle.sentence}" if here else f"{needle.sentence} "]
+            done = here
         return "".join([*pieces, text[done:end]])
 
     def count(words: int) -> int:
@@ -132,7 +132,7 @@ def plant(text: str, needles: Sequence[Planted], tokenizer: Tokenizer, tokens: i
         raise InvalidInputError(f"tokens={tokens}: the needles alone have {count(0)} tokens.")
     if words == len(word_ends) and count(words) < tokens:
         raise InvalidInputError(f"tokens={tokens}: text and needles have {count(words)} tokens.")
-    while count(words) > tokens:  # a needle that moved to another sentence may have made one token more
+    while count(words) > tokens:  # a needle that moved to another sentence may have added a token
         words -= 1
     return planted(words)
 

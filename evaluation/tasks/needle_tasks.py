@@ -1,6 +1,6 @@
 """Tasks whose facts are planted in a book: needles, chains of variables, and the book itself word for word.
 
-Their forms are those of RULER (arXiv 2404.06654); texts and numbers are made here, from a seed.
+Their forms are those of RULER (arXiv 2404.06654); texts and numbers are made from a seed.
 """
 
 import random
@@ -21,27 +21,27 @@ from quantpress.evaluation.tasks.haystack import (
 
 KEYS = 5  # needles of multi_key and multi_query
 ASKED = 3  # values of multi_value, cities that multi_query asks for
-HOPS = 3  # variables of a chain behind the first
-NUMBER_TOKENS = 8  # of a 5-digit number and what stands around it
+HOPS = 3  # variables of a chain after the first
+NUMBER_TOKENS = 8  # tokens of a 5-digit number and what surrounds it
 QUOTED_WORDS, CUE_WORDS = 12, 6
 
 
 @dataclass(frozen=True)
 class Fact:
-    """Any sentence to plant, and where."""
+    """A sentence to plant, and its depth."""
 
     sentence: str
     depth: float
 
 
 def needle(tokenizer: Tokenizer, tokens: int, seed: int, depth: float | None = None) -> Case:
-    """One number in a book; at a random depth unless one is given."""
+    """One number in a book, at a random depth unless one is given."""
     chance = _chance("needle", tokens, seed, depth)
-    place = chance.random() if depth is None else depth
-    planted = Needle(chance.choice(CITIES), _number(chance), place)
+    depth = chance.random() if depth is None else depth
+    planted = Needle(chance.choice(CITIES), _number(chance), depth)
     return Case(
         "needle",
-        f"needle {tokens} {place:.2f} {seed}",
+        f"needle {tokens} {depth:.2f} {seed}",
         plant(prose(chance, tokens), [planted], tokenizer, tokens - CHAT_TOKENS),
         needle_question(planted.city),
         ANSWER_PREFIX,
@@ -49,7 +49,7 @@ def needle(tokenizer: Tokenizer, tokens: int, seed: int, depth: float | None = N
         "recall",
         NUMBER_TOKENS,
         tokens,
-        place,
+        depth,
     )
 
 
@@ -112,7 +112,7 @@ def multi_query(tokenizer: Tokenizer, tokens: int, seed: int) -> Case:
 
 
 def variable_tracking(tokenizer: Tokenizer, tokens: int, seed: int) -> Case:
-    """A number that goes from variable to variable; all that have it are asked for."""
+    """A number that is passed from variable to variable; all variables that have it are asked for."""
     chance = _chance("variable_tracking", tokens, seed)
     names = chance.sample([f"{a}{b}" for a in "ABCDEFGHJK" for b in "LMNPQRSTVW"], HOPS + 1)
     number, depths = _number(chance), sorted(chance.random() for _ in names)
@@ -133,10 +133,10 @@ def variable_tracking(tokenizer: Tokenizer, tokens: int, seed: int) -> Case:
 
 
 def quote(tokenizer: Tokenizer, tokens: int, seed: int) -> Case:
-    """How a sentence of the book goes on, word for word.
+    """The rest of a sentence of the book, word for word.
 
     Raises:
-        InvalidInputError: the context holds no sentence that is long enough and begins like no other.
+        InvalidInputError: no sentence of the context is long enough and begins unlike all others.
     """
     chance = _chance("quote", tokens, seed)
     context = plant(prose(chance, tokens), [], tokenizer, tokens - CHAT_TOKENS)

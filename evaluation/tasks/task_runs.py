@@ -1,4 +1,4 @@
-"""Cases asked over caches kept in different ways, with identical prompts for every arm."""
+"""Asks cases over caches that are kept in different ways, with the same prompts for every arm."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -23,20 +23,20 @@ TASKS: dict[str, MakeCase] = {
     "frequent_words": word_tasks.frequent_words,
     "quote": needle_tasks.quote,
 }
-"""Tasks beside the needle grid."""
+"""The tasks other than the needle grid."""
 
 
 @dataclass(frozen=True)
-class Outcome:
+class TaskResult:
     """One case over one cache.
 
     Args:
-        task, tokens, depth: of the case.
-        score: 0.0 to 1.0.
-        answer: what was said.
-        resident_bytes: measured, of the context's cache.
-        uncompressed_bytes: of all tokens of the context, in the model's own dtype.
-        seconds: of reading and answering.
+        task, tokens, depth: as in the case.
+        score: score of the answer, 0.0 to 1.0.
+        answer: text of the answer.
+        resident_bytes: measured bytes of the context's cache.
+        uncompressed_bytes: bytes of all tokens of the context in the model's own dtype.
+        seconds: time for reading and answering.
     """
 
     task: str
@@ -63,15 +63,15 @@ def make_cases(
     tasks: Sequence[str] = tuple(TASKS),
     seed: int = 0,
 ) -> list[Case]:
-    """The needle grid, then samples of the other tasks, so ordered that a run cut short has some of each.
+    """The needle grid, then samples of all other tasks, so that a run cut short has some of each.
 
     Args:
         tokenizer: counts tokens.
-        lengths: of the needle grid's contexts, in tokens.
-        depths: of its needles.
-        tokens: of the other tasks' contexts.
-        samples: of each other task.
-        tasks: names out of `TASKS`.
+        lengths: tokens of the contexts of the needle grid.
+        depths: depths of its needles, 0.0 to 1.0.
+        tokens: tokens of the contexts of the other tasks.
+        samples: cases of each other task.
+        tasks: names from `TASKS`.
         seed: the same seed gives the same cases on every machine.
     """
     grid = [needle_tasks.needle(tokenizer, length, seed, depth) for length in lengths for depth in depths]
@@ -79,7 +79,7 @@ def make_cases(
     return [*grid, *others]
 
 
-def ask(pipe: TextGenerationPipeline, case: Case, arm: Arm) -> Outcome:
+def ask(pipe: TextGenerationPipeline, case: Case, arm: Arm) -> TaskResult:
     """Ask one case over one arm, greedily.
 
     Raises:
@@ -99,7 +99,7 @@ def ask(pipe: TextGenerationPipeline, case: Case, arm: Arm) -> Outcome:
             cuda_graph=False,  # capturing takes longer than a short answer
         )
     report = result["report"]
-    return Outcome(
+    return TaskResult(
         case.task,
         case.tokens,
         case.depth,

@@ -1,6 +1,6 @@
-"""Tasks whose context is a list of words, to be counted: the most common and the most frequent ones.
+"""Tasks that count the words of a list: the most common and the most frequent ones.
 
-Their forms are those of RULER (arXiv 2404.06654); the words are the book's, or made up, from a seed.
+Their forms are those of RULER (arXiv 2404.06654); the words come from the book or are made up, from a seed.
 """
 
 import bisect
@@ -15,17 +15,17 @@ from quantpress.evaluation.tasks.cases import CHAT_TOKENS, Case
 from quantpress.evaluation.tasks.haystack import Tokenizer, book_text
 
 COMMON = 5  # words to find in common_words
-COMMON_SHARE = 0.5  # of the list that are common words
+COMMON_SHARE = 0.5  # share of common words in the list
 FREQUENT = 3  # words to find in frequent_words
-ZIPF = 2.0  # exponent of the frequencies, as RULER's
-WORD_TOKENS = 6  # of a made-up word and what stands around it
+ZIPF = 2.0  # exponent of the frequencies, as in RULER
+WORD_TOKENS = 6  # tokens of a made-up word and what surrounds it
 
 
 def common_words(tokenizer: Tokenizer, tokens: int, seed: int) -> Case:
-    """A numbered list, half of it five words, the other half words that come once.
+    """A numbered list: half of it repeats five words, the other half are words that occur once.
 
     Raises:
-        InvalidInputError: `tokens` has no room for a list.
+        InvalidInputError: no list fits into `tokens`.
     """
     chance = random.Random(f"common_words/{tokens}/{seed}")
     vocabulary = _vocabulary()
@@ -57,7 +57,7 @@ def frequent_words(tokenizer: Tokenizer, tokens: int, seed: int) -> Case:
     """Made-up words, the k-th as frequent as k to the power -2.
 
     Raises:
-        InvalidInputError: `tokens` has no room for the words.
+        InvalidInputError: the words do not fit into `tokens`.
     """
     chance = random.Random(f"frequent_words/{tokens}/{seed}")
     words = list(dict.fromkeys("".join(chance.choices(string.ascii_lowercase, k=5)) for _ in range(60)))
@@ -85,13 +85,13 @@ def frequent_words(tokenizer: Tokenizer, tokens: int, seed: int) -> Case:
 
 
 def _longest(make: Callable[[int], str], tokenizer: Tokenizer, tokens: int, least: int) -> str:
-    """The text of most words that has at most `tokens` tokens."""
+    """The text with the most words that has at most `tokens` tokens."""
 
     def count(words: int) -> int:
         return len(tokenizer.encode(make(words), add_special_tokens=False, verbose=False))
 
     words = bisect.bisect_right(range(tokens + 1), tokens, key=count) - 1
-    while words >= least and count(words) > tokens:  # another word may take fewer tokens
+    while words >= least and count(words) > tokens:  # a longer list may have fewer tokens
         words -= 1
     if words < least:
         raise InvalidInputError(f"{tokens} tokens have no room for a list of {least} words; ask for more")
@@ -100,5 +100,5 @@ def _longest(make: Callable[[int], str], tokenizer: Tokenizer, tokens: int, leas
 
 @cache
 def _vocabulary() -> list[str]:
-    """Words of the book of five to eight letters, without names, in the order of the alphabet."""
+    """Words of five to eight letters in the book, without names, in alphabetical order."""
     return sorted(set(re.findall(r"(?<= )[a-z]{5,8}(?=[ ,;])", book_text(200_000))))

@@ -13,7 +13,7 @@ from quantpress.cli.options import Presses
 from quantpress.errors import InvalidInputError
 
 if TYPE_CHECKING:
-    from quantpress.evaluation.sizing.memory_plan import MemoryPlan, Room
+    from quantpress.evaluation.sizing.memory_plan import Capacity, MemoryPlan
     from quantpress.evaluation.sizing.model_outline import ModelOutline
 
 UNITS = {"B": 1, **{f"{p}B": 1000**i for i, p in enumerate("KMGT", 1)}}
@@ -25,29 +25,29 @@ class Sized:
     """Plans for one model, the uncompressed cache first.
 
     Args:
-        model: its outline.
-        plans: one a press.
-        gpu_bytes: of the GPU that was asked about, or None.
-        rooms: what it has room for, one a plan; empty without a GPU.
+        model: outline of the model.
+        plans: one for each press.
+        gpu_bytes: memory of the GPU that was asked about, or None.
+        capacities: what fits on it, one for each plan; empty without a GPU.
     """
 
     model: "ModelOutline"
     plans: "tuple[MemoryPlan, ...]"
     gpu_bytes: int | None = None
-    rooms: "tuple[Room, ...]" = ()
+    capacities: "tuple[Capacity, ...]" = ()
 
     exit_status = 0
 
     @property
     def dtype(self) -> str:
-        """Of the weights, and of whatever of the cache is not packed."""
+        """The dtype of the weights, and of what is not packed of the cache."""
         return str(self.model.dtype).removeprefix("torch.")
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON. Activations, and what a GPU has room for, are estimates."""
+        """Plain values, for JSON. Activations and what fits on a GPU are estimates."""
         plans = [plan.as_dict() for plan in self.plans]
-        for plan, room in zip(plans, self.rooms, strict=False):
-            plan["longest_context"], plan["largest_batch"] = room.context, room.batch
+        for plan, capacity in zip(plans, self.capacities, strict=False):
+            plan["longest_context"], plan["largest_batch"] = capacity.context, capacity.batch
         model = {
             "name": self.model.name,
             "architecture": self.model.architecture,
@@ -68,7 +68,7 @@ class Sized:
         table = Table(title=f"{self.model.name}: {first.context:,} tokens{sequences}")
         table.add_column("cache", overflow="fold", min_width=24)
         names = ["codes", "tokens\nnot packed", "metadata", "in all", "ratio", "bits a\nvalue"]
-        names += ["longest\ncontext", "largest\nbatch"] if self.rooms else []
+        names += ["longest\ncontext", "largest\nbatch"] if self.capacities else []
         for name in names:
             table.add_column(name, justify="right")
         for index, plan in enumerate(self.plans):
@@ -77,7 +77,8 @@ class Sized:
             parts = (cache.packed_bytes, cache.dense_bytes, cache.metadata_bytes)
             row = [*map(format_bytes, parts), about + format_bytes(cache.total_bytes)]
             row += [f"{plan.ratio:.2f}x", f"{cache.bits_per_value:.2f}"]
-            row += [f"{self.rooms[index].context:,}", f"{self.rooms[index].batch:,}"] if self.rooms else []
+            for capacity in self.capacities[index : index + 1]:
+                row += [f"{capacity.context:,}", f"{capacity.batch:,}"]
             table.add_row(plan.press, *row)
         return Group(table, *(Text(line, "dim") for line in self._notes()))
 
@@ -139,21 +140,23 @@ def memory(
     from quantpress.presses.expression import parse_press
 
     made = [parse_press(one) for one in press or ("TurboQuant",)]
-    capacity = None if gpu is None else byte_count(gpu)
+    available = None if gpu is None else byte_count(gpu)
     known = outline(model)
     if weights is not None:
         known = replace(known, weights_bytes=byte_count(weights), quantized=False)
     planners = [Planner(known, one) for one in (None, *(one for one in made if one is not None))]
     plans = tuple(planner.plan(context, batch) for planner in planners)
-    rooms = () if capacity is None else tuple(one.room(capacity, context, batch) for one in planners)
-    return Sized(known, plans, capacity, rooms)
+    capacities = (
+        () if available is None else tuple(one.capacity(available, context, batch) for one in planners)
+    )
+    return Sized(known, plans, available, capacities)
 
 
 def byte_count(text: str) -> int:
-    """A number of bytes written with its unit.
+    """Read a number of bytes with its unit.
 
     Raises:
-        InvalidInputError: it cannot be read.
+        InvalidInputError: `text` is not a number of bytes.
 
     Example:
         >>> byte_count("80GB"), byte_count("1.5 GiB"), byte_count("512")
@@ -163,5 +166,5 @@ def byte_count(text: str) -> int:
     units = {name.lower(): size for name, size in UNITS.items()}
     unit = (found[2].lower() or "b") if found else ""
     if found is None or unit not in units or not float(found[1]):
-        raise InvalidInputError(f"{text!r} is no number of bytes; write it like 80GB, 24GiB or 512MB")
+        raise InvalidInputError(f"{text!r} is not a number of bytes; write it like 80GB, 24GiB or 512MB")
     return int(float(found[1]) * units[unit])

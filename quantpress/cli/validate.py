@@ -23,7 +23,7 @@ class Check:
     Args:
         role: "key" or "value".
         bits: code width.
-        report: measured and expected.
+        report: what was measured and what is expected.
     """
 
     role: str
@@ -32,12 +32,12 @@ class Check:
 
     @property
     def ok(self) -> bool:
-        """Whether it is as exact as its codebook says and, but for sampling, within the bounds of theory."""
+        """Whether it is as exact as its codebook says and, up to noise, within the bounds of theory."""
         report = self.report
         if report.paper_bound is None:
             return report.ok
-        room = 5 * report.standard_error
-        return report.ok and report.shannon - room <= report.distortion <= report.paper_bound + room
+        noise = 5 * report.standard_error
+        return report.ok and report.shannon - noise <= report.distortion <= report.paper_bound + noise
 
 
 @dataclass(frozen=True)

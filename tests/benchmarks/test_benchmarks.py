@@ -49,6 +49,6 @@ def test_the_table_compares_with_the_first_press_and_a_run_goes_on(
     assert [row[0] for row in rows] == presses and rows[0][3] == "1.00 [1.00, 1.00]"
     kl = [float(row[2].split()[0]) for row in rows]
     assert float(rows[1][3].split()[0]) == pytest.approx(kl[1] / kl[0], rel=0.05) and kl[1] > 5 * kl[0]
-    monkeypatch.delattr(defaults.FidelityProbe, "over")
+    monkeypatch.delattr(defaults.DivergenceProbe, "over")
     defaults.main()
     assert capsys.readouterr().out == first

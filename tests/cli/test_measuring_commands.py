@@ -119,7 +119,7 @@ def test_memory_takes_other_weights() -> None:
         memory.memory(EXAMPLE_SHAPE, gpu="24GB", weights=weights) for weights in (None, "4.7GB")
     )
     assert lighter.model.weights_bytes == 4_700_000_000
-    assert all(b.context > a.context for a, b in zip(own.rooms, lighter.rooms, strict=True))
+    assert all(b.context > a.context for a, b in zip(own.capacities, lighter.capacities, strict=True))
 
 
 def test_memory_asks_for_the_weights_of_a_quantized_checkpoint(tmp_path: Path) -> None:

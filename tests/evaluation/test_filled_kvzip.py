@@ -9,8 +9,8 @@ import torch
 from transformers import DynamicCache
 
 from quantpress.cache import cache_memory
-from quantpress.evaluation.divergence.divergence import FidelityProbe
-from quantpress.evaluation.documents import Document
+from quantpress.evaluation.divergence.documents import Document
+from quantpress.evaluation.divergence.probe import DivergenceProbe
 from quantpress.evaluation.equal_bytes import HEAD_WISE, Shape, grid_arms
 from quantpress.presses import Compose
 from tests.presses.reading import lossless, read
@@ -61,9 +61,9 @@ def test_a_press_without_batches_reads_documents_one_by_one(half: Any) -> None:
     documents = [Document(f"piece {i}", one, 700) for i, one in enumerate(ids)]
     (arm,) = grid_arms(Shape.of(half.config, 700), [HEAD_WISE], (4,), (0.25,))
     assert arm.one_by_one
-    together = FidelityProbe(half, documents, queries=2).over(arm.make(), one_by_one=True)
+    together = DivergenceProbe(half, documents, queries=2).over(arm.make(), one_by_one=True)
     for document, one in zip(documents, together, strict=True):
-        (alone,) = FidelityProbe(half, [document], queries=2).over(arm.make())
+        (alone,) = DivergenceProbe(half, [document], queries=2).over(arm.make())
         assert one.kl == pytest.approx(alone.kl, rel=0.1, abs=1e-4)
         assert one.resident_bytes == alone.resident_bytes
     assert together[0].kl != together[1].kl

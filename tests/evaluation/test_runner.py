@@ -7,9 +7,9 @@ import pytest
 from quantpress.errors import InvalidInputError
 from quantpress.evaluation import runner as module
 from quantpress.evaluation.arms import Arm, every_arm, uncompressed
-from quantpress.evaluation.divergence.divergence import FidelityProbe
-from quantpress.evaluation.results.records import Records
-from quantpress.evaluation.runner import REFUSED, Runner, run_settings
+from quantpress.evaluation.divergence.probe import DivergenceProbe
+from quantpress.evaluation.results.records import REFUSED, Records
+from quantpress.evaluation.runner import Runner, run_settings
 from quantpress.evaluation.suites import FULL, QUICK, suite_by_name
 from quantpress.presses import SnapKV, TurboQuant
 from tests.pipelines.words import ours, text
@@ -68,8 +68,10 @@ def test_an_interrupted_run_goes_on(tmp_path, monkeypatch, after):
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(Records, "add", interrupted)
         run(tmp_path / "parts.jsonl")
-    over, measured = FidelityProbe.over, []
-    monkeypatch.setattr(FidelityProbe, "over", lambda *args, **how: measured.append(1) or over(*args, **how))
+    over, measured = DivergenceProbe.over, []
+    monkeypatch.setattr(
+        DivergenceProbe, "over", lambda *args, **how: measured.append(1) or over(*args, **how)
+    )
     again = run(tmp_path / "parts.jsonl")
     assert without_seconds(again) == without_seconds(whole)
     assert len(measured) == sum(line["measure"] in ("fidelity", "grid") for line in whole.lines) - min(
@@ -79,7 +81,7 @@ def test_an_interrupted_run_goes_on(tmp_path, monkeypatch, after):
 
 def test_what_is_done_is_not_done_again(tmp_path, monkeypatch):
     first = run(tmp_path / "results.jsonl")
-    for name in ("FidelityProbe", "ask"):
+    for name in ("DivergenceProbe", "ask"):
         monkeypatch.setattr(module, name, lambda *args, **kwargs: pytest.fail("computed again"))
     assert run(tmp_path / "results.jsonl").lines == first.lines
 
@@ -115,7 +117,7 @@ def test_without_the_uncompressed_cache_there_is_no_run(tmp_path, monkeypatch):
     def fails(self, press, **how):
         raise InvalidInputError("the model is broken")
 
-    monkeypatch.setattr(FidelityProbe, "over", fails)
+    monkeypatch.setattr(DivergenceProbe, "over", fails)
     with pytest.raises(InvalidInputError, match="broken"):
         run(tmp_path / "results.jsonl", parts=("fidelity",))
 

@@ -7,7 +7,13 @@ from quantpress.evaluation.arms import AGAINST_PUBLISHED
 from quantpress.evaluation.results import figures
 from quantpress.evaluation.results.markdown import report
 from quantpress.evaluation.results.records import Records
-from quantpress.evaluation.results.summary import Findings, fidelity_rows, pareto_front, task_rows, weak_tasks
+from quantpress.evaluation.results.summary import (
+    Findings,
+    divergence_rows,
+    pareto_front,
+    task_rows,
+    weak_tasks,
+)
 
 KL = {"uncompressed": [[0.0, 0.0], [0.0]], "small": [[0.1, 0.2], [0.6]], "smaller": [[0.3, 0.5], [1.0]]}
 BYTES = {"uncompressed": 1600, "small": 400, "smaller": 200}
@@ -53,7 +59,7 @@ def records(tmp_path):
 
 
 def test_figures_of_continuations(records):
-    rows = {row.arm: row for row in fidelity_rows(records)}
+    rows = {row.arm: row for row in divergence_rows(records)}
     small = rows["small"]
     assert (small.documents, small.tokens) == (2, 3)
     assert small.kl.value == pytest.approx(0.3)
@@ -115,7 +121,7 @@ def test_the_front_is_what_nothing_beats(records, seed):
         size, kl = int(chance.integers(1, 20)) * 100, float(chance.integers(1, 20)) / 10
         figures = {"kl": [kl], "resident_bytes": size, "uncompressed_bytes": 1600, "numbers": 800}
         records.add("grid", f"Press, {i} tokens, 2 bits", "piece 0", **figures, **fixed)
-    rows = fidelity_rows(records, "grid")
+    rows = divergence_rows(records, "grid")
     points = {(row.resident_bytes, row.kl.value) for row in rows}
     best = {
         (size, kl)
@@ -146,7 +152,7 @@ def test_pictures_show_the_figures(records, tmp_path):
         [1600 / 2**20, 3200 / 2**20],
         [400 / 2**20, 800 / 2**20],
     ]
-    front = figures.front_plot(fidelity_rows(records, "grid")).axes[0].lines[-1]
+    front = figures.front_plot(divergence_rows(records, "grid")).axes[0].lines[-1]
     assert list(front.get_xdata()) == [0.125, 0.25, 1.0]
     attention = figures.attention_plot(records).axes[0].lines[0]
     assert list(attention.get_xdata()) == [0, 3]

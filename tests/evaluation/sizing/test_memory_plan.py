@@ -94,17 +94,17 @@ def test_decode_time_presses_keep_the_context(half: dict[str, PreTrainedModel]) 
 def test_what_fits_fits_and_one_more_does_not(press: str | None) -> None:
     planner = Planner(outline(EXAMPLE_SHAPE), None if press is None else parse_press(press))
     capacity, context, batch = 80 * 10**9, 32768, 2
-    room = planner.room(capacity, context, batch)
-    totals = [planner.plan(room.context + more, batch).total_bytes for more in (0, 1)]
+    found = planner.capacity(capacity, context, batch)
+    totals = [planner.plan(found.context + more, batch).total_bytes for more in (0, 1)]
     assert totals[0] <= capacity < totals[1]
-    totals = [planner.plan(context, room.batch + more).total_bytes for more in (0, 1)]
+    totals = [planner.plan(context, found.batch + more).total_bytes for more in (0, 1)]
     assert totals[0] <= capacity < totals[1]
-    assert planner.room(10**9, context, batch) == type(room)(0, 0)  # the weights alone are more
+    assert planner.capacity(10**9, context, batch) == type(found)(0, 0)  # the weights alone are more
 
 
 def test_room_needs_the_weights() -> None:
     with pytest.raises(InvalidInputError, match="intermediate and vocab"):
-        Planner(outline("layers=2,kv_heads=2,head_dim=64"), None).room(10**9, 100, 1)
+        Planner(outline("layers=2,kv_heads=2,head_dim=64"), None).capacity(10**9, 100, 1)
 
 
 @pytest.mark.parametrize("counts", [{"context": 0}, {"context": 5, "batch": 0}], ids=str)

@@ -15,9 +15,9 @@ class Document:
     """A text as token ids, in the user's turn of the model's chat form.
 
     Args:
-        name: unique in a run.
+        name: name, unique in a run.
         ids: [T + N] int64.
-        context: T, how many of them are read under the press.
+        context: T, number of tokens that are read under the press.
     """
 
     name: str
@@ -27,10 +27,10 @@ class Document:
 
 @dataclass(frozen=True)
 class Pieces:
-    """So many documents of a text.
+    """How many documents to make of a text, and how long.
 
     Args:
-        count: how many.
+        count: number of documents.
         context: T, tokens that are read.
         continuation: N, tokens that follow.
     """
@@ -43,17 +43,17 @@ class Pieces:
 def make_documents(
     tokenizer: PreTrainedTokenizerBase, text: str, count: int, context: int, continuation: int
 ) -> list[Document]:
-    """Equally long pieces, spread evenly over a text, none overlapping another.
+    """Cut pieces of equal length from a text, spread evenly and without overlap.
 
     Args:
-        tokenizer: with a chat template, each piece begins as the user's turn does.
+        tokenizer: turns text into tokens; with a chat template, each piece begins as the user's turn does.
         text: running prose.
-        count: how many.
-        context: T, tokens that are read, what the chat form puts in front included.
+        count: number of pieces.
+        context: T, tokens that are read, including what the chat form puts in front.
         continuation: N, tokens that follow.
 
     Raises:
-        InvalidInputError: a count is too small, or the text too short.
+        InvalidInputError: a count is too small, or the text is too short.
     """
     source = _Source.of(tokenizer, text)
     starts = source.starts(Pieces(count, context, continuation))
@@ -63,15 +63,15 @@ def make_documents(
 def make_unread_documents(
     tokenizer: PreTrainedTokenizerBase, text: str, wanted: Pieces, read: Sequence[Pieces]
 ) -> list[Document]:
-    """Pieces of a text that overlap none of those that `make_documents` makes of it, nor one another.
+    """Cut pieces that overlap neither those that `make_documents` cuts from the text nor one another.
 
-    What is tuned on these can be reported on those.
+    Settings tuned on these pieces can be reported on those of `make_documents`.
 
     Args:
         tokenizer: as for `make_documents`.
         text: running prose.
-        wanted: what to make.
-        read: what must not overlap.
+        wanted: what to cut.
+        read: what `make_documents` has cut, which must not overlap.
 
     Raises:
         InvalidInputError: a count is too small, or too little text is left.
@@ -99,7 +99,7 @@ def make_unread_documents(
 
 @dataclass(frozen=True)
 class _Source:
-    """A text as token ids, and those that begin a user's turn."""
+    """A text as token ids, and the ids that begin a user's turn."""
 
     before: list[int]
     tokens: list[int]
@@ -111,7 +111,7 @@ class _Source:
         return cls(before, tokenizer.encode(text, add_special_tokens=False, verbose=False))
 
     def own(self, pieces: Pieces) -> int:
-        """Tokens of the text in each piece."""
+        """Number of tokens of the text in each piece."""
         if min(pieces.count, pieces.context) < 1 or pieces.continuation < 2:
             raise InvalidInputError(
                 f"{pieces.count} documents of {pieces.context} + {pieces.continuation} tokens; give at least "
@@ -120,7 +120,7 @@ class _Source:
         return pieces.context + pieces.continuation - len(self.before)
 
     def starts(self, pieces: Pieces) -> list[int]:
-        """Where equally spread pieces begin."""
+        """Where evenly spread pieces begin."""
         own = self.own(pieces)
         if own <= pieces.continuation or own * pieces.count > len(self.tokens):
             raise InvalidInputError(

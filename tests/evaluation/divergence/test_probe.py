@@ -8,10 +8,10 @@ from torch.nn import functional
 from transformers import DynamicCache
 
 from quantpress.errors import InvalidInputError, NonFiniteError
-from quantpress.evaluation.divergence.divergence import FidelityProbe
+from quantpress.evaluation.divergence.documents import Document, Pieces, make_documents, make_unread_documents
+from quantpress.evaluation.divergence.probe import DivergenceProbe
 from quantpress.evaluation.divergence.reference import attend
-from quantpress.evaluation.divergence.teacher_forcing import divergence, float32_logits, score_continuation
-from quantpress.evaluation.documents import Document, Pieces, make_documents, make_unread_documents
+from quantpress.evaluation.divergence.teacher_forcing import float32_logits, kl_divergence, score_continuation
 from quantpress.presses import AdaKV, Compose, KeyRerotation, Knorm, PyramidKV, SnapKV, TurboQuant
 from tests.pipelines.words import text, word_tokenizer
 from tests.presses.reading import lossless, read
@@ -49,7 +49,7 @@ def step_by_step(press, ids):
 @pytest.mark.parametrize("press", [None, lossless()], ids=["uncompressed", "lossless"])
 def test_nothing_lost_is_no_divergence(press):
     (document,) = documents()
-    (found,) = FidelityProbe(model(), [document], queries=4).over(press)
+    (found,) = DivergenceProbe(model(), [document], queries=4).over(press)
     targets = document.ids[CONTEXT + 1 :]
     expected = functional.cross_entropy(whole(document.ids), targets, reduction="none")
     assert max(found.kl) < 1e-4
@@ -72,7 +72,7 @@ def test_nothing_lost_is_no_divergence(press):
 )
 def test_figures_are_those_of_step_by_step_decoding(make):
     (document,) = documents()
-    (found,) = FidelityProbe(model(), [document], chunk_tokens=1).over(make())
+    (found,) = DivergenceProbe(model(), [document], chunk_tokens=1).over(make())
     exact, other = whole(document.ids), step_by_step(make(), document.ids)
     kl = functional.kl_div(other, exact, reduction="none", log_target=True).sum(-1)
     targets = document.ids[CONTEXT + 1 :]
@@ -83,7 +83,7 @@ def test_figures_are_those_of_step_by_step_decoding(make):
 
 def test_chunks_change_nothing_where_nothing_is_packed_anew():
     (document,) = documents()
-    probes = [FidelityProbe(model(), [document], chunk_tokens=n) for n in (1, 7, 64)]
+    probes = [DivergenceProbe(model(), [document], chunk_tokens=n) for n in (1, 7, 64)]
     one, seven, all_at_once = (probe.over(Knorm(0.5))[0].nll for probe in probes)
     assert one == pytest.approx(seven, abs=2e-3)
     assert one == pytest.approx(all_at_once, abs=2e-3)
@@ -93,9 +93,9 @@ def test_chunks_change_nothing_where_nothing_is_packed_anew():
     "make", [lambda: TurboQuant(bits=3, **SMALL), lambda: PyramidKV(0.3, window_size=16)]
 )
 def test_a_batch_is_its_documents(make):
-    both = FidelityProbe(model(), documents(2), queries=3).over(make())
+    both = DivergenceProbe(model(), documents(2), queries=3).over(make())
     for document, found in zip(documents(2), both, strict=True):
-        (alone,) = FidelityProbe(model(), [document], queries=3).over(make())
+        (alone,) = DivergenceProbe(model(), [document], queries=3).over(make())
         assert found.kl == pytest.approx(alone.kl, abs=1e-3)
         assert found.nll == pytest.approx(alone.nll, abs=1e-3)
         assert found.resident_bytes == alone.resident_bytes
@@ -105,7 +105,7 @@ def test_a_batch_is_its_documents(make):
 
 
 def test_fewer_bits_are_further_away():
-    probe = FidelityProbe(model(), documents(), queries=8)
+    probe = DivergenceProbe(model(), documents(), queries=8)
     found = [probe.over(TurboQuant(bits=bits, **SMALL))[0] for bits in (8, 4, 2)]
     kl = [sum(one.kl) for one in found]
     error = [float(torch.tensor(one.attention.output).mean()) for one in found]
@@ -117,7 +117,7 @@ def test_fewer_bits_are_further_away():
 
 def test_attention_errors_are_those_of_plain_attention():
     """Per head, against torch's own attention over the decoded keys and values."""
-    probe = FidelityProbe(model(), documents(), queries=5)
+    probe = DivergenceProbe(model(), documents(), queries=5)
     (found,) = probe.over(TurboQuant(bits=2, **SMALL))
     cache = read(model(), TurboQuant(bits=2, **SMALL), probe.ids[:, :CONTEXT], DynamicCache())
     for row, (layer, call) in enumerate(probe.reference.attention.items()):
@@ -137,7 +137,7 @@ def test_attention_errors_are_those_of_plain_attention():
 
 def test_queries_are_the_models_own():
     """Attention of the recorded queries over the whole text is what the model's own layers compute."""
-    probe, seen = FidelityProbe(model(), documents(), queries=3), []
+    probe, seen = DivergenceProbe(model(), documents(), queries=3), []
     first = model().model.layers[0].self_attn.o_proj
     handle = first.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
     with torch.inference_mode():
@@ -150,7 +150,7 @@ def test_queries_are_the_models_own():
 
 
 def test_weights_are_not_compared_where_tokens_are_gone():
-    probe = FidelityProbe(model(), documents(), queries=3)
+    probe = DivergenceProbe(model(), documents(), queries=3)
     assert probe.over(Knorm(0.5))[0].attention.divergence is None
     headwise = probe.over(Compose([AdaKV(SnapKV(0.5, window_size=16)), lossless()]))[0]
     assert headwise.attention.divergence is None
@@ -161,10 +161,10 @@ def test_weights_are_not_compared_where_tokens_are_gone():
 
 def test_heads_that_keep_different_tokens_are_measured_as_kvpress_masks_them():
     """A few queries at once, for which kvpress finds keys that hide what a head has evicted."""
-    (masked,) = FidelityProbe(model(), documents(), queries=3, chunk_tokens=2).over(
+    (masked,) = DivergenceProbe(model(), documents(), queries=3, chunk_tokens=2).over(
         AdaKV(SnapKV(0.5, window_size=16))
     )
-    (packed,) = FidelityProbe(model(), documents(), queries=3, chunk_tokens=2).over(
+    (packed,) = DivergenceProbe(model(), documents(), queries=3, chunk_tokens=2).over(
         Compose([AdaKV(SnapKV(0.5, window_size=16)), lossless()])
     )
     assert packed.kl == pytest.approx(masked.kl, abs=2e-3)
@@ -177,22 +177,22 @@ def test_heads_that_keep_different_tokens_are_measured_as_kvpress_masks_them():
 def test_heads_that_kvpress_cannot_mask_are_named():
     long = Document("long", prompt(CONTEXT + 70)[0], CONTEXT)
     with pytest.raises(InvalidInputError, match=r"AdaKV.*TurboQuant behind it"):
-        FidelityProbe(model(), [long]).over(AdaKV(SnapKV(0.5, window_size=16)))
+        DivergenceProbe(model(), [long]).over(AdaKV(SnapKV(0.5, window_size=16)))
 
 
 def test_sliding_layers_are_left_out_of_attention():
     gemma = tiny_model("gemma3")
-    (found,) = FidelityProbe(gemma, documents(), queries=3).over(TurboQuant(bits=4, **SMALL))
+    (found,) = DivergenceProbe(gemma, documents(), queries=3).over(TurboQuant(bits=4, **SMALL))
     assert found.attention.layers == [1, 2]
 
 
 def test_the_model_is_left_as_it_was():
     before = {name: dict(vars(module)) for name, module in model().named_modules()}
-    probe = FidelityProbe(model(), documents(), queries=2)
+    probe = DivergenceProbe(model(), documents(), queries=2)
     probe.over(Compose([AdaKV(Knorm(0.5)), lossless()]))
     (broken,) = documents(context=40)
     with pytest.raises(InvalidInputError, match="SnapKV"):
-        FidelityProbe(model(), [broken]).over(SnapKV(0.5))
+        DivergenceProbe(model(), [broken]).over(SnapKV(0.5))
     for name, module in model().named_modules():
         assert vars(module).keys() == before[name].keys(), name
 
@@ -209,7 +209,7 @@ def test_logits_are_float32_and_the_head_comes_back():
 
 def test_infinite_logits_are_an_error():
     broken = copy.deepcopy(model())
-    probe = FidelityProbe(broken, documents())
+    probe = DivergenceProbe(broken, documents())
     broken.lm_head.weight.data[0] = float("inf")
     with pytest.raises(NonFiniteError, match="not finite"):
         probe.over(None)
@@ -218,8 +218,8 @@ def test_infinite_logits_are_an_error():
 def test_divergence_is_torchs(seed):
     left, right = torch.randn(2, 7, 50).log_softmax(-1)
     expected = functional.kl_div(right, left, reduction="none", log_target=True).sum(-1)
-    assert torch.allclose(divergence(left, right), expected, atol=1e-6)
-    assert divergence(left, left).eq(0).all()
+    assert torch.allclose(kl_divergence(left, right), expected, atol=1e-6)
+    assert kl_divergence(left, left).eq(0).all()
 
 
 @pytest.mark.parametrize(("new", "chunk"), [(1, 64), (0, 64), (5, 0)])

@@ -1,4 +1,4 @@
-"""Is a continuation still as likely as it was? Divergence, agreement and likelihood, token by token."""
+"""Measures how a compressed cache changes a continuation: divergence, agreement and likelihood by token."""
 
 import time
 from collections.abc import Iterator, Sequence
@@ -13,9 +13,9 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 from quantpress.cache import cache_memory
 from quantpress.errors import InvalidInputError, NonFiniteError
 from quantpress.evaluation.divergence.attention_error import AttentionError, attention_errors
+from quantpress.evaluation.divergence.documents import Document
 from quantpress.evaluation.divergence.reference import Reference, read_reference
-from quantpress.evaluation.divergence.teacher_forcing import CHUNK_TOKENS, divergence, score_continuation
-from quantpress.evaluation.documents import Document
+from quantpress.evaluation.divergence.teacher_forcing import CHUNK_TOKENS, kl_divergence, score_continuation
 from quantpress.evaluation.sizing.kept_tokens import parts
 from quantpress.pipelines.preserve import unchanged_model
 from quantpress.pipelines.reading.read_context import read_context
@@ -23,19 +23,19 @@ from quantpress.presses import Demote
 
 
 @dataclass(frozen=True)
-class Fidelity:
+class DocumentDivergence:
     """One document over one cache, token by token.
 
     Args:
         kl: KL(uncompressed || compressed) in nats.
         agree: whether both find the same token most likely.
-        nll: -log p of the token that follows, over the compressed cache, in nats.
-        reference_nll: the same, uncompressed.
-        resident_bytes: measured, of the context's cache, this document's share of its batch.
-        uncompressed_bytes: of all tokens of the context, in the model's own dtype.
+        nll: -log p of the next token over the compressed cache, in nats.
+        reference_nll: -log p of the next token over the uncompressed cache, in nats.
+        resident_bytes: measured bytes of the context's cache, this document's share of its batch.
+        uncompressed_bytes: bytes of all tokens of the context in the model's own dtype.
         numbers: how many numbers the keys and values of those tokens have.
-        seconds: of reading, packing and scoring, this document's share of its batch.
-        attention: per layer and head, where asked for.
+        seconds: time for reading, packing and scoring, this document's share of its batch.
+        attention: errors of attention per layer and head; None unless asked for.
     """
 
     kl: list[float]
@@ -62,14 +62,14 @@ class Fidelity:
         }
 
 
-class FidelityProbe:
-    """Documents read once by the uncompressed model, against which any number of arms is measured.
+class DivergenceProbe:
+    """Documents read once by the uncompressed model, with which any number of arms is compared.
 
     Args:
         model: decoder-only.
-        documents: of one length; they are read as one batch.
-        queries: how many queries to compare attention with; 0 leaves attention out.
-        chunk_tokens: of the continuation, fed at once.
+        documents: documents of equal length, read as one batch.
+        queries: number of queries to compare attention with; 0 leaves attention out.
+        chunk_tokens: tokens of the continuation that are fed at once.
     """
 
     def __init__(
@@ -86,11 +86,11 @@ class FidelityProbe:
         with torch.inference_mode():
             self.reference = read_reference(model, self.ids, self.context, queries)
 
-    def over(self, press: BasePress | None, *, one_by_one: bool = False) -> list[Fidelity]:
-        """Read the documents under a press and score their continuations over what it has left.
+    def over(self, press: BasePress | None, *, one_by_one: bool = False) -> list[DocumentDivergence]:
+        """Read the documents under a press and score their continuations over the cache that it leaves.
 
         Args:
-            press: None keeps the whole cache, and shows what chunks and rounding alone change.
+            press: what compresses the cache; None shows what chunks and rounding alone change.
             one_by_one: read one document at a time, for a press that takes no batch.
 
         Returns:
@@ -98,14 +98,14 @@ class FidelityProbe:
 
         Raises:
             InvalidInputError: the press cannot compress contexts of this length.
-            NonFiniteError: the model's logits over this cache hold NaN or infinity.
+            NonFiniteError: the logits over this cache hold NaN or infinity.
         """
         count = self.ids.shape[0]
         entries = [slice(i, i + 1) for i in range(count)] if one_by_one else [slice(0, count)]
         return [result for some in entries for result in self._over(press, some)]
 
     @torch.inference_mode()
-    def _over(self, press: BasePress | None, entries: slice) -> list[Fidelity]:
+    def _over(self, press: BasePress | None, entries: slice) -> list[DocumentDivergence]:
         ids, context, reference = self.ids[entries], self.context, self.reference.of(entries)
         cache, begin = DynamicCache(), time.perf_counter()
         with unchanged_model(self.model), torch.random.fork_rng([ids.device] if ids.is_cuda else []):
@@ -121,7 +121,7 @@ class FidelityProbe:
         batch, seconds = ids.shape[0], time.perf_counter() - begin
         whole = context * sum(layer.token_bytes for layer in memory.layers)
         return [
-            Fidelity(
+            DocumentDivergence(
                 kl[i],
                 agree[i],
                 nll[i],
@@ -138,7 +138,7 @@ class FidelityProbe:
     def _scored(
         self, cache: Cache, position: int, ids: torch.Tensor, reference: Reference
     ) -> list[list[Any]]:
-        """What `_compare` finds, over the whole continuation."""
+        """What `_compare` finds over the whole continuation."""
         chunks, done = [], 0
         continuation = ids[:, self.context :]
         for other in score_continuation(self.model, cache, continuation, position, self.chunk_tokens):
@@ -153,13 +153,13 @@ class FidelityProbe:
 
 
 def _moves_tokens(press: BasePress | None) -> bool:
-    """Whether attention over the compressed context counts its tokens in another order."""
+    """Whether the compressed cache holds its tokens in another order than the text."""
     return any(isinstance(one, Demote) or getattr(one, "detect_sinks", 0) for one in parts(press))
 
 
 @contextmanager
 def _named_failure(press: BasePress | None) -> Iterator[None]:
-    """kvpress hides tokens of single heads behind made-up keys, which several queries may rule out."""
+    """Name the press where kvpress finds no made-up key that hides a token from several queries."""
     try:
         yield
     except ValueError as error:
@@ -175,7 +175,7 @@ def _compare(exact: torch.Tensor, other: torch.Tensor, next_ids: torch.Tensor) -
     """[B, n] each: divergence, agreement, negative log-likelihoods."""
     index = next_ids.unsqueeze(-1)
     return (
-        divergence(exact, other),
+        kl_divergence(exact, other),
         exact.argmax(-1) == other.argmax(-1),
         -other.gather(-1, index).squeeze(-1),
         -exact.gather(-1, index).squeeze(-1),
