@@ -1,16 +1,44 @@
-"""What every press of ours has: `|`, traits, one thread at a time, an error where nothing is cached."""
+"""The base classes of our presses. `names.py` declares kvpress's presses with them, one statement each.
 
-from collections.abc import Generator
-from contextlib import contextmanager
-from dataclasses import MISSING, fields
+    class SimLayerKV(EvictingPress, kvpress.SimLayerKVPress, ratio_name="lazy_threshold", ratio_follows=True):
+        "What it does."
+
+The result is a dataclass with the fields of kvpress's own class, which is the last base. It has a default
+that evicts, and errors that say what is wrong. Keywords of the statement are the defaults below, and traits
+(`quantpress.presses.traits`). The first declaration of a class of kvpress describes that class, too.
+"""
+
+import inspect
+from collections.abc import Callable, Generator, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from kvpress import BasePress
+import torch
+from kvpress import BasePress, ScorerPress
+from torch import nn
 from transformers.modeling_utils import PreTrainedModel
 
+from quantpress.errors import InvalidInputError
+from quantpress.presses.guard import named_failure
 from quantpress.presses.models.filling import filled_caches
 from quantpress.presses.models.lock import model_lock
-from quantpress.presses.traits import Trait, describe
+from quantpress.presses.traits import TRAITS, Trait, describe
+
+DEFAULT_RATIO = 0.5
+"""Fraction of the tokens that a press evicts unless told otherwise."""
+
+
+def check_ratio(owner: object, name: str, ratio: object) -> None:
+    """Refuse a fraction to evict that is not a number with 0 <= ratio < 1.
+
+    Raises:
+        InvalidInputError: names the press, the argument and the value.
+    """
+    if isinstance(ratio, bool) or not isinstance(ratio, (int, float)) or not 0 <= ratio < 1:
+        raise InvalidInputError(
+            f"{type(owner).__name__}: {name} is {ratio!r}; give the fraction to evict, 0 <= {name} < 1"
+        )
 
 
 class PressMixin:
@@ -47,26 +75,125 @@ class PressMixin:
         return self.composition([other, self]) if _is_press(other) else NotImplemented
 
 
-def name_of(press: BasePress) -> str:
-    """Name of a press's class."""
-    return type(press).__name__
+def _wrapped(cls: type) -> type | None:
+    """The class of kvpress that a class gives a name; None for the bases here, and for subclasses of ours."""
+    last = cls.__bases__[-1]
+    return last if issubclass(last, BasePress) and not issubclass(last, PressMixin) else None
 
 
-def short_repr(press: Any) -> str:
-    """A press as one would write it: its first argument, and those that differ from their defaults."""
-    made = getattr(press, "__dataclass_params__", None)
-    if made is None or not made.repr:  # such as `Compose`, which has a short repr itself
-        return repr(press)
-    parts = []
-    for index, field in enumerate(field for field in fields(press) if field.init and field.repr):
-        value = getattr(press, field.name)
-        default = field.default_factory() if field.default_factory is not MISSING else field.default
-        shown = short_repr(value) if isinstance(value, BasePress) else repr(value)
-        if index == 0:
-            parts.append(shown)
-        elif value != default:
-            parts.append(f"{field.name}={shown}")
-    return f"{type(press).__name__}({', '.join(parts)})"
+def _set_default(cls: type, name: str, annotation: Any, default: Any) -> None:
+    """Declare a field, unless the class body declares it."""
+    own = inspect.get_annotations(cls)
+    if name not in own:
+        cls.__annotations__ = {name: annotation, **own}
+        setattr(cls, name, default)
+
+
+class NamedPress(PressMixin):
+    """A press of kvpress. An error at a prefill names the press, the number of tokens and the remedy."""
+
+    def __init_subclass__(cls, **traits: Trait) -> None:
+        upstream = _wrapped(cls)
+        if upstream is None:
+            super().__init_subclass__(**traits)
+        else:
+            super().__init_subclass__()
+            dataclass(cls)
+            describe(cls if upstream in TRAITS else upstream, **traits)
+
+    def __post_init__(self) -> None:
+        upstream = getattr(super(), "__post_init__", None)
+        if upstream is not None:
+            upstream()
+
+    def forward_hook(
+        self, module: nn.Module, input: list[torch.Tensor], kwargs: dict[str, Any], output: list[Any]
+    ) -> list[Any]:
+        """kvpress's hook.
+
+        Raises:
+            InvalidInputError: the press cannot compress this context.
+        """
+        press: Any = self
+        with named_failure(press, kwargs["hidden_states"].shape[1]):
+            result: list[Any] = super().forward_hook(module, input, kwargs, output)  # type: ignore[misc]
+            return result
+
+
+class EvictingPress(NamedPress):
+    """A press with a ratio, which raises an exception where kvpress has an assert.
+
+    Keywords of the class statement: `ratio_name`, the field to check, and `ratio`, its default.
+    """
+
+    ratio_name: ClassVar[str] = "compression_ratio"
+
+    def __init_subclass__(
+        cls, ratio_name: str | None = None, ratio: float = DEFAULT_RATIO, **traits: Trait
+    ) -> None:
+        if ratio_name is not None:
+            cls.ratio_name = ratio_name
+        if _wrapped(cls) is not None:
+            _set_default(cls, cls.ratio_name, float, ratio)
+        super().__init_subclass__(**traits)
+
+    def __post_init__(self) -> None:
+        check_ratio(self, self.ratio_name, getattr(self, self.ratio_name))
+        super().__post_init__()
+
+
+class WrappingPress(NamedPress):
+    """A press that works through another, which scores tokens; it is given as an instance or as a class.
+
+    Keyword of the class statement: `inner`, which makes the default one.
+    """
+
+    press: ScorerPress
+
+    def __init_subclass__(cls, inner: Callable[[], ScorerPress] | None = None, **traits: Any) -> None:
+        if inner is not None:
+            _set_default(cls, "press", ScorerPress, field(default_factory=inner))
+        super().__init_subclass__(**traits)
+
+    def __post_init__(self) -> None:
+        self.press = inner_press(self, self.press)
+        super().__post_init__()
+
+
+class RereadingPress(EvictingPress):
+    """A press that loads a tokenizer by the name of its model."""
+
+    @contextmanager
+    def __call__(self, model: Any) -> Iterator[None]:
+        """Enter kvpress's own context.
+
+        Raises:
+            InvalidInputError: there is no tokenizer of that name.
+        """
+        with ExitStack() as stack:
+            try:
+                stack.enter_context(super().__call__(model))
+            except OSError as error:
+                raise InvalidInputError(
+                    f"{type(self).__name__} loads the tokenizer that has its model's name, and there is none "
+                    f"of the name {model.config.name_or_path!r}: save the model and its tokenizer in one "
+                    "folder and load them from there, or set model.config._name_or_path to it"
+                ) from error
+            yield
+
+
+def inner_press(owner: object, press: Any) -> ScorerPress:
+    """The press inside another; a class means its defaults.
+
+    Raises:
+        InvalidInputError: the press does not score tokens.
+    """
+    press = press() if isinstance(press, type) and issubclass(press, ScorerPress) else press
+    if not isinstance(press, ScorerPress):
+        raise InvalidInputError(
+            f"{type(owner).__name__}: press is {press!r}; give one that scores tokens, such as SnapKV(0.5)"
+        )
+    return press
 
 
 def _is_press(press: Any) -> bool:

@@ -13,8 +13,7 @@ from torch import nn
 from transformers.modeling_utils import PreTrainedModel
 
 from quantpress.errors import CompositionError, InvalidInputError, QuantPressError
-from quantpress.presses.base import PressMixin, name_of, short_repr
-from quantpress.presses.declaration import check_ratio
+from quantpress.presses.base import PressMixin, check_ratio
 from quantpress.presses.guard import guarded
 from quantpress.presses.models.eligibility import EVICTABLE, check
 from quantpress.presses.models.filling import filled_caches
@@ -23,7 +22,7 @@ from quantpress.presses.models.support import hooked
 from quantpress.presses.packing.pack_layers import Packer
 from quantpress.presses.packing.prefill_hook import forget_attention_weights
 from quantpress.presses.rules import why_not
-from quantpress.presses.traits import traits_of, with_inner
+from quantpress.presses.traits import name_of, short_repr, traits_of, with_inner
 from quantpress.presses.turboquant import TurboQuant
 
 

@@ -22,23 +22,24 @@ from torch import nn
 from transformers.modeling_utils import PreTrainedModel
 
 from quantpress.cache.tokens.demotion import Demotion
-from quantpress.presses.declaration import WrappingPress
+from quantpress.presses.base import WrappingPress
 from quantpress.presses.names import SnapKV
 from quantpress.presses.turboquant import TurboQuant
 
 
 class Demote(WrappingPress, BasePress, inner=SnapKV, demotes=True, keeps_tokens=True):
-    """Keeps every token: those that a press would evict are packed in fewer bits than the others.
+    """Keeps every token, but packs those that a press would evict in fewer bits than the others.
 
-    Last before TurboQuant in `Compose`, which packs the others and gives both their rotation, scales and
-    windows. Sinks and recent tokens stay in 16 bits. So many tokens fall as fill whole pages of 128. Each
-    width has its own mean key and channel weights. Questions and answers are packed as the others are.
+    Put it last before TurboQuant in `Compose`. TurboQuant packs the other tokens, and its rotation, scales
+    and windows apply to both. Sinks and recent tokens stay in 16 bits. The number of demoted tokens is
+    rounded down to whole pages of 128. Each width has its own mean key and channel weights. Questions and
+    answers are packed like the tokens that are not demoted.
 
     Args:
-        press: scores tokens; its compression_ratio is the share that falls.
-        bits: width of keys and values of tokens that fall.
-        key_bits: width of their keys where it differs.
-        value_bits: width of their values where it differs.
+        press: scores tokens; its compression_ratio is the share to demote.
+        bits: code width of keys and values of demoted tokens.
+        key_bits: code width of their keys, if it differs.
+        value_bits: code width of their values, if it differs.
 
     Raises:
         UnsupportedBitsError: a width cannot be stored.
@@ -61,7 +62,7 @@ class Demote(WrappingPress, BasePress, inner=SnapKV, demotes=True, keeps_tokens=
 
     @property
     def compression_ratio(self) -> float:
-        """Fraction of tokens evicted: 0. The share that falls is that of `press`."""
+        """Fraction of tokens evicted: 0. The share to demote is the compression_ratio of `press`."""
         return 0.0
 
     @compression_ratio.setter
@@ -81,7 +82,7 @@ class Demote(WrappingPress, BasePress, inner=SnapKV, demotes=True, keeps_tokens=
         attentions: torch.Tensor,
         kwargs: dict[str, Any],
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Score the tokens for the quantizer; keys and values stay."""
+        """Score the tokens for the quantizer; keys and values are returned unchanged."""
         scores = self.press.score(module, hidden_states, keys, values, attentions, kwargs)
         self._scores[int(module.layer_idx)] = scores.detach()  # type: ignore[arg-type]
         return keys, values
@@ -96,20 +97,20 @@ class Demote(WrappingPress, BasePress, inner=SnapKV, demotes=True, keeps_tokens=
             self._scores.clear()
 
     def take_scores(self, layer_idx: int) -> torch.Tensor | None:
-        """[B, Hkv, T] scores of a layer's tokens in the prefill that is going on; once."""
+        """[B, Hkv, T] scores of a layer's tokens in the present prefill; gone afterwards."""
         return self._scores.pop(layer_idx, None)
 
     def demotion(
         self, quantizer: TurboQuant, module: nn.Module, scores: torch.Tensor, key_dim: int, value_dim: int
     ) -> Demotion | None:
-        """What falls in one layer, and to which codecs; None when nothing does.
+        """The tokens of one layer to demote, and their codecs; None when there are none.
 
         Args:
-            quantizer: packs the others.
+            quantizer: packs the other tokens.
             module: the layer's attention module.
             scores: [B, Hkv, T], in the order in which the layer will store its tokens.
-            key_dim: D of its keys.
-            value_dim: Dv of its values.
+            key_dim: dimension D of its keys.
+            value_dim: dimension Dv of its values.
         """
         tokens = int(scores.shape[2] * self.press.compression_ratio)
         coarse = replace(

@@ -1,7 +1,7 @@
 """A press written as text, as on a command line: `SnapKV(0.5) | TurboQuant(bits=3)`.
 
-The text is Python's own syntax, read with `ast` and never run: names of presses, their arguments as plain
-values or presses, lists, and `|`. Nothing else has a meaning.
+The text has Python's syntax. It is parsed with `ast` and never run: it may contain names of presses,
+arguments that are plain values, presses or lists, and `|`. Nothing else is accepted.
 """
 
 import ast
@@ -13,13 +13,14 @@ from typing import Any
 import kvpress
 from kvpress import BasePress
 
+from quantpress import presses
 from quantpress.errors import InvalidInputError, QuantPressError
 
 MAX_LENGTH = 2000
 
 
 def parse_press(text: str) -> BasePress | None:
-    """The press that a text describes.
+    """Make the press that a text describes.
 
     Args:
         text: one press, several joined by `|`, or "none". Names are those of `quantpress.presses`, and
@@ -30,8 +31,8 @@ def parse_press(text: str) -> BasePress | None:
         A press; `Compose` for several; None for "none".
 
     Raises:
-        InvalidInputError: the text is no such expression, or names a press or an argument that there is not.
-        CompositionError: presses that do not go together.
+        InvalidInputError: the text is not such an expression, or names an unknown press or argument.
+        CompositionError: the presses do not work together.
 
     >>> parse_press("SnapKV(0.3) | TurboQuant(bits=3)")
     Compose(SnapKV(0.3) | TurboQuant(3))
@@ -133,11 +134,10 @@ def _nearest(name: str, names: list[str]) -> str:
 
 @lru_cache(maxsize=1)
 def _known() -> dict[str, Any]:
-    """Press classes by the names they may be written with."""
-    from quantpress import presses
-
+    """Press classes by the names that a text may use."""
     theirs = {name: getattr(kvpress, name) for name in kvpress.__all__}
     classes = {
         name: one for name, one in theirs.items() if isinstance(one, type) and issubclass(one, BasePress)
     }
-    return {**classes, **{name: getattr(presses, name) for name in presses.__all__}}
+    names: list[str] = presses.__all__  # type: ignore[attr-defined]
+    return {**classes, **{name: getattr(presses, name) for name in names}}

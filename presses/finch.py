@@ -1,4 +1,4 @@
-"""Finch, with a delimiter that the model never sees, and errors where it is not in its place."""
+"""Finch, with a delimiter that the model never sees, and errors that say where it is missing."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,14 +8,14 @@ import kvpress
 import torch
 
 from quantpress.errors import InvalidInputError
-from quantpress.presses.declaration import EvictingPress
+from quantpress.presses.base import EvictingPress
 
 FINCH_DELIMITER = "<|finch_sep|>"
 """kvpress's own."""
 
 
 def name_delimiter(press: kvpress.FinchPress, tokenizer: Any, token: str = FINCH_DELIMITER) -> int:
-    """Tell Finch its delimiter, which becomes a token of the tokenizer; the token's id."""
+    """Make the delimiter a token of the tokenizer, tell Finch, and return the token's id."""
     if token not in tokenizer.get_vocab():
         tokenizer.add_tokens([token], special_tokens=True)
     known = int(tokenizer.convert_tokens_to_ids(token))
@@ -24,21 +24,21 @@ def name_delimiter(press: kvpress.FinchPress, tokenizer: Any, token: str = FINCH
 
 
 class Finch(EvictingPress, kvpress.FinchPress, rerotates=lambda press: press.rerotate_keys):
-    """Prompt-guided: the tokens that the question behind a delimiter attends to (FINCH).
+    """Keeps the tokens that the question behind a delimiter attends to (FINCH).
 
-    The context is f"{context}<|finch_sep|>{question}". A pipeline makes that delimiter a token; anywhere else
-    call `press.update_model_and_tokenizer(model, tokenizer)` first. The model never sees it.
+    The context is f"{context}<|finch_sep|>{question}". A pipeline makes the delimiter a token. Anywhere else,
+    call `press.update_model_and_tokenizer(model, tokenizer)` first. The model never sees the delimiter.
     """
 
     def update_model_and_tokenizer(
         self, model: Any, tokenizer: Any, delimiter_token: str = FINCH_DELIMITER
     ) -> Any:
-        """Make the delimiter a token. Unlike kvpress's, this leaves the model as it is.
+        """Make the delimiter a token. Unlike kvpress's method, this leaves the model as it is.
 
         Args:
             model: not used.
-            tokenizer: gets the token, if it has none of this name.
-            delimiter_token: how it is written.
+            tokenizer: the token is added to it, unless it has the token already.
+            delimiter_token: the delimiter's text.
 
         Returns:
             The tokenizer.
@@ -51,7 +51,8 @@ class Finch(EvictingPress, kvpress.FinchPress, rerotates=lambda press: press.rer
         """Compress every prefill inside the context.
 
         Raises:
-            InvalidInputError: no delimiter is known; at a prefill: it is not there once, before the end.
+            InvalidInputError: no delimiter is known; or, at a prefill, the delimiter does not stand exactly
+                once in the context, before the last token.
         """
         if self.delimiter_token_id is None:
             raise InvalidInputError(
@@ -66,7 +67,7 @@ class Finch(EvictingPress, kvpress.FinchPress, rerotates=lambda press: press.rer
                 handle.remove()
 
     def compress(self, module: Any, *args: Any, **kwargs: Any) -> Any:
-        """kvpress's own.
+        """Call kvpress's own method.
 
         Raises:
             InvalidInputError: the context has no delimiter.
@@ -76,7 +77,7 @@ class Finch(EvictingPress, kvpress.FinchPress, rerotates=lambda press: press.rer
         return super().compress(module, *args, **kwargs)
 
     def _take_delimiter(self, module: Any, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...] | None:
-        """Forward pre-hook of the embedding: the window is what stands behind the delimiter."""
+        """Forward pre-hook of the embedding: take the delimiter out; the window is what follows it."""
         ids = args[0]
         if ids.shape[1] == 1:
             return None  # a decode step
@@ -86,13 +87,13 @@ class Finch(EvictingPress, kvpress.FinchPress, rerotates=lambda press: press.rer
             return None
         if len(ids) > 1:
             raise InvalidInputError(f"Finch compresses one context at a time, got a batch of {len(ids)}")
-        place = int(found[0, 1])
+        index = int(found[0, 1])
         if len(found) > 1:
             raise self._misplaced(f"stands in {len(found)} places")
-        if place == ids.shape[1] - 1:
+        if index == ids.shape[1] - 1:
             raise self._misplaced("has no question behind it")
-        self.window_size = ids.shape[1] - 1 - place
-        return (torch.cat((ids[:, :place], ids[:, place + 1 :]), dim=1),)
+        self.window_size = ids.shape[1] - 1 - index
+        return (torch.cat((ids[:, :index], ids[:, index + 1 :]), dim=1),)
 
     def _misplaced(self, how: str) -> InvalidInputError:
         delimiter = self.delimiter_token or f"the token {self.delimiter_token_id}"

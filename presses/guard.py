@@ -1,8 +1,8 @@
 """A press's context as `Compose` enters it: hooks where they belong, and errors that say what is wrong.
 
-kvpress skips sliding-window layers in one model only, takes padded batches without a word although its slots
-no longer match the mask, and fails in many ways in the middle of a prefill of a model that it does not
-support.
+kvpress skips sliding-window layers in one model only. It accepts padded batches, although slots no longer
+match the mask after an eviction. In a model that it does not support it fails in many ways in the middle of
+a prefill.
 """
 
 import functools
@@ -15,14 +15,26 @@ from kvpress import SUPPORTED_MODELS, BasePress
 from torch import nn
 from transformers.modeling_utils import PreTrainedModel
 
-from quantpress.errors import CompositionError, QuantPressError, UnsupportedModelError
-from quantpress.presses.base import name_of
-from quantpress.presses.failures import UNEXPLAINED, named_failure
+from quantpress.errors import CompositionError, InvalidInputError, QuantPressError, UnsupportedModelError
 from quantpress.presses.models.support import attention_modules, hooked, is_sliding
 from quantpress.presses.packing.prefill_hook import check_padding, is_padded, prefill_call
-from quantpress.presses.traits import traits_of, with_inner
+from quantpress.presses.traits import name_of, short_repr, traits_of, with_inner
 
 Hook = Callable[..., Any]
+
+SHORT_TOKENS = 64
+"""Below this length kvpress's presses fail in many ways, because windows, sinks and chunks do not fit."""
+
+UNEXPLAINED = (
+    AttributeError,
+    IndexError,
+    KeyError,
+    NotImplementedError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
+"""The exceptions that kvpress's presses raise in a prefill that they were not made for."""
 
 
 @contextmanager
@@ -30,10 +42,10 @@ def guarded(press: BasePress, model: PreTrainedModel) -> Iterator[None]:
     """Enter a press's context without its hooks on sliding-window layers.
 
     Raises (from inside, at a prefill):
-        InvalidInputError: it cannot compress this context.
-        CompositionError: it evicts from a padded batch, at once or while decoding, or evicts only when its
-            context ends and is used around `generate`.
-        UnsupportedModelError: the press failed, in a model that kvpress does not support or whose weights are
+        InvalidInputError: the press cannot compress this context.
+        CompositionError: the press evicts from a padded batch, at the prefill or while decoding; or it evicts
+            only when its context ends, and the context is entered around `generate`.
+        UnsupportedModelError: the press failed in a model that kvpress does not support, or whose weights are
             offloaded.
     """
     modules = attention_modules(model)
@@ -54,7 +66,7 @@ def guarded(press: BasePress, model: PreTrainedModel) -> Iterator[None]:
 
 @contextmanager
 def named_context(press: BasePress, model: PreTrainedModel) -> Iterator[None]:
-    """A press's own context, where a press of kvpress names its failures at a prefill."""
+    """Enter a press's own context, with errors of kvpress's presses at a prefill explained."""
     modules = attention_modules(model) if type(press).__module__.startswith("kvpress.") else []
     before = [set(module._forward_hooks) for module in modules]
     with press(model):
@@ -65,7 +77,7 @@ def named_context(press: BasePress, model: PreTrainedModel) -> Iterator[None]:
 
 
 def named(press: BasePress, hook: Hook) -> Hook:
-    """The hook of a press, which raises `InvalidInputError` where it cannot compress a context."""
+    """A press's hook that raises `InvalidInputError` when the press cannot compress a context."""
 
     @functools.wraps(hook)
     def run(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
@@ -116,7 +128,7 @@ def _explained(press: BasePress, hook: Hook) -> Hook:
             raise _unsupported(press, module, "it cut the channels of keys or values")
         return result
 
-    # Under its own name, a hook that acts while decoding is known to be one (`captured_decoding`).
+    # `captured_decoding` recognizes a hook that acts while decoding by its name.
     return functools.wraps(hook)(explained) if traits_of(press).decodes else explained
 
 
@@ -131,11 +143,58 @@ def _offloaded(modules: list[nn.Module]) -> bool:
 
 def _unsupported(press: BasePress, module: nn.Module, reason: str) -> UnsupportedModelError:
     if _offloaded([module]):
-        advice = "The device_map keeps its weights elsewhere until they are called; leave room for them, or "
+        advice = "The device_map keeps its weights elsewhere until they are called; free memory for them, or "
     else:
         models = ", ".join(sorted(model.__name__ for model in SUPPORTED_MODELS))
         advice = f"kvpress supports {models}; with other models "
     return UnsupportedModelError(
         f"{name_of(press)} does not work with {type(module).__name__}: {reason}. {advice}"
         "use another press, or TurboQuant alone"
+    )
+
+
+@contextmanager
+def named_failure(press: BasePress, tokens: int) -> Iterator[None]:
+    """Name the press and the remedy when a press fails at a prefill.
+
+    kvpress asserts what a press needs of a context, mostly its length. In a short context, any other
+    exception is taken to mean the same. Exceptions of presses from elsewhere are left as they are.
+
+    Args:
+        press: the press that runs inside.
+        tokens: length of the context.
+
+    Raises:
+        InvalidInputError: raised instead of the press's exception.
+    """
+    try:
+        with named_assertion(press, tokens):
+            yield
+    except (QuantPressError, torch.OutOfMemoryError):
+        raise
+    except UNEXPLAINED as error:
+        if tokens >= SHORT_TOKENS or not _of_kvpress(press):
+            raise
+        raise _cannot_compress(press, tokens, f"{type(error).__name__}: {error}") from error
+
+
+@contextmanager
+def named_assertion(press: BasePress | None, tokens: int) -> Iterator[None]:
+    """The part of `named_failure` that can enclose a whole prefill, since only presses use asserts there."""
+    try:
+        yield
+    except AssertionError as error:
+        if press is None:
+            raise
+        raise _cannot_compress(press, tokens, str(error)) from error
+
+
+def _of_kvpress(press: BasePress) -> bool:
+    return type(press).__module__.split(".")[0] in ("kvpress", "quantpress")
+
+
+def _cannot_compress(press: BasePress, tokens: int, reason: str) -> InvalidInputError:
+    return InvalidInputError(
+        f"{short_repr(press)} cannot compress this context of {tokens} tokens: {reason.rstrip('.')}. "
+        "Give a longer context, a press with smaller windows, or press=None"
     )

@@ -5,14 +5,15 @@ and documents the remaining arguments. kvpress's default ratio of 0 keeps everyt
 ratio outside 0 <= ratio < 1 raises `InvalidInputError`. The last six are kvpress's own classes: what they
 need has no natural default.
 
-To add a press, write one class statement here, with keywords of `quantpress.presses.declaration`, and its
-name in `__all__`.
+To add a press, write one class statement here; `quantpress.presses.base` says which keywords it takes.
 """
+
+from typing import TYPE_CHECKING
 
 import kvpress
 from kvpress import ScorerPress
 
-from quantpress.presses.declaration import (
+from quantpress.presses.base import (
     EvictingPress,
     NamedPress,
     RereadingPress,
@@ -20,51 +21,6 @@ from quantpress.presses.declaration import (
     inner_press,
 )
 from quantpress.presses.traits import describe
-
-__all__ = [
-    "AdaKV",
-    "Block",
-    "CAM",
-    "CUR",
-    "Cap",
-    "Chunk",
-    "ChunkKV",
-    "Compactor",
-    "CompressionRatioDecoding",
-    "CriticalAdaKV",
-    "CriticalKV",
-    "DMS",
-    "Decoding",
-    "DuoAttention",
-    "EntropyGatedChunkKV",
-    "ExpectedAttention",
-    "ExpectedAttentionStats",
-    "FastKVzip",
-    "KVCompose",
-    "KVgrad",
-    "KVzap",
-    "KVzip",
-    "KeyDiff",
-    "KeyRerotation",
-    "Knorm",
-    "LUKV",
-    "LagKV",
-    "LeverageScore",
-    "Merging",
-    "NonCausalAttn",
-    "ObservedAttention",
-    "PerLayerCompression",
-    "PrefillDecoding",
-    "PyramidKV",
-    "QFilter",
-    "Random",
-    "RestoreKV",
-    "SimLayerKV",
-    "SnapKV",
-    "StreamingLLM",
-    "TOVA",
-    "ThinK",
-]
 
 
 class Cap(EvictingPress, kvpress.CapPress):
@@ -275,3 +231,10 @@ describe(PerLayerCompression, ratio_follows=True)
 
 PrefillDecoding = kvpress.PrefillDecodingPress
 describe(PrefillDecoding, decodes=True)
+
+if not TYPE_CHECKING:  # type checkers take every class above without a list
+    __all__ = [
+        name
+        for name, one in list(vars().items())
+        if isinstance(one, type) and issubclass(one, kvpress.BasePress) and not name.endswith("Press")
+    ]

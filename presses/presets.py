@@ -3,7 +3,7 @@
 from typing import Any
 
 WINDOWS = {"detect_sinks": 8, "recent_tokens": 64}
-"""Eight detected tokens a head are worth more than the 64 recent ones that they replace in short contexts:
+"""In short contexts, eight detected sinks per head are worth more than the 64 recent tokens they replace;
 `docs/choosing.md` has the figures."""
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -19,5 +19,5 @@ PRESETS: dict[str, dict[str, Any]] = {
         "codebook": "lloyd_max",
     },
 }
-"""`paper` is TurboQuant as published, in the windows of `TurboQuant()`; the others have what `TurboQuant`
-adds to it by default, and find sinks wherever they are."""
+"""`paper` is TurboQuant as published, with the windows of `TurboQuant()`. The others have what `TurboQuant`
+adds to it by default, and detect sinks."""

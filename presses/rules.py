@@ -15,15 +15,15 @@ a quantizer behind them leaves those out (`quantpress.presses.packing.head_wise`
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import pairwise
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 from kvpress import BasePress, ScorerPress
 
-from quantpress.presses.base import PressMixin, name_of
-from quantpress.presses.traits import traits_of, with_inner
+from quantpress.presses.base import PressMixin
+from quantpress.presses.traits import name_of, traits_of, with_inner
 
 Found: TypeAlias = tuple[BasePress | str, ...] | None
-"""What a message is filled with: presses, by their names, or words. None: the rule is kept."""
+"""What a message is filled with: names of presses, or words. None: the rule is kept."""
 
 
 def why_not(presses: Sequence[BasePress]) -> list[str]:
@@ -51,7 +51,7 @@ class _Stack:
         quantizers, evictors: those that pack the cache, and all others.
         inner: the evictors and every press inside them.
         at_prefill: those of `inner` that act at the prefill.
-        sinks: the quantizer that looks for attention sinks, which moves tokens; None: none does.
+        detects_sinks: whether a quantizer looks for attention sinks, which moves tokens.
     """
 
     def __init__(self, presses: Sequence[BasePress]) -> None:
@@ -60,11 +60,7 @@ class _Stack:
         self.evictors = [press for press in presses if not traits_of(press).quantizes]
         self.inner = [inner for press in self.evictors for inner in with_inner(press)]
         self.at_prefill = [one for press in self.evictors for one in with_inner(press, at_prefill=True)]
-        self.sinks: Any = next((press for press in self.quantizers if press.detect_sinks), None)
-
-
-def _empty(stack: _Stack) -> Found:
-    return None if stack.presses else ()
+        self.detects_sinks = any(getattr(press, "detect_sinks", 0) for press in self.quantizers)
 
 
 def _twice(stack: _Stack) -> Found:
@@ -93,42 +89,8 @@ def _own_names(press: BasePress) -> set[str]:
 
 
 def _wraps_a_quantizer(stack: _Stack) -> Found:
-    return _one(
-        press for press in stack.evictors if any(traits_of(inner).quantizes for inner in with_inner(press))
-    )
-
-
-def _demotes_alone(stack: _Stack) -> Found:
-    return None if stack.quantizers else _one(_with("demotes", stack.evictors))
-
-
-def _two_quantizers(stack: _Stack) -> Found:
-    return (", ".join(map(name_of, stack.quantizers)),) if len(stack.quantizers) > 1 else None
-
-
-def _quantizer_before(stack: _Stack) -> Found:
-    return _followed("quantizes", stack.presses)
-
-
-def _sinks_at_exit(stack: _Stack) -> Found:
-    return _one(_with("at_exit", stack.evictors)) if stack.sinks else None
-
-
-def _merges(stack: _Stack) -> Found:
-    return _pair(_with("merges_while_decoding", stack.inner), stack.quantizers)
-
-
-def _demotes_while_decoding(stack: _Stack) -> Found:
-    return _pair(_with("demotes", stack.inner), _with("decodes", stack.inner))
-
-
-def _masks_what_moves(stack: _Stack) -> Found:
-    masking, moving = _with("masks_heads", stack.at_prefill), _with("moves_slots", stack.inner)
-    return _pair(masking, moving) if stack.quantizers else None
-
-
-def _counts_slots(stack: _Stack) -> Found:
-    return _one(_with("keeps_scores", _with("decodes", stack.inner))) if stack.sinks else None
+    wrapping = (press for press in stack.evictors if any(_with("quantizes", with_inner(press))))
+    return _one(wrapping)
 
 
 def _shortened_before(stack: _Stack) -> Found:
@@ -141,70 +103,6 @@ def _shortened_before(stack: _Stack) -> Found:
         if not traits.keeps_tokens:
             shortened_by = press
     return None
-
-
-def _at_exit_with_others(stack: _Stack) -> Found:
-    return _one(_with("at_exit", stack.evictors)) if len(stack.evictors) > 1 else None
-
-
-def _demotes_before(stack: _Stack) -> Found:
-    return _followed("demotes", stack.evictors)
-
-
-def _masks_before(stack: _Stack) -> Found:
-    return _followed("masks_heads", stack.evictors)
-
-
-RULES: tuple[tuple[Callable[[_Stack], Found], str], ...] = (
-    (_empty, "Compose got an empty list; give at least one press, or press=None for none"),
-    (_twice, "{0} is given twice; make a second instance, or leave one out"),
-    (
-        _incomplete,
-        "{0} has no {1} of its own and cannot evict anything; give a press that has, such as SnapKV",
-    ),
-    (_wraps_a_quantizer, "{0} wraps a quantizer; write Compose([..., TurboQuant()])"),
-    (_demotes_alone, "{0} evicts nothing by itself; put TurboQuant() behind it"),
-    (_two_quantizers, "there is more than one quantizer ({0}); a cache can be packed once, keep one"),
-    (
-        _quantizer_before,
-        "{0} comes before {1}: evict first, quantize last. Move the quantizer to the end",
-    ),
-    (_sinks_at_exit, "{0} acts after the prefill, where sinks are detected; use detect_sinks=0"),
-    (
-        _merges,
-        "{0} merges values while decoding, which a packed cache would quantize a second time; use it without "
-        "{1}, or DecodingPress, which only evicts",
-    ),
-    (
-        _demotes_while_decoding,
-        "{0} moves tokens of the cache, and {1} goes by their slots while decoding; use one of the two",
-    ),
-    (
-        _masks_what_moves,
-        "{0} names slots of the cache, and {1} would move them while decoding; use one of the two",
-    ),
-    (
-        _counts_slots,
-        "{0} counts slots on while decoding, and detected sinks move them; use detect_sinks=0",
-    ),
-    (
-        _shortened_before,
-        "{0} scores each key with the hidden state of its token, and {1} before it evicts some; put "
-        "{0} first",
-    ),
-    (_at_exit_with_others, "{0} acts on the complete cache of its context; use it as the only evictor"),
-    (
-        _demotes_before,
-        "{0} names slots of the cache, and {1} behind it would move or hide them; put {0} last before the "
-        "quantizer",
-    ),
-    (
-        _masks_before,
-        "{0} names slots of the cache, and {1} behind it would move them; put {0} last among the evictors, "
-        "and only one such press",
-    ),
-)
-"""(what is found where the rule is broken, what to say of it); the first reason is the one that is raised."""
 
 
 def _with(trait: str, presses: Iterable[BasePress]) -> Iterator[BasePress]:
@@ -223,8 +121,81 @@ def _pair(first: Iterable[BasePress], second: Iterable[BasePress]) -> Found:
 
 def _followed(trait: str, presses: Sequence[BasePress]) -> Found:
     """A press with a trait that has another behind it, and that one."""
-    return next(((one, behind) for one, behind in pairwise(presses) if next(_with(trait, [one]), None)), None)
+    return next(((one, behind) for one, behind in pairwise(presses) if any(_with(trait, [one]))), None)
 
 
 def _word(found: BasePress | str) -> str:
     return found if isinstance(found, str) else name_of(found)
+
+
+RULES: tuple[tuple[Callable[[_Stack], Found], str], ...] = (
+    (
+        lambda stack: None if stack.presses else (),
+        "Compose got an empty list; give at least one press, or press=None for none",
+    ),
+    (_twice, "{0} is given twice; make a second instance, or leave one out"),
+    (
+        _incomplete,
+        "{0} has no {1} of its own and cannot evict anything; give a press that has, such as SnapKV",
+    ),
+    (_wraps_a_quantizer, "{0} wraps a quantizer; write Compose([..., TurboQuant()])"),
+    (
+        lambda stack: None if stack.quantizers else _one(_with("demotes", stack.evictors)),
+        "{0} evicts nothing by itself; put TurboQuant() behind it",
+    ),
+    (
+        lambda stack: (", ".join(map(name_of, stack.quantizers)),) if len(stack.quantizers) > 1 else None,
+        "there is more than one quantizer ({0}); a cache can be packed once, keep one",
+    ),
+    (
+        lambda stack: _followed("quantizes", stack.presses),
+        "{0} comes before {1}: evict first, quantize last. Move the quantizer to the end",
+    ),
+    (
+        lambda stack: _one(_with("at_exit", stack.evictors)) if stack.detects_sinks else None,
+        "{0} acts after the prefill, where sinks are detected; use detect_sinks=0",
+    ),
+    (
+        lambda stack: _pair(_with("merges_while_decoding", stack.inner), stack.quantizers),
+        "{0} merges values while decoding, which a packed cache would quantize a second time; use it without "
+        "{1}, or DecodingPress, which only evicts",
+    ),
+    (
+        lambda stack: _pair(_with("demotes", stack.inner), _with("decodes", stack.inner)),
+        "{0} moves tokens of the cache, and {1} goes by their slots while decoding; use one of the two",
+    ),
+    (
+        lambda stack: (
+            _pair(_with("masks_heads", stack.at_prefill), _with("moves_slots", stack.inner))
+            if stack.quantizers
+            else None
+        ),
+        "{0} names slots of the cache, and {1} would move them while decoding; use one of the two",
+    ),
+    (
+        lambda stack: (
+            _one(_with("keeps_scores", _with("decodes", stack.inner))) if stack.detects_sinks else None
+        ),
+        "{0} counts slots on while decoding, and detected sinks move them; use detect_sinks=0",
+    ),
+    (
+        _shortened_before,
+        "{0} scores each key with the hidden state of its token, and {1} before it evicts some; put "
+        "{0} first",
+    ),
+    (
+        lambda stack: _one(_with("at_exit", stack.evictors)) if len(stack.evictors) > 1 else None,
+        "{0} acts on the complete cache of its context; use it as the only evictor",
+    ),
+    (
+        lambda stack: _followed("demotes", stack.evictors),
+        "{0} names slots of the cache, and {1} behind it would move or hide them; put {0} last before the "
+        "quantizer",
+    ),
+    (
+        lambda stack: _followed("masks_heads", stack.evictors),
+        "{0} names slots of the cache, and {1} behind it would move them; put {0} last among the evictors, "
+        "and only one such press",
+    ),
+)
+"""(what is found when the rule is broken, the message to fill with it). `Compose` raises the first reason."""

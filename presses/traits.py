@@ -8,7 +8,7 @@ their bases and state only what differs. A press of your own is described in the
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from typing import Any, TypeAlias
 
 from kvpress import BasePress, ComposedPress, ScorerPress
@@ -129,3 +129,25 @@ def renumbers_positions(press: BasePress | None) -> bool:
     """Whether the next position after the context is the number of tokens in the cache."""
     traits = map(traits_of, members(press))
     return any(one.rerotates or one.adds_tokens for one in traits)
+
+
+def name_of(press: BasePress) -> str:
+    """Name of a press's class."""
+    return type(press).__name__
+
+
+def short_repr(press: Any) -> str:
+    """A press as one would write it: its first argument, and those that differ from their defaults."""
+    made = getattr(press, "__dataclass_params__", None)
+    if made is None or not made.repr:  # such as `Compose`, which has a short repr itself
+        return repr(press)
+    parts = []
+    for index, field in enumerate(field for field in fields(press) if field.init and field.repr):
+        value = getattr(press, field.name)
+        default = field.default_factory() if field.default_factory is not MISSING else field.default
+        shown = short_repr(value) if isinstance(value, BasePress) else repr(value)
+        if index == 0:
+            parts.append(shown)
+        elif value != default:
+            parts.append(f"{field.name}={shown}")
+    return f"{type(press).__name__}({', '.join(parts)})"

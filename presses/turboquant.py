@@ -1,4 +1,4 @@
-"""`TurboQuant`: the press that keeps every token and stores it in 2 to 4 bits."""
+"""`TurboQuant`: the press that keeps every token and stores it in a few bits a number."""
 
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
@@ -36,40 +36,41 @@ _REFERENCE_HEAD_DIM = 128
 
 @dataclass
 class TurboQuant(PressMixin, BasePress, quantizes=True, keeps_tokens=True):
-    """Packs the KV cache at the end of the prefill: random rotation, scalar codes, one scale a vector.
+    """Packs the KV cache at the end of the prefill: random rotation, scalar codes, one scale per vector.
 
-    Usable alone, last in `Compose`, and last in kvpress's `ComposedPress`. Tokens that come later are
-    packed too, page by page. Sliding-window layers stay as they are. Run the prefill under
-    `torch.no_grad()` or `torch.inference_mode()`: with autograd on it works, but the graph holds on to the
-    unpacked keys and values.
+    Use it alone, last in `Compose`, or last in kvpress's `ComposedPress`. Later tokens are packed too, page
+    by page. Sliding-window layers stay as they are. Run the prefill under `torch.no_grad()` or
+    `torch.inference_mode()`: with autograd it works, but the graph keeps the unpacked keys and values alive.
 
     Args:
         bits: code width of keys and values: 1, 2, 3, 4, 8 or a fraction between 1 and 4.
-        key_bits: width of keys where it differs.
-        value_bits: width of values where it differs.
+        key_bits: code width of keys, if it differs.
+        value_bits: code width of values, if it differs.
         sink_tokens: first tokens of the text kept in 16 bits.
-        recent_tokens: last tokens kept in 16 bits, at least.
+        recent_tokens: at least this many of the last tokens are kept in 16 bits.
         mean_key: subtract each head's mean key before encoding.
         balance: weight each head's key channels by what its queries need.
         rotation: "hadamard", "haar" or "identity".
-        seed: of the rotation.
+        seed: seed of the rotation.
         scale: the stored scale: "auto", "norm_corrected", "unbiased" or "norm"; see `CodecSpec`.
         codebook: "int8" or "lloyd_max".
-        estimator: of keys: "mse", or "prod" for the paper's 1-bit sketch of the residual. Values are always
-            "mse".
-        layer_bits: other widths for single layers, as bits or (key bits, value bits); 16 leaves them
-            unpacked. Negative indices count from the last layer.
-        boundary_layers: so many of the first and of the last layers get `boundary_bits`; `layer_bits` wins.
-        boundary_bits: their bits or (key bits, value bits); 16 leaves them unpacked.
+        estimator: estimator of keys: "mse", or "prod" for the paper's 1-bit sketch of the residual. Values
+            always use "mse".
+        layer_bits: widths of single layers, by layer index, as bits or (key bits, value bits); 16 leaves a
+            layer unpacked. Negative indices count from the last layer.
         balance_window: how many of the last queries of the prefill the balance looks at.
-        codec: makes the codec of (head_dim, "key" or "value", layer index), instead of widths, rotation,
-            scale, its dtype, codebook and estimator; `layer_bits` and `boundary_layers` then leave layers
-            unpacked only.
-        scale_dtype: of the stored scales: "auto", which is float16 except in layers that need float32;
-            "float16", "bfloat16" or "float32"; see `CodecSpec`.
-        detect_sinks: so many more tokens of each head are kept in 16 bits: those that the last queries of the
-            prefill attend to most, wherever they are. Cutting such a layer short into its context drops
-            tokens in the order in which they are stored. In a padded batch none are, with a warning.
+        codec: a function of (head_dim, "key" or "value", layer index) that makes the codec. It replaces
+            widths, rotation, scale, scale dtype, codebook and estimator; `layer_bits` and `boundary_bits` can
+            then only be 16.
+        detect_sinks: how many more tokens of each head are kept in 16 bits: those that the last queries of
+            the prefill attend to most, wherever they are. Cropping such a layer to less than its context
+            drops tokens in the order in which they are stored. A padded batch has none, and a warning says
+            so.
+        boundary_layers: how many of the first layers, and of the last ones, get `boundary_bits`, unless
+            `layer_bits` names them.
+        boundary_bits: widths of those layers, as bits or (key bits, value bits); 16 leaves them unpacked.
+        scale_dtype: dtype of the stored scales: "float16", "bfloat16", "float32", or "auto", which is float16
+            except in layers that need float32; see `CodecSpec`.
 
     Raises:
         UnsupportedBitsError: a width cannot be stored.
@@ -121,7 +122,7 @@ class TurboQuant(PressMixin, BasePress, quantizes=True, keeps_tokens=True):
             replace(self, layer_bits={0: self.boundary_bits}, boundary_layers=0)  # checks them
 
     def _check_unpacked(self, codec: CodecFactory) -> None:
-        """Beside codecs of one's own, layers have no widths, but for those that stay unpacked."""
+        """Refuse widths beside `codec`, other than the 16 that leaves a layer unpacked."""
         named = {f"layer_bits[{index}]": bits for index, bits in (self.layer_bits or {}).items()}
         if self.boundary_layers:
             named["boundary_bits"] = self.boundary_bits
@@ -136,13 +137,14 @@ class TurboQuant(PressMixin, BasePress, quantizes=True, keeps_tokens=True):
     def preset(cls, name: str, **overrides: Any) -> "TurboQuant":
         """Settings by name: "quality" (8-bit keys, 4-bit values), "balanced" (4/4), "small" (3/3), "paper".
 
-        The first three detect 8 sinks in each head and keep 64 recent tokens, which is nearer to the
-        uncompressed model in fewer bytes than the 128 recent tokens of `TurboQuant()`. The order of tokens
-        then is not that of the text, see `detect_sinks`; `detect_sinks=0` leaves it. "paper" is as published.
+        The first three detect 8 sinks in each head and keep 64 recent tokens. This is closer to the
+        uncompressed model, in fewer bytes, than the 128 recent tokens of `TurboQuant()`. Tokens are then not
+        stored in the order of the text (see `detect_sinks`), unless `detect_sinks=0`. "paper" is TurboQuant
+        as published.
 
         Args:
             name: one of `PRESETS`.
-            overrides: fields that replace the preset's.
+            overrides: fields of `TurboQuant` that replace the preset's.
 
         Raises:
             InvalidInputError: there is no such preset.
@@ -153,7 +155,7 @@ class TurboQuant(PressMixin, BasePress, quantizes=True, keeps_tokens=True):
 
     @property
     def compression_ratio(self) -> float:
-        """Fraction of tokens evicted: 0. What packing saves: `bits_per_value` and the cache's memory."""
+        """Fraction of tokens evicted: 0. `bits_per_value` and the cache's memory say what packing saves."""
         return 0.0
 
     @compression_ratio.setter
@@ -161,7 +163,13 @@ class TurboQuant(PressMixin, BasePress, quantizes=True, keeps_tokens=True):
         raise AttributeError("TurboQuant evicts nothing: set its bits, or compose it with an evicting press")
 
     def bits_per_value(self, head_dim: int = _REFERENCE_HEAD_DIM) -> float:
-        """True bits of a packed number, scales included, keys and values averaged, without `layer_bits`."""
+        """True bits of a packed number with its share of the scales: the mean of keys and values.
+
+        `layer_bits` and `boundary_bits` do not count.
+
+        Args:
+            head_dim: dimension D of keys and values.
+        """
         codecs = self._codecs(None, 0, head_dim, head_dim) or ()
         return sum(codec.bits_per_value for codec in codecs) / 2
 
@@ -210,7 +218,19 @@ class TurboQuant(PressMixin, BasePress, quantizes=True, keeps_tokens=True):
         query_moments: dict[int, torch.Tensor] | None = None,
         tokens_seen: int | None = None,
     ) -> None:
-        """Pack a cache that is filled already; see `quantpress.presses.packing.filled_cache`."""
+        """Pack a cache that is already filled.
+
+        Args:
+            model: the model that filled it.
+            cache: changed in place, layer by layer.
+            query_moments: E[q_j^2] by layer index, [B, Hkv, D] each, for channel balance; None: no balance.
+            tokens_seen: positions used so far; None: as many as each layer keeps.
+
+        Raises:
+            UnsupportedModelError, UnsupportedHeadDimError: this model's cache cannot be packed.
+            InvalidInputError: a layer is not a plain `DynamicLayer`.
+            NonFiniteError: keys or values hold NaN or infinity.
+        """
         self.post_init_from_model(model)
         pack_cache(self, model, cache, query_moments, tokens_seen)
 
@@ -221,9 +241,9 @@ class TurboQuant(PressMixin, BasePress, quantizes=True, keeps_tokens=True):
 
         Args:
             module: the layer's attention module.
-            key_dim: D of its keys.
-            value_dim: Dv of its values.
-            sink_tokens: pinned first tokens.
+            key_dim: dimension D of its keys.
+            value_dim: dimension Dv of its values.
+            sink_tokens: how many of the first tokens are kept in 16 bits.
         """
         layers = getattr(module.config, "num_hidden_layers", 0)
         codecs = self._codecs(int(module.layer_idx), layers, key_dim, value_dim)  # type: ignore[arg-type]

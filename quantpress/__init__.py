@@ -41,7 +41,6 @@ if TYPE_CHECKING:
     from quantpress.pipelines.text_generation import TextGenerationPipeline
     from quantpress.presses import *  # noqa: F403
     from quantpress.presses import Compose, TurboQuant
-    from quantpress.presses.names import *  # noqa: F403
 
 __all__ = [
     "CacheFileError",

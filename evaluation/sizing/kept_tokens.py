@@ -5,9 +5,8 @@ from collections.abc import Iterator
 from kvpress import BasePress, ScorerPress, ThinKPress
 
 from quantpress.errors import InvalidInputError
-from quantpress.presses.base import short_repr
 from quantpress.presses.demote import Demote
-from quantpress.presses.traits import traits_of, with_inner
+from quantpress.presses.traits import short_repr, traits_of, with_inner
 from quantpress.presses.turboquant import TurboQuant
 
 

@@ -16,10 +16,9 @@ from quantpress.cache.saved.fingerprint import difference, model_fingerprint
 from quantpress.cache.tokens.evicted_slots import MASKS, named_to_hide
 from quantpress.errors import InvalidInputError
 from quantpress.pipelines.contexts.saved_context import Masks, check_packed_by, load_context, save_context
-from quantpress.presses.base import short_repr
 from quantpress.presses.models.filling import check_keeps
 from quantpress.presses.models.support import attention_modules
-from quantpress.presses.traits import decode_time_presses, traits_of
+from quantpress.presses.traits import decode_time_presses, short_repr, traits_of
 
 
 @dataclass(eq=False)

@@ -17,8 +17,7 @@ from quantpress.pipelines.reading.embeddings import freed_embeddings
 from quantpress.pipelines.reading.progress import layer_progress
 from quantpress.pipelines.stopwatch import Stopwatch
 from quantpress.presses.base import PressMixin
-from quantpress.presses.failures import named_assertion
-from quantpress.presses.guard import named_context
+from quantpress.presses.guard import named_assertion, named_context
 from quantpress.presses.models.eligibility import HOOKABLE, check
 from quantpress.presses.models.filling import check_filled, check_keeps, count_kept, warn_of_chance
 from quantpress.presses.traits import renumbers_positions

@@ -1,1 +1,9 @@
-"""What a press asks of a model, and how it leaves it."""
+"""What presses ask of a model, and how they leave it.
+
+support.py        where a model's attention is, and which layers a press works on
+eligibility.py    which models can be read, evicted from and packed, and every reason why not
+filling.py        a model must fill its cache, or an error says why
+positions.py      how many positions a model was made for
+lock.py           one thread at a time on a model
+restore.py        a model left as it was found
+"""

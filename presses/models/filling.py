@@ -1,6 +1,6 @@
-"""A reading must fill its cache: what would leave it empty is refused before, and checked afterwards.
+"""Reading a context must fill the cache: refuses models that would not, and checks the cache afterwards.
 
-A model may run through a whole context and keep nothing of it: under gradient checkpointing transformers
+A model may run through a whole context and keep nothing of it: under gradient checkpointing, transformers
 takes the cache away from every layer. Answers from such a cache have seen no context.
 """
 
@@ -21,7 +21,7 @@ def check_keeps(model: nn.Module) -> None:
     """Refuse a model that would not keep what it reads.
 
     Args:
-        model: about to read a context, or a question over one.
+        model: a model that is about to read a context, or a question about one.
 
     Raises:
         UnsupportedModelError: its states are not keys and values in layers of a cache, or it is in training
@@ -38,14 +38,14 @@ def check_keeps(model: nn.Module) -> None:
 
 
 def check_filled(model: nn.Module, cache: Cache) -> None:
-    """Refuse a cache that a reading has left empty, or empty in some layers.
+    """Refuse a cache that is still empty, or has empty layers, after a context was read.
 
     Args:
-        model: has read a context into `cache`.
-        cache: one without `layers` is not looked at.
+        model: the model that has read a context into `cache`.
+        cache: checked if it has `layers`.
 
     Raises:
-        UnsupportedModelError: names the layers.
+        UnsupportedModelError: the cache has empty layers; the message names them.
     """
     layers: list[Any] | None = getattr(cache, "layers", None)
     if layers is None:
@@ -65,12 +65,12 @@ def check_filled(model: nn.Module, cache: Cache) -> None:
 def count_kept(model: nn.Module, cache: Cache) -> None:
     """Give an empty cache plain layers where the model's window spans every position.
 
-    transformers makes window layers there, which report the tokens that they have seen. A press evicts from
-    such layers, since they never slide; positions and masks then need the tokens that are kept.
+    For such a window transformers makes sliding-window layers, whose length is the number of tokens seen.
+    They never slide, so presses evict from them, and positions and masks then need the number of tokens kept.
 
     Args:
-        model: about to read a context under a press.
-        cache: empty; its `layers` are replaced.
+        model: a model that is about to read a context under a press.
+        cache: an empty cache; some of its `layers` are replaced.
     """
     layers: list[Any] = getattr(cache, "layers", [])
     for module in full_attention_modules(model):
@@ -80,7 +80,7 @@ def count_kept(model: nn.Module, cache: Cache) -> None:
 
 
 def warn_of_chance(model: nn.Module) -> None:
-    """Warn when dropout is on: what is read, and every answer, then depends on chance."""
+    """Warn when dropout is on, since the cache and every answer then depend on chance."""
     for module in _training(model):
         rate = float(module.p) if isinstance(module, nn.modules.dropout._DropoutNd) else 0.0
         rates = (value for name, value in vars(module).items() if name.endswith(("dropout", "jitter_noise")))
@@ -95,16 +95,17 @@ def warn_of_chance(model: nn.Module) -> None:
 
 @contextmanager
 def filled_caches(model: nn.Module, evicts: bool = True) -> Iterator[None]:
-    """While inside, every prefill fills the cache that it is given, or is an error.
+    """Inside this context, every prefill fills the cache that it is given, or raises an error.
 
     Args:
-        model: that a press is applied to.
-        evicts: a forward without a cache is an error too, since kvpress's hooks cannot run without one.
-            False: it is a warning, since nothing is compressed then.
+        model: the model that a press is applied to.
+        evicts: whether a forward without a cache is an error, because kvpress's hooks need one. False: it is
+            a warning, because nothing is compressed.
 
     Raises (on entering, and in a forward):
-        UnsupportedModelError: as for `check_keeps` and `check_filled`; with `evicts` as for `HOOKABLE`.
-        InvalidInputError: a forward without a cache.
+        UnsupportedModelError: see `check_keeps` and `check_filled`; with `evicts`, the model breaks a rule of
+            `HOOKABLE`.
+        InvalidInputError: a forward runs without a cache, and `evicts` is True.
     """
     check(model, HOOKABLE if evicts else LAYERED)
     empty: list[Cache] = []
@@ -141,7 +142,7 @@ def _training(model: nn.Module) -> Iterator[nn.Module]:
 
 
 def _borrows(module: nn.Module) -> bool:
-    """Whether a module attends to keys of another layer (Gemma 3n), or of something else than the text."""
+    """Whether a module attends to keys of another layer (Gemma 3n), or to something other than the text."""
     crosses = "Cross" in type(module).__name__ or bool(getattr(module, "is_cross_attention", False))
     return crosses or bool(getattr(module, "is_kv_shared_layer", False))
 
@@ -156,7 +157,7 @@ def _holds(layer: Any) -> bool:
 
 
 def _makes_cache(decoder: nn.Module, kwargs: dict[str, Any]) -> bool:
-    """Whether a decoder that is given no cache makes one."""
+    """Whether a decoder makes a cache when it is given none."""
     use_cache = kwargs.get("use_cache")
     return bool(
         getattr(getattr(decoder, "config", None), "use_cache", True) if use_cache is None else use_cache

@@ -1,8 +1,8 @@
-"""One user of a model at a time.
+"""One thread at a time on a model.
 
-Presses put hooks, attributes and other forwards on a model, and a forward of another thread would run through
-them. So everything of ours that puts something on a model for a while holds that model's lock meanwhile, and
-a second thread waits for its turn.
+Presses put hooks, attributes and other forwards on a model, and a forward in another thread would run through
+them. So whatever changes a model for a while holds the model's lock meanwhile, and other threads wait for
+their turn.
 """
 
 import warnings
@@ -15,14 +15,14 @@ from torch import nn
 from quantpress.presses.models.support import decoder_of
 
 PATIENCE_S = 60.0
-"""Seconds of waiting after which a thread says what it waits for."""
+"""Seconds after which a waiting thread warns, and says what it waits for."""
 
 
 class ModelLock:
     """A reentrant lock that is handed on in the order in which threads asked for it.
 
-    Unlike `threading.RLock` it may be released by another thread than the one that took it: a web framework
-    may leave a context in another worker than it was entered in.
+    Unlike `threading.RLock`, it may be released by a different thread than the one that took it, because a
+    web framework may leave a context in another worker than the one that entered it.
     """
 
     def __init__(self) -> None:
@@ -65,7 +65,7 @@ class ModelLock:
             turn.set()
 
     def _give_up(self, turn: Event) -> None:
-        """Leave the queue, or hand on a turn that has come meanwhile."""
+        """Leave the queue, or hand on the turn if it has come meanwhile."""
         with self._guard:
             if not turn.is_set():
                 self._waiting = deque(entry for entry in self._waiting if entry[1] is not turn)
@@ -87,9 +87,9 @@ _LOOKING_UP = Lock()
 
 
 def model_lock(model: nn.Module) -> ModelLock:
-    """The lock of a model; the same one for the model, its backbone and adapters around it.
+    """The lock of a model, shared by the model, its backbone and adapters around it.
 
-    A copy of a model has a lock of its own.
+    A copy of a model has its own lock.
 
     Example:
         >>> model = nn.Linear(2, 2)

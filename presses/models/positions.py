@@ -6,29 +6,32 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 _SCALED_ALREADY = ("gemma3", "gemma3_text", "gemma3n", "gemma3n_text")
-"""Model types whose published max_position_embeddings counts the linear scaling beside it."""
+"""Model types whose published max_position_embeddings already includes their linear scaling."""
 
 _OWN_LENGTH = ("llama3", "longrope")
-"""Rope types whose factor is no ratio of lengths: a max_position_embeddings above the original one counts."""
+"""Rope types whose factor is not a ratio of lengths: max_position_embeddings counts if it was raised."""
 
 _LOCAL = ("sliding_attention", "chunked_attention")
 
 
 def position_count(config: PreTrainedConfig) -> int | None:
-    """Positions that a model was made for.
+    """The number of positions that a model was made for.
 
-    transformers scales rotary positions by `rope_parameters` and leaves `max_position_embeddings` as it is
-    written. It is taken times the factor of "linear" and "dynamic" scaling, whose documentation asks not to
-    change it. "yarn" gives `original_max_position_embeddings` times its factor, and so do "llama3" and
-    "longrope" where max_position_embeddings was not raised above that original length. The count is never
-    below max_position_embeddings. Where layer types have scalings of their own, the least of those that see
-    the whole context counts.
+    transformers scales rotary positions by `rope_parameters` and leaves `max_position_embeddings` as written:
+
+    - "linear" and "dynamic" scaling: max_position_embeddings times the factor, because transformers'
+      documentation asks not to change max_position_embeddings;
+    - "yarn": `original_max_position_embeddings` times the factor;
+    - "llama3" and "longrope": the same, unless max_position_embeddings was raised above the original length.
+
+    The result is never less than max_position_embeddings. If layer types have different scalings, the
+    smallest result among the types that see the whole context counts.
 
     Args:
-        config: of the model, or of its text decoder.
+        config: configuration of the model, or of its text decoder.
 
     Returns:
-        The count; None when the configuration does not say.
+        The number of positions; None when the configuration does not say.
 
     Source: transformers.modeling_rope_utils; the instructions for YaRN in Qwen's model cards.
 
@@ -55,7 +58,7 @@ def position_count(config: PreTrainedConfig) -> int | None:
 
 
 def _scaled(rope: Mapping[str, Any], written: int, scaled_already: bool) -> int:
-    """Positions under one scaling, of a configuration whose max_position_embeddings is `written`."""
+    """The number of positions under one scaling; `written` is max_position_embeddings."""
     kind = rope.get("rope_type") or rope.get("type") or "default"
     factor = float(rope.get("factor") or 1)
     if kind == "default" or (kind == "linear" and scaled_already):

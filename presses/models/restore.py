@@ -1,7 +1,7 @@
 """Leaves a model as a press found it, whatever happens inside the press's context.
 
-kvpress gives every attention module a `rotary_emb`, some presses replace `forward` or switch the attention
-implementation for a while, and an exception in the middle of a prefill leaves half a cache behind.
+kvpress gives every attention module a `rotary_emb`. Some presses replace `forward`, or switch the attention
+implementation for a while. An exception in the middle of a prefill leaves a half-filled cache behind.
 """
 
 import copy
@@ -61,7 +61,7 @@ def _restored(model: nn.Module) -> Iterator[None]:
 
 
 class _Attributes:
-    """The names an attention module had, plain attributes and submodules alike."""
+    """The names that an attention module had: plain attributes, submodules, buffers and parameters."""
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
@@ -76,7 +76,7 @@ class _Attributes:
 
 
 class _PrefillGuard:
-    """Remembers the cache that a prefill started to fill, until that prefill is over."""
+    """Remembers the cache that a prefill fills, until the prefill is over."""
 
     def __init__(self, decoder: nn.Module) -> None:
         self._started: tuple[Cache, list[Any]] | None = None

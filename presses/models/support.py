@@ -12,14 +12,14 @@ _SLIDING_TYPES = ("sliding_attention", "chunked_attention")
 
 
 def decoder_of(model: nn.Module) -> nn.Module:
-    """The text decoder inside a model with a head, a multimodal model, or the decoder itself."""
+    """The text decoder inside a model with a head or a multimodal model; a decoder is its own."""
     get_decoder = getattr(model, "get_decoder", None)
     decoder = get_decoder() if callable(get_decoder) else model
     return decoder if isinstance(decoder, nn.Module) else model
 
 
 def attention_modules(model: nn.Module) -> list[nn.Module]:
-    """The self-attention modules of the text decoder, in layer order; empty when none has a known form."""
+    """The self-attention modules of the text decoder, in layer order; empty when none is recognized."""
     return [
         module
         for module in decoder_of(model).modules()
@@ -28,10 +28,10 @@ def attention_modules(model: nn.Module) -> list[nn.Module]:
 
 
 def is_sliding(module: nn.Module) -> bool:
-    """Whether an attention module looks back over a window only.
+    """Whether an attention module sees only a sliding window, or a chunk, of the text.
 
-    The module and its config decide, not the cache: a `DynamicCache()` made without a config holds plain
-    layers only. A window that spans every position of the model is none.
+    The module and its config decide, not the cache: a `DynamicCache()` made without a config has only plain
+    layers. A window that spans every position of the model does not count.
     """
     config = getattr(module, "config", None)
     layer_types = getattr(config, "layer_types", None)
@@ -47,20 +47,20 @@ def is_sliding(module: nn.Module) -> bool:
 
 
 def window_of(module: nn.Module) -> int | None:
-    """Tokens that a query of a sliding-window module sees, itself included."""
+    """How many tokens a query of a sliding-window module sees, itself included; None for other modules."""
     own = getattr(module, "sliding_window", None)
     window = getattr(getattr(module, "config", None), "sliding_window", None) if own is None else own
     return window if isinstance(window, int) else None
 
 
 def in_chunks(module: nn.Module) -> bool:
-    """Whether a query of this module sees its own chunk of the text only (Llama 4)."""
+    """Whether a query of this module sees only its own chunk of the text (Llama 4)."""
     layer_types = getattr(getattr(module, "config", None), "layer_types", None)
     return layer_types is not None and layer_types[module.layer_idx] == "chunked_attention"
 
 
 def full_attention_modules(model: nn.Module) -> list[nn.Module]:
-    """The attention modules that see the whole context: those a press works on."""
+    """The attention modules that see the whole context, which are those that a press works on."""
     return [module for module in attention_modules(model) if not is_sliding(module)]
 
 

@@ -1,14 +1,36 @@
-"""Packs a cache that is filled already: for presses that evict at the end of their context, or by itself."""
+"""Packs a cache that is already filled: behind presses that evict when their context ends, or by itself."""
+
+from typing import Protocol
 
 import torch
 from torch import nn
 from transformers.cache_utils import Cache
 
 from quantpress.cache.layer import PackedLayer
+from quantpress.cache.settings import LayerSettings
 from quantpress.presses.models.support import full_attention_modules
 from quantpress.presses.packing.head_wise import name_slots, named_slots
 from quantpress.presses.packing.prefill_hook import plain_states
-from quantpress.presses.packing.quantizer import Quantizer
+
+
+class Quantizer(Protocol):
+    """A press that says how each layer is stored.
+
+    Attributes:
+        sink_tokens: first tokens of the text that are kept in 16 bits.
+        detect_sinks: how many more sinks to find in each head.
+        balance_window: how many of the last queries of the prefill the channel balance looks at.
+    """
+
+    sink_tokens: int
+    detect_sinks: int
+    balance_window: int
+
+    def layer_settings(
+        self, module: nn.Module, key_dim: int, value_dim: int, sink_tokens: int
+    ) -> LayerSettings | None:
+        """How the layer of an attention module is stored; None leaves it unpacked."""
+        ...
 
 
 def pack_cache(
@@ -21,19 +43,19 @@ def pack_cache(
     *,
     by_head: bool = True,
 ) -> None:
-    """Pack every full-attention layer of a cache that is filled already.
+    """Pack every full-attention layer of a cache that is already filled.
 
-    Tokens that a head-wise press has named on the attention modules are not packed.
+    Tokens that a head-wise press has named on the attention modules are left out.
 
     Args:
         press: says how each layer is stored.
         model: the model that filled it.
         cache: changed in place, layer by layer.
-        query_moments: E[q_j^2] per layer index, [B, Hkv, D] each, for channel balance.
-        tokens_seen: tokens read so far; a layer that keeps more counts its own. Left out, what each layer
+        query_moments: E[q_j^2] by layer index, [B, Hkv, D] each, for channel balance; None: no balance.
+        tokens_seen: positions used so far, unless a layer keeps more tokens; None: as many as each layer
             keeps.
-        sink_tokens: pinned first tokens; the press's own when left out.
-        by_head: False: pack named tokens too, and leave them named.
+        sink_tokens: how many of the first tokens are kept in 16 bits; None: the press's own number.
+        by_head: whether to free the memory of named tokens. False: they are packed and stay named.
 
     Raises:
         InvalidInputError: a layer is not a plain `DynamicLayer`.

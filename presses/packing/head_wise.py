@@ -1,7 +1,7 @@
-"""What head-wise presses leave on attention modules: the tokens that single heads must not see.
+"""The tokens that single heads must not see, which head-wise presses name on attention modules.
 
 kvpress names them as (batch, head, slot) in `masked_key_indices`, 24 bytes each, and keeps them in the cache.
-A layer packed after that forgets them head by head; their names stay for who wants to look, in one bit each.
+A packed layer forgets them, head by head; their names remain, one bit each, for whoever wants to read them.
 """
 
 from typing import Any
@@ -14,14 +14,14 @@ from quantpress.errors import InvalidInputError
 
 
 def named_slots(module: nn.Module, keys: torch.Tensor) -> torch.Tensor | None:
-    """[B, Hkv, T] bool, True for the slots named on an attention module; None where there are none.
+    """[B, Hkv, T] bool, True for the slots named on an attention module; None when none is named.
 
     Args:
         module: the attention module.
-        keys: [B, Hkv, T, D] in its layer of the cache.
+        keys: [B, Hkv, T, D], those of the module's layer in the cache.
 
     Raises:
-        InvalidInputError: they are those of a longer context.
+        InvalidInputError: the named slots belong to a longer context.
     """
     named = named_to_hide(module)
     if named is None:
@@ -38,12 +38,12 @@ def named_slots(module: nn.Module, keys: torch.Tensor) -> torch.Tensor | None:
 
 
 def name_slots(module: nn.Module, hidden: torch.Tensor, evicted: bool) -> None:
-    """Name slots on an attention module, in the place of those that kvpress has named.
+    """Name slots on an attention module, instead of those that kvpress has named.
 
     Args:
         module: the attention module.
         hidden: [B, Hkv, T] bool.
-        evicted: whether its layer has these tokens no more; else attention is to hide them.
+        evicted: whether the layer has forgotten these tokens. False: attention is to hide them.
     """
     named: Any = EvictedSlots(hidden) if evicted else hidden.nonzero(as_tuple=True)
     module.masked_key_indices = named

@@ -1,10 +1,10 @@
-"""Turns the layers of a prefilled cache into packed ones, layer by layer, from inside the forward pass."""
+"""Packs the layers of a cache during the prefill, each as soon as its attention module has filled it."""
 
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -16,7 +16,7 @@ from quantpress.cache.tokens.demotion import Demotion
 from quantpress.errors import InvalidInputError
 from quantpress.kernels.layout import PAGE_TOKENS
 from quantpress.presses.models.support import hooked, is_sliding
-from quantpress.presses.packing.filled_cache import pack_cache
+from quantpress.presses.packing.filled_cache import Quantizer, pack_cache
 from quantpress.presses.packing.head_wise import name_slots, named_slots
 from quantpress.presses.packing.prefill_hook import (
     PrefillCall,
@@ -26,12 +26,25 @@ from quantpress.presses.packing.prefill_hook import (
     plain_states,
     prefill_call,
 )
-from quantpress.presses.packing.quantizer import Demoter, Quantizer
 from quantpress.presses.packing.queries import UnknownAttentionError, query_moment, recomputed_keys
 from quantpress.presses.packing.sinks import slots_with_sinks_first
 from quantpress.presses.packing.token_order import Survivors, survivor_positions
 
 States = tuple[torch.Tensor, torch.Tensor]
+
+
+class Demoter(Protocol):
+    """A press that chooses tokens to be packed in fewer bits."""
+
+    def take_scores(self, layer_idx: int) -> torch.Tensor | None:
+        """[B, Hkv, T] scores of a layer's tokens in the present prefill; gone afterwards."""
+        ...
+
+    def demotion(
+        self, quantizer: Any, module: nn.Module, scores: torch.Tensor, key_dim: int, value_dim: int
+    ) -> Demotion | None:
+        """The tokens of one layer to demote, and their codecs; None when there are none."""
+        ...
 
 
 class Packer:
@@ -73,7 +86,7 @@ class Packer:
 
     @contextmanager
     def recording(self, model: nn.Module) -> Iterator[None]:
-        """Enter before the evictors: their hooks run in the order in which they were registered."""
+        """Enter before the evictors, since hooks run in the order in which they were registered."""
         with hooked(model, self.record):
             try:
                 yield
@@ -106,7 +119,7 @@ class Packer:
             self._originals[call.layer_idx] = (keys, values)
 
     def follow(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
-        """Forward hook: find the tokens that the evictors so far have left."""
+        """Forward hook: find the tokens that the evictors have left so far."""
         call = prefill_call(module, args, kwargs)
         if call is None or call.layer_idx not in self._originals:
             return
@@ -115,7 +128,7 @@ class Packer:
             found = survivor_positions(*self._originals[call.layer_idx], keys, values)
             before = self._positions.get(call.layer_idx)
             if found is None and before is not None and before.shape[-1] == keys.shape[2]:
-                found = before  # none evicted since then: the numbers were changed where they stand
+                found = before  # nothing was evicted since then, but numbers were changed in place
             self._positions[call.layer_idx] = found
 
     def pack(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
@@ -165,7 +178,7 @@ class Packer:
         )
 
     def _slots(self, call: PrefillCall, tokens: Survivors, settings: LayerSettings) -> torch.Tensor | None:
-        """The slots that put detected sinks behind the first tokens; None when there is nothing to detect."""
+        """[B, Hkv, K] slots with detected sinks right behind the first tokens; None to leave the order."""
         count, first, recent = self.press.detect_sinks, settings.sink_tokens, settings.recent_tokens
         if not count or tokens.keys.shape[2] < first + count + recent + PAGE_TOKENS:
             return None
@@ -196,7 +209,7 @@ class Packer:
     def _moment(
         self, call: PrefillCall, settings: LayerSettings, keys: torch.Tensor, originals: States | None
     ) -> torch.Tensor | None:
-        """[B, Hkv, D] mean square of the last queries; None when nobody wants it or they are not known."""
+        """[B, Hkv, D] mean square of the last queries; None when it is not needed or not known."""
         if not (settings.balance and settings.key_codec.wants_statistics):
             return None
         all_keys = keys if originals is None else originals[0]
@@ -232,7 +245,7 @@ class Packer:
 
 
 def _positions_by_recomputing(call: PrefillCall, keys: torch.Tensor) -> torch.Tensor | None:
-    """Without a record: the keys of all tokens follow from the hidden states, mostly bit for bit."""
+    """Positions without a record: keys computed from the hidden states are mostly equal bit for bit."""
     try:
         before = recomputed_keys(call.module, call.hidden_states, call.position_embeddings)
     except UnknownAttentionError:

@@ -1,4 +1,4 @@
-"""What a hook on an attention module finds out about a prefill, and which caches it can work with."""
+"""What a forward hook on an attention module sees of a prefill, and checks of the cache it finds."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -21,9 +21,9 @@ class PrefillCall:
 
     Args:
         module: the attention module.
-        cache: what it filled.
-        hidden_states: [B, N, hidden], what went into it.
-        position_embeddings: cos and sin [B, N, rotary dim], or None.
+        cache: the cache that it filled.
+        hidden_states: [B, N, hidden], its input.
+        position_embeddings: cos and sin, [B, N, rotary dim] each, or None.
         attention_mask: as the model passed it, or None.
     """
 
@@ -35,7 +35,7 @@ class PrefillCall:
 
     @property
     def layer_idx(self) -> int:
-        """Place of the module in the model."""
+        """Index of the module's layer."""
         return int(self.module.layer_idx)  # type: ignore[arg-type]
 
     @property
@@ -45,11 +45,11 @@ class PrefillCall:
 
 
 def prefill_call(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> PrefillCall | None:
-    """Read the arguments of a forward hook; None when it is no prefill (kvpress's rule) or has no cache.
+    """Read the arguments of a forward hook; None when there is no cache, or no prefill by kvpress's rule.
 
     Raises:
-        UnsupportedModelError: the model does not tell its attention where in the text it is, or has a cache
-            of another kind.
+        UnsupportedModelError: the model does not tell its attention the position in the text, or keeps keys
+            and values in something other than a transformers `Cache`.
     """
     cache = next((value for value in (*kwargs.values(), *args) if isinstance(value, Cache)), None)
     other = next((kwargs[name] for name in _CACHE_ARGUMENTS if kwargs.get(name) is not None), None)
@@ -80,9 +80,9 @@ def prefill_call(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Prefil
 
 
 def forget_attention_weights(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
-    """Forward hook between evictors: "eager" attention returns weights of tokens that are gone by now.
+    """Forward hook between evictors: drop attention weights that include tokens evicted since.
 
-    Presses prefer those weights where there are any; without them they compute their own.
+    "eager" attention returns weights, and presses prefer them to their own. Without them they compute some.
     """
     weights = output[1] if isinstance(output, tuple) and len(output) > 1 else None
     call = None if weights is None else prefill_call(module, args, kwargs)
@@ -92,10 +92,11 @@ def forget_attention_weights(module: nn.Module, args: Any, kwargs: dict[str, Any
 
 
 def plain_states(cache: Cache, layer_idx: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Keys [B, Hkv, T, D] and values [B, Hkv, T, Dv] of one layer of a cache, when they can be packed.
+    """Keys [B, Hkv, T, D] and values [B, Hkv, T, Dv] of a layer that can be packed.
 
     Raises:
-        InvalidInputError: the cache is static, quantized by transformers, packed already, or of another kind.
+        InvalidInputError: the layer is static, quantized by transformers, already packed, or not a
+            `DynamicLayer`.
     """
     layers = getattr(cache, "layers", ())
     layer = layers[layer_idx] if layer_idx < len(layers) else None
@@ -114,7 +115,7 @@ def check_fresh(call: PrefillCall, keys: torch.Tensor) -> None:
     """Refuse a cache that held tokens before this prefill.
 
     Raises:
-        InvalidInputError: there are more keys [B, Hkv, T, D] than tokens.
+        InvalidInputError: there are more keys [B, Hkv, T, D] than tokens in the prefill.
     """
     if keys.shape[2] > call.tokens:
         raise InvalidInputError(
@@ -124,7 +125,7 @@ def check_fresh(call: PrefillCall, keys: torch.Tensor) -> None:
 
 
 def check_states(call: PrefillCall, keys: torch.Tensor, values: torch.Tensor) -> None:
-    """Refuse keys and values that cannot be packed, or not safely.
+    """Refuse keys and values that cannot be packed, or cannot be packed safely.
 
     Raises:
         InvalidInputError: the cache held tokens before this prefill.
@@ -146,10 +147,10 @@ def check_padding(call: PrefillCall, kept: int) -> None:
 
     Args:
         call: the prefill.
-        kept: tokens left of it; 0 when a press goes on to read the context again.
+        kept: how many of its tokens are left; 0 when a press will read the context again.
 
     Raises:
-        CompositionError: fewer tokens than were read.
+        CompositionError: the batch is padded, and fewer tokens are left than were read.
     """
     seen = call.tokens
     if kept < seen and is_padded(call.attention_mask):

@@ -1,7 +1,7 @@
-"""Queries and keys of a prefill, computed again from the hidden states: what they look like after RoPE.
+"""Queries and keys of a prefill after RoPE, computed again from the hidden states.
 
-kvpress knows how its supported attention classes project; the modelling file of each model knows how it
-rotates. For any other class the outcome is checked: keys computed here must be the keys in the cache.
+kvpress knows how the attention classes that it supports project; the modelling file of each model knows how
+it rotates. The result is checked: keys computed here must equal the keys in the cache.
 """
 
 import sys
@@ -16,11 +16,11 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention
 PositionEmbeddings = tuple[torch.Tensor, torch.Tensor]
 
 _CHECKED_TOKENS = 8
-_TOLERANCE = 0.02  # relative; 16-bit products in another shape differ by less
+_TOLERANCE = 0.02  # relative; 16-bit products of other shapes differ by less
 
 
 class UnknownAttentionError(Exception):
-    """Queries of this attention class cannot be computed from hidden states; never reaches the user."""
+    """The queries of an attention class cannot be computed from hidden states; never reaches the user."""
 
 
 def query_moment(
@@ -35,18 +35,18 @@ def query_moment(
 
     Args:
         module: attention module.
-        hidden_states: [B, N, hidden], what went into it.
+        hidden_states: [B, N, hidden], its input.
         position_embeddings: cos and sin, [B, N, rotary dim] each.
         kv_heads: Hkv.
         window: how many of the last queries to look at.
-        last_keys: [B, Hkv, <= N, D] keys of the last tokens of the prefill, against which the way of
-            computing is checked; None when they are not at hand.
+        last_keys: [B, Hkv, <= N, D] keys of the last tokens of the prefill, to check the computation against;
+            None: no check.
 
     Returns:
         [B, Hkv, D] float32.
 
     Raises:
-        UnknownAttentionError: the class projects or rotates in a way that is not known.
+        UnknownAttentionError: it is not known how the class projects or rotates.
     """
     if last_keys is not None:
         _check_keys(module, hidden_states, position_embeddings, last_keys[:, :, -_CHECKED_TOKENS:])
@@ -65,7 +65,7 @@ def last_queries(
     """The last queries of a prefill, after RoPE: [B, Hq, <= window, D] in the model's dtype.
 
     Raises:
-        UnknownAttentionError: the class projects or rotates in a way that is not known.
+        UnknownAttentionError: it is not known how the class projects or rotates.
     """
     return _rotated(module, hidden_states, position_embeddings, window, keys=False)
 
@@ -76,7 +76,7 @@ def recomputed_keys(
     """Keys of every token of a prefill, after RoPE: [B, Hkv, N, D] in the model's dtype.
 
     Raises:
-        UnknownAttentionError: the class projects or rotates in a way that is not known.
+        UnknownAttentionError: it is not known how the class projects or rotates.
     """
     return _rotated(module, hidden_states, position_embeddings, hidden_states.shape[1], keys=True)
 
@@ -103,7 +103,7 @@ def _rotated(
 
 
 def _rotate(rotate: Any, states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotate all channels, or the part that the tables are for: who cuts it out differs between models."""
+    """Rotate all channels, or those that the tables cover: models differ in where they cut them out."""
     part = cos.shape[-1]
     try:
         whole: torch.Tensor = rotate(states, states[:, :1], cos, sin)[0]
@@ -123,7 +123,7 @@ def _projected(module: nn.Module, hidden_states: torch.Tensor, *, keys: bool) ->
     states: torch.Tensor = project(module, hidden_states)
     norm: Any = getattr(module, "k_norm" if keys else "q_norm", None)
     if norm is None or isinstance(module, (Gemma3Attention, Qwen3Attention)):
-        return states  # kvpress has applied the norm of those two classes
+        return states  # kvpress has already applied the norm of those two classes
     by_token = states.transpose(1, 2)  # [B, W, heads, D], as models apply it
     all_heads = norm.weight.dim() == 1 and norm.weight.numel() != states.shape[-1]
     normed: torch.Tensor = norm(by_token.flatten(2)).view(by_token.shape) if all_heads else norm(by_token)
@@ -136,7 +136,7 @@ def _check_keys(
     position_embeddings: PositionEmbeddings | None,
     actual: torch.Tensor,
 ) -> None:
-    """Channels that a press has set to zero (ThinK) are left out."""
+    """Compare with the keys in the cache, except channels that a press has set to zero (ThinK)."""
     computed = _rotated(module, hidden_states, position_embeddings, actual.shape[2], keys=True)
     if computed.shape != actual.shape:
         raise UnknownAttentionError(f"its keys have shape {tuple(actual.shape)}, not {tuple(computed.shape)}")

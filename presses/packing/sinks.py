@@ -1,14 +1,14 @@
-"""Attention sinks wherever they are: tokens that a head attends to from everywhere, found at the prefill.
+"""Detects attention sinks at the prefill: tokens that a head attends to from everywhere.
 
-The first tokens of a text are sinks in most heads, and `sink_tokens` pins them. Some heads have others
-besides: a full stop, a line break. An error in the key of a sink moves every later query's attention, so
-these few are worth 16 bits too. They are stored right behind the first ones: attention does not mind the
-order of tokens that every later query sees.
+The first tokens of a text are sinks in most heads, and `sink_tokens` keeps them in 16 bits. Some heads have
+others: a full stop, a line break. An error in the key of a sink moves the attention of every later query, so
+these few are worth 16 bits, too. They are stored right behind the first tokens; attention does not depend on
+the order of tokens that every later query sees.
 
-Measured on SmolLM2-135M: KL to the unquantized model in nats, 256 tokens behind each of three contexts of
+Measured on SmolLM2-135M: KL to the unquantized model in nats, over 256 tokens after each of three contexts of
 1280 tokens of a novel, `TurboQuant(bits)` with its windows.
 
-    pinned in each head      2 bits   3 bits
+    in 16 bits, per head     2 bits   3 bits
     none                     .120     .042
     first 4                  .0171    .0036
     first 12                 .0168    .0035
@@ -24,7 +24,7 @@ from quantpress.presses.packing.queries import last_queries
 from quantpress.quantization.numerics import without_autocast
 
 QUERIES = 64
-"""The last queries of the prefill, whose attention decides."""
+"""How many of the last queries of the prefill decide by their attention."""
 
 
 def slots_with_sinks_first(
@@ -37,18 +37,19 @@ def slots_with_sinks_first(
 ) -> torch.Tensor:
     """The slot of each token, such that detected sinks follow the first tokens.
 
-    A head's sinks are the tokens with the highest attention, averaged over the last queries and the query
-    heads of its group, softmax over the candidates:
+    A head's sinks are the tokens with the highest attention: the mean over the last queries and the query
+    heads of its group of a softmax over the candidates,
 
         a_t = mean_q exp(q . k_t s) / sum_u exp(q . k_u s),   t, u between the first and the recent tokens
 
     Args:
         call: the prefill.
         keys: [B, Hkv, K, D], in the order of the text, after the evictors.
-        first: first tokens, which are pinned in any case.
-        recent: last tokens, which stay in 16 bits in any case.
-        count: how many to find in each head, at most K - first - recent.
-        hidden: [B, Hkv, K] bool, tokens that a head does not see: none of its sinks, unless it has too few.
+        first: how many first tokens stay in 16 bits in any case.
+        recent: how many last tokens stay in 16 bits in any case.
+        count: how many sinks to detect in each head, at most K - first - recent.
+        hidden: [B, Hkv, K] bool, tokens that a head does not see; they are sinks only if it has too few
+            others.
 
     Returns:
         [B, Hkv, K] int64, a permutation for each head.
@@ -69,7 +70,7 @@ def slots_with_sinks_first(
 
 
 def _mean_attention(call: PrefillCall, keys: torch.Tensor, hidden: torch.Tensor | None) -> torch.Tensor:
-    """[B, Hkv, T]: one KV head at a time, since queries x keys is large."""
+    """[B, Hkv, T] float32, one KV head at a time, since queries x keys is large."""
     queries = last_queries(call.module, call.hidden_states, call.position_embeddings, QUERIES)
     batch, heads, _, dim = keys.shape
     grouped = queries.reshape(batch, heads, -1, dim)  # [B, Hkv, G * W, D]

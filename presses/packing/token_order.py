@@ -1,8 +1,8 @@
-"""Which tokens survived an eviction, found again from their keys and values.
+"""Which tokens survived an eviction, found from their keys and values.
 
-kvpress's scorers keep an unsorted top-k per head and do not say which tokens it holds, while a packed layer
-pins its first and its last tokens. Evicting only copies vectors, so a survivor's bits are those of the
-token that it was: each vector is hashed exactly (integers, no tolerance) and looked up among the originals.
+kvpress's scorers keep an unsorted top-k per head and do not say which tokens it holds, but a packed layer
+keeps its first and its last tokens in 16 bits. Eviction only copies vectors, so a survivor has the same bits
+as before: each vector is hashed exactly (integers, no tolerance) and looked up among the originals.
 """
 
 from dataclasses import dataclass
@@ -47,8 +47,8 @@ def survivor_positions(
 ) -> torch.Tensor | None:
     """Positions of surviving tokens among the original ones, per head.
 
-    Keys and values together decide; when those are not all found, keys alone (values were merged), then
-    values alone (keys were rotated again, or lost channels).
+    Tokens are looked up by keys and values together. If not all are found, by keys alone (values were
+    merged), then by values alone (keys were rotated again, or lost channels).
 
     Args:
         before_keys: [B, Hkv, N, D] keys of every token, any float dtype.
@@ -57,8 +57,8 @@ def survivor_positions(
         after_values: [B, Hkv, K, Dv], or None to look at keys only.
 
     Returns:
-        [B, Hkv, K] int64, the position of each survivor; None when some survivor is found nowhere, at two
-        places, or at the place of another one.
+        [B, Hkv, K] int64, the position of each survivor; None when a survivor is found at no position, at
+        two, or at that of another survivor.
     """
     before, after = _row_hashes(before_keys), _row_hashes(after_keys)
     if before_values is None or after_values is None:
@@ -84,10 +84,10 @@ def sort_by_position(
     Args:
         keys: [B, Hkv, K, D].
         values: [B, Hkv, K, Dv].
-        positions: [B, Hkv, K] int64, of `survivor_positions`.
+        positions: [B, Hkv, K] int64, from `survivor_positions`.
 
     Returns:
-        keys and values, reordered along K for each head on its own.
+        Keys and values, reordered along K separately for each head.
     """
     order = positions.argsort(dim=-1).unsqueeze(-1)
     return (
@@ -97,17 +97,17 @@ def sort_by_position(
 
 
 def _find(known: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor | None:
-    """Index into `known` [..., N] of each entry of `wanted` [..., K], when that is a one-to-one answer."""
+    """Index into `known` [..., N] of each entry of `wanted` [..., K]; None unless it is one to one."""
     if known.shape[:-1] != wanted.shape[:-1] or wanted.shape[-1] > known.shape[-1]:
         return None
     if not wanted.shape[-1]:
         return wanted
-    ordered, places = known.sort(dim=-1)
+    ordered, order = known.sort(dim=-1)
     first = torch.searchsorted(ordered, wanted)
     behind = torch.searchsorted(ordered, wanted, right=True)
     if not bool((behind - first == 1).all()):
         return None
-    positions = places.gather(-1, first)
+    positions = order.gather(-1, first)
     in_order = positions.sort(dim=-1).values
     return positions if bool((in_order.diff(dim=-1) > 0).all()) else None
 

@@ -9,7 +9,7 @@ import pytest
 import quantpress.presses as presses
 from quantpress.errors import InvalidInputError
 from quantpress.presses import LUKV, AdaKV, CriticalKV, Knorm, SnapKV, StreamingLLM, ThinK
-from quantpress.presses.declaration import EvictingPress, WrappingPress
+from quantpress.presses.base import EvictingPress, WrappingPress
 from tests.grids import covering
 
 OURS = {"Compose", "Demote", "TurboQuant"}

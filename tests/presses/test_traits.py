@@ -22,7 +22,7 @@ from quantpress.presses import (
     TurboQuant,
     names,
 )
-from quantpress.presses.declaration import EvictingPress, WrappingPress
+from quantpress.presses.base import EvictingPress, WrappingPress
 from quantpress.presses.rules import RULES, why_not
 from quantpress.presses.traits import TRAITS, Traits, describe, traits_of, with_inner
 from tests.presses.matrix import catalogue

@@ -87,7 +87,7 @@ def test_every_reason_is_given() -> None:
     reasons = why_not(model, PACKABLE)
     assert [reason.partition(":")[0] for reason in reasons] == [
         "MiniMaxForCausalLM cannot be packed",
-        "MiniMaxForCausalLM keeps its state in a MiniMaxCache, not in layers of a DynamicCache",
+        "MiniMaxForCausalLM keeps its state in a cache of its own kind, not in layers of a DynamicCache",
     ]
     assert why_not(model, HOOKABLE) == why_not(model, LAYERED) == reasons[1:]
     assert not why_not(tiny_model("llama"), (*PACKABLE, *EVICTABLE))
