@@ -60,7 +60,7 @@ class PackedLayer(DynamicLayer):
 
     def __new__(cls, *args: Any, **kwargs: Any) -> "PackedLayer":
         layer = super().__new__(cls)
-        PACKED_ATTENTION.add_user_while_alive(layer)  # copies and unpickled layers come by here too
+        PACKED_ATTENTION.in_place_while_alive(layer)  # copies and unpickled layers come by here too
         return layer
 
     def __init__(self, settings: LayerSettings) -> None:

@@ -7,7 +7,7 @@ decodes itself.
 """
 
 import functools
-import threading
+from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
 
@@ -43,8 +43,7 @@ PACKED_ATTENTION = FunctionWrapper(_reads_packed)
 """Attention that reads packed layers. Its users are whatever hands packed states to a model: every
 `PackedLayer`, every `TokenBuffer`, and `install_packed_attention`."""
 
-_installed = False
-_installing = threading.Lock()
+_installed = ExitStack()
 
 
 def install_packed_attention() -> None:
@@ -54,11 +53,9 @@ def install_packed_attention() -> None:
     it was called before. Import kvpress first: it wraps the same functions when it is imported, and its
     wrappers have to lie inside.
     """
-    global _installed
-    with _installing:
-        if not _installed:
-            PACKED_ATTENTION.add_user()
-        _installed = True
+    before = _installed.pop_all()
+    _installed.enter_context(PACKED_ATTENTION.in_place())
+    before.close()
 
 
 def uninstall_packed_attention() -> None:
@@ -67,11 +64,7 @@ def uninstall_packed_attention() -> None:
     Every attention function is as it was once no packed layer exists any more. A layer in a reference cycle,
     as an exception's traceback may make one, exists until the garbage collector has run.
     """
-    global _installed
-    with _installing:
-        if _installed:
-            PACKED_ATTENTION.remove_user()
-        _installed = False
+    _installed.close()
 
 
 def _dispatch(original: AttentionFunction, caps: bool, masks: bool) -> AttentionFunction:

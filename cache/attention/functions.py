@@ -10,7 +10,6 @@ around ours or instead of it, stays there. kvpress does that when it is imported
 what it wraps lies inside.
 """
 
-import functools
 import sys
 import threading
 import weakref
@@ -28,11 +27,14 @@ from quantpress.errors import UnsupportedModelError
 
 AttentionFunction = Callable[..., tuple[torch.Tensor, torch.Tensor | None]]
 
-MOST_KEPT = 100
-"""How many functions a wrapper remembers, to give the same object again; those in use are among them."""
-
 TORCH_ATTENTION = "torch.nn.functional.scaled_dot_product_attention"
 """The name under which wrappers are given torch's own attention function."""
+
+_OWN: dict[str, AttentionFunction] = ALL_ATTENTION_FUNCTIONS._local_mapping  # of this table alone
+_COMMON: dict[str, Any] = type(ALL_ATTENTION_FUNCTIONS)._global_mapping  # of every such table
+
+MOST_KEPT = 100
+"""How many functions a wrapper remembers, more than are ever in use at once."""
 
 
 def model_eager_attention(
@@ -57,51 +59,31 @@ class FunctionWrapper:
 
     Args:
         wrap: is given a function and its name, and returns a plain Python function that calls it, or the
-            function itself to leave this name alone. Wrapping the same function again gives the same object,
-            so that torch.compile need not compile again.
+            function itself to leave this name alone. It is asked once for each function, so that the table
+            gets the same objects again; torch.compile guards on them.
         rank: wrappers of higher rank lie outside.
 
-    Example:
-        >>> calls = []
-        >>> def counted(function, name):
-        ...     def call(*args, **kwargs):
-        ...         calls.append(name)
-        ...         return function(*args, **kwargs)
-        ...     return call
-        >>> before = dict(ALL_ATTENTION_FUNCTIONS)
-        >>> with FunctionWrapper(counted).in_place():
-        ...     ALL_ATTENTION_FUNCTIONS["sdpa"] is before["sdpa"], "eager" in ALL_ATTENTION_FUNCTIONS
-        (False, True)
-        >>> dict(ALL_ATTENTION_FUNCTIONS) == before
-        True
+    Attributes:
+        users: how many there are now.
     """
 
     def __init__(self, wrap: Callable[[AttentionFunction, str], AttentionFunction], rank: int = 0) -> None:
-        self.rank, self.users = rank, 0
-        self._wrap = wrap
+        self._wrap, self.rank, self.users = wrap, rank, 0
         self._made: dict[tuple[str, int], tuple[AttentionFunction, AttentionFunction]] = {}
-
-    def add_user(self) -> None:
-        """Count one more user. When it returns, the functions are wrapped."""
-        _OWNER.count(self, 1)
-
-    def remove_user(self) -> None:
-        """Count one user less. When it returns after the last one, the functions are as they were."""
-        _OWNER.count(self, -1)
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
         """One more user, until the block ends."""
-        self.add_user()
+        _OWNER.add_users(self, 1)
         try:
             yield
         finally:
-            self.remove_user()
+            _OWNER.add_users(self, -1)
 
-    def add_user_while_alive(self, owner: object) -> None:
-        """Count one more user until `owner` is deleted, or collected if it is in a reference cycle."""
-        self.add_user()
-        weakref.finalize(owner, _OWNER.count, self, -1, wait=False).atexit = False
+    def in_place_while_alive(self, user: object) -> None:
+        """One more user, until it is deleted, or collected if it is part of a reference cycle."""
+        _OWNER.add_users(self, 1)
+        weakref.finalize(user, _OWNER.add_users, self, -1, wait=False).atexit = False
 
     def around(self, function: AttentionFunction, name: str) -> AttentionFunction:
         """The function that wraps this one under this name."""
@@ -126,25 +108,38 @@ class _Owner:
         self._changes: deque[Callable[[], bool]] = deque()  # each returns whether the table must be updated
         self._in_use: list[FunctionWrapper] = []  # innermost first
         self._inside: weakref.WeakKeyDictionary[Any, AttentionFunction] = weakref.WeakKeyDictionary()
-        # Names whose entry in the table hides the one that every table has, or that is in no other.
-        self._hiding: set[str] = set()
+        self._hiding: set[str] = set()  # names whose entry hides that of `_COMMON`, or has none there
 
-    def count(self, wrapper: FunctionWrapper, users: int, wait: bool = True) -> None:
-        """Add to the users of a wrapper; without `wait`, another thread that is at work may finish it."""
-        self._change(functools.partial(self._count, wrapper, users), wait)
+    def add_users(self, wrapper: FunctionWrapper, users: int, wait: bool = True) -> None:
+        """Change the users of a wrapper; without `wait`, the thread that is at work may finish it later."""
 
-    def put_back(self, before: dict[str, AttentionFunction]) -> None:
-        """Undo what others have put into the table since `originals` returned `before`.
+        def add() -> bool:
+            wrapper.users += users
+            if wrapper.users and wrapper not in self._in_use:
+                self._in_use = sorted([*self._in_use, wrapper], key=lambda one: one.rank)
+            elif not wrapper.users:
+                self._in_use = [one for one in self._in_use if one is not wrapper]
+            return users > 0 or not wrapper.users
 
-        Wrappers that are in use stay in place.
-        """
-        self._change(functools.partial(self._put_back, before), wait=True)
+        self._change(add, wait)
 
     def originals(self) -> dict[str, AttentionFunction]:
         """What others have put into the table, by name, as it is without any wrapper."""
         with self._lock:
-            names = _entries().keys() - self._hiding
-            return {name: self._original(_entries()[name]) for name in names}
+            entries = dict(_OWN).items()
+            return {name: self._original(one) for name, one in entries if name not in self._hiding}
+
+    def put_back(self, before: dict[str, AttentionFunction]) -> None:
+        """Undo what others have put into the table since `originals` returned `before`; wrappers stay."""
+
+        def put() -> bool:
+            now = self.originals()
+            for name in now.keys() - before.keys():
+                _OWN.pop(name, None)
+            ALL_ATTENTION_FUNCTIONS.update({name: f for name, f in before.items() if now.get(name) is not f})
+            return True
+
+        self._change(put, wait=True)
 
     def _change(self, change: Callable[[], bool], wait: bool) -> None:
         self._changes.append(change)
@@ -170,35 +165,18 @@ class _Owner:
         finally:
             self._at_work = False
 
-    def _count(self, wrapper: FunctionWrapper, users: int) -> bool:
-        wrapper.users += users
-        if wrapper.users and wrapper not in self._in_use:
-            self._in_use = sorted([*self._in_use, wrapper], key=lambda one: one.rank)
-        elif not wrapper.users:
-            self._in_use = [one for one in self._in_use if one is not wrapper]
-        return users > 0 or not wrapper.users
-
-    def _put_back(self, before: dict[str, AttentionFunction]) -> bool:
-        now = self.originals()
-        for name in now.keys() - before.keys():
-            del _entries()[name]
-        for name, function in before.items():
-            if now.get(name) is not function:
-                ALL_ATTENTION_FUNCTIONS[name] = function
-        return True
-
     def _update(self) -> None:
         for name in {*ALL_ATTENTION_FUNCTIONS, "eager"}:
             self._update_entry(name)
-        torch_attention: Any = self._original(F.scaled_dot_product_attention)
-        F.scaled_dot_product_attention = self._wrapped(torch_attention, TORCH_ATTENTION)  # type: ignore
+        original: Any = self._original(F.scaled_dot_product_attention)
+        F.scaled_dot_product_attention = self._wrapped(original, TORCH_ATTENTION)  # type: ignore[assignment]
 
     def _update_entry(self, name: str) -> None:
-        there = _entries().get(name)
+        there = _OWN.get(name)
         if there is not None and not self._is_ours(there):
             self._hiding.discard(name)
         if there is None or name in self._hiding:
-            original = _common_entries().get(name, model_eager_attention)
+            original = _COMMON.get(name, model_eager_attention)
         else:
             original = self._original(there)
         wrapped = self._wrapped(original, name)
@@ -208,7 +186,7 @@ class _Owner:
             ALL_ATTENTION_FUNCTIONS[name] = wrapped
         elif name in self._hiding:
             self._hiding.discard(name)
-            _entries().pop(name, None)
+            _OWN.pop(name, None)
         elif there is not None and there is not original:
             ALL_ATTENTION_FUNCTIONS[name] = original
 
@@ -228,16 +206,6 @@ class _Owner:
         while self._is_ours(function):
             function = self._inside[function]
         return function  # type: ignore[no-any-return]
-
-
-def _common_entries() -> dict[str, AttentionFunction]:
-    """The entries that transformers gives to every table."""
-    return type(ALL_ATTENTION_FUNCTIONS)._global_mapping  # type: ignore[return-value]
-
-
-def _entries() -> dict[str, AttentionFunction]:
-    """The table's own entries, without those that transformers gives to every table."""
-    return ALL_ATTENTION_FUNCTIONS._local_mapping
 
 
 _OWNER = _Owner()

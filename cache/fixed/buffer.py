@@ -37,7 +37,7 @@ class TokenBuffer:
         window: int | None,
         ring: bool,
     ) -> None:
-        PACKED_ATTENTION.add_user_while_alive(self)
+        PACKED_ATTENTION.in_place_while_alive(self)
         self.newest, self._used, self._starts = counters.bound(layer, like.kv_heads, window, ring)
         self.window, self.ring, self.written, self.taken = window, ring, 0, False
         with torch.inference_mode(False), torch.no_grad():  # so that any mode may write to it

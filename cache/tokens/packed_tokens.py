@@ -21,7 +21,7 @@ import torch
 from quantpress.cache.settings import LayerSettings
 from quantpress.cache.tokens.demotion import DemotedPages, Demotion
 from quantpress.cache.tokens.head_lengths import HeadLengths
-from quantpress.cache.tokens.pages import PageStore, RectangularPages
+from quantpress.cache.tokens.pages import PageStore, RectangularPages, Span
 from quantpress.cache.tokens.ragged_pages import RaggedPages
 from quantpress.cache.tokens.segments import after, compact, decode_segment, first, join
 from quantpress.cache.tokens.view import PackedView
@@ -173,11 +173,7 @@ class PackedTokens:
         self.pages.reserve(pages)
 
     def pack(self, tokens: DenseSegment) -> None:
-        """Append tokens, a whole number of pages, to the pages.
-
-        Raises:
-            NonFiniteError: they hold NaN or infinity; nothing was changed.
-        """
+        """Append tokens, a whole number of pages, to the pages; raises as `encode` does."""
         in_use = None if self.heads is None else self.heads.in_use(self.packed, self.packed + tokens.tokens)
         self.pages.append(*self.encode(tokens, tokens, in_use))
 
@@ -306,22 +302,11 @@ class PackedTokens:
             owners=(pages, self.demoted),
         )
 
-    def packed_segment(
-        self, span: tuple[torch.Tensor, torch.Tensor | None] | None, to_capacity: bool = False
-    ) -> PackedSegment:
-        """The packed pages as attention reads them.
-
-        Args:
-            span: [B, Hkv] int32 how many tokens of each head are in use, and the first of them; None: all.
-            to_capacity: include spare capacity, so that addresses stay valid while pages are appended.
-        """
-        settings = self.settings
-        return self.pages.segment(
-            (settings.key_codec, self.key_transform or ChannelTransform()),
-            (settings.value_codec, self.value_transform or ChannelTransform()),
-            span,
-            to_capacity=to_capacity,
-        )
+    def packed_segment(self, span: Span | None, to_capacity: bool = False) -> PackedSegment:
+        """The packed pages as attention reads them; see `RectangularPages.segment`."""
+        keys = self.settings.key_codec, self.key_transform or ChannelTransform()
+        values = self.settings.value_codec, self.value_transform or ChannelTransform()
+        return self.pages.segment(keys, values, span, to_capacity)
 
     def dense_tensors(self) -> list[torch.Tensor]:
         """The tensors of sinks and recent tokens, in 16 bits (in the model's dtype)."""

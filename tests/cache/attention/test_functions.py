@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from typing import Any
 
 import pytest
@@ -64,24 +65,21 @@ def test_wrappers_lie_by_rank_and_go_in_any_order() -> None:
             assert ALL_ATTENTION_FUNCTIONS["sdpa"](1) == (1,)
             return notes.copy()
 
-        outer.add_user()
-        inner.add_user()
-        inner.add_user()
+        stack = {wrapper: ExitStack() for wrapper in (inner, outer, other)}
+        stack[outer].enter_context(outer.in_place())
+        for _ in range(2):
+            stack[inner].enter_context(inner.in_place())
         assert called() == ["outer", "inner"]
         both = functions()
-        other.add_user()
-        assert called() == ["outer", "other", "inner"]
-        other.remove_user()
-        assert called() == ["outer", "inner"]
-        inner.remove_user()
-        assert called() == ["outer", "inner"]
-        outer.remove_user()
+        with other.in_place():
+            assert called() == ["outer", "other", "inner"]
+        assert called() == ["outer", "inner"] and functions() == both
+        stack[outer].close()
         assert called() == ["inner"]
-        inner.remove_user()
+        stack[inner].close()
         assert called() == [] and ALL_ATTENTION_FUNCTIONS["sdpa"] is stock
         with inner.in_place(), outer.in_place():
-            assert called() == ["outer", "inner"]
-        assert both.keys() == functions().keys()
+            assert called() == ["outer", "inner"] and functions() == both
 
 
 def test_wrapping_again_gives_the_same_objects() -> None:
