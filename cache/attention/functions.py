@@ -126,8 +126,11 @@ class _Owner:
     def originals(self) -> dict[str, AttentionFunction]:
         """What others have put into the table, by name, as it is without any wrapper."""
         with self._lock:
-            entries = dict(_OWN).items()
-            return {name: self._original(one) for name, one in entries if name not in self._hiding}
+            return {
+                name: self._original(function)
+                for name, function in dict(_OWN).items()
+                if name not in self._hiding or not self._is_ours(function)
+            }
 
     def put_back(self, before: dict[str, AttentionFunction]) -> None:
         """Undo what others have put into the table since `originals` returned `before`; wrappers stay."""

@@ -81,7 +81,7 @@ def test_steps_are_updates(settings: LayerSettings, count: int) -> None:
 
 @pytest.mark.parametrize("pattern", ["half", "uneven", "empty", "few", "first"])
 def test_steps_where_heads_keep_different_tokens(settings: LayerSettings, pattern: str) -> None:
-    """Pages by table, at addresses that stay, and attention over all the room there is."""
+    """Pages by table, at addresses that stay, and attention over the whole memory."""
     cache = DynamicCache()
     for tokens in (500, 900):
         hidden = patterns(tokens)[pattern]
@@ -123,7 +123,7 @@ def test_device_counts_what_the_host_counts(settings: LayerSettings) -> None:
             assert window.packed.unique().tolist() == [tokens.packed]
 
 
-def test_more_tokens_than_there_is_room_for() -> None:
+def test_more_tokens_than_fit() -> None:
     cache, other = filled(SETTINGS["lossless"]), filled(SETTINGS["lossless"])
     fixed = FixedCache(cache)
     fixed.enter(new_tokens=0)
@@ -208,7 +208,7 @@ def test_questions_share_memory() -> None:
     assert seen[0] == seen[1] == seen[2]
 
 
-def test_memory_counts_the_room() -> None:
+def test_memory_counts_spare_capacity() -> None:
     cache = filled(SETTINGS["three_bits"])
     plain = cache_memory(cache)
     fixed = FixedCache(cache)

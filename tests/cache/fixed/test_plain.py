@@ -72,7 +72,7 @@ def seen(cache: DynamicCache, index: int, window: int | None) -> tuple[torch.Ten
 @pytest.mark.parametrize("tokens", [3, WINDOW - 2, WINDOW - 1, WINDOW, 63])
 @pytest.mark.parametrize("count", [1, 2, WINDOW, 3 * WINDOW + 1])
 def test_steps_are_updates(tokens: int, count: int) -> None:
-    """Attention over all the room is softmax over the tokens that the growing layers show."""
+    """Attention over the whole buffer is softmax over the tokens that the growing layers show."""
     cache, other = filled(tokens), filled(tokens)
     full = DynamicLayer()  # every token, for what the sliding-window layer has to show
     full.update(*states(tokens, seed=0))
@@ -117,7 +117,7 @@ def test_steps_are_updates(tokens: int, count: int) -> None:
     assert_equal(cache, other)
 
 
-def test_a_full_layer_that_outgrows_its_room() -> None:
+def test_a_full_layer_that_outgrows_its_buffer() -> None:
     cache, other = filled(30), filled(30)
     fixed = FixedCache(cache)
     fixed.enter(new_tokens=4)
@@ -164,7 +164,7 @@ def test_any_other_use_goes_back_to_the_plain_layer(use: str) -> None:
 
 
 def test_what_was_read_outlasts_steps() -> None:
-    """Tensors, copies and pickles; and a plain layer's tensors after its room is written to again."""
+    """Tensors, copies and pickles; and a plain layer's tensors after its buffer is written to again."""
     cache = filled(30)
     fixed = FixedCache(cache)
     fixed.enter()
@@ -228,7 +228,7 @@ def test_beside_packed_layers_and_other_numbers_of_heads() -> None:
     assert all(torch.equal(one + 0, two + 0) for one, two in zip(numbers(cache), numbers(other), strict=True))
 
 
-def test_memory_counts_the_room() -> None:
+def test_memory_counts_the_buffer() -> None:
     cache = filled(30)
     plain = cache_memory(cache)
     fixed = FixedCache(cache)
