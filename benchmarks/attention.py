@@ -12,6 +12,7 @@ Correctness is checked first, against float64 attention on the decoded cache of 
 """
 
 import argparse
+import datetime
 import itertools
 import json
 import math
@@ -269,18 +270,24 @@ def show(rows: list[Row]) -> None:
     Console(width=120).print(table)
 
 
-def markdown(rows: list[Row]) -> str:
-    """A table with one line a shape: microseconds of bf16, and of each pair of widths with the ratio."""
-    widths = list(dict.fromkeys((row.key_bits, row.value_bits) for row in rows))
-    head = ["B", "query heads", "KV heads", "head_dim", "tokens", "bf16"]
-    lines = [[*head, *(f"{key}/{value}" for key, value in widths)], ["---"] * (len(head) + len(widths))]
+def results(rows: list[Row]) -> str:
+    """The rows as docs/results/attention.json has them: one line for each shape, [us, ratio] for each pair."""
+    lines = []
     for shape, same in itertools.groupby(rows, key=lambda row: row.shape):
-        times = {(row.key_bits, row.value_bits): row for row in same}
-        dense_us = next(iter(times.values())).dense_us
-        numbers = (shape.batch, shape.kv_heads * shape.group, shape.kv_heads, shape.head_dim, shape.tokens)
-        cells = [f"{times[pair].packed_us:.1f} ({times[pair].ratio:.2f}x)" for pair in widths]
-        lines.append([*map(str, numbers), f"{dense_us:.1f}", *cells])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+        pairs = list(same)
+        line = {"batch": shape.batch, "query_heads": shape.kv_heads * shape.group, "kv_heads": shape.kv_heads}
+        line |= {"head_dim": shape.head_dim, "tokens": shape.tokens}
+        times = {f"{row.key_bits}/{row.value_bits}": [row.packed_us, row.ratio] for row in pairs}
+        lines.append({**line, "bf16_us": pairs[0].dense_us, **times})
+    found = {
+        "command": "python benchmarks/attention.py --full",
+        "date": datetime.date.today().isoformat(),
+        "machine": torch.cuda.get_device_name(),
+        "versions": {"torch": torch.__version__, "triton": triton.__version__},
+        "source": "Written by the command with --results.",
+    }
+    head = json.dumps(found, indent=1).removesuffix("\n}")
+    return f'{head},\n "rows": [\n' + ",\n".join(f"  {json.dumps(line)}" for line in lines) + "\n ]\n}\n"
 
 
 def main() -> None:
@@ -295,11 +302,8 @@ def main() -> None:
     parser.add_argument(
         "--json", type=Path, help="write each row here as it is measured; rows there are kept"
     )
-    parser.add_argument("--markdown", action="store_true", help="print the rows of --json as Markdown")
+    parser.add_argument("--results", type=Path, help="write docs/results/attention.json, for docs/build.py")
     arguments = parser.parse_args()
-    if arguments.markdown:
-        print(markdown(read(arguments.json)))
-        return
     if not torch.cuda.is_available():
         raise SystemExit("benchmarks/attention.py needs a CUDA device; there is none here")
     shapes = [Shape(1, 8, 4, tokens, 128) for tokens in (8192, 32768, 131072)]
@@ -326,6 +330,8 @@ def main() -> None:
         if arguments.json:
             arguments.json.write_text(json.dumps([asdict(row) for row in rows], indent=1))
     show(rows)
+    if arguments.results:
+        arguments.results.write_text(results(rows))
 
 
 def read(path: Path | None) -> list[Row]:

@@ -1,218 +1,44 @@
-"""Writes docs/presses.md, which of kvpress's presses go with TurboQuant and their memory, and docs/api/.
+"""Writes everything in the pages that is generated.
 
-    python docs/build.py            writes the table, and the pages that `api_reference.py` writes
+    python docs/build.py            writes it
+    python docs/build.py tables     writes one part: tables, commands, api or presses
     python docs/build.py --check    fails when what is committed is not what would be written
 
-Memory is measured at one setting: a random Llama in bfloat16 (2 layers, 2 KV heads, head_dim 64), 2048
-tokens, half of them evicted, `TurboQuant(4)` with its 16-bit windows. It is what the cache's tensors take,
-as a share of the whole context in 16 bits.
+tables      tables of measurements, and docs/divergence.png, from docs/results/
+commands    docs/command_line.md, from the commands
+api         docs/api/, from the docstrings
+presses     docs/presses.md, from measurements of every press: takes minutes
 """
 
 import argparse
-import functools
-import importlib.metadata
-import logging
-import re
 import sys
-import tempfile
-import warnings
-from contextlib import nullcontext
-from dataclasses import dataclass
-from itertools import zip_longest
 from pathlib import Path
-from typing import Any
-
-import kvpress
-import torch
-from tokenizers import Tokenizer, models
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
-
-from quantpress import presses as short_names
-from quantpress.cache import cache_memory
-from quantpress.errors import CompositionError
-from quantpress.presses import Compose, TurboQuant
-from quantpress.presses.models.support import attention_modules
 
 HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE))  # PYTHONSAFEPATH leaves it out
+sys.path[:0] = [str(HERE), str(HERE / "writers")]  # PYTHONSAFEPATH leaves them out
 
 import api_reference  # noqa: E402
-from catalogue import CATALOGUE, DELIMITER_ID, FINCH_WINDOW, Entry, exported  # noqa: E402
+import command_line  # noqa: E402
+import press_table  # noqa: E402
+import tables  # noqa: E402
 
-TABLE = HERE / "presses.md"
-TOKENS, LAYERS, KV_HEADS, HEAD_DIM = 2048, 2, 2, 64
-BITS = 4
-PERCENT = re.compile(r"(\d+) %")
-TOLERANCE = 2
-
-HEADER = """# Presses
-
-What `Compose([press, TurboQuant])` does with each press that kvpress {version} exports. Written by
-`python docs/build.py`; a test makes every press answer with a codec that loses nothing, and compares with
-kvpress's own pipeline (`tests/presses/test_matrix.py`).
-
-{stacks} stack, {refused} are refused when `Compose` is made.
-
-Memory is that of the cache's tensors after reading {tokens} tokens, as a share of the context in 16 bits: a
-random Llama in bfloat16, {layers} layers, {heads} KV heads, head_dim {dim}, half of the tokens evicted where
-a ratio can be set, `TurboQuant({bits})` with its windows of 4 sinks and at least 128 recent tokens in 16
-bits. Packed without any press, the same context takes {alone}. More than 100 %: slices keep a larger tensor
-alive. "Seen" is the share of (head, token) entries that attention still sees. kvpress keeps in memory what it
-hides head by head; a packed layer does not.
-
-| press | here | kind | with TurboQuant | seen | kvpress alone | with TurboQuant({bits}) |
-|---|---|---|---|---|---|---|
-"""
-
-
-@dataclass(frozen=True)
-class Measured:
-    """A cache after the prefill: shares of (head, token) entries seen, and of the 16-bit bytes kept."""
-
-    seen: float
-    bytes: float
-
-
-@functools.cache
-def model_of(attention: str, adapted: bool) -> PreTrainedModel:
-    """A random Llama; `adapted`: one whose layers may be changed."""
-    config = LlamaConfig(
-        vocab_size=256,
-        hidden_size=256,
-        intermediate_size=256,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=2 * KV_HEADS,
-        num_key_value_heads=KV_HEADS,
-        head_dim=HEAD_DIM,
-        max_position_embeddings=8192,
-        initializer_range=0.2,
-        attn_implementation=attention,
-    )
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = LlamaForCausalLM(config).to(torch.bfloat16).eval()
-    model.config._name_or_path = _tokenizer_folder()
-    return model
-
-
-@functools.cache
-def _tokenizer_folder() -> str:
-    """KVzip loads the tokenizer that has its model's name."""
-    folder = tempfile.mkdtemp()
-    vocabulary = {f"w{index}": index for index in range(256)}
-    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="w0"))
-    PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="w0").save_pretrained(folder)
-    return folder
-
-
-def context() -> torch.Tensor:
-    """[1, T] random ids, with Finch's delimiter at its place."""
-    ids = torch.randint(DELIMITER_ID + 1, 256, (1, TOKENS), generator=torch.Generator().manual_seed(0))
-    ids[0, -FINCH_WINDOW - 1] = DELIMITER_ID
-    return ids
-
-
-def measure(model: PreTrainedModel, press: Any) -> Measured:
-    """Read the context under a press."""
-    cache = DynamicCache()
-    torch.manual_seed(0)
-    with torch.no_grad(), nullcontext() if press is None else press(model):
-        model.model(input_ids=context(), past_key_values=cache)
-    hidden = 0
-    for module in attention_modules(model):
-        masked = vars(module).pop("masked_key_indices", None)
-        hidden += 0 if masked is None else len(masked[0])
-    entries = KV_HEADS * sum(layer.get_seq_length() for layer in cache.layers)
-    full = TOKENS * LAYERS * KV_HEADS
-    memory = cache_memory(cache)
-    return Measured((entries - hidden) / full, memory.total_bytes / (full * HEAD_DIM * 2 * 2))
-
-
-def refusal(entry: Entry, model: PreTrainedModel) -> str:
-    """Why `Compose` refuses a press in front of TurboQuant; empty when it does not."""
-    try:
-        Compose([entry.make(model), TurboQuant(BITS)])
-    except CompositionError as error:
-        return str(error)
-    return ""
-
-
-def short_name(press_class: type) -> str:
-    """What the press is called in quantpress; empty when it has no name of its own there."""
-    if press_class in (kvpress.BasePress, kvpress.ComposedPress):
-        return "`Compose`" if press_class is kvpress.ComposedPress else ""
-    for name in short_names.__all__:
-        ours = getattr(short_names, name)
-        if ours is press_class or (ours.__name__ == name and press_class in ours.__bases__[1:]):
-            return f"`{name}`"
-    return ""
-
-
-def row(name: str, press_class: type) -> str:
-    """One line of the table."""
-    entry = CATALOGUE[name]
-    model = model_of(entry.attention, adapted=name == "RestoreKVPress")
-    reason = refusal(entry, model)
-    cells = [f"`{name}`", short_name(press_class), entry.kind]
-    if reason:
-        cells += [f"refused: {reason}", "", "", ""]
-    else:
-        plain = measure(model, entry.make(model))
-        packed = measure(model, Compose([entry.make(model), TurboQuant(BITS)]))
-        cells += ["stacks", _percent(plain.seen), _percent(plain.bytes), _percent(packed.bytes)]
-    return f"| {' | '.join(cells)} |"
-
-
-def _percent(share: float) -> str:
-    return f"{100 * share:.0f} %"
-
-
-def table() -> str:
-    """The whole of docs/presses.md."""
-    logging.getLogger("kvpress").setLevel(logging.ERROR)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        rows = [row(name, press_class) for name, press_class in exported().items()]
-        alone = measure(model_of("sdpa", adapted=False), TurboQuant(BITS))
-    refused = sum("| refused: " in line for line in rows)
-    header = HEADER.format(
-        version=importlib.metadata.version("kvpress"),
-        stacks=len(rows) - refused,
-        refused=refused,
-        tokens=TOKENS,
-        layers=LAYERS,
-        heads=KV_HEADS,
-        dim=HEAD_DIM,
-        bits=BITS,
-        alone=_percent(alone.bytes),
-    )
-    return header + "\n".join(rows) + "\n"
-
-
-def differences(old: str, new: str) -> list[str]:
-    """The new lines that say something else; percentages may move a little between machines."""
-    lines = list(zip_longest(old.splitlines(), new.splitlines(), fillvalue=""))
-    return [after for before, after in lines if not _same(before, after)]
-
-
-def _same(before: str, after: str) -> bool:
-    texts = [PERCENT.sub("% ", line) for line in (before, after)]
-    shares = [[int(share) for share in PERCENT.findall(line)] for line in (before, after)]
-    return texts[0] == texts[1] and all(abs(a - b) <= TOLERANCE for a, b in zip(*shares, strict=True))
+WRITERS = {"tables": tables, "commands": command_line, "api": api_reference, "presses": press_table}
 
 
 def main() -> None:
-    """Write the pages, or check them."""
-    parser = argparse.ArgumentParser(description="Writes docs/presses.md and docs/api/.")
+    """Write the parts, or check them."""
+    parser = argparse.ArgumentParser(description="Writes everything in the pages that is generated.")
+    parser.add_argument("parts", nargs="*", help=f"some of {', '.join(WRITERS)}; left out, all")
     parser.add_argument("--check", action="store_true", help="write nothing; fail when a page is stale")
-    check, text = parser.parse_args().check, table()
-    if not check:
-        TABLE.write_text(text, encoding="utf-8")
-        api_reference.write()
-    elif stale := differences(TABLE.read_text(encoding="utf-8"), text):
-        raise SystemExit("\n".join(["docs/presses.md is stale, run python docs/build.py:", *stale]))
-    elif pages := api_reference.stale():
-        raise SystemExit(f"docs/api is stale, run python docs/build.py: {', '.join(pages)}")
+    options = parser.parse_args()
+    if unknown := set(options.parts) - set(WRITERS):
+        parser.error(f"there is no part {min(unknown)}; use some of {', '.join(WRITERS)}")
+    writers = [WRITERS[part] for part in options.parts or WRITERS]
+    if not options.check:
+        for writer in writers:
+            writer.write()
+    elif stale := [one for writer in writers for one in writer.stale()]:
+        raise SystemExit("\n".join(["stale, run python docs/build.py:", *stale]))
 
 
 if __name__ == "__main__":

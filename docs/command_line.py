@@ -17,7 +17,7 @@ PAGE = Path(__file__).with_name("command_line.md")
 
 HEADER = """# Command line
 
-Written by `python docs/command_line.py` from the commands; a test holds it to them. `quantpress COMMAND
+Written by `python docs/build.py` from the commands; a test holds it to them. `quantpress COMMAND
 --help` says the same. Every command works without a model's name, on the default model.
 
 - `--json` prints one JSON document on the standard output and nothing else there. Warnings, progress bars and
@@ -65,14 +65,24 @@ def page() -> str:
     return HEADER + text.strip() + "\n"
 
 
+def write() -> None:
+    """Write the page."""
+    PAGE.write_text(page(), encoding="utf-8")
+
+
+def stale() -> list[str]:
+    """The name of the page, if it is not what would be written."""
+    return [] if PAGE.read_text(encoding="utf-8") == page() else [PAGE.name]
+
+
 def main() -> None:
     """Write the page, or check it."""
     parser = argparse.ArgumentParser(description="Writes docs/command_line.md.")
     parser.add_argument("--check", action="store_true", help="write nothing; fail when the page is stale")
     if not parser.parse_args().check:
-        PAGE.write_text(page(), encoding="utf-8")
-    elif PAGE.read_text(encoding="utf-8") != page():
-        raise SystemExit("docs/command_line.md is stale, run python docs/command_line.py")
+        write()
+    elif stale():
+        raise SystemExit("docs/command_line.md is stale, run python docs/build.py")
 
 
 if __name__ == "__main__":

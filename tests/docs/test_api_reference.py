@@ -22,7 +22,7 @@ def docs() -> Iterator[Callable[[str], ModuleType]]:
     loaded = []
 
     def load(name: str) -> ModuleType:
-        spec = importlib.util.spec_from_file_location(name, DOCS / f"{name}.py")
+        spec = importlib.util.spec_from_file_location(name, DOCS / "writers" / f"{name}.py")
         assert spec is not None and spec.loader is not None
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
@@ -30,6 +30,7 @@ def docs() -> Iterator[Callable[[str], ModuleType]]:
         return module
 
     before = list(sys.path)
+    sys.path.insert(0, str(DOCS / "writers"))
     yield load
     sys.path[:] = before
     for name in {*loaded, "docstrings"}:

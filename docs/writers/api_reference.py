@@ -1,27 +1,20 @@
 """Writes docs/api/: the public names with their signatures and docstrings, one page a package.
 
-    python docs/api_reference.py            writes the pages
-    python docs/api_reference.py --check    fails when a committed page is not what would be written
-
-`python docs/build.py` does it too. A name is described once, on the page of the first package here that has
+A name is described once, on the page of the first package here that has
 it. What a method only takes over from its base is left out, and so are annotations: docstrings say shapes and
 dtypes. Of other packages' classes only name and signature are given.
 """
 
-import argparse
 import inspect
-import sys
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-HERE = Path(__file__).parent
-FOLDER = HERE / "api"
-sys.path.insert(0, str(HERE))  # PYTHONSAFEPATH leaves it out
+from docstrings import markdown
 
-from docstrings import markdown  # noqa: E402
+FOLDER = Path(__file__).parents[1] / "api"
 
 PACKAGES = {
     "quantpress": ["quantpress"],
@@ -29,7 +22,7 @@ PACKAGES = {
     "pipelines": ["quantpress.pipelines"],
     "cache": ["quantpress.cache"],
     "kernels": ["quantpress.kernels.attend", "quantpress.kernels.encode", "quantpress.kernels.dequantize"],
-    "codecs": ["quantpress.quantization"],
+    "quantization": ["quantpress.quantization"],
 }
 WIDTH = 100
 INDEX = """# API reference
@@ -165,17 +158,3 @@ def write() -> None:
             path.unlink()
     for name, text in wanted.items():
         (FOLDER / name).write_text(text, encoding="utf-8")
-
-
-def main() -> None:
-    """Write the pages, or check them."""
-    parser = argparse.ArgumentParser(description="Writes docs/api/.")
-    parser.add_argument("--check", action="store_true", help="write nothing; fail when a page is stale")
-    if not parser.parse_args().check:
-        write()
-    elif wrong := stale():
-        raise SystemExit(f"docs/api is stale, run python docs/build.py: {', '.join(wrong)}")
-
-
-if __name__ == "__main__":
-    main()

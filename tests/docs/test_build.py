@@ -1,0 +1,95 @@
+"""What docs/build.py writes is what is committed."""
+
+import importlib.util
+import json
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+DOCS = Path(__file__).parents[2] / "docs"
+
+
+@pytest.fixture
+def build(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
+    """docs/build.py as a module; docs/ is no package, and its names go again."""
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    before = set(sys.modules)
+    spec = importlib.util.spec_from_file_location("build", DOCS / "build.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+        yield module
+    finally:
+        for name in set(sys.modules) - before:
+            if Path(getattr(sys.modules[name], "__file__", None) or "/").is_relative_to(DOCS):
+                del sys.modules[name]
+
+
+@pytest.mark.slow
+def test_nothing_is_stale(build: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["build.py", "--check"])
+    build.main()
+
+
+def test_tables_of_measurements_are_those_of_their_results(
+    build: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["build.py", "--check", "tables"])
+    build.main()
+
+
+def test_another_figure_is_noticed(build: ModuleType) -> None:
+    build.tables.results("attention")["rows"][0]["bf16_us"] += 1
+    try:
+        assert build.tables.stale() == ["speed.md"]
+    finally:
+        build.tables.results.cache_clear()
+
+
+def test_every_table_stands_in_one_page(build: ModuleType) -> None:
+    names = [
+        found["name"]
+        for page in build.tables.PAGES
+        for found in build.tables.MARKED.finditer(page.read_text(encoding="utf-8"))
+    ]
+    assert sorted(names) == sorted(build.tables.TABLES)
+
+
+@pytest.mark.parametrize("path", sorted((DOCS / "results").glob("*.json")), ids=lambda path: path.stem)
+def test_results_say_where_they_were_measured(path: Path) -> None:
+    found = json.loads(path.read_text(encoding="utf-8"))
+    assert {"command", "date", "machine", "versions", "source"} <= set(found)
+    assert re.fullmatch(r"\d{4}-\d\d-\d\d", found["date"])
+
+
+def test_results_of_the_command_make_the_same_tables(build: ModuleType) -> None:
+    """`quantpress eval --json` has ratios, from which shares, the front and budgets follow."""
+    evaluation, kl = build.tables.evaluation, {"value": 0.1, "low": None, "high": None}
+    rows = [
+        {"arm": "SnapKV, 100 tokens, 4 bits", "ratio": 4.0, "budget": 0.25, "kl": kl},
+        {"arm": "KVzip within 0.25, 4 bits", "ratio": 3.2, "budget": 0.25, "kl": {**kl, "value": 0.05}},
+    ]
+    for row in rows:
+        row.update(dict.fromkeys(("kl_median", "kl_p99", "agreement", "perplexity_ratio"), kl))
+    evaluation.results("evaluation_full")["grid"] = rows
+    try:
+        assert "| KVzip | **0.0500** (+25% bytes) |" in evaluation.evictors("evaluation_full", 0.25)
+        first, second = evaluation.equal_bytes("evaluation_full").splitlines()[2:]
+        assert first.startswith("| **SnapKV, 100 tokens, 4 bits** | 0.2500 | 0.1000 |")
+        assert second.startswith("| **KVzip within 0.25, 4 bits** | 0.3125 | 0.0500 |")
+    finally:
+        evaluation.results.cache_clear()
+
+
+def test_a_change_of_the_press_table_is_noticed(build: ModuleType) -> None:
+    """Percentages may move by a little, everything else not at all."""
+    differences = build.press_table.differences
+    old = "| a | stacks | 50 % | 23 % |\n"
+    assert not differences(old, old.replace("23", "24"))
+    for new in (old.replace("23", "30"), old.replace("stacks", "refused"), old + "more", "x"):
+        assert differences(old, new)
