@@ -3,12 +3,13 @@
     python benchmarks/attention.py            the shapes of the README
     python benchmarks/attention.py --full     every combination of batch, length, head_dim, group and width
     python benchmarks/attention.py --paged    pages read through a table, and heads of different lengths
-    python benchmarks/attention.py --full --batch 1 --json out.json    in parts; one that was cut off goes on
+    python benchmarks/attention.py --full --batch 1 --json out.json    in parts; an interrupted run resumes
 
-Both sides are replayed as CUDA graphs, over several caches in turn, as the layers of a model have them: one
-short one would stay in the GPU's L2 cache. The time is of the whole call: preparing the query, packed tokens,
-4 sinks and 128 recent tokens in 16 bits, and the merge. The baseline is the fastest of torch's backends.
-Correctness is checked first, against float64 attention on the decoded cache of the first and the last head.
+Both sides are replayed as CUDA graphs, over several caches in turn, as the layers of a model have them; a
+single short cache would stay in the GPU's L2 cache. The time is that of the whole call: preparing the query,
+packed tokens, 4 sinks and 128 recent tokens in 16 bits, and the merge. The baseline is the fastest of torch's
+backends. Correctness is checked first, against float64 attention on the decoded cache of the first and the
+last head.
 """
 
 import argparse
@@ -35,16 +36,16 @@ from quantpress.quantization.spec import CodecSpec
 from quantpress.quantization.transform import ChannelTransform, key_statistics
 
 LAYOUTS = ("contiguous", "table", "uneven")
-"""Pages in a row; shuffled, read through a table; the same with heads of 0.25 to 1.75 times the length."""
+"""Pages in a row; shuffled pages read by a table; the same with heads of 0.25 to 1.75 times the length."""
 
 WIDTHS = [(4, 4), (3, 3), (2, 2), (4, 2), (3, 2)]
 BACKENDS = (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION)
 SINKS, RECENT = 4, 128
 COLD = 4
-"""All caches that are read in turn together hold so many times what the L2 cache does."""
+"""The caches read in turn are together this many times as large as the L2 cache."""
 
 ENCODED = 64
-"""Pages of a head that are made of random numbers of their own."""
+"""Pages of each head that get their own random numbers; they are repeated to fill the rest."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ class Row:
 
 
 def microseconds(*calls: Callable[[], object], least: int = 10) -> float:
-    """Median time of one call, from replays of a CUDA graph of `least` or more, the given ones in turn."""
+    """Median time of one call, from replays of a CUDA graph of at least `least` calls, made in turn."""
     calls *= math.ceil(least / len(calls))
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -92,7 +93,7 @@ def microseconds(*calls: Callable[[], object], least: int = 10) -> float:
 
 
 def caches(size: int) -> int:
-    """How many caches of `size` bytes are read in turn, so that little of them stays in the L2 cache."""
+    """Number of caches of `size` bytes to read in turn, so that little of them stays in the L2 cache."""
     return math.ceil(COLD * torch.cuda.get_device_properties(0).L2_cache_size / size)
 
 
@@ -196,14 +197,14 @@ def exact(query: torch.Tensor, segments: list[Segment], group: int, head: int) -
 
 
 def tensors(segment: Segment) -> list[torch.Tensor]:
-    """The tensors whose bytes count: codes and scales, or tokens in 16 bits."""
+    """The tensors that are read: codes and scales, or tokens in 16 bits."""
     if isinstance(segment, PackedSegment):
         return [plane for side in (segment.keys, segment.values) for plane in side.planes.values()]
     return [segment.keys, segment.values]
 
 
 def copied(segment: Segment) -> Segment:
-    """The same tokens elsewhere in memory."""
+    """A copy of the same tokens."""
     if isinstance(segment, PackedSegment):
         keys, values = (
             replace(side, planes={name: plane.clone() for name, plane in side.planes.items()})
@@ -271,7 +272,7 @@ def show(rows: list[Row]) -> None:
 
 
 def results(rows: list[Row]) -> str:
-    """The rows as docs/results/attention.json has them: one line for each shape, [us, ratio] for each pair."""
+    """The rows as docs/results/attention.json has them: a line for each shape, [us, ratio] for each pair."""
     lines = []
     for shape, same in itertools.groupby(rows, key=lambda row: row.shape):
         pairs = list(same)
@@ -335,7 +336,7 @@ def main() -> None:
 
 
 def read(path: Path | None) -> list[Row]:
-    """The rows of an earlier run that was cut off, or none."""
+    """The rows of an earlier run that was interrupted, or none."""
     if path is None or not path.exists():
         return []
     return [Row(**{**row, "shape": Shape(**row["shape"])}) for row in json.loads(path.read_text())]

@@ -107,14 +107,14 @@ def measure(
     with torch.no_grad():
         position = read_context(model, context, cache, press, progress=False)
     prefill_peak = torch.cuda.max_memory_allocated()
-    room = QUESTION + new_tokens
+    total = QUESTION + new_tokens
     for layer in cache.layers:
         if isinstance(layer, PackedLayer):
-            layer.reserve(room)
+            layer.reserve(total)
     cache_bytes = cache_memory(cache).total_bytes
     inputs = continue_inputs(cache, question, tokens_seen=position)
     torch.cuda.reset_peak_memory_stats()
-    captured = captured_decoding(model, new_tokens=room, compile=compiled)
+    captured = captured_decoding(model, new_tokens=total, compile=compiled)
     with nullcontext() if press is None else captured as steps:
         model.generate(
             **inputs, past_key_values=cache, max_new_tokens=new_tokens, do_sample=False, streamer=clock

@@ -54,7 +54,7 @@ def states(*lead: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def filled(sequences: int, tokens: int, bits: tuple[int, int]) -> PagedAttention:
-    """Sequences of `tokens` tokens each, with balanced channels, and room for 384 more."""
+    """Sequences of `tokens` tokens each, with balanced channels, and capacity for 384 more."""
     paged = PagedAttention(
         sequences * (tokens // 128 + 3),
         sequences,
@@ -106,9 +106,9 @@ def measure(sequences: int, tokens: int, bits: tuple[int, int]) -> Row:
     expected = attend(query, plain, visibility, scaling=HEAD_DIM**-0.5).float()
     first, _, last = paged.pool.segments(plan, 0)
     counted = [first, replace(plain[1], lengths=plan.packed), last]
-    room = Visibility(1, sum(segment.tokens for segment in counted))
+    visibility = Visibility(1, sum(segment.tokens for segment in counted))
     for got in (
-        attend(query, counted, room, scaling=HEAD_DIM**-0.5),
+        attend(query, counted, visibility, scaling=HEAD_DIM**-0.5),
         paged.attend(query, plan),
         paged.attend(query[order], listed)[order],
     ):
@@ -120,7 +120,7 @@ def measure(sequences: int, tokens: int, bits: tuple[int, int]) -> Row:
         microseconds(call)
         for call in (
             lambda: attend(query, plain, visibility, scaling=HEAD_DIM**-0.5),
-            lambda: attend(query, counted, room, scaling=HEAD_DIM**-0.5),
+            lambda: attend(query, counted, visibility, scaling=HEAD_DIM**-0.5),
             lambda: paged.attend(query, plan),
             lambda: paged.attend(query, listed),
             lambda: paged.plan(),

@@ -11,9 +11,9 @@ are what stays in memory, for one token and KV head, keys and values together (5
 relative to float32 attention on the original keys and values, random ones; `own` to the same on what the
 alternative decodes itself, if it decodes.
 
-Every alternative runs in a process of its own: what it breaks, breaks there. All compile at once, on few
-tokens; then they are timed one at a time, those that compile for long last. aither-kvcache and turboquant
-both install a package called `turboquant`: give each a folder in --sites.
+Every alternative runs in its own process, so that a crash stays there. All compile at once, on few tokens;
+then they are timed one at a time, those that compile for long last. aither-kvcache and turboquant both
+install a package called `turboquant`: give each a folder in --sites.
 """
 
 import argparse
@@ -67,7 +67,7 @@ def back_to_back(call: Callable[[], object]) -> float:
 
 
 def fastest(attention: Attention) -> tuple[float, str, str]:
-    """Microseconds, how they were taken, and which of the ways it was."""
+    """Microseconds, how they were timed, and which call was the fastest."""
     found, failure = [], RuntimeError("no way of calling it")
     for name, call in attention.calls.items():
         try:
@@ -76,7 +76,7 @@ def fastest(attention: Attention) -> tuple[float, str, str]:
                 continue
             try:
                 found.append((microseconds(call), "graph", name))
-            except RuntimeError:  # it cannot be captured, or cannot be called
+            except RuntimeError:  # it can be neither captured nor called
                 found.append((back_to_back(call), "stream", name))
         except RuntimeError as error:
             failure = error
@@ -110,19 +110,19 @@ def measure(alternative: Alternative, bits: str, tokens: int, device: str, timed
         return row
     try:
         us, timing, note = fastest(attention)
-    except Exception as error:  # what was found out so far stays
+    except Exception as error:  # keep what was found so far
         traceback.print_exc()
         return replace(row, note=said(error))
     return replace(row, us=us, timing=timing, note=note)
 
 
 def said(error: Exception) -> str:
-    """The first line of an error, with its kind."""
+    """The class and first line of an error."""
     return f"{type(error).__name__}: {error}".strip().splitlines()[0][:160]
 
 
 def installed(alternative: Alternative) -> str:
-    """The version found, or nothing."""
+    """The installed version, or an empty string."""
     if not alternative.package:
         return ""
     found = importlib.metadata.distributions(name=alternative.package)
@@ -130,7 +130,7 @@ def installed(alternative: Alternative) -> str:
 
 
 def child(alternative: Alternative, arguments: argparse.Namespace) -> None:
-    """Measure one alternative, when a line on standard input says so; a line of --json for each row."""
+    """Measure one alternative once a line arrives on standard input; write a line of --json for each row."""
     if not sys.stdin.readline():  # whoever started this is gone
         return
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -149,7 +149,7 @@ def child(alternative: Alternative, arguments: argparse.Namespace) -> None:
 
 
 def parse(words: list[str] | None = None) -> argparse.Namespace:
-    """Arguments."""
+    """Parse the arguments."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

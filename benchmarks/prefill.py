@@ -4,11 +4,12 @@
     python benchmarks/prefill.py --tokens 32768 --chunk 4096 --repeats 3
     python benchmarks/prefill.py --json out.json
 
-Each side reads the same random ids with `read_context`, the whole ones with `chunk_tokens=0`. The first of
-the sides, whole into a `DynamicCache` without a press, is the baseline. Peak memory is
-`torch.cuda.max_memory_allocated`; work space is what of it is neither weights nor the cache that is left,
-and stands beside what `quantpress memory` expects. A short context of three chunks goes before, so that
-kernels are compiled, but cuDNN prepares every new length of keys in the first reading: see `--repeats`.
+Each side reads the same random ids with `read_context`, without chunks by `chunk_tokens=0`. The first side,
+whole into a `DynamicCache` without a press, is the baseline. Peak memory is
+`torch.cuda.max_memory_allocated`; work space is the peak less the weights and the cache, and is shown beside
+what `quantpress memory` expects. A short context of three chunks is read first, so that kernels are compiled;
+but cuDNN prepares every new length of keys in the first
+reading: see `--repeats`.
 """
 
 import argparse
@@ -41,14 +42,14 @@ class Result:
     """What one side took.
 
     Args:
-        name: the side.
+        name: name of the side.
         first_s: seconds of the first reading.
-        best_s: seconds of the fastest.
-        peak_bytes: most memory allocated, weights included.
-        cache_bytes: of the cache that is left.
+        best_s: seconds of the fastest reading.
+        peak_bytes: peak of allocated memory, weights included.
+        cache_bytes: bytes of the cache.
         work_bytes: the peak less weights and cache.
-        expected_bytes: what `quantpress memory` says the work space is; None where the context is read in
-            another way than by default.
+        expected_bytes: work space that `quantpress memory` expects; None where the context is not read in the
+            default way.
     """
 
     name: str
@@ -85,7 +86,7 @@ def measure(
     chunk: int,
     repeats: int,
 ) -> Result:
-    """Read a context some times."""
+    """Read a context several times."""
     weights = sum(parameter.nbytes for parameter in model.parameters())
     peak, cache_bytes, seconds = 0, 0, []
     for _ in range(repeats):

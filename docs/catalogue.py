@@ -1,8 +1,8 @@
 """Every press that kvpress exports: its kind, and how to make one.
 
-`CATALOGUE` says of each class how an instance is made for a tiny Llama; a press that would download weights
-or statistics gets random ones of the right shape. `docs/build.py` makes the table of `docs/presses.md` from
-it, `tests/presses/test_matrix.py` tests every entry, and fails when kvpress exports a press that is not here.
+`CATALOGUE` says how each class is made for a tiny Llama; a press that would download weights or statistics
+gets random ones of the right shape. `docs/build.py` makes the table of `docs/presses.md` from it.
+`tests/presses/test_matrix.py` tests every entry, and fails when kvpress exports a press that is missing here.
 """
 
 from collections.abc import Callable
@@ -28,7 +28,7 @@ BASE = "base class"
 
 RATIO = 0.5
 DELIMITER_ID = 4
-"""The token that Finch looks for; `FINCH_WINDOW` tokens of the context stand behind it."""
+"""The token that Finch looks for; `FINCH_WINDOW` tokens of the context follow it."""
 FINCH_WINDOW = 20
 
 
@@ -48,7 +48,7 @@ class Entry:
 
     @property
     def one_token(self) -> bool:
-        """Whether kvpress itself may fail at a question of several tokens.
+        """Whether kvpress itself may fail on a question of several tokens.
 
         Its one mask does not fit layers of different lengths, and it may find no fake key to hide a token.
         """
@@ -146,7 +146,7 @@ def _qfilter(model: PreTrainedModel) -> kvpress.BasePress:
 
 
 def _restorekv(model: PreTrainedModel) -> kvpress.BasePress:
-    """Adds a random adapter to the model, switched off: give it a model of its own."""
+    """Add a random adapter to the model, switched off: give it a model of its own."""
     from peft import LoraConfig
 
     press = kvpress.RestoreKVPress(RATIO)

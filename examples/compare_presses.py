@@ -1,4 +1,4 @@
-"""The same questions over several caches, side by side: what is answered, what it weighs, how long it takes.
+"""The same questions over several caches, side by side: answers, bytes and seconds.
 
 Run: python examples/compare_presses.py
      python examples/compare_presses.py "TurboQuant(bits=3)" "KeyDiff(0.7) | TurboQuant" --tokens 4096
@@ -31,7 +31,7 @@ options = parser.parse_args()
 
 register()  # of the task; importing a press from quantpress does it too
 pipe = pipeline("kv-press-text-generation", model=options.model)
-# A press may carry notes from one context to the next: a new one for every question.
+# A press may keep state from one context to the next, so every question gets a new one.
 presses = [lambda text=text: parse_press(text) for text in options.press]
 rows = run_trials(pipe, options.tokens, options.depths, presses)
 

@@ -3,19 +3,9 @@
 Run: python examples/long_document_qa_128k.py book.txt -q "Who wrote it?" --model Qwen/Qwen2.5-7B-Instruct-1M
      python examples/long_document_qa_128k.py --tiny         (default model, a short text, on the CPU)
 
-Without a file it reads Pride and Prejudice. Any chat model that reads 128K tokens will do. What it takes with
-130,048 tokens of context, computed from the shapes of the models, in GB (10^9 bytes):
-
-| model                             | weights | cache, 16 bits | TurboQuant(bits=4) | TurboQuant(bits=3) |
-|-----------------------------------|---------|----------------|--------------------|--------------------|
-| meta-llama/Llama-3.1-8B-Instruct  |    16.1 |          17.05 |               4.42 |               3.36 |
-| Qwen/Qwen2.5-7B-Instruct-1M       |    15.2 |           7.46 |               1.93 |               1.47 |
-| Qwen/Qwen3-4B-Instruct-2507       |     8.0 |          19.18 |               4.97 |               3.78 |
-| meta-llama/Llama-3.2-1B-Instruct  |     2.5 |           4.26 |               1.14 |               0.87 |
-
-`quantpress memory MODEL --context 130048` computes the cache of others. While it reads, a model needs several
-tensors of tokens x hidden size more. The default model is a small one: with --tiny, its answers show that the
-code runs, not what a good model knows.
+Without a file it reads Pride and Prejudice. Any chat model that reads 128K tokens will do; needle_128k.py
+says what some of them need. The default model is small: with --tiny, its answers show that the code runs, not
+what a good model knows.
 """
 
 import argparse
@@ -29,7 +19,7 @@ from quantpress.pipelines import register
 from quantpress.pipelines.report import format_bytes
 
 TOKENS, TINY_TOKENS = 130048, 600
-CHAT_TOKENS = 64  # room for what the chat form adds to the document
+CHAT_TOKENS = 64  # left free for what the chat form adds to the document
 QUESTIONS = ["Who is Mr. Bingley?", "What does Mrs. Bennet want for her daughters?"]
 
 parser = argparse.ArgumentParser(description="Questions about a long document, over a packed cache.")
@@ -49,11 +39,9 @@ if not (options.model or options.tiny):
 register()  # of the task; importing a press from quantpress does it too
 pipe = pipeline("kv-press-text-generation", model=options.model, press=options.press)
 text = options.document.read_text(encoding="utf-8") if options.document else book_text()
-room = (options.tokens or (TINY_TOKENS if options.tiny else TOKENS)) - CHAT_TOKENS
-if len(pipe.tokenizer.encode(text, add_special_tokens=False, verbose=False)) > room:
-    text = plant(
-        text, [], pipe.tokenizer, room
-    )  # as many whole words from its beginning as there is room for
+most = (options.tokens or (TINY_TOKENS if options.tiny else TOKENS)) - CHAT_TOKENS
+if len(pipe.tokenizer.encode(text, add_special_tokens=False, verbose=False)) > most:
+    text = plant(text, [], pipe.tokenizer, most)  # as many whole words from its beginning as fit
 
 questions = options.question or QUESTIONS
 asked = [f"\n\n{question} Answer briefly." for question in questions]

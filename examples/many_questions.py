@@ -1,9 +1,9 @@
-"""One context, many questions: the text is read and packed once, asked about again and again, and saved.
+"""One context, many questions: the text is read and packed once, asked about many times, and saved.
 
 Run: python examples/many_questions.py
      python examples/many_questions.py --model some/model --tokens 8192 --questions 10 --save book.safetensors
 
-A saved context contains the text: the file can be read by its owner only.
+A saved context contains the text; only the owner can read the file.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""The bytes of a cache: measured part by part, then computed for a context that nobody has read yet.
+"""The bytes of a cache: measured part by part, then computed for a longer context that was not read.
 
 Run: python examples/measure_memory.py
      python examples/measure_memory.py --model some/model --tokens 8192 --bits 3 --context 131072
@@ -24,7 +24,7 @@ pipe = pipeline("kv-press-text-generation", model=options.model)
 text = plant(book_text(), [], pipe.tokenizer, options.tokens)  # the beginning of Pride and Prejudice
 context = pipe.read(text, press=TurboQuant(bits=options.bits))
 
-memory = context.memory  # of the tensors' storage: what is resident, not what a bit width promises
+memory = context.memory  # measured from the storage of the tensors
 dtype = str(pipe.model.dtype).removeprefix("torch.")
 print(f"read: {context.tokens_seen:,} tokens, {len(memory.layers)} layers in {dtype}")
 print(f"  codes and scales                {format_bytes(memory.packed_bytes):>12}")

@@ -3,7 +3,7 @@
 Run: python examples/needle_128k.py --model meta-llama/Llama-3.1-8B-Instruct
      python examples/needle_128k.py --tiny            (default model, short contexts, on the CPU)
 
-Any chat model that reads 128K tokens will do. What it takes with 130,048 tokens of context, computed from the
+Any chat model that reads 128K tokens will do. Memory for a context of 130,048 tokens, computed from the
 shapes of the models, in GB (10^9 bytes):
 
 | model                             | weights | cache, 16 bits | TurboQuant(bits=4) | TurboQuant(bits=3) |
@@ -13,9 +13,9 @@ shapes of the models, in GB (10^9 bytes):
 | Qwen/Qwen3-4B-Instruct-2507       |     8.0 |          19.18 |               4.97 |               3.78 |
 | meta-llama/Llama-3.2-1B-Instruct  |     2.5 |           4.26 |               1.14 |               0.87 |
 
-`quantpress memory MODEL --context 130048` computes the cache of others. While it reads, a model needs several
-tensors of tokens x hidden size more (1.07 GB each for the 8B model, in 16 bits). The longest context leaves
-1,024 of 131,072 positions to the chat form, the question and the answer.
+`quantpress memory MODEL --context 130048` computes the cache of other models. While it reads, a model needs
+several more tensors of tokens x hidden size (1.07 GB each for the 8B model, in 16 bits). The longest context
+leaves 1,024 of 131,072 positions to the chat form, the question and the answer.
 """
 
 import argparse
@@ -48,7 +48,7 @@ if not (options.model or options.tiny):
 register()  # of the task; importing a press from quantpress does it too
 pipe = pipeline("kv-press-text-generation", model=options.model)
 depths = options.depths or (TINY_DEPTHS if options.tiny else DEPTHS)
-shown = Table("tokens", *(f"at {(place + 0.5) / depths:.0%}" for place in range(depths)), "cache", "ratio")
+shown = Table("tokens", *(f"at {(index + 0.5) / depths:.0%}" for index in range(depths)), "cache", "ratio")
 for tokens in options.tokens or (TINY_LENGTHS if options.tiny else LENGTHS):
     (row,) = run_trials(pipe, tokens, depths, [lambda: parse_press(options.press)])
     answers = [f"{'✓' if trial.right else '✗'} {trial.said}" for trial in row.trials]

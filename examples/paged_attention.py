@@ -1,4 +1,4 @@
-"""What a serving engine does with paged attention: requests of any length come, share a prompt, and go.
+"""What a serving engine does with paged attention: requests of any length arrive, share a prompt, and end.
 
 Keys and values are random here; an engine takes them from its model, layer by layer.
 
@@ -21,7 +21,7 @@ options = parser.parse_args()
 
 
 def states(*lead: int, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Keys and values [*lead, KV heads, tokens, head_dim] of a model that is not here."""
+    """Random keys and values [*lead, KV heads, tokens, head_dim] in place of a model's."""
     keys, values = torch.randn(2, *lead, KV_HEADS, tokens, HEAD_DIM, dtype=torch.bfloat16)
     return keys, values
 
@@ -42,7 +42,7 @@ print(f"system prompt: {paged.length(system)} tokens in {shared} blocks and, not
 running: dict[int, int] = {}  # tokens still to come
 steps = served = 0
 while REQUESTS or running:
-    while REQUESTS and len(paged.sequences) < 5:  # let requests in as long as they fit to their end
+    while REQUESTS and len(paged.sequences) < 5:  # admit requests that fit until they end
         prompt, new = REQUESTS[0]
         ends = [
             paged.blocks_for(paged.length(s) + left) - len(paged.blocks(s)) for s, left in running.items()
@@ -56,7 +56,7 @@ while REQUESTS or running:
         print(f"step {steps:3}: sequence {sequence} joins, {paged.free_blocks} blocks are free")
 
     batch = list(running)
-    paged.extend(batch)  # one more token each: blocks, lengths, and pages of what has waited long enough
+    paged.extend(batch)  # one more token each: blocks, lengths, and pages that are full
     plan = paged.plan(batch)  # page table and lengths, for all layers
     for layer in range(LAYERS):
         query = torch.randn(len(batch), QUERY_HEADS, 1, HEAD_DIM, dtype=torch.bfloat16)

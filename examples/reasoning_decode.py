@@ -30,7 +30,7 @@ options = parser.parse_args()
 
 
 class Watch(BaseStreamer):
-    """Measures the cache whenever a token arrives; the first to arrive is the question."""
+    """Measures the cache at every new token; what arrives first is the question."""
 
     def __init__(self, cache: DynamicCache) -> None:
         self.cache, self.written, self.most = cache, -1, 0
@@ -60,6 +60,6 @@ answer = pipe(
     streamer=Watch(cache),
     enable_thinking=True,
     max_new_tokens=options.new_tokens,
-    min_new_tokens=options.new_tokens,  # the whole length, for the bytes' sake
+    min_new_tokens=options.new_tokens,  # the whole length, so that the bytes can be watched
 )["answer"]
 print(f"\n{answer.strip()[-300:]}")

@@ -1,4 +1,4 @@
-"""Stacks of presses: evict first, then pack what is left. Each line is one way to write one.
+"""Stacks of presses: evict first, then pack what is left. Each line shows one way to write a stack.
 
 Run: python examples/stack_presses.py
      python examples/stack_presses.py --model some/model --tokens 8192
@@ -20,7 +20,7 @@ STACKS = [
     "StreamingLLM(0.5) | TurboQuant(bits=4)",  # the same as text
     StreamingLLM(0.5, n_sink=8) | TurboQuant(sink_tokens=8),  # 8 first tokens survive, unpacked
     Knorm(0.3) | SnapKV(0.3) | TurboQuant,  # two evictors: 0.7 x 0.7 of the tokens
-    AdaKV(SnapKV(0.5)) | TurboQuant,  # each head keeps a number of tokens of its own
+    AdaKV(SnapKV(0.5)) | TurboQuant,  # each head keeps its own number of tokens
     Demote(SnapKV(0.5), bits=2) | TurboQuant(bits=4),  # evicts nothing: half of the tokens get 2 bits
 ]
 

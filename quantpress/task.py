@@ -1,9 +1,8 @@
-"""The task "kv-press-text-generation" is ours once quantpress is imported, whoever imports kvpress, and when.
+"""Keeps the task "kv-press-text-generation" ours once quantpress is imported, whenever kvpress is imported.
 
 kvpress registers its own pipeline under that name when it is imported. Importing kvpress takes seconds, so it
-is not imported here: an entry that knows where our pipeline is takes the place in transformers' registry, at
-once if transformers.pipelines is there, and again behind each import that would change it. Using the entry
-loads the pipeline.
+is not imported here. Instead an entry that loads our pipeline when it is used goes into transformers'
+registry: at once if transformers.pipelines is loaded, and again after each import that would replace it.
 """
 
 import sys
@@ -15,7 +14,7 @@ _WATCHED = ("transformers.pipelines", "kvpress.pipeline")
 
 
 class LazyTask(dict[str, Any]):
-    """What transformers' registry says about the task; filled in when somebody asks."""
+    """The entry of the task in transformers' registry, filled in when it is read."""
 
     def _filled(self) -> dict[str, Any]:
         if not dict.__len__(self):
@@ -33,7 +32,7 @@ class LazyTask(dict[str, Any]):
 
 
 class _Watcher:
-    """A finder that finds nothing of its own: it asks the others, and claims the task behind the import."""
+    """A finder that finds nothing itself: it asks the others, and claims the task after the import."""
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
         if name not in _WATCHED:
@@ -45,7 +44,7 @@ class _Watcher:
                 run = spec.loader.exec_module
 
                 def run_and_claim(module: Any, run: Any = run) -> None:
-                    _withdraw()  # or kvpress's registration would be logged as overwriting ours
+                    _withdraw()  # otherwise kvpress's registration would be logged as overwriting ours
                     try:
                         run(module)
                     finally:
@@ -57,7 +56,7 @@ class _Watcher:
 
 
 def claim_task() -> None:
-    """Put our entry into transformers' registry, if that is loaded and has another one or none."""
+    """Put our entry into transformers' registry, if the registry is loaded and has no entry of ours."""
     registry = _registry()
     if registry is None:
         return
@@ -75,12 +74,12 @@ def _withdraw() -> None:
 
 
 def _registry() -> Any:
-    """transformers' registry of pipelines; None where that is not loaded."""
+    """transformers' registry of pipelines; None while it is not loaded."""
     return getattr(sys.modules.get("transformers.pipelines"), "PIPELINE_REGISTRY", None)
 
 
 def watch_imports() -> None:
-    """Claim the task now and behind every import that would change it; may be called again."""
+    """Claim the task now and after every import that would change it; may be called again."""
     if not any(isinstance(finder, _Watcher) for finder in sys.meta_path):
         sys.meta_path.insert(0, _Watcher())
     claim_task()

@@ -1,8 +1,8 @@
 """Writes docs/api/: the public names with their signatures and docstrings, one page a package.
 
-A name is described once, on the page of the first package here that has
-it. What a method only takes over from its base is left out, and so are annotations: docstrings say shapes and
-dtypes. Of other packages' classes only name and signature are given.
+A name is described once, on the page of the first package in `PACKAGES` that has it. Inherited methods are
+left out, and so are annotations, since docstrings say shapes and dtypes. Classes of other packages get a name
+and a signature only.
 """
 
 import inspect
@@ -56,13 +56,13 @@ def reference() -> dict[str, str]:
 
 
 def _about(module: str) -> str:
-    """A package's own words, without its list of files."""
+    """The docstring of a package without its list of files."""
     paragraphs = (inspect.getdoc(import_module(module)) or "").split("\n\n")
     return markdown("\n\n".join(one for one in paragraphs if ".py " not in one))
 
 
 def _entry(name: str, found: Any) -> Iterator[str]:
-    """The parts of one name's description."""
+    """Yield the parts of the description of a name."""
     yield f"## {name}"
     if not callable(found) or not hasattr(found, "__module__"):
         yield f"`{name} = {found!r}`"
@@ -84,12 +84,12 @@ def _entry(name: str, found: Any) -> Iterator[str]:
 
 
 def _is_class_of(found: Any, base: type) -> bool:
-    """Whether it is a class, and of that kind."""
+    """Whether `found` is a subclass of `base`."""
     return inspect.isclass(found) and issubclass(found, base)
 
 
 def _members(cls: type) -> Iterator[tuple[str, str, Any]]:
-    """Public methods and properties that a class documents: name, kind, and what has the docstring."""
+    """Yield public methods and properties that a class documents: name, kind, and the documented object."""
     for name, value in vars(cls).items():
         if name.startswith("_"):
             continue
@@ -130,7 +130,7 @@ def _signature(found: Any) -> str:
 
 def _default(value: Any) -> str:
     text = getattr(value, "__name__", None) or repr(value)
-    return "..." if "<" in text else text  # what has no literal form
+    return "..." if "<" in text else text  # a value without a literal form
 
 
 def _code(text: str) -> str:
@@ -150,7 +150,7 @@ def _read(name: str) -> str:
 
 
 def write() -> None:
-    """Write every page, and take away those of packages that are gone."""
+    """Write every page, and remove those of packages that no longer exist."""
     FOLDER.mkdir(exist_ok=True)
     wanted = reference()
     for path in FOLDER.glob("*.md"):

@@ -1,4 +1,4 @@
-"""Docstrings in Google's form as Markdown."""
+"""Turns docstrings in Google style into Markdown."""
 
 import re
 from collections.abc import Callable, Iterator
@@ -11,15 +11,16 @@ ITEM = re.compile(r"(\*{0,2}[\w., *]+|`[^`]+`): (.*)$")
 
 
 def markdown(text: str) -> str:
-    """A docstring, its indentation cleaned, as Markdown.
+    """Turn a docstring into Markdown.
 
-    Sections become a bold word and a list, sessions at the prompt (`>>>`) and indented lines blocks of code.
+    Sections become a bold word and a list. Sessions at the prompt (`>>>`) and indented lines become blocks of
+    code.
 
     Args:
-        text: the docstring, of which `inspect.getdoc` has taken the common indentation.
+        text: the docstring as `inspect.getdoc` returns it.
 
     Returns:
-        Paragraphs, with an empty line between them.
+        Paragraphs, separated by empty lines.
     """
     return "\n\n".join(part for block in _blocks(text) for part in block)
 
@@ -39,7 +40,7 @@ def _blocks(text: str) -> Iterator[list[str]]:
 
 
 def _take(lines: list[str], wanted: Callable[[str], object]) -> list[str]:
-    """Take lines away from the front as long as they are wanted."""
+    """Remove lines from the front as long as they are wanted."""
     taken: list[str] = []
     while lines and wanted(lines[0]):
         taken.append(lines.pop(0))
@@ -96,6 +97,6 @@ def _lines(paragraph: str) -> str:
 
 
 def escaped(text: str) -> str:
-    """Text in which stars mean stars, but for those of `code` and of **bold words**."""
+    """Escape stars, except in `code` and in **bold words**."""
     parts = KEPT.split(text)
     return "".join(part if index % 2 else part.replace("*", r"\*") for index, part in enumerate(parts))

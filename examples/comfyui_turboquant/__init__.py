@@ -38,7 +38,7 @@ class TurboQuantPatch:
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:  # noqa: N802 - ComfyUI's name
-        """What the node shows."""
+        """The inputs of the node."""
         return {
             "required": {
                 "model": ("MODEL",),
@@ -51,12 +51,12 @@ class TurboQuantPatch:
         """The node's function.
 
         Raises:
-            UnsupportedModelError: model incompatible: this is no model of a ComfyUI that lets attention be
+            UnsupportedModelError: the model does not come from a ComfyUI in which attention can be
                 overridden.
         """
         if not enabled:
             return (model,)
-        RoundTrip(float(bits))  # a wrong width says so here, not in the middle of sampling
+        RoundTrip(float(bits))  # a wrong width raises here, not in the middle of sampling
         if not hasattr(model, "add_wrapper_with_key") or "transformer_options" not in getattr(
             model, "model_options", {}
         ):
@@ -76,22 +76,22 @@ class TurboQuantPatch:
 
 
 class Statistics:
-    """What the last sampling run of one clone did.
+    """The record of the last sampling run of one clone.
 
     Attributes:
-        record: of that run; empty before the first.
+        record: record of that run; empty before the first run.
     """
 
     def __init__(self) -> None:
         self.record = AttentionRecord()
 
     def on_model_patcher_clone(self) -> "Statistics":
-        """ComfyUI asks for it: every clone has statistics of its own."""
+        """Called by ComfyUI, so that every clone has its own statistics."""
         return Statistics()
 
 
 class _Run:
-    """The settings of one patch, and the round trip of the run that is on."""
+    """The settings of one patch, and the round trip of the current run."""
 
     def __init__(self, bits: float) -> None:
         self.bits = bits
@@ -102,7 +102,7 @@ class _Run:
 
 
 def _override(run: _Run, before: Override | None) -> Override:
-    """What ComfyUI calls instead of attention; `before` is another node's override, which goes on to work."""
+    """What ComfyUI calls instead of attention; `before` is another node's override, which still runs."""
 
     def override(
         function: Override,

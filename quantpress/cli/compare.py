@@ -31,9 +31,9 @@ class Answer:
     """One answer over one cache.
 
     Args:
-        text: as it was decoded.
-        tokens: how many the answer has.
-        same_tokens: how many of them, from the first on, are the uncompressed cache's.
+        text: text of the answer.
+        tokens: number of its tokens.
+        same_tokens: number of tokens, from the first on, that agree with the uncompressed cache.
         agreement: `same_tokens` as a share of the longer of the two answers; 1.0 for the same answer.
     """
 
@@ -48,10 +48,10 @@ class Compared:
     """One press.
 
     Args:
-        press: in words.
-        answers: one a question; empty where the press was refused.
-        report: what it cost; None where it was refused.
-        refusal: why it cannot be used here; None when it can.
+        press: as it is written.
+        answers: one for each question; empty where the press was refused.
+        report: what it cost; None where the press was refused.
+        refusal: why the press cannot be used here; None when it can.
     """
 
     press: str
@@ -61,7 +61,7 @@ class Compared:
 
     @property
     def agreement(self) -> float:
-        """The mean over the questions."""
+        """Mean agreement over the questions."""
         return sum(answer.agreement for answer in self.answers) / max(1, len(self.answers))
 
 
@@ -70,10 +70,10 @@ class Comparison:
     """The uncompressed cache, then the presses.
 
     Args:
-        model: its name.
+        model: name of the model.
         machine: device, dtype, threads and versions.
-        questions: asked of each.
-        rows: one a press.
+        questions: questions that each press was asked.
+        rows: one for each press.
     """
 
     model: str

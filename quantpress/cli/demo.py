@@ -90,7 +90,7 @@ def demo(
     begin = time.perf_counter()
     pipe = load_pipeline(None)
     short = fast or pipe.model.dtype == torch.float32  # of a machine without fast bfloat16
-    # A press may carry notes from one context to the next: a new one for every question.
+    # A press may keep state from one context to the next, so every question gets a new one.
     presses = [lambda text=text: parse_press(text) for text in (FAST_PRESSES if fast else PRESSES)]
     rows = run_trials(pipe, tokens or (FAST_TOKENS if short else TOKENS), DEPTHS, presses)
     where = (pipe.model.dtype, pipe.device.type, torch.get_num_threads())

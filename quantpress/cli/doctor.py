@@ -29,11 +29,11 @@ class Diagnosis:
 
     Attributes:
         system: operating system and machine, as one line.
-        versions: version of Python, quantpress and each package it stands on; None when not installed.
+        versions: versions of Python, quantpress and the packages it needs; None where one is not installed.
         cuda: the CUDA version torch was built for; None in a CPU build.
         devices: the CUDA devices that torch can use.
         backends: for each operation of `quantpress.kernels`, the implementations it has.
-        attention: which path the attention over packed layers takes, one line for each kind of device here.
+        attention: how attention reads packed layers, one line for each kind of device here.
         fallbacks: what runs in plain PyTorch although there is a kernel for it, and why.
         default_model: the folder of the default model, and whether it has been fetched.
         default_dtype: the dtype that the default model is loaded in, and why.
@@ -113,7 +113,7 @@ def _cuda() -> tuple[str | None, tuple[Device, ...]]:
 
 
 def _backends() -> dict[str, tuple[str, ...]]:
-    """Read off the files, so that a kernel shows up here without being registered anywhere."""
+    """Implementations by operation, read from the files, so that a kernel needs no registration."""
     found = {}
     for root in map(Path, quantpress.kernels.__path__):
         for folder in sorted(init.parent for init in root.glob("*/__init__.py")):
@@ -135,7 +135,7 @@ def _attention(cuda: bool, fused: bool) -> tuple[str, ...]:
 def _fallbacks(
     versions: dict[str, str | None], cuda: str | None, devices: tuple[Device, ...]
 ) -> tuple[str, ...]:
-    """What plain PyTorch does although there is a kernel; the limits are read from the kernels themselves."""
+    """What runs in plain PyTorch although there is a kernel; the limits come from the kernels."""
     from quantpress.kernels.attend.triton_attend import HEAD_DIMS, MOST_QUERIES, WIDTHS
     from quantpress.kernels.available import LEAST_CAPABILITY
     from quantpress.kernels.encode.triton_encode import MAX_CHANNELS

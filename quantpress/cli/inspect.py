@@ -26,7 +26,7 @@ UNTRIED = "TurboQuant"
 """What is suggested where no setting could be tried."""
 
 ENOUGH_TOP1 = 0.9
-"""Share of the queries whose best token has to stay the same for a width to be suggested."""
+"""Share of the queries whose best token must stay the same for a setting to be suggested."""
 
 
 @dataclass(frozen=True)
@@ -34,14 +34,14 @@ class Layer:
     """One attention layer.
 
     Args:
-        index: of the layer.
+        index: index of the layer.
         kind: "full" or "sliding".
-        kv_heads: Hkv.
-        head_dim: D of the keys.
-        value_dim: Dv of the values.
+        kv_heads: number of KV heads.
+        head_dim: dimension of the keys.
+        value_dim: dimension of the values.
         packed: whether TurboQuant packs it.
-        reason: why not; empty when it does.
-        keys: what its keys are like.
+        reason: why it does not; empty when it does.
+        keys: statistics of its keys; None where they are not known.
     """
 
     index: int
@@ -62,7 +62,7 @@ class Candidate:
         press: as it is written.
         bits_per_value: true bits of a packed number.
         top1: share of the last queries whose best token stays the same, mean over layers.
-        worst_top1: of the worst layer.
+        worst_top1: the same share in the worst layer.
         output_error: |o - o^| / |o| of the attention output, mean over layers.
     """
 
@@ -78,13 +78,13 @@ class Inspected:
     """A model.
 
     Args:
-        model: its name.
-        architecture: its class.
-        tokens: of the text that it read.
+        model: name of the model.
+        architecture: name of its class.
+        tokens: number of tokens that it read.
         layers: its attention layers.
-        other_layers: layers without attention.
+        other_layers: number of layers without attention.
         refusal: why nothing of it can be packed, or why no setting could be tried; None otherwise.
-        candidates: settings tried, smallest first.
+        candidates: settings that were tried, smallest first.
         suggestion: a press, as it is written; None where TurboQuant cannot be used.
     """
 
@@ -192,9 +192,9 @@ def inspect(
 
 
 def suggested(candidates: Sequence[Candidate]) -> str:
-    """The smallest setting that keeps the best token of nine queries in ten; else the most exact one.
+    """The smallest setting that keeps the best token of nine queries in ten, or else the most exact one.
 
-    Where none could be tried, TurboQuant as it is.
+    Where no setting could be tried, it is `UNTRIED`.
     """
     if not candidates:
         return UNTRIED

@@ -1,4 +1,4 @@
-"""The model and the texts that a command is given."""
+"""Loads the model and the texts that a command is given."""
 
 import sys
 from pathlib import Path
@@ -19,14 +19,14 @@ AUTO = "auto"
 def load_pipeline(
     model: str | None, device: str | None = None, dtype: str | None = None
 ) -> TextGenerationPipeline:
-    """Our pipeline of a model.
+    """Load our pipeline with a model.
 
     Args:
-        model: an id on the hub or a folder; None or its name for the default model.
-        device: such as "cuda:1" or "cpu"; None for a GPU where there is one; "auto" to spread the model over
-            all of them, and over memory where they are too small, as accelerate sees fit.
-        dtype: such as "bfloat16"; None for the model's own, and for the default model what `QUANTPRESS_DTYPE`
-            says, else the quicker one.
+        model: id on the hub or folder; None for the default model.
+        device: such as "cuda:1" or "cpu"; None for a GPU where there is one; "auto" to let accelerate spread
+            the model over all GPUs, and over memory where they are too small.
+        dtype: such as "bfloat16"; None for the model's own dtype. The default model then has the dtype of
+            `QUANTPRESS_DTYPE`, or else the faster one.
 
     Raises:
         InvalidInputError: the model, device or dtype cannot be used.
@@ -71,16 +71,16 @@ def _default_pipeline(dtype: torch.dtype | None) -> TextGenerationPipeline:
 
 
 def model_name(pipe: TextGenerationPipeline) -> str:
-    """What the model is called, for a report."""
+    """The name of a pipeline's model, for a report."""
     name = str(pipe.model.config.name_or_path)
     return DEFAULT_MODEL_NAME if Path(name).name == DEFAULT_MODEL_NAME else name
 
 
 def read_text(file: str) -> str:
-    """The text of a file, or of the standard input for "-".
+    """Read a text file, or the standard input for "-".
 
     Raises:
-        InvalidInputError: there is no such file, or it is not UTF-8.
+        InvalidInputError: the file cannot be read, or it is not UTF-8.
     """
     try:
         return sys.stdin.read() if file == STDIN else Path(file).read_text(encoding="utf-8")

@@ -17,13 +17,13 @@ class Packed:
     """What was saved.
 
     Args:
-        file: where.
-        model: that read the text.
-        press: what it was read under.
-        tokens: of the context.
+        file: path of the file.
+        model: name of the model that read the text.
+        press: press under which it was read.
+        tokens: tokens of the context.
         file_bytes: size of the file.
-        resident_bytes: of the cache.
-        uncompressed_bytes: what the kept tokens take uncompressed, in the model's own dtype.
+        resident_bytes: bytes of the cache in memory.
+        uncompressed_bytes: bytes of the kept tokens uncompressed, in the model's own dtype.
         bits_per_value: true bits per kept number.
     """
 

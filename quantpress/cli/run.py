@@ -21,10 +21,10 @@ class Answered:
     """Answers and what they cost.
 
     Args:
-        model: that answered.
-        press: what the text was read under.
-        questions: in order.
-        answers: one a question.
+        model: name of the model.
+        press: press under which the text was read.
+        questions: questions, in order.
+        answers: one for each question.
         report: what it cost.
     """
 

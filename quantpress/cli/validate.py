@@ -42,7 +42,7 @@ class Check:
 
 @dataclass(frozen=True)
 class Validated:
-    """Every codec that was measured."""
+    """All codecs that were measured."""
 
     checks: tuple[Check, ...]
 
