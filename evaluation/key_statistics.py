@@ -6,8 +6,8 @@ import torch
 from transformers import DynamicCache, PreTrainedModel
 
 from quantpress.errors import InvalidInputError
-from quantpress.pipelines.preserve import unchanged_model
 from quantpress.pipelines.reading.read_context import read_context
+from quantpress.pipelines.rollback import model_rollback
 
 OUTLIER = 5.0
 """A channel stands out when its energy is more than this many times the mean of its head."""
@@ -70,7 +70,7 @@ def key_statistics(model: PreTrainedModel, input_ids: torch.Tensor) -> dict[int,
         input_ids: [1, T] int64, read without a press.
     """
     cache = DynamicCache()
-    with torch.no_grad(), unchanged_model(model):
+    with torch.no_grad(), model_rollback(model):
         read_context(model, input_ids, cache)
     found = {}
     for index, layer in enumerate(cache.layers):

@@ -1,7 +1,6 @@
-"""Which arguments the pipeline takes, and what each wrong one is answered with.
+"""Which arguments the pipeline takes, and how it refuses the others.
 
-Nothing is ignored: an argument that would have no effect, or a wrong one, is an error before the context is
-read.
+Nothing is ignored: an argument that is wrong or would have no effect is an error before the context is read.
 """
 
 import copy
@@ -12,6 +11,7 @@ from typing import Any
 from transformers import GenerationConfig, PreTrainedModel
 
 from quantpress.errors import InvalidInputError
+from quantpress.pipelines.capture.eligibility import check_choice
 from quantpress.pipelines.press_argument import as_press
 from quantpress.presses.traits import decode_time_presses, members, traits_of
 
@@ -20,7 +20,7 @@ READING = ("answer_prefix", "enable_thinking", "max_context_length")
 RUNNING = ("cache", "chunk_tokens", "compile", "cuda_graph", "press", "progress", "report")
 LOADING = ("local_files_only",)  # transformers.pipeline leaves it among a pipeline's own arguments
 
-# Beside the fields of GenerationConfig, what model.generate itself takes and the pipeline hands on.
+# What model.generate takes besides the fields of GenerationConfig, and the pipeline passes on.
 GENERATE = (
     "assistant_model",
     "assistant_tokenizer",
@@ -58,10 +58,10 @@ NO_EFFECT = {"num_return_sequences": (None, 1), "use_cache": (None, True)}
 
 
 def asked(question: str | None, questions: Sequence[str] | None) -> list[str]:
-    """The questions as a list; none at all is one empty question, as kvpress has it.
+    """The questions as a list. No question is one empty question, as in kvpress.
 
     Raises:
-        InvalidInputError: both are given, `questions` is a str or empty, or something is not a str.
+        InvalidInputError: both are given, `questions` is a str or empty, or a question is not a str.
     """
     if question is not None and questions is not None:
         raise InvalidInputError("both question and questions are given; give one of them")
@@ -75,10 +75,10 @@ def asked(question: str | None, questions: Sequence[str] | None) -> list[str]:
 
 
 def check_generation_arguments(arguments: Mapping[str, Any]) -> None:
-    """Refuse names that neither the pipeline nor `model.generate` knows, or that can have no effect here.
+    """Refuse arguments that neither the pipeline nor `model.generate` knows, or that have no effect here.
 
     Raises:
-        InvalidInputError: names the argument and the remedy, or the nearest name.
+        InvalidInputError: an argument is refused; the message names it, and the remedy or the closest name.
     """
     for name, value in arguments.items():
         if name in REFUSED:
@@ -91,10 +91,10 @@ def check_generation_arguments(arguments: Mapping[str, Any]) -> None:
 
 
 def check_asking(arguments: Mapping[str, Any]) -> None:
-    """Refuse, for a context that was read before, what only reading looks at.
+    """Refuse arguments that only affect reading, for a context that was read before.
 
     Raises:
-        InvalidInputError: names the argument.
+        InvalidInputError: an argument is refused; the message names it.
     """
     reading = {*READING, "cache", "chunk_tokens", "progress"} - {"answer_prefix"}
     for name in sorted(reading & set(arguments)):
@@ -112,46 +112,57 @@ def check_asking(arguments: Mapping[str, Any]) -> None:
 
 
 def check_reading(arguments: Mapping[str, Any]) -> None:
-    """Refuse what only answering looks at.
+    """Refuse arguments that do not affect reading.
 
     Raises:
-        InvalidInputError: names the argument and those that are known.
+        InvalidInputError: an argument is refused; the message names it, and those that `read` takes.
     """
     known = ("press", "chunk_tokens", "progress", "max_context_length", "enable_thinking")
     for name in sorted(set(arguments) - set(known)):
         raise InvalidInputError(f"{name} has no effect on reading; read takes {', '.join(known)}")
 
 
+def check_graph(cuda_graph: bool | None, compile: bool) -> None:
+    """Refuse values of cuda_graph and compile that are not a choice, or that contradict each other.
+
+    Raises:
+        InvalidInputError: a value is refused; the message names the argument.
+    """
+    check_choice(cuda_graph, compile)
+    if cuda_graph is False and compile:
+        raise InvalidInputError("compile=True, but cuda_graph=False; leave one of them out")
+
+
 class AnswerConfig(GenerationConfig):
-    """A configuration that `model.generate` takes as it is: the model's own fills in nothing."""
+    """A configuration that `model.generate` uses as it is, without defaults from the model's own."""
 
     @classmethod
     def of(cls, given: GenerationConfig | None) -> "AnswerConfig":
-        """All that a configuration says; None says nothing."""
+        """A copy of a configuration; None gives an empty one."""
         config = cls()
         for name, value in vars(given).items() if given is not None else ():
             setattr(config, name, copy.deepcopy(value))
         return config
 
     def update(self, defaults_only: bool = False, allow_custom_entries: bool = False, **entries: Any) -> Any:
-        if defaults_only and allow_custom_entries:  # only `generate` asks so, with the model's own entries
+        if defaults_only and allow_custom_entries:  # only `generate` does so, with the model's own entries
             return entries
         return super().update(defaults_only, allow_custom_entries, **entries)
 
 
 def answer_config(model: PreTrainedModel, arguments: Mapping[str, Any]) -> AnswerConfig:
-    """The whole generation configuration of an answer.
+    """The complete generation configuration of an answer.
 
-    Without sampling it is neutral: of the model's own configuration only the special tokens are taken, so
-    that a repetition penalty in it does not change greedy answers (kvpress's are a plain argmax). With
-    `do_sample=True` the model's own configuration fills in what is not given, as in `model.generate`.
+    Without sampling it takes only the special tokens from the model's own configuration, so that a repetition
+    penalty there does not change greedy answers (kvpress's are a plain argmax). With `do_sample=True` the
+    model's own configuration fills in what is not given, as in `model.generate`.
 
     Args:
         model: its generation_config is read, not changed.
-        arguments: the generation arguments of the call; they win over a `generation_config` among them.
+        arguments: the generation arguments of the call. They override a `generation_config` among them.
 
     Raises:
-        InvalidInputError: a field of the given generation_config cannot have its effect here.
+        InvalidInputError: a field of the given generation_config cannot be used here.
     """
     config = AnswerConfig.of(arguments.get("generation_config"))
     config.update(**{name: value for name, value in arguments.items() if name in FIELDS})

@@ -1,4 +1,4 @@
-"""From text to token ids: the context, and the questions that follow it, in the model's own chat form."""
+"""From text to token ids: the context and the questions that follow it, in the model's chat form."""
 
 import logging
 import warnings
@@ -16,11 +16,11 @@ END_OF_CONTEXT = "<|end of context|>"
 
 
 def chat_form(tokenizer: PreTrainedTokenizerBase, context: str, **template: Any) -> tuple[str, str]:
-    """A context as the beginning of the user's turn, and what ends that turn and opens the answer.
+    """The context as the beginning of the user's turn, and what ends that turn and opens the answer.
 
     Args:
-        tokenizer: without a chat template, the context starts with its bos token, if any, and a line break
-            ends it.
+        tokenizer: if it has no chat template, the context starts with its bos token, if any, and ends with a
+            line break.
         context: the text to be read.
         **template: options of the chat template, such as enable_thinking.
 
@@ -28,7 +28,7 @@ def chat_form(tokenizer: PreTrainedTokenizerBase, context: str, **template: Any)
         (everything before the question, everything after it).
 
     Raises:
-        EmptyContextError: there is nothing but white space in the context.
+        EmptyContextError: the context is empty or only white space.
         InvalidInputError: the context is not a str, or the chat template does not show it exactly once.
     """
     if not isinstance(context, str):
@@ -52,7 +52,7 @@ def token_ids(tokenizer: PreTrainedTokenizerBase, text: str, what: str) -> torch
     """[1, T] int64 ids of a text, without added special tokens.
 
     Raises:
-        EmptyContextError: the text has no token; `what` names it.
+        EmptyContextError: the text has no token; `what` names the text in the message.
     """
     ids = tokenizer.encode(text, add_special_tokens=False)
     if not ids:
@@ -61,11 +61,11 @@ def token_ids(tokenizer: PreTrainedTokenizerBase, text: str, what: str) -> torch
 
 
 def cut_to(context_ids: torch.Tensor, max_tokens: int | None) -> torch.Tensor:
-    """The first `max_tokens` of the context; a warning says when some are left out.
+    """The first `max_tokens` of the context, with a warning if that leaves some out.
 
     Args:
-        context_ids: [1, T].
-        max_tokens: None leaves all.
+        context_ids: [1, T] ids of the context.
+        max_tokens: at least 1; None keeps all.
 
     Raises:
         InvalidInputError: max_tokens is below 1.
@@ -81,10 +81,10 @@ def cut_to(context_ids: torch.Tensor, max_tokens: int | None) -> torch.Tensor:
 
 
 def check_positions(config: PreTrainedConfig, tokens: int) -> None:
-    """Refuse a context that the model has no positions for: its answers would be noise.
+    """Refuse a context that is longer than the model's positions: answers would be noise.
 
     Raises:
-        ContextTooLongError: names both numbers.
+        ContextTooLongError: the context is too long; the message names both numbers.
     """
     positions = position_count(config)
     if positions is not None and tokens > positions:
@@ -97,13 +97,13 @@ def check_positions(config: PreTrainedConfig, tokens: int) -> None:
 def warn_of_positions(
     config: PreTrainedConfig, context: torch.Tensor, questions: Sequence[torch.Tensor], new_tokens: int
 ) -> None:
-    """Warn when question and answer reach behind the model's positions.
+    """Warn if question and answer may need more positions than the model has.
 
     Args:
-        config: of the model.
-        context: [1, T] ids.
-        questions: [1, Q] ids each.
-        new_tokens: most tokens of an answer.
+        config: the model's configuration.
+        context: [1, T] ids of the context.
+        questions: [1, Q] ids of each question.
+        new_tokens: the largest number of tokens in an answer.
     """
     positions = position_count(config)
     needed = context.shape[1] + max(ids.shape[1] for ids in questions) + new_tokens

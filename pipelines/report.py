@@ -1,12 +1,19 @@
-"""What a compressed context costs: measured from storage and clock, never computed from a nominal width."""
+"""What a compressed context costs, measured from storage and clock, never computed from a nominal width."""
 
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.table import Table
+from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedModel
 
 from quantpress.cache import CacheMemory
+from quantpress.presses.models.support import attention_modules
 
 
 @dataclass(frozen=True)
@@ -16,13 +23,13 @@ class Report:
     Args:
         tokens_seen: tokens of the context.
         tokens_kept: tokens stored, the mean over layers and heads. Head-wise kvpress presses without a
-            quantizer only mask: what they store counts.
-        bits_per_value: true bits per stored number: codes, scales, sinks and recent tokens, all.
-        resident_bytes: bytes of every tensor that the cache keeps once the context is read.
-        uncompressed_bytes: what all tokens seen would take uncompressed, in the model's own dtype.
+            quantizer only mask tokens, which are stored all the same.
+        bits_per_value: true bits per stored number, including codes, scales, sinks and recent tokens.
+        resident_bytes: bytes of all tensors that the cache keeps once the context is read.
+        uncompressed_bytes: bytes of all tokens seen, uncompressed in the model's own dtype.
         prefill_s: seconds of reading the context, without the presses.
-        compress_s: seconds in the presses' hooks and exits.
-        decode_s: seconds of all answers, their questions included.
+        compress_s: seconds in the hooks and exits of presses.
+        decode_s: seconds of all answers, including their questions.
         new_tokens: tokens of all answers.
     """
 
@@ -40,10 +47,10 @@ class Report:
     def measured(
         cls, memory: CacheMemory, tokens_seen: int, seconds: dict[str, float], new_tokens: int
     ) -> "Report":
-        """Put together what was measured.
+        """A report of what was measured.
 
         Args:
-            memory: of the cache after reading, before any question.
+            memory: the memory of the cache after reading, before any question.
             tokens_seen: tokens of the context.
             seconds: "prefill", "compress" and "decode", as a `Stopwatch` sums them.
             new_tokens: tokens of all answers.
@@ -63,16 +70,16 @@ class Report:
 
     @property
     def ratio(self) -> float:
-        """Uncompressed bytes over resident bytes; 1.0 when nothing is stored."""
+        """Uncompressed bytes divided by resident bytes; 1.0 if nothing is stored."""
         return self.uncompressed_bytes / self.resident_bytes if self.resident_bytes else 1.0
 
     @property
     def tokens_per_s(self) -> float:
-        """New tokens a second, the reading of the questions included."""
+        """New tokens a second, including the time to read the questions."""
         return self.new_tokens / self.decode_s if self.decode_s else 0.0
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain numbers, for JSON."""
+        """The numbers as a dict, for JSON."""
         return {**asdict(self), "ratio": self.ratio, "tokens_per_s": self.tokens_per_s}
 
     def __rich__(self) -> Table:
@@ -98,8 +105,54 @@ class Report:
         return capture.get().rstrip()
 
 
+class Stopwatch:
+    """Sums seconds by name: reading, compressing and answering, although presses work inside the forward.
+
+    Every reading waits for the accelerator, so use it on request only.
+
+    Args:
+        device: the device that does the work.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.seconds = {"prefill": 0.0, "compress": 0.0, "decode": 0.0}
+        self._since: float | None = None
+
+    def now(self) -> float:
+        """Seconds, once the device has finished all its work."""
+        if self.device.type != "cpu":
+            torch.accelerator.synchronize(self.device)
+        return time.perf_counter()
+
+    @contextmanager
+    def measure(self, name: str) -> Iterator[None]:
+        """Add the time inside to `name`, without the time between `start` and `stop`, which is "compress"."""
+        begin, compressed = self.now(), self.seconds["compress"]
+        try:
+            yield
+        finally:
+            within = self.seconds["compress"] - compressed
+            self.seconds[name] += self.now() - begin - within
+
+    def start(self, *_: Any) -> None:
+        """Presses begin. A forward hook on attention modules, registered before theirs."""
+        self._since = self.now()
+
+    def stop(self, *_: Any) -> None:
+        """Presses are done. A forward hook on attention modules, registered after theirs."""
+        if self._since is not None:
+            self.seconds["compress"] += self.now() - self._since
+            self._since = None
+
+    def hook(self, model: PreTrainedModel, at: str) -> list[RemovableHandle]:
+        """Register `start` or `stop` on every attention module."""
+        call = getattr(self, at)
+        return [module.register_forward_hook(call) for module in attention_modules(model)]
+
+
 def format_bytes(count: int) -> str:
-    """Bytes for people.
+    """A number of bytes with its unit, for people.
 
     Example:
         >>> format_bytes(2048), format_bytes(3 * 2**20)

@@ -1,89 +1,91 @@
 """The task "kv-press-text-generation": read a context under a press, then answer questions about it."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from kvpress import BasePress, KVPressTextGenerationPipeline
 from transformers import Cache, DynamicCache
 
-from quantpress.cache import PackedLayer, cache_memory
-from quantpress.cache.fixed.cache import unfixable
+from quantpress.cache import cache_memory
 from quantpress.errors import InvalidInputError
 from quantpress.pipelines import arguments as given
-from quantpress.pipelines.capture.captured import capturing
-from quantpress.pipelines.capture.single_token import uncapturable
+from quantpress.pipelines.capture.eligibility import refuse, why_not
 from quantpress.pipelines.contexts.cached_context import CachedContext
-from quantpress.pipelines.decoding import check_decoding, decides_capture, generate_ids, refuse_capture
-from quantpress.pipelines.enabling.enable import enabled_press
-from quantpress.pipelines.masks import fitted_masks
-from quantpress.pipelines.preserve import preserved_context, unchanged_model
+from quantpress.pipelines.decoding import (
+    asking,
+    capturing_answers,
+    check_decoding,
+    generate_ids,
+    generation_mode,
+)
+from quantpress.pipelines.enabled_press import enabled_press
 from quantpress.pipelines.press_argument import as_press, hand_tokenizer
 from quantpress.pipelines.prompt import chat_form, check_positions, cut_to, token_ids, warn_of_positions
 from quantpress.pipelines.reading.read_context import read_context
-from quantpress.pipelines.report import Report
-from quantpress.pipelines.stopwatch import Stopwatch
-from quantpress.presses.guard import guarded
-from quantpress.presses.traits import decode_time_presses
+from quantpress.pipelines.report import Report, Stopwatch
+from quantpress.pipelines.rollback import model_rollback
 
 
 class TextGenerationPipeline(KVPressTextGenerationPipeline):
-    """Answers questions about a context whose KV cache was compressed while it was read.
+    """Answers questions about a context whose KV cache is compressed while it is read.
 
     Everything that kvpress's own pipeline takes works and gives the same greedy answers. All arguments may be
-    given when the pipeline is made or when it is called; the call wins. Differences, each of them on purpose:
+    given when the pipeline is made or when it is called; those of the call take precedence. It differs from
+    kvpress's pipeline on purpose in that
 
-    - Every question is answered as if it were asked first, with every kind of press and cache layer.
-    - A composition that contains a special press (decoding, rerotating, ...) is treated like that press.
-    - An answer ends when its first token is an end token; kvpress goes on.
-    - A context longer than the model's positions is an error; kvpress cuts it at the tokenizer's limit.
-    - An unknown argument is an error; kvpress ignores it.
+    - every question is answered as if it were asked first, with every kind of press and cache layer;
+    - a composition that contains a special press (decoding, rerotating, ...) is treated like that press;
+    - an answer ends if its first token is an end token, where kvpress continues;
+    - a context longer than the model's positions is an error, where kvpress cuts it at the tokenizer's limit;
+    - an unknown argument is an error, where kvpress ignores it.
 
     Args:
-        model, tokenizer, device, ...: as for every transformers pipeline. Without a model and a dtype it is
-            the default model in the dtype that `QUANTPRESS_DTYPE` names, or that is quick here.
+        model, tokenizer, device, ...: as for every transformers pipeline. The default is the default model,
+            in the dtype that `QUANTPRESS_DTYPE` names, or else the faster one here.
         press: a press, a press class, a list of them (`Compose`), or text such as
-            "SnapKV(0.5) | TurboQuant(bits=3)" (`parse_press`); None keeps the whole cache, or is the press of
-            a model that `enable` was called on.
-        question: asked after the context. Without one the model goes on from the context.
+            "SnapKV(0.5) | TurboQuant(bits=3)" (`parse_press`). None keeps the whole cache, or takes the press
+            of a model that `enable` was called on.
+        question: asked after the context. Without one the model continues the context.
         questions: several of them, instead of `question`.
         answer_prefix: how each answer begins.
-        max_context_length: tokens; a longer context is cut, with a warning. None never cuts.
-        enable_thinking: handed to the chat template.
-        cache: an empty transformers cache to use; it holds the compressed context afterwards. None: a
+        max_context_length: the largest number of tokens; a longer context is cut, with a warning. None never
+            cuts.
+        enable_thinking: passed to the chat template.
+        cache: an empty transformers cache to use, which holds the compressed context afterwards. None makes a
             DynamicCache.
-        max_new_tokens: most tokens of an answer, 50 by default.
-        report: add what it cost, a `Report`, to the result.
-        progress: a bar over the layers while reading; None shows it in a terminal when that takes long.
-        chunk_tokens: see `chunked_prefill`; 0 never, None for contexts of more than 4096 tokens.
-        cuda_graph: decode by replaying a CUDA graph (`captured_decoding`): None where it can be done, on a
-            CUDA device; True to refuse what rules it out (the CPU, beams, assisted decoding, a press that
-            acts during decoding, a context too short to be packed); False never.
-        compile: run the captured step through torch.compile(fullgraph=True) first, which joins the small
-            kernels and takes a minute or so, once for a model and shape. What rules a graph out is refused.
+        max_new_tokens: the largest number of tokens in an answer, 50 by default.
+        report: add a `Report` of memory and time to the result.
+        progress: show a bar over the layers while reading. None shows it in a terminal if reading takes long.
+        chunk_tokens: see `chunked_prefill`. 0 never cuts, None cuts contexts of more than 4096 tokens.
+        cuda_graph: decode by replaying a CUDA graph (`captured_decoding`). None does so where possible, on a
+            CUDA device. True refuses what rules it out (the CPU, beams, assisted decoding, a press that acts
+            during decoding, a context too short to be packed). False never does.
+        compile: first run the captured step through torch.compile(fullgraph=True), which fuses the small
+            kernels and takes about a minute for each model and shape. What rules a graph out is refused.
         **generation: everything else that `model.generate` takes: do_sample, temperature, top_p, num_beams,
             stop_strings, streamer, prompt_lookup_num_tokens, assistant_model, logits_processor, ... Greedy
-            decoding is the default, and starts from a neutral configuration: of the model's own only the
-            special tokens count. With do_sample=True the model's own configuration fills in the rest.
-            Processors see the question and the answer, not the context, which is no longer there as ids.
-            Beams repeat the cache, once for each.
+            decoding is the default, and takes only the special tokens from the model's own configuration.
+            With do_sample=True the model's own configuration fills in the rest. Processors see the question
+            and the answer, but not the context, which no longer exists as ids. Each beam has a copy of the
+            cache.
 
     Returns (of a call):
         {"answer": str}, or {"answers": [str, ...]} with `questions`; with `report=True` also "report". A list
-        of contexts gives a list of these; each context is read alone, one after the other.
+        of contexts gives a list of these; contexts are read one after the other.
 
     Raises (of a call):
         EmptyContextError: the context, or a question with what the chat form adds, has no token.
         ContextTooLongError: the context has more tokens than the model has positions (`position_count`).
         UnsupportedModelError: the model does not keep what it reads in a DynamicCache: a hybrid or
             state-space model, or one in training mode with gradient checkpointing.
-        CompositionError: a list of presses that do not go together.
-        InvalidInputError: any other argument that cannot be used.
+        CompositionError: the presses do not go together.
+        InvalidInputError: another argument cannot be used.
 
-    `read` reads a context once and for all: what it returns is taken in place of a text, and can be saved.
+    `read` reads a context once. What it returns can be asked about in place of a text, and saved.
 
-    Threads may share a pipeline: the model answers one call after the other, in the order in which they came.
+    Threads may share a pipeline: the model answers one call after the other, in the order of the calls.
 
     Example:
         >>> # pipe = pipeline("kv-press-text-generation", press=Compose([SnapKV, TurboQuant]))
@@ -129,7 +131,7 @@ class TextGenerationPipeline(KVPressTextGenerationPipeline):
 
         Raises:
             EmptyContextError, ContextTooLongError, CompositionError, UnsupportedModelError: as for a call.
-            InvalidInputError: another argument, or a press that keeps notes about the context on itself.
+            InvalidInputError: another argument is given, or the press keeps notes of the context on itself.
 
         Example:
             >>> # context = pipe.read("A long text ...")
@@ -145,7 +147,7 @@ class TextGenerationPipeline(KVPressTextGenerationPipeline):
         form = {**self._preprocess_params, **reading}
         ids, after = self._prompt(context, form.get("max_context_length"), form.get("enable_thinking", False))
         cache, ids = DynamicCache(), ids.to(self.device)
-        with self.device_placement(), torch.no_grad(), unchanged_model(self.model):
+        with self.device_placement(), torch.no_grad(), model_rollback(self.model):
             position = read_context(self.model, ids, cache, **how)
             return CachedContext.of(self.model, cache, ids, position, how.get("press"), after)
 
@@ -160,7 +162,8 @@ class TextGenerationPipeline(KVPressTextGenerationPipeline):
         """Token ids of a context and of the questions that follow it.
 
         Returns:
-            "context_ids" [1, T] and "questions_ids", a list of [1, Q], int64; "cached", if read before.
+            "context_ids", [1, T] int64; "questions_ids", a list of [1, Q] int64; "cached", the context if it
+            was read before.
         """
         cached = context if isinstance(context, CachedContext) else None
         if isinstance(context, CachedContext):
@@ -177,7 +180,7 @@ class TextGenerationPipeline(KVPressTextGenerationPipeline):
     def _prompt(
         self, context: str, max_context_length: int | None, enable_thinking: bool
     ) -> tuple[torch.Tensor, str]:
-        """Ids [1, T] of a context in its chat form, and what comes behind a question."""
+        """Ids [1, T] of a context in its chat form, and the text that follows a question."""
         before, after = chat_form(self.tokenizer, context, enable_thinking=enable_thinking)
         context_ids = cut_to(token_ids(self.tokenizer, before, "context"), max_context_length)
         check_positions(self.model.config, context_ids.shape[1])
@@ -195,31 +198,32 @@ class TextGenerationPipeline(KVPressTextGenerationPipeline):
         compile: bool = False,
         **generation: Any,
     ) -> dict[str, Any]:
-        if press is None and "cached" not in input_tensors:  # which was read before, and how is settled
+        if press is None and "cached" not in input_tensors:  # a cached context was read before
             press = enabled_press(self.model)
+        given.check_graph(cuda_graph, compile)
         config = given.answer_config(self.model, generation)
-        check_decoding(config, generation, press)
-        captures = decides_capture(self.model, config, generation, press, cuda_graph, compile)
+        mode = generation_mode(config, generation)
+        check_decoding(mode, generation, press)
+        reasons = why_not(device=self.model.device, press=press, mode=mode)
+        refuse(reasons, cuda_graph, compile)
         if config.stop_strings is not None or "assistant_tokenizer" in generation:
             generation["tokenizer"] = self.tokenizer
         context_ids, questions = input_tensors["context_ids"], input_tensors["questions_ids"]
         warn_of_positions(self.model.config, context_ids, questions, config.max_new_tokens)
         watch = Stopwatch(self.model.device) if report else None
         how: dict[str, Any] = {"chunk_tokens": chunk_tokens, "progress": progress, "watch": watch}
-        with self._context(input_tensors, cache, press, how) as (kept, position):
+        with self._context(input_tensors, cache, press, how) as (kept, position), ExitStack() as steps:
             if cuda_graph or compile:
-                refuse_capture(unfixable(kept) or uncapturable(self.model), cuda_graph, compile)
-            room = max(question.shape[1] for question in questions) + config.max_new_tokens
-            with self._decoding(kept, room, cuda_graph, compile) if captures else nullcontext():
-                memory = cache_memory(kept) if report else None
-                ids = []
-                for question in questions:
-                    with (
-                        self._asking(kept, press),
-                        nullcontext() if watch is None else watch.measure("decode"),
-                    ):
-                        where = (self.model, kept, context_ids, question, position)
-                        ids.append(generate_ids(*where, config, generation))
+                refuse(why_not(model=self.model, cache=kept), cuda_graph, compile)
+            if cuda_graph is not False and not reasons:
+                new_tokens = max(question.shape[1] for question in questions) + config.max_new_tokens
+                steps.enter_context(capturing_answers(self.model, kept, new_tokens, cuda_graph, compile))
+            memory = cache_memory(kept) if report else None
+            ids = []
+            for question in questions:
+                with asking(self.model, kept, press, watch):
+                    where = (self.model, kept, context_ids, question, position)
+                    ids.append(generate_ids(*where, config, generation))
         answers = [self.tokenizer.decode(one, skip_special_tokens=True) for one in ids]
         result: dict[str, Any] = {"answers": answers}
         if watch is not None and memory is not None:
@@ -231,14 +235,14 @@ class TextGenerationPipeline(KVPressTextGenerationPipeline):
     def _context(
         self, inputs: dict[str, Any], cache: Cache | None, press: BasePress | None, how: dict[str, Any]
     ) -> Iterator[tuple[Cache, int]]:
-        """The context in a cache, and the next position: read now, or before."""
+        """The context in a cache and the next position, read now or before."""
         cached: CachedContext | None = inputs.get("cached")
         if cached is not None:
-            with unchanged_model(self.model), cached.opened(self.model) as kept:
+            with model_rollback(self.model), cached.opened(self.model) as kept:
                 yield kept, cached.tokens_seen
             return
         kept = DynamicCache() if cache is None else cache
-        with unchanged_model(self.model, keep_masks=cache is not None):
+        with model_rollback(self.model, keep_masks=cache is not None):
             yield kept, read_context(self.model, inputs["context_ids"], kept, press, **how)
 
     def postprocess(self, model_outputs: dict[str, Any], single_question: bool = True) -> dict[str, Any]:
@@ -248,24 +252,3 @@ class TextGenerationPipeline(KVPressTextGenerationPipeline):
         return {"answer": model_outputs["answers"][0]} | {
             k: v for k, v in model_outputs.items() if k != "answers"
         }
-
-    @contextmanager
-    def _decoding(
-        self, cache: Cache, new_tokens: int, cuda_graph: bool | None, compile: bool
-    ) -> Iterator[None]:
-        """Room for one question and answer, made once for all of them, and the captured step."""
-        for layer in cache.layers:
-            if isinstance(layer, PackedLayer):
-                layer.reserve(new_tokens)
-        with capturing(self.model, new_tokens, cuda_graph, compile, shared=False):
-            yield
-
-    @contextmanager
-    def _asking(self, cache: Cache, press: BasePress | None) -> Iterator[None]:
-        """One question: presses that act during decoding are on, and afterwards the context is as it was."""
-        with ExitStack() as stack:
-            stack.enter_context(preserved_context(cache, self.model, press))
-            stack.enter_context(fitted_masks(self.model, cache))
-            for member in decode_time_presses(press):
-                stack.enter_context(guarded(member, self.model))
-            yield

@@ -10,7 +10,6 @@ after or never (`quantpress.task`).
 """
 
 from importlib import import_module
-from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 from quantpress.errors import (
@@ -29,6 +28,7 @@ from quantpress.errors import (
     UnsupportedModelError,
 )
 from quantpress.task import watch_imports
+from quantpress.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from quantpress.cache import PackedLayer, PagedAttention, cache_memory, continue_inputs
@@ -71,11 +71,6 @@ __all__ = [
     "enable",
     "patch_attention",
 ]
-
-try:
-    __version__ = version("quantpress")
-except PackageNotFoundError:  # a source tree that was never installed
-    __version__ = "0+unknown"
 
 _FOLDERS = frozenset({"cache", "codecs", "evaluation", "kernels", "pipelines", "presses", "quantization"})
 _LAZY = {

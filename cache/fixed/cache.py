@@ -8,46 +8,12 @@ import torch
 from transformers.cache_utils import Cache
 
 from quantpress.cache.attention.step import layers_of_a_step
+from quantpress.cache.fixed.fixable import unfixable
 from quantpress.cache.fixed.layers import FixedPackedLayer, FixedPlainLayer
-from quantpress.cache.fixed.plain import is_plain, tokens_of
+from quantpress.cache.fixed.plain import tokens_of
 from quantpress.cache.fixed.step_counters import StepCounters
 from quantpress.cache.layer import PackedLayer
 from quantpress.errors import InvalidInputError
-
-
-def never_fixable(cache: Cache) -> str | None:
-    """Why a cache of this kind cannot be used at fixed addresses; None when it can, once it has tokens."""
-    if getattr(cache, "offloading", False):
-        return "the cache is offloaded"
-    if getattr(cache, "masked", None):
-        return "a head-wise press masks tokens of the cache in place of removing them"
-    layers = getattr(cache, "layers", [])
-    others = [(index, type(layer).__name__) for index, layer in enumerate(layers) if not _is_known(layer)]
-    if others or not layers:
-        names = ", ".join(str(index) for index, _ in others[:8]) + (", ..." if len(others) > 8 else "")
-        return f"layers {names} of the cache are {others[0][1]}s" if layers else "the cache has no layers"
-    packed = (layer.tokens for layer in layers if isinstance(layer, PackedLayer))
-    if any(tokens is not None and tokens.demoted is not None for tokens in packed):
-        return "tokens are packed in two widths"
-    return None
-
-
-def unfixable(cache: Cache) -> str | None:
-    """Why a cache cannot be used at fixed addresses now; None when it can."""
-    reason = never_fixable(cache)
-    if reason is not None:
-        return reason
-    for index, layer in enumerate(cache.layers):
-        if isinstance(layer, PackedLayer):
-            if not layer.packed_tokens:
-                return f"layer {index} of the cache has too few tokens to pack any"
-        elif not layer.get_seq_length():
-            return f"layer {index} of the cache has no tokens"
-    return None
-
-
-def _is_known(layer: object) -> bool:
-    return isinstance(layer, PackedLayer) or is_plain(layer)
 
 
 class FixedCache:
@@ -57,12 +23,12 @@ class FixedCache:
     memory where it can. `addresses` tells whether all addresses are the same as before.
 
     Args:
-        cache: one for which `unfixable` returns None.
-        windows: how many tokens attention sees, by layer index, for layers whose attention sees a window
-            only. A sliding-window layer of transformers knows its own.
+        cache: one that `unfixable` gives no reason against.
+        windows: how far back attention looks, by layer index, for layers that look over a window only. A
+            sliding-window layer of transformers knows its own.
 
     Raises:
-        InvalidInputError: the cache cannot be used at fixed addresses, for the reason that `unfixable` gives.
+        InvalidInputError: the cache cannot be used at fixed addresses; the message says why.
 
     Example:
         >>> # fixed = FixedCache(cache)
@@ -73,9 +39,8 @@ class FixedCache:
     """
 
     def __init__(self, cache: Cache, windows: Mapping[int, int] | None = None) -> None:
-        reason = unfixable(cache)
-        if reason is not None:
-            raise InvalidInputError(f"a cache cannot be fixed: {reason}")
+        if reasons := unfixable(cache):
+            raise InvalidInputError(f"a cache cannot be fixed: {', and '.join(reasons)}")
         self.cache = cache
         self.layers: list[Any] = list(cache.layers)
         shapes = [_shape(layer) for layer in self.layers]

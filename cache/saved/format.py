@@ -22,8 +22,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from quantpress import __version__
 from quantpress.errors import CacheFileError
+from quantpress.version import __version__
 
 FORMAT = 1
 """Version of the format. Increase it when older files can no longer be read: another page layout or names."""

@@ -13,6 +13,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import evaluation_tables as evaluation
+import rule_tables as rules
 import setting_tables as settings
 import speed_tables as speed
 from results import DOCS, results
@@ -38,6 +39,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "attention": speed.attention,
     "packing": speed.packing,
     "peers": speed.peers,
+    "capture-rules": rules.capture_rules,
     **{
         f"{short}-{name}": functools.partial(evaluation.evictors, f"evaluation_{long}", budget)
         for short, long in (("six", "six_evictors"), ("full", "full"))

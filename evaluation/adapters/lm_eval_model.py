@@ -26,9 +26,9 @@ from quantpress.errors import InvalidInputError
 from quantpress.evaluation.divergence.teacher_forcing import score_continuation
 from quantpress.pipelines.arguments import answer_config
 from quantpress.pipelines.decoding import generate_ids
-from quantpress.pipelines.preserve import unchanged_model
 from quantpress.pipelines.prompt import check_positions
 from quantpress.pipelines.reading.read_context import read_context
+from quantpress.pipelines.rollback import model_rollback
 from quantpress.pipelines.text_generation import TextGenerationPipeline
 
 NEW_TOKENS = 256  # most tokens of an answer, unless the task says
@@ -64,7 +64,7 @@ class PressedModel:
                 "give one or more of each"
             )
         check_positions(self.model.config, len(context) + len(continuation))
-        with unchanged_model(self.model):
+        with model_rollback(self.model):
             cache, position = self._read(context[:-1])
             fed = self._ids([context[-1], *continuation])
             total, greedy, done = 0.0, True, 1
@@ -95,7 +95,7 @@ class PressedModel:
         arguments = {"max_new_tokens": NEW_TOKENS, **generation}
         arguments["stopping_criteria"] = StoppingCriteriaList([_Said(self._text, stops)])
         config = answer_config(self.model, arguments)
-        with unchanged_model(self.model):
+        with model_rollback(self.model):
             cache, position = self._read(context[:-1])
             where = (self.model, cache, self._ids(context[:-1]), self._ids(context[-1:]), position)
             ids = generate_ids(*where, config, arguments)

@@ -17,8 +17,8 @@ from quantpress.evaluation.divergence.documents import Document
 from quantpress.evaluation.divergence.reference import Reference, read_reference
 from quantpress.evaluation.divergence.teacher_forcing import CHUNK_TOKENS, kl_divergence, score_continuation
 from quantpress.evaluation.sizing.kept_tokens import parts
-from quantpress.pipelines.preserve import unchanged_model
 from quantpress.pipelines.reading.read_context import read_context
+from quantpress.pipelines.rollback import model_rollback
 from quantpress.presses import Demote
 
 
@@ -108,7 +108,7 @@ class DivergenceProbe:
     def _over(self, press: BasePress | None, entries: slice) -> list[DocumentDivergence]:
         ids, context, reference = self.ids[entries], self.context, self.reference.of(entries)
         cache, begin = DynamicCache(), time.perf_counter()
-        with unchanged_model(self.model), torch.random.fork_rng([ids.device] if ids.is_cuda else []):
+        with model_rollback(self.model), torch.random.fork_rng([ids.device] if ids.is_cuda else []):
             torch.manual_seed(0)  # some presses draw random projections
             position = read_context(self.model, ids[:, :context], cache, press, progress=False)
             memory = cache_memory(cache)

@@ -14,7 +14,7 @@ from torch.nn import functional
 from transformers import Cache, PreTrainedModel
 
 from quantpress.errors import InvalidInputError
-from quantpress.pipelines.masks import fitted_masks
+from quantpress.pipelines.attention_masks import fitted_masks
 from quantpress.presses.models.lock import model_lock
 from quantpress.quantization.numerics import in_named_dtypes
 

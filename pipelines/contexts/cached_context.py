@@ -1,4 +1,4 @@
-"""`CachedContext`: a context that was read, ready to be asked about, now or in another process."""
+"""`CachedContext`: a context that was read, ready for questions, now or in another process."""
 
 import copy
 import os
@@ -13,33 +13,38 @@ from transformers import Cache, PreTrainedModel
 
 from quantpress.cache import CacheMemory, PackedLayer, cache_memory
 from quantpress.cache.saved.fingerprint import difference, model_fingerprint
-from quantpress.cache.tokens.evicted_slots import MASKS, named_to_hide
 from quantpress.errors import InvalidInputError
-from quantpress.pipelines.contexts.saved_context import Masks, check_packed_by, load_context, save_context
+from quantpress.pipelines.attention_masks import HiddenSlots, hidden_slots, hiding
+from quantpress.pipelines.contexts.saved_context import (
+    SavedContext,
+    check_packed_by,
+    load_context,
+    save_context,
+)
 from quantpress.presses.models.filling import check_keeps
-from quantpress.presses.models.support import attention_modules
 from quantpress.presses.traits import decode_time_presses, short_repr, traits_of
 
 
 @dataclass(eq=False)
 class CachedContext:
-    """A context that was read: its cache, and all it takes to go on from it.
+    """A context that was read: its cache, and everything needed to continue from it.
 
-    `TextGenerationPipeline.read` makes one, and the pipeline takes one wherever it takes a text.
-    Questions never change it.
+    `TextGenerationPipeline.read` makes one, and the pipeline takes one wherever it takes a text. Questions
+    never change it.
 
-    **A saved context contains the prompt**: its token ids as they are, its keys and values, from which
-    the text can be told. The file is readable by its owner only (mode 0600); treat it as you treat the text.
+    **A saved context contains the prompt**: its token ids as they are, and its keys and values, from which
+    the text can be recovered. Only its owner can read the file (mode 0600). Treat it as you treat the text.
 
     Args:
         cache: the context's keys and values.
         tokens_seen: the position of the next token.
         token_ids: [1, T] int64, the context.
-        model: what tells the model that read it from others; see `quantpress.cache.saved.fingerprint`.
+        model: the fingerprint of the model that read it; see `quantpress.cache.saved.fingerprint`.
         after: what the chat form puts between a question and its answer.
-        press: what it was read under; None for nothing, and for a context that was loaded.
+        press: the press that it was read under; None for no press, and for a context that was loaded.
         description: that press in words.
-        masks: what head-wise presses hide beside what the cache has let go: (batch, head, slot) by layer.
+        masks: the slots that head-wise presses hide and the cache still holds: (batch, head, slot) indices by
+            layer.
 
     Example:
         >>> # context = pipe.read(text, press="SnapKV(0.5) | TurboQuant(4)")
@@ -55,7 +60,7 @@ class CachedContext:
     after: str = ""
     press: BasePress | None = None
     description: str = "None"
-    masks: Masks = field(default_factory=dict)
+    masks: HiddenSlots = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -70,11 +75,11 @@ class CachedContext:
         """Take what a prefill has left in a cache and on a model's attention modules.
 
         Args:
-            model: has read the context.
-            cache: what it was read into; belongs to the result from now on.
-            token_ids: [1, T] int64.
+            model: the model that has read the context.
+            cache: the cache that it was read into. It belongs to the result from now on.
+            token_ids: [1, T] int64, the context.
             tokens_seen: the position of the next token.
-            press: what it was read under.
+            press: the press that it was read under.
             after: as for the class.
 
         Raises:
@@ -86,22 +91,18 @@ class CachedContext:
                 "DMSPress(decoding=True) keeps scores of one context on itself, which a CachedContext cannot "
                 "take along; read with decoding=False, or ask the text itself"
             )
-        masks = {
-            int(module.layer_idx): tuple(named_to_hide(module))  # type: ignore[arg-type]
-            for module in attention_modules(model)
-            if named_to_hide(module) is not None
-        }
+        masks = {layer: tuple(slots) for layer, slots in hidden_slots(model).items()}
         known = model_fingerprint(model)
         described = "None" if press is None else short_repr(press)
         return cls(cache, tokens_seen, token_ids, known, after, press, described, masks)
 
     @property
     def memory(self) -> CacheMemory:
-        """What the cache holds; of a loaded one, what it would hold when all of it is used."""
+        """What the cache holds. For a loaded context, what it would hold if all of it were used."""
         return cache_memory(self.cache)
 
     def branch(self) -> Cache:
-        """A cache over the same memory: what one of the two is given never shows in the other."""
+        """A cache that shares this memory. Tokens added to one of the two never show in the other."""
         cache = copy.copy(self.cache)
         cache.layers = [copy.copy(layer) for layer in self.cache.layers]
         for layer, own in zip(cache.layers, self.cache.layers, strict=True):
@@ -111,15 +112,14 @@ class CachedContext:
 
     @contextmanager
     def opened(self, model: PreTrainedModel) -> Iterator[Cache]:
-        """For `model.generate` of your own: a branch, while the model hides what head-wise presses hid.
+        """A branch for `model.generate` of your own, while the model hides what head-wise presses hid.
 
         Args:
-            model: the one that read the context, or the same loaded again.
+            model: the model that read the context, or the same one loaded again.
 
         Raises:
-            InvalidInputError: another model.
-            UnsupportedModelError: it is in a state in which it looks at no cache: training mode with gradient
-                checkpointing.
+            InvalidInputError: another model read the context.
+            UnsupportedModelError: the model ignores its cache: training mode with gradient checkpointing.
 
         Example:
             >>> # with context.opened(model) as cache:
@@ -132,24 +132,19 @@ class CachedContext:
                 f"this context was read by another model: {reason}; read it again with this one"
             )
         check_keeps(model)
-        modules = attention_modules(model)
-        before = [vars(module).get(MASKS) for module in modules]
-        try:
-            for module in modules:
-                _set_masks(module, self.masks.get(int(module.layer_idx)))  # type: ignore[arg-type]
+        with hiding(model, self.masks):
             yield self.branch()
-        finally:
-            for module, masks in zip(modules, before, strict=True):
-                _set_masks(module, masks)
 
     def save(self, path: str | os.PathLike[str]) -> int:
-        """Write it to one safetensors file, which holds the prompt: mode 0600, complete or not there at all.
+        """Write the context to one safetensors file, which contains the prompt.
+
+        The file has mode 0600, and it is complete or not there at all.
 
         Args:
-            path: an older file of this name is replaced.
+            path: the file; an older one of this name is replaced.
 
         Returns:
-            Bytes written.
+            The number of bytes written.
 
         Raises:
             CacheFileError: the file system refuses.
@@ -160,7 +155,10 @@ class CachedContext:
                 f"{self.description} acts during decoding, which a file cannot: read under the presses of "
                 "the prefill only, and give the others when asking"
             )
-        return save_context(self, path)
+        saved = SavedContext(
+            self.cache, self.tokens_seen, self.token_ids, self.after, self.description, self.masks
+        )
+        return save_context(saved, self.model, path)
 
     @classmethod
     def load(
@@ -172,17 +170,18 @@ class CachedContext:
     ) -> "CachedContext":
         """Map a saved context into memory.
 
-        On the CPU, pages are read from the file when attention gets to them; for a model on another device
-        they are moved there. Do not change the file in place meanwhile; replacing or deleting it is safe.
+        On the CPU, pages are read from the file when attention first uses them. For a model on another device
+        they are moved there now. Do not change the file in place meanwhile; it may be replaced or deleted.
 
         Args:
-            path: what `save` or `quantpress pack` wrote.
+            path: a file that `save` or `quantpress pack` wrote.
             model: the model that read the context.
-            press: refuse a context that was packed in another way than by this press (widths, seed, ...).
-            verify: compare every tensor with its SHA-256, which reads the file through once.
+            press: refuse a context that this press would have packed differently (widths, seed, ...).
+            verify: compare every tensor with its SHA-256, which reads the whole file once.
 
         Raises:
-            CacheFileError: damaged, cut short, of another version, model, rotation or press; with the reason.
+            CacheFileError: the file is damaged or cut short, or was made by another version, model, rotation
+                or press; the message says which.
             UnsupportedModelError: a weight of the model was never loaded.
         """
         known = model_fingerprint(model)
@@ -199,10 +198,3 @@ class CachedContext:
         if press is not None:
             check_packed_by(press, model, context.cache, str(path))
         return context
-
-
-def _set_masks(module: Any, masks: Any) -> None:
-    if masks is None:
-        vars(module).pop(MASKS, None)
-    else:
-        setattr(module, MASKS, masks)

@@ -1,8 +1,8 @@
-"""A `CachedContext` on disk: one file with the cache, the prompt's ids, the model's fingerprint."""
+"""A `CachedContext` on disk: one file with the cache, the prompt's ids and the model's fingerprint."""
 
 import os
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from kvpress import BasePress
@@ -15,47 +15,39 @@ from quantpress.cache.saved.layers import cache_of, cache_parts
 from quantpress.cache.settings import LayerSettings
 from quantpress.codecs.parts import Parts
 from quantpress.errors import CacheFileError, InvalidInputError, QuantPressError
+from quantpress.pipelines.attention_masks import HiddenSlots
 from quantpress.presses.models.support import attention_modules, full_attention_modules
 from quantpress.presses.traits import members
 from quantpress.presses.turboquant import TurboQuant
-
-if TYPE_CHECKING:
-    from quantpress.pipelines.contexts.cached_context import CachedContext
-
-Masks = dict[int, tuple[torch.Tensor, ...]]
 
 _INDICES = ("batch", "head", "slot")
 
 
 @dataclass(frozen=True)
 class SavedContext:
-    """What a file holds; the arguments of `CachedContext` of the same names.
-
-    Args:
-        press: in words.
-    """
+    """What a file holds, as the arguments of `CachedContext` of the same names; `press` is in words."""
 
     cache: Cache
     tokens_seen: int
     token_ids: torch.Tensor
     after: str
     press: str
-    masks: Masks
+    masks: HiddenSlots
 
 
-def save_context(context: "CachedContext", path: str | os.PathLike[str]) -> int:
-    """Write a context; see `CachedContext.save`."""
+def save_context(context: SavedContext, model: dict[str, Any], path: str | os.PathLike[str]) -> int:
+    """Write a context that the model with this fingerprint has read; see `CachedContext.save`."""
     masks = {
         str(layer): Parts("masks", tensors=dict(zip(_INDICES, indices, strict=True)))
         for layer, indices in context.masks.items()
     }
     whole = Parts(
         "context",
-        {"tokens_seen": context.tokens_seen, "after": context.after, "press": context.description},
+        {"tokens_seen": context.tokens_seen, "after": context.after, "press": context.press},
         {"token_ids": context.token_ids},
         {"cache": cache_parts(context.cache), "masks": Parts("all_masks", inner=masks)},
     )
-    return write_file(path, {"model": context.model, "context": whole.outline()}, whole.flat())
+    return write_file(path, {"model": model, "context": whole.outline()}, whole.flat())
 
 
 def load_context(
@@ -65,9 +57,12 @@ def load_context(
 
     Args:
         path: the file.
-        model: says on which device each layer belongs.
+        model: the model; each layer is moved to the device of its attention module.
         known: the model's fingerprint.
         verify: as for `read_file`.
+
+    Raises:
+        CacheFileError: another model has read the context, or the file is not usable; the message says why.
     """
     about, tensors = read_file(path, verify)
     reason = difference(about.get("model") or {}, known)
@@ -77,22 +72,22 @@ def load_context(
         whole = Parts.from_outline(about.get("context"), tensors)
         masks = whole.inner["masks"].inner
         return SavedContext(
-            cache_of(_placed(whole.inner["cache"], model)),
+            cache_of(_on_devices(whole.inner["cache"], model)),
             int(whole.about["tokens_seen"]),
             whole.tensors["token_ids"],
             str(whole.about["after"]),
             str(whole.about["press"]),
-            {int(layer): _placed_masks(part, int(layer), model) for layer, part in masks.items()},
+            {int(layer): _slots_on_device(part, int(layer), model) for layer, part in masks.items()},
         )
     except (QuantPressError, AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
         raise CacheFileError(f"{path} cannot be used: {error}") from error
 
 
 def check_packed_by(press: BasePress, model: PreTrainedModel, cache: Cache, path: str) -> None:
-    """Refuse a cache whose codecs or settings are not those that a press uses; windows may be larger.
+    """Refuse a cache whose codecs or settings are not those of a press; its windows may be larger.
 
     Raises:
-        CacheFileError: names the settings that differ.
+        CacheFileError: codecs or settings differ; the message names them.
     """
     quantizer = next((one for one in members(press) if isinstance(one, TurboQuant)), None)
     for module in full_attention_modules(model):
@@ -114,7 +109,7 @@ def check_packed_by(press: BasePress, model: PreTrainedModel, cache: Cache, path
 
 
 def _plain(settings: LayerSettings | None) -> LayerSettings | None:
-    """Scales of "auto" as the float16 that they are in nearly every layer: files know each plane's dtype."""
+    """With scales of "auto" as float16, which they nearly always are: files know the dtype of each tensor."""
     return None if settings is None else settings.in_one_dtype
 
 
@@ -135,15 +130,15 @@ def _fields(settings: LayerSettings | None) -> dict[str, Any]:
 
 
 def _devices(model: PreTrainedModel) -> list[torch.device]:
-    """Where each attention module computes."""
+    """The device of each attention module."""
     return [
         next((weight.device for weight in module.parameters()), model.device)
         for module in attention_modules(model)
     ]
 
 
-def _placed(parts: Parts, model: PreTrainedModel) -> Parts:
-    """Layer by layer where the model wants it; what is on the CPU stays mapped."""
+def _on_devices(parts: Parts, model: PreTrainedModel) -> Parts:
+    """Each layer on the device of its attention module; what stays on the CPU stays mapped."""
     devices = _devices(model)
     if len(parts.inner) != len(devices):
         raise InvalidInputError(f"it has {len(parts.inner)} layers, the model has {len(devices)}")
@@ -151,7 +146,7 @@ def _placed(parts: Parts, model: PreTrainedModel) -> Parts:
     return Parts(parts.kind, parts.about, parts.tensors, layers)
 
 
-def _placed_masks(part: Parts, layer: int, model: PreTrainedModel) -> tuple[torch.Tensor, ...]:
+def _slots_on_device(part: Parts, layer: int, model: PreTrainedModel) -> tuple[torch.Tensor, ...]:
     moved = _moved(part, _devices(model)[layer])
     return tuple(moved.tensors[name] for name in _INDICES)
 

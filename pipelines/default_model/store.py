@@ -1,7 +1,7 @@
-"""The default model's folder in the user's cache: found, checked, and built when it is missing or damaged.
+"""The default model's folder in the user's cache: found, checked, and built if it is missing or damaged.
 
-A folder counts only with a manifest that fits its files. A new one is built beside its place, under a lock,
-and renamed into it, so that no process ever sees half a model.
+A folder is valid only with a manifest that matches its files. A new one is built beside the final path, under
+a lock, and then renamed, so that no process ever sees half a model.
 """
 
 import hashlib
@@ -20,7 +20,7 @@ from quantpress.pipelines.default_model.fetch import GGUF_SHA256, OWN_MODEL, WHE
 
 DEFAULT_MODEL_NAME = "SmolLM2-135M-Instruct"
 MANIFEST = "manifest.json"
-FORMAT = 1  # raise it when the conversion changes: folders of an older format are built anew
+FORMAT = 1  # raise it if the conversion changes: folders of an older format are then built anew
 CHUNK_BYTES = 1 << 20
 
 
@@ -29,13 +29,13 @@ def ensure_default_model(cache_dir: str | os.PathLike[str] | None = None, progre
 
     Args:
         cache_dir: folder to keep the model's folder in; None means `cache_folder()`.
-        progress: show bars while it is fetched and converted (on a terminal only).
+        progress: show bars on a terminal while it is fetched and converted.
 
     Returns:
-        A folder that `from_pretrained` of transformers' models and tokenizers loads: tied bf16 safetensors.
+        A folder that `from_pretrained` of transformers' models and tokenizers loads, tied bf16 safetensors.
 
     Raises:
-        ModelFilesError: it cannot be fetched, converted or written; the message names the remedy.
+        ModelFilesError: the model cannot be fetched, converted or written; the message names the remedy.
     """
     root = Path(cache_dir).expanduser() if cache_dir is not None else cache_folder()
     folder = root / DEFAULT_MODEL_NAME
@@ -55,9 +55,9 @@ def ensure_default_model(cache_dir: str | os.PathLike[str] | None = None, progre
 
 
 def cache_folder() -> Path:
-    """Where quantpress keeps files between runs.
+    """The folder in which quantpress keeps files between runs.
 
-    `QUANTPRESS_CACHE`, else `quantpress` in `XDG_CACHE_HOME`, else in the system's own place for caches
+    `QUANTPRESS_CACHE`, else `quantpress` in `XDG_CACHE_HOME`, else in the system's folder for caches
     (`~/.cache`, on macOS `~/Library/Caches`, on Windows `%LOCALAPPDATA%`).
     """
     if own := os.environ.get("QUANTPRESS_CACHE"):
@@ -72,9 +72,9 @@ def cache_folder() -> Path:
 
 
 def is_complete(folder: Path) -> bool:
-    """Whether every file of `folder` is as its manifest says.
+    """Whether every file of `folder` matches its manifest.
 
-    Sizes are compared each time, contents (sha256) only where a file's modification time has changed.
+    Sizes are compared each time, contents (sha256) only if a file's modification time has changed.
     """
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
@@ -92,11 +92,11 @@ def _is_unchanged(file: Path, entry: dict[str, Any]) -> bool:
 
 
 def _build(folder: Path, progress: bool) -> None:
-    """Fetch and convert beside `folder`, then put the result in its place. The caller holds the lock."""
+    """Fetch and convert beside `folder`, then rename the result. The caller holds the lock."""
     from quantpress.pipelines.default_model.convert import convert  # needs gguf, only here
 
     prefix = f".{DEFAULT_MODEL_NAME}-"
-    for leftover in folder.parent.glob(f"{prefix}*"):  # of a process that was killed
+    for leftover in folder.parent.glob(f"{prefix}*"):  # left by a process that was killed
         shutil.rmtree(leftover, ignore_errors=True)
     with tempfile.TemporaryDirectory(prefix=prefix, dir=folder.parent, ignore_cleanup_errors=True) as scratch:
         model = Path(scratch) / "model"

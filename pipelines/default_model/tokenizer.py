@@ -1,22 +1,34 @@
-"""Rebuild the tokenizer from a GGUF file's metadata, as the model was trained with it.
+"""Rebuild the tokenizer that the model was trained with from the metadata of its GGUF file.
 
-Byte-level BPE with single digits (the GGUF calls this form "smollm"). transformers' own GGUF path takes it
-for a Llama tokenizer: it prepends `<|im_start|>`, ends on another token and adds five that the model has no
-embeddings for.
+It is byte-level BPE with single digits (the GGUF calls this form "smollm"). transformers' own GGUF path takes
+it for a Llama tokenizer: it prepends `<|im_start|>`, ends on another token, and adds five tokens that the
+model has no embeddings for.
 """
 
 import json
 from pathlib import Path
+from typing import Any
 
 from gguf import GGUFReader
 from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers  # type: ignore[import-untyped]
 from tokenizers.models import BPE  # type: ignore[import-untyped]
 
 from quantpress.errors import ModelFilesError
-from quantpress.pipelines.default_model.metadata import value
 
 CONTROL_TOKEN = 3  # gguf.TokenType.CONTROL
 CHAT_MARKS = ["<|im_start|>", "<|im_end|>"]
+
+
+def metadata(reader: GGUFReader, key: str) -> Any:
+    """The value of a key in the file's metadata: a number, a string or a list of them.
+
+    Raises:
+        ModelFilesError: the file has no such key.
+    """
+    field = reader.get_field(key)
+    if field is None:
+        raise ModelFilesError(f"the GGUF file's metadata has no {key!r}: it is not the expected model.")
+    return field.contents()
 
 
 def write_tokenizer(reader: GGUFReader, folder: Path) -> None:
@@ -27,14 +39,14 @@ def write_tokenizer(reader: GGUFReader, folder: Path) -> None:
         folder: an existing folder.
 
     Raises:
-        ModelFilesError: the file's tokenizer is of another kind.
+        ModelFilesError: the file has a tokenizer of another form.
     """
-    form = (value(reader, "tokenizer.ggml.model"), value(reader, "tokenizer.ggml.pre"))
+    form = (metadata(reader, "tokenizer.ggml.model"), metadata(reader, "tokenizer.ggml.pre"))
     if form != ("gpt2", "smollm"):
         raise ModelFilesError(f"the GGUF file's tokenizer is {form}; only ('gpt2', 'smollm') can be rebuilt.")
-    tokens: list[str] = value(reader, "tokenizer.ggml.tokens")
-    kinds: list[int] = value(reader, "tokenizer.ggml.token_type")
-    merges = [tuple(merge.split(" ")) for merge in value(reader, "tokenizer.ggml.merges")]
+    tokens: list[str] = metadata(reader, "tokenizer.ggml.tokens")
+    kinds: list[int] = metadata(reader, "tokenizer.ggml.token_type")
+    merges = [tuple(merge.split(" ")) for merge in metadata(reader, "tokenizer.ggml.merges")]
     tokenizer = Tokenizer(BPE(vocab={token: index for index, token in enumerate(tokens)}, merges=merges))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
@@ -46,14 +58,14 @@ def write_tokenizer(reader: GGUFReader, folder: Path) -> None:
     special = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "model_max_length": value(reader, "llama.context_length"),
+        "model_max_length": metadata(reader, "llama.context_length"),
         "clean_up_tokenization_spaces": False,
         "add_prefix_space": False,
         "add_bos_token": False,
         "add_eos_token": False,
-        **{key: tokens[value(reader, f"tokenizer.ggml.{name}_token_id")] for key, name in special.items()},
+        **{key: tokens[metadata(reader, f"tokenizer.ggml.{name}_token_id")] for key, name in special.items()},
         "additional_special_tokens": CHAT_MARKS,
-        "chat_template": value(reader, "tokenizer.chat_template"),
+        "chat_template": metadata(reader, "tokenizer.chat_template"),
     }
     text = json.dumps(config, indent=2, ensure_ascii=False)
     (folder / "tokenizer_config.json").write_text(text + "\n", encoding="utf-8")

@@ -6,10 +6,10 @@ from typing import Any
 from torch import nn
 
 from quantpress.errors import InvalidInputError, NotAppliedError, UnsupportedModelError
+from quantpress.pipelines.method_replacement import MethodReplacement
 from quantpress.pipelines.patching.attention_functions import SDPA, TRIP, functions_taken_over
 from quantpress.pipelines.patching.attention_record import AttentionRecord
 from quantpress.pipelines.patching.round_trip import RoundTrip
-from quantpress.pipelines.replaced import Replaced
 from quantpress.presses.models.lock import model_lock
 
 _STATE = "_quantpress_attention_patch"
@@ -76,10 +76,10 @@ class AttentionPatch:
 
     def __init__(self, model: nn.Module, trip: RoundTrip, enabled: bool = True) -> None:
         self.model, self.trip = model, trip
-        self._forward: Replaced | None = None
+        self._forward: MethodReplacement | None = None
         if enabled:
             vars(model)[_STATE] = self
-            self._forward = Replaced(model, "forward", self._run)
+            self._forward = MethodReplacement(model, "forward", self._run)
 
     @property
     def record(self) -> AttentionRecord:

@@ -1,1 +1,1 @@
-"""How a context is read: prefill in chunks, progress, memory given back."""
+"""How a context is read: one forward in chunks, with a progress bar."""

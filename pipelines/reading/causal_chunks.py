@@ -1,12 +1,12 @@
-"""Causal attention of a chunk of queries that stands behind earlier keys, without a mask tensor.
+"""Causal attention of a chunk of queries that follows earlier keys, without a mask tensor.
 
-torch's `is_causal` lines queries and keys up at their first tokens, which is wrong for a chunk that is not
-the first. Such a chunk attends twice, to the keys before it without a mask and to its own with `is_causal`,
-and the two results are weighed by their sums of exponentials:
+torch's `is_causal` aligns queries and keys at their first tokens, which is wrong for any chunk but the first.
+Such a chunk attends twice: to the keys before it without a mask, and to its own with `is_causal`. The two
+results are weighted by their sums of exponentials:
 
     softmax over both = s * before + (1 - s) * own,   s = sigmoid(lse_before - lse_own)
 
-so that whichever kernel torch would take for the whole is also the one for the chunks.
+So the kernel that torch would choose for the whole is also the one for the chunks.
 """
 
 from collections.abc import Callable, Iterator
@@ -25,12 +25,12 @@ Attended = tuple[torch.Tensor, torch.Tensor]
 
 @dataclass(frozen=True)
 class Kernel:
-    """A kernel of torch's that gives sums of exponentials besides attention.
+    """A kernel of torch that returns sums of exponentials besides attention.
 
     Args:
-        attend: a function of query, key, value, whether to be causal, and scale, that returns attention [B,
-            Hq, T, Dv] and the logarithm of the sum of exponentials [B, Hq, T, 1] float32.
-        prepares: whether each new number of keys costs a preparation (cuDNN: 0.07 s on an H100's host).
+        attend: takes query, key, value, whether to be causal, and scale. Returns attention [B, Hq, T, Dv] and
+            the logarithm of the sum of exponentials [B, Hq, T, 1] float32.
+        prepares: whether each new number of keys needs a preparation (cuDNN: 0.07 s on an H100's host).
     """
 
     attend: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, bool, float | None], Attended]
@@ -38,17 +38,17 @@ class Kernel:
 
 
 class NotInChunksError(Exception):
-    """This attention cannot be computed over chunks of queries; never reaches the user."""
+    """This attention cannot be computed over chunks of queries. Callers catch it."""
 
 
 class CausalChunks(TorchFunctionMode):
-    """While inside, queries of causal `scaled_dot_product_attention` are the last of the keys' tokens.
+    """While inside, causal `scaled_dot_product_attention` aligns queries with the last keys.
 
-    Enter it for each chunk of one attention module, the first one first. Calls with a mask, and of a single
-    query, are left as they are.
+    Enter it for each chunk of one attention module, in order. Other calls (with a mask, or of a
+    single query) are left as they are.
 
     Attributes:
-        seen: whether there was any call of `scaled_dot_product_attention`.
+        seen: whether `scaled_dot_product_attention` was called.
     """
 
     def __init__(self) -> None:
@@ -83,10 +83,10 @@ class CausalChunks(TorchFunctionMode):
             self._chunk = query.shape[2]
         if self._kernel is None:
             raise NotInChunksError
-        return attend_behind(self._kernel, query, key, value, scale, self._chunk)
+        return attend_last_tokens(self._kernel, query, key, value, scale, self._chunk)
 
 
-def attend_behind(
+def attend_last_tokens(
     kernel: Kernel,
     query: torch.Tensor,
     key: torch.Tensor,
@@ -97,12 +97,12 @@ def attend_behind(
     """Causal attention of the last tokens.
 
     Args:
-        kernel: of `kernel_of`.
-        query: [B, Hq, t, D], of the last t tokens.
+        kernel: from `kernel_of`.
+        query: [B, Hq, t, D], the last t tokens.
         key: [B, Hkv, T, D], T at least t.
         value: [B, Hkv, T, Dv].
-        scale: of the scores; None for 1/sqrt(D).
-        chunk: queries of every chunk but the last.
+        scale: the factor of the scores; None for 1/sqrt(D).
+        chunk: the number of queries in every chunk but the last.
 
     Returns:
         [B, Hq, t, Dv] in the dtype of the query.
@@ -117,27 +117,27 @@ def attend_behind(
 
 
 def earlier_keys(start: int, chunk: int) -> Iterator[tuple[int, int]]:
-    """Cut the keys before a chunk of queries into blocks of few different lengths, the last ones first.
+    """Cut the keys before a chunk of queries into ranges of few different lengths, the last range first.
 
-    Lengths are `chunk` times powers of two: log2(T / chunk) of them in a text of T tokens. The longest block
-    comes last, and with it the rounding of most of the output.
+    Lengths are `chunk` times powers of two, so a text of T tokens has log2(T / chunk) of them. The longest
+    range comes last, so most of the output is rounded once.
 
     Args:
-        start: number of these keys, a multiple of `chunk`.
-        chunk: queries in a chunk.
+        start: the number of these keys, a multiple of `chunk`.
+        chunk: the number of queries in a chunk.
 
     Yields:
-        The first key of a block, and the one behind its last.
+        The first key of a range, and the one after its last.
     """
     chunks = start // chunk
     while chunks:
-        rest = chunks & (chunks - 1)  # without the lowest power of two
+        rest = chunks & (chunks - 1)  # clears the lowest bit
         yield rest * chunk, chunks * chunk
         chunks = rest
 
 
 def kernel_of(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> Kernel | None:
-    """The kernel that torch takes for causal attention of these, if it also gives sums of exponentials.
+    """The kernel that torch chooses for causal attention of these, if it also returns sums of exponentials.
 
     Args:
         query: [B, Hq, T, D].
@@ -145,7 +145,7 @@ def kernel_of(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> Ke
         value: [B, Hkv, T, Dv].
 
     Returns:
-        The kernel, or None where there is none.
+        The kernel, or None if it does not.
     """
     heads = query.shape[1] != key.shape[1]
     choice = torch._fused_sdp_choice(query, key, value, None, 0.0, True, enable_gqa=heads)

@@ -2,12 +2,12 @@
 
 Presses need to see the whole prefill at once, but little of a decoder layer does: its feed-forward, norms
 and sums treat each position by itself (`layer_chunks.py`), and a query needs no other query
-(`query_chunks.py`). Run over chunks of the sequence, their tensors take O(chunk) instead of O(T), and the
-result is the same forward up to rounding: nothing is left out and every press still sees every token.
+(`query_chunks.py`). Run over chunks of the sequence, their tensors take O(chunk) instead of O(T) memory. The
+result is the same up to rounding, and every press still sees every token.
 
-What stays O(T): hidden states (input, normed input and output of the one layer at work, T x hidden each) and
-its keys and values, which a quantizing press packs and frees before the next layer starts. Attention is in
-chunks with the "sdpa" implementation only; "eager" has its T x T scores too.
+These stay O(T): the hidden states of the layer at work (its input, normed input and output, T x hidden each),
+and its keys and values, which a quantizing press packs and frees before the next layer starts. Only the
+"sdpa" implementation of attention runs in chunks; "eager" also has its T x T scores.
 """
 
 import warnings
@@ -21,25 +21,30 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from quantpress.errors import InvalidInputError
-from quantpress.pipelines.reading.layer_chunks import attention_name, layer_in_chunks
-from quantpress.pipelines.reading.position_wise import FEED_FORWARDS, in_chunks, is_norm
+from quantpress.pipelines.reading.layer_chunks import (
+    FEED_FORWARDS,
+    attention_name,
+    in_chunks,
+    is_norm,
+    layer_in_chunks,
+)
 from quantpress.pipelines.reading.query_chunks import attention_in_chunks
 from quantpress.presses.models.lock import model_lock
 from quantpress.presses.models.support import attention_modules, decoder_of
 
 DEFAULT_CHUNK_TOKENS = 2048
-QUERY_CHUNKS = 4  # queries are cut coarser: kernels of attention are best at 8192 and more
-Cut = Callable[[Callable[..., Any], int], Callable[..., Any]]  # from a whole forward to one in chunks
+QUERY_CHUNKS = 4  # a chunk of queries is so many times longer: attention kernels are best at 8192 and more
+Cut = Callable[[Callable[..., Any], int], Callable[..., Any]]  # makes a forward in chunks from a whole one
 
 
 def backbone(model: PreTrainedModel) -> nn.Module:
-    """The model without its language-modelling head, as kvpress takes it."""
+    """The model without its language-modelling head, as kvpress finds it."""
     inner = getattr(model, "model", None)
     return inner if isinstance(inner, nn.Module) else model.base_model
 
 
 def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
-    """The decoder layers in order; empty when the text decoder does not call them `layers`."""
+    """The decoder layers in order; empty if the text decoder does not call them `layers`."""
     return list(getattr(decoder_of(model), "layers", ()))
 
 
@@ -47,15 +52,15 @@ def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
 def chunked_prefill(model: PreTrainedModel, chunk_tokens: int = DEFAULT_CHUNK_TOKENS) -> Iterator[None]:
     """While inside, every decoder layer runs over chunks of the sequence.
 
-    Longer sequences are cut, shorter ones (decoding) run as always. The model is as it was on exit, also
-    after an exception. Hooks on attention modules and layers run once, around the whole. Attention runs
-    whole with gradients, behind tokens that the cache holds already, in caches other than `DynamicCache`,
-    and with attention implementations other than "sdpa". A model whose layers are not understood runs
-    whole, and one warning says so. Other threads wait meanwhile with what they would put on the model.
+    Sequences of at most one chunk (decoding) run as always. The model is as it was on exit, also after an
+    exception. Hooks on attention modules and layers run once, around the whole. Attention runs whole if
+    gradients are recorded, if the cache holds tokens already or is not a `DynamicCache`, and with attention
+    implementations other than "sdpa". A model whose layers have no known form runs whole, with one warning.
+    Other threads wait with what they would put on the model.
 
     Args:
         model: a decoder-only model.
-        chunk_tokens: tokens in a chunk, at least 1; of queries in attention four times as many.
+        chunk_tokens: tokens in a chunk, at least 1; a chunk of queries in attention has four times as many.
 
     Raises:
         InvalidInputError: chunk_tokens is below 1.
@@ -88,7 +93,7 @@ def chunked_prefill(model: PreTrainedModel, chunk_tokens: int = DEFAULT_CHUNK_TO
 
 
 def position_wise_modules(model: PreTrainedModel) -> list[nn.Module]:
-    """Feed-forward blocks of the text decoder, norms beside them, its last one; empty if none is known."""
+    """Feed-forward blocks of the text decoder, norms beside them, and the last norm; empty if unknown."""
     decoder, found = decoder_of(model), []
     for layer in decoder.modules():
         children = dict(layer.named_children())
@@ -99,7 +104,7 @@ def position_wise_modules(model: PreTrainedModel) -> list[nn.Module]:
 
 @contextmanager
 def _other_forward(module: nn.Module, cut: Cut, chunk_tokens: int) -> Iterator[None]:
-    """Hooks of the module still run once, around the whole: only what they surround is cut."""
+    """Replace a module's forward. Its hooks still run once, around all chunks."""
     own = "forward" in vars(module)  # accelerate puts one there
     whole = module.forward
     module.forward = cut(whole, chunk_tokens)
@@ -116,7 +121,7 @@ def _module_in_chunks(owner: nn.Module, forward: Callable[..., Any], chunk_token
     def chunked(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         if hidden_states.dim() != 3 or hidden_states.shape[1] <= chunk_tokens:  # [B, T, H]
             return forward(hidden_states, *args, **kwargs)
-        if args or kwargs:  # they might go by position too: a residual, a mask, a routing
+        if args or kwargs:  # a residual, a mask or a routing might need cutting too
             _warn_whole(f"{type(owner).__name__} takes more than hidden states")
             return forward(hidden_states, *args, **kwargs)
         return in_chunks(

@@ -1,7 +1,7 @@
-"""The memory of a context's embeddings, given back once the first decoder layer has read them.
+"""The memory of a context's embeddings, freed once the first decoder layer has read them.
 
-A model's forward has them in a variable until its end, though nothing reads them any more: as much as the
-hidden states of every layer after.
+A model's forward keeps them in a variable until its end, though nothing reads them any more. They take as
+much memory as the hidden states of a layer.
 """
 
 import weakref
@@ -20,7 +20,7 @@ class Watcher:
     """A forward hook that keeps nothing of what it sees.
 
     Args:
-        call: without arguments, once a forward.
+        call: called without arguments, once a forward.
     """
 
     def __init__(self, call: Callable[[], Any]) -> None:
@@ -32,14 +32,14 @@ class Watcher:
 
 @contextmanager
 def freed_embeddings(model: PreTrainedModel, layers: list[nn.Module]) -> Iterator[None]:
-    """While inside, embeddings that a forward makes are NaN and take no memory behind the first layer.
+    """While inside, the embeddings that a forward makes become NaN and take no memory after the first layer.
 
-    Only for forwards that are given input ids. Nothing is freed where hooks might have kept the embeddings,
-    where the first layer gets anything else than they, and with gradients.
+    This works for forwards that are given input ids. Nothing is freed if hooks may have kept the embeddings,
+    if the first layer is given anything else, or if gradients are recorded.
 
     Args:
         model: decoder-only.
-        layers: its decoder layers.
+        layers: the decoder layers of the model.
     """
     embedding = _input_embedding(model)
     if embedding is None or not layers:

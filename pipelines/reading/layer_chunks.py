@@ -1,24 +1,88 @@
-"""A decoder layer over chunks of tokens: all but its attention goes by position.
+"""A decoder layer over chunks of tokens: everything in it but its attention is position-wise.
 
 The layer's own forward runs up to its attention, which sees all tokens, and stops there. Then it runs over
-each chunk of tokens with the output of attention in its place. So of norms, residual sums and the
-feed-forward nothing but the layer's output exists for all tokens.
+each chunk of tokens, with that chunk of the attention output in place of attention. So norms, residual sums
+and the feed-forward never exist for all tokens at once; only the layer's output does.
 """
 
-from collections.abc import Callable
+import copy
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import nn
 
-from quantpress.pipelines.reading.position_wise import in_chunks, is_by_position
-from quantpress.pipelines.reading.query_chunks import TOKEN_DIMENSIONS
+from quantpress.errors import InvalidInputError
 
-_FOR_ATTENTION = {"attention_mask", *TOKEN_DIMENSIONS}  # what the rest of a layer passes on without a look
+FEED_FORWARDS = ("mlp", "feed_forward", "ffn", "block_sparse_moe", "moe", "shared_mlp", "shared_expert")
+"""Names of feed-forward blocks in transformers' decoder layers: position-wise, [B, T, H] to [B, T, H]."""
+
+TOKEN_DIMENSIONS = {"position_embeddings": -2, "position_ids": -1, "cache_position": 0}
+"""Arguments of decoder layers with one entry a token, and the dimension of the tokens."""
+
+_FOR_ATTENTION = {
+    "attention_mask",
+    *TOKEN_DIMENSIONS,
+}  # the rest of a layer passes them on without using them
+
+
+def is_norm(module: nn.Module) -> bool:
+    """Whether a module is a norm over channels, by the name of its class."""
+    return type(module).__name__.endswith("Norm")
+
+
+def is_position_wise(name: str, module: nn.Module) -> bool:
+    """Whether a child of a decoder layer treats each position by itself, as far as names tell."""
+    return name in FEED_FORWARDS or is_norm(module) or isinstance(module, (nn.Dropout, nn.Identity))
+
+
+def in_chunks(part: Callable[[int, int], Any], tokens: int, chunk_tokens: int) -> Any:
+    """Compute a result one chunk of tokens at a time.
+
+    Args:
+        part: takes the first token of a chunk and the one after its last. Returns [B, t, ...], or a tuple
+            that starts with it. The other items of the tuple are the same object for every chunk, or
+            [B, t, ...], or flat [B * t, ...], as a mixture of experts returns its routing scores.
+        tokens: T, the number of tokens.
+        chunk_tokens: tokens of each chunk but the last.
+
+    Returns:
+        What `part(0, tokens)` would return.
+
+    Raises:
+        InvalidInputError: flat results of several sequences cannot be joined.
+    """
+    whole = torch.empty(0, dtype=torch.float32, device="cpu")
+    others: list[Iterable[Any]] = []
+    single = True
+    for start in range(0, tokens, chunk_tokens):
+        end = min(start + chunk_tokens, tokens)
+        found = part(start, end)
+        single = isinstance(found, torch.Tensor)
+        first, *rest = (found,) if single else found
+        if start == 0:
+            whole = first.new_empty(first.shape[0], tokens, *first.shape[2:])
+        whole[:, start:end] = first
+        others.append(rest)
+        del found, first, rest
+    if single:
+        return whole
+    return whole, *(_joined(column, whole.shape[0]) for column in zip(*others, strict=True))
+
+
+def _joined(parts: tuple[Any, ...], batch: int) -> Any:
+    if all(one is parts[0] for one in parts):
+        return parts[0]
+    if isinstance(parts[0], torch.Tensor):
+        flat = parts[0].dim() < 3
+        if flat and batch > 1:
+            raise InvalidInputError(f"flat routing scores of {batch} sequences cannot be joined; read one")
+        return torch.cat(parts, dim=0 if flat else 1)
+    return tuple(_joined(column, batch) for column in zip(*parts, strict=True))
 
 
 def attention_name(layer: nn.Module, attention: set[nn.Module]) -> str | None:
-    """The child of a decoder layer that is attention; None unless all others go by position.
+    """The name of the child that is attention; None unless all other children are position-wise.
 
     Args:
         layer: any module.
@@ -27,7 +91,7 @@ def attention_name(layer: nn.Module, attention: set[nn.Module]) -> str | None:
     children = dict(layer.named_children())
     found = [name for name, child in children.items() if child in attention]
     others = [name for name in children if name not in found]
-    if len(found) != 1 or not all(is_by_position(name, children[name]) for name in others):
+    if len(found) != 1 or not all(is_position_wise(name, children[name]) for name in others):
         return None
     return found[0]
 
@@ -35,16 +99,15 @@ def attention_name(layer: nn.Module, attention: set[nn.Module]) -> str | None:
 def layer_in_chunks(
     layer: nn.Module, attention: str, forward: Callable[..., Any], chunk_tokens: int
 ) -> Callable[..., Any]:
-    """The forward of a decoder layer over chunks of tokens, wherever that gives the same.
+    """The forward of a decoder layer over chunks of tokens, wherever the result is the same.
 
-    That is for more than `chunk_tokens` tokens, without gradients, where nobody has hooks on norms and
-    feed-forwards, and where every tensor among the arguments is known to be meant for attention. Any other
-    call goes to `forward`.
+    This needs more than `chunk_tokens` tokens, no gradients, no hooks on norms and feed-forwards, and no
+    tensor arguments but those known to be meant for attention. Any other call goes to `forward`.
 
     Args:
-        layer: one for which `attention_name` has found a name.
+        layer: a layer in which `attention_name` has found a name.
         attention: that name.
-        forward: takes hidden states [B, T, H], and returns others, alone or first in a tuple.
+        forward: takes hidden states [B, T, H] and returns others, alone or first in a tuple.
         chunk_tokens: tokens at a time.
     """
 
@@ -58,7 +121,7 @@ def layer_in_chunks(
 
 
 class _StoppedError(Exception):
-    """The layer has come to its attention, and this is its output."""
+    """The layer has reached its attention, and this is the output of attention."""
 
     def __init__(self, output: Any) -> None:
         super().__init__()
@@ -66,7 +129,7 @@ class _StoppedError(Exception):
 
 
 class _Attention:
-    """Takes the place of attention: computes it and stops the layer, later gives a part of the output."""
+    """Takes the place of attention: computes it and stops the layer, later returns parts of its output."""
 
     def __init__(self, module: nn.Module) -> None:
         self._module = module
@@ -83,21 +146,19 @@ class _Attention:
 
 def _output(layer: nn.Module, name: str, arguments: dict[str, Any], chunk_tokens: int) -> Any:
     attention = _Attention(getattr(layer, name))
-    shell: Any = object.__new__(
-        type(layer)
-    )  # the same layer but for its attention; other threads see the layer's own
-    shell.__dict__.update(vars(layer), _modules={**layer._modules, name: attention})
-    del shell.__dict__["forward"]
+    other: Any = copy.copy(layer)  # with other attention; threads may be using the layer itself
+    other._modules = {**layer._modules, name: attention}
+    del other.forward  # ours, which calls this function
     hidden_states = arguments["hidden_states"]
     try:
-        return shell.forward(**arguments)  # attention was not asked
+        return other.forward(**arguments)  # attention was not called
     except _StoppedError as stopped:
         attended = stopped.output
 
     def part(start: int, end: int) -> Any:
         alone = isinstance(attended, torch.Tensor)
         attention.part = attended[:, start:end] if alone else (attended[0][:, start:end], *attended[1:])
-        return shell.forward(**arguments | {"hidden_states": hidden_states[:, start:end]})
+        return other.forward(**arguments | {"hidden_states": hidden_states[:, start:end]})
 
     return in_chunks(part, hidden_states.shape[1], chunk_tokens)
 

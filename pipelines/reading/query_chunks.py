@@ -1,9 +1,9 @@
 """An attention module over chunks of queries: the same forward without a tensor of all queries.
 
 Each chunk goes through the module's own forward: projections, norms, rotary embedding, attention to all
-tokens so far, output projection. Keys and values are written into two tensors of full length, which become
-the cache's own at the end. Hooks on the module run once, around the whole: they see all hidden states,
-keys, values and outputs.
+tokens so far, output projection. Keys and values are written into two tensors of full length, which the cache
+takes over at the end. Hooks on the module run once, around the whole: they see all hidden states, keys,
+values and outputs.
 """
 
 from collections.abc import Callable
@@ -16,10 +16,7 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicS
 
 from quantpress.pipelines.patching.attention_functions import TRIP
 from quantpress.pipelines.reading.causal_chunks import CausalChunks, NotInChunksError
-from quantpress.pipelines.reading.position_wise import in_chunks
-
-TOKEN_DIMENSIONS = {"position_embeddings": -2, "position_ids": -1, "cache_position": 0}
-"""Arguments of decoder layers that speak of positions, and the dimension of the tokens."""
+from quantpress.pipelines.reading.layer_chunks import TOKEN_DIMENSIONS, in_chunks
 
 _LAYERS = (DynamicLayer, DynamicSlidingWindowLayer)
 
@@ -27,14 +24,15 @@ _LAYERS = (DynamicLayer, DynamicSlidingWindowLayer)
 def attention_in_chunks(
     module: nn.Module, forward: Callable[..., Any], chunk_tokens: int
 ) -> Callable[..., Any]:
-    """The forward of an attention module over chunks of queries, wherever that gives the same.
+    """The forward of an attention module over chunks of queries, wherever the result is the same.
 
-    That is a prefill of more than `chunk_tokens` tokens into an empty layer of a `DynamicCache`, without
+    This needs a prefill of more than `chunk_tokens` tokens into an empty layer of a `DynamicCache`, without
     gradients, through `scaled_dot_product_attention`. Any other call goes to `forward`.
 
     Args:
-        module: has a `config` and a `layer_idx`.
-        forward: takes hidden states [B, T, H] and a cache, and returns a tuple: first the output [B, T, H].
+        module: an attention module with a `config` and a `layer_idx`.
+        forward: takes hidden states [B, T, H] and a cache, and returns a tuple that starts with the output
+            [B, T, H].
         chunk_tokens: queries at a time.
     """
 
@@ -44,7 +42,7 @@ def attention_in_chunks(
         if prefill is not None:
             try:
                 return _output(forward, prefill, chunk_tokens)
-            except NotInChunksError:  # in the first chunk: the cache is as it was
+            except NotInChunksError:  # raised in the first chunk, before the cache has changed
                 pass
         return forward(*args, **kwargs)
 
@@ -56,10 +54,10 @@ class _Prefill:
     """A call of an attention module that can be cut.
 
     Args:
-        arguments: by name.
-        cache_name: which of them is the cache.
+        arguments: the arguments by name.
+        cache_name: the name of the cache among them.
         layer_idx: the layer of the cache to fill.
-        tokens: T.
+        tokens: T, the number of tokens.
     """
 
     arguments: dict[str, Any]
@@ -73,7 +71,7 @@ class _Prefill:
         return cache
 
     def chunk(self, start: int, end: int, states: "_States") -> dict[str, Any]:
-        """The arguments of some of the tokens."""
+        """The arguments for the tokens from `start` to `end`."""
         parts = {self.cache_name: states, "hidden_states": self.arguments["hidden_states"][:, start:end]}
         for name, dim in TOKEN_DIMENSIONS.items():
             if self.arguments.get(name) is not None:
@@ -87,8 +85,8 @@ class _States:
     """Takes the place of the cache for one layer, and collects its keys and values.
 
     Args:
-        cache: whose other members are as they are.
-        tokens: places to make, T.
+        cache: the cache; every other attribute is its own.
+        tokens: T, the number of tokens to allocate for.
     """
 
     def __init__(self, cache: Cache, tokens: int) -> None:
@@ -103,20 +101,20 @@ class _States:
     def update(
         self, keys: torch.Tensor, values: torch.Tensor, layer_idx: int, kwargs: dict[str, Any] | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys [B, Hkv, t, D] and values [B, Hkv, t, Dv] of the next tokens; returns all so far."""
+        """Add keys [B, Hkv, t, D] and values [B, Hkv, t, Dv] of the next tokens, and return all so far."""
         if not self._filled:
-            self._keys, self._values = (self._room(states) for states in (keys, values))
+            self._keys, self._values = (self._allocated(states) for states in (keys, values))
         end = self._filled + keys.shape[2]
         for whole, part in ((self._keys, keys), (self._values, values)):
             whole[:, :, self._filled : end] = part
         self._filled = end
         return self._keys[:, :, :end], self._values[:, :, :end]
 
-    def _room(self, states: torch.Tensor) -> torch.Tensor:
+    def _allocated(self, states: torch.Tensor) -> torch.Tensor:
         return states.new_empty(*states.shape[:2], self._tokens, states.shape[-1])
 
     def hand_over(self, layer_idx: int) -> None:
-        """Fill the cache's layer."""
+        """Fill a layer of the cache."""
         cache, keys, values = self._cache, self._keys, self._values
         if cache.offloading or _held(cache, layer_idx) is not DynamicLayer:
             cache.update(keys, values, layer_idx)
@@ -162,7 +160,7 @@ def _prefill(module: nn.Module, arguments: dict[str, Any], chunk_tokens: int) ->
 
 
 def _held(cache: Cache, layer_idx: int) -> type | None:
-    """The class of a layer of a cache, which may not be there yet."""
+    """The class of a layer of a cache; of one that is not there yet, the class it will have."""
     if layer_idx < len(cache.layers):
         return type(cache.layers[layer_idx])
     made: type | None = cache.layer_class_to_replicate
@@ -170,7 +168,7 @@ def _held(cache: Cache, layer_idx: int) -> type | None:
 
 
 def _fits(name: str, value: Any, tokens: int) -> bool:
-    """Whether it is known how to cut an argument, or that it need not be cut."""
+    """Whether an argument can be cut into chunks of queries, or needs no cutting."""
     if name == "attention_mask" and isinstance(value, torch.Tensor):
         return value.dim() == 4 and value.shape[2:] == (tokens, tokens)
     if name in TOKEN_DIMENSIONS and isinstance(value, (torch.Tensor, tuple)):

@@ -1,9 +1,12 @@
-"""Reading the context: one forward pass into a cache, under a press."""
+"""Reading the context: one forward pass into a cache, under a press, with a progress bar."""
 
-from contextlib import ExitStack, nullcontext
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 
 import torch
 from kvpress import BasePress
+from tqdm.auto import tqdm
 from transformers import Cache, PreTrainedModel
 
 from quantpress.errors import InvalidInputError
@@ -13,14 +16,16 @@ from quantpress.pipelines.reading.chunked_prefill import (
     chunked_prefill,
     decoder_layers,
 )
-from quantpress.pipelines.reading.embeddings import freed_embeddings
-from quantpress.pipelines.reading.progress import layer_progress
-from quantpress.pipelines.stopwatch import Stopwatch
+from quantpress.pipelines.reading.embeddings import Watcher, freed_embeddings
+from quantpress.pipelines.report import Stopwatch
 from quantpress.presses.base import PressMixin
 from quantpress.presses.guard import named_assertion, named_context
 from quantpress.presses.models.eligibility import HOOKABLE, check
 from quantpress.presses.models.filling import check_filled, check_keeps, count_kept, warn_of_chance
 from quantpress.presses.traits import renumbers_positions
+
+LONG_CONTEXT = 8192  # tokens; the bar appears at once for more
+PATIENCE_S = 3.0  # seconds; the bar appears after this time for fewer
 
 
 def read_context(
@@ -40,8 +45,8 @@ def read_context(
         context_ids: [1, T] int64.
         cache: empty; its layers are filled, shortened and replaced.
         press: None keeps everything.
-        chunk_tokens: as `chunked_prefill`; 0 reads whole, None decides by length (`chunk_length`).
-        progress: as `layer_progress`.
+        chunk_tokens: as for `chunked_prefill`. 0 reads whole, None decides by length (`chunk_length`).
+        progress: as for `layer_progress`.
         watch: adds up "prefill" and "compress".
 
     Returns:
@@ -55,7 +60,7 @@ def read_context(
     held = max((layer.get_seq_length() for layer in cache.layers), default=0)
     if held:
         raise InvalidInputError(f"the cache already holds {held} tokens; give a new one for every context")
-    if press is not None and not isinstance(press, PressMixin):  # ours do both by themselves
+    if press is not None and not isinstance(press, PressMixin):  # our presses do both themselves
         check(model, HOOKABLE)
         count_kept(model, cache)
     warn_of_chance(model)
@@ -98,10 +103,42 @@ def _read(
 
 
 def chunk_length(tokens: int) -> int:
-    """The default: chunks for a context of more than two of them, else 0 (whole)."""
+    """The default number of tokens in a chunk; 0 (whole) for a context of at most two chunks."""
     return DEFAULT_CHUNK_TOKENS if tokens > 2 * DEFAULT_CHUNK_TOKENS else 0
 
 
 def _hook(watch: Stopwatch | None, model: PreTrainedModel, at: str, stack: ExitStack) -> None:
     for handle in watch.hook(model, at) if watch is not None else ():
         stack.callback(handle.remove)
+
+
+@contextmanager
+def layer_progress(model: PreTrainedModel, tokens: int, show: bool | None = None) -> Iterator[None]:
+    """While inside, a bar on stderr counts the decoder layers of one forward.
+
+    Args:
+        model: the model about to read.
+        tokens: how many tokens it will read.
+        show: True or False; None shows a bar in a terminal, for long contexts or slow machines.
+    """
+    layers = decoder_layers(model)
+    if show is False or not layers:
+        yield
+        return
+    at_once = show is True or tokens > LONG_CONTEXT
+    bar = tqdm(
+        total=len(layers),
+        desc=f"reading {tokens:,} tokens",
+        unit="layer",
+        delay=0.0 if at_once else PATIENCE_S,
+        disable=show is None and not sys.stderr.isatty(),
+        leave=False,
+        mininterval=0,  # layers are few
+    )
+    hooks = [layer.register_forward_hook(Watcher(bar.update)) for layer in layers]
+    try:
+        with bar:
+            yield
+    finally:
+        for hook in hooks:
+            hook.remove()

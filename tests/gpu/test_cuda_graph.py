@@ -14,8 +14,9 @@ import torch
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, PreTrainedModel
 
 from quantpress.cache import continue_inputs
-from quantpress.codecs.raw import RawPages
-from quantpress.pipelines.capture.captured import WARM_STEPS, CapturedDecoding, captured_decoding
+from quantpress.codecs.page_codec import RawPages
+from quantpress.pipelines.capture.captured import captured_decoding
+from quantpress.pipelines.capture.captured_steps import WARM_STEPS, CapturedDecoding
 from quantpress.pipelines.enabling.enable import enable
 from quantpress.presses import AdaKV, Compose, PyramidKV, SnapKV, TurboQuant
 from tests.gpu.gpu_state import no_synchronization

@@ -11,7 +11,8 @@ from transformers import DynamicCache, PreTrainedModel
 from quantpress.cache import PackedLayer, continue_inputs
 from quantpress.codecs.scalar import ScalarPages
 from quantpress.kernels.attend import DenseSegment, PackedSegment, PackedSide, Visibility, attend
-from quantpress.pipelines.capture.captured import CapturedDecoding, captured_decoding
+from quantpress.pipelines.capture.captured import captured_decoding
+from quantpress.pipelines.capture.captured_steps import CapturedDecoding
 from quantpress.pipelines.enabling.enable import enable
 from quantpress.presses import AdaKV, Compose, SnapKV, TurboQuant
 from quantpress.quantization.spec import CodecSpec

@@ -11,7 +11,7 @@ from tests.pipelines.words import text
 CONTEXT = text(300)
 QUESTIONS = [text(5, seed=1), text(9, seed=2), text(1, seed=3)]
 SNAP = {"window_size": 16}
-LONG_CONTEXT = text(600)  # enough to fill pages after half of it is evicted
+LONG_CONTEXT = text(600)  # half of it still fills pages
 PRESSES: dict[str, Callable[[], kvpress.BasePress | None]] = {
     "none": lambda: None,
     "snapkv": lambda: kvpress.SnapKVPress(0.5, **SNAP),

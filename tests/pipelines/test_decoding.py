@@ -1,4 +1,4 @@
-"""What generates an answer: greedy decoding by default, and everything else that model.generate offers."""
+"""Answers are decoded greedily by default, and in every other way that model.generate offers."""
 
 import pytest
 import torch
@@ -82,7 +82,9 @@ def test_every_beam_has_the_masks_of_a_head_wise_press():
         pipe(CONTEXT, question=QUESTIONS[0], press=ALL["adakv"](), num_beams=3, max_new_tokens=3)
     finally:
         hook.remove()
-    pipe(CONTEXT, press=ALL["adakv"](), cache=DynamicCache(), max_new_tokens=1)  # leaves the mask of one
+    pipe(
+        CONTEXT, press=ALL["adakv"](), cache=DynamicCache(), max_new_tokens=1
+    )  # leaves the mask of a single beam
     attention = pipe.model.model.layers[1].self_attn
     alone = torch.stack(list(attention.masked_key_indices), dim=1).tolist()
     del attention.masked_key_indices
@@ -97,7 +99,7 @@ def test_every_beam_has_the_masks_of_a_head_wise_press():
 @pytest.mark.parametrize("name", ["none", "snapkv", "evict_and_pack_lossless"])
 @pytest.mark.parametrize("method", ["prompt_lookup", "assistant"])
 def test_assisted_decoding_gives_the_greedy_answer(name, method):
-    context = " ".join([text(40)] * 12)  # repeats itself, so that there is something to look up
+    context = " ".join([text(40)] * 12)  # repeats itself, so prompt lookup finds something
     extra = (
         {"prompt_lookup_num_tokens": 4} if method == "prompt_lookup" else {"assistant_model": _assistant()}
     )

@@ -1,4 +1,4 @@
-"""Finch written as text: the pipeline gives it a delimiter; what it then does is what kvpress's does."""
+"""Finch given as text: the pipeline sets its delimiter, and it then does what kvpress's Finch does."""
 
 import copy
 from typing import Any
@@ -24,14 +24,14 @@ def pipe_of(model: Any) -> TextGenerationPipeline:
 
 
 def test_finch_as_text_answers_as_kvpress_does() -> None:
-    """Every row of the embedding is taken: kvpress's press lets the model grow, ours does not."""
+    """Every row of the embedding is in use: kvpress's press makes the model grow, ours does not."""
     model, grown = tiny_model("llama"), copy.deepcopy(tiny_model("llama"))
     before = model.get_input_embeddings().weight.shape
     answer = pipe_of(model)(DELIMITED, question=QUESTION, press="Finch(0.5)", max_new_tokens=8)["answer"]
     assert model.get_input_embeddings().weight.shape == before
     theirs, tokenizer = kvpress.FinchPress(0.5), copy.deepcopy(word_tokenizer())
     theirs.update_model_and_tokenizer(grown, tokenizer)
-    grown.lm_head.weight.data[-1] = 0  # the new token is not said
+    grown.lm_head.weight.data[-1] = 0  # the model never chooses the new token
     pipe = kvpress.KVPressTextGenerationPipeline(model=grown, tokenizer=tokenizer)
     assert answer == pipe(DELIMITED, question=QUESTION, press=theirs, max_new_tokens=8)["answer"]
 
@@ -59,7 +59,7 @@ def test_finch_before_a_quantizer_and_in_a_context_that_is_kept() -> None:
 )
 def test_a_delimiter_that_is_not_where_it_should_be(context: str, words: str) -> None:
     pipe = pipe_of(tiny_model("llama"))
-    assert pipe(DELIMITED, press="Finch(0.5)")["answer"]  # nothing of this context is used for the next
+    assert pipe(DELIMITED, press="Finch(0.5)")["answer"]  # leaves nothing for the next context
     for press in ("Finch(0.5)", "Finch(0.5) | TurboQuant(4)"):
         with pytest.raises(
             InvalidInputError, match=f"{words}; put it once between the context and the question"

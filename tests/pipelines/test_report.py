@@ -1,4 +1,4 @@
-"""The report: what is stored is summed from storage, what it took is read from the clock."""
+"""The report: memory is summed from storage, time is read from the clock."""
 
 import io
 import json
@@ -11,8 +11,7 @@ from rich.console import Console
 from transformers import DynamicCache
 
 from quantpress.cache import cache_memory
-from quantpress.pipelines.report import Report, format_bytes
-from quantpress.pipelines.stopwatch import Stopwatch
+from quantpress.pipelines.report import Report, Stopwatch, format_bytes
 from quantpress.presses import AdaKV, Compose, Knorm, SnapKV, TurboQuant
 from tests.pipelines.words import ours, text
 from tests.tiny_models import tiny_model
@@ -157,5 +156,5 @@ def test_the_stopwatch_keeps_nested_compressing_apart(monkeypatch):
     with watch.measure("prefill"):  # from 10 to 17
         watch.start()  # from 11 to 15
         watch.stop()
-        watch.stop()  # without a start: nothing
+        watch.stop()  # counts nothing without a start
     assert watch.seconds == {"prefill": 3.0, "compress": 4.0, "decode": 0.0}

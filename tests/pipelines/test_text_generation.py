@@ -1,4 +1,4 @@
-"""The pipeline's answers: those of kvpress, and each as if its question were asked first."""
+"""The pipeline's answers are those of kvpress, and each is given as if its question were asked first."""
 
 import kvpress
 import pytest
@@ -68,14 +68,14 @@ def test_thinking_reaches_the_chat_template():
     assert ours(chat=True)(CONTEXT, **arguments | {"enable_thinking": False}) != expected
 
 
-# One of each way to evict, mask, renumber or pack.
+# One press for each way to evict, mask, renumber or pack.
 WAYS = ["none", "snapkv", "adakv", "key_rerotation", "dms", *(f"while_{name}" for name in DECODING)]
 WAYS += ["pyramidkv", "turboquant", "evict_and_pack", "unequal_and_packed"]
 
 
 @pytest.mark.parametrize("name", WAYS)
 def test_each_question_is_answered_as_if_asked_first(name):
-    """Behind one that is longer, and behind one that is shorter."""
+    """After a longer question, and after a shorter one."""
     make, arguments = ALL[name], {"max_new_tokens": 10}
     asked = [QUESTIONS[1], QUESTIONS[2], QUESTIONS[0]]
     together = ours()(LONG_CONTEXT, questions=asked, press=make(), **arguments)["answers"]
@@ -85,7 +85,7 @@ def test_each_question_is_answered_as_if_asked_first(name):
 
 @pytest.mark.parametrize("name", [*UNEQUAL, "unequal_and_packed"])
 def test_layers_of_different_lengths_answer_a_question_of_several_tokens(name):
-    """One mask for all layers fails in attention. Token by token there is no mask: the same answer."""
+    """One mask for all layers fails in attention. Token by token there is no mask, with the same answer."""
     cache, context, make = DynamicCache(), LONG_CONTEXT, ALL[name]
     arguments = {"question": QUESTIONS[1], "max_new_tokens": 8}
     answer = ours()(context, press=make(), cache=cache, **arguments)["answer"]

@@ -1,4 +1,4 @@
-"""Wrong input is named, and nothing is left behind on the model or in the cache."""
+"""Errors name the wrong input, and leave nothing on the model or in the cache."""
 
 import logging
 

@@ -1,4 +1,4 @@
-"""A tiny tokenizer made on the spot, texts for it, and pipelines of tiny models."""
+"""A tiny tokenizer, texts for it, and pipelines of tiny models."""
 
 from functools import cache
 from pathlib import Path
@@ -21,7 +21,7 @@ TEMPLATE = (
 
 @cache
 def word_tokenizer(chat: bool = False) -> PreTrainedTokenizerFast:
-    """One token a word; with a chat template or without."""
+    """A tokenizer with one token a word, with or without a chat template."""
     vocabulary = {token: index for index, token in enumerate([*SPECIAL, *WORDS])}
     backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.Split(" ", behavior="removed")
@@ -41,17 +41,17 @@ def text(tokens: int, seed: int = 0) -> str:
 
 
 def ours(family: str = "llama", chat: bool = False, **options: object) -> TextGenerationPipeline:
-    """Our pipeline of a tiny model."""
+    """Our pipeline with a tiny model."""
     return TextGenerationPipeline(model=tiny_model(family), tokenizer=word_tokenizer(chat), **options)
 
 
 def theirs(family: str = "llama", chat: bool = False) -> KVPressTextGenerationPipeline:
-    """kvpress's pipeline of the same."""
+    """kvpress's pipeline with the same model."""
     return KVPressTextGenerationPipeline(model=tiny_model(family), tokenizer=word_tokenizer(chat))
 
 
 def model_folder(folder: Path) -> str:
-    """A folder that now has a tiny model and its tokenizer."""
+    """Save a tiny model and its tokenizer to a folder, and return it."""
     tiny_model("llama").save_pretrained(folder)
     word_tokenizer().save_pretrained(folder)
     return str(folder)

@@ -15,7 +15,7 @@ from quantpress.cache.tokens.packed_tokens import PackedTokens
 from quantpress.errors import CompositionError, InvalidInputError
 from quantpress.kernels.attend import DenseSegment
 from quantpress.kernels.layout import unpack_pages
-from quantpress.pipelines.capture.single_token import uncapturable
+from quantpress.pipelines.capture.eligibility import why_not
 from quantpress.pipelines.text_generation import TextGenerationPipeline
 from quantpress.presses import DMS, AdaKV, Compose, Decoding, PrefillDecoding, SnapKV, TurboQuant
 from tests.cache.test_memory import reachable_tensors
@@ -220,9 +220,9 @@ def test_a_graph_would_not_run_the_eviction(family: str) -> None:
     """Also in a model that kvpress does not support, where the hook is wrapped."""
     model = tiny_model(family)
     with Compose([keydiff(), lossless()])(model):
-        assert "forward hook" in str(uncapturable(model))
+        assert "forward hook" in str(why_not(model=model))
     with Compose([lossless()])(model):
-        assert uncapturable(model) is None
+        assert not why_not(model=model)
 
 
 @pytest.mark.parametrize("quantizers", [[], [lossless()]], ids=["alone", "packed"])

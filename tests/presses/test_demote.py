@@ -12,7 +12,7 @@ from transformers import DynamicCache
 from quantpress.cache import PackedLayer, cache_memory
 from quantpress.cache.attention.dispatch import _attend_view
 from quantpress.cache.attention.states import PackedStates
-from quantpress.cache.fixed.cache import unfixable
+from quantpress.cache.fixed.fixable import unfixable
 from quantpress.cache.saved.layers import cache_of, cache_parts
 from quantpress.cache.tokens.demotion import Demotion
 from quantpress.errors import CompositionError, InvalidInputError, UnsupportedBitsError
@@ -187,7 +187,7 @@ def test_in_the_pipeline(way: dict[str, Any]) -> None:
     cache = DynamicCache()
     composed = Compose([Demote(Knorm(0.5)), lossless()])
     assert ours("KnormPress", composed, cache=cache, **way) == ours("KnormPress", None, **way)
-    assert cache.layers[0].tokens.demoted_tokens and unfixable(cache) == "tokens are packed in two widths"
+    assert cache.layers[0].tokens.demoted_tokens and unfixable(cache) == ["tokens are packed in two widths"]
     assert composed.compression_ratio == 0.0
 
 

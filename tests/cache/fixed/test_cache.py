@@ -10,7 +10,8 @@ from transformers.cache_utils import DynamicLayer, StaticLayer
 
 from quantpress.cache import PackedLayer, cache_memory
 from quantpress.cache.attention.step import attend_step
-from quantpress.cache.fixed.cache import FixedCache, unfixable
+from quantpress.cache.fixed.cache import FixedCache
+from quantpress.cache.fixed.fixable import unfixable
 from quantpress.cache.settings import LayerSettings
 from quantpress.errors import InvalidInputError, NonFiniteError
 from quantpress.kernels.attend import Visibility, attend

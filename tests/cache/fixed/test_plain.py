@@ -194,7 +194,7 @@ def test_the_same_memory_after_tokens_were_undone() -> None:
         fixed.enter(new_tokens=50)
         seen.append(fixed.addresses())
         steps(fixed, 40)
-        for layer, kind, state in zip(cache.layers, kinds, before, strict=True):  # `preserved_context`
+        for layer, kind, state in zip(cache.layers, kinds, before, strict=True):  # `context_rollback`
             become(layer, kind, state)
         assert not fixed.entered and fixed.fits(cache)
     assert seen[0] == seen[1] == seen[2]

@@ -1,7 +1,6 @@
-"""`captured_decoding` on the CPU: the same steps without a graph give the same tokens as a growing cache."""
+"""`captured_decoding` on the CPU: steps without a graph give the same tokens as a growing cache."""
 
 import functools
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,7 +10,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, Gemma2Config, GptOs
 from quantpress.cache import continue_inputs
 from quantpress.codecs.raw import RawPages
 from quantpress.errors import InvalidInputError
-from quantpress.pipelines import decoding
+from quantpress.pipelines.capture import eligibility
 from quantpress.pipelines.capture.captured import captured_decoding
 from quantpress.presses import AdaKV, Compose, Demote, PyramidKV, SnapKV, TurboQuant
 from tests.cache.caches import lossless, packed_cache, scalar
@@ -154,7 +153,7 @@ def test_a_short_context_is_fixed_once_it_is_packed() -> None:
 def test_a_step_compiles_as_one_graph(
     family: str, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> None:
-    """torch.compile(fullgraph=True) sees the step whole, once for all caches of a shape."""
+    """torch.compile(fullgraph=True) compiles the whole step, once for all caches of a shape."""
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
     request.addfinalizer(torch._dynamo.reset)
     torch._dynamo.reset()
@@ -182,7 +181,7 @@ PRESSES: dict[str, Any] = {
 
 
 def read(model: PreTrainedModel, press: Any, tokens: int = 660) -> DynamicCache:
-    """Of 660 tokens, 396 stay where 0.4 are evicted: a page is full 8 tokens later."""
+    """With 0.4 evicted, 396 of 660 tokens are kept: the next page is full 8 tokens later."""
     cache = DynamicCache()
     with torch.no_grad(), press(model):
         model.model(input_ids=prompt(tokens), past_key_values=cache)
@@ -206,7 +205,7 @@ def test_after_eviction(press: str) -> None:
 
 
 def test_a_loop_of_ones_own() -> None:
-    """Bare forwards without positions, and a batch of one token at a time."""
+    """Plain forwards over one token, without positions."""
     model, ids = tiny_model("llama"), prompt(CONTEXT_TOKENS + 1)
 
     def run() -> torch.Tensor:
@@ -255,7 +254,7 @@ def test_an_exception_in_a_step_leaves_a_growing_cache(monkeypatch: pytest.Monke
                 model(token, past_key_values=cache)
         assert all(layer.fixed is None for layer in cache.layers)
         lengths = [layer.get_seq_length() for layer in cache.layers]
-        assert lengths == [302, 302, 301]  # as a growing cache: layers that got the token have it
+        assert lengths == [302, 302, 301]  # as in a growing cache: layers before the error have the token
     assert steps.eager_steps == 2
 
 
@@ -300,9 +299,9 @@ def test_wrong_arguments() -> None:
 
 @pytest.mark.parametrize("name", ["evict_and_pack", "unequal_and_packed"])
 def test_several_questions_of_the_pipeline(name: str) -> None:
-    """Every answer is that of a growing cache, and the context is read once and unchanged by each."""
+    """Every answer is that of a growing cache, and leaves the context unchanged."""
     pipe, arguments = ours(), {"questions": QUESTIONS, "press": PACKED[name](), "max_new_tokens": NEW_TOKENS}
-    context = text(999)  # whole or halved, pages are full after fewer tokens than an answer has
+    context = text(999)  # whole or halved, a page becomes full within an answer
     expected = pipe(context, **arguments)
     cache = DynamicCache()
     with captured_decoding(pipe.model, new_tokens=200) as steps:
@@ -316,15 +315,13 @@ def test_several_questions_of_the_pipeline(name: str) -> None:
 
 @pytest.fixture
 def on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Models pass for being on CUDA where the pipeline decides."""
-    rules_out = decoding._rules_out_capture
-    there = SimpleNamespace(device=torch.device("cuda"))
-    monkeypatch.setattr(decoding, "_rules_out_capture", lambda model, *rest: rules_out(there, *rest))
+    """The rule about the device does not apply."""
+    monkeypatch.setitem(eligibility.RULES, "device", ())
 
 
 @pytest.mark.usefixtures("on_cuda")
 def test_the_pipeline_hands_compile_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Once for all questions, on the model's own forward, and what comes out is what runs."""
+    """torch.compile is called once for all questions, with the model's own forward, and its result runs."""
     asked: list[dict[str, Any]] = []
     ran: list[int] = []
 

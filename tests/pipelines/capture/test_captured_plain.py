@@ -1,4 +1,4 @@
-"""`captured_decoding` over layers that nothing packs, on the CPU: the tokens of transformers' own layers."""
+"""`captured_decoding` over layers that nothing packs gives the tokens of transformers' layers."""
 
 import functools
 from contextlib import nullcontext
@@ -11,9 +11,9 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from quantpress.cache import PackedLayer, continue_inputs
 from quantpress.cache.fixed.plain import BufferedLayer
+from quantpress.pipelines.attention_masks import fitted_masks
 from quantpress.pipelines.capture.captured import captured_decoding
-from quantpress.pipelines.masks import fitted_masks
-from quantpress.pipelines.preserve import preserved_context
+from quantpress.pipelines.rollback import context_rollback
 from quantpress.presses import Compose, PyramidKV, SnapKV, TurboQuant
 from tests.tiny_models import prompt, tiny_model
 
@@ -52,7 +52,7 @@ SLIDING, PLAIN = True, False
     ids=lambda value: ("plain_layers", "sliding_layers")[value] if isinstance(value, bool) else str(value),
 )
 def test_tokens_of_transformers_layers(family: str, attention: str, tokens: int, configured: bool) -> None:
-    """Before the window is full, as it fills, and long after; the cache goes on afterwards."""
+    """Before the window is full, as it fills, and long after. The cache can be continued afterwards."""
     model = tiny_model(family, attention)
     cache = DynamicCache(config=model.config) if configured else DynamicCache()
     ids = prompt(tokens, batch=2)
@@ -74,7 +74,7 @@ def test_tokens_of_transformers_layers(family: str, attention: str, tokens: int,
 @pytest.mark.parametrize("configured", [True, False], ids=["sliding_layers", "plain_layers"])
 @pytest.mark.parametrize("family", ["gemma3", "gpt_oss"])
 def test_beside_packed_layers(family: str, configured: bool) -> None:
-    """Layer 0 slides; layer 1 is left unpacked."""
+    """Layer 0 has a sliding window; layer 1 is not packed."""
     model, ids = tiny_model(family, "eager" if family == "gpt_oss" else "sdpa"), prompt(300)
     answers = []
     for captured in (False, True):
@@ -115,7 +115,7 @@ def test_after_an_eviction(press: str) -> None:
 
 
 def test_questions_about_one_context() -> None:
-    """`preserved_context` takes an answer back from layers at fixed addresses."""
+    """`context_rollback` removes an answer from layers at fixed addresses."""
     model, ids = tiny_model("gemma3"), prompt(200)
     cache = DynamicCache(config=model.config)
     with torch.no_grad():
@@ -127,7 +127,7 @@ def test_questions_about_one_context() -> None:
     ]
     with captured_decoding(model, new_tokens=200) as steps:
         for seed in range(2):
-            with preserved_context(cache, model):
+            with context_rollback(cache, model):
                 got = generate(model, torch.cat([ids, prompt(5, seed=seed)], 1), cache)
                 assert any(isinstance(layer, BufferedLayer) for layer in cache.layers)
             assert torch.equal(got, expected[seed])

@@ -1,4 +1,4 @@
-"""Contexts read once: the same answers as reading them each time, here and in another process."""
+"""Contexts read once give the answers of contexts read each time, here and in another process."""
 
 import copy
 import json
@@ -29,7 +29,7 @@ from tests.pipelines.words import ours
 from tests.tiny_models import tiny_model
 
 TOKENS = {"max_new_tokens": 12}
-LONG = {"max_new_tokens": 60}  # fills a new page behind the loaded ones
+LONG = {"max_new_tokens": 60}  # fills a new page after the loaded ones
 
 PRESSES: dict[str, Callable[[], kvpress.BasePress | None]] = {
     "none": lambda: None,
@@ -74,7 +74,7 @@ def test_a_loaded_context_answers_as_the_text_does(name: str, file: Path) -> Non
 
 @pytest.mark.parametrize("family", ["gemma3", "qwen3"])
 def test_other_families(family: str, file: Path) -> None:
-    """Gemma 3 has sliding-window layers beside full ones."""
+    """Gemma 3 has both sliding-window and full layers."""
     pipe = ours(family)
     press = Compose([SnapKV(0.5, **SNAP), TurboQuant(bits=4)])
     expected = pipe(LONG_CONTEXT, questions=QUESTIONS, press=press, **TOKENS)["answers"]
@@ -133,7 +133,7 @@ def test_branches_do_not_see_each_other(file: Path) -> None:
 
 
 def test_generate_of_your_own_over_an_opened_context(file: Path) -> None:
-    """Head-wise masks are on the model inside, and what was there before is back afterwards."""
+    """Head-wise masks are on the model inside; afterwards it has those that it had before."""
     pipe, press = ours(), PRESSES["adakv"]()
     pipe.read(LONG_CONTEXT, press=press).save(file)
     expected = pipe(LONG_CONTEXT, question=QUESTIONS[0], press=press, **TOKENS)["answer"]
@@ -203,7 +203,7 @@ def other_model(change: Callable[[PreTrainedModel], Any]) -> PreTrainedModel:
 
 
 def _one_weight(model: PreTrainedModel) -> None:
-    """A step of training moves every number of a matrix."""
+    """A training step changes every number of a matrix."""
     with torch.no_grad():
         model.model.layers[1].self_attn.k_proj.weight.mul_(1 + 1e-6)
 

@@ -1,4 +1,4 @@
-"""The default model's dtype: the caller's, else the environment's, else the one that is quick here."""
+"""The default model's dtype: the caller's, else the environment's, else the faster one here."""
 
 import copy
 from pathlib import Path
@@ -21,7 +21,7 @@ VARIABLE = "QUANTPRESS_DTYPE"
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A small bfloat16 model in the place of the default one."""
+    """A small bfloat16 model in place of the default one."""
     copy.deepcopy(tiny_model("llama")).bfloat16().save_pretrained(tmp_path)
     word_tokenizer().save_pretrained(tmp_path)
     monkeypatch.setattr(lazy, "ensure_default_model", lambda cache_dir: tmp_path)
@@ -92,7 +92,7 @@ def test_the_class_has_the_name_that_transformers_finds_its_own_by() -> None:
 def test_the_quicker_one_is_taken(
     bfloat16: int, float32: int, wanted: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whatever this machine is good at: its clock is ours."""
+    """The speeds of this machine do not matter: the test sets its clock."""
     now, ticks = [0.0], []
 
     def clock() -> float:

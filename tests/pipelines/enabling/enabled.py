@@ -6,7 +6,7 @@ import pytest
 from torch import nn
 
 from quantpress.cache import PackedLayer
-from quantpress.pipelines.capture.captured import CapturedDecoding
+from quantpress.pipelines.capture.captured_steps import CapturedDecoding
 from quantpress.pipelines.enabling import generate_call
 from quantpress.presses import SnapKV
 from tests.tiny_models import prompt
@@ -17,7 +17,7 @@ NEXT = prompt(20, seed=5)
 GREEDY: dict[str, Any] = {"max_new_tokens": 10, "do_sample": False}
 FULL = {**GREEDY, "return_dict_in_generate": True}
 SNAP = SnapKV(0.5, window_size=16)
-NO_END = {"eos_token_id": [255], "pad_token_id": 0}  # prompt lookup wants one
+NO_END = {"eos_token_id": [255], "pad_token_id": 0}  # prompt lookup needs one
 
 
 def packed(cache: Any) -> list[bool]:
@@ -25,7 +25,7 @@ def packed(cache: Any) -> list[bool]:
 
 
 def state(model: nn.Module) -> dict[str, Any]:
-    """Everything that every module of a model holds, hooks too, by identity."""
+    """The identity of everything that every module of a model holds, including hooks."""
     found: dict[str, Any] = {}
     for name, module in model.named_modules():
         for attribute, value in vars(module).items():

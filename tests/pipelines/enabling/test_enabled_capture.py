@@ -1,33 +1,28 @@
-"""`enable` decodes by `captured_decoding`'s steps; here they run eagerly, on models that pass for CUDA's."""
+"""`enable` decodes by the steps of `captured_decoding`; here they run eagerly, on the CPU."""
 
 import gc
 import threading
 import weakref
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from quantpress.errors import InvalidInputError
-from quantpress.pipelines.capture.captured import CapturedDecoding, captured_decoding
-from quantpress.pipelines.decoding import rules_out_press
-from quantpress.pipelines.enabling import enable as enabling
-from quantpress.pipelines.enabling import generate_call
+from quantpress.pipelines.capture import eligibility
+from quantpress.pipelines.capture.captured import captured_decoding
+from quantpress.pipelines.capture.captured_steps import CapturedDecoding
 from quantpress.pipelines.enabling.enable import disable, enable
 from quantpress.presses import Compose, Decoding, KeyRerotation, Knorm, StreamingLLM
 from tests.pipelines.enabling.enabled import FULL, GREEDY, IDS, NEXT, NO_END, SNAP, TOKENS, noted_steps, state
 from tests.presses.reading import lossless
 from tests.tiny_models import prompt, tiny_model
 
-ON_CUDA = SimpleNamespace(device=torch.device("cuda"))
-
 
 @pytest.fixture
 def made(monkeypatch: pytest.MonkeyPatch) -> list[CapturedDecoding]:
-    """Every call's steps, of models that pass for being on CUDA."""
-    for module in (enabling, generate_call):
-        monkeypatch.setattr(module, "rules_out_press", lambda model, press: rules_out_press(ON_CUDA, press))
+    """The steps of every call; the rule about the device does not apply."""
+    monkeypatch.setitem(eligibility.RULES, "device", ())
     return noted_steps(monkeypatch)
 
 
@@ -37,7 +32,7 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[CapturedDecoding]:
     ids=["packed", "evicted_and_packed", "evicted", "rerotated"],
 )
 def test_turns_of_a_chat(press: Any, made: list[CapturedDecoding]) -> None:
-    """Each call has steps of its own, and leaves a cache that grows and can be given back."""
+    """Each call has steps of its own, and leaves a cache that grows and can be continued."""
     model = tiny_model("llama")
     before, answers = state(model), []
     for cuda_graph in (False, None):
@@ -115,7 +110,7 @@ def test_one_warning_for_all_calls(made: list[CapturedDecoding]) -> None:
 
 
 def test_nothing_of_a_call_is_left(made: list[CapturedDecoding]) -> None:
-    """Graphs and their memory belong to the steps, and those go with the call, after an exception too."""
+    """Graphs and their memory belong to the steps, which are freed with the call, also after an exception."""
     model = tiny_model("llama")
 
     def stop(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
@@ -171,7 +166,7 @@ def test_threads_step_under_the_lock_of_the_model(
 def test_no_graph_is_made_while_another_call_samples(
     made: list[CapturedDecoding], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A draw during a capture is an error of CUDA's generator. Calls that do not draw are no hindrance."""
+    """CUDA's generator refuses draws during a capture. Calls that do not draw do not prevent one."""
     model, asked = tiny_model("llama"), threading.local()
     first, second, stepped = threading.Event(), threading.Event(), threading.Event()
     allowed: dict[str, list[bool]] = {"sampled": [], "greedy": []}
@@ -213,7 +208,7 @@ def test_no_graph_is_made_while_another_call_samples(
 
 
 def test_steps_run_without_a_graph_until_one_may_be_made() -> None:
-    """On the CPU a capture fails and is given up with a warning, which is an error here."""
+    """On the CPU a capture fails, with a warning."""
     model = tiny_model("llama")
     with enable(model, lossless()), captured_decoding(model) as steps:
         steps._capture, steps.may_capture = True, lambda: False
@@ -244,7 +239,7 @@ def test_the_choice_is_checked() -> None:
 
 
 def test_a_compiled_step_does_not_count_positions() -> None:
-    """A press that numbers positions anew rules it out, and the model is left as it was; others do not."""
+    """A press that numbers positions anew rules compiling out, and the model stays as it was."""
     model = tiny_model("llama")
     with enable(model, KeyRerotation(StreamingLLM(0.5))):
         before = state(model)

@@ -17,8 +17,9 @@ from transformers import (
 
 from quantpress.errors import InvalidInputError, UnsupportedModelError
 from quantpress.pipelines.capture.captured import captured_decoding
-from quantpress.pipelines.enabling.enable import disable, enable, enabled_press
-from quantpress.pipelines.replaced import Replaced
+from quantpress.pipelines.enabled_press import enabled_press
+from quantpress.pipelines.enabling.enable import disable, enable
+from quantpress.pipelines.method_replacement import MethodReplacement
 from quantpress.presses import AdaKV, Compose, Decoding, Knorm, TurboQuant
 from quantpress.presses.models.support import attention_modules
 from tests.pipelines.enabling.enabled import FULL, GREEDY, IDS, NO_END, SNAP, TOKENS, packed, state
@@ -72,7 +73,7 @@ def test_caches_of_the_caller_and_other_forwards_are_left_alone() -> None:
 
 def test_disable_restores_everything() -> None:
     model = tiny_model("llama")
-    model.generate(IDS, **GREEDY)  # kvpress leaves its mark at the first prefill of all
+    model.generate(IDS, **GREEDY)  # kvpress leaves an attribute at the first prefill
     before, answer = state(model), model.generate(IDS, **GREEDY)
     for press in (
         4,
@@ -92,7 +93,7 @@ def test_disable_restores_everything() -> None:
 
 @pytest.mark.parametrize("press", [4, SNAP, Decoding(Knorm())], ids=["quantizer", "evictor", "decoding"])
 def test_exceptions_pass_through(press: Any) -> None:
-    """In the middle of a prefill, and later."""
+    """During a prefill, and later."""
     model = tiny_model("llama")
     model.generate(IDS, **GREEDY)
     before = state(model)
@@ -129,7 +130,7 @@ def test_a_copy_is_enabled_by_itself(way: str) -> None:
     assert "forward" not in vars(model)
     assert all(replaced.owner is other for replaced in vars(other)["_quantpress_enabled"]._replaced)
     assert vars(other)["forward"].original.__self__ is other
-    for layer in model.model.layers:  # the copy does not run through the original
+    for layer in model.model.layers:  # the copy does not use the original
         layer.mlp.forward = _fail
     try:
         assert torch.equal(other.generate(IDS, **GREEDY), expected)
@@ -212,8 +213,12 @@ def test_a_cache_of_another_kind_is_not_passed_over(family: str) -> None:
 @pytest.mark.parametrize(
     ("give", "error", "reason"),
     [
-        (lambda model: enable(model.model, 4), UnsupportedModelError, "no transformers model that generates"),
-        (lambda model: enable(nn.Linear(2, 2), 4), UnsupportedModelError, "no transformers model"),
+        (
+            lambda model: enable(model.model, 4),
+            UnsupportedModelError,
+            "not a transformers model that generates",
+        ),
+        (lambda model: enable(nn.Linear(2, 2), 4), UnsupportedModelError, "not a transformers model"),
         (lambda model: enable(model, SNAP, bits=3), InvalidInputError, "bits given beside SnapKV"),
         (lambda model: enable(model, "Tiny(3)"), InvalidInputError, "Tiny"),
         (lambda model: enable(model, 17), InvalidInputError, "17"),
@@ -229,11 +234,11 @@ def test_wrong_arguments(give: Any, error: type[Exception], reason: str) -> None
 
 
 def test_a_method_of_the_object_s_own_is_put_back() -> None:
-    """As `device_map` leaves a model: its forward is in the object already."""
+    """After `device_map`, the model's forward is an attribute of the object."""
     layer = nn.Linear(2, 2)
     own = layer.forward = lambda x: x + 1  # type: ignore[method-assign]
-    outer = Replaced(layer, "forward", lambda forward, x: 2 * forward(x))
-    inner = Replaced(layer, "forward", lambda forward, x: 3 * forward(x))
+    outer = MethodReplacement(layer, "forward", lambda forward, x: 2 * forward(x))
+    inner = MethodReplacement(layer, "forward", lambda forward, x: 3 * forward(x))
     assert float(layer(torch.tensor(1.0))) == 12
     with pytest.raises(InvalidInputError, match=r"Linear\.forward was replaced again"):
         outer.undo()

@@ -15,9 +15,10 @@ from transformers import (
 from quantpress.cache import cache_memory, continue_inputs
 from quantpress.errors import CompositionError
 from quantpress.pipelines.capture.captured import captured_decoding
-from quantpress.pipelines.enabling.enable import disable, enable, enabled_press
-from quantpress.pipelines.preserve import unchanged_model
+from quantpress.pipelines.enabled_press import enabled_press
+from quantpress.pipelines.enabling.enable import disable, enable
 from quantpress.pipelines.reading.chunked_prefill import chunked_prefill
+from quantpress.pipelines.rollback import model_rollback
 from quantpress.presses import (
     DMS,
     AdaKV,
@@ -42,7 +43,7 @@ from tests.tiny_models import FAMILIES, prompt, tiny_model
 def pressed_by_hand(
     model: PreTrainedModel, press: Any, ids: torch.Tensor
 ) -> tuple[torch.Tensor, DynamicCache]:
-    """What the context of a press around `generate` gives."""
+    """The result of `generate` inside the context of a press."""
     cache = DynamicCache(config=model.config)
     with press(model):
         return model.generate(ids, past_key_values=cache, **GREEDY), cache
@@ -125,7 +126,7 @@ def test_a_cache_given_back_goes_on_where_it_was(family: str) -> None:
 @pytest.mark.parametrize("quantized", [False, True])
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_a_turn_over_an_evicted_cache(attention: str, quantized: bool) -> None:
-    """The new tokens stand where the text says; by hand this takes `continue_inputs`."""
+    """New tokens have their positions in the text; without `enable` this needs `continue_inputs`."""
     model = tiny_model("llama", attention)
     answer, cache = pressed_by_hand(model, Compose([SNAP]), IDS)
     conversation = torch.cat([answer, NEXT], dim=1)
@@ -141,7 +142,7 @@ def test_a_turn_over_an_evicted_cache(attention: str, quantized: bool) -> None:
 
 @pytest.mark.parametrize("evict", [False, True])
 def test_guesses_over_a_cache_given_back(evict: bool) -> None:
-    """Rejected guesses are dropped from the end of the text, whatever was evicted before."""
+    """Rejected guesses are dropped from the end of the text, even after an eviction."""
     model = tiny_model("llama")
     press = Compose([SNAP, lossless()]) if evict else lossless()
     with enable(model, press):
@@ -155,7 +156,7 @@ def test_guesses_over_a_cache_given_back(evict: bool) -> None:
 
 
 def test_layers_of_different_lengths() -> None:
-    """kvpress fails at the second turn: the model's one mask does not fit."""
+    """kvpress fails at the second turn, because the model's only mask does not fit."""
     model, ids = tiny_model("llama"), prompt(800)
     with enable(model, Compose([PyramidKV(0.5, window_size=8, beta=2)])):
         first = model.generate(ids, **FULL)
@@ -187,7 +188,7 @@ def test_positions_of_a_press_that_numbers_tokens_anew() -> None:
 
 @pytest.mark.parametrize("quantized", [False, True])
 def test_masks_of_head_wise_presses_go_with_the_cache(quantized: bool) -> None:
-    """Two conversations take turns, and a cache of the caller's own comes between."""
+    """Two conversations alternate, with a cache of the caller's own in between."""
     model, ids = tiny_model("llama"), [IDS, prompt(TOKENS, seed=9)]
     press = Compose([AdaKV(Knorm(0.5)), lossless()] if quantized else [AdaKV(Knorm(0.5))])
     before = state(model)
@@ -204,16 +205,18 @@ def test_masks_of_head_wise_presses_go_with_the_cache(quantized: bool) -> None:
             conversation = torch.cat([turn.sequences, NEXT], dim=1)
             together.append(model.generate(conversation, past_key_values=turn.past_key_values, **GREEDY))
     assert all(map(torch.equal, alone, together))
-    # A packed layer has what is evicted no more; a plain one has to hide it.
+    # A packed layer no longer has evicted tokens; a plain one has to hide them.
     assert set(turns[0].past_key_values.masked) == (set() if quantized else {0, 1, 2})
     assert packed(turns[0].past_key_values) == [quantized] * 3
     left = {name for name, value in state(model).items() if before.get(name) != value}
-    assert all(name.endswith("masked_key_indices") for name in left)  # None: kvpress's mark of any prefill
+    assert all(
+        name.endswith("masked_key_indices") for name in left
+    )  # kvpress sets it to None at every prefill
     assert all(layer.self_attn.masked_key_indices is None for layer in model.model.layers)
 
 
 def test_a_press_that_acts_when_its_context_ends() -> None:
-    """With the press's context around all of generate this is refused: it would read the answer again."""
+    """Inside the press's context, generate is refused: the press would read the answer again."""
     model = tiny_model("llama")
     with enable(model, Compose([KVCompose(compression_ratio=0.5), lossless()])):
         cache = model.generate(IDS, **FULL).past_key_values
@@ -226,11 +229,11 @@ def test_a_press_that_acts_when_its_context_ends() -> None:
 def test_kvzip_reads_the_prompt_again_before_the_first_token(
     quantized: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Tokens equal those decoded by hand from a cache that kvpress's own context has read."""
+    """Tokens equal those decoded step by step from a cache that was read in kvpress's own context."""
     monkeypatch.setattr("kvpress.presses.kvzip_press.AutoTokenizer", Tokenizer)
     model, cache = tiny_model("llama"), DynamicCache()
     plain = model.generate(IDS, **GREEDY)[0, TOKENS:].tolist()
-    with unchanged_model(model), torch.inference_mode():
+    with model_rollback(model), torch.inference_mode():
         with kvpress.KVzipPress(0.5)(model):
             logits = model(input_ids=IDS, past_key_values=cache).logits
         expected = [int(logits[0, -1].argmax())]
@@ -283,7 +286,7 @@ def test_prompt_lookup_and_an_assistant_equal_greedy_decoding() -> None:
 
 
 def test_guesses_with_codes_differ_from_greedy_only_where_pages_are_packed() -> None:
-    """While no page fills up, the same tokens lie in codes."""
+    """As long as no page becomes full, the same tokens are packed."""
     model = tiny_model("llama")
     with enable(model, 4):
         expected = model.generate(IDS, **GREEDY, **NO_END)
@@ -360,7 +363,7 @@ def test_left_padded_batch() -> None:
 
 
 def test_captured_decoding_inside() -> None:
-    """On the CPU the steps at fixed addresses run eagerly, and the same code decides."""
+    """On the CPU the steps at fixed addresses run eagerly, by the same code."""
     model, ids = tiny_model("llama"), prompt(400)
     with enable(model, Compose([SNAP, lossless()])):
         expected = model.generate(ids, max_new_tokens=60, do_sample=False)

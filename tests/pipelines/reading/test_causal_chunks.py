@@ -1,4 +1,4 @@
-"""Attention of chunks of queries against a softmax in float64 over all keys."""
+"""Attention of chunks of queries is compared with a softmax in float64 over all keys."""
 
 import pytest
 import torch
@@ -70,7 +70,7 @@ def test_chunks_are_right_to_twice_the_error_of_the_whole(
     found = in_chunks(query, key, value, chunk, scale)
     assert found.dtype == dtype
     assert (found - exact).norm() <= 2 * (whole - exact).norm() + 1e-6
-    largest = value.abs().max() * torch.finfo(dtype).eps  # both parts are rounded, and their sum
+    largest = value.abs().max() * torch.finfo(dtype).eps  # both parts and their sum are rounded
     assert (found - exact).abs().max() <= 4 * largest + (whole - exact).abs().max()
 
 
@@ -80,7 +80,7 @@ def test_chunks_are_right_to_twice_the_error_of_the_whole(
 def test_keys_in_blocks_of_few_lengths(
     tokens: int, dtype: torch.dtype, kv_heads: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As for a kernel that prepares each number of keys."""
+    """For a kernel that needs a preparation for each number of keys."""
     lengths = set()
 
     def attend(query: torch.Tensor, key: torch.Tensor, *rest: object) -> object:
@@ -115,7 +115,7 @@ def test_a_call_with_a_mask_is_left_as_it_is() -> None:
 
 
 def test_what_no_kernel_gives_sums_for_is_refused() -> None:
-    """Values of another width than keys: torch computes those step by step."""
+    """Values of another width than keys: torch computes these in separate operations."""
     query, key, value = states(40, torch.float32, 2, value_dim=16)
     with pytest.raises(NotInChunksError):
         in_chunks(query, key, value, 20)

@@ -1,4 +1,4 @@
-"""Chunked prefill: the same forward, smaller intermediate tensors, a model that is as it was afterwards."""
+"""Chunked prefill: the same result, smaller intermediate tensors, and an unchanged model afterwards."""
 
 import functools
 from contextlib import suppress
@@ -81,7 +81,7 @@ def test_chunks_compute_what_the_whole_computes(name, chunk_tokens):
 
 
 class Largest(TorchDispatchMode):
-    """The number of elements of the largest tensor that any operation makes."""
+    """The number of elements in the largest tensor that any operation makes."""
 
     def __init__(self):
         super().__init__()
@@ -96,7 +96,7 @@ class Largest(TorchDispatchMode):
 
 
 def test_the_largest_tensor_no_longer_grows_with_the_feed_forward():
-    """Feed-forward 32 times as wide as the model: whole, its tensors dwarf everything else."""
+    """The feed-forward is 32 times as wide as the model, so its tensors, if whole, are by far the largest."""
     config = type(tiny_model("llama").config)(**SIZES | {"intermediate_size": 1024})
     model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval()
     largest = {}

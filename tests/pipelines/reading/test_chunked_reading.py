@@ -1,4 +1,4 @@
-"""A context read in chunks, attention and layers too, beside the same context read whole."""
+"""A context read in chunks, including attention and layers, is compared with the context read whole."""
 
 import copy
 from collections.abc import Callable, Iterator
@@ -54,7 +54,7 @@ def lengths(model: PreTrainedModel) -> Iterator[list[int]]:
 def forward(
     model: PreTrainedModel, chunk: int, cache: Any = None, tokens: int = TOKENS, **options: Any
 ) -> tuple[Any, Any, list[int]]:
-    """Output, cache and the chunks that attention saw."""
+    """Return the output, the cache and the chunks that attention saw."""
     cache = DynamicCache(config=model.config) if cache is None else cache
     reading = chunked_prefill(model, chunk) if chunk else nullcontext()
     with torch.no_grad(), reading, lengths(model) as seen:
@@ -146,7 +146,7 @@ def test_attention_that_cannot_be_cut_is_computed_whole(name: str) -> None:
         else:
             output, _, seen = forward(model, chunk, **options)
         found.append(output.last_hidden_state)
-    assert seen[-1] == TOKENS  # whatever was tried before
+    assert seen[-1] == TOKENS  # whole, after an attempt in chunks
     torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
 
 
@@ -195,7 +195,7 @@ def test_hooks_on_attention_see_what_they_always_see() -> None:
 
 
 def test_a_hook_on_a_norm_runs_once() -> None:
-    """Then the layer is left whole, and its parts are cut one by one as ever."""
+    """The layer then runs whole, and its parts run in chunks one by one."""
     model, seen = tiny_model("llama"), []
     norm = model.model.layers[1].post_attention_layernorm
     handle = norm.register_forward_hook(lambda _, args, output: seen.append(output.shape[1]))
@@ -218,7 +218,7 @@ def test_hidden_states_of_all_layers_can_still_be_asked_for() -> None:
 
 
 def test_no_tensor_is_as_wide_as_the_query_heads_or_the_feed_forward() -> None:
-    """Both 16 times as wide as the model; 2 KV heads as wide as the model together."""
+    """Both are 16 times as wide as the model; the 2 KV heads together are as wide as the model."""
     sizes = {"hidden_size": 32, "intermediate_size": 512, "num_attention_heads": 32, "num_key_value_heads": 2}
     model = LlamaForCausalLM(LlamaConfig(vocab_size=256, num_hidden_layers=2, head_dim=16, **sizes)).eval()
     tokens = 2048
@@ -235,7 +235,7 @@ WORKING = [name for name in matrix.catalogue.CATALOGUE if not matrix.refused(nam
 
 @pytest.mark.parametrize("name", WORKING)
 def test_a_press_answers_the_same(name: str) -> None:
-    """Whatever it scores with, and when it acts."""
+    """For every kind of score and moment of action."""
     answers = [
         matrix.ours(
             name,
@@ -250,7 +250,7 @@ def test_a_press_answers_the_same(name: str) -> None:
 
 @pytest.mark.parametrize("press", [SnapKV(0.5, window_size=16), ExpectedAttention(0.5), Knorm(0.5)], ids=repr)
 def test_survivors_and_codes_are_those_of_the_whole(press: Any) -> None:
-    """All but those whose score or coordinate lies within rounding of the next."""
+    """All but those whose score or coordinate is within rounding of the next."""
     model, caches = tiny_model("llama"), []
     for chunk in (0, CHUNK):
         caches.append(DynamicCache())
@@ -270,7 +270,7 @@ def test_survivors_and_codes_are_those_of_the_whole(press: Any) -> None:
 
 
 def embeddings_after(model: PreTrainedModel, *, chunk: int = CHUNK) -> torch.Tensor:
-    """The output of the embedding, looked at behind the last layer."""
+    """The output of the embedding, inspected after the last layer."""
     found: list[torch.Tensor] = []
     embedding, whole = model.model.embed_tokens, model.model.embed_tokens.forward
 

@@ -1,11 +1,11 @@
-"""The progress bar: one step a layer, only where it is wanted, and no hook left behind."""
+"""The progress bar: one step a layer, only when wanted, and no hook is left."""
 
 import sys
 
 import pytest
 import torch
 
-from quantpress.pipelines.reading.progress import LONG_CONTEXT, layer_progress
+from quantpress.pipelines.reading.read_context import LONG_CONTEXT, layer_progress
 from tests.pipelines.words import ours, text
 from tests.tiny_models import prompt, tiny_model
 
@@ -27,7 +27,7 @@ def test_a_bar_counts_the_layers(capsys):
     ("tokens", "show", "terminal", "shown"),
     [
         (LONG_CONTEXT + 1, None, True, True),
-        (LONG_CONTEXT, None, True, False),  # and quick
+        (LONG_CONTEXT, None, True, False),  # and fast
         (LONG_CONTEXT + 1, None, False, False),
         (LONG_CONTEXT + 1, False, True, False),
         (8, True, False, True),

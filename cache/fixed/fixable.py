@@ -1,0 +1,91 @@
+"""Which caches can be used at fixed addresses: the rules, and the reasons they give against a cache."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from transformers.cache_utils import Cache
+
+from quantpress.cache.fixed.plain import is_plain
+from quantpress.cache.layer import PackedLayer
+
+Found = dict[str, object] | bool | None
+"""What a rule has found: the values that its message names, or simply that it applies; false if not."""
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One reason against something.
+
+    Args:
+        message: the reason, without a full stop. Names in braces stand for values that `found` returns.
+        found: takes the subject of the rule and says whether the rule applies.
+        lasting: False if the reason may go away with a later token.
+
+    Example:
+        >>> rule = Rule("the model is on {device}", lambda device: device != "cuda" and {"device": device})
+        >>> rule.reason("cpu"), rule.reason("cuda")
+        ('the model is on cpu', None)
+    """
+
+    message: str
+    found: Callable[[Any], Found]
+    lasting: bool = True
+
+    def reason(self, subject: object) -> str | None:
+        """The message about a subject; None if the rule does not apply to it."""
+        found = self.found(subject)
+        return self.message.format(**found if isinstance(found, dict) else {}) if found else None
+
+
+def unfixable(cache: Cache) -> list[str]:
+    """Every reason why a cache cannot be used at fixed addresses now; empty if it can."""
+    return [reason for rule in CACHE_RULES if (reason := rule.reason(cache)) is not None]
+
+
+def _unknown_layers(cache: Cache) -> Found:
+    kinds = {
+        index: type(layer).__name__
+        for index, layer in enumerate(getattr(cache, "layers", ()))
+        if not (isinstance(layer, PackedLayer) or is_plain(layer))
+    }
+    shown = ", ".join(map(str, [*kinds][:8])) + (", ..." if len(kinds) > 8 else "")
+    return {"layers": shown, "kind": next(iter(kinds.values()))} if kinds else None
+
+
+def _is_demoted(layer: Any) -> bool:
+    tokens = layer.tokens if isinstance(layer, PackedLayer) else None
+    return tokens is not None and tokens.demoted is not None
+
+
+def _first(cache: Cache, applies: Callable[[Any], bool]) -> Found:
+    indices = (index for index, layer in enumerate(getattr(cache, "layers", ())) if applies(layer))
+    index = next(indices, None)
+    return None if index is None else {"layer": index}
+
+
+def _has_no_page(layer: Any) -> bool:
+    return isinstance(layer, PackedLayer) and not layer.packed_tokens
+
+
+def _is_empty(layer: Any) -> bool:
+    return is_plain(layer) and not layer.get_seq_length()
+
+
+CACHE_RULES = (
+    Rule("the cache has no layers", lambda cache: not getattr(cache, "layers", ()), lasting=False),
+    Rule("the cache is offloaded", lambda cache: bool(getattr(cache, "offloading", False))),
+    Rule(
+        "a head-wise press masks tokens of the cache instead of removing them",
+        lambda cache: bool(getattr(cache, "masked", None)),
+    ),
+    Rule("layers {layers} of the cache are {kind}s", _unknown_layers),
+    Rule("tokens are packed in two widths", lambda cache: bool(_first(cache, _is_demoted))),
+    Rule(
+        "layer {layer} of the cache has too few tokens to pack any",
+        lambda cache: _first(cache, _has_no_page),
+        lasting=False,
+    ),
+    Rule("layer {layer} of the cache has no tokens", lambda cache: _first(cache, _is_empty), lasting=False),
+)
+"""Every rule; the subject is a `Cache`."""

@@ -1,0 +1,204 @@
+"""Which decode steps can be captured as a CUDA graph: every rule, and the reasons they give against a step.
+
+Rules are data: `why_not` goes through them, and the table in docs/limits.md is written from them.
+"""
+
+from collections.abc import Sequence
+from itertools import chain
+
+import torch
+from kvpress import BasePress
+from torch import nn
+from transformers import Cache, PreTrainedModel
+from transformers.generation.configuration_utils import GenerationMode
+
+from quantpress.cache.fixed.fixable import CACHE_RULES, Found, Rule
+from quantpress.cache.tokens.evicted_slots import named_to_hide
+from quantpress.errors import InvalidInputError
+from quantpress.presses.models.eligibility import unreadable
+from quantpress.presses.models.support import attention_modules, in_chunks
+from quantpress.presses.traits import decode_time_presses, renumbers_positions
+
+TOKEN_BY_TOKEN = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
+"""Ways of decoding in which each step adds one token to the last."""
+
+MOST_CHANGES = 3
+"""Steps in a row that may find the cache changed since the step before."""
+
+
+def _off_cuda(device: torch.device) -> Found:
+    return device.type != "cuda" and {"device": device}
+
+
+def _decode_time_press(press: BasePress) -> Found:
+    acting = decode_time_presses(press)
+    return {"press": type(acting[0]).__name__} if acting else None
+
+
+def _is_beam_search(mode: GenerationMode) -> bool:
+    return "beam" in mode.value
+
+
+def _other_mode(mode: GenerationMode) -> Found:
+    known = mode in (*TOKEN_BY_TOKEN, GenerationMode.ASSISTED_GENERATION) or _is_beam_search(mode)
+    return None if known else {"mode": mode.value}
+
+
+def _is_spread(model: PreTrainedModel) -> bool:
+    devices = {tensor.device for tensor in chain(model.parameters(), model.buffers())}
+    return len(devices) > 1 or len(set((getattr(model, "hf_device_map", None) or {}).values())) > 1
+
+
+def _unreadable(model: PreTrainedModel) -> Found:
+    reason = unreadable(model)
+    return None if reason is None else {"what keeps attention from reading packed layers": reason}
+
+
+def _hooked(model: PreTrainedModel) -> Found:
+    """The first module inside the model with a hook that is not ours: ours do nothing to a single token."""
+    for name, module in model.named_modules():
+        hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+        owners = (getattr(hook, "func", hook) for hook in hooks)
+        if module is not model and not all(_is_ours(owner) for owner in owners):
+            return {"module": name}
+    return None
+
+
+def _is_ours(hook: object) -> bool:
+    return str(getattr(hook, "__module__", "")).startswith("quantpress.")
+
+
+def _masks_slots(model: nn.Module) -> bool:
+    return any(named_to_hide(module) is not None for module in attention_modules(model))
+
+
+RULES: dict[str, tuple[Rule, ...]] = {
+    "device": (Rule("the model is on {device}", _off_cuda),),
+    "press": (Rule("{press} acts during decoding", _decode_time_press),),
+    "mode": (
+        Rule("beams reorder the cache between tokens", _is_beam_search),
+        Rule(
+            "assisted decoding checks several tokens at once",
+            lambda mode: mode == GenerationMode.ASSISTED_GENERATION,
+        ),
+        Rule("{mode} does not decode one token after the other", _other_mode),
+    ),
+    "model": (
+        Rule("the model is spread over several devices, or offloaded", _is_spread),
+        Rule(
+            "the model is split by tensor parallelism",
+            lambda model: getattr(model, "_tp_size", None) not in (None, 1),
+        ),
+        Rule("the model is in training mode", lambda model: model.training),
+        Rule("{what keeps attention from reading packed layers}", _unreadable),
+        Rule("attention looks back over chunks", lambda model: any(map(in_chunks, attention_modules(model)))),
+        Rule("{module} has a forward hook, which a replay would not run", _hooked),
+        Rule("a head-wise press masks tokens instead of removing them", _masks_slots),
+    ),
+    "cache": CACHE_RULES,
+    "changes": (
+        Rule(
+            "the cache is changed between tokens, as beam search does",
+            lambda changes: changes >= MOST_CHANGES,
+        ),
+    ),
+    "compiled_under": (
+        Rule(
+            "the model is enabled with {press}, which numbers positions anew, and a compiled step would not "
+            "see them (call disable(model) and read under the press instead)",
+            lambda press: renumbers_positions(press) and {"press": repr(press)},
+        ),
+    ),
+    "mask": (
+        Rule(
+            "the attention mask hides tokens",
+            lambda mask: mask.dim() != 2 or not bool(mask.all()),
+            lasting=False,
+        ),
+    ),
+    "gradients": (Rule("gradients are recorded", bool, lasting=False),),
+    "others_sample": (Rule("another thread's call of generate samples", bool, lasting=False),),
+}
+"""Every rule, by the argument of `why_not` that it looks at."""
+
+
+def why_not(
+    *,
+    device: torch.device | None = None,
+    press: BasePress | None = None,
+    mode: GenerationMode | None = None,
+    model: PreTrainedModel | None = None,
+    cache: Cache | None = None,
+    changes: int = 0,
+    compiled_under: BasePress | None = None,
+    mask: torch.Tensor | None = None,
+    gradients: bool = False,
+    others_sample: bool = False,
+    lasting: bool = False,
+) -> list[str]:
+    """Every reason why a decode step cannot be captured, as far as is known; what is not given is not judged.
+
+    Args:
+        device: the device that the graph would run on.
+        press: the press that is on the model while it decodes.
+        mode: the way of decoding; see `GenerationConfig.get_generation_mode`.
+        model: the model, as it is now: its devices, attention and hooks.
+        cache: the cache that the step reads and extends, as it is now.
+        changes: how many steps in a row found that the cache was changed since the step before.
+        compiled_under: the press of an enabled model whose steps are to be compiled.
+        mask: the step's attention mask, [B, T] of 0 and 1. Reading it waits for the device.
+        gradients: whether the step records gradients.
+        others_sample: whether another call of `generate` on the model may draw random numbers meanwhile.
+        lasting: leave out reasons that may go away with a later token.
+
+    Returns:
+        The reasons, without full stops; empty if nothing known is against it.
+
+    Example:
+        >>> why_not(device=torch.device("cpu"), mode=GenerationMode.BEAM_SEARCH)
+        ['the model is on cpu', 'beams reorder the cache between tokens']
+    """
+    given = {
+        "device": device,
+        "press": press,
+        "mode": mode,
+        "model": model,
+        "cache": cache,
+        "changes": changes,
+        "compiled_under": compiled_under,
+        "mask": mask,
+        "gradients": gradients,
+        "others_sample": others_sample,
+    }
+    rules = (
+        (rule, subject)
+        for name, subject in given.items()
+        if subject is not None
+        for rule in RULES[name]
+        if rule.lasting or not lasting
+    )
+    reasons = (rule.reason(subject) for rule, subject in rules)
+    return [reason for reason in reasons if reason is not None]
+
+
+def refuse(reasons: Sequence[str], cuda_graph: bool | None, compile: bool = False) -> None:
+    """Refuse an argument that asks for what the reasons of `why_not` rule out.
+
+    Raises:
+        InvalidInputError: there is a reason, and cuda_graph or compile is True.
+    """
+    if reasons and (cuda_graph or compile):
+        asked = "cuda_graph" if cuda_graph else "compile"
+        raise InvalidInputError(f"{asked}=True, but {', and '.join(reasons)}; leave {asked} out")
+
+
+def check_choice(cuda_graph: bool | None, compile: bool = False) -> None:
+    """Refuse values that are not a choice.
+
+    Raises:
+        InvalidInputError: cuda_graph is not True, False or None, or compile is not a bool.
+    """
+    if cuda_graph is not None and not isinstance(cuda_graph, bool):
+        raise InvalidInputError(f"cuda_graph is {cuda_graph!r}; give True, False or None")
+    if not isinstance(compile, bool):
+        raise InvalidInputError(f"compile is {compile!r}; give True or False")

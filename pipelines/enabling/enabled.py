@@ -1,0 +1,213 @@
+"""What `enable` puts on a model: replacements of the methods that `generate` goes through."""
+
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from transformers import DynamicCache, GenerationConfig, PreTrainedModel
+from transformers.generation.configuration_utils import GenerationMode
+
+from quantpress.cache.text_cache import TextCache
+from quantpress.cache.tokens.evicted_slots import MASKS
+from quantpress.errors import InvalidInputError, UnsupportedModelError
+from quantpress.pipelines.attention_masks import fitted_masks, hiding_with_cache
+from quantpress.pipelines.enabled_press import ENABLED
+from quantpress.pipelines.enabling.generate_call import (
+    CURRENT_CALL,
+    GenerateCall,
+    check_call,
+    refuse_continuous_batching,
+)
+from quantpress.pipelines.method_replacement import MethodReplacement
+from quantpress.presses import Compose
+from quantpress.presses.models.filling import check_keeps
+from quantpress.presses.models.lock import ModelLock, model_lock
+from quantpress.presses.models.support import attention_modules
+from quantpress.presses.traits import decode_time_presses, renumbers_positions, traits_of
+
+
+class Enabled:
+    """What `enable` has put on a model; a context that removes it at its end.
+
+    Args:
+        model: the model to work on.
+        press: the press to read prompts under.
+        cuda_graph: see `enable`.
+
+    Attributes:
+        model, press, cuda_graph: the same.
+        warned: whether the one warning that there is no graph was given.
+        calls: the calls of `generate` that are running.
+    """
+
+    def __init__(self, model: PreTrainedModel, press: Compose, cuda_graph: bool | None = None) -> None:
+        self.model, self.press, self.cuda_graph = model, press, cuda_graph
+        self.warned = self._ending = False
+        self.calls: list[GenerateCall] = []
+        self._decodes = bool(decode_time_presses(press))
+        self._reads_again = any(traits_of(member).at_exit for member in press)
+        self._attention = attention_modules(model)
+        vars(model)[ENABLED] = self
+        self._replaced = [
+            MethodReplacement(model, "forward", self._forward),
+            MethodReplacement(model, "generate", self._generate),
+            MethodReplacement(model, "_prepare_cache_for_generation", self._prepare_cache),
+            MethodReplacement(model, "init_continuous_batching", refuse_continuous_batching),
+        ]
+
+    @property
+    def lock(self) -> ModelLock:
+        """Held during each forward."""
+        return model_lock(self.model)
+
+    def __enter__(self) -> "Enabled":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if vars(self.model).get(ENABLED) is self:
+            self.disable()
+
+    def __repr__(self) -> str:
+        return f"Enabled({type(self.model).__name__}, {self.press!r})"
+
+    def disable(self) -> None:
+        """See `quantpress.disable`."""
+        with self.lock:
+            for replaced in self._replaced:
+                replaced.check()
+            self._ending = True
+            running = [call for call in self.calls if call.thread is not threading.current_thread()]
+        for call in running:
+            call.ended.wait()
+        with self.lock:
+            if vars(self.model).get(ENABLED) is not self:
+                return  # another thread was faster
+            for replaced in self._replaced:
+                replaced.undo()
+            del vars(self.model)[ENABLED]
+
+    def _generate(self, generate: Any, *args: Any, **kwargs: Any) -> Any:
+        """`model.generate`."""
+        if self._ending:
+            return generate(*args, **kwargs)
+        with self.lock if self._decodes else nullcontext(), ExitStack() as presses:
+            call = GenerateCall(self, presses)
+            if self.model.generation_config.use_cache is False:  # left there by a training
+                kwargs.setdefault("use_cache", True)
+            token = CURRENT_CALL.set(call)
+            try:
+                output = generate(*args, **kwargs)
+            finally:
+                CURRENT_CALL.reset(token)
+                call.close()
+            if call.cache is not None and call.cache.get_seq_length() == 0:
+                raise UnsupportedModelError(
+                    f"{type(self.model).__name__} keeps keys and values in a cache of its own and left the "
+                    "one that generate made empty: nothing was compressed; disable(model)"
+                )
+            return output
+
+    def _prepare_cache(
+        self, prepare: Any, config: GenerationConfig, inputs: dict[str, Any], mode: GenerationMode, *rest: Any
+    ) -> Any:
+        """`model._prepare_cache_for_generation`, which puts a cache into `inputs`."""
+        call = self._current_call()
+        if call is not None:
+            call.choose_steps(config, mode, self._replaced[0].original)
+        given = inputs.get("past_key_values")
+        if config.use_cache is not False and (given is None or isinstance(given, TextCache)):
+            check_keeps(self.model)
+        result = prepare(config, inputs, mode, *rest)
+        if given is not None or config.use_cache is False or (call is None and self._ending):
+            return result
+        made = inputs.get("past_key_values")
+        if type(made) is not DynamicCache:
+            raise InvalidInputError(
+                f"generate makes a {type(made).__name__} here (cache_implementation="
+                f"{config.cache_implementation!r}), which cannot be compressed; give "
+                'cache_implementation="dynamic", or call disable(model)'
+            )
+        check_call(config, mode, self.press)
+        inputs["past_key_values"] = cache = TextCache.of(made)
+        if call is not None:
+            call.cache = cache
+        return result
+
+    def _current_call(self) -> GenerateCall | None:
+        """The call of this model's `generate` that is running in this thread."""
+        call = CURRENT_CALL.get()
+        return call if call is not None and call.owner is self else None
+
+    def _forward(self, forward: Any, *args: Any, **kwargs: Any) -> Any:
+        """`model.forward`, one at a time: the hooks of a press would see every other one too."""
+        if torch.compiler.is_compiling():
+            return forward(*args, **kwargs)
+        with self.lock:
+            cache = next((value for value in (*kwargs.values(), *args) if isinstance(value, TextCache)), None)
+            return forward(*args, **kwargs) if cache is None else self._read(forward, cache, args, kwargs)
+
+    def _read(self, forward: Any, cache: TextCache, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A forward over a cache that `generate` has made."""
+        seen, new = cache.get_seq_length(), _token_count(args, kwargs)
+        if seen == 0 and self._reads_again:
+            kwargs = _without_positions(kwargs)
+        if cache.position_shift:
+            kwargs = _shifted(kwargs, cache, seen, new, self.model.device)
+        with fitted_masks(self.model, cache, new):
+            if seen and not (self._decodes or cache.masked):
+                call = self._current_call()
+                step = forward if call is None or call.steps is None else call.steps
+                with hiding_with_cache(self.model, cache) if self._hides_slots() else nullcontext():
+                    return step(*args, **kwargs)
+            with hiding_with_cache(self.model, cache), self._pressing(seen):
+                output = forward(*args, **kwargs)
+            cache.has_read(seen + new)
+        if seen == 0 and renumbers_positions(self.press):
+            cache.position_shift = max(cache.evicted.values(), default=0)
+        return output
+
+    def _hides_slots(self) -> bool:
+        """Whether a head-wise press has left slots of another cache to hide."""
+        return any(vars(module).get(MASKS) is not None for module in self._attention)
+
+    @contextmanager
+    def _pressing(self, seen: int) -> Iterator[None]:
+        """The press's context: around a prefill or, if it acts during decoding, until `generate` ends."""
+        call = self._current_call()
+        if self._decodes and call is not None:
+            if not call.entered:
+                call.entered = True
+                call.presses.enter_context(self.press(self.model))
+            yield
+        else:
+            with self.press(self.model) if seen == 0 else nullcontext():
+                yield
+
+
+def _token_count(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+    """Tokens that a forward is given for each sequence."""
+    for name in ("input_ids", "inputs_embeds"):
+        if kwargs.get(name) is not None:
+            return int(kwargs[name].shape[1])
+    return int(args[0].shape[1])
+
+
+def _without_positions(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Without what the model derives itself, for presses that read the ids once more after the first time."""
+    mask = kwargs.get("attention_mask")
+    if mask is not None and not bool(mask.all()):
+        return kwargs  # a padded batch, which such presses refuse
+    derived = ("attention_mask", "cache_position", "position_ids")
+    return {name: value for name, value in kwargs.items() if name not in derived}
+
+
+def _shifted(
+    kwargs: dict[str, Any], cache: TextCache, seen: int, new: int, device: torch.device
+) -> dict[str, Any]:
+    """With the positions that follow those of a press which has numbered the kept tokens anew."""
+    positions = kwargs.get("position_ids")
+    if positions is None:
+        positions = torch.arange(seen, seen + new, device=device).unsqueeze(0)
+    return kwargs | {"position_ids": positions - cache.position_shift}

@@ -1,0 +1,205 @@
+"""Every rule about decode steps gives its reason, and gives it alone."""
+
+import copy
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import StaticLayer
+from transformers.generation.configuration_utils import GenerationMode
+
+from quantpress.cache import PackedLayer
+from quantpress.cache.text_cache import TextCache
+from quantpress.cache.tokens.evicted_slots import MASKS
+from quantpress.errors import InvalidInputError
+from quantpress.pipelines.capture.eligibility import MOST_CHANGES, RULES, check_choice, refuse, why_not
+from quantpress.presses import Compose, Decoding, Demote, KeyRerotation, Knorm, StreamingLLM, TurboQuant
+from tests.cache.caches import lossless
+from tests.tiny_models import prompt, tiny_model
+
+
+def model_with(change: Callable[[Any], object]) -> PreTrainedModel:
+    model = copy.deepcopy(tiny_model("llama"))
+    change(model)
+    return model
+
+
+def cache_with(change: Callable[[Any], object], kind: type[DynamicCache] = DynamicCache) -> DynamicCache:
+    """A cache of one plain layer with tokens."""
+    cache = kind()
+    cache.update(torch.zeros(1, 2, 5, 32), torch.zeros(1, 2, 5, 32), 0)
+    change(cache)
+    return cache
+
+
+def demoted_cache() -> DynamicCache:
+    cache = DynamicCache()
+    with torch.no_grad(), Compose([Demote(Knorm(0.5)), TurboQuant(recent_tokens=16)])(tiny_model("llama")):
+        tiny_model("llama").model(input_ids=prompt(700), past_key_values=cache)
+    return cache
+
+
+def short_cache() -> DynamicCache:
+    layer = PackedLayer(lossless())
+    layer.update(torch.zeros(1, 2, 5, 32), torch.zeros(1, 2, 5, 32))
+    return cache_with(lambda cache: cache.layers.append(layer))
+
+
+def masked(model: Any) -> None:
+    setattr(model.model.layers[1].self_attn, MASKS, [torch.zeros(1, dtype=torch.int64)] * 3)
+
+
+CASES: dict[str, tuple[str, Callable[[], Any], str]] = {
+    "the model is on {device}": ("device", lambda: torch.device("cpu"), "the model is on cpu"),
+    "{press} acts": ("press", lambda: Decoding(Knorm()), "DecodingPress acts during decoding"),
+    "beams": ("mode", lambda: GenerationMode.BEAM_SAMPLE, "beams reorder the cache between tokens"),
+    "assisted": (
+        "mode",
+        lambda: GenerationMode.ASSISTED_GENERATION,
+        "assisted decoding checks several tokens at once",
+    ),
+    "{mode}": (
+        "mode",
+        lambda: GenerationMode.CONTRASTIVE_SEARCH,
+        "contrastive_search does not decode one token after the other",
+    ),
+    "the model is spread": (
+        "model",
+        lambda: model_with(lambda model: setattr(model, "hf_device_map", {"model": 0, "lm_head": 1})),
+        "the model is spread over several devices, or offloaded",
+    ),
+    "the model is split": (
+        "model",
+        lambda: model_with(lambda model: setattr(model, "_tp_size", 2)),
+        "the model is split by tensor parallelism",
+    ),
+    "the model is in training": (
+        "model",
+        lambda: model_with(lambda model: model.train()),
+        "the model is in training mode",
+    ),
+    "{what keeps attention": (
+        "model",
+        lambda: tiny_model("bloom", "eager"),
+        "BloomAttention does not call attention through transformers' ALL_ATTENTION_FUNCTIONS",
+    ),
+    "attention looks back": (
+        "model",
+        lambda: model_with(lambda model: setattr(model.config, "layer_types", ["chunked_attention"] * 3)),
+        "attention looks back over chunks",
+    ),
+    "{module} has a forward hook": (
+        "model",
+        lambda: model_with(lambda model: model.model.layers[1].mlp.register_forward_hook(print)),
+        "model.layers.1.mlp has a forward hook, which a replay would not run",
+    ),
+    "a head-wise press masks tokens in": (
+        "model",
+        lambda: model_with(masked),
+        "a head-wise press masks tokens instead of removing them",
+    ),
+    "the cache has no layers": ("cache", DynamicCache, "the cache has no layers"),
+    "the cache is offloaded": (
+        "cache",
+        lambda: cache_with(lambda cache: setattr(cache, "offloading", True)),
+        "the cache is offloaded",
+    ),
+    "a head-wise press masks tokens of": (
+        "cache",
+        lambda: cache_with(lambda cache: cache.masked.update({0: "slots"}), TextCache),
+        "a head-wise press masks tokens of the cache instead of removing them",
+    ),
+    "layers {layers}": (
+        "cache",
+        lambda: cache_with(lambda cache: cache.layers.extend(StaticLayer(9) for _ in range(10))),
+        "layers 1, 2, 3, 4, 5, 6, 7, 8, ... of the cache are StaticLayers",
+    ),
+    "tokens are packed in two widths": ("cache", demoted_cache, "tokens are packed in two widths"),
+    "layer {layer} of the cache has too few": (
+        "cache",
+        short_cache,
+        "layer 1 of the cache has too few tokens to pack any",
+    ),
+    "layer {layer} of the cache has no": (
+        "cache",
+        lambda: DynamicCache(config=tiny_model("llama").config),
+        "layer 0 of the cache has no tokens",
+    ),
+    "the cache is changed": (
+        "changes",
+        lambda: MOST_CHANGES,
+        "the cache is changed between tokens, as beam search does",
+    ),
+    "the model is enabled with {press}": (
+        "compiled_under",
+        lambda: KeyRerotation(StreamingLLM(0.5)),
+        "the model is enabled with KeyRerotation(press=StreamingLLM(compression_ratio=0.5, n_sink=4)), which "
+        "numbers positions anew, and a compiled step would not see them (call disable(model) and read under "
+        "the press instead)",
+    ),
+    "the attention mask": ("mask", lambda: torch.tensor([[0, 1, 1]]), "the attention mask hides tokens"),
+    "gradients": ("gradients", lambda: True, "gradients are recorded"),
+    "another thread's call": ("others_sample", lambda: True, "another thread's call of generate samples"),
+}
+"""By the beginning of a rule's message: the argument it looks at, a value that breaks it, and the reason."""
+
+ALLOWED: dict[str, Callable[[], Any]] = {
+    "device": lambda: torch.device("cuda"),
+    "press": TurboQuant,
+    "mode": lambda: GenerationMode.SAMPLE,
+    "model": lambda: tiny_model("llama"),
+    "cache": lambda: cache_with(lambda _: None),
+    "changes": lambda: MOST_CHANGES - 1,
+    "compiled_under": TurboQuant,
+    "mask": lambda: torch.ones(2, 3),
+    "gradients": lambda: False,
+    "others_sample": lambda: False,
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "message", "lasting"),
+    [(name, rule.message, rule.lasting) for name, rules in RULES.items() for rule in rules],
+    ids=[rule.message[:40] for rules in RULES.values() for rule in rules],
+)
+def test_every_rule_gives_its_reason(name: str, message: str, lasting: bool) -> None:
+    (case,) = [case for beginning, case in CASES.items() if message.startswith(beginning)]
+    argument, value, reason = case
+    given = {argument: value()}
+    assert argument == name
+    assert why_not(**given) == [reason]
+    assert why_not(**given, lasting=True) == [reason] * lasting
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_what_breaks_no_rule_has_no_reason(name: str) -> None:
+    assert why_not(**{name: ALLOWED[name]()}) == []
+
+
+def test_all_reasons_are_given_and_what_is_not_known_is_not_judged() -> None:
+    assert why_not() == []
+    given: dict[str, Any] = {"device": torch.device("cpu"), "mode": GenerationMode.BEAM_SEARCH}
+    model = model_with(lambda model: (model.train(), setattr(model, "_tp_size", 2)))
+    reasons = why_not(**given, model=model)
+    assert len(reasons) == 4
+    with pytest.raises(
+        InvalidInputError, match=f"compile=True, but {', and '.join(reasons)}; leave compile out"
+    ):
+        refuse(reasons, None, compile=True)
+    refuse(reasons, None)
+    refuse([], True, True)
+
+
+@pytest.mark.parametrize("choice", [(1, False), (None, 1), ("auto", True)])
+def test_a_choice_is_true_false_or_none(choice: Any) -> None:
+    with pytest.raises(InvalidInputError, match=r"(cuda_graph|compile) is"):
+        check_choice(*choice)
+
+
+def test_hooks_of_ours_do_not_count() -> None:
+    ours = SimpleNamespace(__module__="quantpress.presses.guard")
+    model = model_with(lambda model: model.model.layers[0].register_forward_hook(ours))
+    assert why_not(model=model) == []
