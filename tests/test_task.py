@@ -38,8 +38,9 @@ AGAIN = "import importlib, kvpress; importlib.reload(kvpress.pipeline)"
     [
         ["import kvpress, quantpress", START, "ask()"],
         ["import quantpress", ALONE, START, "ask()", AGAIN, "ask()"],
+        ["from quantpress import TextGenerationPipeline", START, "ask()"],
     ],
-    ids=["kvpress first", "quantpress alone, then kvpress again"],
+    ids=["kvpress first", "quantpress alone, then kvpress again", "the pipeline class first"],
 )
 def test_the_task_is_ours(steps: list[str]) -> None:
     code = "\n".join(steps).replace("FOLDER", repr(str(Path(__file__).parents[1])))
