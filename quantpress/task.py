@@ -45,7 +45,9 @@ class _Watcher:
 
                 def run_and_claim(module: Any, run: Any = run) -> None:
                     if name == "kvpress.pipeline":
-                        import_module("transformers.pipelines")  # now, or its import would claim the task below
+                        import_module(
+                            "transformers.pipelines"
+                        )  # now, or its import would claim the task below
                     _withdraw()  # otherwise kvpress's registration would be logged as overwriting ours
                     try:
                         run(module)

@@ -2,6 +2,7 @@
 
 import ast
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -157,6 +158,22 @@ def test_folders_are_seen_at_a_glance() -> None:
         if (count := len([path for path in folder.iterdir() if path.suffix == ".py"])) > MOST_FILES
     }
     assert not crowded
+
+
+def test_files_that_texts_name_are_there() -> None:
+    """In pages, and in docstrings and comments; what was (CHANGELOG, the log of trials) may name what is gone."""
+    texts = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *modules().values()]
+    named = {
+        (path.relative_to(ROOT), match)
+        for path in texts
+        if path.name != "CHANGELOG.md"
+        for match in re.findall(
+            rf"(?<![\w/])((?:{'|'.join(ARROWS)})/[\w/]+\.py)", path.read_text(encoding="utf-8")
+        )
+    }
+    assert len(named) > 20
+    missing = {f"{path}: {name}" for path, name in named if not (ROOT / name).exists()}
+    assert missing <= {"CONTRIBUTING.md: kernels/__init__.py"}
 
 
 @pytest.mark.parametrize(
