@@ -45,9 +45,7 @@ class _Watcher:
 
                 def run_and_claim(module: Any, run: Any = run) -> None:
                     if name == "kvpress.pipeline":
-                        import_module(
-                            "transformers.pipelines"
-                        )  # now, or its import would claim the task below
+                        import_module("transformers.pipelines")  # not below, which would claim the task
                     _withdraw()  # otherwise kvpress's registration would be logged as overwriting ours
                     try:
                         run(module)

@@ -16,10 +16,9 @@ from quantpress.evaluation.divergence.attention_error import AttentionError, att
 from quantpress.evaluation.divergence.documents import Document
 from quantpress.evaluation.divergence.reference import Reference, read_reference
 from quantpress.evaluation.divergence.teacher_forcing import CHUNK_TOKENS, kl_divergence, score_continuation
-from quantpress.evaluation.sizing.kept_tokens import parts
 from quantpress.pipelines.reading.read_context import read_context
 from quantpress.pipelines.rollback import model_rollback
-from quantpress.presses import Demote
+from quantpress.presses.traits import members, traits_of
 
 
 @dataclass(frozen=True)
@@ -154,7 +153,7 @@ class DivergenceProbe:
 
 def _moves_tokens(press: BasePress | None) -> bool:
     """Whether the compressed cache holds its tokens in another order than the text."""
-    return any(isinstance(one, Demote) or getattr(one, "detect_sinks", 0) for one in parts(press))
+    return any(traits_of(one).demotes or getattr(one, "detect_sinks", 0) for one in members(press))
 
 
 @contextmanager
