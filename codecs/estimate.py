@@ -1,4 +1,4 @@
-"""Inner products with packed vectors of any shape, over `quantpress.kernels.score`."""
+"""Inner products with packed vectors of any shape, by `quantpress.kernels.score`."""
 
 from math import prod
 
@@ -16,20 +16,21 @@ from quantpress.quantization.transform import ChannelTransform
 def estimate(
     q: Tensor, planes: dict[str, Tensor], spec: CodecSpec, transform: ChannelTransform, shape: torch.Size
 ) -> Tensor:
-    """q @ x.T for packed vectors x; see `TurboQuantCodec.inner_product`.
+    """Estimate q @ x.T for packed vectors x; see `TurboQuantCodec.inner_product`.
 
     Args:
         q: [..., Q, D] floating.
         planes: [B, Hkv, P, ...].
-        spec: the codec.
-        transform: what the vectors were packed with.
-        shape: [..., N, D] of the vectors, or [D]; its leading dimensions split over [B, Hkv] of the planes.
+        spec: the codec that packed the vectors.
+        transform: the channel transform that they were packed with.
+        shape: shape of the vectors, [..., N, D] or [D]; the leading dimensions are divided over [B, Hkv] of
+            the planes.
 
     Returns:
         [..., Q, N] float32.
 
     Raises:
-        InvalidInputError: q does not fit.
+        InvalidInputError: q does not fit the vectors.
     """
     if q.dim() < 2 or q.shape[-1] != spec.head_dim:
         raise InvalidInputError(f"queries must be [..., Q, {spec.head_dim}], got {tuple(q.shape)}")
@@ -41,7 +42,7 @@ def estimate(
             f"queries {tuple(q.shape)} do not broadcast with vectors {tuple(shape)}"
         ) from error
     query, bias = _prepared(q, spec, transform)
-    # Dimensions that only the queries have count as more queries of the same vectors.
+    # Dimensions that only the queries have make more queries of the same vectors.
     own = (1,) * (len(outer) - len(lead)) + lead
     extra = [i for i, size in enumerate(own) if size == 1]
     order = [i for i, size in enumerate(own) if size != 1] + extra + [len(outer), len(outer) + 1]
@@ -54,7 +55,7 @@ def estimate(
 
 
 def _prepared(q: Tensor, spec: CodecSpec, transform: ChannelTransform) -> tuple[Tensor, Tensor]:
-    """Queries in code space, and the score of the mean key [..., Q]."""
+    """Queries in code space, and their inner products with the mean key [..., Q]."""
     parts = list(transform.tensors().values())
     if parts and parts[0].shape[:2] == (1, 1):  # shared by all vectors
         flat = q.reshape(1, 1, -1, q.shape[-1])
@@ -64,7 +65,7 @@ def _prepared(q: Tensor, spec: CodecSpec, transform: ChannelTransform) -> tuple[
 
 
 def _by_entry(query: Tensor, planes: dict[str, Tensor], spec: CodecSpec, vectors: int) -> Tensor:
-    """Each entry of [entries, Q, D] with its `vectors` of the pages: [entries, Q, vectors]."""
+    """Scores of each entry of [entries, Q, D] with its own vectors of the pages: [entries, Q, vectors]."""
     entries, queries, dim = query.shape
     batch, heads, pages = planes["codes0"].shape[:3]
     rows = batch * heads
@@ -72,7 +73,7 @@ def _by_entry(query: Tensor, planes: dict[str, Tensor], spec: CodecSpec, vectors
         scores = inner_products(query.view(batch, heads, queries, dim), planes, spec)
         return scores.view(rows, queries, pages * PAGE_TOKENS)[..., :vectors]
     out = query.new_zeros(entries, queries, vectors)
-    each = max(1, entries // max(1, rows))  # entries of a row, one behind the other
+    each = max(1, entries // max(1, rows))  # entries that follow each other in the pages of a row
     for entry in range(entries if vectors else 0):
         row, start = entry // each, entry % each * vectors
         first, last = start // PAGE_TOKENS, (start + vectors - 1) // PAGE_TOKENS + 1

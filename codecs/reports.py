@@ -1,4 +1,4 @@
-"""What a codec says about itself: how exact it measured, and what a cache would weigh."""
+"""Reports on a codec: how exact it is, measured beside theory, and how many bytes a cache takes."""
 
 import math
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from quantpress.kernels.layout import PAGE_TOKENS, page_bytes
 from quantpress.quantization.bounds import lloyd_max_distortion, paper_mse_bound, shannon_distortion
 from quantpress.quantization.spec import CodecSpec
 
-BIAS_ROOM = 1e-3  # absolute; a rounded scale and a finite sample move the bias even of very fine codes
+BIAS_TOLERANCE = 1e-3  # absolute; a rounded scale and a finite sample move the bias of the finest codes, too
 
 _STATISTIC_BYTES = 4  # mean and weight are float32
 _ORDER_BYTES = 2  # a channel order is int16
@@ -23,16 +23,18 @@ class CodecReport:
     Args:
         head_dim: D of the vectors.
         samples: how many vectors were measured.
-        bits_per_value: true stored bits per coordinate, scales included.
-        distortion: measured through encode and decode, the mean over the samples.
-        standard_error: of that mean. Of 8 bits few coordinates, beyond the last level, make most of it.
-        expected: what the codec's own codebooks, scale rule and estimator should give.
-        optimum: of the best scalar codebook (Lloyd-Max) with as many code bits in each channel group.
-        shannon: what no code of as many code bits per coordinate can beat in high dimension.
-        paper_bound: sqrt(3) pi / 2 * 4^-bits, the upper bound in TurboQuant's Theorem 1, of each channel
-            group and weighted by its channels; None with a sketch, to which it does not apply.
+        bits_per_value: stored bits per coordinate, scales included.
+        distortion: the measured distortion, the mean over the samples.
+        standard_error: its standard error. At 8 bits most of it comes from few coordinates beyond the last
+            level.
+        expected: the distortion that follows from the codec's codebooks, scale rule and estimator.
+        optimum: the distortion of the best scalar codebook (Lloyd-Max) with as many code bits in each channel
+            group.
+        shannon: the least distortion of any code with as many code bits per coordinate, in high dimension.
+        paper_bound: sqrt(3) pi / 2 * 4^-bits, the upper bound of TurboQuant's Theorem 1, averaged over
+            channel groups; None with a sketch, to which it does not apply.
         bias: measured E<x, x^> / |x|^2 - 1, the shrinkage of inner products.
-        expected_bias: what it should be; 0 for unbiased codes.
+        expected_bias: the bias that follows from the scale rule; 0 for unbiased codes.
     """
 
     head_dim: int
@@ -49,15 +51,15 @@ class CodecReport:
 
     @property
     def tolerance(self) -> float:
-        """Relative deviation of the distortion that theory (up to O(1 / D)) and sampling leave room for."""
+        """Relative deviation of the distortion that is allowed: O(1 / D) in the theory, and sampling."""
         return 0.02 + 4 / self.head_dim + 5 * self.standard_error / self.expected
 
     @property
     def ok(self) -> bool:
-        """True when distortion and bias are what they should be."""
-        room = self.tolerance * self.expected
-        right_length = abs(self.bias - self.expected_bias) <= room + BIAS_ROOM
-        return abs(self.distortion - self.expected) <= room and right_length
+        """Whether distortion and bias are what they should be, within the tolerance."""
+        allowed = self.tolerance * self.expected
+        right_length = abs(self.bias - self.expected_bias) <= allowed + BIAS_TOLERANCE
+        return abs(self.distortion - self.expected) <= allowed and right_length
 
 
 @dataclass(frozen=True)
@@ -66,14 +68,15 @@ class MemoryReport:
 
     Args:
         context: tokens cached per sequence.
-        packed_tokens: those in whole packed pages.
-        dense_tokens: those in the model's own dtype: sinks, recent ones, and what does not fill a page.
-        code_bytes: packed codes (and sketches).
-        scale_bytes: scales (and residual norms).
-        dense_bytes: those tokens.
-        metadata_bytes: mean key and channel weights per head, and channel orders where there are two groups;
-            before the first page the query moment that the weights will be made of.
-        uncompressed_bytes: the same cache uncompressed, in the model's own dtype.
+        packed_tokens: tokens in packed pages.
+        dense_tokens: tokens in the model's dtype: sinks, recent tokens, and those that do not fill a page.
+        code_bytes: bytes of codes and sketches.
+        scale_bytes: bytes of scales and residual norms.
+        dense_bytes: bytes of the tokens in the model's dtype.
+        metadata_bytes: bytes of the mean key and channel weights of each head, and of channel orders where
+            there are two groups; before the first page, of the query moments that the weights will be made
+            of.
+        uncompressed_bytes: bytes of the same cache uncompressed, in the model's dtype.
     """
 
     context: int
@@ -87,17 +90,17 @@ class MemoryReport:
 
     @property
     def total_bytes(self) -> int:
-        """All bytes kept."""
+        """All bytes of the packed cache."""
         return self.code_bytes + self.scale_bytes + self.dense_bytes + self.metadata_bytes
 
     @property
     def ratio(self) -> float:
-        """Uncompressed bytes over bytes kept."""
+        """Uncompressed bytes over the bytes of the packed cache."""
         return self.uncompressed_bytes / self.total_bytes
 
 
 def expected_distortion(spec: CodecSpec) -> tuple[float, float]:
-    """Distortion and bias that a codec should show on vectors of uniform direction.
+    """The distortion and bias that a codec should have on vectors of uniform direction.
 
     Let d be the plain distortion of the code l of a unit vector u. Levels that are centroids have
     E|l|^2 = E<u, l> = 1 - d. Up to O(1 / D) that gives
@@ -106,7 +109,7 @@ def expected_distortion(spec: CodecSpec) -> tuple[float, float]:
         "norm_corrected"  distortion 2 - 2 sqrt(1 - d)   bias sqrt(1 - d) - 1
         "unbiased"        distortion d / (1 - d)         bias 0
 
-    A sketch puts an error of (pi / 2 - 1 / D) |r|^2 in place of the residual's |r|^2 and takes the bias away.
+    With a sketch the error is (pi / 2 - 1 / D) |r|^2 in place of the residual's |r|^2, and the bias is 0.
 
     Returns:
         (distortion, bias), both relative to |x|^2.
@@ -114,7 +117,7 @@ def expected_distortion(spec: CodecSpec) -> tuple[float, float]:
     distortion = bias = 0.0
     rounding = torch.finfo(spec.torch_scale_dtype).eps ** 2 / 24  # of the scale; its mean over a binade
     for i, group in enumerate(spec.groups):
-        share = group.channels / spec.head_dim
+        part = group.channels / spec.head_dim
         plain = spec.codebook_of(i).distortion
         shrunk = math.sqrt(1 - plain)
         if spec.scale_rule == "norm":
@@ -123,21 +126,27 @@ def expected_distortion(spec: CodecSpec) -> tuple[float, float]:
             error, shift = 2 - 2 * shrunk, shrunk - 1
         else:
             error, shift = plain / (1 - plain), 0.0
-        distortion += share * (error + rounding)
-        bias += share * shift
+        distortion += part * (error + rounding)
+        bias += part * shift
     if spec.estimator == "prod":
         return distortion * (math.pi / 2 - 1 / spec.head_dim), 0.0
     return distortion, bias
 
 
 def codec_report(spec: CodecSpec, distortions: torch.Tensor, bias: float) -> CodecReport:
-    """Put measured figures beside what they should be; distortions [samples], one of each vector."""
+    """The report of a measurement.
+
+    Args:
+        spec: the codec.
+        distortions: [samples], the distortion of each vector.
+        bias: the measured bias.
+    """
     samples = distortions.numel()
     expected, expected_bias = expected_distortion(spec)
-    shares = [(group.channels / spec.head_dim, group) for group in spec.groups]
-    optimum = sum(share * lloyd_max_distortion(group.bits, group.channels) for share, group in shares)
-    bound = sum(share * paper_mse_bound(group.bits) for share, group in shares)
-    code_bits = sum(share * group.bits for share, group in shares) + (spec.estimator == "prod")
+    parts = [(group.channels / spec.head_dim, group) for group in spec.groups]
+    optimum = sum(part * lloyd_max_distortion(group.bits, group.channels) for part, group in parts)
+    bound = sum(part * paper_mse_bound(group.bits) for part, group in parts)
+    code_bits = sum(part * group.bits for part, group in parts) + (spec.estimator == "prod")
     return CodecReport(
         head_dim=spec.head_dim,
         samples=samples,
@@ -163,7 +172,7 @@ def memory_report(
     batch: int,
     dtype: torch.dtype,
 ) -> MemoryReport:
-    """Weigh a cache whose keys and values both have this codec's format.
+    """Count the bytes of a cache; see `TurboQuantCodec.memory_report`.
 
     Raises:
         InvalidInputError: a count is negative, or `context`, `layers`, `kv_heads` or `batch` is zero.

@@ -11,9 +11,9 @@ LEAST_CAPABILITY = (8, 0)  # bfloat16 tensor cores
 
 @lru_cache(maxsize=16)
 def runs_triton(device: torch.device) -> bool:
-    """Whether Triton is installed and the device is an NVIDIA GPU of compute capability 8.0 or more.
+    """Whether Triton is installed and the device is an NVIDIA GPU of compute capability 8.0 or higher.
 
-    Where only Triton is missing, one warning says so.
+    Warns once where only Triton is missing.
     """
     if device.type != "cuda" or torch.version.hip is not None:
         return False

@@ -1,4 +1,4 @@
-"""Moving single tokens between pages: codes and scales are copied, nothing is decoded or quantized."""
+"""Pages of selected tokens of other pages: codes and scales are copied, nothing is decoded or quantized."""
 
 import torch
 
@@ -9,11 +9,11 @@ from quantpress.quantization.spec import CodecSpec
 def gather_tokens(
     planes: dict[str, torch.Tensor], spec: CodecSpec, tokens: torch.Tensor
 ) -> dict[str, torch.Tensor]:
-    """Make pages of selected tokens of other pages, with the codes and the scales that they have there.
+    """Make pages of selected tokens of other pages, with their codes and scales unchanged.
 
     Args:
         planes: what `encode_pages` returned, [B, Hkv, P, ...].
-        spec: the codec's parameters.
+        spec: the codec that made them.
         tokens: [B, Hkv, N] int64, each in 0 to 128 * P - 1, N a multiple of `PAGE_TOKENS`.
 
     Returns:

@@ -1,8 +1,9 @@
-"""The page layout: where each code of a page lives, bit by bit. Every kernel reads this one definition.
+"""The page layout: the position of every code of a page, bit by bit. All kernels follow this definition.
 
 A page holds the codes of `PAGE_TOKENS` consecutive tokens of one KV head for a group of C channels, and takes
-16 * bits * C bytes. A code indexes an ascending symmetric codebook. The tokens are cut into parts of R
-consecutive ones, token = p * R + row, and a little-endian 32-bit word holds lanes i = 0 to 3 of every part p:
+16 * bits * C bytes. A code indexes an ascending symmetric codebook. The tokens are divided into parts of R
+consecutive tokens, token = p * R + row, and a little-endian 32-bit word holds lanes i = 0 to 3 of every part
+p:
 
     bits  parts  R    where the code of part p, lane i, is in a word
     1     8      16   bit 8 * i + 7 - p: 1 for the negative level
@@ -10,7 +11,7 @@ consecutive ones, token = p * R + row, and a little-endian 32-bit word holds lan
     3     8      16   the code itself, in three planes of words, k = 0 to 2
                         p = 2 * k + h:  three bits from 16 * h + 4 * i of plane k
                         p = 6 + h:      bit 16 * h + 4 * i + 3 of plane k is bit k of the code
-    4     2      64   three bits from 16 * p + 4 * i: magnitude, the place among the ascending positive levels
+    4     2      64   three bits from 16 * p + 4 * i: magnitude, the index among ascending positive levels
                       bit 8 * i + 7 - 4 * p: 1 for the negative half
     8     1      128  eight bits from 8 * i: the code itself
 
@@ -20,12 +21,12 @@ the axis that attention sums over, channels of a key and tokens of a value, and 
     keys    [C / W blocks, R rows, W / 4]   (b, r, w): token p * R + r, channel W * b + 4 * w + i
     values  [R / 4 quads, C]                (q, c): token p * R + 4 * q + i, channel c
 
-with W = 64 where that divides C, else W = C. So a tile of neighbouring words is an operand of a product, and
-the bits in a word let a few operations on whole words, or one byte permutation, look up four values at once.
+with W = 64 where 64 divides C, else W = C. So a tile of neighbouring words is an operand of a product, and a
+few operations on whole words, or one byte permutation, look up four values at once.
 
-Reading in PyTorch goes by quads: shifts and masks make a 16-bit index of the four lanes of a part, and one
-table lookup makes four values of the index, whatever they stand for (codes, or levels of a codebook). It is
-the packed words that are brought into the order to read in, for they are few.
+PyTorch reads pages by quads: shifts and masks make a 16-bit index of the four lanes of a part, and one table
+lookup turns the index into four values (codes, or levels of a codebook). The packed words are put into
+reading order first, since there are fewer of them than values.
 """
 
 from functools import lru_cache
@@ -76,7 +77,7 @@ def pack_pages(codes: Tensor, bits: int, role: str) -> Tensor:
         [..., P, page_bytes(bits, C)] uint8.
 
     Raises:
-        InvalidInputError: wrong role, dtype or shape, or a code that needs more bits.
+        InvalidInputError: `role` is neither, `codes` has the wrong dtype or shape, or a code needs more bits.
         UnsupportedBitsError: no page stores this width.
     """
     if codes.dtype != torch.uint8 or codes.dim() < 2 or codes.shape[-2] != PAGE_TOKENS:
@@ -103,7 +104,7 @@ def pack_pages(codes: Tensor, bits: int, role: str) -> Tensor:
 
 
 def block_channels(channels: int) -> int:
-    """W: how many neighbouring channels of a key lie together."""
+    """W, the number of neighbouring channels of a key that lie together."""
     return BLOCK_CHANNELS if channels % BLOCK_CHANNELS == 0 else channels
 
 
@@ -130,10 +131,19 @@ def _pack_parts(codes: Tensor, bits: int) -> Tensor:
 
 
 def unpack_pages(packed: Tensor, bits: int, channels: int, role: str) -> Tensor:
-    """Undo `pack_pages`: [..., P, page_bytes] uint8 -> codes [..., P, 128, C] uint8.
+    """Undo `pack_pages`.
+
+    Args:
+        packed: [..., P, page_bytes] uint8.
+        bits: code width.
+        channels: C.
+        role: "key" or "value".
+
+    Returns:
+        Codes [..., P, 128, C] uint8.
 
     Raises:
-        InvalidInputError: wrong role, or `packed` is not made of pages of this size.
+        InvalidInputError: `role` is neither, or `packed` has not the size of such pages.
         UnsupportedBitsError: no page stores this width.
     """
     _checked_size(bits, channels, role)
@@ -143,14 +153,14 @@ def unpack_pages(packed: Tensor, bits: int, channels: int, role: str) -> Tensor:
 
 
 def page_table(entries: Tensor, bits: int) -> Tensor:
-    """The table with which `read_pages` makes entries of codes.
+    """The table with which `read_pages` turns codes into entries.
 
     Args:
-        entries: [2**bits] uint8 or float32, what each code stands for.
+        entries: [2**bits] uint8 or float32, the entry of each code.
         bits: code width, one of 1, 2, 3, 4, 8.
 
     Returns:
-        One element as wide as four entries per index of a quad; for 8 bits `entries` itself.
+        For each index of a quad one element as wide as four entries; for 8 bits `entries` itself.
     """
     if bits == 8:
         return entries
@@ -163,7 +173,7 @@ def read_pages(packed: Tensor, table: Tensor, bits: int, channels: int, role: st
 
     Args:
         packed: [..., page_bytes] uint8.
-        table: from `page_table`.
+        table: what `page_table` returned.
         bits: code width.
         channels: C.
         role: "key" or "value".
@@ -173,7 +183,7 @@ def read_pages(packed: Tensor, table: Tensor, bits: int, channels: int, role: st
         last two dimensions are contiguous, for values their transpose is.
 
     Raises:
-        InvalidInputError: wrong role, or `packed` is not made of pages of this size.
+        InvalidInputError: `role` is neither, or `packed` has not the size of such pages.
         UnsupportedBitsError: no page stores this width.
     """
     size = _checked_size(bits, channels, role)
@@ -243,7 +253,7 @@ def _quad_codes(bits: int) -> Tensor:
 
 
 def _nibbles(words: Tensor) -> Tensor:
-    """Move the low nibbles of a word's four bytes into its low half."""
+    """Move the low nibbles of the four bytes of a word into its low half."""
     pairs = (words | (words >> 4)) & 0x00FF00FF
     return (pairs | (pairs >> 8)) & 0xFFFF
 

@@ -1,4 +1,4 @@
-"""Rotations as operands of 16-bit matrix products that keep float32's precision."""
+"""Rotations as operands of 16-bit matrix products with the precision of float32."""
 
 import math
 from dataclasses import dataclass
@@ -17,9 +17,10 @@ class RotationMatrix:
     """A rotation as the sum of one or two float16 matrices.
 
     Args:
-        halves: [1 or 2, CP, CP] float16, zero outside the rotation's own channels. One, of -1, 0 and 1, when
-            the rotation has no other entries but for a factor; else the high and low halves of its entries.
-        factor: rotation = factor * sum of the halves.
+        halves: [1 or 2, CP, CP] float16, zero outside the rotation's channels. One matrix of -1, 0 and 1
+            where the rotation is such a matrix times a factor; else the high and the low halves of its
+            entries.
+        factor: the rotation is factor times the sum of the halves.
     """
 
     halves: Tensor
@@ -27,13 +28,13 @@ class RotationMatrix:
 
 
 def padded(channels: int) -> int:
-    """The next power of two, at least 16: what a tile with this many channels is padded to."""
+    """The power of two, at least 16, to which a tile of this many channels is padded."""
     return max(16, 1 << (channels - 1).bit_length())
 
 
 @lru_cache(maxsize=128)
 def rotation_matrix(rotation: Rotation, device: torch.device, inverse: bool = False) -> RotationMatrix:
-    """R.T, for y = x @ R.T, or R, for x = y @ R, on a device; cached."""
+    """R.T, for y = x @ R.T, or if `inverse` R, for x = y @ R, on a device; cached."""
     with torch.inference_mode(False), torch.no_grad():  # kept: must stay usable outside inference mode
         exact = rotation.matrix() if inverse else rotation.matrix().T
         factor = 1.0 if rotation.kind == "identity" else 1 / math.sqrt(rotation.dim)

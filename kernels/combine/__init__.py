@@ -1,4 +1,4 @@
-"""Two attentions to different keys as one, weighed by their sums of exponentials."""
+"""Combines attention to two sets of keys into attention to both, weighted by their sums of exponentials."""
 
 import contextlib
 
@@ -13,13 +13,13 @@ from quantpress.quantization.numerics import in_named_dtypes
 def combine_attention(
     output: torch.Tensor, log_sum: torch.Tensor, other: torch.Tensor, other_log_sum: torch.Tensor
 ) -> None:
-    """Take attention to other keys into `output` and `log_sum`, in place, in float32 arithmetic.
+    """Combine attention to other keys into `output` and `log_sum`, in place, in float32.
 
         output = s * other + (1 - s) * output,   s = sigmoid(other_log_sum - log_sum)
 
     Args:
         output: [B, H, T, D], attention to some keys.
-        log_sum: [B, H, T, 1] float32 (or more), natural logarithm of its sum of exponentials.
+        log_sum: [B, H, T, 1] float32 or float64, the natural logarithm of its sum of exponentials.
         other: like `output`, to other keys.
         other_log_sum: like `log_sum`.
     """
@@ -36,7 +36,7 @@ def _has_kernel(*outputs: torch.Tensor) -> bool:
 def launch_combine(
     output: torch.Tensor, log_sum: torch.Tensor, other: torch.Tensor, other_log_sum: torch.Tensor
 ) -> None:
-    """As `combine_attention`, by the Triton kernel: channels of 16-bit outputs lie side by side."""
+    """As `combine_attention`, by the Triton kernel, for 16-bit outputs with contiguous channels."""
     from quantpress.kernels.combine.triton_kernel import TOKENS, combine_kernel
 
     batch, heads, tokens, channels = output.shape

@@ -37,10 +37,11 @@ def combine_kernel(
     other_sum_t,
     CHANNELS: tl.constexpr,
 ):
-    """Some tokens (axis 0) of one head of one batch entry (axis 1).
+    """Combine `TOKENS` query tokens (axis 0) of one (batch, head) (axis 1).
 
-    output and other [B, heads, tokens, channels], channels next to each other; sums [B, heads, tokens]
-    float32; the rest are strides.
+    output, other: [B, heads, tokens, channels] 16-bit, channels contiguous; sum, other_sum: [B, heads,
+    tokens] float32; output and sum are written; *_b, *_h, *_t: strides; CHANNELS: a power of two, at least
+    `channels`.
     """
     token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     row = tl.program_id(1).to(tl.int64)

@@ -1,6 +1,8 @@
-"""Decoding of pages: the public entries, and the seam where a device kernel goes in.
+"""Dequantizing pages: `decode_pages` and `decode_code_space`, which choose between kernels and plain PyTorch.
 
-Code space is where decoding ends and attention works: channels permuted by the transform, rotated per group.
+In `kernels` and `codecs`, to decode means to bring codes back to numbers, as opposed to `encode_pages`; it
+never means the generation of tokens. In code space, where attention works, channels are permuted by the
+transform and rotated per group.
 """
 
 import torch
@@ -26,16 +28,16 @@ def decode_code_space(planes: dict[str, Tensor], spec: CodecSpec) -> Tensor:
     """Decode pages into code space, where q.x = to_code_space(query(q)) . y + bias(q).
 
     Args:
-        planes: from `encode_pages` (views of whole pages will do), B x Hkv x P pages.
+        planes: what `encode_pages` returned, or views of whole pages of it; B x Hkv x P pages.
         spec: the codec that made them.
 
     Returns:
         [B, Hkv, T, D] float32, T = 128 * P: scale times level, groups side by side; for the "prod" estimator
-        plus sqrt(pi / 2) / D * residual norm * (sketch signs @ sketch_matrix). Keys are contiguous, values
+        plus sqrt(pi / 2) / D * residual norm * (sketch signs @ sketch_matrix). Keys are contiguous; values
         are the transpose of a contiguous [B, Hkv, D, T], as in their pages.
 
     Raises:
-        InvalidInputError: the planes are not this codec's.
+        InvalidInputError: the planes are not those of this codec.
 
     Source: TurboQuant, arXiv 2504.19874, Algorithms 1 and 2.
     """
@@ -52,19 +54,19 @@ def decode_code_space(planes: dict[str, Tensor], spec: CodecSpec) -> Tensor:
 def decode_pages(
     planes: dict[str, Tensor], spec: CodecSpec, transform: ChannelTransform, dtype: torch.dtype
 ) -> Tensor:
-    """Decode pages to the vectors they stand for.
+    """Decode pages to vectors.
 
     Args:
-        planes: from `encode_pages`, B x Hkv x P pages.
+        planes: what `encode_pages` returned, B x Hkv x P pages.
         spec: the codec that made them.
-        transform: the transform they were encoded with.
+        transform: the transform that the vectors were encoded with.
         dtype: dtype of the result.
 
     Returns:
         [B, Hkv, 128 * P, D] `dtype`.
 
     Raises:
-        InvalidInputError: the planes are not this codec's.
+        InvalidInputError: the planes are not those of this codec.
     """
     batch, heads, _ = check_planes(planes, spec)
     if runs_triton(planes["codes0"].device):

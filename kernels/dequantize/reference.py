@@ -1,7 +1,7 @@
-"""Decoding in plain PyTorch: the truth that device kernels are held to, and the decode path on a CPU.
+"""Decoding in plain PyTorch: the truth that the kernels are held to, and what a CPU runs.
 
-A table lookup makes float32 levels of four codes at a time (`read_pages`); one more pass multiplies them by
-their scales and writes them where they belong. Chunks keep the workspace in a core's cache.
+A table lookup makes float32 levels of four codes at a time (`read_pages`); another pass multiplies them by
+their scales and writes them to the result. Chunks keep the workspace in a core's cache.
 """
 
 from collections.abc import Callable
@@ -22,7 +22,7 @@ WORKSPACE_VALUES = 1 << 19  # coordinates decoded at a time
 
 
 def decode_code_space_reference(planes: dict[str, Tensor], spec: CodecSpec) -> Tensor:
-    """Decode pages into code space. See `quantpress.kernels.dequantize.decode_code_space`."""
+    """Decode pages into code space; see `quantpress.kernels.dequantize.decode_code_space`."""
     batch, heads, pages = check_planes(planes, spec)
     device = planes["codes0"].device
     rows, dim = batch * heads, spec.head_dim
@@ -48,7 +48,7 @@ def decode_code_space_reference(planes: dict[str, Tensor], spec: CodecSpec) -> T
 
 
 def to_code_space(q: Tensor, spec: CodecSpec) -> Tensor:
-    """Rotate each channel group: [..., D] floating, already through the transform -> [..., D] float32."""
+    """Rotate each channel group: [..., D] floating, already transformed -> [..., D] float32."""
     return _by_group(q, spec, lambda part, i: spec.rotation_of(i).forward(part))
 
 
@@ -60,17 +60,17 @@ def from_code_space(y: Tensor, spec: CodecSpec) -> Tensor:
 def decode_pages_reference(
     planes: dict[str, Tensor], spec: CodecSpec, transform: ChannelTransform, dtype: torch.dtype
 ) -> Tensor:
-    """Decode pages to vectors. See `quantpress.kernels.dequantize.decode_pages`."""
+    """Decode pages to vectors; see `quantpress.kernels.dequantize.decode_pages`."""
     return transform.invert(from_code_space(decode_code_space_reference(planes, spec), spec)).to(dtype)
 
 
 def _decode_plane(packed: Tensor, scale: Tensor, table: Tensor, bits: int, role: str, out: Tensor) -> None:
-    """Write scale * level to out.
+    """Write scale * level to `out`.
 
     Args:
         packed: [B, Hkv, P, page_bytes] uint8.
         scale: [B, Hkv, P, 128] floating.
-        table: of levels, from `page_table`.
+        table: levels, as `page_table` makes them.
         bits: code width.
         role: "key" or "value".
         out: [B * Hkv, P, 128, C] float32, any strides.
@@ -97,13 +97,13 @@ def _by_group(x: Tensor, spec: CodecSpec, turn: Callable[[Tensor, int], Tensor])
 
 
 def check_planes(planes: dict[str, Tensor], spec: CodecSpec) -> tuple[int, int, int]:
-    """Check that planes fit a codec.
+    """Check that planes have the names and shapes of a codec.
 
     Returns:
         (B, Hkv, P).
 
     Raises:
-        InvalidInputError: they do not.
+        InvalidInputError: a name or a shape is wrong.
     """
     expected = {}
     for i, group in enumerate(spec.groups):
@@ -123,13 +123,13 @@ def check_planes(planes: dict[str, Tensor], spec: CodecSpec) -> tuple[int, int, 
 
 @lru_cache(maxsize=64)
 def level_table(book: Codebook, device: torch.device) -> Tensor:
-    """The table that `read_pages` looks levels up in. Cached and shared: do not write to it."""
+    """The table in which `read_pages` looks levels up. Cached and shared: do not write to it."""
     with torch.inference_mode(False), torch.no_grad():  # kept: must stay usable outside inference mode
         return page_table(book.level_tensor(device), book.bits)
 
 
 @lru_cache(maxsize=8)
 def sign_table(device: torch.device) -> Tensor:
-    """The same for the signs of a sketch."""
+    """The table for the signs of a sketch, as `level_table` for levels."""
     with torch.inference_mode(False), torch.no_grad():
         return page_table(torch.tensor([-1.0, 1.0], dtype=torch.float32, device=device), 1)

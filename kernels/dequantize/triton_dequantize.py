@@ -1,4 +1,4 @@
-"""Launching of the Triton decode kernels: what they support, their settings and their operands."""
+"""Launches the Triton kernels that decode pages: what they support, their settings and their operands."""
 
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -15,19 +15,19 @@ from quantpress.quantization.codebook import Codebook
 from quantpress.quantization.spec import CodecSpec
 from quantpress.quantization.transform import ChannelTransform
 
-MAX_CHANNELS = 256  # of one group
-BLOCK = 64  # channels that an inverse rotation takes at a time
+MAX_CHANNELS = 256  # of a group
+BLOCK = 64  # channels in one product with the inverse rotation
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def supports_decode(spec: CodecSpec, dtype: torch.dtype = torch.float32) -> bool:
-    """Whether the kernels decode this codec to this dtype: no sketch, groups of at most 256 channels."""
+    """Whether the kernels take this codec and dtype: no sketch, groups of at most 256 channels."""
     fits = all(group.channels <= MAX_CHANNELS for group in spec.groups)
     return spec.estimator == "mse" and fits and dtype in DTYPES
 
 
 def decode_code_space_triton(planes: dict[str, Tensor], spec: CodecSpec) -> Tensor:
-    """Decode pages into code space. See `quantpress.kernels.dequantize.reference.decode_code_space`."""
+    """Decode pages into code space; see `quantpress.kernels.dequantize.decode_code_space`."""
     batch, heads, pages = planes["codes0"].shape[:3]
     tokens = pages * PAGE_TOKENS
     values = spec.role == "value"
@@ -41,7 +41,7 @@ def decode_code_space_triton(planes: dict[str, Tensor], spec: CodecSpec) -> Tens
 def decode_pages_triton(
     planes: dict[str, Tensor], spec: CodecSpec, transform: ChannelTransform, dtype: torch.dtype
 ) -> Tensor:
-    """Decode pages to the vectors they stand for. See `reference.py`."""
+    """Decode pages to vectors; see `quantpress.kernels.dequantize.decode_pages`."""
     batch, heads, pages = planes["codes0"].shape[:3]
     shape = (batch, heads, pages * PAGE_TOKENS, spec.head_dim)
     out = torch.empty(shape, dtype=dtype, device=planes["codes0"].device)
@@ -109,6 +109,6 @@ def _common(planes: dict[str, Tensor], spec: CodecSpec, i: int, start: int) -> d
 
 @lru_cache(maxsize=64)
 def _level_tensor(book: Codebook, device: torch.device, scaled: bool) -> Tensor:
-    """Levels of a codebook, in units of `book.unit` where `scaled`; cached."""
+    """Levels of a codebook, in units of `book.unit` if `scaled`; cached."""
     with torch.inference_mode(False), torch.no_grad():
         return torch.tensor(book.scaled if scaled else book.levels, dtype=torch.float32, device=device)

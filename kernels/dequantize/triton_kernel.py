@@ -1,10 +1,10 @@
 # mypy: allow-untyped-defs
-"""Decoding of pages on a GPU (Triton): to code space, or all the way back in one pass.
+"""Decoding of pages on a GPU (Triton): into code space, or back to vectors in one pass.
 
 A program decodes one channel group of 64 tokens. Each word of the layout is loaded once for the four lanes of
-a part, four channels of a key or four tokens of a value, which are taken apart in registers. The inverse
-rotation is a product on 16-bit tensor cores as good as float32 (see `quantpress.kernels.rotation_matrix`);
-int8 levels are exact in float16, others are split in two.
+a part (four channels of a key, or four tokens of a value), which are taken apart in registers. The inverse
+rotation is a product on 16-bit tensor cores that is as good as float32 (see
+`quantpress.kernels.rotation_matrix`); int8 levels are exact in float16, others are split into two parts.
 """
 
 import triton
@@ -13,7 +13,7 @@ import triton.language as tl
 
 @triton.jit
 def _word_at(token, word, C: tl.constexpr, R: tl.constexpr, VALUES: tl.constexpr):
-    """Places in a plane of the words of a token and a column of words, for parts of R tokens."""
+    """Offsets in a plane of the words of tokens and of columns of words, for parts of R tokens."""
     row = token % R
     if VALUES:
         at = row // 4 * C + word
@@ -26,9 +26,10 @@ def _word_at(token, word, C: tl.constexpr, R: tl.constexpr, VALUES: tl.constexpr
 
 @triton.jit
 def _fields(words_ptr, token, word, lane, C: tl.constexpr, BITS: tl.constexpr, VALUES: tl.constexpr, mask):
-    """Codes of a page, whose int32 words start at `words_ptr`, of four lanes.
+    """Codes of a page, of four lanes each.
 
-    token, word, mask: tiles with an axis of length 1 where `lane` has its four.
+    words_ptr: the page's int32 words; token, word: tiles, with an axis of length 1 where `lane` has its four
+    lanes; mask: which words to load.
     """
     R: tl.constexpr = 16 * (1 if BITS == 3 else BITS)
     part = token // R
@@ -65,7 +66,10 @@ def _levels(
     BITS: tl.constexpr,
     VALUES: tl.constexpr,
 ):
-    """Levels [64, BK] of tokens `first` onwards, channels part * BK onwards; zero beyond the group."""
+    """Levels [64, BK] of tokens `first` onwards and channels part * BK onwards; zero beyond the group.
+
+    words_ptr: the page's words; levels_ptr: [2**BITS] float32; C: channels of the group.
+    """
     lane = tl.arange(0, 4)
     if VALUES:
         token = first + 4 * tl.arange(0, 16)[:, None, None]
@@ -93,10 +97,11 @@ def decode_code_space_kernel(
     BITS: tl.constexpr,
     VALUES: tl.constexpr,
 ):
-    """Scale times level: keys [B, Hkv, T, D], values [B, Hkv, D, T], float32.
+    """Decode half a page (axis 0) of a (batch, KV head) (axis 1) into code space: scale times level.
 
-    Half a page an axis 0, (batch, KV head) an axis 1. words [B, Hkv, P, page_bytes / 4] int32, scale
-    [B, Hkv, P, 128].
+    words: [B, Hkv, P, page_bytes / 4] int32; scale: [B, Hkv, P, 128]; levels: [2**BITS] float32; out: keys
+    [B, Hkv, T, D] or, if VALUES, values [B, Hkv, D, T], float32, written; pages: P; START: first channel of
+    the group; C: its channels; CP: padded.
     """
     page, head = tl.program_id(0) // 2, tl.program_id(1).to(tl.int64)
     first = tl.program_id(0) % 2 * 64
@@ -108,10 +113,10 @@ def decode_code_space_kernel(
     inside = channel[None, :] < C
     if VALUES:
         out_ptr += (head * D + START) * pages * 128 + page * 128
-        place = out_ptr + channel[None, :].to(tl.int64) * (pages * 128) + token[:, None]
+        target = out_ptr + channel[None, :].to(tl.int64) * (pages * 128) + token[:, None]
     else:
-        place = out_ptr + at * (128 * D) + START + token[:, None] * D + channel[None, :]
-    tl.store(place, levels * scale[:, None], mask=inside)
+        target = out_ptr + at * (128 * D) + START + token[:, None] * D + channel[None, :]
+    tl.store(target, levels * scale[:, None], mask=inside)
 
 
 @triton.jit
@@ -139,20 +144,23 @@ def decode_pages_kernel(
     WEIGHT: tl.constexpr,
     ORDER: tl.constexpr,
 ):
-    """Vectors [B, Hkv, T, D] in out's dtype: axes and planes as above.
+    """Decode half a page (axis 0) of a (batch, KV head) (axis 1) to vectors.
 
-    WHOLE: levels are exact in float16. factor: what a level times a unit of the matrix stands for.
+    words, scale, pages, START, C, CP: as for `decode_code_space_kernel`; levels: in units of the codebook's;
+    matrix: [HALVES, CP, CP] float16, out of code space; mean, weight and order: [B * Hkv, D], if MEAN, WEIGHT
+    and ORDER; out: [B, Hkv, T, D], written; factor: value of a level's unit times one of the matrix; BK:
+    channels in one product; WHOLE: levels are exact in float16.
     """
     page, head = tl.program_id(0) // 2, tl.program_id(1).to(tl.int64)
     first = tl.program_id(0) % 2 * 64
     token = first + tl.arange(0, 64)
-    place = tl.arange(0, CP)
+    column = tl.arange(0, CP)
     at = head * pages + page
     acc = tl.zeros([64, CP], tl.float32)
     for part in tl.static_range(CP // BK):
         levels = _levels(words_ptr + at * (4 * BITS * C), levels_ptr, first, part, C, BK, BITS, VALUES)
         row = part * BK + tl.arange(0, BK)
-        matrix_at = matrix_ptr + row[:, None] * CP + place[None, :]
+        matrix_at = matrix_ptr + row[:, None] * CP + column[None, :]
         high = tl.load(matrix_at)
         big = levels.to(tl.float16)
         if HALVES == 2:
@@ -162,8 +170,8 @@ def decode_pages_kernel(
         acc = tl.dot(big, high, acc)
     scale = tl.load(scale_ptr + at * 128 + token).to(tl.float32)
     y = acc * (scale * factor)[:, None]
-    inside = place < C
-    channel = START + place
+    inside = column < C
+    channel = START + column
     if ORDER:
         channel = tl.load(order_ptr + head * D + channel, mask=inside, other=0).to(tl.int32)
     if WEIGHT:

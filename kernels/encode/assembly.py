@@ -1,7 +1,7 @@
 """PTX for rounding in the encode kernel.
 
 A comparison is a saturated multiply-add, s = clamp(a * 2**60 - t * 2**60, 0, 1), which is exactly 1 for a > t
-and else 0: those run at twice the rate of comparing and selecting, and keep no predicates alive over a tile.
+and else 0. That runs at twice the rate of comparing and selecting, and keeps no predicates alive over a tile.
 Thresholds and levels are immediates, so each codebook has assembly of its own.
 """
 
@@ -10,29 +10,31 @@ from functools import lru_cache
 
 from quantpress.quantization.codebook import Codebook
 
-_STEEP = 2.0**60  # makes the least difference of a coordinate and a threshold more than 1
-_WHOLE = 2.0**23  # a float32 from here on holds a whole number in its last bits
-_TOP = 2**19  # the largest level, in steps of 8 that leave three bits for the magnitude
+_STEEP = 2.0**60  # makes the least difference between a coordinate and a threshold larger than 1
+_WHOLE = 2.0**23  # from here on a float32 holds a whole number in its last bits
+_TOP = 2**19  # the largest level, in steps of 8, which leave three bits for the magnitude
 _LANES = {2: 0x3333, 3: 0x7777, 4: 0x7777}
 
 
 @lru_cache(maxsize=64)
 def rounding_assembly(book: Codebook, rule: str) -> str:
-    """PTX that rounds a coordinate to its nearest level and makes the fields of its code.
+    """PTX that rounds a coordinate u to its nearest level and makes the field of its code.
 
     Args:
         book: a codebook of 2, 3 or 4 bits.
-        rule: what the last result is, in units of `summand_unit`: "norm_corrected" level**2, "unbiased"
-            level * |u|, "norm" 0. Levels are good to 2**-19 of the largest.
+        rule: the scale rule, which decides what the second output is, in units of `summand_unit`:
+            "norm_corrected" level**2, "unbiased" level * |u|, "norm" 0. Levels are good to 2**-19 of the
+            largest.
 
     Returns:
-        u times any factor, the shift of the field, the sign's bit (for 4 bits; else ignored), and 2**60 over
-        the factor in; the field in place, the rule's summand (times the factor, if it has u) out.
+        Assembly. Its inputs are u times any factor, the shift of the field, the sign's bit (for 4 bits; else
+        ignored), and 2**60 over the factor; its outputs the shifted field and the rule's summand (times the
+        factor, if it has u).
     """
     half = 1 << (book.bits - 1)
     t, levels = book.thresholds[half:], book.levels[half:]
     lines = ["abs.f32 a, $2;", "setp.le.f32 n, $2, 0f00000000;"]
-    if rule == "norm" and book.bits == 4:  # a search by halves: fewer steps where nobody needs the level
+    if rule == "norm" and book.bits == 4:  # a binary search takes fewer steps where the level is not needed
         lines += [
             _above("p", hex_float(-t[3] * _STEEP)),
             _mad("w", "p", t[1] - t[5], -t[1]),
@@ -71,7 +73,7 @@ def rounding_assembly(book: Codebook, rule: str) -> str:
 
 
 def summand_unit(book: Codebook, rule: str) -> float:
-    """What one unit of the summand stands for."""
+    """The value of one unit of the summand that `rounding_assembly` returns."""
     unit = book.levels[-1] / (8 * _TOP)
     return {"norm": 1.0, "norm_corrected": unit * unit, "unbiased": unit}[rule]
 
@@ -81,7 +83,8 @@ def squares_assembly(book: Codebook) -> tuple[str, float]:
     """PTX that adds up the squared levels of four fields of a key's word, and the unit of the sum.
 
     Returns:
-        Word and shift of its first field in, sum out; empty for levels that are not bytes times one unit.
+        Assembly whose inputs are a word and the shift of its first field and whose output is the sum; empty
+        for levels that are not bytes times a unit.
     """
     if book.form != "int8" or book.bits not in _LANES:
         return "", 0.0
@@ -96,12 +99,12 @@ def squares_assembly(book: Codebook) -> tuple[str, float]:
 
 
 def _above(result: str, negated: str) -> str:
-    """1 where a is above a threshold, given as -threshold * 2**60, else 0."""
+    """`result` = 1 where a is above the threshold, given as -threshold * 2**60, else 0."""
     return f"fma.rn.sat.f32 {result}, a, $5, {negated};"
 
 
 def _mad(result: str, switch: str, slope: float, offset: float) -> str:
-    """(slope * switch + offset) * 2**60."""
+    """`result` = (slope * switch + offset) * 2**60."""
     return f"fma.rn.f32 {result}, {switch}, {hex_float(slope * _STEEP)}, {hex_float(offset * _STEEP)};"
 
 

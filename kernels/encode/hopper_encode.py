@@ -1,4 +1,4 @@
-"""Launching of the Hopper encode kernel: the calls that it covers, and its operands."""
+"""Launches the Hopper encode kernel: which calls it covers, its settings and its operands."""
 
 from functools import lru_cache
 from typing import Any
@@ -29,21 +29,21 @@ WIDTHS = (2, 3, 4)
 RULES = {"key": "norm_corrected", "value": "unbiased"}
 WARPS = 4
 REGISTERS = 128
-PROGRAMS = 4  # that share a multiprocessor
+PROGRAMS = 4  # per multiprocessor
 
-_ALIGNED = 16  # bytes that one thread copies at once; strides in numbers, a multiple that Triton knows of
-_KEY_UNIT = 2.0**6  # keys are multiplied by this: two float16 parts then hold what float32 does ...
-_KEY_SHORT = 2.0**-8  # ... of norms from here on
-_VALUE_UNITS = {torch.bfloat16: 2.0**30, torch.float16: 2.0**10}  # of the rotation: norms to 2**26; all
-_VALUE_SHORT = 2.0**-16  # norm of a product whose sums with levels are normal float32 numbers
+_ALIGNED = 16  # bytes that a thread copies at once; Triton must know that strides are multiples of it
+_KEY_UNIT = 2.0**6  # keys are multiplied by it: two float16 parts are then as good as float32 ...
+_KEY_SHORT = 2.0**-8  # ... for norms from here on
+_VALUE_UNITS = {torch.bfloat16: 2.0**30, torch.float16: 2.0**10}  # of the rotation; norms to 2**26, all norms
+_VALUE_SHORT = 2.0**-16  # least norm of a product whose sums with levels are normal float32 numbers
 
 
 def covers(x: Tensor, spec: CodecSpec, transform: ChannelTransform) -> bool:
-    """Whether the kernel is used: the cache's own codecs of 2, 3 and 4 bits at head_dim 128, on sm_90.
+    """Whether the kernel takes this call: 2, 3 or 4 bits at head_dim 128, on sm_90.
 
     Args:
-        x: [B, Hkv, T, D], channels contiguous; vectors at multiples of 16 bytes, in 16 bits.
-        spec: one group, int8 codebook, Hadamard rotation, and the scale rule of its role.
+        x: [B, Hkv, T, D] 16-bit, channels contiguous, vectors at multiples of 16 bytes.
+        spec: one channel group, int8 codebook, Hadamard rotation, and the default scale rule of its role.
         transform: mean and weight for keys only, no order.
     """
     codec = spec.head_dim == CHANNELS and spec.bits in WIDTHS and spec.estimator == "mse"
@@ -51,8 +51,8 @@ def covers(x: Tensor, spec: CodecSpec, transform: ChannelTransform) -> bool:
     codec = codec and spec.scale_rule == RULES[spec.role]
     moved = transform.tensors().keys() <= ({"mean", "weight"} if spec.role == "key" else set())
     steps = [stride for size, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True) if size > 1]
-    placed = x.stride(-1) == 1 and not any(step % _ALIGNED for step in steps) and not x.data_ptr() % _ALIGNED
-    return codec and moved and placed and x.dtype in _VALUE_UNITS and _is_hopper(x.device)
+    aligned = x.stride(-1) == 1 and not any(step % _ALIGNED for step in steps) and not x.data_ptr() % _ALIGNED
+    return codec and moved and aligned and x.dtype in _VALUE_UNITS and _is_hopper(x.device)
 
 
 @lru_cache(maxsize=16)
@@ -63,14 +63,22 @@ def _is_hopper(device: torch.device) -> bool:
 def launch_hopper(
     x: Tensor, spec: CodecSpec, transform: ChannelTransform, planes: dict[str, Tensor], flag: Tensor
 ) -> None:
-    """Encode at least one page into `planes`. The flag becomes 2 where `encode_pages_kernel` has to do it."""
+    """Launch the kernel.
+
+    Args:
+        x: as for `covers`, of at least one page.
+        spec: as for `covers`.
+        transform: as for `covers`.
+        planes: "codes0" and "scale0", written.
+        flag: [1] int32 zero; becomes 2 where x is out of range and `encode_pages_kernel` must encode it.
+    """
     from quantpress.kernels.encode.hopper_kernel import encode_hopper_kernel
 
     heads = x.shape[0] * x.shape[1]
     pages = x.shape[2] // PAGE_TOKENS
     units = -(-pages // 2) if spec.bits == 3 else pages  # what one round of a program encodes
-    places = torch.cuda.get_device_properties(x.device).multi_processor_count * PROGRAMS
-    grid = (max(1, min(units, places // heads)), heads)
+    programs = torch.cuda.get_device_properties(x.device).multi_processor_count * PROGRAMS
+    grid = (max(1, min(units, programs // heads)), heads)
     with torch.cuda.device(x.device):
         encode_hopper_kernel[grid](
             **hopper_arguments(x, spec, transform, planes, flag), num_warps=WARPS, maxnreg=REGISTERS
@@ -80,7 +88,7 @@ def launch_hopper(
 def hopper_arguments(
     x: Tensor, spec: CodecSpec, transform: ChannelTransform, planes: dict[str, Tensor], flag: Tensor
 ) -> dict[str, Any]:
-    """The kernel's arguments by name."""
+    """The arguments of `encode_hopper_kernel` by name; see `launch_hopper`."""
     values, book = spec.role == "value", spec.codebook_of(0)
     unit = _VALUE_UNITS[x.dtype] if values else 1.0
     matrix, factor = _matrix(
@@ -133,7 +141,7 @@ def _constants(book: Codebook, values: bool) -> dict[str, Any]:
 def _matrix(
     rotation: Rotation, values: bool, dtype: torch.dtype, unit: float, device: torch.device
 ) -> tuple[Tensor, float]:
-    """[128, 128] of -unit and unit, columns in the order of the kernel's tiles, and the rotation's factor."""
+    """The rotation times `unit`, columns in the order of the kernel's tiles, and the rotation's factor."""
     with torch.inference_mode(False), torch.no_grad():  # kept: must stay usable outside inference mode
         matrix = rotation_matrix(rotation, torch.device("cpu"))
         column = torch.arange(CHANNELS, device="cpu")
@@ -145,7 +153,7 @@ def _matrix(
 
 @lru_cache(maxsize=64)
 def _table(book: Codebook, values: bool, device: torch.device) -> Tensor:
-    """[12] int32: each number of `octet_table` once for each lane t."""
+    """[12] int32: each number of `octet_table` four times, once for each t."""
     with torch.inference_mode(False), torch.no_grad():
         words = torch.tensor(octet_table(book, values), dtype=torch.int32, device="cpu")
         return words.repeat_interleave(4).to(device)

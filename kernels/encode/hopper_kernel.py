@@ -1,20 +1,21 @@
 # mypy: allow-untyped-defs
 """Encoding of whole pages on Hopper (Gluon, sm_90): vectors of 128 channels, 2 to 4 bits.
 
-Programs of four warps loop over the pages of one (batch, KV head), 64 tokens at a time. Vectors come by
-`cp.async`, the next ones while a tile is encoded, and the rotation stays in shared memory. It is +1 and -1
-only, so that a 16-bit product is as good as float32: values go in as they are, keys are moved (mean, weight)
-and split into two float16 parts. Four programs share a multiprocessor, with 128 registers a thread.
+Programs of four warps loop over the pages of one (batch, KV head), 64 tokens at a time. `cp.async` loads the
+vectors of the next tile while one is encoded; the rotation stays in shared memory. Its entries are +1 and -1,
+so a 16-bit product is as good as float32: values go in as they are, keys are transformed (mean, weight) and
+split into two float16 parts. Four programs share a multiprocessor, with 128 registers a thread.
 
-The product leaves rows 16 w + 8 h + g and columns 16 o + 8 e + 2 t + s in lane 4 g + t of warp w: two rows h
-and four columns (e, s) at a time go through the assembly of `octets`. Rows are counted such that h is a part
-of a word, columns (by the order of the rotation's columns) such that
+The product leaves rows 16 w + 8 h + g and columns 16 o + 8 e + 2 t + s in lane 4 g + t of warp w. Two rows h
+and four columns (e, s) at a time go through the assembly of `octets`. Rows are numbered so that h is a part
+of a word, and columns (by the order of the rotation's columns) so that
 
     keys    a thread has whole words: words 4 t .. 4 t + 3 of both blocks of 64 channels
     values  a thread has one byte of the words of four channels, which four lanes g % 4 exchange
 
-Of 4 bits each tile has words of its own; of 2 bits both tiles of a page share theirs. Of 3 bits a tile is 32
-tokens of each of two pages, and the first is the one whose fields are spread over the words of the others.
+At 4 bits each tile has words of its own; at 2 bits both tiles of a page have the same words. At 3 bits a tile
+is 32 tokens of each of two pages, and the fields of the first tile are spread over the words of the other
+three.
 """
 
 from triton.experimental import gluon
@@ -26,9 +27,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-MOST_SQUARE = gl.constexpr(2.0**120)  # of a vector as it leaves the product
+MOST_SQUARE = gl.constexpr(2.0**120)  # squared norm of a vector as it leaves the product
 STEP = gl.constexpr(32)
-"""Channels of keys that one product takes: what is split at a time has to fit registers."""
+"""Channels of keys in one product: both parts of the split keys must fit into registers."""
 
 
 @gluon.constexpr_function
@@ -38,7 +39,7 @@ def _product_layout():
 
 @gluon.constexpr_function
 def _gathered_layout():
-    """[w 4, g // 4 2, o % 4 4, o // 4 2, g % 4 4, t 4]: registers o; lanes t, g; warps w."""
+    """[w 4, g // 4 2, o % 4 4, o // 4 2, g % 4 4, t 4] with o in registers, t and g in lanes, w in warps."""
     unit = [[n if k == dim else 0 for k in range(6)] for dim, n in ((2, 1), (2, 2), (3, 1))]
     lane = [[n if k == dim else 0 for k in range(6)] for dim, n in ((5, 1), (5, 2), (4, 1), (4, 2), (1, 1))]
     warp = [[n if k == dim else 0 for k in range(6)] for dim, n in ((0, 1), (0, 2))]
@@ -56,7 +57,7 @@ def _only(dim, rank, layout):
 
 @gluon.jit
 def _index(dim: gl.constexpr, n: gl.constexpr, rank: gl.constexpr, layout: gl.constexpr):
-    """0 to n - 1 along one dimension, 1 along the others."""
+    """0 to n - 1 along dimension `dim` of `rank` dimensions, the others of length 1."""
     x = gl.arange(0, n, layout=_only(dim, rank, layout))
     for k in gl.static_range(rank):
         if k != dim:
@@ -66,7 +67,7 @@ def _index(dim: gl.constexpr, n: gl.constexpr, rank: gl.constexpr, layout: gl.co
 
 @gluon.jit
 def _token_of(row, BITS: gl.constexpr):
-    """The token of a row of the first tile; of 3 bits in two pages, else in one."""
+    """The token of a row of the first tile, counted over two pages at 3 bits, else within one."""
     if BITS == 3:
         token = row // 32 * 128 + (row // 16 % 2) * 8 + (row // 8 % 2) * 16 + row % 8
     else:
@@ -76,7 +77,7 @@ def _token_of(row, BITS: gl.constexpr):
 
 @gluon.jit
 def _tile_start(tile, BITS: gl.constexpr):
-    """Tokens before those of the first tile; of 3 bits the last one is the first to be encoded."""
+    """Tokens before a tile's first; at 3 bits the last tile of a page is encoded first."""
     start = tile * 32
     if BITS == 3:
         start = (tile + 3) % 4 * 32
@@ -84,20 +85,23 @@ def _tile_start(tile, BITS: gl.constexpr):
 
 
 @gluon.jit
-def _fetch(x_ptr, place, second, xs, page, tile, pages, stride_t, BITS: gl.constexpr):
-    """Start copying one tile; nothing past the end."""
+def _fetch(x_ptr, element, second, xs, page, tile, pages, stride_t, BITS: gl.constexpr):
+    """Start copying a tile to shared memory xs, unless its page is past the end.
+
+    element: offsets of the first tile's numbers; second: 1 where a row is of the second of two pages.
+    """
     if page < pages:
         base = x_ptr + page.to(gl.int64) * 128 * stride_t + _tile_start(tile, BITS) * stride_t
         if BITS == 3:  # the second page may not be there
-            async_copy.async_copy_global_to_shared(xs, base + place, mask=page + second < pages)
+            async_copy.async_copy_global_to_shared(xs, base + element, mask=page + second < pages)
         else:
-            async_copy.async_copy_global_to_shared(xs, base + place)
+            async_copy.async_copy_global_to_shared(xs, base + element)
     async_copy.commit_group()
 
 
 @gluon.jit
 def _rotated(xs, matrix, weights, offsets, MOVED: gl.constexpr):
-    """A tile of vectors, transformed and rotated, [64, 128] float32."""
+    """A tile of vectors, rotated, and before that, if MOVED, transformed: [64, 128] float32."""
     layout: gl.constexpr = _product_layout()
     left: gl.constexpr = gl.DotOperandLayout(0, layout, 2)
     y = gl.full([64, 128], 0.0, gl.float32, layout)
@@ -121,7 +125,7 @@ def _rotated(xs, matrix, weights, offsets, MOVED: gl.constexpr):
 
 @gluon.jit
 def _octets(y):
-    """[64, 128] -> [w, g, o, t] for each of (h, (e, s))."""
+    """[64, 128] -> eight tensors [w, g, o, t], one for each of (h, (e, s))."""
     y = gl.permute(gl.reshape(y, [4, 2, 8, 8, 2, 4, 2]), [0, 2, 3, 5, 1, 4, 6])
     even, odd = gl.split(y)
     a, c = gl.split(even)
@@ -149,7 +153,10 @@ def _in_range(square, least, VANISHES: gl.constexpr):
 
 @gluon.jit
 def _store_scales(scale_ptr, flag_ptr, scale0, scale1, good, left, start, BITS: gl.constexpr):
-    """Scales [w, g] of both rows of a thread, and the flag."""
+    """Store the scales [w, g] of both rows of a thread, and set the flag where not `good`.
+
+    left: pages from this one on; start: of `_tile_start`.
+    """
     layout: gl.constexpr = scale0.type.layout
     token = _token_of(16 * _index(0, 4, 2, layout) + _index(1, 8, 2, layout), BITS) + start
     part: gl.constexpr = 16 if BITS == 3 else 64
@@ -161,7 +168,7 @@ def _store_scales(scale_ptr, flag_ptr, scale0, scale1, good, left, start, BITS: 
 
 @gluon.jit
 def _value_words(octets, left, GATHER: gl.constexpr, GATHER_REGISTERS: gl.constexpr, BITS: gl.constexpr):
-    """[w, g, o, t] of four channels -> words of four tokens, their places, and whether they are there."""
+    """[w, g, o, t] of four channels -> words of four tokens, offsets, whether their page is there."""
     lanes: gl.constexpr = _gathered_layout()
     got = gl.convert_layout(gl.reshape(octets, [4, 2, 4, 2, 4, 4]), lanes)
     got = gl.reshape(gl.permute(got, [0, 1, 3, 4, 5, 2]), [4, 2, 2, 4, 4, 2, 2])
@@ -183,15 +190,15 @@ def _value_words(octets, left, GATHER: gl.constexpr, GATHER_REGISTERS: gl.conste
     tile = 4 * _index(2, 2, 6, flat) + _index(3, 4, 6, flat)
     channel = 16 * tile + 4 * _index(4, 4, 6, flat) + _index(5, 4, 6, flat)
     if BITS == 3:  # noqa: SIM108
-        place = w // 2 * (128 * 12) + row % 4 * 128 + channel
+        at = w // 2 * (128 * 12) + row % 4 * 128 + channel
     else:
-        place = row * 128 + channel
-    return words, place, w // 2 < left
+        at = row * 128 + channel
+    return words, at, w // 2 < left
 
 
 @gluon.jit
 def _key_words(octets, left, BITS: gl.constexpr):
-    """[w, g, o, t] -> [w, g, block, t, word], their places, and whether they are there."""
+    """[w, g, o, t] -> [w, g, block, t, word], offsets, whether their page is there."""
     words = gl.permute(gl.reshape(octets, [4, 8, 2, 4, 4]), [0, 1, 2, 4, 3])
     flat: gl.constexpr = words.type.layout
     w = _index(0, 4, 5, flat)
@@ -199,10 +206,10 @@ def _key_words(octets, left, BITS: gl.constexpr):
     block = _index(2, 2, 5, flat)
     word = 4 * _index(3, 4, 5, flat) + _index(4, 4, 5, flat)
     if BITS == 3:
-        place = w // 2 * (128 * 12) + block * 256 + row % 16 * 16 + word
+        at = w // 2 * (128 * 12) + block * 256 + row % 16 * 16 + word
     else:
-        place = block * (512 if BITS == 2 else 1024) + row * 16 + word
-    return words, place, w // 2 < left
+        at = block * (512 if BITS == 2 else 1024) + row * 16 + word
+    return words, at, w // 2 < left
 
 
 @gluon.jit
@@ -215,10 +222,10 @@ def _words(
     VALUES: gl.constexpr,
 ):
     if VALUES:
-        words, place, there = _value_words(octets, left, GATHER, GATHER_REGISTERS, BITS)
+        words, at, there = _value_words(octets, left, GATHER, GATHER_REGISTERS, BITS)
     else:
-        words, place, there = _key_words(octets, left, BITS)
-    return words, place, there
+        words, at, there = _key_words(octets, left, BITS)
+    return words, at, there
 
 
 @gluon.jit
@@ -253,12 +260,18 @@ def encode_hopper_kernel(
     WEIGHT: gl.constexpr,
     KEY_UNIT: gl.constexpr,
 ):
-    """Encode pages, of 3 bits pairs of pages, of one (batch, KV head), axis 1; axis 0 shares them out.
+    """Encode pages, at 3 bits pairs of pages, of one (batch, KV head) (axis 1), divided over axis 0.
 
-    x: 16-bit, channels contiguous, every vector at a multiple of 16 bytes. mean, weight: [B * Hkv, 128], of
-    keys. words [B, Hkv, P, bytes / 4] int32, scale [B, Hkv, P, 128]. factor: |y| of a vector as it is over
-    that of the product; unit_of_sum: of what the assembly adds up, over the product. flag [1] becomes 2 where
-    the square of a product is not above `least`, or too large, or not finite: the planes are not valid then.
+    x: [B, heads, T, 128] 16-bit with strides stride_b, stride_h, stride_t, channels contiguous, every vector
+    at a multiple of 16 bytes; mean, weight: [B * Hkv, 128], for keys, if MEAN and WEIGHT; matrix: [128, 128],
+    the rotation without its factor, columns in the order of the tiles; table: [12] int32, of `octet_table`;
+    words: [B, Hkv, P, bytes / 4] int32 and scale: [B, Hkv, P, 128], written; factor: |y| of a vector over |y|
+    of its product; unit_of_sum: the unit of what ASM adds up, over the product; largest: of the scale's
+    dtype; ASM, REGISTERS: of `octet_assembly`; GATHER, GATHER_REGISTERS: of `gather_assembly`; ZERO0, ZERO1:
+    of `zero_fields`; STEEP: the polynomial's scale; KEY_UNIT: keys are multiplied by it.
+
+    flag [1] becomes 2 where the square of a product is not above `least`, is too large or is not finite; the
+    planes are not valid then.
     """
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [4, 1], [1, 0])
     operand: gl.constexpr = x_ptr.dtype.element_ty if VALUES else gl.float16
@@ -293,14 +306,14 @@ def encode_hopper_kernel(
 
     xs = gl.allocate_shared_memory(x_ptr.dtype.element_ty, [64, 128], swizzled)
     row = gl.arange(0, 64, layout=gl.SliceLayout(1, layout))
-    place = _token_of(row, BITS)[:, None] * stride_t + channel[None, :]
+    element = _token_of(row, BITS)[:, None] * stride_t + channel[None, :]
     second = (row // 32)[:, None]
-    _fetch(x_ptr, place, second, xs, page, 0, pages, stride_t, BITS)
+    _fetch(x_ptr, element, second, xs, page, 0, pages, stride_t, BITS)
     next_page = page
     next_tile = 1
 
-    kept = _octets(gl.full([64, 128], 0, gl.int32, _product_layout()))[0]  # the first tile's: of 2 bits
-    spread = _words(kept, pages, GATHER, GATHER_REGISTERS, BITS, VALUES)[0]  # and of 3 bits
+    kept = _octets(gl.full([64, 128], 0, gl.int32, _product_layout()))[0]  # the first tile's, at 2 bits
+    spread = _words(kept, pages, GATHER, GATHER_REGISTERS, BITS, VALUES)[0]  # and at 3 bits
     lanes: gl.constexpr = kept.type.layout
     t = _index(3, 4, 4, lanes)
     low = gl.load(table_ptr + t)
@@ -313,7 +326,7 @@ def encode_hopper_kernel(
         if VALUES:
             fence_async_shared()
         y = _rotated(xs, matrix, weights, offsets, not VALUES)
-        _fetch(x_ptr, place, second, xs, next_page, next_tile, pages, stride_t, BITS)
+        _fetch(x_ptr, element, second, xs, next_page, next_tile, pages, stride_t, BITS)
         next_tile += 1
         if next_tile == TILES:
             next_tile = 0

@@ -1,7 +1,8 @@
-"""The nearest level of each coordinate, faster than a binary search and with the same result to the last bit.
+"""The nearest level of each coordinate, faster than by binary search and with exactly the same result.
 
-A uniform grid is laid over the thresholds, so fine that a cell meets at most one of them. A coordinate's cell
-says how many thresholds lie below the cell, and one comparison with the next threshold settles the code.
+A uniform grid is laid over the thresholds, so fine that a cell contains at most one of them. The cell of a
+coordinate says how many thresholds lie below the cell, and one comparison with the next threshold gives the
+code.
 """
 
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from quantpress.quantization.codebook import Codebook
 
-CELLS_PER_GAP = 4  # leaves a cell of room on both sides for float32 rounding
+CELLS_PER_GAP = 4  # leaves a cell on both sides for float32 rounding
 
 
 @dataclass(frozen=True, eq=False)
@@ -21,10 +22,10 @@ class NearestLevel:
 
     Args:
         levels: [2**bits] float32, ascending.
-        thresholds: [2**bits] float32: the thresholds between them, then infinity.
-        first: [cells] int32, how many thresholds lie surely below each cell.
-        origin: where the first cell starts.
-        pitch: cells per unit.
+        thresholds: [2**bits] float32: the thresholds between the levels, then infinity.
+        first: [cells] int32, how many thresholds lie below each cell for certain.
+        origin: lower edge of the first cell.
+        pitch: cells per unit of the coordinate.
     """
 
     levels: Tensor
@@ -34,13 +35,14 @@ class NearestLevel:
     pitch: float
 
     def __call__(self, unit: Tensor) -> tuple[Tensor, Tensor]:
-        """Code coordinates.
+        """Round coordinates.
 
         Args:
             unit: [...] float32, finite.
 
         Returns:
-            Codes [...] uint8, the number of thresholds below each coordinate, and their levels [...] float32.
+            The codes [...] uint8, which are the numbers of thresholds below the coordinates, and their levels
+            [...] float32.
         """
         cell = unit.sub(self.origin).mul_(self.pitch).clamp_(0, len(self.first) - 1).int()
         code = self.first.index_select(0, cell.view(-1)).view_as(cell)
@@ -50,7 +52,7 @@ class NearestLevel:
 
 @lru_cache(maxsize=64)
 def nearest_level(book: Codebook, device: torch.device) -> NearestLevel:
-    """The rounding of a codebook on a device; cached."""
+    """The `NearestLevel` of a codebook on a device; cached."""
     with torch.inference_mode(False), torch.no_grad():  # kept: must stay usable outside inference mode
         thresholds = book.threshold_tensor("cpu")
         gap = float(thresholds.double().diff().min()) if len(thresholds) > 1 else 1.0

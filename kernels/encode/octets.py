@@ -1,10 +1,10 @@
 """PTX for the Hopper encode kernel: eight coordinates at a time, from float32 to a packed word.
 
-A thread holds two rows of the product and four columns of each: y[h][i]. Rounding is a polynomial that is
-k + 1/2 at threshold k. Its last multiply-add adds 2**23, so that the magnitude of the code lies in the low
-bits, beside a number that makes the low 16 bits a selector of `prmt`: a byte permutation of the levels by it
-gives the level. The results of eight coordinates, moved to their places, are added up as they are; what they
-hold beside their fields is known, and taken off at the end.
+A thread holds two rows of the product and four columns of each: y[h][i]. Rounding is a polynomial that has
+the value k + 1/2 at threshold k. Its last multiply-add adds 2**23, which leaves the magnitude of the code in
+the low bits, and another number, which makes the low 16 bits a selector of `prmt`: a byte permutation of the
+levels by it gives the level. The results of eight coordinates are shifted and added up as they are; the
+constants that they hold beside their fields are subtracted at the end.
 """
 
 from dataclasses import dataclass
@@ -18,25 +18,25 @@ from quantpress.kernels.encode.assembly import float_bits, hex_float
 from quantpress.quantization.codebook import Codebook
 
 FACTOR = 2.0**64
-"""On coordinates of values: a level is read as the float32 level * 2**-149, and products are to be normal."""
+"""Factor on coordinates of values: levels are read as level * 2**-149, and products must be normal."""
 
 GATHER_CONSTRAINTS = "=&r,=&r,=&r,=&r,r,r,r,r"
 
 _MAGIC = 2.0**23 + 0x8880
-"""The last four bits take the magnitude; `prmt` then picks one byte, and three zeros."""
+"""The last four bits take the magnitude; `prmt` then picks one byte and three zeros."""
 
 _BASE = {4: 0, 3: 4, 2: 2}
-"""What field a magnitude of 0 has: 2**(bits - 1) but for the sign and magnitude of 4."""
+"""The field of magnitude 0, by width: 2**(bits - 1), but 0 for the sign and magnitude of 4 bits."""
 
 
 @dataclass(frozen=True)
 class Rounding:
-    """A coordinate's magnitude: the whole number nearest to f(min(max(scale * |u| + shift, 0), 1)).
+    """The magnitude of a coordinate u: the whole number nearest to f(min(max(scale * |u| + shift, 0), 1)).
 
     Args:
-        scale: as there.
-        shift: as there.
-        coefficients: of f, from the highest power to the first; it has no constant.
+        scale: factor on |u|.
+        shift: added to it.
+        coefficients: of the polynomial f, from the highest power to the first; f has no constant.
     """
 
     scale: float
@@ -46,10 +46,10 @@ class Rounding:
 
 @lru_cache(maxsize=64)
 def rounding_polynomial(book: Codebook) -> Rounding:
-    """The polynomial through (threshold k, k + 1/2), from where it is 0 to where it is the last magnitude.
+    """The polynomial through (threshold k, k + 1/2), from its zero to where it reaches the last magnitude.
 
     Args:
-        book: an int8 codebook of 2, 3 or 4 bits for head_dim 128. The tests hold that it is rounded right.
+        book: an int8 codebook of 2, 3 or 4 bits for head_dim 128; the tests check the rounding of these.
     """
     t = np.array(book.thresholds[len(book.levels) // 2 :])
     if len(t) == 1:
@@ -74,13 +74,14 @@ def octet_assembly(book: Codebook, values: bool) -> str:
 
     Args:
         book: as for `rounding_polynomial`.
-        values: for values, else for keys.
+        values: whether the vectors are values, not keys.
 
     Returns:
-        In: y[0][0 to 3] and y[1][0 to 3]; for each row the polynomial's scale over the vector's norm (values:
-        over FACTOR too); `zero_fields` of zero vectors, joined; the three of `octet_table`. Out: the word,
-        nibble of y[h][i] at bit 8 i + 4 h (values) or 16 h + 4 i (keys); for each row the sum over i of
-        |y| FACTOR level 2**-149 (values) or of level**2 (keys), levels in units of the codebook's.
+        Assembly. Inputs: y[0][0 to 3] and y[1][0 to 3]; for each row the polynomial's scale over the vector's
+        norm (for values also over FACTOR); the `zero_fields` of zero vectors, joined; the three numbers of
+        `octet_table`. Outputs: the word, with the nibble of y[h][i] at bit 8 i + 4 h (values) or 16 h + 4 i
+        (keys); for each row the sum over i of |y| FACTOR level 2**-149 (values) or of level**2 (keys), with
+        levels in units of the codebook's.
     """
     rounding = rounding_polynomial(book)
     lines = ["mov.b32 lo, $14;", "mov.b32 hi, $15;"]  # inputs: constants would be copied at each use
@@ -95,9 +96,9 @@ def octet_assembly(book: Codebook, values: bool) -> str:
             if values:
                 lines.append("prmt.b32 t, lo, hi, v;")
                 lines.append(f"fma.rn.f32 q{row}, a, t, q{row};" if column else f"mul.rn.f32 q{row}, a, t;")
-            place = 8 * column + 4 * row if values else 16 * row + 4 * column
-            surplus += (float_bits(_MAGIC) - _BASE[book.bits]) << place
-            lines += [f"shl.b32 m, v, {place};", "add.u32 w, w, m;"] if place else ["mov.b32 w, v;"]
+            shift = 8 * column + 4 * row if values else 16 * row + 4 * column
+            surplus += (float_bits(_MAGIC) - _BASE[book.bits]) << shift
+            lines += [f"shl.b32 m, v, {shift};", "add.u32 w, w, m;"] if shift else ["mov.b32 w, v;"]
     lines.append(f"add.u32 w, w, {-surplus & 0xFFFFFFFF:#x};")
     if values:
         lines += ["mov.b32 $1, q0;", "mov.b32 $2, q1;"]
@@ -110,7 +111,7 @@ def octet_assembly(book: Codebook, values: bool) -> str:
 
 
 def octet_constraints(values: bool) -> str:
-    """Registers of the assembly."""
+    """Register constraints of `octet_assembly`."""
     return ("=&r,=&f,=&f" if values else "=&r,=&r,=&r") + ",f" * 10 + ",r,r,r,f"
 
 
@@ -127,7 +128,7 @@ def octet_table(book: Codebook, values: bool) -> list[int]:
 
 
 def zero_fields(bits: int, values: bool) -> tuple[int, int]:
-    """Where a zero vector in row 0, or 1, has the codes of negative numbers: those below the threshold 0."""
+    """Fields of a zero vector in row 0 and in row 1: its coordinates have the codes of negative numbers."""
     if bits == 4:
         masks = 0x80808080, 0x08080808
     elif values:
@@ -139,9 +140,9 @@ def zero_fields(bits: int, values: bool) -> tuple[int, int]:
 
 @lru_cache(maxsize=64)
 def gather_assembly(bits: int) -> str:
-    """PTX that transposes: words of lanes 0 to 3, byte c of column c -> words of columns 0 to 3.
+    """PTX that transposes words of lanes 0 to 3, with column c in byte c, into words of columns 0 to 3.
 
-    The field of lane l and row h lands at bit 4 l + 16 h. Signs of 4 bits stay in byte l.
+    The field of lane l and row h goes to bit 4 l + 16 h. Signs of 4 bits go to byte l.
     """
     lines = ["shl.b32 a, $5, 4;", "lop3.b32 A, $4, a, 0x0f0f0f0f, 0xE4;"]
     lines += ["shl.b32 a, $7, 4;", "lop3.b32 B, $6, a, 0x0f0f0f0f, 0xE4;"]
@@ -161,7 +162,7 @@ def _input(row: int, column: int) -> str:
 
 
 def _horner(coefficients: tuple[float, ...]) -> list[str]:
-    """v = f(b) + the magic number; the first coefficient is an input."""
+    """v = f(b) + _MAGIC; the first coefficient is an input."""
     if len(coefficients) == 1:
         return [f"add.rn.f32 v, b, {hex_float(_MAGIC)};"]
     steps = [f"fma.rn.f32 g, b, $16, {hex_float(coefficients[1])};"]
@@ -170,7 +171,7 @@ def _horner(coefficients: tuple[float, ...]) -> list[str]:
 
 
 def _signs(bits: int, values: bool) -> list[str]:
-    """The word with its signs: of 4 bits in places of their own, else the fields of negative ones turned."""
+    """Put the signs into the word: at 4 bits as bits of their own, else by inverting negative fields."""
 
     def gather(out: str, four: list[tuple[int, int]]) -> list[str]:
         """Byte k is 0xFF where coordinate k of four is negative."""

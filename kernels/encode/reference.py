@@ -1,6 +1,6 @@
-"""Encoding in plain PyTorch: the truth that device kernels are held to. See `quantpress.kernels.encode`.
+"""Encoding in plain PyTorch, in float32: the truth that the kernels are held to.
 
-Float32 throughout. Vectors are divided by their largest coordinate first, so no norm overflows or vanishes.
+Vectors are divided by their largest coordinate first, so that no norm overflows or vanishes.
 """
 
 from collections.abc import Iterator
@@ -21,10 +21,10 @@ WORKSPACE_VALUES = 1 << 20  # coordinates encoded at a time; about 24 bytes of w
 
 
 def check_vectors(x: Tensor, spec: CodecSpec, transform: ChannelTransform) -> None:
-    """Check what `encode_pages` is given.
+    """Check the arguments of `encode_pages`.
 
     Raises:
-        InvalidInputError: x is not floating [B, Hkv, T, D] of whole pages, or the transform is not for it.
+        InvalidInputError: x is not floating [B, Hkv, T, D] of whole pages, or does not fit the transform.
     """
     if x.dim() != 4 or x.shape[-1] != spec.head_dim or x.shape[2] % PAGE_TOKENS or not x.is_floating_point():
         raise InvalidInputError(
@@ -51,7 +51,7 @@ def encode_pages_reference(x: Tensor, spec: CodecSpec, transform: ChannelTransfo
 
 
 def _chunks(batch: int, heads: int, pages: int, dim: int) -> Iterator[tuple[slice, slice]]:
-    """Slices of the batch and of the pages, each chunk within the workspace; one empty chunk for no pages."""
+    """Slices of the batch and of the pages, chunks of which fit the workspace; an empty one for no pages."""
     budget = max(1, WORKSPACE_VALUES // max(1, heads * PAGE_TOKENS * dim))  # (sequence, page) pairs at a time
     wide = min(max(1, pages), budget)
     tall = max(1, budget // wide) if wide == max(1, pages) else 1
@@ -85,7 +85,7 @@ def _encode_chunk(x: Tensor, spec: CodecSpec, transform: ChannelTransform) -> di
 
 
 def _rotated_unit(x: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor]:
-    """[..., C] -> unit vectors y / |y| [..., C] of y = rotate(x), and |y| [...]; zero for zero vectors."""
+    """Unit vectors y / |y| [..., C] of y = rotate(x), and |y| [...]; zero for zero vectors."""
     largest = torch.linalg.vector_norm(x, ord=torch.inf, dim=-1, keepdim=True)
     if not bool(torch.isfinite(largest).all()):
         raise NonFiniteError("vectors to encode hold NaN or infinity, or overflow in the channel transform")
@@ -96,7 +96,7 @@ def _rotated_unit(x: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor]:
 
 
 def _scale_ratio(unit: Tensor, levels: Tensor, rule: str) -> Tensor:
-    """The scale that a unit vector u coded as `levels` gets: [..., C] twice -> [...]."""
+    """The scale of unit vectors [..., C] whose codes have levels [..., C]: [...]."""
     if rule == "norm":
         return torch.ones_like(unit[..., 0])
     if rule == "norm_corrected":

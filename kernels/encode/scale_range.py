@@ -1,8 +1,8 @@
-"""Scales that their dtype does not hold: found after encoding, and stored in float32 or refused.
+"""Scales that do not fit their dtype: they are found after encoding, and stored in float32 or refused.
 
-float16 holds 65504 at most. Below 2**-14 it loses a bit of precision with every halving, and a scale below
-2**-25 becomes 0. A head's largest scale decides: where it lies between the two, the error of its smaller
-scales is at most 2**-11 of the largest, which is what float16 makes of any scale.
+float16 holds at most 65504. Below 2**-14 it loses a bit of precision with every halving, and a scale below
+2**-25 becomes 0. The largest scale of a head decides: where it lies within these limits, the error of the
+head's smaller scales is at most 2**-11 of the largest one, float16's error of any scale.
 """
 
 from collections.abc import Callable
@@ -22,14 +22,17 @@ Encode = Callable[[CodecSpec], dict[str, Tensor]]
 
 
 def encode_in_range(encode: Encode, spec: CodecSpec) -> dict[str, Tensor]:
-    """Planes with scales that hold the vectors.
+    """Encode, with scales in float32 where "auto" needs it.
 
     Args:
-        encode: planes for a spec that differs from `spec` in its scale dtype.
+        encode: makes planes for `spec`, or for `spec` with another scale dtype.
         spec: the codec.
 
+    Returns:
+        The planes.
+
     Raises:
-        InvalidInputError: a scale is larger than the dtype that the spec asks for, or than float32, holds.
+        InvalidInputError: a scale is too large for the dtype that the spec asks for ("auto": for float32).
     """
     planes = encode(spec)
     low, high = _range(planes)
@@ -50,9 +53,10 @@ def encode_in_range(encode: Encode, spec: CodecSpec) -> dict[str, Tensor]:
 
 
 def _range(planes: dict[str, Tensor]) -> tuple[float, float]:
-    """Least and largest of the heads' largest scales; float32 scales of heads with zeros only do not count.
+    """The least and the largest of the heads' largest scales.
 
-    In float16 a scale of 0 may be a small one that has vanished.
+    Heads of zeros do not count where scales are float32; in float16 a scale of 0 may be one that has
+    vanished.
     """
     scales = [plane for name, plane in planes.items() if name.startswith("scale")]
     if not scales[0].numel():

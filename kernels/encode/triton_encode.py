@@ -1,6 +1,7 @@
-"""Launching of the Triton encode kernel: what it supports, its settings and its operands.
+"""Launches the Triton encode kernel: what it supports, its settings and its operands.
 
-On Hopper, calls that `hopper_encode.covers` go to its kernel first, and here what is out of that one's range.
+On Hopper, calls that `hopper_encode.covers` go to the Hopper kernel, and come here where they are out of its
+range.
 """
 
 from dataclasses import dataclass
@@ -22,12 +23,12 @@ from quantpress.quantization.spec import CodecSpec
 from quantpress.quantization.transform import ChannelTransform
 
 MAX_CHANNELS = 128
-"""Of one group. Wider ones go to the reference: only the interpreter has run the kernel on their pages."""
+"""Most channels of a group; the kernel has been tested on wider groups in the interpreter only."""
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 ASSEMBLED = (2, 3, 4)
 ROOMY_BYTES = 160 * 1024
-RAW_UNIT = 2.0**20  # of the matrix for raw bfloat16: squares then hold norms between 2**-80 and 2**30
+RAW_UNIT = 2.0**20  # factor of the matrix for raw bfloat16, for norms between 2**-80 and 2**30
 OUT_OF_RANGE = 2
 RULES = {"norm": 0, "norm_corrected": 1, "unbiased": 2}
 
@@ -37,11 +38,11 @@ class EncodeSettings:
     """How the kernel is launched.
 
     Args:
-        warps: warps of a program.
+        warps: warps per program.
         stages: depth of the software pipeline over pages.
-        pages: pages of one program, which loads the rotation once for them.
-        block: channels that a rotation takes at a time.
-        registers: most registers of a thread; None for no limit.
+        pages: pages per program, which loads the rotation once for all of them.
+        block: channels of x in one product with the rotation.
+        registers: most registers per thread; None for no limit.
     """
 
     warps: int
@@ -52,18 +53,18 @@ class EncodeSettings:
 
 
 def encode_settings(x: Tensor, spec: CodecSpec, roomy: bool) -> EncodeSettings:
-    """Settings for vectors and a codec, as measured on an H100 at 128 channels.
+    """The settings that were fastest on an H100 at 128 channels.
 
     Args:
         x: the vectors.
         spec: the codec.
         roomy: whether a program may have 160 KB of shared memory (sm_80, sm_90, sm_100), so that the next
-            page's vectors are fetched while one is encoded.
+            page's vectors are loaded while one is encoded.
     """
     if max(group.channels for group in spec.groups) > 128:
         return EncodeSettings(warps=8, stages=1, pages=4, block=64)
     ahead = roomy and len(spec.groups) == 1 and x.element_size() == 2 and spec.head_dim in (64, 128)
-    ahead = ahead and spec.bits != 8  # Triton 3.6 fails to pipeline what looks levels up in a table
+    ahead = ahead and spec.bits != 8  # Triton 3.6 fails to pipeline a loop that looks levels up in a table
     crowded = ahead and spec.role == "key" and spec.bits in (2, 4)  # three programs share a multiprocessor
     return EncodeSettings(
         warps=4, stages=2 if ahead else 1, pages=4, block=128, registers=168 if crowded else None
@@ -79,15 +80,15 @@ def is_roomy(device: torch.device) -> bool:
 
 
 def supports_encode(x: Tensor, spec: CodecSpec) -> bool:
-    """Whether the kernel is used: no sketch, groups of up to 128 channels, vectors of 16 or 32 bits."""
+    """Whether the kernel takes this call: no sketch, groups of up to 128 channels, 16 or 32-bit vectors."""
     fits = all(group.channels <= MAX_CHANNELS for group in spec.groups)
     return spec.estimator == "mse" and fits and x.dtype in DTYPES and x.dim() == 4
 
 
 def encode_pages_triton(x: Tensor, spec: CodecSpec, transform: ChannelTransform) -> dict[str, Tensor]:
-    """Quantize vectors and pack their codes into pages. See `quantpress.kernels.encode.encode_pages`.
+    """Quantize vectors and pack their codes into pages; see `quantpress.kernels.encode.encode_pages`.
 
-    A coordinate at a threshold, up to float32 rounding, may get another code than the reference gives it.
+    A coordinate within float32 rounding of a threshold may get another code than in the reference.
     """
     planes, flag = launch_encode(x, spec, transform)
     outcome = int(flag)
@@ -110,15 +111,16 @@ def launch_encode(
     """Encode without waiting for the device.
 
     Args:
-        x: as for `encode_pages`, like the next two.
-        spec: the codec.
-        transform: the channel transform.
-        settings: how to launch the kernel of all GPUs; when None the kernel and its settings are chosen.
+        x: as for `encode_pages`.
+        spec: as for `encode_pages`.
+        transform: as for `encode_pages`.
+        settings: launch the kernel for all GPUs with these settings; None: choose the kernel and its
+            settings.
         direct: whether the modes for vectors of ordinary length may be used.
 
     Returns:
-        The planes, valid if the flag [1] int32 becomes 0. 1: x is not finite; 2: encode again with
-        direct=False.
+        The planes, and a flag [1] int32. The planes are valid if the flag becomes 0; at 1 x is not finite, at
+        2 it must be encoded again with direct=False.
     """
     if x.stride(-1) != 1:
         x = x.contiguous()
@@ -156,9 +158,20 @@ def encode_arguments(
     device: bool,
     direct: bool = True,
 ) -> dict[str, Any]:
-    """The kernel's arguments by name; `device` for a GPU, else for the interpreter.
+    """The arguments of `encode_pages_kernel` by name.
 
-    Of a channel group that is not there the first one's are repeated.
+    Args:
+        x: as for `launch_encode`.
+        spec: as for `launch_encode`.
+        transform: as for `launch_encode`.
+        planes: written.
+        flag: [1] int32 zero, written.
+        settings: how the kernel is launched.
+        device: whether the kernel runs on a GPU, not in the interpreter.
+        direct: as for `launch_encode`.
+
+    Returns:
+        The arguments; without a second channel group the first one's are repeated.
     """
     values = spec.role == "value"
     parts = {name: part.contiguous() for name, part in transform.tensors().items()}
@@ -217,7 +230,7 @@ def encode_arguments(
 
 
 def positive_book(book: Codebook) -> tuple[float, ...]:
-    """The positive thresholds and levels of a codebook that the kernel holds as constants; none of 8 bits."""
+    """The positive thresholds and levels of a codebook, constants of the kernel; none at 8 bits."""
     if book.bits == 8:
         return ()
     half = len(book.levels) // 2
@@ -225,7 +238,7 @@ def positive_book(book: Codebook) -> tuple[float, ...]:
 
 
 def _assembly(book: Codebook, spec: CodecSpec) -> tuple[str, str, float]:
-    """Assembly for rounding and for the sum of squared levels, empty for none, and the sum's unit."""
+    """Assembly for rounding and for sums of squared levels, each empty where not used, and the sum's unit."""
     if book.bits not in ASSEMBLED:
         return "", "", 1.0
     if spec.role == "key" and spec.scale_rule == "norm_corrected":
@@ -246,7 +259,7 @@ def _grid_table(book: Codebook, device: torch.device) -> tuple[Tensor, int]:
 
 @lru_cache(maxsize=128)
 def _operand(matrix: RotationMatrix, values: bool, dtype: torch.dtype, unit: float) -> Tensor:
-    """The matrix times `unit`, its columns in the order of the kernel's tiles; cached."""
+    """The rotation matrix times `unit`, its columns in the order of the kernel's tiles; cached."""
     with torch.inference_mode(False), torch.no_grad():
         halves = (matrix.halves.float() * unit).to(dtype)
         if values:

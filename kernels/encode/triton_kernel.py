@@ -1,33 +1,34 @@
 # mypy: allow-untyped-defs
 """Encoding of whole pages on a GPU (Triton): transform, rotate, round, scale and pack in one pass.
 
-A program takes `per` pages of one (batch, KV head) and works on tiles of 64 tokens. The rotation is a product
-on 16-bit tensor cores that is as good as float32: the matrix is +1 and -1 only (its factor drops out of
-y / |y|) or is split into two float16 parts, and so are the vectors. Three modes:
+A program encodes `per` pages of one (batch, KV head), in tiles of 64 tokens. The rotation is a product on
+16-bit tensor cores that is as good as float32: the matrix has only +1 and -1 (its factor drops out of y /
+|y|) or is split into two float16 parts, and so are the vectors. There are three modes:
 
-    RAW      vectors in 16 bits that no transform touches go in as they are
-    QUICK    times 2**6: float16 parts are as good as float32 for norms from 2**-8, coordinates to 2**9
-    CAREFUL  times a power of two for each vector that brings its largest coordinate near 2**14: any length
+    RAW      16-bit vectors without a transform, as they are QUICK    vectors times 2**6: float16 parts are as
+    good as float32 for norms from 2**-8, coordinates to 2**9 CAREFUL  each vector times a power of two that
+    brings its largest coordinate near 2**14: any length
 
-The first two say when a vector is out of their range; the pages are then encoded again with the third.
+The first two report vectors that are out of their range; the pages are then encoded again with the third.
 
-Which token is which row of a tile, and which channel which column, is chosen so that the fields of one packed
-word meet in one thread as far as possible: bit by bit, row g1 g0 h v2 v1 v0 of tile q holds token
+Tokens are assigned to rows of a tile, and channels to columns, so that the fields of one packed word meet in
+one thread as far as possible. In bits, row g1 g0 h v2 v1 v0 of tile q holds token
 
     keys    q h v2 g1 g0 v1 v0      words join the parts (q and h, then v2) and four channels
     values  q v1 v2 g1 g0 v0 h      words join the parts (q, v1, v2) and four tokens (v0 h)
 
-and column 16 g + 8 h + 2 t + s holds channel 16 g + 4 t + 2 h + s of a key. Of 3 bits, q and the next bit say
-which plane holds the two parts that the third tells apart; parts 6 and 7 are spread over the planes at last.
+and column 16 g + 8 h + 2 t + s holds channel 16 g + 4 t + 2 h + s of a key. At 3 bits, q and the next bit say
+which plane holds the two parts that the third bit tells apart; parts 6 and 7 are spread over all planes in
+the end.
 """
 
 import triton
 import triton.language as tl
 
 _FLOAT32_MAX = tl.constexpr(3.4028234663852886e38)
-_LITTLE = tl.constexpr(2.0**-100)  # squared norms that RAW takes
-_LARGE = tl.constexpr(2.0**100)
-_SHORT = tl.constexpr(2.0**-8)  # a norm that QUICK keeps exact to float32
+_LITTLE = tl.constexpr(2.0**-100)  # RAW takes squared norms from here ...
+_LARGE = tl.constexpr(2.0**100)  # ... to here
+_SHORT = tl.constexpr(2.0**-8)  # QUICK is as good as float32 for norms from here on
 STEEP = tl.constexpr(2.0**60)  # what the assembly multiplies comparisons by
 QUICK_UNIT = tl.constexpr(2.0**6)
 CAREFUL = tl.constexpr(0)
@@ -37,7 +38,7 @@ RAW = tl.constexpr(2)
 
 @triton.jit
 def tile_token(tile: tl.constexpr, VALUES: tl.constexpr):
-    """Tokens [64] in a page of the rows of a tile."""
+    """The tokens [64] of the page that are the rows of a tile."""
     row = tl.arange(0, 64)
     if VALUES:
         lane = 2 * (row & 1) + ((row >> 3) & 1)
@@ -49,7 +50,7 @@ def tile_token(tile: tl.constexpr, VALUES: tl.constexpr):
 
 @triton.jit
 def tile_channel(CP: tl.constexpr, VALUES: tl.constexpr):
-    """Channels [CP] of the columns of a tile."""
+    """The channels [CP] that are the columns of a tile."""
     column = tl.arange(0, CP)
     if VALUES:
         channel = column
@@ -75,10 +76,14 @@ def _vectors(
     WEIGHT: tl.constexpr,
     ORDER: tl.constexpr,
 ):
-    """Channels part * BK onwards of a group, [64, BK], as stored (RAW) or transformed, float32."""
-    place = part * BK + tl.arange(0, BK)
-    inside = place < C
-    channel = START + place
+    """Channels part * BK onwards of a group, [64, BK], as stored (RAW) or transformed to float32.
+
+    x_ptr: the page's vectors, `stride` apart; mean_ptr, weight_ptr, order_ptr: of this head, if MEAN, WEIGHT
+    and ORDER; token: [64]; START: first channel of the group; C: its channels.
+    """
+    column = part * BK + tl.arange(0, BK)
+    inside = column < C
+    channel = START + column
     if ORDER:
         channel = tl.load(order_ptr + channel, mask=inside, other=0).to(tl.int32)
     x = tl.load(x_ptr + token[:, None] * stride + channel[None, :], mask=inside[None, :], other=0.0)
@@ -105,7 +110,7 @@ def load_matrix(matrix_ptr, half: tl.constexpr, part: tl.constexpr, BK: tl.const
 
 @triton.jit
 def _held(matrix_ptr, half: tl.constexpr, HALVES: tl.constexpr, BK: tl.constexpr, CP: tl.constexpr):
-    """One half of the rotation if the program keeps it, [CP, CP]; else something unused."""
+    """One half of the rotation [CP, CP] if the program keeps it over all pages; else 0, which is not used."""
     if BK == CP and half < HALVES:  # noqa: SIM108
         matrix = load_matrix(matrix_ptr, half, 0, CP, CP)
     else:
@@ -115,7 +120,7 @@ def _held(matrix_ptr, half: tl.constexpr, HALVES: tl.constexpr, BK: tl.constexpr
 
 @triton.jit
 def split_dot(x, high, low, acc, HALVES: tl.constexpr):
-    """acc + x (high + low), x float32 in two float16 parts; the product of the small parts is left out."""
+    """acc + x (high + low), x float32 in two float16 parts; the product of both small parts is left out."""
     big = x.to(tl.float16)
     small = (x - big.to(tl.float32)).to(tl.float16)
     acc = tl.dot(small, high, acc)
@@ -145,7 +150,10 @@ def _rotated(
     WEIGHT: tl.constexpr,
     ORDER: tl.constexpr,
 ):
-    """Rotated vectors [64, CP] float32, times a power of two where CAREFUL, and what undoes it, [64]."""
+    """Rotated vectors [64, CP] float32, and the factor [64] that undoes the power of two of CAREFUL.
+
+    The arguments are those of `_vectors` and `_encode_page`.
+    """
     acc = tl.zeros([64, CP], tl.float32)
     undo = tl.full([64], 1.0, tl.float32)
     if MODE != CAREFUL:
@@ -229,10 +237,11 @@ def _rotated(
 def _plain_fields(
     u, shift, sign, table_ptr, cells, BOOK: tl.constexpr, BITS: tl.constexpr, RULE: tl.constexpr
 ):
-    """What `rounding_assembly` gives, for any width and without assembly.
+    """The fields and summands of `rounding_assembly`, for any width and without assembly.
 
-    BOOK: the positive thresholds, then the positive levels. 8 bits read them from `table_ptr`: 256
-    thresholds, 256 levels, origin and pitch of a grid, and for each cell how many thresholds lie below it.
+    u: coordinates; shift, sign: of the fields; BOOK: the positive thresholds, then the positive levels. At 8
+    bits they are in table_ptr: 256 thresholds, 256 levels, origin and pitch of a grid, and for each of its
+    `cells` how many thresholds lie below it.
     """
     a = tl.abs(u)
     negative = u <= 0
@@ -263,7 +272,7 @@ def _plain_fields(
 
 @triton.jit
 def _join(field, CP: tl.constexpr, VALUES: tl.constexpr):
-    """Add up what meets in a thread: keys [64, CP] -> words [64, CP / 4], values -> [32, CP] of rows g v."""
+    """Add up fields of a word that meet in a thread: keys to [64, CP / 4], values to [32, CP] of rows g v."""
     if VALUES:
         field = tl.reshape(tl.sum(tl.reshape(field, [4, 2, 8, CP]), 1), [32, CP])
     else:
@@ -274,7 +283,7 @@ def _join(field, CP: tl.constexpr, VALUES: tl.constexpr):
 
 @triton.jit
 def _word_at(row, C: tl.constexpr, CP: tl.constexpr, R: tl.constexpr, VALUES: tl.constexpr):
-    """Places in a plane of words of rows (keys) or quads (values), parts of R tokens: [n] -> [n, words]."""
+    """Offsets in a plane of the words of rows (keys) or quads (values) [n], parts of R tokens: [n, words]."""
     if VALUES:
         at = row[:, None] * C + tl.arange(0, CP)[None, :]
     else:
@@ -303,7 +312,7 @@ def _store(
     WIDTH: tl.constexpr,
     VALUES: tl.constexpr,
 ):
-    """Join the rest of a plane (of width 8: of one tile) and write its words; any width but 3."""
+    """Add up the rest of a plane's fields, at width 8 of one tile, and store its words; not for width 3."""
     if VALUES:
         ROWS: tl.constexpr = 16 if WIDTH >= 4 else 4 * WIDTH
         word = tl.sum(tl.reshape(field, [ROWS, 32 // ROWS, CP]), 1)
@@ -325,13 +334,13 @@ def _store(
         word = tl.sum(tl.reshape(field, [4, 2, 2, 4, CP // 4]), 2)
         word = tl.reshape(tl.sum(word, 1), [16, CP // 4])
         row = tl.arange(0, 16)
-    place = words_ptr + _word_at(row, C, CP, 16 * WIDTH, VALUES)
-    tl.store(place, word, mask=_inside(C, CP, VALUES))
+    words_at = words_ptr + _word_at(row, C, CP, 16 * WIDTH, VALUES)
+    tl.store(words_at, word, mask=_inside(C, CP, VALUES))
 
 
 @triton.jit
 def _join_pairs(field, CP: tl.constexpr, VALUES: tl.constexpr):
-    """3 bits: words of one tile with the parts 2 k and 2 k + 1 of two k -> [4, 2, n, words], k the second."""
+    """At 3 bits: words of a tile with parts 2 k and 2 k + 1 of two k, [4, 2 (k), n, words]."""
     if VALUES:
         word = tl.sum(tl.reshape(field, [4, 2, 2, 2, CP]), 3)
         word = tl.reshape(tl.sum(word, 1), [4, 2, 1, CP])
@@ -342,7 +351,10 @@ def _join_pairs(field, CP: tl.constexpr, VALUES: tl.constexpr):
 
 @triton.jit
 def _store_planes(words_ptr, first, second, C: tl.constexpr, CP: tl.constexpr, VALUES: tl.constexpr):
-    """3 bits: spread the last two parts over the words of all others, from `_join_pairs`, and write them."""
+    """At 3 bits: spread the last two parts over the words of the others, and store them.
+
+    first, second: of `_join_pairs` for both tiles.
+    """
     ROWS: tl.constexpr = 1 if VALUES else 4
     WORDS: tl.constexpr = CP if VALUES else CP // 4
     pair = tl.arange(0, 2)[None, :, None, None]
@@ -351,11 +363,11 @@ def _store_planes(words_ptr, first, second, C: tl.constexpr, CP: tl.constexpr, V
     second += ((last >> 2) & 0x11111111) << 3
     row = tl.arange(0, 8 * ROWS)
     plane = row // ROWS % 2
-    place = words_ptr + _word_at(row // (2 * ROWS) * ROWS + row % ROWS, C, CP, 16, VALUES)
+    words_at = words_ptr + _word_at(row // (2 * ROWS) * ROWS + row % ROWS, C, CP, 16, VALUES)
     inside = _inside(C, CP, VALUES)
-    tl.store(place + plane[:, None] * (4 * C), tl.reshape(first, [8 * ROWS, WORDS]), mask=inside)
+    tl.store(words_at + plane[:, None] * (4 * C), tl.reshape(first, [8 * ROWS, WORDS]), mask=inside)
     inside = inside & (plane == 0)[:, None]
-    tl.store(place + 8 * C, tl.reshape(second, [8 * ROWS, WORDS]), mask=inside)
+    tl.store(words_at + 8 * C, tl.reshape(second, [8 * ROWS, WORDS]), mask=inside)
 
 
 @triton.jit
@@ -392,7 +404,11 @@ def _encode_page(
     WEIGHT: tl.constexpr,
     ORDER: tl.constexpr,
 ):
-    """One page of one channel group, its pointers at the page's start."""
+    """Encode one page of one channel group; x, words and scale point to the start of the page.
+
+    high, low: of `_held`; norm_factor: factor of the group; ASM, SQUARES: assembly, or ""; UNIT: unit of the
+    sums; the other arguments are those of `encode_pages_kernel` and `_vectors`.
+    """
     channel = tile_channel(CP, VALUES)
     for tile in tl.static_range(2):
         token = tile_token(tile, VALUES)
@@ -545,12 +561,18 @@ def encode_pages_kernel(
     ORDER: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """Encode pages per * axis 0 onwards of one (batch, KV head), axis 1; C1 is 0 without a second group.
+    """Encode `per` pages, from per * axis 0 on, of one (batch, KV head) (axis 1).
 
-    x: 16-bit or float32, channels contiguous. words [B, Hkv, P, bytes / 4] int32, scale [B, Hkv, P, 128].
-    largest: of the scale's dtype. factor: what one unit of the matrix stands for. flag [1] becomes 1 when
-    something is not finite, 2 when a vector is out of the range of a MODE other than CAREFUL.
-    RULE: 0 "norm", 1 "norm_corrected", 2 "unbiased".
+    x: [B, heads, T, D] 16-bit or float32 with strides stride_b, stride_h, stride_t, channels contiguous;
+    mean, weight and order: [B * Hkv, D], if MEAN, WEIGHT and ORDER. For each channel group, of which the
+    second has C1 = 0 where there is none: matrix [HALVES, CP, CP], the rotation; table and cells: of
+    `_plain_fields` at 8 bits; words [B, Hkv, P, bytes / 4] int32 and scale [B, Hkv, P, 128], written; factor:
+    value of one unit of the matrix; BOOK, ASM, SQUARES, UNIT: of `_encode_page`; C channels, CP padded, BK of
+    them in one product.
+
+    largest: of the scale's dtype; RULE: 0 "norm", 1 "norm_corrected", 2 "unbiased"; MODE: RAW, QUICK or
+    CAREFUL; STAGES: of the loop over pages. flag [1] becomes 1 where a vector is not finite, 2 where one is
+    out of the range of a MODE other than CAREFUL.
     """
     head = tl.program_id(1).to(tl.int64)
     x_ptr += head // heads * stride_b + head % heads * stride_h

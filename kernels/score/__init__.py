@@ -1,4 +1,4 @@
-"""Inner products of queries with packed vectors, from their codes: no vector is ever put together."""
+"""Inner products of queries with packed vectors from their codes, without decoding a vector."""
 
 import torch
 from torch import Tensor
@@ -16,20 +16,20 @@ __all__ = ["inner_products"]
 def inner_products(query: Tensor, planes: dict[str, Tensor], spec: CodecSpec) -> Tensor:
     """Estimate q.x for every query and packed vector.
 
-    Per channel group the query meets the levels that the codes name, and one scale a vector is applied to the
-    sum. The "prod" estimator adds the second stage, sqrt(pi/2) / D * residual norm * (S q).signs, for which
-    the query is multiplied by S once. The workspace is that of a chunk of pages, whatever their number.
+    For each channel group the query is multiplied by the levels of the codes, and the sum by the scale of the
+    vector. The "prod" estimator adds sqrt(pi/2) / D * residual norm * (S q).signs, for which the query is
+    multiplied by S once. The workspace is that of a chunk of pages, whatever their number.
 
     Args:
         query: [B, Hkv, Q, D] float32 in code space, see `quantpress.kernels.dequantize.to_code_space`.
-        planes: from `encode_pages`, B x Hkv x P pages.
+        planes: what `encode_pages` returned, B x Hkv x P pages.
         spec: the codec that made them.
 
     Returns:
         [B, Hkv, Q, 128 * P] float32.
 
     Raises:
-        InvalidInputError: planes or query do not fit the codec, or each other.
+        InvalidInputError: the planes or the query do not fit the codec, or not each other.
 
     Source: TurboQuant, arXiv 2504.19874, Algorithms 1 and 2; QJL, arXiv 2406.03482.
     """

@@ -1,4 +1,4 @@
-"""Inner products from codes in plain PyTorch, a chunk of pages at a time."""
+"""Inner products with packed vectors in plain PyTorch, a chunk of pages at a time."""
 
 import torch
 from torch import Tensor
