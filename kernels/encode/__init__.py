@@ -1,15 +1,31 @@
-"""Encoding of vectors into pages: `encode_pages`, which chooses between the kernels and plain PyTorch."""
+"""Encoding of vectors into pages: `encode_pages`, which chooses between the kernels and plain PyTorch.
 
+Scales that do not fit their dtype are found after encoding, and stored in float32 or refused. float16 holds
+at most 65504. Below 2**-14 it loses a bit of precision with every halving, and a scale below 2**-25
+becomes 0. The largest scale of a head decides: where it lies within these limits, the error of the head's
+smaller scales is at most 2**-11 of the largest one, float16's error of any scale.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import lru_cache
+
+import torch
 from torch import Tensor
 
+from quantpress.errors import InvalidInputError
 from quantpress.kernels.available import runs_triton
 from quantpress.kernels.encode.reference import check_vectors, encode_pages_reference
-from quantpress.kernels.encode.scale_range import encode_in_range
 from quantpress.quantization.numerics import in_named_dtypes
 from quantpress.quantization.spec import CodecSpec
 from quantpress.quantization.transform import ChannelTransform
 
 __all__ = ["encode_pages"]
+
+_LARGEST = torch.finfo(torch.float16).max
+_LEAST = torch.finfo(torch.float16).tiny
+
+_Encode = Callable[[CodecSpec], dict[str, Tensor]]
 
 
 @in_named_dtypes
@@ -42,7 +58,7 @@ def encode_pages(x: Tensor, spec: CodecSpec, transform: ChannelTransform) -> dic
     Source: TurboQuant, arXiv 2504.19874, Algorithms 1 and 2.
     """
     check_vectors(x, spec, transform)
-    return encode_in_range(lambda stored: _encode(x, stored, transform), spec)
+    return _in_range(lambda stored: _encode(x, stored, transform), spec)
 
 
 def _encode(x: Tensor, spec: CodecSpec, transform: ChannelTransform) -> dict[str, Tensor]:
@@ -52,3 +68,44 @@ def _encode(x: Tensor, spec: CodecSpec, transform: ChannelTransform) -> dict[str
         if supports_encode(x, spec):
             return encode_pages_triton(x, spec, transform)
     return encode_pages_reference(x, spec, transform)
+
+
+def _in_range(encode: _Encode, spec: CodecSpec) -> dict[str, Tensor]:
+    """Planes of `encode` for the spec, with scales in float32 where "auto" needs them."""
+    planes = encode(spec)
+    low, high = _range(planes)
+    if spec.scale_dtype == "auto" and not _LEAST <= low <= high < _LARGEST:
+        wide = encode(_in_float32(spec))
+        low, high = _range(wide)
+        if not _LEAST <= low <= high < _LARGEST:  # else it was a head of zeros
+            planes = wide
+    dtype = planes["scale0"].dtype
+    if high >= torch.finfo(dtype).max:
+        high = _range(encode(_in_float32(spec)))[1]
+        raise InvalidInputError(
+            f"a {spec.role} has a scale of {high:.4g}, but {dtype} holds less than "
+            f"{torch.finfo(dtype).max:.5g}; "
+            'use scale_dtype="float32", or look for what makes the model so large'
+        )
+    return planes
+
+
+def _range(planes: dict[str, Tensor]) -> tuple[float, float]:
+    """The least and the largest of the heads' largest scales.
+
+    Heads of zeros do not count where scales are float32; in float16 a scale of 0 may be one that has
+    vanished.
+    """
+    scales = [plane for name, plane in planes.items() if name.startswith("scale")]
+    if not scales[0].numel():
+        return 1.0, 1.0
+    tops = torch.stack([scale.amax(dim=(2, 3)) for scale in scales])
+    if tops.dtype == torch.float32:
+        tops = tops.where(tops > 0, 1.0)
+    low, high = torch.stack(torch.aminmax(tops)).tolist()  # waits for the device, once
+    return low, high
+
+
+@lru_cache(maxsize=64)
+def _in_float32(spec: CodecSpec) -> CodecSpec:
+    return replace(spec, scale_dtype="float32")

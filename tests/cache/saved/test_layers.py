@@ -18,6 +18,7 @@ from quantpress.codecs.parts import Parts, rebuild
 from quantpress.codecs.protocol import codec_of
 from quantpress.codecs.raw import RawPages
 from quantpress.codecs.scalar import ScalarPages, constants_digest
+from quantpress.codecs.uniform import UniformPages
 from quantpress.errors import InvalidInputError
 from quantpress.kernels.attend import Visibility, attend
 from quantpress.quantization.spec import CodecSpec
@@ -43,6 +44,7 @@ SETTINGS: dict[str, Callable[[], LayerSettings]] = {
     "lossless": lossless,
     **{f"{bits}_bits": (lambda bits=bits: scalar(D, bits)) for bits in (1, 2, 3, 4, 8, 2.5)},
     "mixed": mixed,
+    "uniform": lambda: LayerSettings(UniformPages(D, 4, "channel"), UniformPages(D, 4)),
 }
 
 
@@ -305,6 +307,8 @@ def test_unknown_kinds_and_outlines_are_refused() -> None:
         rebuild(Parts("no_such_kind"))
     with pytest.raises(InvalidInputError, match="pages"):
         rebuild(Parts("pages"), "raw_codec")
+    with pytest.raises(InvalidInputError, match="not those of a codec"):
+        codec_of(Parts("pages"))
     for outline in (None, [], {}, {"kind": "a", "about": 1, "tensors": [], "inner": {}}):
         with pytest.raises(InvalidInputError):
             Parts.from_outline(outline, {})

@@ -76,8 +76,8 @@ class Language:
     rsqrt, sqrt, reshape, expand_dims = torch.rsqrt, torch.sqrt, torch.reshape, torch.unsqueeze
     permute, static_range, abs, exp2 = torch.permute, range, torch.abs, torch.exp2
 
-    def __init__(self, place: tuple[int, int], grid: tuple[int, int]) -> None:
-        self.place, self.grid = place, grid
+    def __init__(self, program: tuple[int, int], grid: tuple[int, int]) -> None:
+        self.program, self.grid = program, grid
 
     def __getattr__(self, name: str) -> Any:
         if name.endswith("Layout"):
@@ -85,7 +85,7 @@ class Language:
         raise AttributeError(name)
 
     def program_id(self, axis: int) -> Any:
-        return torch.tensor(self.place[axis]).as_subclass(Tile)
+        return torch.tensor(self.program[axis]).as_subclass(Tile)
 
     def num_programs(self, axis: int) -> int:
         return self.grid[axis]
@@ -205,6 +205,6 @@ def emulate(module: ModuleType, kernel: str, arguments: dict[str, Any], grid: tu
         elif hasattr(held, "fn"):  # of layouts
             names[name] = lambda *_: None
     call = {name: Pointer(one) if isinstance(one, torch.Tensor) else one for name, one in arguments.items()}
-    for place in ((i, j) for j in range(grid[1]) for i in range(grid[0])):
-        names["gl"] = Language(place, grid)
+    for program in ((i, j) for j in range(grid[1]) for i in range(grid[0])):
+        names["gl"] = Language(program, grid)
         names[kernel](**call)

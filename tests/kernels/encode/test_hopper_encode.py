@@ -91,11 +91,11 @@ def test_eight_coordinates_in_assembly(bits: int, role: str) -> None:
     word, sums, unit = octets(spec, y)
     codes, tie = codes_of(unit, spec)
     row, column = torch.arange(2)[:, None], torch.arange(4)
-    place = 8 * column + 4 * row if values else 16 * row + 4 * column
-    got = fields(torch.from_numpy(word.astype(np.int64))[:, None, None], place, place, bits)
+    shift = 8 * column + 4 * row if values else 16 * row + 4 * column
+    got = fields(torch.from_numpy(word.astype(np.int64))[:, None, None], shift, shift, bits)
     if bits == 4:
         sign_at = 8 * column + 7 - 4 * row  # where a page has it, of keys too
-        got = fields(torch.from_numpy(word.astype(np.int64))[:, None, None], place, sign_at, bits)
+        got = fields(torch.from_numpy(word.astype(np.int64))[:, None, None], shift, sign_at, bits)
     assert ((got == codes) | tie).all() and tie.float().mean() < 1e-3
     assert all((got[at] == 2 ** (bits - 1) - 1).all() for at in ((5, 0), (6, 1), 7)), "zero vectors"
     levels = torch.tensor(book.scaled, dtype=torch.float64)[got]
@@ -103,11 +103,11 @@ def test_eight_coordinates_in_assembly(bits: int, role: str) -> None:
     torch.testing.assert_close(sums, levels.sum(-1), rtol=1e-6, atol=0)
 
 
-def fields(word: torch.Tensor, place: torch.Tensor, sign_at: torch.Tensor, bits: int) -> torch.Tensor:
-    """Codes out of a nibble at `place` of a word, the sign of 4 bits at `sign_at`."""
+def fields(word: torch.Tensor, shift: torch.Tensor, sign_at: torch.Tensor, bits: int) -> torch.Tensor:
+    """Codes out of a nibble at `shift` of a word, the sign of 4 bits at `sign_at`."""
     if bits < 4:
-        return word >> place & (2**bits - 1)
-    magnitude = word >> place & 7
+        return word >> shift & (2**bits - 1)
+    magnitude = word >> shift & 7
     return torch.where((word >> sign_at & 1) == 1, 7 - magnitude, 8 + magnitude)
 
 
