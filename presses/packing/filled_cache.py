@@ -14,13 +14,7 @@ from quantpress.presses.packing.prefill_hook import plain_states
 
 
 class Quantizer(Protocol):
-    """A press that says how each layer is stored.
-
-    Attributes:
-        sink_tokens: first tokens of the text that are kept in 16 bits.
-        detect_sinks: how many more sinks to find in each head.
-        balance_window: how many of the last queries of the prefill the channel balance looks at.
-    """
+    """A press that says how each layer is stored; `TurboQuant` documents the attributes."""
 
     sink_tokens: int
     detect_sinks: int

@@ -28,15 +28,14 @@ class Survivors:
 
     keys: torch.Tensor
     values: torch.Tensor
-    hidden: torch.Tensor | None
-    scores: torch.Tensor | None
+    hidden: torch.Tensor | None = None
+    scores: torch.Tensor | None = None
 
     def sorted_by(self, positions: torch.Tensor) -> "Survivors":
-        """The same tokens in the order of their positions [B, Hkv, K]."""
+        """The same tokens with their positions [B, Hkv, K] in ascending order, for each head on its own."""
         order = positions.argsort(dim=-1)
-        keys, values = sort_by_position(self.keys, self.values, positions)
-        moved = (None if part is None else part.gather(2, order) for part in (self.hidden, self.scores))
-        return Survivors(keys, values, *moved)
+        by_slot = (None if part is None else part.gather(2, order) for part in (self.hidden, self.scores))
+        return Survivors(_gathered(self.keys, order), _gathered(self.values, order), *by_slot)
 
 
 def survivor_positions(
@@ -76,24 +75,9 @@ def survivor_positions(
     return None
 
 
-def sort_by_position(
-    keys: torch.Tensor, values: torch.Tensor, positions: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Put survivors in the order of the text.
-
-    Args:
-        keys: [B, Hkv, K, D].
-        values: [B, Hkv, K, Dv].
-        positions: [B, Hkv, K] int64, from `survivor_positions`.
-
-    Returns:
-        Keys and values, reordered along K separately for each head.
-    """
-    order = positions.argsort(dim=-1).unsqueeze(-1)
-    return (
-        keys.gather(2, order.expand(-1, -1, -1, keys.shape[-1])),
-        values.gather(2, order.expand(-1, -1, -1, values.shape[-1])),
-    )
+def _gathered(part: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+    """Take slots `order` [B, Hkv, K] of [B, Hkv, T, D]."""
+    return part.gather(2, order.unsqueeze(-1).expand(-1, -1, -1, part.shape[-1]))
 
 
 def _find(known: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor | None:

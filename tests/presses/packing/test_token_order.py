@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from quantpress.presses.packing.token_order import sort_by_position, survivor_positions
+from quantpress.presses.packing.token_order import Survivors, survivor_positions
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -103,9 +103,10 @@ def test_more_survivors_than_tokens() -> None:
 def test_sorting_puts_every_head_in_order_of_the_text() -> None:
     keys, values = states(30, torch.float32), states(30, torch.float32, dim=4)
     positions = permutation(30, 12)
-    sorted_keys, sorted_values = sort_by_position(
-        picked(keys, positions), picked(values, positions), positions
-    )
-    in_order = positions.sort(-1).values
-    assert torch.equal(sorted_keys, picked(keys, in_order))
-    assert torch.equal(sorted_values, picked(values, in_order))
+    hidden = torch.rand(2, 3, 30) < 0.5
+    given = Survivors(*(picked(part, positions) for part in (keys, values)), hidden.gather(2, positions))
+    found, in_order = given.sorted_by(positions), positions.sort(-1).values
+    assert torch.equal(found.keys, picked(keys, in_order))
+    assert torch.equal(found.values, picked(values, in_order))
+    assert found.hidden is not None and torch.equal(found.hidden, hidden.gather(2, in_order))
+    assert found.scores is None
