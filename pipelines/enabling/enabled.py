@@ -19,6 +19,9 @@ from quantpress.pipelines.enabling.generate_call import (
     GenerateCall,
     check_call,
     refuse_continuous_batching,
+    token_count,
+    with_shifted_positions,
+    without_positions,
 )
 from quantpress.pipelines.method_replacement import MethodReplacement
 from quantpress.presses import Compose
@@ -150,11 +153,11 @@ class Enabled:
 
     def _read(self, forward: Any, cache: TextCache, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A forward over a cache that `generate` has made."""
-        seen, new = cache.get_seq_length(), _token_count(args, kwargs)
+        seen, new = cache.get_seq_length(), token_count(args, kwargs)
         if seen == 0 and self._reads_again:
-            kwargs = _without_positions(kwargs)
+            kwargs = without_positions(kwargs)
         if cache.position_shift:
-            kwargs = _shifted(kwargs, cache, seen, new, self.model.device)
+            kwargs = with_shifted_positions(kwargs, cache, seen, new, self.model.device)
         with fitted_masks(self.model, cache, new):
             if seen and not (self._decodes or cache.masked):
                 call = self._current_call()
@@ -184,30 +187,3 @@ class Enabled:
         else:
             with self.press(self.model) if seen == 0 else nullcontext():
                 yield
-
-
-def _token_count(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
-    """Tokens that a forward is given for each sequence."""
-    for name in ("input_ids", "inputs_embeds"):
-        if kwargs.get(name) is not None:
-            return int(kwargs[name].shape[1])
-    return int(args[0].shape[1])
-
-
-def _without_positions(kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Without what the model derives itself, for presses that read the ids once more after the first time."""
-    mask = kwargs.get("attention_mask")
-    if mask is not None and not bool(mask.all()):
-        return kwargs  # a padded batch, which such presses refuse
-    derived = ("attention_mask", "cache_position", "position_ids")
-    return {name: value for name, value in kwargs.items() if name not in derived}
-
-
-def _shifted(
-    kwargs: dict[str, Any], cache: TextCache, seen: int, new: int, device: torch.device
-) -> dict[str, Any]:
-    """With the positions that follow those of a press which has numbered the kept tokens anew."""
-    positions = kwargs.get("position_ids")
-    if positions is None:
-        positions = torch.arange(seen, seen + new, device=device).unsqueeze(0)
-    return kwargs | {"position_ids": positions - cache.position_shift}

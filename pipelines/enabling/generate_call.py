@@ -1,4 +1,4 @@
-"""One call of `generate` on an enabled model: what it may ask for, and its own state."""
+"""One call of `generate` on an enabled model: its state, its settings, and arguments of its forwards."""
 
 import threading
 from collections.abc import Callable
@@ -6,6 +6,7 @@ from contextlib import ExitStack
 from contextvars import ContextVar
 from typing import Any
 
+import torch
 from transformers import GenerationConfig
 from transformers.generation.configuration_utils import GenerationMode
 
@@ -118,3 +119,30 @@ def refuse_continuous_batching(method: Any, *args: Any, **kwargs: Any) -> Any:
         "continuous batching keeps keys and values in pages of its own, which cannot be compressed; "
         "disable(model), or generate without it"
     )
+
+
+def token_count(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+    """Tokens that a forward is given for each sequence."""
+    for name in ("input_ids", "inputs_embeds"):
+        if kwargs.get(name) is not None:
+            return int(kwargs[name].shape[1])
+    return int(args[0].shape[1])
+
+
+def without_positions(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Without what the model derives itself, for presses that read the ids once more after the first time."""
+    mask = kwargs.get("attention_mask")
+    if mask is not None and not bool(mask.all()):
+        return kwargs  # a padded batch, which such presses refuse
+    derived = ("attention_mask", "cache_position", "position_ids")
+    return {name: value for name, value in kwargs.items() if name not in derived}
+
+
+def with_shifted_positions(
+    kwargs: dict[str, Any], cache: TextCache, seen: int, new: int, device: torch.device
+) -> dict[str, Any]:
+    """With the positions that follow those of a press which has numbered the kept tokens anew."""
+    positions = kwargs.get("position_ids")
+    if positions is None:
+        positions = torch.arange(seen, seen + new, device=device).unsqueeze(0)
+    return kwargs | {"position_ids": positions - cache.position_shift}
