@@ -11,7 +11,6 @@ from typing import Any
 from transformers import GenerationConfig, PreTrainedModel
 
 from quantpress.errors import InvalidInputError
-from quantpress.pipelines.capture.eligibility import check_choice
 from quantpress.pipelines.press_argument import as_press
 from quantpress.presses.traits import decode_time_presses, members, traits_of
 
@@ -120,17 +119,6 @@ def check_reading(arguments: Mapping[str, Any]) -> None:
     known = ("press", "chunk_tokens", "progress", "max_context_length", "enable_thinking")
     for name in sorted(set(arguments) - set(known)):
         raise InvalidInputError(f"{name} has no effect on reading; read takes {', '.join(known)}")
-
-
-def check_graph(cuda_graph: bool | None, compile: bool) -> None:
-    """Refuse values of cuda_graph and compile that are not a choice, or that contradict each other.
-
-    Raises:
-        InvalidInputError: a value is refused; the message names the argument.
-    """
-    check_choice(cuda_graph, compile)
-    if cuda_graph is False and compile:
-        raise InvalidInputError("compile=True, but cuda_graph=False; leave one of them out")
 
 
 class AnswerConfig(GenerationConfig):

@@ -11,7 +11,7 @@ from transformers import Cache, DynamicCache
 from quantpress.cache import cache_memory
 from quantpress.errors import InvalidInputError
 from quantpress.pipelines import arguments as given
-from quantpress.pipelines.capture.eligibility import refuse, why_not
+from quantpress.pipelines.capture.eligibility import check_choice, refuse, why_not
 from quantpress.pipelines.contexts.cached_context import CachedContext
 from quantpress.pipelines.decoding import (
     asking,
@@ -200,7 +200,9 @@ class TextGenerationPipeline(KVPressTextGenerationPipeline):
     ) -> dict[str, Any]:
         if press is None and "cached" not in input_tensors:  # a cached context was read before
             press = enabled_press(self.model)
-        given.check_graph(cuda_graph, compile)
+        check_choice(cuda_graph, compile)
+        if cuda_graph is False and compile:
+            raise InvalidInputError("compile=True, but cuda_graph=False; leave one of them out")
         config = given.answer_config(self.model, generation)
         mode = generation_mode(config, generation)
         check_decoding(mode, generation, press)
@@ -249,6 +251,5 @@ class TextGenerationPipeline(KVPressTextGenerationPipeline):
         """Name the answers as kvpress does."""
         if not single_question:
             return model_outputs
-        return {"answer": model_outputs["answers"][0]} | {
-            k: v for k, v in model_outputs.items() if k != "answers"
-        }
+        others = {name: value for name, value in model_outputs.items() if name != "answers"}
+        return {"answer": model_outputs["answers"][0], **others}

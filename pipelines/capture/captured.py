@@ -100,13 +100,7 @@ def capturing(
 
 @dataclass(frozen=True, eq=False)
 class _Opened:
-    """An open `captured_decoding`.
-
-    Args:
-        steps: takes the place of the model's forward.
-        thread: the thread that opened it.
-        shared: whether forwards of other threads go to it too.
-    """
+    """A `captured_decoding` that this thread opened; `shared`: forwards of other threads go to it too."""
 
     steps: Callable[..., Any]
     thread: threading.Thread

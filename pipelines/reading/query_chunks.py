@@ -51,14 +51,7 @@ def attention_in_chunks(
 
 @dataclass(frozen=True)
 class _Prefill:
-    """A call of an attention module that can be cut.
-
-    Args:
-        arguments: the arguments by name.
-        cache_name: the name of the cache among them.
-        layer_idx: the layer of the cache to fill.
-        tokens: T, the number of tokens.
-    """
+    """A call of an attention module over T tokens that can be cut; its arguments by name."""
 
     arguments: dict[str, Any]
     cache_name: str
@@ -82,12 +75,7 @@ class _Prefill:
 
 
 class _States:
-    """Takes the place of the cache for one layer, and collects its keys and values.
-
-    Args:
-        cache: the cache; every other attribute is its own.
-        tokens: T, the number of tokens to allocate for.
-    """
+    """Takes the place of the cache for one layer, and collects its keys and values of T tokens."""
 
     def __init__(self, cache: Cache, tokens: int) -> None:
         self._cache = cache
