@@ -130,13 +130,13 @@ def test_codes_of_the_context_are_those_of_the_prefill(monkeypatch: pytest.Monke
         cache = DynamicCache()
         model(input_ids=ids, past_key_values=cache)
         before = [key_codes(layer) for layer in cache.layers]
-        pack = PackedTokens._pack
+        pack = PackedTokens.pack
 
         def counting(self: PackedTokens, old: DenseSegment) -> None:
             encoded.append(old.tokens)
             pack(self, old)
 
-        monkeypatch.setattr(PackedTokens, "_pack", counting)
+        monkeypatch.setattr(PackedTokens, "pack", counting)
         with watched() as calls:
             for step in range(16):
                 position = torch.tensor([[640 + step]])
