@@ -4,6 +4,7 @@ import torch
 
 from quantpress.cache.attention.dispatch import PACKED_ATTENTION
 from quantpress.cache.fixed.step_counters import StepCounters
+from quantpress.cache.tokens.fixed_tokens import StepMemory
 from quantpress.cache.tokens.segments import after, first
 from quantpress.cache.tokens.view import PackedView
 from quantpress.codecs.raw import RawPages
@@ -11,19 +12,18 @@ from quantpress.kernels.attend import DenseSegment, PackedSegment, PackedSide
 from quantpress.quantization.transform import ChannelTransform
 
 
-class TokenBuffer:
+class TokenBuffer(StepMemory):
     """Memory for the tokens of one plain layer. While it exists, attention reads packed states.
 
     Args:
-        like: keys [B, Hkv, T, D] and values [B, Hkv, T, Dv] of the kind that it is for.
-        capacity: C, how many tokens it has memory for.
+        like: as for `StepMemory`.
+        capacity: as there.
         counters: of all layers.
         layer: index of its own layer.
         window: how many tokens a query sees, its own included; None: all.
-        ring: after the last slot, tokens are written to the first again; C is then the window.
+        ring: after the last slot, tokens are written to the first again; the capacity is then the window.
 
     Attributes:
-        keys, values: [B, Hkv, C, D], [B, Hkv, C, Dv].
         written: tokens written so far, also those that were overwritten since.
         taken: whether its memory belongs to someone else now.
     """
@@ -38,18 +38,9 @@ class TokenBuffer:
         ring: bool,
     ) -> None:
         PACKED_ATTENTION.in_place_while_alive(self)
-        self.newest, self._used, self._starts = counters.bound(layer, like.kv_heads, window, ring)
+        newest, self._used, self._starts = counters.bound(layer, like.kv_heads, window, ring)
+        super().__init__(like, capacity, newest)
         self.window, self.ring, self.written, self.taken = window, ring, 0, False
-        with torch.inference_mode(False), torch.no_grad():  # so that any mode may write to it
-            self.keys, self.values = (
-                states.new_zeros((*states.shape[:2], capacity, states.shape[-1]))
-                for states in (like.keys, like.values)
-            )
-
-    @property
-    def capacity(self) -> int:
-        """How many tokens it has memory for."""
-        return self.keys.shape[2]
 
     @property
     def full(self) -> bool:
@@ -59,35 +50,20 @@ class TokenBuffer:
     @property
     def in_use(self) -> DenseSegment:
         """The slots in use, as views, in the order of slots."""
-        return first(DenseSegment(self.keys, self.values), min(self.written, self.capacity))
+        return self.first(min(self.written, self.capacity))
 
     def suits(self, tokens: DenseSegment, capacity: int) -> bool:
         """Whether it is free and can take tokens of this kind, `capacity` of them."""
-        return (
-            not self.taken
-            and self.capacity >= capacity
-            and all(
-                (*own.shape[:2], own.shape[3]) == (*other.shape[:2], other.shape[3])
-                and (own.dtype, own.device) == (other.dtype, other.device)
-                for own, other in ((self.keys, tokens.keys), (self.values, tokens.values))
-            )
-        )
+        return not self.taken and self.capacity >= capacity and self.takes(tokens)
 
     def fill(self, tokens: DenseSegment) -> None:
         """Copy tokens in the order of the text, a ring the last of them, and tell the device."""
         if self.ring:
             tokens = after(tokens, max(0, tokens.tokens - self.capacity + 1))
-        count = tokens.tokens
-        self.keys[:, :, :count] = tokens.keys
-        self.values[:, :, :count] = tokens.values
-        self.written = count
+        self.write(tokens)
+        self.written = count = tokens.tokens
         self.newest.fill_(count - 1)
         self._used.fill_(count if self.window is None else min(count, self.window))
-
-    def append(self, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """Write one token, keys [B, Hkv, 1, D] and values [B, Hkv, 1, Dv], at the index on the device."""
-        self.keys.index_copy_(2, self.newest, keys.to(self.keys.dtype))
-        self.values.index_copy_(2, self.newest, values.to(self.values.dtype))
 
     def tokens(self) -> DenseSegment:
         """The tokens that a plain layer would hold, in the order of the text, in memory of their own."""

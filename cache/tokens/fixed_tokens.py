@@ -10,7 +10,7 @@ window become a page, and never asks the device. Sinks, pages and transforms sta
 held here. Only the window of recent tokens is copied, on the way in and on the way out.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 
@@ -24,39 +24,74 @@ from quantpress.kernels.attend import DenseSegment, Segment
 from quantpress.kernels.layout import PAGE_TOKENS
 
 
-@dataclass(frozen=True)
-class Window:
-    """The memory that the steps of one layer write to.
+class StepMemory:
+    """Memory at fixed addresses for keys and values of one layer; each step writes one token to it.
 
     Args:
-        keys: [B, Hkv, C, D], capacity for C recent tokens.
-        values: [B, Hkv, C, Dv].
+        like: keys [B, Hkv, T, D] and values [B, Hkv, T, Dv] of the kind that it is for.
+        capacity: C, how many tokens it has memory for.
+        newest: [1] int64, index of the newest token.
+
+    Attributes:
+        keys, values: [B, Hkv, C, D], [B, Hkv, C, Dv].
+    """
+
+    def __init__(self, like: DenseSegment, capacity: int, newest: torch.Tensor) -> None:
+        self.newest = newest
+        with torch.inference_mode(False), torch.no_grad():  # so that any mode may write to it
+            self.keys, self.values = (
+                states.new_zeros((*states.shape[:2], capacity, states.shape[-1]))
+                for states in (like.keys, like.values)
+            )
+
+    @property
+    def capacity(self) -> int:
+        """How many tokens it has memory for."""
+        return self.keys.shape[2]
+
+    def first(self, tokens: int) -> DenseSegment:
+        """The first `tokens` tokens, as views, which the next steps write to."""
+        return first(DenseSegment(self.keys, self.values), tokens)
+
+    def takes(self, tokens: DenseSegment) -> bool:
+        """Whether it can take tokens of this shape, dtype and device."""
+        return all(
+            (*own.shape[:2], own.shape[3]) == (*other.shape[:2], other.shape[3])
+            and (own.dtype, own.device) == (other.dtype, other.device)
+            for own, other in ((self.keys, tokens.keys), (self.values, tokens.values))
+        )
+
+    def write(self, tokens: DenseSegment) -> None:
+        """Copy tokens to the front."""
+        self.keys[:, :, : tokens.tokens] = tokens.keys
+        self.values[:, :, : tokens.tokens] = tokens.values
+
+    def append(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Write one token, keys [B, Hkv, 1, D] and values [B, Hkv, 1, Dv], at the index on the device."""
+        self.keys.index_copy_(2, self.newest, keys.to(self.keys.dtype))
+        self.values.index_copy_(2, self.newest, values.to(self.values.dtype))
+
+
+class Window(StepMemory):
+    """The memory for the recent tokens of a packed layer, and what counts the layer's tokens on the device.
+
+    Args:
+        tokens: of the layer; not copied.
         newest: [1] int64, index of the newest token.
         packed: [B, Hkv] int32, tokens in use in pages.
         recent: [B, Hkv] int32, tokens in use here.
+
+    Attributes:
         starts: [2, B, Hkv] int32, the first token in use in pages and here, where heads keep different
             tokens; else None.
     """
 
-    keys: torch.Tensor
-    values: torch.Tensor
-    newest: torch.Tensor
-    packed: torch.Tensor
-    recent: torch.Tensor
-    starts: torch.Tensor | None = None
-
-    @classmethod
-    def like(
-        cls, tokens: PackedTokens, newest: torch.Tensor, packed: torch.Tensor, recent: torch.Tensor
-    ) -> "Window":
-        """An empty window for a layer's tokens, with counters as above."""
-        capacity = window_tokens(tokens.settings)
-        keys, values = (
-            states.new_zeros((*states.shape[:2], capacity, states.shape[-1]))
-            for states in (tokens.recent.keys, tokens.recent.values)
-        )
-        starts = None if tokens.heads is None else packed.new_zeros(2, *packed.shape)
-        return cls(keys, values, newest, packed, recent, starts)
+    def __init__(
+        self, tokens: PackedTokens, newest: torch.Tensor, packed: torch.Tensor, recent: torch.Tensor
+    ) -> None:
+        super().__init__(tokens.recent, window_tokens(tokens.settings), newest)
+        self.packed, self.recent = packed, recent
+        self.starts = None if tokens.heads is None else packed.new_zeros(2, *packed.shape)
 
     @property
     def counters(self) -> list[torch.Tensor]:
@@ -66,23 +101,8 @@ class Window:
 
     def fits(self, tokens: PackedTokens) -> bool:
         """Whether it was made for tokens of this shape and kind."""
-        pairs = ((self.keys, tokens.recent.keys), (self.values, tokens.recent.values))
         ragged = (tokens.heads is None) == (self.starts is None)
-        return (
-            ragged
-            and self.keys.shape[2] == window_tokens(tokens.settings)
-            and all(
-                (*own.shape[:2], own.shape[3]) == (*other.shape[:2], other.shape[3])
-                and own.dtype == other.dtype
-                and own.device == other.device
-                for own, other in pairs
-            )
-        )
-
-    def fill(self, tokens: DenseSegment) -> None:
-        """Copy recent tokens to the front."""
-        self.keys[:, :, : tokens.tokens] = tokens.keys
-        self.values[:, :, : tokens.tokens] = tokens.values
+        return ragged and self.capacity == window_tokens(tokens.settings) and self.takes(tokens.recent)
 
     def drop(self, tokens: int, used: int) -> None:
         """Remove the oldest of `used` tokens; the others move to the front."""
@@ -133,13 +153,13 @@ class FixedTokens:
         self._tokens = tokens.share()
         recent = self._tokens.take_recent()
         self.window, self.used = window, recent.tokens
-        window.fill(recent)
+        window.write(recent)
         window.count(tokens.packed, self.used, tokens.heads)
 
     @property
     def recent(self) -> DenseSegment:
-        """The last tokens, as views of the window, which the next steps write to."""
-        return DenseSegment(self.window.keys[:, :, : self.used], self.window.values[:, :, : self.used])
+        """The last tokens, as views of the window."""
+        return self.window.first(self.used)
 
     @property
     def packed(self) -> int:
@@ -154,7 +174,7 @@ class FixedTokens:
     @property
     def full(self) -> bool:
         """Whether the window must be flushed before the next step."""
-        return self.used == self.window.keys.shape[2]
+        return self.used == self.window.capacity
 
     def __len__(self) -> int:
         """Slots; see `PackedTokens`."""
@@ -162,8 +182,7 @@ class FixedTokens:
 
     def append(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Write one token, keys [B, Hkv, 1, D] and values [B, Hkv, 1, Dv], at the index on the device."""
-        self.window.keys.index_copy_(2, self.window.newest, keys.to(self.window.keys.dtype))
-        self.window.values.index_copy_(2, self.window.newest, values.to(self.window.values.dtype))
+        self.window.append(keys, values)
         self.used += 1
 
     def flush(self) -> bool:
