@@ -79,12 +79,7 @@ def build(arguments: argparse.Namespace) -> PreTrainedModel:
 
 
 def measure(
-    name: str,
-    model: PreTrainedModel,
-    ids: torch.Tensor,
-    press: TurboQuant | None,
-    chunk: int,
-    repeats: int,
+    name: str, model: PreTrainedModel, ids: torch.Tensor, press: TurboQuant | None, chunk: int, repeats: int
 ) -> Result:
     """Read a context several times."""
     weights = sum(parameter.nbytes for parameter in model.parameters())

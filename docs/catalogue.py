@@ -205,8 +205,7 @@ CATALOGUE: dict[str, Entry] = {
     "ObservedAttentionPress": Entry(EVICTS, _plain(kvpress.ObservedAttentionPress), attention="eager"),
     "PerLayerCompressionPress": Entry(UNEQUAL, _per_layer),
     "PrefillDecodingPress": Entry(
-        DECODING,
-        lambda model: kvpress.PrefillDecodingPress(snapkv(), CATALOGUE["DecodingPress"].make(model)),
+        DECODING, lambda model: kvpress.PrefillDecodingPress(snapkv(), CATALOGUE["DecodingPress"].make(model))
     ),
     "PyramidKVPress": Entry(UNEQUAL, _plain(kvpress.PyramidKVPress, window_size=8, beta=2)),
     "QFilterPress": Entry(EVICTS, _qfilter),

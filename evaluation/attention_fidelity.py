@@ -188,11 +188,7 @@ def _attended(
 
 
 def _figures(
-    scores: torch.Tensor,
-    near: torch.Tensor,
-    out: torch.Tensor,
-    near_out: torch.Tensor,
-    seen: torch.Tensor,
+    scores: torch.Tensor, near: torch.Tensor, out: torch.Tensor, near_out: torch.Tensor, seen: torch.Tensor
 ) -> tuple[torch.Tensor, ...]:
     """Cosine, same best token, best token among the five best, error of the output: [B, G, W] each."""
     cosine = torch.cosine_similarity(scores * seen, near * seen, dim=-1)

@@ -60,12 +60,7 @@ class Runner:
         Args:
             parts: some of `PARTS`, run in this order.
         """
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-        )
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
             for part in parts:
                 bar = progress.add_task(part, total=None)
@@ -111,11 +106,7 @@ class Runner:
                 advance(done + 1, len(jobs))
 
     def _score(
-        self,
-        measure: str,
-        arms: Sequence[Arm],
-        queries: int,
-        advance: Callable[[int, int], None] | None,
+        self, measure: str, arms: Sequence[Arm], queries: int, advance: Callable[[int, int], None] | None
     ) -> None:
         if not arms:
             return

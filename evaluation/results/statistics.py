@@ -181,11 +181,7 @@ def _filled(documents: Sequence[Numbers]) -> list[NDArray[np.float64]]:
 
 
 def _estimate(
-    value: float,
-    data: tuple[NDArray[Any], ...],
-    statistic: Callable[..., Any],
-    *,
-    vectorized: bool,
+    value: float, data: tuple[NDArray[Any], ...], statistic: Callable[..., Any], *, vectorized: bool
 ) -> Estimate:
     """A figure, with its interval when there are two or more documents to resample."""
     if len(data[0]) < 2:

@@ -16,13 +16,7 @@ if TYPE_CHECKING:
 TOKENS = 4096
 FAST_TOKENS = 2048
 DEPTHS = 3
-PRESSES = (
-    "none",
-    "TurboQuant",
-    "Compactor | TurboQuant",
-    "SnapKV | TurboQuant",
-    "StreamingLLM | TurboQuant",
-)
+PRESSES = ("none", "TurboQuant", "Compactor | TurboQuant", "SnapKV | TurboQuant", "StreamingLLM | TurboQuant")
 FAST_PRESSES = PRESSES[:3]
 
 

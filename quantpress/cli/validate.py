@@ -54,12 +54,7 @@ class Validated:
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
         rows = [
-            {
-                "role": check.role,
-                "bits": check.bits,
-                "ok": check.ok,
-                **asdict(check.report),
-            }
+            {"role": check.role, "bits": check.bits, "ok": check.ok, **asdict(check.report)}
             for check in self.checks
         ]
         return {"ok": not self.exit_status, "codecs": rows}

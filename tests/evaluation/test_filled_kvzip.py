@@ -28,9 +28,7 @@ def half(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("bits", "dtype"),
-    [(16, torch.bfloat16), (2, torch.bfloat16), (8, torch.float32)],
-    ids=str,
+    ("bits", "dtype"), [(16, torch.bfloat16), (2, torch.bfloat16), (8, torch.float32)], ids=str
 )
 def test_it_fills_the_budget_in_every_text(
     half: Any, bits: int, dtype: torch.dtype, caplog: pytest.LogCaptureFixture
