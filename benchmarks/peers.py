@@ -3,7 +3,7 @@
     python benchmarks/peers.py                          what is installed, on this machine's GPU
     python benchmarks/peers.py --sites DIR              packages in DIR/NAME, by `pip install --target`
     python benchmarks/peers.py --check --tokens 512     errors and bytes only, no times: runs on a CPU too
-    python benchmarks/peers.py --json rows.json --markdown
+    python benchmarks/peers.py --json rows.json
 
 Batch 1, 32 query heads, 8 KV heads, head_dim 128, bfloat16. `us` is a whole call, of a CUDA graph's replays
 ("graph") or, for what cannot be captured, of calls back to back between two CUDA events ("stream"). `bytes`
@@ -33,7 +33,7 @@ sys.path.insert(0, str(Path(__file__).parent))  # a Python with PYTHONSAFEPATH d
 
 from alternatives import ALTERNATIVES, Alternative, Attention, tensors
 from alternatives.processes import run
-from alternatives.table import COLUMNS, Row, markdown, show, with_ratios
+from alternatives.table import COLUMNS, Row, show, with_ratios
 from attention import microseconds
 
 QUERY_HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128
@@ -162,7 +162,6 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--check", action="store_true", help="no times")
     parser.add_argument("--timeout", type=float, default=120, help="seconds for one alternative")
     parser.add_argument("--json", type=Path, help="write the rows here")
-    parser.add_argument("--markdown", action="store_true", help="print the rows as Markdown")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     arguments = parser.parse_args(words)
     unknown = set(arguments.only) - set(names)
@@ -200,7 +199,7 @@ def main(words: list[str] | None = None) -> None:
         print(" ".join(cell(rows[-1]) for cell in COLUMNS.values()), file=sys.stderr)
         if arguments.json:
             arguments.json.write_text(json.dumps([asdict(one) for one in rows], indent=1))
-    print(markdown(rows)) if arguments.markdown else show(rows)
+    show(rows)
 
 
 if __name__ == "__main__":

@@ -50,16 +50,6 @@ COLUMNS: dict[str, Callable[[Row], str]] = {
 }
 
 
-def markdown(rows: list[Row]) -> str:
-    """The table of a page."""
-    lines = [
-        list(COLUMNS),
-        ["---"] * len(COLUMNS),
-        *([cell(row) for cell in COLUMNS.values()] for row in rows),
-    ]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
 def show(rows: list[Row]) -> None:
     """Print the table."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"

@@ -15,7 +15,7 @@ import typer
 from rich.table import Table
 
 from quantpress.cli.options import Device, Dtype, Model, Presses
-from quantpress.cli.output import progress
+from quantpress.cli.output import Outcome, progress
 from quantpress.errors import InvalidInputError
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ class Side:
 
 
 @dataclass(frozen=True)
-class Benchmark:
+class Benchmark(Outcome):
     """The uncompressed cache, then the presses.
 
     Args:
@@ -65,8 +65,6 @@ class Benchmark:
     new_tokens: int
     repeats: int
     sides: tuple[Side, ...]
-
-    exit_status = 0
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for JSON; ratios are to the uncompressed cache."""

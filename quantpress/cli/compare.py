@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from quantpress.cli.options import Device, Dtype, Model, Presses, Questions
-from quantpress.cli.output import progress
+from quantpress.cli.output import Outcome, progress
 from quantpress.errors import QuantPressError
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ class Compared:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class Comparison(Outcome):
     """The uncompressed cache, then the presses.
 
     Args:

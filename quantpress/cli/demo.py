@@ -8,6 +8,8 @@ import typer
 from rich.console import Group, RenderableType
 from rich.text import Text
 
+from quantpress.cli.output import Outcome
+
 if TYPE_CHECKING:
     import torch
 
@@ -21,7 +23,7 @@ FAST_PRESSES = PRESSES[:3]
 
 
 @dataclass(frozen=True)
-class Demonstrated:
+class Demonstrated(Outcome):
     """What was asked and answered, and where.
 
     Args:
@@ -39,8 +41,6 @@ class Demonstrated:
     threads: int
     seconds: float
     rows: "list[Row]"
-
-    exit_status = 0
 
     @property
     def dtype_name(self) -> str:

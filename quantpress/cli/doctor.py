@@ -2,14 +2,14 @@
 
 import platform
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
 
 from rich.table import Table
 
 import quantpress
+from quantpress.cli.output import Outcome
 
 PACKAGES = ("torch", "transformers", "kvpress", "triton")
 
@@ -24,7 +24,7 @@ class Device:
 
 
 @dataclass(frozen=True)
-class Diagnosis:
+class Diagnosis(Outcome):
     """What was found, ready to print.
 
     Attributes:
@@ -48,12 +48,6 @@ class Diagnosis:
     fallbacks: tuple[str, ...] = ()
     default_model: str = ""
     default_dtype: str = ""
-
-    exit_status = 0
-
-    def as_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
-        return asdict(self)
 
     def __rich__(self) -> Table:
         table = Table(title="quantpress on this machine", show_header=False)

@@ -9,6 +9,7 @@ import typer
 from rich.console import Console
 
 from quantpress.cli.options import Device, Dtype, Model
+from quantpress.cli.output import Outcome
 from quantpress.errors import InvalidInputError
 
 if TYPE_CHECKING:
@@ -19,7 +20,7 @@ REPORT = "report.md"
 
 
 @dataclass(frozen=True)
-class Evaluated:
+class Evaluated(Outcome):
     """What a run has found.
 
     Args:
@@ -29,8 +30,6 @@ class Evaluated:
 
     report: str
     figures: dict[str, Any]
-
-    exit_status = 0
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""

@@ -1,7 +1,7 @@
 """`quantpress inspect`: which layers of a model will be packed, what its keys are like, a setting for it."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from quantpress.cli.options import Device, Dtype
-from quantpress.cli.output import progress
+from quantpress.cli.output import Outcome, progress
 from quantpress.errors import InvalidInputError, QuantPressError
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ class Candidate:
 
 
 @dataclass(frozen=True)
-class Inspected:
+class Inspected(Outcome):
     """A model.
 
     Args:
@@ -96,12 +96,6 @@ class Inspected:
     refusal: str | None
     candidates: tuple[Candidate, ...]
     suggestion: str | None
-
-    exit_status = 0
-
-    def as_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
-        return asdict(self)
 
     def __rich__(self) -> RenderableType:
         from quantpress.evaluation.key_statistics import OUTLIER

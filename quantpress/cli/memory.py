@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from quantpress.cli.options import Presses
+from quantpress.cli.output import Outcome
 from quantpress.errors import InvalidInputError
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ UNITS |= {f"{p}iB": 1024**i for i, p in enumerate("KMGT", 1)}
 
 
 @dataclass(frozen=True)
-class Sized:
+class Sized(Outcome):
     """Plans for one model, the uncompressed cache first.
 
     Args:
@@ -35,8 +36,6 @@ class Sized:
     plans: "tuple[MemoryPlan, ...]"
     gpu_bytes: int | None = None
     capacities: "tuple[Capacity, ...]" = ()
-
-    exit_status = 0
 
     @property
     def dtype(self) -> str:

@@ -2,10 +2,12 @@
 
 import inspect
 import sys
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from contextlib import redirect_stdout
+from dataclasses import asdict
 from functools import wraps
-from typing import Annotated, Any, Protocol, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import typer
 from rich.console import Console, RenderableType
@@ -17,16 +19,19 @@ Item = TypeVar("Item")
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of tables.")]
 
 
-class Outcome(Protocol):
-    """What a command returns."""
+class Outcome(ABC):
+    """What a command returns, a dataclass."""
 
     @property
     def exit_status(self) -> int:
         """Exit status of the process: 0, 1 when a bound failed, 2 when something was refused."""
+        return 0
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
+        return asdict(self)  # type: ignore[call-overload, no-any-return]
 
+    @abstractmethod
     def __rich__(self) -> RenderableType:
         """What people see; a string is printed as it is, whatever the width."""
 

@@ -1,19 +1,20 @@
 """`quantpress pack`: read a text once and save the packed context."""
 
-from dataclasses import asdict, dataclass
-from typing import Annotated, Any
+from dataclasses import dataclass
+from typing import Annotated
 
 import typer
 from rich.text import Text
 
 from quantpress.cli.options import Device, Dtype, Model, Press
+from quantpress.cli.output import Outcome
 from quantpress.errors import InvalidInputError
 
 SUFFIX = ".kv.safetensors"
 
 
 @dataclass(frozen=True)
-class Packed:
+class Packed(Outcome):
     """What was saved.
 
     Args:
@@ -35,12 +36,6 @@ class Packed:
     resident_bytes: int
     uncompressed_bytes: int
     bits_per_value: float
-
-    exit_status = 0
-
-    def as_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
-        return asdict(self)
 
     def __rich__(self) -> Text:
         from quantpress.pipelines.report import format_bytes

@@ -8,6 +8,7 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 
 from quantpress.cli.options import Device, Dtype, Model, Questions
+from quantpress.cli.output import Outcome
 from quantpress.errors import InvalidInputError
 
 if TYPE_CHECKING:
@@ -17,7 +18,7 @@ DEFAULT_PRESS = "TurboQuant"
 
 
 @dataclass(frozen=True)
-class Answered:
+class Answered(Outcome):
     """Answers and what they cost.
 
     Args:
@@ -33,8 +34,6 @@ class Answered:
     questions: tuple[str, ...]
     answers: tuple[str, ...]
     report: "Report"
-
-    exit_status = 0
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""

@@ -7,7 +7,7 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from quantpress.cli.output import progress
+from quantpress.cli.output import Outcome, progress
 
 if TYPE_CHECKING:
     from quantpress.codecs.reports import CodecReport
@@ -41,7 +41,7 @@ class Check:
 
 
 @dataclass(frozen=True)
-class Validated:
+class Validated(Outcome):
     """All codecs that were measured."""
 
     checks: tuple[Check, ...]

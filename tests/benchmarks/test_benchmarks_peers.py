@@ -4,6 +4,7 @@ import argparse
 import importlib.util
 import io
 import json
+import re
 import sys
 import time
 from collections.abc import Iterator
@@ -147,12 +148,12 @@ def test_a_missing_package_is_a_line_and_the_table_goes_on(
     asked = []
     monkeypatch.setattr(peers, "run", lambda chosen, arguments: asked.extend(chosen) or iter(present))
     only = ["absent", "torch bfloat16"]
-    words = ["--check", "--markdown", "--json", str(tmp_path / "rows"), "--only", *only]
+    words = ["--check", "--json", str(tmp_path / "rows"), "--only", *only]
     peers.main(words)
     printed = capsys.readouterr().out
     assert "absent: not installed: pip install no-such-package==1.2" in printed
     assert [one.name for one in asked] == ["torch bfloat16"]
-    assert "| ours | 4/4 | 256 | 30.0 | 3.00x |" in printed
+    assert re.search(r"ours.*4/4.*256.*30\.0.*3\.00x", printed)
     assert [row["ratio"] for row in json.loads((tmp_path / "rows").read_text())] == [1.0, 3.0]
 
 

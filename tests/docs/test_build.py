@@ -69,10 +69,10 @@ def test_results_say_where_they_were_measured(path: Path) -> None:
 
 def test_results_of_the_command_make_the_same_tables(build: ModuleType) -> None:
     """`quantpress eval --json` has ratios, from which shares, the front and budgets follow."""
-    evaluation, kl = build.tables.evaluation, {"value": 0.1, "low": None, "high": None}
+    evaluation, kl = build.tables.evaluation, sys.modules["results"].Estimate(0.1, None, None)
     rows = [
         {"arm": "SnapKV, 100 tokens, 4 bits", "ratio": 4.0, "budget": 0.25, "kl": kl},
-        {"arm": "KVzip within 0.25, 4 bits", "ratio": 3.2, "budget": 0.25, "kl": {**kl, "value": 0.05}},
+        {"arm": "KVzip within 0.25, 4 bits", "ratio": 3.2, "budget": 0.25, "kl": kl._replace(value=0.05)},
     ]
     for row in rows:
         row.update(dict.fromkeys(("kl_median", "kl_p99", "agreement", "perplexity_ratio"), kl))
