@@ -9,7 +9,7 @@ rollback.py            a context unchanged by questions, a model unchanged by pr
 attention_masks.py     masks for layers of different lengths, and slots that heads hide
 method_replacement.py  a method of one model replaced, and put back
 enabled_press.py       the press that `enable` has put on a model
-members.py             a composition is treated like the presses in it
+press_argument.py      what `press=` may be, made into a press
 reading/               how a context is read: one forward in chunks, with a progress bar
 capture/               decode steps as replays of one CUDA graph, and the rules against it
 contexts/              contexts that are read once, and their files

@@ -6,6 +6,7 @@ and a signature only.
 """
 
 import inspect
+import shutil
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
 from importlib import import_module
@@ -22,6 +23,7 @@ PACKAGES = {
     "pipelines": ["quantpress.pipelines"],
     "cache": ["quantpress.cache"],
     "kernels": ["quantpress.kernels.attend", "quantpress.kernels.encode", "quantpress.kernels.dequantize"],
+    "codecs": ["quantpress.codecs"],
     "quantization": ["quantpress.quantization"],
 }
 WIDTH = 100
@@ -137,24 +139,9 @@ def _code(text: str) -> str:
     return f"```\n{text}\n```"
 
 
-def stale() -> list[str]:
-    """The names of committed pages that are not what would be written."""
-    wanted = reference()
-    there = {path.name for path in FOLDER.glob("*.md")}
-    wrong = {name for name, text in wanted.items() if name in there and _read(name) != text}
-    return sorted(wrong | (there ^ set(wanted)))
-
-
-def _read(name: str) -> str:
-    return (FOLDER / name).read_text(encoding="utf-8")
-
-
 def write() -> None:
     """Write every page, and remove those of packages that no longer exist."""
-    FOLDER.mkdir(exist_ok=True)
-    wanted = reference()
-    for path in FOLDER.glob("*.md"):
-        if path.name not in wanted:
-            path.unlink()
-    for name, text in wanted.items():
+    shutil.rmtree(FOLDER, ignore_errors=True)
+    FOLDER.mkdir()
+    for name, text in reference().items():
         (FOLDER / name).write_text(text, encoding="utf-8")
