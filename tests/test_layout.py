@@ -1,6 +1,7 @@
 """The arrows between folders and their sub-folders, the links, and what importing quantpress brings along."""
 
 import ast
+import inspect
 import os
 import re
 import subprocess
@@ -8,10 +9,16 @@ import sys
 from collections.abc import Iterator
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from transformers import DynamicCache
 
+from quantpress.codecs.scalar import ScalarPages
+from quantpress.presses import Compose, SnapKV, TurboQuant
 from tests.limits import HANG
+from tests.tiny_models import prompt, tiny_model
 
 ROOT = Path(__file__).parents[1]
 ARROWS = (
@@ -265,3 +272,24 @@ def run_python(code: str, environment: dict[str, str] | None = None, directory: 
     )
     assert done.returncode == 0, done.stderr
     return done.stdout.strip().splitlines()[-1]
+
+
+def test_the_straight_path_is_six_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From `Compose([SnapKV, TurboQuant])` to a packed page, as CONTRIBUTING.md lists it."""
+    page = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").split("## Read this first")[1]
+    listed = re.findall(r"^\d+\. `(\S+)`", page, re.MULTILINE)
+    path: list[str] = []
+    encode = ScalarPages.encode
+
+    def watched(self: ScalarPages, *args: Any) -> Any:
+        frames = [Path(frame.filename).resolve() for frame in reversed(inspect.stack()[1:])]
+        ours = [str(frame.relative_to(ROOT)) for frame in frames if frame.is_relative_to(ROOT)]
+        path[:] = [name for name in dict.fromkeys(ours) if name.split("/")[0] in ARROWS]
+        return encode(self, *args)
+
+    monkeypatch.setattr(ScalarPages, "encode", watched)
+    model = tiny_model("llama")
+    with torch.no_grad(), Compose([SnapKV, TurboQuant])(model):
+        model.model(input_ids=prompt(700), past_key_values=DynamicCache())
+    assert path and len(listed) == 12
+    assert {*path, "codecs/scalar.py"} <= {*listed[:6]}, path

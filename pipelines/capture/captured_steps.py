@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from transformers import Cache, PreTrainedModel
 
-from quantpress.cache.attention.dispatch import install_packed_attention
 from quantpress.cache.fixed.cache import FixedCache
 from quantpress.cache.layer import PackedLayer
 from quantpress.pipelines.capture.eligibility import refuse, why_not
@@ -129,7 +128,6 @@ class CapturedDecoding:
                 self._cache.release()
             self._graph = None
             self._cache = FixedCache(cache, _windows(self._model))
-            _let_attention_read()
         self._cache.enter(self._new_tokens)
         self._check_addresses()
 
@@ -221,13 +219,6 @@ def _windows(model: PreTrainedModel) -> dict[int, int]:
 def _capture_stream(device: torch.device) -> torch.cuda.Stream:
     """One stream a device. torch keeps a single one, on the device of the first capture of the process."""
     return torch.cuda.Stream(device)
-
-
-def _let_attention_read() -> None:
-    """Let attention read our layers: where all layers are plain, no press has done so."""
-    import kvpress  # noqa: F401  wraps attention functions on import, and must do so before we do
-
-    install_packed_attention()
 
 
 def _first_line(error: Exception) -> str:

@@ -22,6 +22,9 @@ from quantpress.presses.traits import decode_time_presses, renumbers_positions
 TOKEN_BY_TOKEN = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
 """Ways of decoding in which each step adds one token to the last."""
 
+OUTPUTS_OF_LAYERS = ("output_attentions", "output_hidden_states", "output_router_logits")
+"""Options of a model's configuration by which its forward returns tensors of every layer."""
+
 MOST_CHANGES = 3
 """Steps in a row that may find the cache changed since the step before."""
 
@@ -55,17 +58,24 @@ def _unreadable(model: PreTrainedModel) -> Found:
 
 
 def _hooked(model: PreTrainedModel) -> Found:
-    """The first module inside the model with a hook that is not ours: ours do nothing to a single token."""
+    """The first module inside the model with a hook that would do something to a single token."""
     for name, module in model.named_modules():
         hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
         owners = (getattr(hook, "func", hook) for hook in hooks)
-        if module is not model and not all(_is_ours(owner) for owner in owners):
+        if module is not model and not all(map(_is_idle, owners)):
             return {"module": name}
     return None
 
 
-def _is_ours(hook: object) -> bool:
-    return str(getattr(hook, "__module__", "")).startswith("quantpress.")
+def _is_idle(hook: object) -> bool:
+    """Our hooks, and those that transformers leaves where hidden states of all layers were once asked for."""
+    module = str(getattr(hook, "__module__", ""))
+    return module.startswith("quantpress.") or module == "transformers.utils.output_capturing"
+
+
+def _outputs_of_layers(model: PreTrainedModel) -> Found:
+    asked = [name for name in OUTPUTS_OF_LAYERS if getattr(model.config, name, False)]
+    return {"option": asked[0]} if asked else None
 
 
 def _masks_slots(model: nn.Module) -> bool:
@@ -93,6 +103,7 @@ RULES: dict[str, tuple[Rule, ...]] = {
         Rule("{what keeps attention from reading packed layers}", _unreadable),
         Rule("attention looks back over chunks", lambda model: any(map(in_chunks, attention_modules(model)))),
         Rule("{module} has a forward hook, which a replay would not run", _hooked),
+        Rule("config.{option} asks for tensors of every layer", _outputs_of_layers),
         Rule("a head-wise press masks tokens instead of removing them", _masks_slots),
     ),
     "cache": CACHE_RULES,

@@ -96,6 +96,11 @@ CASES: dict[str, tuple[str, Callable[[], Any], str]] = {
         lambda: model_with(lambda model: model.model.layers[1].mlp.register_forward_hook(print)),
         "model.layers.1.mlp has a forward hook, which a replay would not run",
     ),
+    "config.{option} asks for tensors": (
+        "model",
+        lambda: model_with(lambda model: setattr(model.config, "output_hidden_states", True)),
+        "config.output_hidden_states asks for tensors of every layer",
+    ),
     "a head-wise press masks tokens in": (
         "model",
         lambda: model_with(masked),
@@ -203,3 +208,9 @@ def test_hooks_of_ours_do_not_count() -> None:
     ours = SimpleNamespace(__module__="quantpress.presses.guard")
     model = model_with(lambda model: model.model.layers[0].register_forward_hook(ours))
     assert why_not(model=model) == []
+
+
+def test_hooks_that_transformers_leaves_are_idle() -> None:
+    """It puts them on a model for good when hidden states are asked for the first time."""
+    model = model_with(lambda model: model(prompt(5), output_hidden_states=True))
+    assert any(module._forward_hooks for module in model.modules()) and not why_not(model=model)
