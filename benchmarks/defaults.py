@@ -22,7 +22,7 @@ from rich.progress import track
 from quantpress.cli.loading import load_pipeline, model_name
 from quantpress.evaluation.divergence.documents import Pieces, make_unread_documents
 from quantpress.evaluation.divergence.probe import DivergenceProbe
-from quantpress.evaluation.results.markdown import interval, table
+from quantpress.evaluation.results.markdown import table
 from quantpress.evaluation.results.records import Records
 from quantpress.evaluation.results.statistics import mean_by_document, paired_ratio
 from quantpress.evaluation.sizing.memory_plan import Planner
@@ -99,7 +99,7 @@ def report(presses: list[str], records: Records, context: int, model: str | None
         plan = Planner(sizes, parse_press(press)).plan(context)
         bits = 16 * plan.cache.total_bytes / plan.whole_bytes
         ratio = paired_ratio(means[presses[0]], means[press])
-        rows.append((press, f"{bits:.2f}", interval(mean_by_document(kl[press]), 5), interval(ratio, 2)))
+        rows.append((press, f"{bits:.2f}", f"{mean_by_document(kl[press]):.5f}", f"{ratio:.2f}"))
     return table(("press", "bits a value", "KL, nats", "ratio"), rows)
 
 

@@ -6,8 +6,6 @@ from functools import partial
 from importlib.metadata import version
 from typing import Any
 
-import torch
-import transformers
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -16,7 +14,7 @@ from quantpress.evaluation.arms import UNCOMPRESSED, Arm, check_names
 from quantpress.evaluation.divergence.documents import make_documents
 from quantpress.evaluation.divergence.probe import DivergenceProbe
 from quantpress.evaluation.equal_bytes import GridArm, Shape, grid_arms
-from quantpress.evaluation.measuring import device_names
+from quantpress.evaluation.measuring import machine
 from quantpress.evaluation.results.records import REFUSED, Records
 from quantpress.evaluation.suites import PARTS, Suite
 from quantpress.evaluation.tasks.haystack import book_text
@@ -163,13 +161,5 @@ def _budget(arm: Arm) -> dict[str, float]:
 
 def run_settings(pipe: TextGenerationPipeline, model_name: str, suite: Suite, seed: int) -> dict[str, Any]:
     """What results depend on beside the arms; results of other settings go to another folder."""
-    return {
-        "model": model_name,
-        "dtype": str(pipe.model.dtype).removeprefix("torch."),
-        "device": device_names(pipe),
-        "seed": seed,
-        "suite": asdict(suite),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "kvpress": version("kvpress"),
-    }
+    found = {name: value for name, value in machine(pipe).items() if name != "threads"}
+    return {"model": model_name, **found, "seed": seed, "suite": asdict(suite), "kvpress": version("kvpress")}

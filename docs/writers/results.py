@@ -11,22 +11,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from quantpress.evaluation.results.markdown import table
+from quantpress.evaluation.results.statistics import Estimate
 
 DOCS = Path(__file__).parents[1]
 
 Row = dict[str, Any]
-
-
-class Estimate(NamedTuple):
-    """A figure; its interval is written where there is one."""
-
-    value: float
-    low: float | None
-    high: float | None
-
-    def __format__(self, spec: str) -> str:
-        shown = format(self.value, spec)
-        return shown if self.low is None else f"{shown} [{self.low:{spec}}, {self.high:{spec}}]"
 
 
 class Times(NamedTuple):

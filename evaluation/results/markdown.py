@@ -1,9 +1,8 @@
 """The tables of a run, in Markdown."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from quantpress.evaluation.results.records import REFUSED, Records
-from quantpress.evaluation.results.statistics import Estimate
 from quantpress.evaluation.results.summary import (
     WEAK,
     DivergenceRow,
@@ -56,71 +55,55 @@ Mean scores, 0 to 1, of identical prompts, greedy. Difference is to the uncompre
 its 95 % bootstrap interval; lost and gained count cases answered fully right, with McNemar's exact p."""
 
 
-def divergence_table(rows: Sequence[DivergenceRow]) -> str:
-    """One row for each arm."""
-    headers = (
-        *("cache", "bits a value", "ratio", "KL mean", "median", "99 %", "agreement"),
-        *("perplexity", "perplexity ratio", "attention error, worst", "attention KL"),
-    )
-    return table(
-        headers,
-        [
-            (
-                row.arm,
-                f"{row.bits_per_value:.2f}",
-                f"{row.ratio:.2f}x",
-                interval(row.kl, 4),
-                interval(row.kl_median, 4),
-                interval(row.kl_p99, 3),
-                interval(row.agreement, 3),
-                f"{row.perplexity.value:.2f}",
-                interval(row.perplexity_ratio, 4),
-                "" if row.attention_error is None else "{:.3f}, {:.3f}".format(*row.attention_error),
-                "" if row.attention_kl is None else f"{row.attention_kl:.4f}",
-            )
-            for row in rows
-        ],
-    )
+DIVERGENCE: dict[str, Callable[[DivergenceRow], str]] = {
+    "cache": lambda row: row.arm,
+    "bits a value": lambda row: f"{row.bits_per_value:.2f}",
+    "ratio": lambda row: f"{row.ratio:.2f}x",
+    "KL mean": lambda row: f"{row.kl:.4f}",
+    "median": lambda row: f"{row.kl_median:.4f}",
+    "99 %": lambda row: f"{row.kl_p99:.3f}",
+    "agreement": lambda row: f"{row.agreement:.3f}",
+    "perplexity": lambda row: f"{row.perplexity.value:.2f}",
+    "perplexity ratio": lambda row: f"{row.perplexity_ratio:.4f}",
+    "attention error, worst": lambda row: (
+        "" if row.attention_error is None else "{:.3f}, {:.3f}".format(*row.attention_error)
+    ),
+    "attention KL": lambda row: "" if row.attention_kl is None else f"{row.attention_kl:.4f}",
+}
+"""Columns of a table of arms."""
+
+
+def divergence_table(rows: Sequence[DivergenceRow], left_out: Sequence[str] = ()) -> str:
+    """One row for each arm; `left_out` names columns."""
+    columns = {header: cell for header, cell in DIVERGENCE.items() if header not in left_out}
+    return table([*columns], [[cell(row) for cell in columns.values()] for row in rows])
 
 
 def pair_table(rows: Sequence[PairRow]) -> str:
-    """One row for each pair."""
-    headers = ("cache", "bits a value", "as published", "bits a value", "KL ratio", "less rounding")
-    return table(
-        headers,
-        [
-            (
-                row.arm,
-                f"{row.bits:.2f}",
-                row.published,
-                f"{row.published_bits:.2f}",
-                interval(row.ratio, 2),
-                "" if row.net is None else interval(row.net, 2),
-            )
-            for row in rows
-        ],
-    )
+    """One row for each pair; KL less rounding where that is known."""
+    headers = ["cache", "bits a value", "as published", "bits a value", "KL ratio", "less rounding"]
+    cells = [
+        [row.arm, f"{row.bits:.2f}", row.published, f"{row.published_bits:.2f}", f"{row.ratio:.2f}"]
+        + ([] if row.net is None else [f"{row.net:.2f}"])
+        for row in rows
+    ]
+    width = max(map(len, cells))
+    return table(headers[:width], [line + [""] * (width - len(line)) for line in cells])
 
 
 def grid_table(rows: Sequence[DivergenceRow]) -> str:
-    """One row for each arm, from few bytes to many."""
+    """One row for each arm, from few bytes to many; the front is bold."""
     front = {row.arm for row in pareto_front(rows)}
-    ordered = sorted(rows, key=lambda row: row.resident_bytes)
-    return table(
-        ("kept", "part of the bytes", "KL mean", "median", "99 %", "agreement", "perplexity ratio"),
+    columns = ("KL mean", "median", "99 %", "agreement", "perplexity ratio")
+    lines = [
         [
-            (
-                f"**{row.arm}**" if row.arm in front else row.arm,
-                f"{1 / row.ratio:.4f}",
-                interval(row.kl, 4),
-                interval(row.kl_median, 4),
-                interval(row.kl_p99, 3),
-                interval(row.agreement, 3),
-                interval(row.perplexity_ratio, 4),
-            )
-            for row in ordered
-        ],
-    )
+            f"**{row.arm}**" if row.arm in front else row.arm,
+            f"{1 / row.ratio:.4f}",
+            *(DIVERGENCE[header](row) for header in columns),
+        ]
+        for row in sorted(rows, key=lambda row: row.resident_bytes)
+    ]
+    return table(("kept", "part of the bytes", *columns), lines)
 
 
 def task_table(rows: Sequence[TaskRow]) -> str:
@@ -136,8 +119,8 @@ def task_table(rows: Sequence[TaskRow]) -> str:
                 row.arm,
                 f"{row.ratio:.2f}x",
                 *(f"{row.scores[task]:.2f}" if task in row.scores else "" for task in tasks),
-                interval(row.mean, 2),
-                interval(row.difference, 2),
+                f"{row.mean:.2f}",
+                f"{row.difference:.2f}",
                 str(row.test.lost),
                 str(row.test.gained),
                 f"{row.test.p_value:.3f}",
@@ -159,19 +142,6 @@ def table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = [headers, *rows]
     cells = ["| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines]
     return "\n".join([cells[0], "|" + "---|" * len(headers), *cells[1:]])
-
-
-def interval(estimate: Estimate, digits: int) -> str:
-    """A figure with its interval.
-
-    Example:
-        >>> interval(Estimate(0.25, 0.2, 0.3), 2), interval(Estimate(0.25, None, None), 2)
-        ('0.25 [0.20, 0.30]', '0.25')
-    """
-    shown = f"{estimate.value:.{digits}f}"
-    if estimate.low is None or estimate.high is None:
-        return shown
-    return f"{shown} [{estimate.low:.{digits}f}, {estimate.high:.{digits}f}]"
 
 
 def _heading(records: Records) -> str:

@@ -23,16 +23,24 @@ Numbers = Sequence[float] | NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Estimate:
-    """A figure and its 95 % confidence interval.
+    """A figure and its 95 % confidence interval; formatting it writes both.
 
     Args:
         value: the figure over all data.
         low, high: ends of the interval; None when there are fewer than two documents.
+
+    Example:
+        >>> f"{Estimate(0.25, 0.2, 0.3):.2f}", f"{Estimate(0.25, None, None):.2f}"
+        ('0.25 [0.20, 0.30]', '0.25')
     """
 
     value: float
     low: float | None
     high: float | None
+
+    def __format__(self, spec: str) -> str:
+        shown = format(self.value, spec)
+        return shown if self.low is None else f"{shown} [{self.low:{spec}}, {self.high:{spec}}]"
 
     def exp(self) -> "Estimate":
         """The estimate of the figure's exponential; percentile intervals transform with it."""
