@@ -8,8 +8,7 @@ Each side reads the same random ids with `read_context`, without chunks by `chun
 whole into a `DynamicCache` without a press, is the baseline. Peak memory is
 `torch.cuda.max_memory_allocated`; work space is the peak less the weights and the cache, and is shown beside
 what `quantpress memory` expects. A short context of three chunks is read first, so that kernels are compiled;
-but cuDNN prepares every new length of keys in the first
-reading: see `--repeats`.
+but cuDNN prepares every new length of keys in the first reading: see `--repeats`.
 """
 
 import argparse
