@@ -31,8 +31,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))  # a Python with PYTHONSAFEPATH does not look beside a script
 
-from alternatives import ALTERNATIVES, Alternative, Attention, tensors
+from alternatives.calls import Attention, tensors
 from alternatives.processes import run
+from alternatives.registry import ALTERNATIVES, Alternative
 from alternatives.table import COLUMNS, Row, show, with_ratios
 from attention import microseconds
 

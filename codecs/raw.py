@@ -7,8 +7,7 @@ from torch import Tensor
 
 from quantpress.codecs.parts import portable
 from quantpress.codecs.protocol import PageCodec, Planes
-from quantpress.kernels.gather_tokens import gather_rows
-from quantpress.kernels.layout import PAGE_TOKENS
+from quantpress.kernels.layout import PAGE_TOKENS, gather_rows
 from quantpress.quantization.transform import ChannelTransform
 
 

@@ -18,7 +18,7 @@ from quantpress.errors import InvalidInputError
 from quantpress.kernels.attend.operands import ScalarOperands
 from quantpress.kernels.dequantize import decode_code_space, decode_pages, from_code_space, to_code_space
 from quantpress.kernels.encode import encode_pages
-from quantpress.kernels.gather_tokens import gather_tokens
+from quantpress.kernels.layout import gather_rows, pack_pages, unpack_pages
 from quantpress.quantization.budget import ChannelGroup
 from quantpress.quantization.spec import CodecSpec
 from quantpress.quantization.transform import ChannelTransform
@@ -71,7 +71,18 @@ class ScalarPages(PageCodec):
         return decode_pages(planes, self.spec, transform, dtype)
 
     def gather(self, planes: Planes, tokens: Tensor) -> Planes:
-        return gather_tokens(planes, self.spec, tokens)
+        widths = {f"codes{i}": (group.bits, group.channels) for i, group in enumerate(self.spec.groups)}
+        if self.spec.estimator == "prod":
+            widths["sketch"] = (1, self.head_dim)
+        gathered = {}
+        for name, plane in planes.items():
+            if name in widths:
+                bits, channels = widths[name]
+                codes = gather_rows(unpack_pages(plane, bits, channels, self.spec.role), tokens)
+                gathered[name] = pack_pages(codes, bits, self.spec.role)
+            else:  # one number a token
+                gathered[name] = gather_rows(plane.unsqueeze(-1), tokens).squeeze(-1)
+        return gathered
 
     def decode_code_space(self, planes: Planes) -> Tensor:
         return decode_code_space(planes, self.spec)

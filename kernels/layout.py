@@ -262,3 +262,10 @@ def _checked_size(bits: int, channels: int, role: str) -> int:
     if role not in ROLES:
         raise InvalidInputError(f"role must be one of {ROLES}, got {role!r}")
     return page_bytes(bits, channels)
+
+
+def gather_rows(pages: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """Rows of pages [B, Hkv, P, 128, C] at tokens [B, Hkv, N] -> [B, Hkv, N / 128, 128, C]."""
+    index = tokens.unsqueeze(-1).expand(-1, -1, -1, pages.shape[-1])
+    rows = pages.flatten(2, 3).gather(2, index)
+    return rows.view(*rows.shape[:2], -1, PAGE_TOKENS, rows.shape[-1])

@@ -8,7 +8,6 @@ report.py              what it cost: memory and time
 rollback.py            a context unchanged by questions, a model unchanged by presses
 attention_masks.py     masks for layers of different lengths, and slots that heads hide
 method_replacement.py  a method of one model replaced, and put back
-enabled_press.py       the press that `enable` has put on a model
 press_argument.py      what `press=` may be, made into a press
 reading/               how a context is read: one forward in chunks, with a progress bar
 capture/               decode steps as replays of one CUDA graph, and the rules against it

@@ -1,9 +1,10 @@
-"""The press= argument of pipelines and of `enable`: everything that it may be, made into a press."""
+"""The press= argument of pipelines and of `enable`, made into a press; and the press of an enabled model."""
 
 from collections.abc import Sequence
 from typing import Any, TypeAlias
 
 from kvpress import BasePress, FinchPress
+from torch import nn
 from transformers import PreTrainedModel
 
 from quantpress.errors import InvalidInputError
@@ -13,6 +14,9 @@ from quantpress.presses.finch import Finch, name_delimiter
 from quantpress.presses.presets import PRESETS
 from quantpress.presses.traits import members, with_inner
 from quantpress.presses.turboquant import TurboQuant
+
+ENABLED = "_quantpress_enabled"
+"""The attribute of a model that holds its `Enabled`."""
 
 PressOrBits: TypeAlias = BasePress | type[BasePress] | Sequence[Any] | str | float | None
 
@@ -70,3 +74,9 @@ def hand_tokenizer(press: BasePress | None, model: PreTrainedModel, tokenizer: A
             embedding: Any = model.get_input_embeddings()
             if not isinstance(finch, Finch) and token >= embedding.weight.shape[0]:
                 model.resize_token_embeddings(token + 1)
+
+
+def enabled_press(model: nn.Module) -> BasePress | None:
+    """The press of an enabled model; None for any other model."""
+    press: BasePress | None = getattr(vars(model).get(ENABLED), "press", None)
+    return press

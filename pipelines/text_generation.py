@@ -20,8 +20,7 @@ from quantpress.pipelines.decoding import (
     generate_ids,
     generation_mode,
 )
-from quantpress.pipelines.enabled_press import enabled_press
-from quantpress.pipelines.press_argument import as_press, hand_tokenizer
+from quantpress.pipelines.press_argument import as_press, enabled_press, hand_tokenizer
 from quantpress.pipelines.prompt import chat_form, check_positions, cut_to, token_ids, warn_of_positions
 from quantpress.pipelines.reading.read_context import read_context
 from quantpress.pipelines.report import Report, Stopwatch

@@ -142,7 +142,8 @@ def short_repr(press: Any) -> str:
     if made is None or not made.repr:  # such as `Compose`, which has a short repr itself
         return repr(press)
     parts = []
-    for index, field in enumerate(field for field in fields(press) if field.init and field.repr):
+    shown_fields = (field for field in fields(press) if field.init and field.repr and field.name[0] != "_")
+    for index, field in enumerate(shown_fields):
         value = getattr(press, field.name)
         default = field.default_factory() if field.default_factory is not MISSING else field.default
         shown = short_repr(value) if isinstance(value, BasePress) else repr(value)

@@ -13,8 +13,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import evaluation_tables as evaluation
-import rule_tables as rules
 from results import DOCS, Row, formatted, results
+
+from quantpress.pipelines.capture.eligibility import RULES
 
 PAGES = [DOCS.parent / "README.md", *sorted(DOCS.glob("*.md"))]
 MARKED = re.compile(r"(<!-- table: (?P<name>\S+) -->\n)(?P<table>.*?)(<!-- end -->)", re.DOTALL)
@@ -139,6 +140,34 @@ def _rows(name: str, columns: dict[str, str], group: str = "rows") -> Callable[[
     return lambda: formatted(results(name)[group], columns)
 
 
+SILENTLY, WARNING, THIS_STEP = "no warning", "one warning", "this step only"
+THEN = {
+    "device": ("the model", SILENTLY),
+    "press": ("the press", SILENTLY),
+    "mode": ("the call", SILENTLY),
+    "model": ("the model", WARNING),
+    "cache": ("the cache", f"{WARNING}, if a layer is packed"),
+    "changes": ("the cache", WARNING),
+    "compiled_under": ("`compile=True`", "an error"),
+    "mask": ("the step", THIS_STEP),
+    "gradients": ("the step", THIS_STEP),
+    "others_sample": ("the call", "until that call ends"),
+}
+"""What each kind of rule looks at, and what comes of it."""
+
+
+def capture_rules() -> str:
+    """Every rule; the values that its message names are in italics."""
+    lines = ["| a step is not captured if | looks at | then |", "|---|---|---|"]
+    for kind, rules in RULES.items():
+        subject, then = THEN[kind]
+        for rule in rules:
+            waits = kind == "cache" and not rule.lasting
+            message = re.sub(r"\{(.*?)\}", r"*\1*", rule.message)
+            lines.append(f"| {message} | {subject} | {'until it has more tokens' if waits else then} |")
+    return "\n".join(lines) + "\n"
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "first": first,
     "attention-short": lambda: attention(short=True),
@@ -157,7 +186,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "attention": lambda: attention(short=False),
     "packing": _rows("encode", PACKING),
     "peers": _rows("peers", PEERS),
-    "capture-rules": rules.capture_rules,
+    "capture-rules": capture_rules,
     **{
         f"{short}-{name}": functools.partial(evaluation.evictors, f"evaluation_{long}", budget)
         for short, long in (("six", "six_evictors"), ("full", "full"))

@@ -16,8 +16,8 @@ from transformers import PreTrainedModel
 from quantpress.errors import InvalidInputError
 from quantpress.pipelines.capture.captured_steps import CapturedDecoding
 from quantpress.pipelines.capture.eligibility import check_choice, refuse, why_not
-from quantpress.pipelines.enabled_press import enabled_press
 from quantpress.pipelines.method_replacement import MethodReplacement
+from quantpress.pipelines.press_argument import enabled_press
 from quantpress.presses.models.lock import model_lock
 
 

@@ -6,9 +6,8 @@ from transformers import PreTrainedModel
 
 from quantpress.errors import InvalidInputError, UnsupportedModelError
 from quantpress.pipelines.capture.eligibility import check_choice, refuse, why_not
-from quantpress.pipelines.enabled_press import ENABLED
 from quantpress.pipelines.enabling.enabled import Enabled
-from quantpress.pipelines.press_argument import PressOrBits, chosen_press
+from quantpress.pipelines.press_argument import ENABLED, PressOrBits, chosen_press
 from quantpress.presses.models.lock import model_lock
 from quantpress.presses.traits import traits_of
 

@@ -13,7 +13,6 @@ from quantpress.cache.text_cache import TextCache
 from quantpress.cache.tokens.evicted_slots import MASKS
 from quantpress.errors import InvalidInputError, UnsupportedModelError
 from quantpress.pipelines.attention_masks import fitted_masks, hiding_with_cache
-from quantpress.pipelines.enabled_press import ENABLED
 from quantpress.pipelines.enabling.generate_call import (
     CURRENT_CALL,
     GenerateCall,
@@ -24,6 +23,7 @@ from quantpress.pipelines.enabling.generate_call import (
     without_positions,
 )
 from quantpress.pipelines.method_replacement import MethodReplacement
+from quantpress.pipelines.press_argument import ENABLED
 from quantpress.presses import Compose
 from quantpress.presses.models.filling import check_keeps
 from quantpress.presses.models.lock import ModelLock, model_lock

@@ -1,9 +1,16 @@
 """Caches of packed layers for the tests of this folder."""
 
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import torch.nn.functional as F
 from transformers import DynamicCache, PreTrainedModel
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from quantpress.cache.attention.dispatch import PACKED_ATTENTION
+from quantpress.cache.attention.functions import TORCH_ATTENTION
 from quantpress.cache.layer import PackedLayer
 from quantpress.cache.settings import LayerSettings
 from quantpress.codecs.raw import RawPages
@@ -31,3 +38,19 @@ def packed_cache(model: PreTrainedModel, settings: LayerSettings) -> DynamicCach
         if not layer.is_sliding:
             cache.layers[index] = PackedLayer(settings)
     return cache
+
+
+def functions() -> dict[str, Any]:
+    """Every attention function by name: those in transformers' table, and torch's own."""
+    return {**ALL_ATTENTION_FUNCTIONS, TORCH_ATTENTION: F.scaled_dot_product_attention}
+
+
+@contextmanager
+def functions_left_alone() -> Iterator[dict[str, Any]]:
+    """After the block, there are the same names and the same objects as before; these are what it gives."""
+    gc.collect()
+    before = functions()
+    assert not PACKED_ATTENTION.users, "an earlier test keeps a packed layer"
+    yield before
+    gc.collect()
+    assert functions() == before

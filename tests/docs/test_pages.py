@@ -1,10 +1,19 @@
 """Every page: its blocks run, its commands are there, its links lead somewhere."""
 
+import re
+import shlex
+import sys
+import types
 from pathlib import Path
 
 import pytest
 import torch
+from typer.main import get_command
 
+from quantpress import cli
+from quantpress.evaluation.adapters import kvpress_evaluation, lm_eval_model
+from quantpress.presses import TurboQuant
+from quantpress.presses.expression import parse_press
 from tests.docs import commands
 from tests.docs.markdown import (
     LANGUAGES,
@@ -124,3 +133,41 @@ def test_a_wrong_command_is_noticed(line: str) -> None:
     (words,) = commands.commands(line)
     with pytest.raises((AssertionError, OSError, ModuleNotFoundError)):
         commands.check(words)
+
+
+EVALUATION = (Path(__file__).parents[2] / "docs" / "evaluation.md").read_text(encoding="utf-8")
+EVALUATION_LINES = [
+    shlex.split(line.partition("#")[0])
+    for block in re.findall(r"```bash\n(.*?)```", EVALUATION, re.S)
+    for line in block.replace("\\\n", " ").splitlines()
+]
+
+
+@pytest.mark.parametrize(
+    "words", [words for words in EVALUATION_LINES if words[0] == "quantpress"], ids=" ".join
+)
+def test_a_command_takes_its_options(words: list[str]) -> None:
+    command = get_command(cli.app).commands[words[1]]  # type: ignore[attr-defined]
+    given = command.make_context(words[1], words[2:]).params  # what it cannot parse raises
+    for press in given["press"] or ():
+        parse_press(press)
+
+
+def test_the_evaluation_of_kvpress_is_where_it_says() -> None:
+    (words,) = [words for words in EVALUATION_LINES if words[0] == "python"]
+    assert words[1:3] == ["-m", kvpress_evaluation.__name__]
+    assert kvpress_evaluation.quantizer_of(words[words.index("--press_name") + 1]) is not None
+    named = re.findall(r"`\+(turboquant\w+)`", EVALUATION)
+    assert sorted(named) == sorted(kvpress_evaluation.QUANTIZERS)
+
+
+def test_the_snippet_of_the_harness_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[object] = []
+    harness = types.ModuleType("lm_eval")
+    harness.simple_evaluate = lambda model, tasks: made.append(model)  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "lm_eval", harness)
+    monkeypatch.setattr(lm_eval_model, "lm_eval_model", lambda pipe, press: (pipe, press))
+    (block,) = re.findall(r"```python sketch\n(.*?)```", EVALUATION, re.S)
+    press = TurboQuant()
+    exec(block, {"pipe": "pipe", "press": press})
+    assert made == [("pipe", press)]

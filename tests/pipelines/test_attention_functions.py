@@ -12,7 +12,7 @@ from transformers import DynamicCache, PreTrainedModel
 from quantpress.evaluation.divergence.reference import read_reference
 from quantpress.pipelines import captured_decoding, disable, enable, patch_attention
 from quantpress.presses import Compose, Knorm, SnapKV, TurboQuant
-from tests.cache.attention.table import functions, functions_left_alone
+from tests.cache.caches import functions, functions_left_alone
 from tests.pipelines.words import ours, text
 from tests.presses.reading import read
 from tests.tiny_models import prompt, tiny_model

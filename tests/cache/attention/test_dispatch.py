@@ -14,8 +14,7 @@ from quantpress.cache import PackedLayer, install_packed_attention, uninstall_pa
 from quantpress.cache.attention.visibility import causal_mask, visibility
 from quantpress.cache.saved.layers import cache_of, cache_parts
 from quantpress.errors import UnsupportedModelError
-from tests.cache.attention.table import functions, functions_left_alone
-from tests.cache.caches import lossless
+from tests.cache.caches import functions, functions_left_alone, lossless
 from tests.tiny_models import prompt, tiny_model
 
 MODULE: Any = SimpleNamespace(is_causal=True)

@@ -21,8 +21,7 @@ from quantpress.cache.attention.functions import (
     original_functions,
     put_back_functions,
 )
-from tests.cache.attention.table import functions, functions_left_alone
-from tests.cache.caches import lossless
+from tests.cache.caches import functions, functions_left_alone, lossless
 from tests.limits import HANG
 
 THREADS = 6

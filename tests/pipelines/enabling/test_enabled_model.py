@@ -17,9 +17,9 @@ from transformers import (
 
 from quantpress.errors import InvalidInputError, UnsupportedModelError
 from quantpress.pipelines.capture.captured import captured_decoding
-from quantpress.pipelines.enabled_press import enabled_press
 from quantpress.pipelines.enabling.enable import disable, enable
 from quantpress.pipelines.method_replacement import MethodReplacement
+from quantpress.pipelines.press_argument import enabled_press
 from quantpress.presses import AdaKV, Compose, Decoding, Knorm, TurboQuant
 from quantpress.presses.models.support import attention_modules
 from tests.pipelines.enabling.enabled import FULL, GREEDY, IDS, NO_END, SNAP, TOKENS, packed, state

@@ -15,8 +15,8 @@ from transformers import (
 from quantpress.cache import cache_memory, continue_inputs
 from quantpress.errors import CompositionError
 from quantpress.pipelines.capture.captured import captured_decoding
-from quantpress.pipelines.enabled_press import enabled_press
 from quantpress.pipelines.enabling.enable import disable, enable
+from quantpress.pipelines.press_argument import enabled_press
 from quantpress.pipelines.reading.chunked_prefill import chunked_prefill
 from quantpress.pipelines.rollback import model_rollback
 from quantpress.presses import (

@@ -24,7 +24,7 @@ from quantpress.presses import (
     StreamingLLM,
     TurboQuant,
 )
-from tests.cache.attention.table import functions, functions_left_alone
+from tests.cache.caches import functions, functions_left_alone
 from tests.presses.reading import multimodal_gemma3, read
 from tests.tiny_models import prompt, tiny_model
 

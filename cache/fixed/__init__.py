@@ -1,1 +1,0 @@
-"""The same tokens at fixed addresses, for decode steps captured as CUDA graphs."""

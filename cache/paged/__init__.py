@@ -1,1 +1,0 @@
-"""Paged attention: many sequences over one pool of packed pages."""

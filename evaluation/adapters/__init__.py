@@ -1,1 +1,0 @@
-"""Benchmarks of other projects over our presses: kvpress's evaluation and lm-evaluation-harness."""

@@ -1,1 +1,0 @@
-"""Results of the evaluation: records, statistics, tables and figures."""

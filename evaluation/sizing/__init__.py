@@ -1,1 +1,0 @@
-"""What a model and its cache will weigh, and what fits."""

@@ -1,1 +1,0 @@
-"""Tasks: questions about a context, asked over compressed caches."""

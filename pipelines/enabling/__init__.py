@@ -1,1 +1,0 @@
-"""`model.generate` over packed caches with nothing else changed."""

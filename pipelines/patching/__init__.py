@@ -1,1 +1,0 @@
-"""Attention on keys and values that are packed and restored just before, live."""

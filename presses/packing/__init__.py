@@ -1,1 +1,0 @@
-"""From prefilled layers to packed layers, inside the forward pass."""
