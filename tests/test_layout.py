@@ -274,6 +274,24 @@ def run_python(code: str, environment: dict[str, str] | None = None, directory: 
     return done.stdout.strip().splitlines()[-1]
 
 
+@pytest.mark.parametrize(
+    ("writing", "owner"),
+    [
+        (r"\b__class__ = ", "cache/fixed/plain.py"),
+        (
+            r"ALL_ATTENTION_FUNCTIONS(\[.*\] = |\.(update|pop|register)\()|del ALL_ATTENTION",
+            "cache/attention/functions.py",
+        ),
+        (r"scaled_dot_product_attention = ", "cache/attention/functions.py"),
+    ],
+    ids=["classes", "attention functions", "torch's attention function"],
+)
+def test_one_module_alone_changes_them(writing: str, owner: str) -> None:
+    sources = {path: path.read_text(encoding="utf-8") for path in modules().values()}
+    found = {str(path.relative_to(ROOT)) for path, text in sources.items() if re.search(writing, text)}
+    assert found == {owner}
+
+
 def test_the_straight_path_is_six_files(monkeypatch: pytest.MonkeyPatch) -> None:
     """From `Compose([SnapKV, TurboQuant])` to a packed page, as CONTRIBUTING.md lists it."""
     page = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").split("## Read this first")[1]
