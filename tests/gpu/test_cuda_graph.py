@@ -14,7 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, PreTrainedModel
 
 from quantpress.cache import continue_inputs
-from quantpress.codecs.page_codec import RawPages
+from quantpress.codecs.raw import RawPages
 from quantpress.pipelines.capture.captured import captured_decoding
 from quantpress.pipelines.capture.captured_steps import WARM_STEPS, CapturedDecoding
 from quantpress.pipelines.enabling.enable import enable
