@@ -13,17 +13,14 @@ Head-wise presses (`masks_heads`) remove nothing: they name slots that attention
 a quantizer behind them leaves those out (`quantpress.presses.packing.head_wise`).
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
-from typing import TypeAlias
 
 from kvpress import BasePress, ScorerPress
 
 from quantpress.presses.base import PressMixin
 from quantpress.presses.traits import name_of, traits_of, with_inner
-
-Found: TypeAlias = tuple[BasePress | str, ...] | None
-"""What a message is filled with: names of presses, or words. None: the rule is kept."""
+from quantpress.rule import Found, Rule, reasons
 
 
 def why_not(presses: Sequence[BasePress]) -> list[str]:
@@ -38,9 +35,7 @@ def why_not(presses: Sequence[BasePress]) -> list[str]:
         >>> why_not([press, press])
         ['KnormPress is given twice; make a second instance, or leave one out']
     """
-    stack = _Stack(presses)
-    found = ((broken(stack), message) for broken, message in RULES)
-    return [message.format(*map(_word, words)) for words, message in found if words is not None]
+    return reasons(RULES, _Stack(presses))
 
 
 class _Stack:
@@ -67,7 +62,7 @@ def _twice(stack: _Stack) -> Found:
     earlier: set[int] = set()
     for press in stack.presses:
         if id(press) in earlier:
-            return (press,)
+            return {"press": name_of(press)}
         earlier.add(id(press))
     return None
 
@@ -77,7 +72,7 @@ def _incomplete(stack: _Stack) -> Found:
     for press in (inner for outer in stack.presses for inner in with_inner(outer)):
         missing = "score" if isinstance(press, ScorerPress) else "compress"
         if not any(name in _own_names(press) for name in (missing, "compress", "forward_hook", "__call__")):
-            return press, missing
+            return {"press": name_of(press), "missing": missing}
     return None
 
 
@@ -99,7 +94,7 @@ def _shortened_before(stack: _Stack) -> Found:
         traits = traits_of(press)
         pairing = next(_with("whole_context", with_inner(press)), None)
         if shortened_by is not None and pairing is not None and not traits.only_decodes:
-            return pairing, shortened_by
+            return {"press": name_of(pairing), "other": name_of(shortened_by)}
         if not traits.keeps_tokens:
             shortened_by = press
     return None
@@ -111,91 +106,91 @@ def _with(trait: str, presses: Iterable[BasePress]) -> Iterator[BasePress]:
 
 def _one(presses: Iterable[BasePress]) -> Found:
     press = next(iter(presses), None)
-    return None if press is None else (press,)
+    return None if press is None else {"press": name_of(press)}
 
 
 def _pair(first: Iterable[BasePress], second: Iterable[BasePress]) -> Found:
-    one, other = _one(first), _one(second)
-    return None if one is None or other is None else (*one, *other)
+    press, other = next(iter(first), None), next(iter(second), None)
+    return None if press is None or other is None else {"press": name_of(press), "other": name_of(other)}
 
 
 def _followed(trait: str, presses: Sequence[BasePress]) -> Found:
     """A press with a trait that has another behind it, and that one."""
-    return next(((one, behind) for one, behind in pairwise(presses) if any(_with(trait, [one]))), None)
+    pairs = ((one, behind) for one, behind in pairwise(presses) if any(_with(trait, [one])))
+    press, other = next(pairs, (None, None))
+    return None if press is None or other is None else {"press": name_of(press), "other": name_of(other)}
 
 
-def _word(found: BasePress | str) -> str:
-    return found if isinstance(found, str) else name_of(found)
-
-
-RULES: tuple[tuple[Callable[[_Stack], Found], str], ...] = (
-    (
-        lambda stack: None if stack.presses else (),
+RULES: tuple[Rule, ...] = (
+    Rule(
         "Compose got an empty list; give at least one press, or press=None for none",
+        lambda stack: not stack.presses,
     ),
-    (_twice, "{0} is given twice; make a second instance, or leave one out"),
-    (
+    Rule("{press} is given twice; make a second instance, or leave one out", _twice),
+    Rule(
+        "{press} has no {missing} of its own and cannot evict anything; give a press that has, such as "
+        "SnapKV",
         _incomplete,
-        "{0} has no {1} of its own and cannot evict anything; give a press that has, such as SnapKV",
     ),
-    (_wraps_a_quantizer, "{0} wraps a quantizer; write Compose([..., TurboQuant()])"),
-    (
+    Rule("{press} wraps a quantizer; write Compose([..., TurboQuant()])", _wraps_a_quantizer),
+    Rule(
+        "{press} evicts nothing by itself; put TurboQuant() behind it",
         lambda stack: None if stack.quantizers else _one(_with("demotes", stack.evictors)),
-        "{0} evicts nothing by itself; put TurboQuant() behind it",
     ),
-    (
-        lambda stack: (", ".join(map(name_of, stack.quantizers)),) if len(stack.quantizers) > 1 else None,
-        "there is more than one quantizer ({0}); a cache can be packed once, keep one",
+    Rule(
+        "there is more than one quantizer ({names}); a cache can be packed once, keep one",
+        lambda stack: len(stack.quantizers) > 1 and {"names": ", ".join(map(name_of, stack.quantizers))},
     ),
-    (
+    Rule(
+        "{press} comes before {other}: evict first, quantize last. Move the quantizer to the end",
         lambda stack: _followed("quantizes", stack.presses),
-        "{0} comes before {1}: evict first, quantize last. Move the quantizer to the end",
     ),
-    (
+    Rule(
+        "{press} acts after the prefill, where sinks are detected; use detect_sinks=0",
         lambda stack: _one(_with("at_exit", stack.evictors)) if stack.detects_sinks else None,
-        "{0} acts after the prefill, where sinks are detected; use detect_sinks=0",
     ),
-    (
+    Rule(
+        "{press} merges values while decoding, which a packed cache would quantize a second time; use it "
+        "without {other}, or DecodingPress, which only evicts",
         lambda stack: _pair(_with("merges_while_decoding", stack.inner), stack.quantizers),
-        "{0} merges values while decoding, which a packed cache would quantize a second time; use it without "
-        "{1}, or DecodingPress, which only evicts",
     ),
-    (
+    Rule(
+        "{press} moves tokens of the cache, and {other} goes by their slots while decoding; use one of "
+        "the two",
         lambda stack: _pair(_with("demotes", stack.inner), _with("decodes", stack.inner)),
-        "{0} moves tokens of the cache, and {1} goes by their slots while decoding; use one of the two",
     ),
-    (
+    Rule(
+        "{press} names slots of the cache, and {other} would move them while decoding; use one of the two",
         lambda stack: (
             _pair(_with("masks_heads", stack.at_prefill), _with("moves_slots", stack.inner))
             if stack.quantizers
             else None
         ),
-        "{0} names slots of the cache, and {1} would move them while decoding; use one of the two",
     ),
-    (
+    Rule(
+        "{press} counts slots on while decoding, and detected sinks move them; use detect_sinks=0",
         lambda stack: (
             _one(_with("keeps_scores", _with("decodes", stack.inner))) if stack.detects_sinks else None
         ),
-        "{0} counts slots on while decoding, and detected sinks move them; use detect_sinks=0",
     ),
-    (
+    Rule(
+        "{press} scores each key with the hidden state of its token, and {other} before it evicts some; put "
+        "{press} first",
         _shortened_before,
-        "{0} scores each key with the hidden state of its token, and {1} before it evicts some; put "
-        "{0} first",
     ),
-    (
+    Rule(
+        "{press} acts on the complete cache of its context; use it as the only evictor",
         lambda stack: _one(_with("at_exit", stack.evictors)) if len(stack.evictors) > 1 else None,
-        "{0} acts on the complete cache of its context; use it as the only evictor",
     ),
-    (
+    Rule(
+        "{press} names slots of the cache, and {other} behind it would move or hide them; put {press} "
+        "last before the quantizer",
         lambda stack: _followed("demotes", stack.evictors),
-        "{0} names slots of the cache, and {1} behind it would move or hide them; put {0} last before the "
-        "quantizer",
     ),
-    (
+    Rule(
+        "{press} names slots of the cache, and {other} behind it would move them; put {press} last among "
+        "the evictors, and only one such press",
         lambda stack: _followed("masks_heads", stack.evictors),
-        "{0} names slots of the cache, and {1} behind it would move them; put {0} last among the evictors, "
-        "and only one such press",
     ),
 )
-"""(what is found when the rule is broken, the message to fill with it). `Compose` raises the first reason."""
+"""`Compose` raises the first reason. The subject is a `_Stack`."""

@@ -1,46 +1,18 @@
 """Which caches can be used at fixed addresses: the rules, and the reasons they give against a cache."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 from transformers.cache_utils import Cache
 
 from quantpress.cache.fixed.plain import is_plain
 from quantpress.cache.layer import PackedLayer
-
-Found = dict[str, object] | bool | None
-"""What a rule has found: the values that its message names, or simply that it applies; false if not."""
-
-
-@dataclass(frozen=True)
-class Rule:
-    """One reason against something.
-
-    Args:
-        message: the reason, without a full stop. Names in braces stand for values that `found` returns.
-        found: takes the subject of the rule and says whether the rule applies.
-        lasting: False if the reason may go away with a later token.
-
-    Example:
-        >>> rule = Rule("the model is on {device}", lambda device: device != "cuda" and {"device": device})
-        >>> rule.reason("cpu"), rule.reason("cuda")
-        ('the model is on cpu', None)
-    """
-
-    message: str
-    found: Callable[[Any], Found]
-    lasting: bool = True
-
-    def reason(self, subject: object) -> str | None:
-        """The message about a subject; None if the rule does not apply to it."""
-        found = self.found(subject)
-        return self.message.format(**found if isinstance(found, dict) else {}) if found else None
+from quantpress.rule import Found, Rule, reasons
 
 
 def unfixable(cache: Cache) -> list[str]:
     """Every reason why a cache cannot be used at fixed addresses now; empty if it can."""
-    return [reason for rule in CACHE_RULES if (reason := rule.reason(cache)) is not None]
+    return reasons(CACHE_RULES, cache)
 
 
 def _unknown_layers(cache: Cache) -> Found:

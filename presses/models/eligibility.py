@@ -5,14 +5,14 @@ why_not(model, PACKABLE)     gives all of them
 """
 
 import sys
-from collections.abc import Callable
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 from torch import nn
 from transformers.cache_utils import DynamicCache
 
 from quantpress.errors import UnsupportedModelError
 from quantpress.presses.models.support import attention_modules, decoder_of, is_sliding
+from quantpress.rule import Rule, reasons
 
 SUPPORTED_ATTENTION = ("eager", "flash_attention_2", "flash_attention_3", "sdpa")
 """Values of `attn_implementation` that packed layers work with."""
@@ -37,8 +37,7 @@ _CHANGED_AFTER_CACHE = frozenset(
 """Model types that change keys or values after the cache has returned them, or share them between layers, so
 that attention does not see the cache's own."""
 
-Rules: TypeAlias = tuple[tuple[Callable[[nn.Module], Any], str], ...]
-"""(what is found where a model breaks the rule, else None or False; the message, of {model} and {found})."""
+Rules: TypeAlias = tuple[Rule, ...]
 
 
 def why_not(model: nn.Module, rules: Rules) -> list[str]:
@@ -48,8 +47,7 @@ def why_not(model: nn.Module, rules: Rules) -> list[str]:
         model: a model of transformers.
         rules: `LAYERED`, `HOOKABLE`, `EVICTABLE` or `PACKABLE`.
     """
-    found = ((broken(model), message) for broken, message in rules)
-    return [message.format(model=type(model).__name__, found=what) for what, message in found if what]
+    return reasons(rules, model)
 
 
 def check(model: nn.Module, rules: Rules) -> None:
@@ -68,12 +66,7 @@ def unreadable(model: nn.Module) -> str | None:
     modules = attention_modules(model)
     if not modules:
         return "it has no decoder attention with a cache of keys and values"
-    for module in modules:
-        for broken, message in _READABLE:
-            found = broken(module)
-            if found:
-                return message.format(attention=type(module).__name__, found=found)
-    return None
+    return next((reason for module in modules for reason in reasons(_READABLE, module)), None)
 
 
 def _changed_after_cache(module: nn.Module) -> bool:
@@ -85,27 +78,29 @@ def _own_attention_function(module: nn.Module) -> bool:
 
 
 def _unsupported_implementation(module: nn.Module) -> str | None:
-    implementation = getattr(module.config, "_attn_implementation", None) or "eager"
+    implementation = getattr(getattr(module, "config", None), "_attn_implementation", None) or "eager"
     return None if implementation in SUPPORTED_ATTENTION else repr(implementation)
 
 
 _READABLE: Rules = (
-    (_changed_after_cache, "{attention} changes or shares keys and values after the cache has returned them"),
-    (
+    Rule(
+        "{subject} changes or shares keys and values after the cache has returned them", _changed_after_cache
+    ),
+    Rule(
+        "{subject} does not call attention through transformers' ALL_ATTENTION_FUNCTIONS",
         _own_attention_function,
-        "{attention} does not call attention through transformers' ALL_ATTENTION_FUNCTIONS",
     ),
-    (
+    Rule(
+        "{subject} is not attention over a cache of keys and values",
         lambda module: getattr(module, "config", None) is None,
-        "{attention} is not attention over a cache of keys and values",
     ),
-    (
-        _unsupported_implementation,
+    Rule(
         'attn_implementation={found} cannot read packed layers (load it with attn_implementation="sdpa", or '
         f"one of {', '.join(SUPPORTED_ATTENTION)})",
+        _unsupported_implementation,
     ),
 )
-"""The same for attention modules, with messages of {attention} and {found}."""
+"""The subject is an attention module."""
 
 
 def _cache_of_its_own(model: nn.Module) -> str | None:
@@ -145,47 +140,48 @@ def _only_sliding(model: nn.Module) -> bool:
 
 
 LAYERED: Rules = (
-    (
-        _cache_of_its_own,
-        "{model} keeps its state in a {found}, not in layers of a DynamicCache: it cannot be read into, "
+    Rule(
+        "{subject} keeps its state in a {found}, not in layers of a DynamicCache: it cannot be read into, "
         "compressed or asked here; use model.generate without presses",
+        _cache_of_its_own,
     ),
 )
 """The model can read into layers of a DynamicCache."""
 
 HOOKABLE: Rules = (
     *LAYERED,
-    (
+    Rule(
+        "kvpress finds no model.model.layers[i].self_attn in {subject}; give the model with its "
+        "language-model head (...ForCausalLM), or use a quantizer alone",
         _without_self_attention,
-        "kvpress finds no model.model.layers[i].self_attn in {model}; give the model with its language-model "
-        "head (...ForCausalLM), or use a quantizer alone",
     ),
-    (
-        _shares_keys,
-        "layers of {model} read keys and values of others, and kvpress looks for each layer's own; use it "
+    Rule(
+        "layers of {subject} read keys and values of others, and kvpress looks for each layer's own; use it "
         "without presses",
+        _shares_keys,
     ),
 )
 """kvpress can put its hooks on the model."""
 
 EVICTABLE: Rules = (
     *HOOKABLE,
-    (
+    Rule(
+        "every layer of {subject} is a sliding window, and presses leave those to the model: nothing "
+        "would be evicted; use it without presses, or set config.sliding_window=None if the context fits "
+        "the window",
         _only_sliding,
-        "every layer of {model} is a sliding window, and presses leave those to the model: nothing would be "
-        "evicted; use it without presses, or set config.sliding_window=None if the context fits the window",
     ),
 )
 """Presses can evict something from the model's cache."""
 
 PACKABLE: Rules = (
-    (_encoder_decoder, "{model} is an encoder-decoder model; TurboQuant packs decoder-only models"),
-    (unreadable, "{model} cannot be packed: {found}; use it without TurboQuant"),
+    Rule("{subject} is an encoder-decoder model; TurboQuant packs decoder-only models", _encoder_decoder),
+    Rule("{subject} cannot be packed: {found}; use it without TurboQuant", unreadable),
     *LAYERED,
-    (
+    Rule(
+        "every layer of {subject} is a sliding window, and those stay unpacked; use it without "
+        "TurboQuant, or set config.sliding_window=None if the context fits the window",
         _only_sliding,
-        "every layer of {model} is a sliding window, and those stay unpacked; use it without TurboQuant, or "
-        "set config.sliding_window=None if the context fits the window",
     ),
 )
 """The model's cache can be packed."""
