@@ -18,7 +18,7 @@ from quantpress.cache.attention.visibility import causal_mask
 from quantpress.errors import InvalidInputError, UnsupportedModelError
 from quantpress.kernels.layout import PAGE_TOKENS
 from quantpress.pipelines.reading.chunked_prefill import backbone
-from quantpress.presses.models.support import hooked
+from quantpress.presses.models.attention import hooked
 from quantpress.presses.packing.prefill_hook import PrefillCall, plain_states, prefill_call
 from quantpress.presses.packing.queries import UnknownAttentionError, last_queries
 from quantpress.presses.turboquant import TurboQuant

@@ -17,7 +17,7 @@ from quantpress.cache.memory_estimate import head_wise_bytes
 from quantpress.cache.settings import LayerSettings
 from quantpress.codecs.raw import RawPages
 from quantpress.presses import Compose, KVzip, TurboQuant
-from quantpress.presses.models.support import full_attention_modules
+from quantpress.presses.models.attention import full_attention_modules
 
 STEPS = 12
 """Halvings of the interval of ratios; the last interval is 1/4096."""

@@ -19,7 +19,7 @@ from transformers import Cache
 
 from quantpress.cache.text_cache import TextCache
 from quantpress.cache.tokens.evicted_slots import MASKS, named_to_hide
-from quantpress.presses.models.support import attention_modules
+from quantpress.presses.models.attention import attention_modules
 
 HiddenSlots = dict[int, Any]
 """Indices (batch, head, slot) by layer index."""

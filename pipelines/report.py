@@ -13,7 +13,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from quantpress.cache import CacheMemory
-from quantpress.presses.models.support import attention_modules
+from quantpress.presses.models.attention import attention_modules
 
 
 @dataclass(frozen=True)

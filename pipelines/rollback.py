@@ -12,9 +12,9 @@ from transformers import Cache, PreTrainedModel
 from quantpress.cache.fixed.plain import BufferedLayer, become
 from quantpress.cache.tokens.evicted_slots import MASKS
 from quantpress.pipelines.attention_masks import remember_hidden_slots
+from quantpress.presses.models.attention import attention_modules
 from quantpress.presses.models.lock import model_lock
 from quantpress.presses.models.restore import left_as_found
-from quantpress.presses.models.support import attention_modules
 from quantpress.presses.traits import members, traits_of
 
 

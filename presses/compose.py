@@ -15,10 +15,10 @@ from transformers.modeling_utils import PreTrainedModel
 from quantpress.errors import CompositionError, InvalidInputError, QuantPressError
 from quantpress.presses.base import PressMixin, check_ratio
 from quantpress.presses.guard import guarded
+from quantpress.presses.models.attention import hooked
 from quantpress.presses.models.eligibility import EVICTABLE, check
 from quantpress.presses.models.filling import filled_caches
 from quantpress.presses.models.restore import left_as_found
-from quantpress.presses.models.support import hooked
 from quantpress.presses.packing.pack_layers import Packer
 from quantpress.presses.packing.prefill_hook import forget_attention_weights
 from quantpress.presses.rules import why_not

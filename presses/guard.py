@@ -16,7 +16,7 @@ from torch import nn
 from transformers.modeling_utils import PreTrainedModel
 
 from quantpress.errors import CompositionError, InvalidInputError, QuantPressError, UnsupportedModelError
-from quantpress.presses.models.support import attention_modules, hooked, is_sliding
+from quantpress.presses.models.attention import attention_modules, hooked, is_sliding
 from quantpress.presses.packing.prefill_hook import check_padding, is_padded, prefill_call
 from quantpress.presses.traits import name_of, short_repr, traits_of, with_inner
 

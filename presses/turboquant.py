@@ -16,10 +16,10 @@ from quantpress.codecs.protocol import PageCodec
 from quantpress.codecs.scalar import ScalarPages
 from quantpress.errors import InvalidInputError
 from quantpress.presses.base import PressMixin
+from quantpress.presses.models.attention import attention_modules, full_attention_modules
 from quantpress.presses.models.eligibility import PACKABLE, check
 from quantpress.presses.models.filling import filled_caches
 from quantpress.presses.models.restore import left_as_found
-from quantpress.presses.models.support import attention_modules, full_attention_modules
 from quantpress.presses.packing.filled_cache import pack_cache
 from quantpress.presses.packing.pack_layers import Packer
 from quantpress.presses.presets import PRESETS

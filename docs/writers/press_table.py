@@ -27,7 +27,7 @@ from quantpress import presses as short_names
 from quantpress.cache import cache_memory
 from quantpress.errors import CompositionError
 from quantpress.presses import Compose, TurboQuant
-from quantpress.presses.models.support import attention_modules
+from quantpress.presses.models.attention import attention_modules
 
 PAGE = DOCS / "presses.md"
 TOKENS, LAYERS, KV_HEADS, HEAD_DIM = 2048, 2, 2, 64

@@ -16,7 +16,7 @@ from quantpress.cache.attention.functions import (
     model_eager_attention,
 )
 from quantpress.evaluation.divergence.teacher_forcing import float32_logits
-from quantpress.presses.models.support import attention_modules
+from quantpress.presses.models.attention import attention_modules
 
 _PASSED_ON = ("scaling", "softcap", "s_aux")
 _RANK = 2  # outside of packed attention and of live patches

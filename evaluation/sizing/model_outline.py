@@ -15,9 +15,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PreTrain
 
 from quantpress.errors import InvalidInputError, UnsupportedModelError
 from quantpress.pipelines.default_model import DEFAULT_MODEL_NAME, ensure_default_model
+from quantpress.presses.models.attention import attention_modules, is_sliding
 from quantpress.presses.models.eligibility import PACKABLE, check
 from quantpress.presses.models.positions import position_count
-from quantpress.presses.models.support import attention_modules, is_sliding
 
 SHAPE_FIELDS = {
     "layers": "num_hidden_layers",

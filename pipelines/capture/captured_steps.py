@@ -14,7 +14,7 @@ from quantpress.cache.fixed.cache import FixedCache
 from quantpress.cache.layer import PackedLayer
 from quantpress.pipelines.capture.eligibility import refuse, why_not
 from quantpress.pipelines.capture.single_token import SingleToken, copied
-from quantpress.presses.models.support import attention_modules, is_sliding, window_of
+from quantpress.presses.models.attention import attention_modules, is_sliding, window_of
 
 WARM_STEPS = 2
 """Steps that run eagerly at fixed addresses before the first capture. Libraries and kernels load in them, and

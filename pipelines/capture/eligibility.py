@@ -15,8 +15,8 @@ from transformers.generation.configuration_utils import GenerationMode
 from quantpress.cache.fixed.fixable import CACHE_RULES
 from quantpress.cache.tokens.evicted_slots import named_to_hide
 from quantpress.errors import InvalidInputError
+from quantpress.presses.models.attention import attention_modules, in_chunks
 from quantpress.presses.models.eligibility import unreadable
-from quantpress.presses.models.support import attention_modules, in_chunks
 from quantpress.presses.traits import decode_time_presses, renumbers_positions
 from quantpress.rule import Found, Rule
 

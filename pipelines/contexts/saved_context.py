@@ -16,7 +16,7 @@ from quantpress.cache.settings import LayerSettings
 from quantpress.codecs.parts import Parts
 from quantpress.errors import CacheFileError, InvalidInputError, QuantPressError
 from quantpress.pipelines.attention_masks import HiddenSlots
-from quantpress.presses.models.support import attention_modules, full_attention_modules
+from quantpress.presses.models.attention import attention_modules, full_attention_modules
 from quantpress.presses.traits import members
 from quantpress.presses.turboquant import TurboQuant
 

@@ -25,9 +25,9 @@ from quantpress.pipelines.enabling.generate_call import (
 from quantpress.pipelines.method_replacement import MethodReplacement
 from quantpress.pipelines.press_argument import ENABLED
 from quantpress.presses import Compose
+from quantpress.presses.models.attention import attention_modules
 from quantpress.presses.models.filling import check_keeps
 from quantpress.presses.models.lock import ModelLock, model_lock
-from quantpress.presses.models.support import attention_modules
 from quantpress.presses.traits import decode_time_presses, renumbers_positions, traits_of
 
 

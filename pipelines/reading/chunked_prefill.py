@@ -29,8 +29,8 @@ from quantpress.pipelines.reading.layer_chunks import (
     layer_in_chunks,
 )
 from quantpress.pipelines.reading.query_chunks import attention_in_chunks
+from quantpress.presses.models.attention import attention_modules, decoder_of
 from quantpress.presses.models.lock import model_lock
-from quantpress.presses.models.support import attention_modules, decoder_of
 
 DEFAULT_CHUNK_TOKENS = 2048
 QUERY_CHUNKS = 4  # a chunk of queries is so many times longer: attention kernels are best at 8192 and more

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from quantpress.presses.models.support import decoder_of
+from quantpress.presses.models.attention import decoder_of
 
 
 class Watcher:

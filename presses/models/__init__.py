@@ -1,6 +1,6 @@
 """What presses ask of a model, and how they leave it.
 
-support.py        where a model's attention is, and which layers a press works on
+attention.py      where a model's attention is, and which layers a press works on
 eligibility.py    which models can be read, evicted from and packed, and every reason why not
 filling.py        a model must fill its cache, or an error says why
 positions.py      how many positions a model was made for

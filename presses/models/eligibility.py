@@ -11,7 +11,7 @@ from torch import nn
 from transformers.cache_utils import DynamicCache
 
 from quantpress.errors import UnsupportedModelError
-from quantpress.presses.models.support import attention_modules, decoder_of, is_sliding
+from quantpress.presses.models.attention import attention_modules, decoder_of, is_sliding
 from quantpress.rule import Rule, reasons
 
 SUPPORTED_ATTENTION = ("eager", "flash_attention_2", "flash_attention_3", "sdpa")

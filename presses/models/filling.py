@@ -13,8 +13,8 @@ from torch import nn
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 
 from quantpress.errors import InvalidInputError, UnsupportedModelError
+from quantpress.presses.models.attention import attention_modules, decoder_of, full_attention_modules
 from quantpress.presses.models.eligibility import HOOKABLE, LAYERED, check
-from quantpress.presses.models.support import attention_modules, decoder_of, full_attention_modules
 
 
 def check_keeps(model: nn.Module) -> None:

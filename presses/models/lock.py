@@ -12,7 +12,7 @@ from threading import Event, Lock, Thread, current_thread
 
 from torch import nn
 
-from quantpress.presses.models.support import decoder_of
+from quantpress.presses.models.attention import decoder_of
 
 PATIENCE_S = 60.0
 """Seconds after which a waiting thread warns, and says what it waits for."""

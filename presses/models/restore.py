@@ -13,8 +13,8 @@ from torch import nn
 from transformers.cache_utils import Cache
 
 from quantpress.cache.attention.functions import original_functions, put_back_functions
+from quantpress.presses.models.attention import attention_modules, decoder_of
 from quantpress.presses.models.lock import model_lock
-from quantpress.presses.models.support import attention_modules, decoder_of
 
 _KEPT = "masked_key_indices"  # head-wise presses leave it on purpose, for attention after the prefill
 _IMPLEMENTATION = "_attn_implementation_internal"  # behind transformers' property of the config

@@ -8,7 +8,7 @@ from transformers.cache_utils import Cache
 
 from quantpress.cache.layer import PackedLayer
 from quantpress.cache.settings import LayerSettings
-from quantpress.presses.models.support import full_attention_modules
+from quantpress.presses.models.attention import full_attention_modules
 from quantpress.presses.packing.head_wise import name_slots, named_slots
 from quantpress.presses.packing.prefill_hook import plain_states
 

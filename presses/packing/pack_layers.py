@@ -15,7 +15,7 @@ from quantpress.cache.settings import LayerSettings
 from quantpress.cache.tokens.demotion import Demotion
 from quantpress.errors import InvalidInputError
 from quantpress.kernels.layout import PAGE_TOKENS
-from quantpress.presses.models.support import hooked, is_sliding
+from quantpress.presses.models.attention import hooked, is_sliding
 from quantpress.presses.packing.filled_cache import Quantizer, pack_cache
 from quantpress.presses.packing.head_wise import name_slots, named_slots
 from quantpress.presses.packing.prefill_hook import (

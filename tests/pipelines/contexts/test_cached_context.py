@@ -22,7 +22,7 @@ from quantpress.codecs.raw import RawPages
 from quantpress.errors import CacheFileError, EmptyContextError, InvalidInputError, UnsupportedModelError
 from quantpress.pipelines.contexts.cached_context import CachedContext
 from quantpress.presses import Compose, PyramidKV, SnapKV, StreamingLLM, TurboQuant
-from quantpress.presses.models.support import attention_modules
+from quantpress.presses.models.attention import attention_modules
 from tests.limits import HANG
 from tests.pipelines.cases import LONG_CONTEXT, QUESTIONS, SNAP
 from tests.pipelines.words import ours

@@ -21,7 +21,7 @@ from quantpress.pipelines.enabling.enable import disable, enable
 from quantpress.pipelines.method_replacement import MethodReplacement
 from quantpress.pipelines.press_argument import enabled_press
 from quantpress.presses import AdaKV, Compose, Decoding, Knorm, TurboQuant
-from quantpress.presses.models.support import attention_modules
+from quantpress.presses.models.attention import attention_modules
 from tests.pipelines.enabling.enabled import FULL, GREEDY, IDS, NO_END, SNAP, TOKENS, packed, state
 from tests.pipelines.words import ours, text, word_tokenizer
 from tests.presses.reading import lossless

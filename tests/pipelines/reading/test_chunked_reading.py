@@ -16,7 +16,7 @@ from quantpress.pipelines.reading.chunked_prefill import QUERY_CHUNKS, backbone,
 from quantpress.pipelines.reading.embeddings import Watcher
 from quantpress.pipelines.reading.read_context import read_context
 from quantpress.presses import Compose, ExpectedAttention, Knorm, SnapKV, TurboQuant
-from quantpress.presses.models.support import attention_modules
+from quantpress.presses.models.attention import attention_modules
 from tests.pipelines.reading.test_chunked_prefill import Largest
 from tests.presses import matrix
 from tests.tiny_models import FAMILIES, prompt, tiny_model

@@ -17,8 +17,8 @@ from transformers import (
 
 from quantpress.errors import ContextTooLongError
 from quantpress.pipelines.text_generation import TextGenerationPipeline
+from quantpress.presses.models.attention import attention_modules, is_sliding
 from quantpress.presses.models.positions import position_count
-from quantpress.presses.models.support import attention_modules, is_sliding
 from tests.pipelines.words import text, word_tokenizer
 from tests.tiny_models import _COMMON
 

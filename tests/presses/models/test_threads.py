@@ -19,8 +19,8 @@ from quantpress.evaluation.divergence.reference import read_reference
 from quantpress.pipelines import captured_decoding, chunked_prefill, disable, enable
 from quantpress.presses import AdaKV, Compose, Decoding, KeyRerotation, Knorm, SnapKV, TurboQuant
 from quantpress.presses.models import lock as locks
+from quantpress.presses.models.attention import attention_modules
 from quantpress.presses.models.lock import ModelLock, model_lock
-from quantpress.presses.models.support import attention_modules
 from tests.pipelines.enabling.enabled import GREEDY, IDS, state
 from tests.pipelines.words import ours, text, theirs
 from tests.tiny_models import prompt, tiny_model

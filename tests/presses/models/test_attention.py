@@ -23,13 +23,13 @@ from transformers import (
 from quantpress.cache import PackedLayer
 from quantpress.errors import UnsupportedHeadDimError, UnsupportedModelError
 from quantpress.presses import Compose, SnapKV, TurboQuant
-from quantpress.presses.models.eligibility import EVICTABLE, HOOKABLE, LAYERED, PACKABLE, check, why_not
-from quantpress.presses.models.support import (
+from quantpress.presses.models.attention import (
     attention_modules,
     decoder_of,
     full_attention_modules,
     is_sliding,
 )
+from quantpress.presses.models.eligibility import EVICTABLE, HOOKABLE, LAYERED, PACKABLE, check, why_not
 from tests.presses.reading import multimodal_gemma3
 from tests.tiny_models import prompt, tiny_model
 
