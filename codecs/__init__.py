@@ -5,6 +5,8 @@ scalar.py      TurboQuant: rotation, scalar codes, one scale per vector
 raw.py         the vectors as they are
 uniform.py     plain integers and KIVI's scheme
 turboquant.py  TurboQuant as an object of its own, outside a cache
+estimate.py    inner products with its codes; benchmark.py, reports.py   how fast, how exact, how large
+parts.py       what a codec or a cache is made of, as it is saved
 
 The codecs are imported here so that saved caches can name them.
 """

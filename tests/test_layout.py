@@ -39,6 +39,7 @@ ROOMS = {
     "cache": ("saved", "paged", "fixed", "attention", "tokens"),
     "kernels": ("attend", "combine", "score", "dequantize", "encode"),
 }  # the sub-folders of a folder; each imports only itself and later ones
+MODULE = re.compile(r"\w+(?:\.py|/)")
 MOST_FILES = 15  # in one folder, so that a reader sees what is there
 WITHOUT_KVPRESS = ("cache", "codecs", "kernels", "quantization")  # usable beside a newer transformers
 FREE_FOR_ALL = {"errors", "rule", "version"}
@@ -272,6 +273,18 @@ def run_python(code: str, environment: dict[str, str] | None = None, directory: 
     )
     assert done.returncode == 0, done.stderr
     return done.stdout.strip().splitlines()[-1]
+
+
+@pytest.mark.parametrize("path", [path for path in modules().values() if path.name == "__init__.py"], ids=str)
+def test_a_list_of_modules_is_complete(path: Path) -> None:
+    """Where the docstring of a package lists its modules, it lists all of them."""
+    text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+    listed = {
+        name for line in text.splitlines() if re.match(r"\w+(\.py|/)", line) for name in MODULE.findall(line)
+    }
+    there = {one.name for one in path.parent.glob("*.py")} - {"__init__.py"}
+    there |= {f"{one.parent.name}/" for one in path.parent.glob("*/*.py") if not one.parent.is_symlink()}
+    assert not listed or listed == there
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,14 @@
 """Attention over dense and packed segments: `attend`, which chooses between the kernels and plain PyTorch.
 
-operands.py         segments of tokens, and which of them each query sees reference.py        plain PyTorch:
-the truth that the kernels are held to triton_attend.py    launches the kernels for packed and 16-bit tokens
-together: prepare.py, split_mma.py, merge.py triton_dense.py     launches those for 16-bit tokens alone:
-dense.py schedule.py         which program reads which pages, where heads have page tables
+operands.py         segments of tokens, and which of them each query sees
+reference.py        plain PyTorch: the truth that the kernels are held to
+triton_attend.py    launches the kernels for packed and 16-bit tokens together
+prepare.py          their first launch: queries into code space, 16-bit tokens
+split_mma.py        their second, on int8 tensor cores: words.py, lookup.py, tiles.py
+split_plain.py      the same in float32, for Triton's interpreter
+merge.py            their last: partial sums become the output
+triton_dense.py, dense.py            16-bit tokens alone
+schedule.py, schedule_kernel.py      which program reads which pages, where heads have page tables
 """
 
 from collections.abc import Sequence
