@@ -6,7 +6,7 @@ A program encodes `per` pages of one (batch, KV head), in tiles of 64 tokens. Th
 |y|) or is split into two float16 parts, and so are the vectors. There are three modes:
 
     RAW      16-bit vectors without a transform, as they are
-    QUICK    vectors times 2**6: float16 parts are as good as float32 for norms from 2**-8, coordinates to 2**9
+    QUICK    vectors times 2**6: float16 parts are as good as float32 from norms of 2**-8, coordinates to 2**9
     CAREFUL  each vector times a power of two that brings its largest coordinate near 2**14: any length
 
 The first two report vectors that are out of their range; the pages are then encoded again with the third.
