@@ -34,7 +34,7 @@ def docs() -> Iterator[Callable[[str], ModuleType]]:
     sys.path.insert(0, str(DOCS / "writers"))
     yield load
     sys.path[:] = before
-    for name in {*loaded, "docstrings"}:
+    for name in loaded:
         sys.modules.pop(name, None)
 
 
@@ -114,4 +114,4 @@ f(3)
 
 
 def test_docstrings_become_markdown(docs: Callable[[str], ModuleType]) -> None:
-    assert docs("docstrings").markdown(DOCSTRING) == MARKDOWN
+    assert docs("api_reference").markdown(DOCSTRING) == MARKDOWN

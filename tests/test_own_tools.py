@@ -1,13 +1,15 @@
-"""Tests on a GPU share a process: torch's own warnings fail none, and none leaves its settings behind."""
+"""What tests share holds its promises: thinned grids keep every pair; a GPU's settings are as they were."""
 
 import importlib
 import warnings
+from itertools import combinations, product
 
 import pytest
 import torch
 import torch.utils.mkldnn
 
 from tests.gpu.gpu_state import no_synchronization
+from tests.grids import covering
 
 PROTOTYPE = "Synchronization debug mode is a prototype feature and does not yet detect all synchronizing"
 TENSOR_CORES = (
@@ -62,3 +64,21 @@ def test_other_deprecations_stay_errors(module: str) -> None:
         warnings.warn_explicit(
             TENSOR_CORES, UserWarning, "a.py", 1, module="quantpress.pipelines.capture.captured"
         )
+
+
+PARAMETERS = ([1, 2, 3, 4, 8], ["key", "value"], [True, False], [64, 80, 128])
+
+
+@pytest.mark.parametrize("strength", [1, 2, 3])
+def test_every_combination_of_so_many_parameters_appears(strength: int) -> None:
+    rows = covering(*PARAMETERS, strength=strength)
+    for places in combinations(range(len(PARAMETERS)), strength):
+        found = {tuple(row[place] for place in places) for row in rows}
+        assert found == set(product(*(PARAMETERS[place] for place in places)))
+    assert len(rows) < 60 and len(rows) == len(set(rows))
+
+
+def test_rows_are_few_and_the_same_every_time() -> None:
+    assert len(covering(*PARAMETERS, strength=1)) == 5
+    assert len(covering(*PARAMETERS)) <= 18
+    assert covering(*PARAMETERS) == covering(*PARAMETERS)
