@@ -5,7 +5,7 @@ each architecture in transformers says what there is.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, PreTrainedModel
 
 from quantpress.errors import InvalidInputError, UnsupportedModelError
+from quantpress.evaluation.sizing.known_models import known_model, known_models
 from quantpress.pipelines.default_model import DEFAULT_MODEL_NAME, ensure_default_model
 from quantpress.presses.models.attention import attention_modules, is_sliding
 from quantpress.presses.models.eligibility import PACKABLE, check
@@ -75,6 +76,7 @@ class ModelOutline:
         positions: most tokens that the model was made for; None where it does not say.
         refusal: why its cache cannot be packed; None when it can.
         quantized: whether its checkpoint holds weights of smaller widths than `dtype`.
+        repository: repository on the hub whose shape it has, where it is a known model; otherwise None.
     """
 
     name: str
@@ -88,6 +90,7 @@ class ModelOutline:
     positions: int | None
     refusal: str | None
     quantized: bool = False
+    repository: str | None = None
 
     @classmethod
     def of(cls, name: str, model: PreTrainedModel, dtype: torch.dtype | None = None) -> "ModelOutline":
@@ -127,8 +130,9 @@ def outline(model: str | None = None) -> ModelOutline:
     """The outline of a model, by name, configuration or shape.
 
     Args:
-        model: an id on the hub, a folder, a config.json, or a shape such as `EXAMPLE_SHAPE`, of which heads,
-            hidden, intermediate and vocab may be left out; None for the default model.
+        model: a folder, a config.json, a known model (`known_models`), another id on the hub, or a shape such
+            as `EXAMPLE_SHAPE`, of which heads, hidden, intermediate and vocab may be left out; None for the
+            default model.
 
     Raises:
         InvalidInputError: there is no such model or configuration, or the shape cannot be read.
@@ -138,20 +142,27 @@ def outline(model: str | None = None) -> ModelOutline:
         return _of_shape(model)
     if model is not None and not Path(model).exists() and model.endswith(".json"):
         raise InvalidInputError(f"there is no file {model}; give a config.json, a folder, an id or a shape")
-    source = str(ensure_default_model()) if model in (None, DEFAULT_MODEL_NAME) else str(model)
+    known = None if model is None or Path(model).exists() else known_model(model)
     try:
-        config = AutoConfig.from_pretrained(source)
+        config = _config(model) if known is None else AutoConfig.for_model(**known.config)
         made = _without_weights(config)
     except (OSError, ValueError, KeyError, TypeError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
         raise InvalidInputError(
-            f"{model} cannot be outlined: {reason}. Give an id on the hub, a folder, a config.json, or a "
-            f"shape such as {EXAMPLE_SHAPE}"
+            f"{model} cannot be outlined: {reason}. Give a folder, a config.json, an id on the hub, a shape "
+            f"such as {EXAMPLE_SHAPE}, or one of the names that need no hub: {', '.join(known_models())}"
         ) from error
     stored = getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None)
-    return ModelOutline.of(
-        model or DEFAULT_MODEL_NAME, made, stored if isinstance(stored, torch.dtype) else torch.bfloat16
-    )
+    dtype = stored if isinstance(stored, torch.dtype) else torch.bfloat16
+    found = ModelOutline.of(model or DEFAULT_MODEL_NAME, made, dtype)
+    return found if known is None else replace(found, repository=known.repository)
+
+
+def _config(model: str | None) -> PreTrainedConfig:
+    """The configuration in a folder, in a file or on the hub; that of the default model for None."""
+    source = str(ensure_default_model()) if model in (None, DEFAULT_MODEL_NAME) else str(model)
+    config: PreTrainedConfig = AutoConfig.from_pretrained(source)
+    return config
 
 
 def _without_weights(config: PreTrainedConfig) -> PreTrainedModel:

@@ -50,7 +50,7 @@ COMMANDS: dict[str, tuple[Callable[..., Any], str]] = {
     "eval": (evaluate.evaluate, 'quantpress eval --suite quick -p "SnapKV(0.5) | TurboQuant(bits=3)"'),
     "memory": (
         memory.memory,
-        'quantpress memory config.json --context 131072 -p "TurboQuant(bits=3)" --gpu 80GB',
+        'quantpress memory llama-3.1-8b --context 131072 -p "TurboQuant(bits=3)" --gpu 80GB',
     ),
     "bench": (bench.bench, 'quantpress bench --tokens 4096 -p "TurboQuant(bits=3)"'),
     "inspect": (inspect.inspect, "quantpress inspect my-model-folder --tokens 2048"),

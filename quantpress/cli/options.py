@@ -1,8 +1,11 @@
-"""Options that several commands share."""
+"""Options that several commands share, and sizes in bytes as they are written on a command line."""
 
+import re
 from typing import Annotated
 
 import typer
+
+from quantpress.errors import InvalidInputError
 
 SYNTAX = 'such as "SnapKV(0.5) | TurboQuant(bits=3)"'
 
@@ -22,3 +25,27 @@ Presses = Annotated[
 Questions = Annotated[
     list[str] | None, typer.Option("--question", "-q", help="Asked after the text; may be repeated.")
 ]
+
+UNITS = {"B": 1, **{f"{p}B": 1000**i for i, p in enumerate("KMGT", 1)}}
+UNITS |= {f"{p}iB": 1024**i for i, p in enumerate("KMGT", 1)}
+
+
+def byte_count(text: str) -> int:
+    """Read a number of bytes with its unit: kB, MB, GB and TB go by 1000, KiB, MiB, GiB and TiB by 1024.
+
+    Raises:
+        InvalidInputError: `text` is not a number of bytes, or the unit is left out.
+
+    Example:
+        >>> byte_count("80GB"), byte_count("1.5 GiB"), byte_count("512 B")
+        (80000000000, 1610612736, 512)
+    """
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
+    units = {name.lower(): size for name, size in UNITS.items()}
+    if found is not None and not found[2]:
+        raise InvalidInputError(
+            f"{text!r} has no unit; write {found[1]}GB (10^9 bytes each) or {found[1]}GiB (2^30 bytes each)"
+        )
+    if found is None or found[2].lower() not in units or not float(found[1]):
+        raise InvalidInputError(f"{text!r} is not a number of bytes; write it like 80GB, 24GiB or 512MB")
+    return int(float(found[1]) * units[found[2].lower()])

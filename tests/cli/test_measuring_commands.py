@@ -1,6 +1,5 @@
 """The commands that measure: what they print is what was measured, on a tiny model saved to a folder."""
 
-import copy
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -12,14 +11,12 @@ from typer.testing import CliRunner
 
 from quantpress import cli
 from quantpress.cache import cache_memory
-from quantpress.cli import bench, compare, inspect, loading, memory, validate
+from quantpress.cli import bench, compare, inspect, loading, validate
 from quantpress.cli.inspect import CANDIDATES, Candidate, suggested
 from quantpress.codecs import turboquant as codec
 from quantpress.evaluation.measuring import TokenClock, machine
-from quantpress.evaluation.sizing.model_outline import EXAMPLE_SHAPE
 from quantpress.evaluation.tasks.haystack import book_piece
 from tests.pipelines.words import model_folder, ours, text, word_tokenizer
-from tests.tiny_models import tiny_model
 
 CONTEXT = text(500)
 QUESTIONS = ("w1 w2", "w7")
@@ -94,41 +91,6 @@ def test_compare_without_a_text_asks_for_a_hidden_number(monkeypatch: pytest.Mon
     ((read, (question,)),) = asked
     city = question.split("for ")[1].split(" mentioned")[0]
     assert f"special magic number for {city} is: " in read
-
-
-def test_memory_prints_the_parts(model: str) -> None:
-    options = ["-c", "700", *given("-p", PRESSES)]
-    found = json.loads(invoke("memory", model, *options, "--json").stdout)
-    assert found["model"]["weights_bytes"] == sum(one.nbytes for one in tiny_model("llama").parameters())
-    for row in found["presses"]:
-        cache = row["cache"]
-        parts = ("packed_bytes", "dense_bytes", "metadata_bytes")
-        assert sum(cache[part] for part in parts) == cache["total_bytes"]
-        assert row["ratio"] == pytest.approx(row["whole_bytes"] / cache["total_bytes"])
-    whole = ours().read(text(699), press=None).memory  # a bos token more
-    assert found["model"]["dtype"] == "float32" and found["presses"][0]["ratio"] == 1
-    assert found["presses"][0]["cache"]["total_bytes"] == whole.total_bytes
-    shown = " ".join(invoke("memory", EXAMPLE_SHAPE, *options, "--gpu", "80GB").stdout.split())
-    for words in ("TurboQuant(8)", "Weights: 15.0 GiB in bfloat16", "longest", "an estimate"):
-        assert words in shown
-    assert "The ratio is to all tokens uncompressed, in bfloat16." in shown
-
-
-def test_memory_takes_other_weights() -> None:
-    (own, lighter) = (
-        memory.memory(EXAMPLE_SHAPE, gpu="24GB", weights=weights) for weights in (None, "4.7GB")
-    )
-    assert lighter.model.weights_bytes == 4_700_000_000
-    assert all(b.context > a.context for a, b in zip(own.capacities, lighter.capacities, strict=True))
-
-
-def test_memory_asks_for_the_weights_of_a_quantized_checkpoint(tmp_path: Path) -> None:
-    config = copy.deepcopy(tiny_model("llama").config)
-    config.quantization_config = {"quant_method": "gptq", "bits": 4}
-    config.to_json_file(tmp_path / "config.json", use_diff=False)
-    place = str(tmp_path / "config.json")
-    assert "weighs less" in invoke("memory", place).stdout
-    assert "weighs less" not in invoke("memory", place, "--weights", "1MB").stdout
 
 
 def test_bench_measures_every_side(model: str) -> None:

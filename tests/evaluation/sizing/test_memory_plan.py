@@ -9,7 +9,6 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from quantpress.cache import cache_memory
-from quantpress.cli.memory import byte_count
 from quantpress.errors import InvalidInputError, UnsupportedModelError
 from quantpress.evaluation.sizing.kept_tokens import described
 from quantpress.evaluation.sizing.memory_plan import Planner
@@ -152,16 +151,3 @@ def test_presses_are_described_as_they_are_written() -> None:
         assert described(parse_press(text)) == text
         assert described(parse_press(described(parse_press(text)))) == text
     assert described(None) == "uncompressed"
-
-
-@pytest.mark.parametrize(
-    ("text", "count"), [("80GB", 80 * 10**9), ("24 GiB", 24 * 2**30), ("1.5tb", 15 * 10**11), ("7", 7)]
-)
-def test_bytes_have_units(text: str, count: int) -> None:
-    assert byte_count(text) == count
-
-
-@pytest.mark.parametrize("text", ["", "GB", "80XB", "-1GB", "0", "1e3GB"])
-def test_what_is_no_number_of_bytes_is_refused(text: str) -> None:
-    with pytest.raises(InvalidInputError, match="80GB"):
-        byte_count(text)

@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import DynamicCache
+from transformers import AutoConfig, DynamicCache
 
 from quantpress.errors import InvalidInputError
+from quantpress.evaluation.sizing.known_models import KnownModel, known_model, known_models
 from quantpress.evaluation.sizing.model_outline import EXAMPLE_SHAPE, ModelOutline, outline
 from tests.tiny_models import _CONFIGS, HYBRID, prompt, tiny_model
 
@@ -42,6 +43,26 @@ def test_a_configuration_alone_gives_the_same(family: str, tmp_path: Path) -> No
     for one, other in zip(found.layers, real.layers, strict=True):
         assert {**vars(one), "module": None} == {**vars(other), "module": None}
     assert {one.device.type for layer in found.layers for one in layer.module.parameters()} == {"meta"}
+
+
+@pytest.mark.parametrize("known", known_models().values(), ids=known_models())
+def test_a_known_model_has_the_parameters_that_its_repository_states(
+    known: KnownModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(AutoConfig, "from_pretrained", None)  # neither the hub nor its cache is asked
+    found = outline(known.repository.upper())
+    assert found.weights_bytes == 2 * known.parameters
+    assert (found.repository, found.dtype, found.refusal) == (known.repository, torch.bfloat16, None)
+    assert None not in (found.hidden, found.intermediate, found.positions)
+    full = sum(not layer.sliding for layer in found.layers)
+    assert full == len(found.layers) // (6 if known.name.startswith("gemma-3") else 1)
+    assert known_model(known.name) is known
+
+
+def test_a_folder_comes_before_a_known_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny_model("llama").config.save_pretrained(tmp_path / "qwen3-8b")
+    monkeypatch.chdir(tmp_path)
+    assert outline("qwen3-8b").repository is None
 
 
 def test_a_shape_is_a_llama() -> None:
