@@ -1,7 +1,7 @@
 """Models that are known by name: their configurations lie in known_models.json, so that no hub is asked.
 
 A configuration holds those fields of the config.json in the model's repository on the hub that its shape and
-weights depend on. A model that is built from them has as many parameters as the repository states.
+weights depend on. A model that is built from them has as many parameters as the published checkpoint.
 """
 
 import json
@@ -22,7 +22,7 @@ class KnownModel:
     Args:
         name: short name, such as "llama-3.1-8b".
         repository: where its config.json is on the hub.
-        parameters: number of parameters, as the repository states.
+        parameters: number of parameters of the published checkpoint; tied ones count once.
         config: fields of its config.json.
     """
 

@@ -46,7 +46,7 @@ def test_a_configuration_alone_gives_the_same(family: str, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("known", known_models().values(), ids=known_models())
-def test_a_known_model_has_the_parameters_that_its_repository_states(
+def test_a_known_model_has_the_parameters_of_its_checkpoint(
     known: KnownModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(AutoConfig, "from_pretrained", None)  # neither the hub nor its cache is asked
