@@ -2,6 +2,7 @@
 
 text_generation.py     the pipeline class: arguments and order of work
 arguments.py           which arguments it takes; the generation configuration
+argument_values.py     what kind of value each of them takes
 prompt.py              context and questions as token ids, in chat form
 decoding.py            one answer with `model.generate`
 report.py              what it cost: memory and time
@@ -19,6 +20,8 @@ default_model/         the embedded default model
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
+
+from quantpress.errors import unknown_name
 
 if TYPE_CHECKING:
     from quantpress.pipelines.capture.captured import captured_decoding
@@ -83,5 +86,5 @@ def register() -> dict[str, Any]:
 
 def __getattr__(name: str) -> Any:
     if name not in _LAZY:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        raise unknown_name(__name__, name, __all__)
     return getattr(import_module(_LAZY[name]), name)

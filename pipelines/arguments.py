@@ -4,13 +4,12 @@ Nothing is ignored: an argument that is wrong or would have no effect is an erro
 """
 
 import copy
-import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from transformers import GenerationConfig, PreTrainedModel
 
-from quantpress.errors import InvalidInputError
+from quantpress.errors import InvalidInputError, did_you_mean
 from quantpress.pipelines.press_argument import as_press
 from quantpress.presses.traits import decode_time_presses, members, traits_of
 
@@ -60,13 +59,17 @@ def asked(question: str | None, questions: Sequence[str] | None) -> list[str]:
     """The questions as a list. No question is one empty question, as in kvpress.
 
     Raises:
-        InvalidInputError: both are given, `questions` is a str or empty, or a question is not a str.
+        InvalidInputError: both are given, `question` is a list, `questions` is no list or empty, or a
+            question is not a str.
     """
     if question is not None and questions is not None:
         raise InvalidInputError("both question and questions are given; give one of them")
-    if isinstance(questions, str) or (questions is not None and not questions):
+    if isinstance(question, (list, tuple)):
+        raise InvalidInputError(f"question is {question!r}; give one str, or the list as questions=")
+    several = isinstance(questions, Iterable) and not isinstance(questions, (str, Mapping))
+    if questions is not None and not (several and questions):
         raise InvalidInputError(f"questions is {questions!r}; give a list of at least one str, or question=")
-    wanted = [question or ""] if questions is None else list(questions)
+    wanted = ["" if question is None else question] if questions is None else list(questions)
     for one in wanted:
         if not isinstance(one, str):
             raise InvalidInputError(f"a question is of type {type(one).__name__}; give a str")
@@ -84,8 +87,7 @@ def check_generation_arguments(arguments: Mapping[str, Any]) -> None:
             _refuse(name, value)
         elif name not in FIELDS and name not in GENERATE:
             known = sorted({*FIELDS, *GENERATE, *READING, *RUNNING, "question", "questions"} - set(REFUSED))
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else "see TextGenerationPipeline for those it takes"
+            hint = did_you_mean(name, known) or "see TextGenerationPipeline for those it takes"
             raise InvalidInputError(f"unknown argument {name!r}; {hint}")
 
 

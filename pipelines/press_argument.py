@@ -1,6 +1,7 @@
 """The press= argument of pipelines and of `enable`, made into a press; and the press of an enabled model."""
 
 from collections.abc import Sequence
+from types import UnionType
 from typing import Any, TypeAlias
 
 from kvpress import BasePress, FinchPress
@@ -8,6 +9,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from quantpress.errors import InvalidInputError
+from quantpress.presses.arguments import is_press
 from quantpress.presses.compose import Compose
 from quantpress.presses.expression import parse_press
 from quantpress.presses.finch import Finch, name_delimiter
@@ -18,11 +20,13 @@ from quantpress.presses.turboquant import TurboQuant
 ENABLED = "_quantpress_enabled"
 """The attribute of a model that holds its `Enabled`."""
 
-PressOrBits: TypeAlias = BasePress | type[BasePress] | Sequence[Any] | str | float | None
+PressOrBits: TypeAlias = BasePress | type[BasePress] | UnionType | Sequence[Any] | str | float | None
 
 
 def as_press(press: Any) -> BasePress | None:
     """What a user gives as press=: a press, its class, a list of both (`Compose`), or text (`parse_press`).
+
+    Classes joined by `|` are a list of them.
 
     Raises:
         CompositionError: presses that do not go together.
@@ -32,7 +36,7 @@ def as_press(press: Any) -> BasePress | None:
         return press
     if isinstance(press, str):
         return parse_press(press)
-    if isinstance(press, type) and issubclass(press, BasePress):
+    if is_press(press):
         return Compose([press])
     if isinstance(press, (list, tuple)):
         return Compose(list(press))

@@ -11,6 +11,7 @@ from transformers import Cache, DynamicCache
 from quantpress.cache import cache_memory
 from quantpress.errors import InvalidInputError
 from quantpress.pipelines import arguments as given
+from quantpress.pipelines.argument_values import check_values
 from quantpress.pipelines.capture.eligibility import check_choice, refuse, why_not
 from quantpress.pipelines.contexts.cached_context import CachedContext
 from quantpress.pipelines.decoding import (
@@ -20,6 +21,7 @@ from quantpress.pipelines.decoding import (
     generate_ids,
     generation_mode,
 )
+from quantpress.pipelines.default_model import check_dtype
 from quantpress.pipelines.press_argument import as_press, enabled_press, hand_tokenizer
 from quantpress.pipelines.prompt import chat_form, check_positions, cut_to, token_ids, warn_of_positions
 from quantpress.pipelines.reading.read_context import read_context
@@ -91,7 +93,12 @@ class TextGenerationPipeline(KVPressTextGenerationPipeline):
         >>> # pipe("A long text ...", question="What is it about?")["answer"]
     """
 
+    def __init__(self, *args: Any, **options: Any) -> None:
+        check_dtype(options.get("dtype"))  # of a model that is loaded already, transformers ignores it
+        super().__init__(*args, **options)
+
     def _sanitize_parameters(self, **parameters: Any) -> tuple[dict[str, Any], ...]:
+        check_values(parameters)
         rest = {name: value for name, value in parameters.items() if name not in given.LOADING}
         reading = {name: rest.pop(name) for name in given.READING if name in rest}
         running = {name: rest.pop(name) for name in given.RUNNING if name in rest}
@@ -111,7 +118,7 @@ class TextGenerationPipeline(KVPressTextGenerationPipeline):
         batch_size = kwargs.get("batch_size", self._batch_size)
         if batch_size not in (None, 1):
             raise InvalidInputError(
-                f"batch_size is {batch_size}; contexts are read one at a time, since each keeps "
+                f"batch_size is {batch_size!r}; contexts are read one at a time, since each keeps "
                 "tokens of its own: leave batch_size out"
             )
         if isinstance(context, (list, tuple, Iterator)):

@@ -6,6 +6,7 @@ presets.py        its settings by name
 demote.py         Demote: fewer bits for tokens that a press would evict
 names.py          kvpress's presses under short names, one class statement each
 finch.py          Finch, whose delimiter a pipeline makes a token
+arguments.py      which arguments a press takes; presses given as classes
 base.py           the base classes with which names.py declares presses; what all presses of ours have
 traits.py         what a press is: the table of traits, and what is read from it
 rules.py          which presses may stand together, and every reason why not
@@ -17,8 +18,9 @@ packing/          from prefilled layers to packed layers
 Importing this package imports kvpress.
 """
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from quantpress.errors import unknown_name
 from quantpress.presses import names
 from quantpress.presses.compose import Compose as Compose
 from quantpress.presses.demote import Demote as Demote
@@ -28,3 +30,6 @@ from quantpress.presses.turboquant import TurboQuant as TurboQuant
 
 if not TYPE_CHECKING:
     __all__ = sorted(["Compose", "Demote", "Finch", "TurboQuant", *names.__all__])
+
+    def __getattr__(name: str) -> Any:
+        raise unknown_name(__name__, name, __all__)

@@ -9,10 +9,10 @@ that evicts, and errors that say what is wrong. Keywords of the statement are th
 """
 
 import inspect
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from kvpress import BasePress, ScorerPress
@@ -20,10 +20,13 @@ from torch import nn
 from transformers.modeling_utils import PreTrainedModel
 
 from quantpress.errors import InvalidInputError
+from quantpress.presses.arguments import check_arguments, is_press
 from quantpress.presses.guard import named_failure
 from quantpress.presses.models.filling import filled_caches
 from quantpress.presses.models.lock import model_lock
 from quantpress.presses.traits import TRAITS, Trait, describe
+
+Press = TypeVar("Press", bound="PressMixin")
 
 DEFAULT_RATIO = 0.5
 """Fraction of the tokens that a press evicts unless told otherwise."""
@@ -52,10 +55,23 @@ class PressMixin:
     composition: ClassVar[Any]
     """The class that `|` makes an instance of. `compose.py` sets it to `Compose`."""
 
+    remedies: ClassVar[Mapping[str, str]] = {}
+    """What to do instead of giving an argument that the press does not have, by its name."""
+
     def __init_subclass__(cls, **traits: Trait) -> None:
         super().__init_subclass__()
         if traits:
             describe(cls, **traits)
+
+    def __new__(cls: type[Press], *values: Any, **named: Any) -> Press:
+        """A new press.
+
+        Raises:
+            InvalidInputError: the press does not have such an argument.
+        """
+        if named or len(values) > 1:
+            check_arguments(cls, values, named)
+        return super().__new__(cls)
 
     @contextmanager
     def __call__(self, model: PreTrainedModel) -> Generator[None, None, None]:
@@ -69,10 +85,10 @@ class PressMixin:
             yield
 
     def __or__(self, other: Any) -> Any:
-        return self.composition([self, other]) if _is_press(other) else NotImplemented
+        return self.composition([self, other]) if is_press(other) else NotImplemented
 
     def __ror__(self, other: Any) -> Any:
-        return self.composition([other, self]) if _is_press(other) else NotImplemented
+        return self.composition([other, self]) if is_press(other) else NotImplemented
 
 
 def _wrapped(cls: type) -> type | None:
@@ -91,6 +107,10 @@ def _set_default(cls: type, name: str, annotation: Any, default: Any) -> None:
 
 class NamedPress(PressMixin):
     """A press of kvpress. An error at a prefill names the press, the number of tokens and the remedy."""
+
+    remedies: ClassVar[Mapping[str, str]] = {
+        "bits": "it only evicts; to quantize what is left put TurboQuant(bits=...) behind it",
+    }
 
     def __init_subclass__(cls, **traits: Trait) -> None:
         upstream = _wrapped(cls)
@@ -149,6 +169,10 @@ class WrappingPress(NamedPress):
     """
 
     press: ScorerPress
+    remedies: ClassVar[Mapping[str, str]] = {
+        **NamedPress.remedies,
+        "compression_ratio": "give it to the press inside, {press}(SnapKV(compression_ratio=0.5))",
+    }
 
     def __init_subclass__(cls, inner: Callable[[], ScorerPress] | None = None, **traits: Any) -> None:
         if inner is not None:
@@ -194,7 +218,3 @@ def inner_press(owner: object, press: Any) -> ScorerPress:
             f"{type(owner).__name__}: press is {press!r}; give one that scores tokens, such as SnapKV(0.5)"
         )
     return press
-
-
-def _is_press(press: Any) -> bool:
-    return isinstance(press, BasePress) or (isinstance(press, type) and issubclass(press, BasePress))

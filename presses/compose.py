@@ -13,6 +13,7 @@ from torch import nn
 from transformers.modeling_utils import PreTrainedModel
 
 from quantpress.errors import CompositionError, InvalidInputError, QuantPressError
+from quantpress.presses.arguments import one_by_one
 from quantpress.presses.base import PressMixin, check_ratio
 from quantpress.presses.guard import guarded
 from quantpress.presses.models.attention import hooked
@@ -35,7 +36,8 @@ class Compose(PressMixin, BasePress):
     model.
 
     Args:
-        presses: instances or classes; a class means its defaults. A `Compose` among them is flattened.
+        presses: instances or classes; a class means its defaults. A `Compose` among them is flattened, and so
+            are classes joined by `|`.
 
     Attributes:
         presses: the instances, evictors first, then the quantizer if there is one.
@@ -219,7 +221,8 @@ def _one_by_one(presses: Any) -> tuple[BasePress, ...]:
     """
     if isinstance(presses, (str, BasePress, type)) or not isinstance(presses, Iterable):
         raise CompositionError(f"Compose takes a list of presses, got {presses!r}; write Compose([...])")
-    return tuple(member for press in presses for member in _flattened(_instance(press)))
+    each = (one for press in presses for one in one_by_one(press))
+    return tuple(member for press in each for member in _flattened(_instance(press)))
 
 
 def _flattened(press: BasePress) -> Iterator[BasePress]:

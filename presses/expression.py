@@ -5,7 +5,6 @@ arguments that are plain values, presses or lists, and `|`. Nothing else is acce
 """
 
 import ast
-import difflib
 from dataclasses import fields
 from functools import lru_cache
 from typing import Any
@@ -14,7 +13,7 @@ import kvpress
 from kvpress import BasePress
 
 from quantpress import presses
-from quantpress.errors import InvalidInputError, QuantPressError
+from quantpress.errors import InvalidInputError, QuantPressError, did_you_mean
 
 MAX_LENGTH = 2000
 
@@ -124,12 +123,7 @@ def _class(name: str, text: str) -> type[BasePress]:
 
 
 def _nearest(name: str, names: list[str]) -> str:
-    near = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
-    if near:
-        if name in near[0] or near[0] in name:
-            near = near[:1]
-        return f"did you mean {' or '.join(map(repr, near))}?"
-    return f"there are {', '.join(sorted(names))}"
+    return did_you_mean(name, names) or f"there are {', '.join(sorted(names))}"
 
 
 @lru_cache(maxsize=1)

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from kvpress import BasePress
@@ -86,6 +86,11 @@ class TurboQuant(PressMixin, BasePress, quantizes=True, keeps_tokens=True):
         (8, 4, 8)
     """
 
+    remedies: ClassVar[Mapping[str, str]] = {
+        "compression_ratio": "it evicts nothing; give the width as bits=, and an evicting press in front: "
+        "SnapKV(compression_ratio=0.5) | TurboQuant(bits=4)",
+    }
+
     bits: float = 4
     key_bits: float | None = None
     value_bits: float | None = None
@@ -107,10 +112,7 @@ class TurboQuant(PressMixin, BasePress, quantizes=True, keeps_tokens=True):
     scale_dtype: str = "auto"
 
     def __post_init__(self) -> None:
-        for name in ("sink_tokens", "recent_tokens", "balance_window", "detect_sinks", "boundary_layers"):
-            value, least = getattr(self, name), int(name == "balance_window")
-            if not isinstance(value, int) or value < least:
-                raise InvalidInputError(f"{name} is {value!r}; give a whole number, {least} or more")
+        self._check_kinds()
         for index in (None, *(self.layer_bits or {})):
             if index is not None and not isinstance(index, int):
                 raise InvalidInputError(f"layer_bits names layer {index!r}; give the index of a layer")
@@ -120,6 +122,23 @@ class TurboQuant(PressMixin, BasePress, quantizes=True, keeps_tokens=True):
             self._check_unpacked(self.codec)
         elif self.boundary_layers:
             replace(self, layer_bits={0: self.boundary_bits}, boundary_layers=0)  # checks them
+
+    def _check_kinds(self) -> None:
+        for name in ("sink_tokens", "recent_tokens", "balance_window", "detect_sinks", "boundary_layers"):
+            value, least = getattr(self, name), int(name == "balance_window")
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise InvalidInputError(f"{name} is {value!r}; give a whole number, {least} or more")
+        for name in ("mean_key", "balance"):
+            if not isinstance(getattr(self, name), bool):
+                raise InvalidInputError(f"{name} is {getattr(self, name)!r}; give True or False")
+        if self.layer_bits is not None and not isinstance(self.layer_bits, Mapping):
+            raise InvalidInputError(
+                f"layer_bits is {self.layer_bits!r}; give a dict from layer index to bits, such as {{0: 8}}"
+            )
+        if self.codec is not None and not callable(self.codec):
+            raise InvalidInputError(
+                f'codec is {self.codec!r}; give a function of (head_dim, "key" or "value", layer index)'
+            )
 
     def _check_unpacked(self, codec: CodecFactory) -> None:
         """Refuse widths beside `codec`, other than the 16 that leaves a layer unpacked."""
@@ -149,7 +168,7 @@ class TurboQuant(PressMixin, BasePress, quantizes=True, keeps_tokens=True):
         Raises:
             InvalidInputError: there is no such preset.
         """
-        if name not in PRESETS:
+        if not isinstance(name, str) or name not in PRESETS:
             raise InvalidInputError(f"there is no preset {name!r}; use one of {', '.join(sorted(PRESETS))}")
         return cls(**{**PRESETS[name], **overrides})
 

@@ -21,7 +21,7 @@ CHANNEL_STEP = 4
 
 MIN_HEAD_DIM, MAX_HEAD_DIM = 8, 1024
 
-_ALLOWED = "allowed are 1, 2, 3, 4, 8 and fractions between 1 and 4 such as 2.5"
+ALLOWED = "allowed are 1, 2, 3, 4, 8 and fractions between 1 and 4 such as 2.5"
 
 
 @dataclass(frozen=True)
@@ -92,11 +92,11 @@ def split_channels(bits: float, head_dim: int) -> tuple[ChannelGroup, ...]:
     """
     check_head_dim(head_dim)
     if not isinstance(bits, Real) or isinstance(bits, bool) or not math.isfinite(bits):
-        raise UnsupportedBitsError(f"bits={bits!r} is not a code width; {_ALLOWED}")
+        raise UnsupportedBitsError(f"bits={bits!r} is not a code width; {ALLOWED}")
     if bits in WHOLE_BITS:
         return (ChannelGroup(head_dim, int(bits)),)
     if not 1 < bits < 4:
-        raise UnsupportedBitsError(f"bits={bits!r} cannot be stored; {_ALLOWED}")
+        raise UnsupportedBitsError(f"bits={bits!r} cannot be stored; {ALLOWED}")
     narrow = math.floor(bits)
     words = round((bits - narrow) * head_dim / CHANNEL_STEP)
     outliers = min(max(words * CHANNEL_STEP, CHANNEL_STEP), head_dim - CHANNEL_STEP)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
+from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from quantpress.errors import InvalidInputError, UnsupportedBitsError
-from quantpress.quantization.budget import ChannelGroup, split_channels
+from quantpress.quantization.budget import ALLOWED, ChannelGroup, split_channels
 from quantpress.quantization.codebook import CODEBOOK_FORMS, MAX_INT8_BITS, Codebook, codebook
 from quantpress.quantization.qjl import sketch_matrix
 from quantpress.quantization.rotation import ROTATION_KINDS, Rotation
@@ -83,6 +84,8 @@ class CodecSpec:
         whole = isinstance(self.seed, int) and not isinstance(self.seed, bool)
         if not whole or not 0 <= self.seed < MAX_SPEC_SEED:
             raise InvalidInputError(f"seed must be a whole number in 0 to 2**32 - 1, got {self.seed!r}")
+        if not isinstance(self.bits, Real):  # such as a list, which `split_channels` could not cache
+            raise UnsupportedBitsError(f"bits={self.bits!r} is not a code width; {ALLOWED}")
         split_channels(self.bits, self.head_dim)
         if self.estimator == "prod" and self.bits not in PROD_BITS:
             raise UnsupportedBitsError(

@@ -26,6 +26,7 @@ from quantpress.errors import (
     UnsupportedBitsError,
     UnsupportedHeadDimError,
     UnsupportedModelError,
+    unknown_name,
 )
 from quantpress.task import watch_imports
 from quantpress.version import __version__ as __version__
@@ -99,10 +100,12 @@ def __getattr__(name: str) -> Any:
         return import_module(f"quantpress.{name}")
     home = _LAZY.get(name)
     # Press names are class names; any other unknown name is answered without importing anything.
-    if home is None and name[:1].isupper() and name in import_module("quantpress.presses").__all__:
+    unknown_class = home is None and name[:1].isupper()
+    presses = import_module("quantpress.presses").__all__ if unknown_class else []
+    if name in presses:
         home = "quantpress.presses"
     if home is None:
-        raise AttributeError(f"module 'quantpress' has no attribute {name!r}")
+        raise unknown_name(__name__, name, {*__all__, *_FOLDERS, *presses})
     value = getattr(import_module(home), name)
     globals()[name] = value
     return value

@@ -1,4 +1,4 @@
-"""Every exception that quantpress raises on purpose.
+"""Every exception that quantpress raises on purpose, and what to say of an unknown name.
 
 The tree::
 
@@ -18,6 +18,11 @@ The tree::
 
 Catch `QuantPressError` to catch them all. Each message names the value received and the remedy.
 """
+
+import difflib
+import sys
+from collections.abc import Iterable
+from importlib.machinery import PathFinder
 
 
 class QuantPressError(Exception):
@@ -70,3 +75,48 @@ class ModelFilesError(QuantPressError):
 
 class CacheFileError(QuantPressError):
     """A saved cache that cannot be written; or one damaged, of another version, model or codec."""
+
+
+def did_you_mean(name: str, names: Iterable[str]) -> str:
+    """The end of a message about an unknown name; empty if no name is near.
+
+    Args:
+        name: the unknown name.
+        names: the known ones.
+
+    Example:
+        >>> did_you_mean("SnapVK", ["Knorm", "SnapKV"]), did_you_mean("x", ["Knorm"])
+        ("did you mean 'SnapKV'?", '')
+    """
+    known = list(names)
+    near = difflib.get_close_matches(name, known, n=3, cutoff=0.5) or [one for one in known if name in one]
+    near = near[:3]
+    if near and (name in near[0] or near[0] in name):
+        near = near[:1]
+    return f"did you mean {' or '.join(map(repr, near))}?" if near else ""
+
+
+def unknown_name(package: str, name: str, names: Iterable[str]) -> Exception:
+    """What the `__getattr__` of a package raises for an unknown name; it says what was probably meant.
+
+    Args:
+        package: the package's name.
+        name: the unknown name.
+        names: the known ones.
+
+    Returns:
+        An AttributeError. To `from package import name` it is an ImportError, since Python drops the message
+        of an AttributeError there.
+    """
+    known = list(names)
+    hint = did_you_mean(name, known)
+    if name.endswith("Press"):
+        if name[: -len("Press")] in known:
+            hint = f"it is {package}.{name[: -len('Press')]} here, and kvpress.{name} in kvpress"
+        elif hasattr(sys.modules.get("kvpress"), name):
+            hint = f"it is kvpress.{name}"
+    end = f"; {hint}" if hint else ""
+    imported = sys._getframe(2).f_code.co_name == "_handle_fromlist"  # of importlib, which asks first
+    if imported and PathFinder.find_spec(f"{package}.{name}", sys.modules[package].__path__) is None:
+        return ImportError(f"cannot import name {name!r} from {package!r}{end}", name=package)
+    return AttributeError(f"module {package!r} has no attribute {name!r}{end}")

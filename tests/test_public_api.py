@@ -49,10 +49,28 @@ def test_every_press_can_be_imported_from_the_top() -> None:
         assert name in dir(quantpress)
 
 
-@pytest.mark.parametrize("name", ["NoSuchPress", "no_such_name", "__wrapped__"])
-def test_unknown_name_is_an_attribute_error(name: str) -> None:
-    with pytest.raises(AttributeError, match=name):
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("SnapKVPress", "; it is quantpress.SnapKV here, and kvpress.SnapKVPress in kvpress"),
+        ("BasePress", "; it is kvpress.BasePress"),
+        ("SnapVK", "; did you mean 'SnapKV'"),
+        ("enabel", "; did you mean 'enable'"),
+        ("NothingOfThatKind", ""),
+        ("__wrapped__", ""),
+    ],
+)
+def test_unknown_name_is_an_error_with_a_hint(name: str, hint: str) -> None:
+    with pytest.raises(AttributeError, match=f"'quantpress' has no attribute '{name}'{hint}"):
         getattr(quantpress, name)
+    with pytest.raises(ImportError, match=f"cannot import name '{name}' from 'quantpress'{hint}"):
+        exec(f"from quantpress import {name}")
+
+
+@pytest.mark.parametrize("package", ["presses", "pipelines"])
+def test_packages_hint_too(package: str) -> None:
+    with pytest.raises(ImportError, match="did you mean"):
+        exec(f"from quantpress.{package} import {'SnapVK' if package == 'presses' else 'enabel'}")
 
 
 def test_every_error_is_a_quantpress_error() -> None:

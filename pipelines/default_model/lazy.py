@@ -5,7 +5,8 @@ from typing import Any
 
 import transformers
 
-from quantpress.pipelines.default_model.quick_dtype import forced_name, quick_dtype
+from quantpress.errors import InvalidInputError, QuantPressError
+from quantpress.pipelines.default_model.quick_dtype import check_dtype, forced_name, quick_dtype
 from quantpress.pipelines.default_model.store import ensure_default_model
 
 HUB_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -64,7 +65,16 @@ class AutoModelForCausalLM(transformers.AutoModelForCausalLM):
     def from_pretrained(
         cls, pretrained_model_name_or_path: str | os.PathLike[str], *args: Any, **kwargs: Any
     ) -> Any:
-        """The model. A dtype that was asked for is kept; `pipeline` passes "auto" if there was none."""
+        """The model. A dtype that was asked for is kept; `pipeline` passes "auto" if there was none.
+
+        Raises:
+            QuantPressError: there is no such dtype. (After a ValueError `pipeline` would load float32.)
+        """
+        try:
+            check_dtype(kwargs.get("torch_dtype"))
+            check_dtype(kwargs.get("dtype"))
+        except InvalidInputError as error:
+            raise QuantPressError(str(error)) from None
         named = "torch_dtype" in kwargs or kwargs.get("dtype", "auto") != "auto"
         if isinstance(pretrained_model_name_or_path, DefaultFolder) and not named:
             kwargs["dtype"] = quick_dtype()

@@ -1,9 +1,9 @@
-"""The dtype of the default model: the user's choice, else the faster of bfloat16 and float32 here."""
+"""The dtype that a model is loaded in: which may be asked for, and which the default model has otherwise."""
 
 import functools
 import os
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from quantpress.errors import InvalidInputError
 
@@ -40,6 +40,24 @@ def forced_name() -> str | None:
     if name is not None and name not in NAMES:
         raise InvalidInputError(f"{VARIABLE} is {name!r}; set it to {', '.join(NAMES[:-1])} or {NAMES[-1]}")
     return name
+
+
+def check_dtype(dtype: Any) -> None:
+    """Refuse a dtype that no model can be loaded in: transformers would load float32 instead.
+
+    Args:
+        dtype: what `from_pretrained` is given: a dtype or its name, "auto", a dict of them, or None.
+
+    Raises:
+        InvalidInputError: it is none of these, or not a dtype of floating point.
+    """
+    import torch
+
+    for one in dtype.values() if isinstance(dtype, dict) else [dtype]:
+        kind = getattr(torch, one, None) if isinstance(one, str) else one
+        if one in (None, "auto") or (isinstance(kind, torch.dtype) and kind.is_floating_point):
+            continue
+        raise InvalidInputError(f"dtype is {one!r}; use {', '.join(NAMES[:-1])} or {NAMES[-1]}")
 
 
 @functools.cache

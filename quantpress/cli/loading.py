@@ -9,7 +9,12 @@ import transformers
 
 from quantpress.errors import InvalidInputError
 from quantpress.pipelines import TASK, register
-from quantpress.pipelines.default_model import DEFAULT_MODEL_NAME, ensure_default_model, quick_dtype
+from quantpress.pipelines.default_model import (
+    DEFAULT_MODEL_NAME,
+    check_dtype,
+    ensure_default_model,
+    quick_dtype,
+)
 from quantpress.pipelines.text_generation import TextGenerationPipeline
 
 STDIN = "-"
@@ -32,9 +37,8 @@ def load_pipeline(
         InvalidInputError: the model, device or dtype cannot be used.
         ModelFilesError: the default model could not be fetched.
     """
-    kind = None if dtype is None else getattr(torch, dtype, None)
-    if dtype is not None and not isinstance(kind, torch.dtype):
-        raise InvalidInputError(f"dtype {dtype!r} is unknown; use bfloat16, float16 or float32")
+    check_dtype(dtype)
+    kind = None if dtype in (None, AUTO) else getattr(torch, dtype)
     try:
         if model in (None, DEFAULT_MODEL_NAME):
             pipe = _default_pipeline(kind)

@@ -46,6 +46,8 @@ REFUSED = {
     "no press": (lambda: [SnapKV(), "TurboQuant"], "'TurboQuant' is not a press"),
     "another class": (lambda: [dict], "dict'> is not a press"),
     "twice": (lambda: [SNAP, Knorm(), SNAP], "SnapKV is given twice; make a second instance"),
+    "a union": (lambda: SnapKV | TurboQuant, r"list of presses, got .*write Compose\(\[\.\.\.\]\)"),
+    "a union with None": (lambda: [SnapKV | None], "NoneType'> is not a press"),
     "no defaults": (
         lambda: [kvpress.KeyRerotationPress],
         "KeyRerotationPress has no defaults .*give an instance",
@@ -101,6 +103,11 @@ def test_refused_with_a_reason(case: str) -> None:
     presses, message = REFUSED[case]
     with pytest.raises(CompositionError, match=message):
         Compose(presses())
+
+
+def test_presses_as_separate_arguments_are_told_of_the_list() -> None:
+    with pytest.raises(InvalidInputError, match=r"write Compose\(\[SnapKV, TurboQuant\(3\)\]\)"):
+        Compose(SnapKV, TurboQuant(3))  # type: ignore[call-arg]
 
 
 def test_a_bad_setting_of_a_class_is_not_hidden() -> None:
@@ -161,6 +168,10 @@ def test_a_score_may_be_given_to_an_instance() -> None:
     assert Compose([press, TurboQuant()]).evictors == (press,)
 
 
+def test_two_presses_of_one_class_may_follow_each_other() -> None:
+    assert Compose([SnapKV, SnapKV]).compression_ratio == 0.75
+
+
 def test_without_quantizer() -> None:
     press = Compose([SnapKV, decoding()])
     assert press.quantizer is None and len(press.evictors) == 2
@@ -189,8 +200,10 @@ def test_repr_is_short(press: Compose, text: str) -> None:
         lambda: kvpress.SnapKVPress(0.5) | TurboQuant(4),
         lambda: SnapKV(0.5) | TurboQuant,
         lambda: SnapKV(0.5) | Compose([TurboQuant(4)]),
+        lambda: SnapKV | Knorm | TurboQuant(4),
+        lambda: Compose([SnapKV | Knorm, TurboQuant]),
     ],
-    ids=["ours", "kvpress left", "class right", "composed"],
+    ids=["ours", "kvpress left", "class right", "composed", "classes left", "classes in a list"],
 )
 def test_pipe(piped: Any) -> None:
     press = piped()

@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers
 
-from quantpress.errors import InvalidInputError
+from quantpress.errors import InvalidInputError, QuantPressError
 from quantpress.pipelines import TASK, register
 from quantpress.pipelines.default_model import lazy, quick_dtype
 from quantpress.pipelines.default_model import quick_dtype as function
@@ -79,6 +79,25 @@ def test_a_wrong_dtype_is_refused_and_nothing_is_loaded(
             quick_dtype()
         with pytest.raises(InvalidInputError, match=wanted):
             made()
+
+
+@pytest.mark.parametrize("named", [False, True])
+@pytest.mark.parametrize(
+    "options",
+    [{"dtype": "bf16"}, {"torch_dtype": "int8"}, {"model_kwargs": {"dtype": "fp16"}}, {"dtype": torch.int64}],
+    ids=str,
+)
+def test_a_dtype_that_is_none_does_not_load_float32(
+    named: bool, options: dict[str, Any], folder: Path
+) -> None:
+    with pytest.raises(QuantPressError, match=r"dtype is .*; use bfloat16, float32 or float16"):
+        made(**options, **({"model": str(folder)} if named else {}))
+
+
+def test_a_dtype_that_is_none_is_refused_beside_a_loaded_model() -> None:
+    register()
+    with pytest.raises(InvalidInputError, match="dtype is 'bf16'"):
+        made(model=tiny_model("llama"), tokenizer=word_tokenizer(), dtype="bf16")
 
 
 def test_the_class_has_the_name_that_transformers_finds_its_own_by() -> None:

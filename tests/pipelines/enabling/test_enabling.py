@@ -95,6 +95,7 @@ def test_bits_are_bits_in_memory() -> None:
         (TurboQuant, "TurboQuant(4)"),
         ("SnapKV(0.5) | TurboQuant(bits=3)", "SnapKV(0.5) | TurboQuant(3)"),
         ([SnapKV, TurboQuant], "SnapKV(0.5) | TurboQuant(4)"),
+        (SnapKV | TurboQuant, "SnapKV(0.5) | TurboQuant(4)"),
         (kvpress.KnormPress(0.3), "KnormPress(0.3)"),
     ],
     ids=str,

@@ -1,0 +1,50 @@
+"""What a press may be made of: the names and the number of its arguments, and presses given as classes."""
+
+import inspect
+from collections.abc import Mapping, Sequence
+from types import UnionType
+from typing import Any
+
+from kvpress import BasePress
+
+from quantpress.errors import InvalidInputError, did_you_mean
+from quantpress.presses.traits import short_repr
+
+
+def is_press(press: Any) -> bool:
+    """Whether this is a press, a press class, or several classes joined by `|`."""
+    if isinstance(press, UnionType):
+        return all(map(is_press, press.__args__))
+    return isinstance(press, BasePress) or (isinstance(press, type) and issubclass(press, BasePress))
+
+
+def one_by_one(press: Any) -> tuple[Any, ...]:
+    """The classes of `SnapKV | TurboQuant`, which Python makes a union of; anything else alone."""
+    return press.__args__ if isinstance(press, UnionType) else (press,)
+
+
+def check_arguments(press_class: Any, values: Sequence[Any], named: Mapping[str, Any]) -> None:
+    """Refuse arguments that a press class does not have.
+
+    Args:
+        press_class: one of ours; its `remedies` say what to give instead.
+        values: the positional arguments.
+        named: the others.
+
+    Raises:
+        InvalidInputError: there are too many arguments, or one has an unknown name.
+    """
+    parameters = list(inspect.signature(press_class.__init__).parameters.values())[1:]
+    kinds = {parameter.kind for parameter in parameters}
+    names = [parameter.name for parameter in parameters]
+    unknown = next((name for name in named if name not in names), None)
+    if unknown is not None and inspect.Parameter.VAR_KEYWORD not in kinds:
+        remedy = press_class.remedies.get(unknown, "").format(press=press_class.__name__)
+        remedy = remedy or did_you_mean(unknown, names) or f"its arguments are {', '.join(names)}"
+        raise InvalidInputError(f"{press_class.__name__} has no argument {unknown!r}; {remedy}")
+    if len(values) > len(names) and inspect.Parameter.VAR_POSITIONAL not in kinds:
+        given = ", ".join(one.__name__ if isinstance(one, type) else short_repr(one) for one in values)
+        remedy = f"its arguments are {', '.join(names)}"
+        if all(map(is_press, values)):
+            remedy = f"write Compose([{given}])"
+        raise InvalidInputError(f"{press_class.__name__}({given}) has {len(values)} arguments; {remedy}")
