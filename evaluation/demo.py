@@ -112,6 +112,7 @@ def run_trials(
                 press=press(),
                 max_new_tokens=ANSWER_TOKENS,
                 report=True,
+                progress=False,  # one bar at a time
             )
         trials[press].append(Trial(needles[index], result["answer"], result["report"]))
     return [Row(described(press()), tuple(trials[press])) for press in presses]
@@ -125,11 +126,12 @@ def table(rows: Sequence[Row], dtype: torch.dtype) -> Table:
         dtype: dtype of the model, and so of an uncompressed cache.
     """
     first, name = rows[0], str(dtype).removeprefix("torch.")
+    halved = "; to 16 bits it is half" if dtype == torch.float32 else ""
     shown = Table(
         title=f"A number hidden in {first.mean('tokens_seen'):,.0f} tokens of Pride and Prejudice",
         caption="All that a cache keeps counts: codes, scales, and the first and last tokens, which stay in "
         f"{name} ({8 * dtype.itemsize} bits). Ratio: how many times less memory that is than all tokens "
-        f"read, uncompressed in {name}.",
+        f"read, uncompressed in {name}{halved}.",
         caption_justify="left",
         box=box.SIMPLE_HEAD,
         collapse_padding=True,

@@ -150,11 +150,7 @@ class CachedContext:
             CacheFileError: the file system refuses.
             InvalidInputError: a layer or codec cannot be saved, or the press acts during decoding too.
         """
-        if decode_time_presses(self.press):
-            raise InvalidInputError(
-                f"{self.description} acts during decoding, which a file cannot: read under the presses of "
-                "the prefill only, and give the others when asking"
-            )
+        check_saved(self.press)
         saved = SavedContext(
             self.cache, self.tokens_seen, self.token_ids, self.after, self.description, self.masks
         )
@@ -198,3 +194,16 @@ class CachedContext:
         if press is not None:
             check_packed_by(press, model, context.cache, str(path))
         return context
+
+
+def check_saved(press: BasePress | None) -> None:
+    """Check that a context read under a press can be saved.
+
+    Raises:
+        InvalidInputError: the press acts during decoding, which a file cannot.
+    """
+    if decode_time_presses(press):
+        raise InvalidInputError(
+            f"{short_repr(press)} acts during decoding, which a file cannot: read under the presses of "
+            "the prefill only, and give the others when asking"
+        )

@@ -9,7 +9,7 @@ A new command is a file and a line in `COMMANDS`.
 
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 
@@ -25,7 +25,6 @@ app = typer.Typer(
     epilog="A press is written as in Python: SnapKV(0.5), TurboQuant(bits=3), or both: "
     '"SnapKV(0.5) | TurboQuant(bits=3)". Exit status: 0 done, 1 a bound failed, 2 wrong input.',
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
 
@@ -33,6 +32,21 @@ app = typer.Typer(
 def version() -> None:
     """Print the version."""
     typer.echo(quantpress.__version__)
+
+
+def _version_first(asked: bool) -> None:
+    if asked:
+        version()
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    _: Annotated[
+        bool, typer.Option("--version", help="Print the version.", callback=_version_first, is_eager=True)
+    ] = False,
+) -> None:
+    """Options of `quantpress` itself, which stand before the command."""
 
 
 # Commands in the order of --help: name, function, and the example that --help shows.

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
+from quantpress.cli.arguments import check_loading
 from quantpress.cli.options import Device, Dtype, Model, Presses
-from quantpress.cli.output import Outcome, progress
-from quantpress.errors import InvalidInputError
+from quantpress.cli.output import Outcome, progress, ratio_note
 
 if TYPE_CHECKING:
     from kvpress import BasePress
@@ -92,7 +92,7 @@ class Benchmark(Outcome):
         table = Table(
             title=f"{self.model}: {self.sides[0].report.tokens_seen:,} tokens read, {self.new_tokens} new",
             caption=f"{machine}; medians of {self.repeats}. Peak: over what was in use "
-            "before, reading included.",
+            f"before, reading included. {ratio_note(self.machine['dtype'])}",
         )
         table.add_column("cache", overflow="fold")
         for name in ("tokens/s", "", "first token", "", "peak", "cache bytes", ""):
@@ -116,20 +116,19 @@ def bench(
     press: Presses = None,
     model: Model = None,
     tokens: Annotated[int, typer.Option(help="Length of the context.", min=1)] = 2048,
-    new_tokens: Annotated[int, typer.Option(help="Tokens of each answer.", min=1)] = 32,
+    new_tokens: Annotated[int, typer.Option(help="Tokens of each answer.", min=SKIPPED + 2)] = 32,
     repeats: Annotated[int, typer.Option(help="Runs of each press, of which the median counts.", min=1)] = 3,
     device: Device = None,
     dtype: Dtype = None,
 ) -> Benchmark:
     """Time presses against the full cache on this machine: tokens a second, first token, peak memory."""
+    check_loading(model, device, dtype)
     from quantpress.cli.loading import load_pipeline, model_name
     from quantpress.evaluation.measuring import machine
     from quantpress.evaluation.sizing.kept_tokens import described
     from quantpress.evaluation.tasks.haystack import book_piece
     from quantpress.presses.expression import parse_press
 
-    if new_tokens < SKIPPED + 2:
-        raise InvalidInputError(f"new_tokens is {new_tokens}; give at least {SKIPPED + 2} to time")
     made = [None, *(one for one in map(parse_press, press or ("TurboQuant",)) if one is not None)]
     pipe = load_pipeline(model, device, dtype)
     text = book_piece(pipe.tokenizer, tokens)

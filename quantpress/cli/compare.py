@@ -8,8 +8,9 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from quantpress.cli.arguments import check_loading, read_text
 from quantpress.cli.options import Device, Dtype, Model, Presses, Questions
-from quantpress.cli.output import Outcome, progress
+from quantpress.cli.output import Outcome, progress, ratio_note
 from quantpress.errors import QuantPressError
 
 if TYPE_CHECKING:
@@ -104,7 +105,7 @@ class Comparison(Outcome):
         table = Table(
             title=f"{self.model}: {seen:,} tokens, {len(self.questions)} asked",
             caption=f"{where}. Agreement: the tokens of the answers before the first one that the "
-            "uncompressed cache would not have given.",
+            f"uncompressed cache would not have given. {ratio_note(self.machine['dtype'])}",
         )
         table.add_column("cache", overflow="fold")
         for name in ("agreement", "kept", "bits a value", "cache bytes", "ratio", "read", "answer"):
@@ -143,14 +144,15 @@ def compare(
     dtype: Dtype = None,
 ) -> Comparison:
     """Ask the same questions under several presses: answers, agreement, bytes, seconds."""
-    from quantpress.cli.loading import load_pipeline, model_name, read_text
+    text = None if file is None else read_text(file)
+    check_loading(model, device, dtype)
+    from quantpress.cli.loading import load_pipeline, model_name
     from quantpress.evaluation.measuring import machine
     from quantpress.evaluation.sizing.kept_tokens import described
     from quantpress.evaluation.tasks.haystack import book_text, needle_question, plant, random_needles
     from quantpress.presses.expression import parse_press
 
     given = [parse_press(one) for one in press or DEFAULT_PRESSES]
-    text = None if file is None else read_text(file)
     pipe = load_pipeline(model, device, dtype)
     asked = list(question or [])
     if text is None:

@@ -8,6 +8,7 @@ import typer
 from rich.console import Group, RenderableType
 from rich.text import Text
 
+from quantpress.cli.arguments import check_loading
 from quantpress.cli.output import Outcome
 
 if TYPE_CHECKING:
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 
 TOKENS = 4096
 FAST_TOKENS = 2048
+LEAST_TOKENS, MOST_TOKENS = 128, 8192  # a fact fits; positions of the default model
 DEPTHS = 3
 PRESSES = ("none", "TurboQuant", "Compactor | TurboQuant", "SnapKV | TurboQuant", "StreamingLLM | TurboQuant")
 FAST_PRESSES = PRESSES[:3]
@@ -71,10 +73,13 @@ class Demonstrated(Outcome):
 
 
 def demo(
-    tokens: Annotated[int | None, typer.Option(help="Length of the context, in tokens.", min=1)] = None,
+    tokens: Annotated[
+        int | None, typer.Option(help="Length of the context, in tokens.", min=LEAST_TOKENS, max=MOST_TOKENS)
+    ] = None,
     fast: Annotated[bool, typer.Option("--fast", help="A shorter context and fewer presses.")] = False,
 ) -> Demonstrated:
     """Ask the default model about facts planted in a book, over the full cache and over compressed ones."""
+    check_loading(None, None, None)
     import torch
 
     from quantpress.cli.loading import load_pipeline, model_name

@@ -3,11 +3,12 @@
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.console import Console
 
+from quantpress.cli.arguments import check_loading, check_output_folder
 from quantpress.cli.options import Device, Dtype, Model
 from quantpress.cli.output import Outcome
 from quantpress.errors import InvalidInputError
@@ -40,7 +41,9 @@ class Evaluated(Outcome):
 
 
 def evaluate(
-    suite: Annotated[str, typer.Option(help="quick (two CPU cores, minutes) or full (a GPU).")] = "quick",
+    suite: Annotated[
+        Literal["quick", "full"], typer.Option(help="quick (two CPU cores, minutes) or full (a GPU).")
+    ] = "quick",
     output: Annotated[
         Path | None, typer.Option(help="Folder for results; a run that stopped goes on there.")
     ] = None,
@@ -74,6 +77,13 @@ def evaluate(
     ] = False,
 ) -> Evaluated:
     """Measure quality, memory and answers of many cache compressions, with controls, on any model."""
+    unknown = [one for one in part or () if one not in PARTS]
+    if unknown:
+        raise InvalidInputError(f"there is no part {unknown[0]!r}; use some of {', '.join(PARTS)}")
+    folder = Path(f"quantpress-eval-{suite}") if output is None else output
+    check_output_folder(folder)
+    if not report_only:
+        check_loading(model, device, dtype)
     from quantpress.cli.loading import load_pipeline, model_name
     from quantpress.evaluation.arms import check_names, every_arm
     from quantpress.evaluation.results.figures import check_matplotlib, write_figures
@@ -83,9 +93,6 @@ def evaluate(
     from quantpress.evaluation.runner import Runner, run_settings
     from quantpress.evaluation.suites import suite_by_name
 
-    unknown = [one for one in part or () if one not in PARTS]
-    if unknown:
-        raise InvalidInputError(f"there is no part {unknown[0]!r}; use some of {', '.join(PARTS)}")
     sizes: dict[str, Any] = {
         "documents": documents,
         "context": context,
@@ -100,7 +107,6 @@ def evaluate(
     check_names(arms)
     if figures:
         check_matplotlib()
-    folder = Path(f"quantpress-eval-{suite}") if output is None else output
     if report_only:
         records = Records.read(folder / RESULTS)
     else:

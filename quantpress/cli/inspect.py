@@ -9,6 +9,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from quantpress.cli.arguments import check_loading, read_text
 from quantpress.cli.options import Device, Dtype
 from quantpress.cli.output import Outcome, progress
 from quantpress.errors import InvalidInputError, QuantPressError
@@ -21,6 +22,9 @@ if TYPE_CHECKING:
     from quantpress.pipelines.text_generation import TextGenerationPipeline
 
 CANDIDATES = ("TurboQuant(bits=3)", "TurboQuant(bits=4)", "TurboQuant(key_bits=8, value_bits=4)")
+
+LEAST_TOKENS = 260
+"""Fewest tokens of which a setting packs a page: the first ones and the recent ones stay as they are."""
 
 UNTRIED = "TurboQuant"
 """What is suggested where no setting could be tried."""
@@ -147,19 +151,20 @@ def inspect(
     file: Annotated[
         str | None, typer.Option(help="Text for the model to read; left out, a piece of a novel.")
     ] = None,
-    tokens: Annotated[int, typer.Option(help="Most tokens to read.", min=8)] = 1024,
+    tokens: Annotated[int, typer.Option(help="Most tokens to read.", min=LEAST_TOKENS)] = 1024,
     device: Device = None,
     dtype: Dtype = None,
 ) -> Inspected:
     """Look at a model: which layers will be packed, which not and why, its keys, a setting for it."""
-    from quantpress.cli.loading import load_pipeline, model_name, read_text
+    text = None if file is None else read_text(file)
+    check_loading(model, device, dtype)
+    from quantpress.cli.loading import load_pipeline, model_name
     from quantpress.evaluation.key_statistics import key_statistics
     from quantpress.evaluation.sizing.model_outline import ModelOutline
     from quantpress.evaluation.tasks.haystack import book_piece
     from quantpress.pipelines.prompt import cut_to, token_ids
     from quantpress.presses.models.eligibility import LAYERED, why_not
 
-    text = None if file is None else read_text(file)
     pipe = load_pipeline(model, device, dtype)
     text = book_piece(pipe.tokenizer, tokens) if text is None else text
     ids = cut_to(token_ids(pipe.tokenizer, text, "text"), tokens).to(pipe.model.device)

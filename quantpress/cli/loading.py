@@ -1,12 +1,12 @@
-"""Loads the model and the texts that a command is given."""
+"""Loads the model that a command is given."""
 
-import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 
+from quantpress.cli.arguments import AUTO
 from quantpress.errors import InvalidInputError
 from quantpress.pipelines import TASK, register
 from quantpress.pipelines.default_model import (
@@ -16,9 +16,6 @@ from quantpress.pipelines.default_model import (
     quick_dtype,
 )
 from quantpress.pipelines.text_generation import TextGenerationPipeline
-
-STDIN = "-"
-AUTO = "auto"
 
 
 def load_pipeline(
@@ -78,15 +75,3 @@ def model_name(pipe: TextGenerationPipeline) -> str:
     """The name of a pipeline's model, for a report."""
     name = str(pipe.model.config.name_or_path)
     return DEFAULT_MODEL_NAME if Path(name).name == DEFAULT_MODEL_NAME else name
-
-
-def read_text(file: str) -> str:
-    """Read a text file, or the standard input for "-".
-
-    Raises:
-        InvalidInputError: the file cannot be read, or it is not UTF-8.
-    """
-    try:
-        return sys.stdin.read() if file == STDIN else Path(file).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InvalidInputError(f"{file} cannot be read as text: {error}") from error

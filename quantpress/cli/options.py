@@ -1,7 +1,7 @@
 """Options that several commands share, and sizes in bytes as they are written on a command line."""
 
 import re
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -16,7 +16,10 @@ Device = Annotated[
     str | None,
     typer.Option(help="Such as cuda:1 or cpu; auto spreads the model over all GPUs; left out, a GPU if any."),
 ]
-Dtype = Annotated[str | None, typer.Option(help="bfloat16, float16 or float32; left out, the model's own.")]
+Dtype = Annotated[
+    Literal["bfloat16", "float16", "float32"] | None,
+    typer.Option(help="Dtype of the model; left out, the model's own."),
+]
 Press = Annotated[str, typer.Option("--press", "-p", help=f"What compresses the cache, {SYNTAX}.")]
 Presses = Annotated[
     list[str] | None,

@@ -87,6 +87,17 @@ def _show(shown: RenderableType) -> None:
     (console if console.is_terminal else Console(width=FILE_WIDTH)).print(shown)
 
 
+def ratio_note(dtype: str) -> str:
+    """What ratios and bits are measured against, to stand below a table.
+
+    Args:
+        dtype: name of the model's dtype, such as "bfloat16".
+    """
+    if dtype != "float32":
+        return f"Ratio: to all tokens read, uncompressed in {dtype} (16 bits a value)."
+    return f"Ratio: to all tokens read, uncompressed in {dtype} (32 bits a value); to 16 bits it is half."
+
+
 def progress(items: Iterable[Item], what: str, total: int) -> Iterable[Item]:
     """The items, with a progress bar on stderr, which is drawn in a terminal only."""
     return track(items, what, total=total, console=Console(stderr=True), transient=True)

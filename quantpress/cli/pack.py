@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 from rich.text import Text
 
+from quantpress.cli.arguments import STDIN, check_loading, check_output_file, read_text
 from quantpress.cli.options import Device, Dtype, Model, Press
 from quantpress.cli.output import Outcome
 from quantpress.errors import InvalidInputError
@@ -58,13 +59,20 @@ def pack(
     dtype: Dtype = None,
 ) -> Packed:
     """Read a text once and save its packed cache, for `run --cache`. The file contains the text."""
-    from quantpress.cli.loading import STDIN, load_pipeline, model_name, read_text
-
     if output is None and file == STDIN:
         raise InvalidInputError("text from the standard input has no name; give --output FILE")
     target = f"{file}{SUFFIX}" if output is None else output
-    text, pipe = read_text(file), load_pipeline(model, device, dtype)
-    context = pipe.read(text, press=press)
+    text = read_text(file)
+    check_output_file(target)
+    check_loading(model, device, dtype)
+    from quantpress.cli.loading import load_pipeline, model_name
+    from quantpress.pipelines.contexts.cached_context import check_saved
+    from quantpress.presses.expression import parse_press
+
+    made = parse_press(press)
+    check_saved(made)
+    pipe = load_pipeline(model, device, dtype)
+    context = pipe.read(text, press=made)
     size, memory = context.save(target), context.memory
     return Packed(
         file=target,

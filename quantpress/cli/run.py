@@ -7,8 +7,9 @@ import typer
 from rich.console import Group, RenderableType
 from rich.text import Text
 
+from quantpress.cli.arguments import check_loading, check_packed, read_text
 from quantpress.cli.options import Device, Dtype, Model, Questions
-from quantpress.cli.output import Outcome
+from quantpress.cli.output import Outcome, ratio_note
 from quantpress.errors import InvalidInputError
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ class Answered(Outcome):
         questions: questions, in order.
         answers: one for each question.
         report: what it cost.
+        dtype: dtype of the model.
     """
 
     model: str
@@ -34,19 +36,21 @@ class Answered(Outcome):
     questions: tuple[str, ...]
     answers: tuple[str, ...]
     report: "Report"
+    dtype: str
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
         pairs = zip(self.questions, self.answers, strict=True)
         answers = [{"question": question, "answer": answer} for question, answer in pairs]
-        return {"model": self.model, "press": self.press, "answers": answers, "report": self.report.as_dict()}
+        where = {"model": self.model, "dtype": self.dtype, "press": self.press}
+        return {**where, "answers": answers, "report": self.report.as_dict()}
 
     def __rich__(self) -> RenderableType:
         shown: list[RenderableType] = []
         for question, answer in zip(self.questions, self.answers, strict=True):
             shown += [Text(question, "bold")] if question else []
             shown += [Text(answer)]
-        return Group(*shown, self.report)
+        return Group(*shown, self.report, Text(ratio_note(self.dtype), "dim"))
 
 
 def run(
@@ -65,15 +69,18 @@ def run(
     max_new_tokens: Annotated[int, typer.Option(help="Most tokens of an answer.", min=1)] = 50,
 ) -> Answered:
     """Answer questions about a text, or about a context that was packed before."""
+    if (file is None) == (cache is None):
+        raise InvalidInputError("give a text file, or --cache FILE for one that was packed before, not both")
+    text = None if file is None else read_text(file)
+    if cache is not None:
+        check_packed(cache)
+    check_loading(model, device, dtype)
     from quantpress.cache.saved.format import read_file
-    from quantpress.cli.loading import load_pipeline, model_name, read_text
+    from quantpress.cli.loading import load_pipeline, model_name
     from quantpress.pipelines.contexts.cached_context import CachedContext
     from quantpress.pipelines.press_argument import as_press
 
-    if (file is None) == (cache is None):
-        raise InvalidInputError("give a text file, or --cache FILE for one that was packed before, not both")
     as_press(press)  # a wrong one is refused before a model is loaded
-    text = None if file is None else read_text(file)
     if cache is not None:
         known = read_file(cache, verify=False)[0].get("model", {})
         model, dtype = model or known.get("name"), dtype or known.get("dtype")
@@ -88,5 +95,10 @@ def run(
         description = asked["press"]
     result = pipe(context, report=True, **asked)
     return Answered(
-        model_name(pipe), description, tuple(asked["questions"]), tuple(result["answers"]), result["report"]
+        model=model_name(pipe),
+        press=description,
+        questions=tuple(asked["questions"]),
+        answers=tuple(result["answers"]),
+        report=result["report"],
+        dtype=str(pipe.model.dtype).removeprefix("torch."),
     )

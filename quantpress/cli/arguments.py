@@ -1,0 +1,122 @@
+"""Checks of a command's arguments. They need none of the imports that take seconds, and no model."""
+
+import os
+import sys
+from pathlib import Path
+
+from quantpress.errors import EmptyContextError, InvalidInputError
+
+STDIN = "-"
+AUTO = "auto"
+
+
+def read_text(file: str) -> str:
+    """Read a text file, or the standard input for "-".
+
+    Raises:
+        InvalidInputError: the file cannot be read, or it is not UTF-8.
+        EmptyContextError: the text is empty, or only white space.
+    """
+    try:
+        text = sys.stdin.read() if file == STDIN else Path(file).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InvalidInputError(f"{file} cannot be read as text: {error}") from error
+    if not text.strip():
+        raise EmptyContextError(f"{'the standard input' if file == STDIN else file} has no text; give some")
+    return text
+
+
+def check_packed(file: str) -> None:
+    """Check that a packed context can be opened.
+
+    Raises:
+        InvalidInputError: there is no such file, or it may not be read.
+    """
+    if not Path(file).is_file():
+        raise InvalidInputError(f"{file} is not a file; give one that `quantpress pack` wrote")
+    if not os.access(file, os.R_OK):
+        raise InvalidInputError(f"{file} cannot be read; check its permissions")
+
+
+def check_output_file(file: str) -> None:
+    """Check that a file can be written.
+
+    Raises:
+        InvalidInputError: it is a folder, or its own folder does not exist or may not be written.
+    """
+    path = Path(file)
+    if path.is_dir():
+        raise InvalidInputError(f"{file} is a folder; give the name of a file to write")
+    if not path.parent.is_dir():
+        raise InvalidInputError(f"{file} cannot be written: there is no folder {path.parent}; make it first")
+    _check_writable(path.parent, file)
+
+
+def check_output_folder(folder: Path) -> None:
+    """Check that a folder can be written, or made.
+
+    Raises:
+        InvalidInputError: a file is in its way, or the folder that it would be in may not be written.
+    """
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise InvalidInputError(f"{folder} cannot be made a folder: {there} is a file; give another name")
+    _check_writable(there, folder)
+
+
+def _check_writable(folder: Path, wanted: str | Path) -> None:
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise InvalidInputError(f"{wanted} cannot be written: you may not write in {folder}; choose another")
+
+
+def check_loading(model: str | None, device: str | None, dtype: str | None) -> None:
+    """Check what `load_pipeline` will be given, as far as that is possible without loading.
+
+    Args:
+        model: id or folder; None for the default model. Ids are looked up only when the model is loaded.
+        device: as for `load_pipeline`.
+        dtype: as for `load_pipeline`. Left out, `QUANTPRESS_DTYPE` is checked for the default model.
+
+    Raises:
+        InvalidInputError: the folder holds no model, this machine has no such device, or
+            `QUANTPRESS_DTYPE` names no dtype.
+    """
+    if model is not None:
+        _check_model(model)
+    if device not in (None, AUTO, "cpu"):
+        _check_device(str(device))
+    if model is None and dtype is None:
+        from quantpress.pipelines.default_model.quick_dtype import forced_name
+
+        forced_name()
+
+
+def _check_model(model: str) -> None:
+    """Refuse a folder that is not there, or has no model in it; an id of the hub has at most one slash."""
+    folder = Path(model)
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise InvalidInputError(f"{model} cannot be loaded: it has no config.json; give a model's folder")
+    elif folder.exists():
+        raise InvalidInputError(f"{model} cannot be loaded: it is a file; give the model's folder")
+    elif model.count("/") > 1 or model.startswith((".", "/", "~")) or not model.strip():
+        raise InvalidInputError(f"{model} cannot be loaded: there is no such folder; give an id or a folder")
+
+
+def _check_device(device: str) -> None:
+    """Refuse a device that this machine does not have."""
+    import torch
+
+    try:
+        wanted = torch.device(device)
+    except RuntimeError as error:
+        raise InvalidInputError(f"there is no device {device!r}; use cpu, cuda, cuda:1 or auto") from error
+    here = torch.accelerator.current_accelerator(check_available=True)
+    count = 0 if here is None or here.type != wanted.type else torch.accelerator.device_count()
+    if wanted.type != "cpu" and (wanted.index or 0) >= count:
+        name = wanted.type
+        found = f"{name}:0 to {name}:{count - 1}" if count > 1 else f"{name}:0" if count else f"no {name}"
+        why = " (torch is a CPU build)" if name == "cuda" and torch.version.cuda is None else ""
+        raise InvalidInputError(
+            f"there is no device {device}: torch finds {found} here{why}; use cpu or auto"
+        )
