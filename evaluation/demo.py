@@ -126,7 +126,7 @@ def table(rows: Sequence[Row], dtype: torch.dtype) -> Table:
         dtype: dtype of the model, and so of an uncompressed cache.
     """
     first, name = rows[0], str(dtype).removeprefix("torch.")
-    halved = "; to 16 bits it is half" if dtype == torch.float32 else ""
+    halved = "; against 16 bits it is half as large" if dtype == torch.float32 else ""
     shown = Table(
         title=f"A number hidden in {first.mean('tokens_seen'):,.0f} tokens of Pride and Prejudice",
         caption="All that a cache keeps counts: codes, scales, and the first and last tokens, which stay in "

@@ -67,6 +67,7 @@ class Runner:
                     progress.update(bar, completed=done, total=total)
 
                 getattr(self, part)(advance)
+                progress.remove_task(bar)
 
     def fidelity(self, advance: Callable[[int, int], None] | None = None) -> None:
         """Divergence, agreement, likelihood and attention errors of every arm."""

@@ -16,7 +16,7 @@ from rich.table import Table
 
 from quantpress.cli.arguments import check_loading
 from quantpress.cli.options import Device, Dtype, Model, Presses
-from quantpress.cli.output import Outcome, progress, ratio_note
+from quantpress.cli.output import Outcome, new_table, one_below_the_other, progress, ratio_note
 
 if TYPE_CHECKING:
     from kvpress import BasePress
@@ -89,18 +89,17 @@ class Benchmark(Outcome):
         from quantpress.pipelines.report import format_bytes
 
         machine = ", ".join(f"{name} {value}" for name, value in self.machine.items())
-        table = Table(
-            title=f"{self.model}: {self.sides[0].report.tokens_seen:,} tokens read, {self.new_tokens} new",
+        table = new_table(
+            f"{self.model}: {self.sides[0].report.tokens_seen:,} tokens read, {self.new_tokens} new",
+            ("cache", "tokens/s", "", "first\ntoken", "", "peak", "cache\nbytes", ""),
+            words=("cache",),
             caption=f"{machine}; medians of {self.repeats}. Peak: over what was in use "
             f"before, reading included. {ratio_note(self.machine['dtype'])}",
         )
-        table.add_column("cache", overflow="fold")
-        for name in ("tokens/s", "", "first token", "", "peak", "cache bytes", ""):
-            table.add_column(name, justify="right")
         for side in self.sides:
             ratios = self._ratios(side)
             table.add_row(
-                side.press,
+                one_below_the_other(side.press),
                 f"{side.tokens_per_s:.1f}",
                 f"{ratios['speed_ratio']:.2f}x",
                 f"{side.first_token_s:.2f} s",

@@ -10,7 +10,7 @@ from rich.text import Text
 
 from quantpress.cli.arguments import check_loading, read_text
 from quantpress.cli.options import Device, Dtype, Model, Presses, Questions
-from quantpress.cli.output import Outcome, progress, ratio_note
+from quantpress.cli.output import Outcome, new_table, one_below_the_other, progress, ratio_note
 from quantpress.errors import QuantPressError
 
 if TYPE_CHECKING:
@@ -102,16 +102,24 @@ class Comparison(Outcome):
     def __rich__(self) -> RenderableType:
         where = ", ".join(f"{name} {value}" for name, value in self.machine.items())
         seen = next((row.report.tokens_seen for row in self.rows if row.report), 0)
-        table = Table(
-            title=f"{self.model}: {seen:,} tokens, {len(self.questions)} asked",
-            caption=f"{where}. Agreement: the tokens of the answers before the first one that the "
+        table = new_table(
+            f"{self.model}: {seen:,} tokens, {len(self.questions)} asked",
+            (
+                "cache",
+                "agree-\nment",
+                "kept",
+                "bits a\nvalue",
+                "cache\nbytes",
+                "ratio",
+                "read\ns",
+                "answer\ns",
+            ),
+            words=("cache",),
+            caption=f"{where}.\nAgreement: the tokens of the answers before the first one that the "
             f"uncompressed cache would not have given. {ratio_note(self.machine['dtype'])}",
         )
-        table.add_column("cache", overflow="fold")
-        for name in ("agreement", "kept", "bits a value", "cache bytes", "ratio", "read", "answer"):
-            table.add_column(name, justify="right")
         for row in self.rows:
-            table.add_row(row.press, *_figures(row))
+            table.add_row(one_below_the_other(row.press), *_figures(row))
         return Group(table, *(self._asked(index) for index in range(len(self.questions))))
 
     def _asked(self, index: int) -> Table:
@@ -219,6 +227,6 @@ def _figures(row: Compared) -> list[str]:
         f"{report.bits_per_value:.2f}",
         format_bytes(report.resident_bytes),
         f"{report.ratio:.2f}x",
-        f"{report.prefill_s + report.compress_s:.2f} s",
-        f"{report.decode_s:.2f} s",
+        f"{report.prefill_s + report.compress_s:.2f}",
+        f"{report.decode_s:.2f}",
     ]

@@ -11,7 +11,7 @@ from rich.text import Text
 
 from quantpress.cli.arguments import check_loading, read_text
 from quantpress.cli.options import Device, Dtype
-from quantpress.cli.output import Outcome, progress
+from quantpress.cli.output import Outcome, new_table, one_below_the_other, progress
 from quantpress.errors import InvalidInputError, QuantPressError
 
 if TYPE_CHECKING:
@@ -105,23 +105,14 @@ class Inspected(Outcome):
         from quantpress.evaluation.key_statistics import OUTLIER
 
         packed = sum(layer.packed for layer in self.layers)
-        table = Table(
-            title=f"{self.model} ({self.architecture}): {packed} of {len(self.layers)} layers are packed",
+        table = new_table(
+            f"{self.model} ({self.architecture}): {packed} of {len(self.layers)} layers are packed",
+            ("layer", "kind", "KV\nheads", "head_dim", "packed", "mean\nenergy", "worst\nhead", "outliers"),
+            words=("kind", "packed"),
             caption=f"Keys of {self.tokens:,} tokens, without the first ones. Mean energy: the share of the "
             "keys' energy that all keys of a head have in common, which packing subtracts. Outliers: "
             f"channels of a head with more than {OUTLIER:g} times the mean energy, before and after that.",
         )
-        for name in (
-            "layer",
-            "kind",
-            "KV heads",
-            "head_dim",
-            "packed",
-            "mean energy",
-            "worst head",
-            "outliers",
-        ):
-            table.add_column(name, justify="left" if name in ("kind", "packed") else "right")
         for layer in self.layers:
             dims = str(layer.head_dim)
             dims += "" if layer.value_dim == layer.head_dim else f" / {layer.value_dim}"
@@ -232,11 +223,15 @@ def _layer(layer: "LayerOutline", refusal: str | None, keys: "KeyStatistics | No
 
 
 def _tried(candidates: Sequence[Candidate]) -> Table:
-    table = Table(title="Attention over packed keys beside exact attention, mean over layers")
-    table.add_column("press")
-    for name in ("bits a value", "same best token", "worst layer", "output error"):
-        table.add_column(name, justify="right")
+    columns = ("press", "bits a\nvalue", "same best\ntoken", "worst\nlayer", "output\nerror")
+    table = new_table(
+        "Attention over packed keys beside exact attention, mean over layers", columns, columns[:1]
+    )
     for one in candidates:
         figures = (one.top1, one.worst_top1, one.output_error)
-        table.add_row(one.press, f"{one.bits_per_value:.3f}", *(f"{figure:.1%}" for figure in figures))
+        table.add_row(
+            one_below_the_other(one.press),
+            f"{one.bits_per_value:.3f}",
+            *(f"{figure:.1%}" for figure in figures),
+        )
     return table

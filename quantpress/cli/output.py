@@ -3,15 +3,17 @@
 import inspect
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import redirect_stdout
 from dataclasses import asdict
 from functools import wraps
 from typing import Annotated, Any, TypeVar
 
 import typer
+from rich import box
 from rich.console import Console, RenderableType
 from rich.progress import track
+from rich.table import Table
 
 FILE_WIDTH = 120  # columns of a table that is not shown in a terminal
 
@@ -87,15 +89,36 @@ def _show(shown: RenderableType) -> None:
     (console if console.is_terminal else Console(width=FILE_WIDTH)).print(shown)
 
 
+def new_table(title: str, columns: Sequence[str], words: Sequence[str], caption: str | None = None) -> Table:
+    """An empty table that fits into 80 columns: cells of words are folded, figures stay whole.
+
+    Args:
+        title: stands above it.
+        columns: names of the columns, of which two may be the same.
+        words: names of the columns that hold words; all others hold figures.
+        caption: stands below it.
+    """
+    narrow: dict[str, Any] = {"box": box.SIMPLE_HEAD, "collapse_padding": True, "pad_edge": False}
+    table = Table(title=title, caption=caption, caption_justify="left", **narrow)
+    for name in columns:
+        is_words = name in words
+        table.add_column(name, justify="left" if is_words else "right", no_wrap=not is_words, overflow="fold")
+    return table
+
+
+def one_below_the_other(press: str) -> str:
+    """The presses of a composition on a line each, for a narrow column."""
+    return press.replace(" | ", "\n| ")
+
+
 def ratio_note(dtype: str) -> str:
     """What ratios and bits are measured against, to stand below a table.
 
     Args:
         dtype: name of the model's dtype, such as "bfloat16".
     """
-    if dtype != "float32":
-        return f"Ratio: to all tokens read, uncompressed in {dtype} (16 bits a value)."
-    return f"Ratio: to all tokens read, uncompressed in {dtype} (32 bits a value); to 16 bits it is half."
+    bits, halved = (32, "; against 16 bits it is half as large") if dtype == "float32" else (16, "")
+    return f"Ratio: to all tokens read, uncompressed in {dtype} ({bits} bits a value){halved}."
 
 
 def progress(items: Iterable[Item], what: str, total: int) -> Iterable[Item]:

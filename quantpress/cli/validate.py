@@ -4,10 +4,10 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.table import Table
+from rich.console import Group, RenderableType
 from rich.text import Text
 
-from quantpress.cli.output import Outcome, progress
+from quantpress.cli.output import Outcome, new_table, progress
 
 if TYPE_CHECKING:
     from quantpress.codecs.reports import CodecReport
@@ -59,40 +59,34 @@ class Validated(Outcome):
         ]
         return {"ok": not self.exit_status, "codecs": rows}
 
-    def __rich__(self) -> Table:
-        table = Table(
-            title="Distortion E|x - x^|^2 / |x|^2 of random vectors",
+    def __rich__(self) -> RenderableType:
+        codec = ("head\ndim", "bits", "of")
+        exact = new_table(
+            "Distortion E|x - x^|^2 / |x|^2 of random vectors",
+            (*codec, "measured", "expected", "Lloyd-Max", "Shannon", "bound", ""),
+            words=("of", ""),
             caption="expected: from the codebook and the scale rule. Lloyd-Max: the best scalar code. "
             "Shannon: what no code of as many bits can beat. bound: Theorem 1 of TurboQuant, arXiv "
             "2504.19874, group by group.",
         )
-        names = (
-            "head\ndim",
-            "bits",
-            "of",
-            "true\nbits",
-            "measured",
-            "expected",
-            "Lloyd-Max",
-            "Shannon",
-            "bound",
+        biased = new_table(
+            "Bias of inner products, E<x, x^> / |x|^2 - 1",
+            (*codec, "true\nbits", "measured", "expected"),
+            words=("of",),
         )
-        for name in (*names, "bias", "bias\nexpected", ""):
-            table.add_column(name, justify="left" if name in ("of", "") else "right", no_wrap=True)
         for check in self.checks:
             one = check.report
+            name = (str(one.head_dim), f"{check.bits:g}", check.role)
             figures = (one.distortion, one.expected, one.optimum, one.shannon)
-            table.add_row(
-                str(one.head_dim),
-                f"{check.bits:g}",
-                check.role,
-                f"{one.bits_per_value:.3f}",
+            exact.add_row(
+                *name,
                 *(f"{figure:.3g}" for figure in figures),
                 "" if one.paper_bound is None else f"{one.paper_bound:.3g}",
-                *(f"{figure:+.4f}" for figure in (one.bias, one.expected_bias)),
                 Text("ok", "green") if check.ok else Text("FAILED", "bold red"),
             )
-        return table
+            biases = (f"{bias:+.4f}" for bias in (one.bias, one.expected_bias))
+            biased.add_row(*name, f"{one.bits_per_value:.3f}", *biases)
+        return Group(exact, biased)
 
 
 def validate(

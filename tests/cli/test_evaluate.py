@@ -49,8 +49,8 @@ def evaluate(*arguments):
 
 def test_a_suite_writes_results_tables_and_pictures(tiny, tmp_path):
     own = "Knorm(0.2) | TurboQuant(bits=3)"
-    printed = evaluate("--output", tmp_path, "-m", "m", "--device", "d", "--dtype", "t", "-p", own)
-    assert tiny == [("m", "d", "t")]
+    printed = evaluate("--output", tmp_path, "-m", "m", "--device", "cpu", "--dtype", "float16", "-p", own)
+    assert tiny == [("m", "cpu", "float16")]
     assert printed.strip() == (tmp_path / "report.md").read_text("utf-8").strip()
     for arm in every_arm():
         assert f"| {arm.name} |".replace(") | ", ") \\| ") in printed
@@ -89,17 +89,9 @@ def test_results_of_another_machine_are_reported_on(tiny, tmp_path):
     assert not (tmp_path / "empty").exists()
 
 
-def test_a_press_that_there_is_not_is_named_at_once(tiny, tmp_path):
-    with pytest.raises(InvalidInputError, match="did you mean 'SnapKV'"):
-        command.evaluate(output=tmp_path, press=["SnapKVV(0.5)"])
+def test_a_press_that_is_compared_anyway_is_refused(tiny, tmp_path):
     with pytest.raises(InvalidInputError, match="two arms"):
         command.evaluate(output=tmp_path, press=["SnapKV(0.5)"])
-    assert not tiny
-
-
-def test_a_part_that_there_is_not_is_refused(tiny, tmp_path):
-    with pytest.raises(InvalidInputError, match="'speed'"):
-        command.evaluate(output=tmp_path, part=["speed"])
     assert not tiny
 
 
@@ -112,12 +104,12 @@ def test_missing_matplotlib_is_named_before_anything_is_measured(tiny, tmp_path,
 
 def test_the_command_takes_its_options(tiny, tmp_path):
     options = (
-        f"--suite full --model m --part fidelity -p Knorm --device cuda --dtype float32 --output {tmp_path}"
+        f"--suite full --model m --part fidelity -p Knorm --device cpu --dtype float32 --output {tmp_path}"
     )
     options += " --documents 1 --context 300 --continuation 5 --length 10 --length 20 --task-tokens 30"
     options += " --samples 2 --batch 4 --seed 5 --no-figures --json"
     found = json.loads(evaluate(*options.split()))
-    assert tiny == [("m", "cuda", "float32")]
+    assert tiny == [("m", "cpu", "float32")]
     settings = found["settings"]
     assert (
         settings["seed"] == 5

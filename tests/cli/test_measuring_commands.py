@@ -125,7 +125,7 @@ def test_bench_shows_a_table(model: str) -> None:
         "uncompressed",
         "TurboQuant(4)",
         "tokens/s",
-        "first token",
+        "token",
         "peak",
         "1.00x",
         "medians of 1",
@@ -166,9 +166,12 @@ def test_inspect_says_why_a_layer_is_not_packed(
     assert (found.suggestion is None) == (not any(packed)) == (found.refusal is not None)
 
 
-def test_inspect_of_a_short_text_says_that_nothing_could_be_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_inspect_of_a_short_text_says_that_nothing_could_be_tried(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "short.txt").write_text(text(100), encoding="utf-8")
     monkeypatch.setattr(loading, "load_pipeline", lambda *_: ours())
-    found = inspect.inspect(tokens=100)
+    found = inspect.inspect(file=str(tmp_path / "short.txt"))
     assert (found.candidates, found.suggestion) == ((), "TurboQuant")
     assert "none of the 100 tokens was packed" in str(found.refusal)
 
