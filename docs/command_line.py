@@ -22,6 +22,8 @@ Written by `python docs/build.py` from the commands; a test holds it to them. `q
 
 - `--json` prints one JSON document on the standard output and nothing else there. Warnings, progress bars and
   errors go to the standard error.
+- Arguments are checked before a model is loaded: files, numbers, presses, device and dtype.
+- `quantpress --install-completion` makes the shell complete commands and options.
 - Exit status: 0 done; 1 a bound failed (`validate`); 2 wrong input, a file or model that cannot be used, or a
   press that was refused (`compare`).
 - A press is written as in Python: `SnapKV(0.5)`, `TurboQuant(key_bits=4, value_bits=3)`, several with `|`
@@ -37,9 +39,9 @@ Two environment variables count for every command, and for Python:
 
 What the figures are:
 
-- A ratio compares a cache with the same tokens uncompressed in the model's own dtype. An uncompressed cache
-  has 1.00x on every machine, and 16 or 32 bits a value.
-
+- A ratio compares a cache with all tokens read, uncompressed in the dtype that the model was loaded in. An
+  uncompressed cache has 1.00x on every machine, and 16 or 32 bits a value. Where that dtype is float32, a
+  note says that the ratio to 16 bits is half as large.
 - `memory` counts the model's own layers without loading weights. The bytes of a cache are those that are
   measured once it is there, for every press that keeps as many tokens as its ratio says; "about" marks the
   others. Work space is an estimate: attention, feed-forward, packing or the scores of a press in one layer,

@@ -25,6 +25,8 @@ DEFAULT_PRESSES = (
     "SnapKV(0.5)",
     "SnapKV(0.5) | TurboQuant(bits=4)",
 )
+LEAST_TOKENS = 64  # the hidden number and a sentence or two
+FIGURES = ("agree-\nment", "kept", "bits a\nvalue", "cache\nbytes", "ratio", "read\ns", "answer\ns")
 
 
 @dataclass(frozen=True)
@@ -104,16 +106,7 @@ class Comparison(Outcome):
         seen = next((row.report.tokens_seen for row in self.rows if row.report), 0)
         table = new_table(
             f"{self.model}: {seen:,} tokens, {len(self.questions)} asked",
-            (
-                "cache",
-                "agree-\nment",
-                "kept",
-                "bits a\nvalue",
-                "cache\nbytes",
-                "ratio",
-                "read\ns",
-                "answer\ns",
-            ),
+            ("cache", *FIGURES),
             words=("cache",),
             caption=f"{where}.\nAgreement: the tokens of the answers before the first one that the "
             f"uncompressed cache would not have given. {ratio_note(self.machine['dtype'])}",
@@ -146,7 +139,7 @@ def compare(
     question: Questions = None,
     press: Presses = None,
     model: Model = None,
-    tokens: Annotated[int, typer.Option(help="How much of the novel to read.", min=1)] = 1024,
+    tokens: Annotated[int, typer.Option(help="How much of the novel to read.", min=LEAST_TOKENS)] = 1024,
     max_new_tokens: Annotated[int, typer.Option(help="Most tokens of an answer.", min=1)] = 32,
     device: Device = None,
     dtype: Dtype = None,

@@ -1,6 +1,7 @@
 """`quantpress pack`: read a text once and save the packed context."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -64,6 +65,8 @@ def pack(
     target = f"{file}{SUFFIX}" if output is None else output
     text = read_text(file)
     check_output_file(target)
+    if file != STDIN and Path(target).exists() and Path(target).samefile(file):
+        raise InvalidInputError(f"{target} is the text itself; give --output another name")
     check_loading(model, device, dtype)
     from quantpress.cli.loading import load_pipeline, model_name
     from quantpress.pipelines.contexts.cached_context import check_saved

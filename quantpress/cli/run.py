@@ -84,6 +84,7 @@ def run(
     if cache is not None:
         known = read_file(cache, verify=False)[0].get("model", {})
         model, dtype = model or known.get("name"), dtype or known.get("dtype")
+        check_loading(model, None, dtype)
     pipe = load_pipeline(model, device, dtype)
     asked: dict[str, Any] = {"questions": question or [""], "max_new_tokens": max_new_tokens}
     if cache is not None:

@@ -37,8 +37,10 @@ LIGHT = [
     ("pack -", "--output FILE"),
     ("pack TEXT -o no/folder/x", "no folder no/folder"),
     ("pack TEXT -o FOLDER", "is a folder"),
+    ("pack TEXT -o TEXT", "is the text itself"),
     ("compare nowhere.txt", "nowhere.txt cannot be read"),
     ("compare -m TEXT", "it is a file"),
+    ("compare --tokens 20", "--tokens"),
     ("eval --suite huge", "huge"),
     ("eval --part speed", "speed"),
     ("eval --output TEXT/results", "is a file"),
@@ -153,9 +155,10 @@ def test_files_that_may_not_be_used_are_refused(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(os, "access", lambda *_: False)  # root may do everything
     with pytest.raises(InvalidInputError, match="permissions"):
         check_packed(str(tmp_path / "packed"))
-    for check, path in ((check_output_file, str(tmp_path / "new")), (check_output_folder, tmp_path)):
-        with pytest.raises(InvalidInputError, match="may not write"):
-            check(path)  # type: ignore[operator]
+    with pytest.raises(InvalidInputError, match="may not write"):
+        check_output_file(str(tmp_path / "new"))
+    with pytest.raises(InvalidInputError, match="may not write"):
+        check_output_folder(tmp_path)
 
 
 def test_inspect_wants_as_many_tokens_as_a_setting_needs() -> None:
