@@ -28,7 +28,7 @@ from quantpress.evaluation.tasks.haystack import (
     plant,
     random_needles,
 )
-from quantpress.pipelines.report import Report, format_bytes
+from quantpress.pipelines.report import Report, format_bytes, ratio_note
 from quantpress.pipelines.text_generation import TextGenerationPipeline
 
 ANSWER_TOKENS = 8
@@ -126,12 +126,10 @@ def table(rows: Sequence[Row], dtype: torch.dtype) -> Table:
         dtype: dtype of the model, and so of an uncompressed cache.
     """
     first, name = rows[0], str(dtype).removeprefix("torch.")
-    halved = "; against 16 bits it is half as large" if dtype == torch.float32 else ""
     shown = Table(
         title=f"A number hidden in {first.mean('tokens_seen'):,.0f} tokens of Pride and Prejudice",
         caption="All that a cache keeps counts: codes, scales, and the first and last tokens, which stay in "
-        f"{name} ({8 * dtype.itemsize} bits). Ratio: how many times less memory that is than all tokens "
-        f"read, uncompressed in {name}{halved}.",
+        f"{name} ({8 * dtype.itemsize} bits). {ratio_note(name)}",
         caption_justify="left",
         box=box.SIMPLE_HEAD,
         collapse_padding=True,

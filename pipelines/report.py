@@ -165,3 +165,13 @@ def format_bytes(count: int) -> str:
             break
         size, unit = size / 1024, larger
     return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+
+
+def ratio_note(dtype: str) -> str:
+    """A line to stand below a table: what its ratios are measured against.
+
+    Args:
+        dtype: name of the model's dtype, such as "bfloat16".
+    """
+    bits, halved = (32, "; against 16 bits it is half as large") if dtype == "float32" else (16, "")
+    return f"Ratio: to all tokens read, uncompressed in {dtype} ({bits} bits a value){halved}."

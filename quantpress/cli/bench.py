@@ -16,7 +16,7 @@ from rich.table import Table
 
 from quantpress.cli.arguments import check_loading
 from quantpress.cli.options import Device, Dtype, Model, Presses
-from quantpress.cli.output import Outcome, new_table, one_below_the_other, progress, ratio_note
+from quantpress.cli.output import Outcome, new_table, one_below_the_other, progress
 
 if TYPE_CHECKING:
     from kvpress import BasePress
@@ -86,7 +86,7 @@ class Benchmark(Outcome):
         }
 
     def __rich__(self) -> Table:
-        from quantpress.pipelines.report import format_bytes
+        from quantpress.pipelines.report import format_bytes, ratio_note
 
         machine = ", ".join(f"{name} {value}" for name, value in self.machine.items())
         table = new_table(

@@ -10,7 +10,7 @@ from rich.text import Text
 
 from quantpress.cli.arguments import check_loading, read_text
 from quantpress.cli.options import Device, Dtype, Model, Presses, Questions
-from quantpress.cli.output import Outcome, new_table, one_below_the_other, progress, ratio_note
+from quantpress.cli.output import Outcome, new_table, one_below_the_other, progress
 from quantpress.errors import QuantPressError
 
 if TYPE_CHECKING:
@@ -102,6 +102,8 @@ class Comparison(Outcome):
         return {"model": self.model, "machine": self.machine, "presses": rows}
 
     def __rich__(self) -> RenderableType:
+        from quantpress.pipelines.report import ratio_note
+
         where = ", ".join(f"{name} {value}" for name, value in self.machine.items())
         seen = next((row.report.tokens_seen for row in self.rows if row.report), 0)
         table = new_table(

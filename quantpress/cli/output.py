@@ -111,16 +111,6 @@ def one_below_the_other(press: str) -> str:
     return press.replace(" | ", "\n| ")
 
 
-def ratio_note(dtype: str) -> str:
-    """What ratios and bits are measured against, to stand below a table.
-
-    Args:
-        dtype: name of the model's dtype, such as "bfloat16".
-    """
-    bits, halved = (32, "; against 16 bits it is half as large") if dtype == "float32" else (16, "")
-    return f"Ratio: to all tokens read, uncompressed in {dtype} ({bits} bits a value){halved}."
-
-
 def progress(items: Iterable[Item], what: str, total: int) -> Iterable[Item]:
     """The items, with a progress bar on stderr, which is drawn in a terminal only."""
     return track(items, what, total=total, console=Console(stderr=True), transient=True)

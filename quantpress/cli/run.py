@@ -9,7 +9,7 @@ from rich.text import Text
 
 from quantpress.cli.arguments import check_loading, check_packed, read_text
 from quantpress.cli.options import Device, Dtype, Model, Questions
-from quantpress.cli.output import Outcome, ratio_note
+from quantpress.cli.output import Outcome
 from quantpress.errors import InvalidInputError
 
 if TYPE_CHECKING:
@@ -46,6 +46,8 @@ class Answered(Outcome):
         return {**where, "answers": answers, "report": self.report.as_dict()}
 
     def __rich__(self) -> RenderableType:
+        from quantpress.pipelines.report import ratio_note
+
         shown: list[RenderableType] = []
         for question, answer in zip(self.questions, self.answers, strict=True):
             shown += [Text(question, "bold")] if question else []

@@ -21,7 +21,7 @@ from quantpress.cli.compare import Answer, Compared, Comparison
 from quantpress.cli.demo import Demonstrated
 from quantpress.cli.doctor import Device, Diagnosis
 from quantpress.cli.inspect import Candidate, Inspected, Layer
-from quantpress.cli.output import Outcome, ratio_note
+from quantpress.cli.output import Outcome
 from quantpress.cli.pack import Packed
 from quantpress.cli.run import Answered
 from quantpress.cli.validate import Check, Validated
@@ -31,7 +31,7 @@ from quantpress.evaluation.demo import Row, Trial
 from quantpress.evaluation.key_statistics import KeyStatistics
 from quantpress.evaluation.tasks.haystack import Needle
 from quantpress.pipelines.reading import read_context
-from quantpress.pipelines.report import Report
+from quantpress.pipelines.report import Report, ratio_note
 from tests.pipelines.words import ours
 
 PRESS = (

@@ -46,7 +46,7 @@ def test_the_table_shows_right_and_wrong_answers_and_measured_means(dtype, bits)
     assert "4,000 tokens" in shown
     name = str(dtype).removeprefix("torch.")
     assert f"which stay in {name} ({bits} bits)" in " ".join(shown.split())
-    assert f"than all tokens read, uncompressed in {name}." in " ".join(shown.split())
+    assert f"to all tokens read, uncompressed in {name} ({bits} bits a value)" in " ".join(shown.split())
 
 
 @pytest.mark.parametrize(
