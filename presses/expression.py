@@ -2,11 +2,18 @@
 
 The text has Python's syntax. It is parsed with `ast` and never run: it may contain names of presses,
 arguments that are plain values, presses or lists, and `|`. Nothing else is accepted.
+
+`my_module:MyPress(0.5)` names a press of one's own: the module is imported and `MyPress` is called. So such a
+text can run any code that Python can import; take it from nobody whose code you would not run.
 """
 
 import ast
-from dataclasses import fields
+import inspect
+import re
+import sys
 from functools import lru_cache
+from importlib import import_module, invalidate_caches
+from pathlib import Path
 from typing import Any
 
 import kvpress
@@ -16,6 +23,8 @@ from quantpress import presses
 from quantpress.errors import InvalidInputError, QuantPressError, did_you_mean
 
 MAX_LENGTH = 2000
+_MODULE = re.compile(r"""'[^']*'|"[^"]*"|(?<![\w.])([^\W\d][\w.]*):(?=[^\W\d])""")
+"""Text in quotes, or the module in front of a colon and a name."""
 
 
 def parse_press(text: str) -> BasePress | None:
@@ -24,13 +33,15 @@ def parse_press(text: str) -> BasePress | None:
     Args:
         text: one press, several joined by `|`, or "none". Names are those of `quantpress.presses`, and
             kvpress's own (`SnapKVPress`), whose defaults evict nothing. A name alone means its defaults.
-            `TurboQuant.preset("small")` works too.
+            `TurboQuant.preset("small")` works too. `my_module:MyPress(0.5)` is the class, or a function that
+            makes a press, of a module that can be imported or lies in the current folder.
 
     Returns:
         A press; `Compose` for several; None for "none".
 
     Raises:
-        InvalidInputError: the text is not such an expression, or names an unknown press or argument.
+        InvalidInputError: the text is not such an expression, or names an unknown press or argument, or a
+            module that cannot be imported.
         CompositionError: the presses do not work together.
 
     >>> parse_press("SnapKV(0.3) | TurboQuant(bits=3)")
@@ -44,7 +55,9 @@ def parse_press(text: str) -> BasePress | None:
     if text.strip().lower() == "none":
         return None
     try:
-        tree = ast.parse(text.strip(), mode="eval")
+        # A colon is no operator of Python; @ is one, and binds more tightly than |.
+        source = _MODULE.sub(lambda found: f"{found[1]}@" if found[1] else found[0], text.strip())
+        tree = ast.parse(source, mode="eval")
         made = [_press(node, text) for node in _joined(tree.body)]
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         if isinstance(error, QuantPressError):
@@ -62,11 +75,14 @@ def _joined(node: ast.expr) -> list[ast.expr]:
     return [node]
 
 
-def _press(node: ast.expr, text: str) -> BasePress:
+def _press(node: ast.expr, text: str, module: str = "") -> BasePress:
+    """The press that a term describes; `module` stands in front of the term."""
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.MatMult) and not module:
+        return _press(node.right, text, ast.unparse(node.left))
     if isinstance(node, ast.Name):
-        return _made(_class(node.id, text), [], {}, text)
+        return _made(_maker(node, text, module), [], {}, text)
     if isinstance(node, ast.Call):
-        make = _maker(node.func, text)
+        make = _maker(node.func, text, module)
         if any(keyword.arg is None for keyword in node.keywords):
             raise InvalidInputError(f"** has no meaning in {text!r}; write the arguments out")
         named = {str(keyword.arg): _value(keyword.value, text) for keyword in node.keywords}
@@ -76,10 +92,10 @@ def _press(node: ast.expr, text: str) -> BasePress:
     )
 
 
-def _maker(node: ast.expr, text: str) -> Any:
+def _maker(node: ast.expr, text: str, module: str) -> Any:
     if isinstance(node, ast.Name):
-        return _class(node.id, text)
-    if ast.unparse(node) == "TurboQuant.preset":
+        return _own(module, node.id, text) if module else _class(node.id, text)
+    if ast.unparse(node) == "TurboQuant.preset" and not module:
         return _known()["TurboQuant"].preset
     raise InvalidInputError(f"{ast.unparse(node)!r} in {text!r} is no press; write its name alone")
 
@@ -91,6 +107,8 @@ def _value(node: ast.expr, text: str) -> Any:
         return items if isinstance(node, ast.List) else tuple(items)
     if isinstance(node, ast.BinOp) and isinstance(node.op, ast.BitOr):
         return _known()["Compose"]([_press(one, text) for one in _joined(node)])
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.MatMult):
+        return _press(node, text)
     if isinstance(node, ast.Call) or (isinstance(node, ast.Name) and node.id in _known()):
         return _press(node, text)
     try:
@@ -103,16 +121,67 @@ def _value(node: ast.expr, text: str) -> Any:
 
 def _made(make: Any, values: list[Any], named: dict[str, Any], text: str) -> BasePress:
     try:
-        press: BasePress = make(*values, **named)
+        press = make(*values, **named)
     except QuantPressError:
         raise
     except (TypeError, ValueError, AssertionError) as error:
-        names = [field.name for field in fields(make) if field.init] if isinstance(make, type) else []
-        unknown = next((name for name in named if names and name not in names), None)
-        hint = _nearest(unknown, names) if unknown else f"its arguments are {', '.join(names)}"
-        what = f"has no argument {unknown!r}" if unknown else f"cannot be made so ({error})"
-        raise InvalidInputError(f"{make.__name__} in {text!r} {what}; {hint}") from error
+        raise InvalidInputError(f"{make.__name__} in {text!r} {_why_not_made(make, named, error)}") from error
+    if not isinstance(press, BasePress):
+        raise InvalidInputError(f"{make.__name__} in {text!r} made {press!r}, which is no press of kvpress")
     return press
+
+
+def _why_not_made(make: Any, named: dict[str, Any], error: Exception) -> str:
+    kinds = {name: one.kind for name, one in inspect.signature(make).parameters.items()}
+    names = [name for name, kind in kinds.items() if kind.name not in ("VAR_POSITIONAL", "VAR_KEYWORD")]
+    unknown = next((name for name in named if name not in names), None)
+    if unknown is None or inspect.Parameter.VAR_KEYWORD in kinds.values():
+        return f"cannot be made so ({error}); its arguments are {', '.join(names)}"
+    return f"has no argument {unknown!r}; {_nearest(unknown, names)}"
+
+
+def _own(module: str, name: str, text: str) -> Any:
+    """What a module calls `name`: the class of a press, or a function."""
+    home = _imported(module, text)
+    found = getattr(home, name, None)
+    if found is None:
+        there = [key for key, one in vars(home).items() if _may_make(one) and one.__module__ == home.__name__]
+        hint = _nearest(name, there) if there else "it has no press"
+        raise InvalidInputError(f"the module {module} in {text!r} has no {name!r}; {hint}")
+    if not _may_make(found):
+        raise InvalidInputError(
+            f"{module}:{name} in {text!r} is no press; name a subclass of kvpress.BasePress, or a function "
+            "that makes one"
+        )
+    return found
+
+
+def _may_make(one: Any) -> bool:
+    """Whether it is a press class, or a function written in Python."""
+    is_class = isinstance(one, type)
+    return issubclass(one, BasePress) if is_class else inspect.isfunction(one) or inspect.ismethod(one)
+
+
+def _imported(module: str, text: str) -> Any:
+    """Import a module; where the import system finds none, the current folder may have it."""
+    folder = str(Path.cwd())
+    added = folder not in sys.path
+    if added:
+        sys.path.append(folder)
+    invalidate_caches()  # the file may be newer than the last look at its folder
+    try:
+        return import_module(module)
+    except Exception as error:
+        if isinstance(error, ModuleNotFoundError) and f"{module}.".startswith(f"{error.name}."):
+            raise InvalidInputError(
+                f"there is no module {module!r} for {text!r}; go to the folder of {module.split('.')[0]}.py "
+                f"(this is {folder}), or name that folder in PYTHONPATH"
+            ) from error
+        reason = f"{type(error).__name__}: {error}"
+        raise InvalidInputError(f"the module {module} in {text!r} cannot be imported ({reason})") from error
+    finally:
+        if added:
+            sys.path.remove(folder)
 
 
 def _class(name: str, text: str) -> type[BasePress]:

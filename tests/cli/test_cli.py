@@ -1,6 +1,7 @@
 """The command line itself: help, options, exit status, what goes where."""
 
 import json
+import os
 import shlex
 import subprocess
 import sys
@@ -96,13 +97,18 @@ def test_the_page_of_commands_is_not_stale() -> None:
     assert done.returncode == 0, done.stderr
 
 
-def test_a_process_prints_one_json_document() -> None:
+def test_a_process_prints_one_json_document(tmp_path: Path) -> None:
+    """Also of a press in the current folder, which Python itself does not look for there."""
+    (tmp_path / "own.py").write_text("import kvpress\n\nclass Mine(kvpress.ScorerPress): ...\n")
     shape = "layers=2,kv_heads=2,head_dim=64"
     command = [sys.executable, "-m", "quantpress", "memory", shape, "-c", "1000", "--json"]
-    good = subprocess.run(command, capture_output=True, text=True, timeout=HANG)
+    command += ["-p", "own:Mine(0.5)"]
+    how: dict[str, Any] = {"cwd": tmp_path, "env": {**os.environ, "PYTHONSAFEPATH": "1"}}
+    good = subprocess.run(command, capture_output=True, text=True, timeout=HANG, **how)
     assert good.returncode == 0, good.stderr
     found = json.loads(good.stdout)
-    assert found["presses"][0]["cache"]["total_bytes"] == 2 * 2 * 2 * 64 * 1000 * 2
+    sizes = [press["cache"]["total_bytes"] for press in found["presses"]]
+    assert sizes == [2 * 2 * 2 * 64 * 1000 * 2, 2 * 2 * 2 * 64 * 500 * 2]
 
 
 def test_doctor_names_every_part() -> None:

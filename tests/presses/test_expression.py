@@ -1,5 +1,7 @@
 """Presses written as text: the same objects as in Python, nothing that runs, errors that help."""
 
+import sys
+from pathlib import Path
 from typing import Any
 
 import kvpress
@@ -8,6 +10,23 @@ import pytest
 from quantpress.errors import CompositionError, InvalidInputError
 from quantpress.presses import AdaKV, Compose, KeyRerotation, Knorm, SnapKV, StreamingLLM, TurboQuant
 from quantpress.presses.expression import parse_press
+
+OWN = """
+from kvpress import ScorerPress
+from own_norms import negative
+
+class Mine(ScorerPress):
+    def score(self, module, hidden_states, keys, values, attentions, kwargs):
+        return negative(keys.norm(dim=-1))
+
+def mild(ratio=0.1):
+    return Mine(ratio)
+
+def nothing():
+    return 3
+
+number = 3
+"""
 
 
 @pytest.mark.parametrize(
@@ -95,3 +114,65 @@ def test_anything_else_is_refused_with_a_remedy(text: str, reason: str) -> None:
 def test_presses_must_still_go_together() -> None:
     with pytest.raises(CompositionError, match="quantize last"):
         parse_press("TurboQuant | SnapKV")
+
+
+@pytest.fixture
+def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The current folder, with presses of a user in two modules that nothing else finds."""
+    package = tmp_path / "own_package"
+    package.mkdir()
+    for file in (tmp_path / "own_presses.py", package / "presses.py"):
+        file.write_text(OWN)
+    (tmp_path / "own_norms.py").write_text("def negative(norms):\n    return -norms\n")
+    (tmp_path / "own_broken.py").write_text("1 / 0")
+    (tmp_path / "own_needy.py").write_text("import not_there")
+    monkeypatch.chdir(tmp_path)
+    for name in ("own_presses", "own_norms", "own_package", "own_package.presses", "own_broken", "own_needy"):
+        monkeypatch.setitem(sys.modules, name, sys)  # so that the entry goes when the test ends
+        del sys.modules[name]
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("own_presses:Mine", "Mine(compression_ratio=0.0)"),
+        ("own_presses:Mine(0.5) | TurboQuant(bits=3)", "Compose(Mine(0.5) | TurboQuant(3))"),
+        ("AdaKV(press=own_package.presses:Mine(compression_ratio=0.25))", "Mine(compression_ratio=0.25)"),
+        ("own_presses:mild", "Mine(compression_ratio=0.1)"),
+        ("own_presses:mild(ratio=0.2)", "Mine(compression_ratio=0.2)"),
+        ("kvpress.presses.snapkv_press:SnapKVPress(0.3)", "SnapKVPress(compression_ratio=0.3"),
+    ],
+)
+def test_a_press_of_ones_own_is_named_with_its_module(own_folder: Path, text: str, shown: str) -> None:
+    path = list(sys.path)
+    assert shown in repr(parse_press(text))
+    assert parse_press(text) == parse_press(text) and sys.path == path
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("own_pressses:Mine", "there is no module 'own_pressses' .* go to the folder of own_pressses.py"),
+        ("own_presses.py:Mine", "there is no module 'own_presses.py'"),
+        ("own_presses:Mime", "has no 'Mime'; did you mean 'Mine'"),
+        ("own_norms:norm", "has no 'norm'; there are negative"),
+        ("own_presses:number", "own_presses:number in .* is no press; name a subclass"),
+        ("os:system('true')", "os:system in .* is no press"),
+        ("own_presses:nothing()", "made 3, which is no press"),
+        ("own_presses:Mine(1.5)", "cannot be made so .*; its arguments are compression_ratio"),
+        ("own_presses:mild(ration=1)", "has no argument 'ration'; did you mean 'ratio'"),
+        ("own_broken:Mine", "own_broken in .* cannot be imported .ZeroDivisionError"),
+        ("own_needy:Mine", "own_needy in .* cannot be imported .*not_there"),
+        ("own_presses:Mine.score(1)", "write its name alone"),
+        ("own_presses: Mine", "is no press; write something like"),
+    ],
+)
+def test_a_press_that_is_not_there_is_refused(own_folder: Path, text: str, reason: str) -> None:
+    with pytest.raises(InvalidInputError, match=reason):
+        parse_press(text)
+
+
+def test_a_text_in_quotes_may_have_a_colon() -> None:
+    with pytest.raises(InvalidInputError, match="'own:preset'"):
+        parse_press("TurboQuant.preset('own:preset')")
