@@ -6,9 +6,11 @@ budget allows; for KVzip it is found in each text, because its heads keep differ
 hold the bytes that were then measured.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
+from types import MappingProxyType
 
 import torch
 from kvpress import BasePress
@@ -21,8 +23,12 @@ from quantpress.evaluation.arms import Arm, MakePress
 from quantpress.evaluation.filled_kvzip import filled_kvzip
 from quantpress.kernels.layout import PAGE_TOKENS
 from quantpress.presses import Compose, ExpectedAttention, KeyDiff, Knorm, SnapKV, StreamingLLM, TurboQuant
+from quantpress.presses.traits import members, name_of, traits_of
 
-PRESSES = {
+MakeEvictor = Callable[[float], BasePress]
+"""Makes a fresh press that evicts a given fraction of the tokens."""
+
+PRESSES: dict[str, MakeEvictor] = {
     "StreamingLLM": StreamingLLM,
     "SnapKV": SnapKV,
     "Knorm": Knorm,
@@ -114,25 +120,67 @@ class GridArm(Arm):
     tokens: int
 
 
+def evictor(press: BasePress) -> MakeEvictor:
+    """A press of one's own for the grid: copies of it that evict as much as the budget asks for.
+
+    Args:
+        press: evicts at the prefill; its `compression_ratio` is the fraction of the tokens that it removes.
+
+    Raises:
+        InvalidInputError: the press quantizes, or its ratio cannot be set.
+
+    Example:
+        >>> evictor(SnapKV(window_size=8))(0.25)
+        SnapKV(compression_ratio=0.25, window_size=8, kernel_size=5)
+    """
+    if any(traits_of(one).quantizes for one in members(press)):
+        raise InvalidInputError(
+            f"{press!r} quantizes, which the grid does itself; give the press that evicts"
+        )
+
+    def make(ratio: float) -> BasePress:
+        made = deepcopy(press)
+        made.compression_ratio = ratio
+        return made
+
+    try:
+        settable = hasattr(press, "compression_ratio") and not traits_of(press).ratio_follows
+        if settable:
+            make(0.5)
+    except (AttributeError, AssertionError):
+        settable = False
+    if not settable:
+        raise InvalidInputError(
+            f"{name_of(press)} has no compression_ratio that can be set, so that it cannot fill a budget"
+        )
+    return make
+
+
 def grid_arms(
-    shape: Shape, presses: Sequence[str], widths: Sequence[int], budgets: Sequence[float]
+    shape: Shape,
+    presses: Sequence[str],
+    widths: Sequence[int],
+    budgets: Sequence[float],
+    own: Mapping[str, MakeEvictor] = MappingProxyType({}),
 ) -> list[GridArm]:
     """One arm for each press, width and budget; one for all presses where every token fits.
 
     Args:
         shape: shape of the cache.
-        presses: names from `GRID_PRESSES`.
+        presses: names from `GRID_PRESSES`, or from `own`.
         widths: bits; 16 for no packing.
         budgets: shares of the whole context's bytes, uncompressed.
+        own: presses of one's own by name (`evictor`). Each must keep as many tokens in every head, or its
+            bytes are off the budget, which the report says.
 
     Raises:
-        InvalidInputError: a press is not in `GRID_PRESSES`, or a budget holds no token.
+        InvalidInputError: a press is neither in `GRID_PRESSES` nor in `own`, or a budget holds no token.
     """
-    unknown = [name for name in presses if name not in GRID_PRESSES]
+    evictors = {**PRESSES, **own}
+    unknown = [name for name in presses if name not in (*evictors, HEAD_WISE)]
     if unknown:
-        raise InvalidInputError(
-            f"the grid has no press {unknown[0]!r}; use some of {', '.join(GRID_PRESSES)}"
-        )
+        known = ", ".join({**dict.fromkeys(GRID_PRESSES), **own})
+        raise InvalidInputError(f"the grid has no press {unknown[0]!r}; use some of {known}")
     arms: dict[str, GridArm] = {}
     for budget in budgets:
         for bits in widths:
@@ -141,25 +189,26 @@ def grid_arms(
             for press in (EVERY_TOKEN,) if whole else presses:
                 width = f"{shape.width(bits)} bits"
                 name = f"{press}, {width}" if whole else f"{press}, {tokens} tokens, {width}"
-                make: MakePress = partial(make_press, press, bits, tokens, shape.context)
-                if press == HEAD_WISE:
+                make: MakePress = partial(_press, evictors.get(press), bits, tokens, shape.context)
+                head_wise = press == HEAD_WISE and press not in own
+                if head_wise:
                     name = f"{press} within {budget:g}, {width}"
                     allowed = budget * shape.bytes(shape.context, DENSE_BITS)
                     make = partial(filled_kvzip, allowed, _quantizer(bits, 0))
-                arm = GridArm(name, make, "grid", press, bits, budget, tokens, one_by_one=press == HEAD_WISE)
+                arm = GridArm(name, make, "grid", press, bits, budget, tokens, one_by_one=head_wise)
                 arms.setdefault(name, arm)
     return list(arms.values())
 
 
-def make_press(name: str, bits: int, tokens: int, context: int) -> BasePress | None:
+def _press(make: MakeEvictor | None, bits: int, tokens: int, context: int) -> BasePress | None:
     """The press that leaves `tokens` of `context` tokens in `bits` bits."""
-    evictor = None
-    if tokens < context:  # kvpress keeps int(context * (1 - ratio))
-        evictor = PRESSES[name](1 - (tokens + 0.5) / context)
+    evicting = None
+    if make is not None and tokens < context:  # kvpress keeps int(context * (1 - ratio))
+        evicting = make(1 - (tokens + 0.5) / context)
     quantizer = _quantizer(bits)
-    if evictor is None or quantizer is None:
-        return evictor or quantizer
-    return Compose([evictor, quantizer])
+    if evicting is None or quantizer is None:
+        return evicting or quantizer
+    return Compose([evicting, quantizer])
 
 
 def _quantizer(bits: int, detect_sinks: int = DETECTED_SINKS) -> TurboQuant | None:

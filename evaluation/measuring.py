@@ -7,6 +7,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -14,6 +15,8 @@ import torch
 import transformers
 from transformers import Pipeline
 from transformers.generation.streamers import BaseStreamer
+
+from quantpress.pipelines.default_model import DEFAULT_MODEL_NAME
 
 SAMPLING_S = 0.005
 
@@ -129,3 +132,9 @@ def machine(pipe: Pipeline) -> dict[str, Any]:
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
+
+
+def model_name(pipe: Pipeline) -> str:
+    """The name of a pipeline's model, for a report."""
+    name = str(pipe.model.config.name_or_path)
+    return DEFAULT_MODEL_NAME if Path(name).name == DEFAULT_MODEL_NAME else name

@@ -1,6 +1,6 @@
 """Runs a suite: every arm on every case that has no result yet."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from importlib.metadata import version
@@ -13,7 +13,7 @@ from quantpress.errors import QuantPressError
 from quantpress.evaluation.arms import UNCOMPRESSED, Arm, check_names
 from quantpress.evaluation.divergence.documents import make_documents
 from quantpress.evaluation.divergence.probe import DivergenceProbe
-from quantpress.evaluation.equal_bytes import GridArm, Shape, grid_arms
+from quantpress.evaluation.equal_bytes import GridArm, MakeEvictor, Shape, grid_arms
 from quantpress.evaluation.measuring import machine
 from quantpress.evaluation.results.records import REFUSED, Records
 from quantpress.evaluation.suites import PARTS, Suite
@@ -32,6 +32,7 @@ class Runner:
         records: results so far, to which new ones are added.
         seed: seed of the tasks' texts and numbers.
         text: text that is read and scored; None for the book that the package holds.
+        evictors: presses of one's own that the suite's grid names.
 
     Raises:
         InvalidInputError: two arms have the same name, or none is the uncompressed one.
@@ -46,10 +47,11 @@ class Runner:
         *,
         seed: int = 0,
         text: str | None = None,
+        evictors: Mapping[str, MakeEvictor] | None = None,
     ) -> None:
         check_names(arms)
         self.pipe, self.suite, self.arms, self.records = pipe, suite, list(arms), records
-        self.seed, self.text = seed, text
+        self.seed, self.text, self.evictors = seed, text, evictors or {}
         self.on_gpu = pipe.device.type == "cuda"
 
     def run(self, parts: Sequence[str] = PARTS) -> None:
@@ -77,7 +79,8 @@ class Runner:
         """The same without attention, for the arms of equal bytes."""
         suite = self.suite
         shape = Shape.of(self.pipe.model.config, suite.context, self.pipe.model.dtype)
-        arms = grid_arms(shape, suite.grid_presses, suite.grid_bits, suite.grid_budgets)
+        sizes = (suite.grid_presses, suite.grid_bits, suite.grid_budgets)
+        arms = grid_arms(shape, *sizes, own=self.evictors)
         for slow in (False, True):  # whole rows of the others first, should the run be cut short
             self._score("grid", [arm for arm in arms if arm.one_by_one is slow], 0, advance)
 

@@ -1,9 +1,9 @@
 """`quantpress eval`: a suite on a model, and its files."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -13,11 +13,7 @@ from quantpress.cli.options import Device, Dtype, Model
 from quantpress.cli.output import Outcome
 from quantpress.errors import InvalidInputError
 
-if TYPE_CHECKING:
-    from quantpress.evaluation.arms import Arm
-
 PARTS = ("fidelity", "grid", "tasks")
-REPORT = "report.md"
 
 
 @dataclass(frozen=True)
@@ -84,14 +80,11 @@ def evaluate(
     check_output_folder(folder)
     if not report_only:
         check_loading(model, device, dtype)
-    from quantpress.cli.loading import load_pipeline, model_name
-    from quantpress.evaluation.arms import check_names, every_arm
-    from quantpress.evaluation.results.figures import check_matplotlib, write_figures
-    from quantpress.evaluation.results.markdown import report
-    from quantpress.evaluation.results.records import REFUSED, RESULTS, Records
-    from quantpress.evaluation.results.summary import Findings
-    from quantpress.evaluation.runner import Runner, run_settings
-    from quantpress.evaluation.suites import suite_by_name
+    from quantpress.cli.loading import load_pipeline
+    from quantpress.evaluation.evaluation import Evaluation
+    from quantpress.evaluation.evaluation import evaluate as run
+    from quantpress.evaluation.results.figures import check_matplotlib
+    from quantpress.evaluation.results.records import RESULTS, Records
 
     sizes: dict[str, Any] = {
         "documents": documents,
@@ -102,30 +95,20 @@ def evaluate(
         "samples": samples,
         "batch": batch,
     }
-    sized = replace(suite_by_name(suite), **{name: size for name, size in sizes.items() if size is not None})
-    arms = [*every_arm(), *map(_own_arm, press or ())]
-    check_names(arms)
     if figures:
         check_matplotlib()
     if report_only:
-        records = Records.read(folder / RESULTS)
+        found = Evaluation.of(Records.read(folder / RESULTS))
     else:
-        pipe = load_pipeline(model, device, dtype)
-        records = Records(folder / RESULTS, run_settings(pipe, model_name(pipe), sized, seed))
-        Runner(pipe, sized, arms, records, seed=seed).run(part or PARTS)
-    findings = Findings.of(records)
-    text = report(records, findings)
-    (folder / REPORT).write_text(text, encoding="utf-8")
-    drawn = write_figures(records, findings, folder) if figures else []
-    files = ", ".join(str(path) for path in (records.path, folder / REPORT, *drawn))
+        found = run(
+            press or (),
+            partial(load_pipeline, model, device, dtype),
+            suite=suite,
+            parts=part or PARTS,
+            output=folder,
+            seed=seed,
+            **{name: size for name, size in sizes.items() if size is not None},
+        )
+    files = ", ".join(map(str, (found.records.path, *found.write(folder, figures=figures))))
     Console(stderr=True, soft_wrap=True).print(f"written: {files}", highlight=False)
-    refused = list(records.of(REFUSED))
-    return Evaluated(text, {"settings": records.settings, **findings.as_dict(), "refused": refused})
-
-
-def _own_arm(text: str) -> "Arm":
-    from quantpress.evaluation.arms import Arm
-    from quantpress.presses.expression import parse_press
-
-    parse_press(text)  # what is wrong with it is said before anything is measured
-    return Arm(text, partial(parse_press, text), "yours")
+    return Evaluated(str(found), found.as_dict())

@@ -1,6 +1,5 @@
 """Loads the model that a command is given."""
 
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -8,6 +7,7 @@ import transformers
 
 from quantpress.cli.arguments import AUTO
 from quantpress.errors import InvalidInputError
+from quantpress.evaluation.measuring import model_name as model_name
 from quantpress.pipelines import TASK, register
 from quantpress.pipelines.default_model import (
     DEFAULT_MODEL_NAME,
@@ -69,9 +69,3 @@ def _default_pipeline(dtype: torch.dtype | None) -> TextGenerationPipeline:
         if bars:
             transformers.utils.logging.enable_progress_bar()
     return pipe
-
-
-def model_name(pipe: TextGenerationPipeline) -> str:
-    """The name of a pipeline's model, for a report."""
-    name = str(pipe.model.config.name_or_path)
-    return DEFAULT_MODEL_NAME if Path(name).name == DEFAULT_MODEL_NAME else name

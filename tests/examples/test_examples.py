@@ -6,7 +6,7 @@ import re
 import runpy
 import stat
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -19,10 +19,12 @@ import quantpress.pipelines
 from quantpress.cache.memory_estimate import layer_estimate
 from quantpress.cache.settings import LayerSettings
 from quantpress.codecs.scalar import ScalarPages
+from quantpress.evaluation.results import statistics
+from quantpress.presses.traits import traits_of
 from quantpress.quantization.spec import CodecSpec
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
-NOTEBOOK = EXAMPLES / "tour.ipynb"
+NOTEBOOKS = sorted(EXAMPLES.glob("*.ipynb"))
 SHAPES = {  # layers, KV heads, head_dim
     "meta-llama/Llama-3.1-8B-Instruct": (32, 8, 128),
     "Qwen/Qwen2.5-7B-Instruct-1M": (28, 4, 128),
@@ -87,12 +89,12 @@ def test_every_example_is_tested() -> None:
     here = Path(__file__).read_text(encoding="utf-8")
     tested = {*re.findall(r'(?:run|EXAMPLES / )\(?\s*"(\w+\.py)"', here)}
     assert {path.name for path in EXAMPLES.glob("*.py")} == tested
-    assert list(EXAMPLES.glob("*.ipynb")) == [NOTEBOOK]
+    assert {path.name for path in NOTEBOOKS} == set(re.findall(r'cells_of\("(\w+\.ipynb)"', here))
 
 
 def test_every_example_is_named_in_the_list() -> None:
     listed = (EXAMPLES / "README.md").read_text(encoding="utf-8")
-    names = {path.name for path in (*EXAMPLES.glob("*.py"), NOTEBOOK)}
+    names = {path.name for path in (*EXAMPLES.glob("*.py"), *NOTEBOOKS)}
     assert names == set(re.findall(r"\(([\w.]+\.(?:py|ipynb))\)", listed))
 
 
@@ -217,29 +219,72 @@ def test_comparison(run: Run) -> None:
     assert float(rows[0][2]) == 1 and float(rows[1][2]) > 1.7
 
 
-# The notebook
+# Presses of one's own
 
 
-def test_the_notebook_is_clean() -> None:
-    notebook = json.loads(NOTEBOOK.read_text(encoding="utf-8"))
-    assert notebook["nbformat"] == 4
-    code = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+@pytest.fixture
+def few_resamples(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(statistics, "RESAMPLES", 20)
+
+
+def test_a_press_of_ones_own(run: Run, few_resamples: None, tiny_folder: str) -> None:
+    printed = run("own_press.py", "--model", tiny_folder, "--documents", "1", "--context", "300")
+    bits = dict(re.findall(r"^\| (\S.*?) +\| (\d+\.\d\d) \|", printed, re.M))
+    assert bits["LoudValues(0.5)"] == bits["SnapKV(0.5)"] == "8.00" and bits["uncompressed"] == "16.00"
+    assert len(re.findall(r"LoudValues, \d+ tokens, (?:16|3) bits", printed)) == 2, printed
+
+
+# The notebooks
+
+
+def cells_of(name: str) -> Iterator[tuple[str, str]]:
+    """The name and the source of each cell of code."""
+    notebook = json.loads((EXAMPLES / name).read_text(encoding="utf-8"))
+    for place, cell in enumerate(notebook["cells"]):
+        if cell["cell_type"] == "code":
+            yield f"{name}, cell {place}", "".join(cell["source"])
+
+
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.name)
+def test_notebooks_are_clean(notebook: Path) -> None:
+    found = json.loads(notebook.read_text(encoding="utf-8"))
+    assert found["nbformat"] == 4
+    code = [cell for cell in found["cells"] if cell["cell_type"] == "code"]
     assert all(cell["outputs"] == [] and cell["execution_count"] is None for cell in code)
 
 
 @pytest.mark.slow
-def test_the_notebook_runs(one_model: None, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_tour_runs(one_model: None, capsys: pytest.CaptureFixture[str]) -> None:
     """On half of its text."""
-    cells = json.loads(NOTEBOOK.read_text(encoding="utf-8"))["cells"]
     names: dict[str, Any] = {}
     printed = []
-    for place, cell in enumerate(cells):
-        if cell["cell_type"] == "code":
-            source = "".join(cell["source"]).replace("tokens=640", "tokens=320")
-            exec(compile(source, f"tour.ipynb, cell {place}", "exec"), names)
-            printed.append(capsys.readouterr().out)
+    for cell, source in cells_of("tour.ipynb"):
+        exec(compile(source.replace("tokens=640", "tokens=320"), cell, "exec"), names)
+        printed.append(capsys.readouterr().out)
     _, fact, stacks, memory, later, budget, codec = printed
     assert fact.count("True") >= 2 and "MiB" in stacks and "131,072 tokens" in memory
     assert "same answers: True" in later and "ok" in codec
     plain, cut = (int(count) for count in re.findall(r"(\d+) tokens in", budget))
     assert plain > 250 > 192 + 8 >= cut
+
+
+def test_the_notebook_of_a_press_runs(
+    one_model: None, few_resamples: None, tiny_folder: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On a tiny model and one short document."""
+    names: dict[str, Any] = {"__name__": "own_notebook"}
+    smaller = {
+        'generation"': f'generation", model={tiny_folder!r}',
+        "documents=2": "documents=1",
+        "context=512": "context=300",
+        "continuation=65": "continuation=5",
+    }
+    for cell, source in cells_of("own_press.ipynb"):
+        for theirs, ours in smaller.items():
+            source = source.replace(theirs, ours)
+        exec(compile(source, cell, "exec"), names)
+    printed = capsys.readouterr().out
+    kept, *halves = (int(count) for count in re.findall(r"^ *(\d+) tokens", printed, re.M))
+    assert halves == [kept // 2, kept // 2] and f"right is {names['needle'].number}" in printed
+    assert len(re.findall(r"LoudValues, \d+ tokens, (?:16|4|3) bits", printed)) == 3, printed
+    assert traits_of(names["LoudValues"](n_first=6)).sink_tokens == 6
