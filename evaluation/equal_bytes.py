@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
+from math import isclose
 from types import MappingProxyType
 
 import torch
@@ -133,7 +134,8 @@ def evictor(press: BasePress) -> MakeEvictor:
         >>> evictor(SnapKV(window_size=8))(0.25)
         SnapKV(compression_ratio=0.25, window_size=8, kernel_size=5)
     """
-    if any(traits_of(one).quantizes for one in members(press)):
+    traits = [traits_of(one) for one in members(press)]
+    if any(one.quantizes for one in traits):
         raise InvalidInputError(
             f"{press!r} quantizes, which the grid does itself; give the press that evicts"
         )
@@ -144,12 +146,10 @@ def evictor(press: BasePress) -> MakeEvictor:
         return made
 
     try:
-        settable = hasattr(press, "compression_ratio") and not traits_of(press).ratio_follows
-        if settable:
-            make(0.5)
-    except (AttributeError, AssertionError):
+        settable = hasattr(press, "compression_ratio") and isclose(make(0.5).compression_ratio, 0.5)
+    except (AttributeError, AssertionError, ValueError):
         settable = False
-    if not settable:
+    if not settable or any(one.ratio_follows for one in traits):
         raise InvalidInputError(
             f"{name_of(press)} has no compression_ratio that can be set, so that it cannot fill a budget"
         )

@@ -99,7 +99,8 @@ def evaluate(
 
     Args:
         presses: those to compare: a press, its class, text (`parse_press`), a list of presses, which are
-            composed, or an `Arm`, which has a name. A press is copied for every text that is read.
+            composed, or an `Arm`, which has a name. A press is copied for every text that is read. A class
+            means its defaults, with which kvpress's own presses evict nothing.
         model: a pipeline of ours, or the id or folder of a model; None for the default model. A function that
             returns a pipeline is called once everything else has been checked.
         suite: "quick", "full", or sizes of one's own.

@@ -23,7 +23,8 @@ app = typer.Typer(
     name="quantpress",
     help="Compress the KV cache of a transformer: evict with any press, then pack the rest in 2 to 4 bits.",
     epilog="A press is written as in Python: SnapKV(0.5), TurboQuant(bits=3), or both: "
-    '"SnapKV(0.5) | TurboQuant(bits=3)". Exit status: 0 done, 1 a bound failed, 2 wrong input.',
+    '"SnapKV(0.5) | TurboQuant(bits=3)"; one of your own with its module: "my_module:MyPress(0.5)". Exit '
+    "status: 0 done, 1 a bound failed, 2 wrong input.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )

@@ -12,6 +12,7 @@ from typer.main import get_command
 
 from quantpress import cli
 from quantpress.evaluation.adapters import kvpress_evaluation, lm_eval_model
+from quantpress.evaluation.results import statistics
 from quantpress.presses import TurboQuant
 from quantpress.presses.expression import parse_press
 from tests.docs import commands
@@ -48,6 +49,7 @@ def reader(tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     """A folder as the pages' readers have it: a README.md, a book.txt, a model and its config.json."""
     for module in ("quantpress.cli.loading", "quantpress.pipelines.default_model.lazy"):
         monkeypatch.setattr(f"{module}.ensure_default_model", lambda *_: tiny_folder)
+    monkeypatch.setattr(statistics, "RESAMPLES", 20)
     for name in ("README.md", "book.txt"):
         (tmp_path / name).write_text(text(500), encoding="utf-8")
     for name in ("my-model-folder", "MODEL"):

@@ -19,7 +19,9 @@ import quantpress.pipelines
 from quantpress.cache.memory_estimate import layer_estimate
 from quantpress.cache.settings import LayerSettings
 from quantpress.codecs.scalar import ScalarPages
+from quantpress.evaluation import runner
 from quantpress.evaluation.results import statistics
+from quantpress.evaluation.tasks import haystack
 from quantpress.presses.traits import traits_of
 from quantpress.quantization.spec import CodecSpec
 
@@ -223,11 +225,15 @@ def test_comparison(run: Run) -> None:
 
 
 @pytest.fixture
-def few_resamples(monkeypatch: pytest.MonkeyPatch) -> None:
+def quick_evaluation(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A chapter in place of the book, and rough intervals."""
+    chapter = haystack.book_text()[:20000]
+    for module in (haystack, runner):
+        monkeypatch.setattr(module, "book_text", lambda: chapter)
     monkeypatch.setattr(statistics, "RESAMPLES", 20)
 
 
-def test_a_press_of_ones_own(run: Run, few_resamples: None, tiny_folder: str) -> None:
+def test_a_press_of_ones_own(run: Run, quick_evaluation: None, tiny_folder: str) -> None:
     printed = run("own_press.py", "--model", tiny_folder, "--documents", "1", "--context", "300")
     bits = dict(re.findall(r"^\| (\S.*?) +\| (\d+\.\d\d) \|", printed, re.M))
     assert bits["LoudValues(0.5)"] == bits["SnapKV(0.5)"] == "8.00" and bits["uncompressed"] == "16.00"
@@ -269,12 +275,13 @@ def test_the_tour_runs(one_model: None, capsys: pytest.CaptureFixture[str]) -> N
 
 
 def test_the_notebook_of_a_press_runs(
-    one_model: None, few_resamples: None, tiny_folder: str, capsys: pytest.CaptureFixture[str]
+    quick_evaluation: None, tiny_folder: str, default_tokenizer: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """On a tiny model and one short document."""
-    names: dict[str, Any] = {"__name__": "own_notebook"}
+    model = LlamaForCausalLM.from_pretrained(tiny_folder)
+    names: dict[str, Any] = {"__name__": "own_notebook", "model": model, "tokenizer": default_tokenizer}
     smaller = {
-        'generation"': f'generation", model={tiny_folder!r}',
+        'generation"': 'generation", model=model, tokenizer=tokenizer',
         "documents=2": "documents=1",
         "context=512": "context=300",
         "continuation=65": "continuation=5",
