@@ -1,6 +1,6 @@
 """TurboQuant outside a cache: pack vectors, bring them back, or take inner products with their codes."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from math import prod
 from typing import Any
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from quantpress.codecs.benchmark import CodecBenchmark, benchmark
 from quantpress.codecs.estimate import estimate
 from quantpress.codecs.reports import CodecReport, MemoryReport, codec_report, memory_report
-from quantpress.errors import InvalidInputError
+from quantpress.errors import InvalidInputError, did_you_mean
 from quantpress.kernels.dequantize import decode_pages
 from quantpress.kernels.encode import encode_pages
 from quantpress.kernels.layout import PAGE_TOKENS
@@ -75,6 +75,11 @@ class TurboQuantCodec:
     """
 
     def __init__(self, head_dim: int, bits: float = 4, role: str = "key", **options: Any) -> None:
+        known = [field.name for field in fields(CodecSpec)]
+        unknown = next((name for name in options if name not in known), None)
+        if unknown is not None:
+            hint = did_you_mean(unknown, known) or f"its arguments are {', '.join(known)}"
+            raise InvalidInputError(f"TurboQuantCodec has no argument {unknown!r}; {hint}")
         self.spec = CodecSpec(head_dim, bits, role, **options)
 
     def __repr__(self) -> str:

@@ -110,10 +110,12 @@ def attention_fidelity(
 
     Raises:
         UnsupportedModelError: the model cannot be packed, or its queries cannot be computed.
-        InvalidInputError: `queries` is out of range, the press detects sinks, or the context is so short that
-            nothing was packed.
+        InvalidInputError: `queries` is out of range, the press is no TurboQuant or detects sinks, or the
+            context is so short that nothing was packed.
     """
     press = TurboQuant() if press is None else press
+    if not isinstance(press, TurboQuant):
+        raise InvalidInputError(f"press is {press!r}; give a TurboQuant, whose codes are compared")
     tokens = input_ids.shape[1]
     if not 1 <= queries <= tokens:
         raise InvalidInputError(f"queries is {queries}; the context has {tokens} tokens, give 1 to {tokens}")

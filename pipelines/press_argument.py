@@ -20,7 +20,8 @@ from quantpress.presses.turboquant import TurboQuant
 ENABLED = "_quantpress_enabled"
 """The attribute of a model that holds its `Enabled`."""
 
-PressOrBits: TypeAlias = BasePress | type[BasePress] | UnionType | Sequence[Any] | str | float | None
+AnyPress: TypeAlias = BasePress | type[BasePress] | UnionType | Sequence[Any] | str | None
+PressOrBits: TypeAlias = AnyPress | float
 
 
 def as_press(press: Any) -> BasePress | None:

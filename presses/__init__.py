@@ -6,7 +6,7 @@ presets.py        its settings by name
 demote.py         Demote: fewer bits for tokens that a press would evict
 names.py          kvpress's presses under short names, one class statement each
 finch.py          Finch, whose delimiter a pipeline makes a token
-arguments.py      which arguments a press takes; presses given as classes
+arguments.py      which arguments and values a press takes; presses given as classes
 base.py           the base classes with which names.py declares presses; what all presses of ours have
 traits.py         what a press is: the table of traits, and what is read from it
 rules.py          which presses may stand together, and every reason why not

@@ -1,14 +1,22 @@
-"""What a press may be made of: the names and the number of its arguments, and presses given as classes."""
+"""What a press may be made of: its arguments by name, number and value, and presses given as classes."""
 
 import inspect
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from numbers import Integral, Real
 from types import UnionType
 from typing import Any
 
-from kvpress import BasePress
+from kvpress import BasePress, ScorerPress
 
 from quantpress.errors import InvalidInputError, did_you_mean
 from quantpress.presses.traits import short_repr
+
+_KINDS: dict[Any, tuple[type, str]] = {
+    bool: (bool, "True or False"),
+    float: (Real, "a number"),
+    int: (Integral, "a whole number"),
+}
 
 
 def is_press(press: Any) -> bool:
@@ -48,3 +56,44 @@ def check_arguments(press_class: Any, values: Sequence[Any], named: Mapping[str,
         if all(map(is_press, values)):
             remedy = f"write Compose([{given}])"
         raise InvalidInputError(f"{press_class.__name__}({given}) has {len(values)} arguments; {remedy}")
+
+
+def check_kinds(press: Any) -> None:
+    """Refuse fields of another kind than they are declared with: int, float or bool. None passes.
+
+    Raises:
+        InvalidInputError: names the press, the field and the value.
+    """
+    for field in fields(press):
+        value = getattr(press, field.name) if field.init and field.type in _KINDS else None
+        if value is None:
+            continue
+        kind, words = _KINDS[field.type]
+        if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+            raise InvalidInputError(f"{type(press).__name__}: {field.name} is {value!r}; give {words}")
+
+
+def check_ratio(owner: object, name: str, ratio: object) -> None:
+    """Refuse a fraction to evict that is not a number with 0 <= ratio < 1.
+
+    Raises:
+        InvalidInputError: names the press, the argument and the value.
+    """
+    if isinstance(ratio, bool) or not isinstance(ratio, (int, float)) or not 0 <= ratio < 1:
+        raise InvalidInputError(
+            f"{type(owner).__name__}: {name} is {ratio!r}; give the fraction to evict, 0 <= {name} < 1"
+        )
+
+
+def inner_press(owner: object, press: Any) -> ScorerPress:
+    """The press inside another; a class means its defaults.
+
+    Raises:
+        InvalidInputError: the press does not score tokens.
+    """
+    press = press() if isinstance(press, type) and issubclass(press, ScorerPress) else press
+    if not isinstance(press, ScorerPress):
+        raise InvalidInputError(
+            f"{type(owner).__name__}: press is {press!r}; give one that scores tokens, such as SnapKV(0.5)"
+        )
+    return press

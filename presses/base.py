@@ -20,7 +20,13 @@ from torch import nn
 from transformers.modeling_utils import PreTrainedModel
 
 from quantpress.errors import InvalidInputError
-from quantpress.presses.arguments import check_arguments, is_press
+from quantpress.presses.arguments import (
+    check_arguments,
+    check_kinds,
+    check_ratio,
+    inner_press,
+    is_press,
+)
 from quantpress.presses.guard import named_failure
 from quantpress.presses.models.filling import filled_caches
 from quantpress.presses.models.lock import model_lock
@@ -30,18 +36,6 @@ Press = TypeVar("Press", bound="PressMixin")
 
 DEFAULT_RATIO = 0.5
 """Fraction of the tokens that a press evicts unless told otherwise."""
-
-
-def check_ratio(owner: object, name: str, ratio: object) -> None:
-    """Refuse a fraction to evict that is not a number with 0 <= ratio < 1.
-
-    Raises:
-        InvalidInputError: names the press, the argument and the value.
-    """
-    if isinstance(ratio, bool) or not isinstance(ratio, (int, float)) or not 0 <= ratio < 1:
-        raise InvalidInputError(
-            f"{type(owner).__name__}: {name} is {ratio!r}; give the fraction to evict, 0 <= {name} < 1"
-        )
 
 
 class PressMixin:
@@ -122,6 +116,7 @@ class NamedPress(PressMixin):
             describe(cls if upstream in TRAITS else upstream, **traits)
 
     def __post_init__(self) -> None:
+        check_kinds(self)
         upstream = getattr(super(), "__post_init__", None)
         if upstream is not None:
             upstream()
@@ -204,17 +199,3 @@ class RereadingPress(EvictingPress):
                     "folder and load them from there, or set model.config._name_or_path to it"
                 ) from error
             yield
-
-
-def inner_press(owner: object, press: Any) -> ScorerPress:
-    """The press inside another; a class means its defaults.
-
-    Raises:
-        InvalidInputError: the press does not score tokens.
-    """
-    press = press() if isinstance(press, type) and issubclass(press, ScorerPress) else press
-    if not isinstance(press, ScorerPress):
-        raise InvalidInputError(
-            f"{type(owner).__name__}: press is {press!r}; give one that scores tokens, such as SnapKV(0.5)"
-        )
-    return press

@@ -13,8 +13,8 @@ from torch import nn
 from transformers.modeling_utils import PreTrainedModel
 
 from quantpress.errors import CompositionError, InvalidInputError, QuantPressError
-from quantpress.presses.arguments import one_by_one
-from quantpress.presses.base import PressMixin, check_ratio
+from quantpress.presses.arguments import check_ratio, one_by_one
+from quantpress.presses.base import PressMixin
 from quantpress.presses.guard import guarded
 from quantpress.presses.models.attention import hooked
 from quantpress.presses.models.eligibility import EVICTABLE, check

@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING
 import kvpress
 from kvpress import ScorerPress
 
+from quantpress.presses.arguments import inner_press
 from quantpress.presses.base import (
     EvictingPress,
     NamedPress,
     RereadingPress,
     WrappingPress,
-    inner_press,
 )
 from quantpress.presses.traits import describe
 

@@ -21,6 +21,7 @@ from quantpress.pipelines.contexts.saved_context import (
     load_context,
     save_context,
 )
+from quantpress.pipelines.press_argument import AnyPress, as_press
 from quantpress.presses.models.filling import check_keeps
 from quantpress.presses.traits import decode_time_presses, short_repr, traits_of
 
@@ -161,7 +162,7 @@ class CachedContext:
         cls,
         path: str | os.PathLike[str],
         model: PreTrainedModel,
-        press: BasePress | None = None,
+        press: AnyPress = None,
         verify: bool = True,
     ) -> "CachedContext":
         """Map a saved context into memory.
@@ -172,14 +173,17 @@ class CachedContext:
         Args:
             path: a file that `save` or `quantpress pack` wrote.
             model: the model that read the context.
-            press: refuse a context that this press would have packed differently (widths, seed, ...).
+            press: refuse a context that this press would have packed differently (widths, seed, ...). It is
+                given as to `TextGenerationPipeline`.
             verify: compare every tensor with its SHA-256, which reads the whole file once.
 
         Raises:
             CacheFileError: the file is damaged or cut short, or was made by another version, model, rotation
                 or press; the message says which.
+            InvalidInputError, CompositionError: `press` is no press.
             UnsupportedModelError: a weight of the model was never loaded.
         """
+        wanted = as_press(press)
         known = model_fingerprint(model)
         saved = load_context(path, model, known, verify)
         context = cls(
@@ -191,8 +195,8 @@ class CachedContext:
             description=saved.press,
             masks=saved.masks,
         )
-        if press is not None:
-            check_packed_by(press, model, context.cache, str(path))
+        if wanted is not None:
+            check_packed_by(wanted, model, context.cache, str(path))
         return context
 
 

@@ -69,8 +69,8 @@ def chunked_prefill(model: PreTrainedModel, chunk_tokens: int = DEFAULT_CHUNK_TO
         >>> # with chunked_prefill(model), press(model):
         >>> #     model.model(input_ids=context_ids, past_key_values=cache)
     """
-    if chunk_tokens < 1:
-        raise InvalidInputError(f"chunk_tokens is {chunk_tokens}; give 1 or more tokens a chunk")
+    if not isinstance(chunk_tokens, int) or chunk_tokens < 1:
+        raise InvalidInputError(f"chunk_tokens is {chunk_tokens!r}; give 1 or more tokens a chunk")
     modules = position_wise_modules(model)
     if not modules:
         _warn_whole(

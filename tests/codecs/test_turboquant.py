@@ -390,6 +390,8 @@ def test_refusals_name_what_was_wrong() -> None:
         TurboQuantCodec(66)
     with pytest.raises(InvalidInputError, match="role"):
         TurboQuantCodec(64, role="query")
+    with pytest.raises(InvalidInputError, match="no argument 'bit'; did you mean 'bits'"):
+        TurboQuantCodec(64, bit=3)
 
 
 # Speed

@@ -104,6 +104,7 @@ def test_layers_that_are_not_packed_are_left_out() -> None:
         (300, {"queries": 0}, "queries is 0"),
         (300, {"queries": 301}, "1 to 300"),
         (300, {"press": TurboQuant(detect_sinks=3)}, "detect_sinks=0"),
+        (300, {"press": "TurboQuant"}, "press is 'TurboQuant'; give a TurboQuant"),
     ],
     ids=str,
 )

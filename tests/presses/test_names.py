@@ -1,6 +1,7 @@
 """The short names are kvpress's presses, with defaults that do something and errors that say something."""
 
 import inspect
+from collections.abc import Callable
 from dataclasses import fields, is_dataclass
 
 import kvpress
@@ -72,6 +73,22 @@ def test_wrapping_presses_have_a_scorer_by_default(name: str) -> None:
     assert getattr(presses, name)(press=Knorm).press == Knorm()
     with pytest.raises(InvalidInputError, match="scores tokens"):
         getattr(presses, name)(press=ThinK())
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: SnapKV(0.5, window_size="64"), "SnapKV: window_size is '64'; give a whole number"),
+        (lambda: LUKV(sink=True), "LUKV: sink is True; give a whole number"),
+        (lambda: SnapKV(ratio=0.3), "SnapKV has no argument 'ratio'; did you mean 'compression_ratio'"),
+        (lambda: SnapKV(bits=4), r"SnapKV has no argument 'bits'; .* TurboQuant\(bits="),
+        (lambda: AdaKV(compression_ratio=0.3), r"AdaKV has no argument .* AdaKV\(SnapKV\(compression_ratio"),
+        (lambda: Knorm(0.3, 64), r"Knorm\(0.3, 64\) has 2 arguments; its arguments are compression_ratio"),
+    ],
+)
+def test_wrong_arguments_are_named(make: Callable[[], object], message: str) -> None:
+    with pytest.raises(InvalidInputError, match=message):
+        make()
 
 
 def test_presses_made_of_two_defaults_share_nothing() -> None:

@@ -266,6 +266,9 @@ def test_another_press_is_refused_where_one_is_asked_for(
     saved(file)
     CachedContext.load(file, model, press=TurboQuant(bits=4))
     CachedContext.load(file, model, press=Compose([SnapKV, TurboQuant(bits=4)]))
+    CachedContext.load(file, model, press="SnapKV | TurboQuant(bits=4)")
+    with pytest.raises(InvalidInputError, match="press=4 is no press"):
+        CachedContext.load(file, model, press=4)
     with pytest.raises(CacheFileError, match=reason):
         CachedContext.load(file, model, press=press())
 

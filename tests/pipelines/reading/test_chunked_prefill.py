@@ -205,5 +205,6 @@ def test_an_unknown_structure_runs_whole_and_says_so_once(name, words):
 
 
 def test_a_chunk_has_at_least_one_token():
-    with pytest.raises(InvalidInputError, match="chunk_tokens is 0"), chunked_prefill(tiny_model("llama"), 0):
-        pass
+    for wrong in (0, "4"):
+        with pytest.raises(InvalidInputError, match=f"chunk_tokens is {wrong!r}"):
+            chunked_prefill(tiny_model("llama"), wrong).__enter__()

@@ -234,7 +234,7 @@ def test_eviction_from_a_padded_batch_is_refused(press: Any, attention: str, qua
 @pytest.mark.parametrize("quantized", [False, True])
 def test_a_press_that_reads_again_refuses_a_padded_batch(quantized: bool) -> None:
     model, (ids, mask) = tiny_model("llama"), padded_batch()
-    composed = Compose([KVCompose(0.5), lossless()] if quantized else [KVCompose(0.5)])
+    composed = Compose([KVCompose(), lossless()] if quantized else [KVCompose()])
     with pytest.raises(CompositionError, match="reads again, without its mask, a padded batch"):
         generated(model, composed, ids, mask)
 

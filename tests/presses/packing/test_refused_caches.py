@@ -65,7 +65,7 @@ def test_generate_inside_the_context_of_a_press_that_acts_when_it_ends(quantizer
     model = tiny_model("llama")
     with (
         pytest.raises(CompositionError, match="KVCompose reads the context again and evicts when its `with`"),
-        Compose([KVCompose(0.5), *quantizer])(model),
+        Compose([KVCompose(), *quantizer])(model),
     ):
         model.generate(IDS, max_new_tokens=4, do_sample=False)
     assert "forward" not in vars(model.model)
