@@ -111,6 +111,8 @@ class TurboQuant(PressMixin, BasePress, quantizes=True, keeps_tokens=True):
     boundary_bits: float | tuple[float, float] = UNPACKED_BITS
     scale_dtype: str = "auto"
 
+    warned_of_short_context = False  # no field: presses that differ in it are equal
+
     def __post_init__(self) -> None:
         self._check_kinds()
         for index in (None, *(self.layer_bits or {})):

@@ -19,6 +19,7 @@ class Quantizer(Protocol):
     sink_tokens: int
     detect_sinks: int
     balance_window: int
+    warned_of_short_context: bool
 
     def layer_settings(
         self, module: nn.Module, key_dim: int, value_dim: int, sink_tokens: int

@@ -15,7 +15,7 @@ from quantpress.cache.settings import LayerSettings
 from quantpress.cache.tokens.demotion import Demotion
 from quantpress.errors import InvalidInputError
 from quantpress.kernels.layout import PAGE_TOKENS
-from quantpress.presses.models.attention import hooked, is_sliding
+from quantpress.presses.models.attention import full_attention_modules, hooked, is_sliding
 from quantpress.presses.packing.filled_cache import Quantizer, pack_cache
 from quantpress.presses.packing.head_wise import name_slots, named_slots
 from quantpress.presses.packing.prefill_hook import (
@@ -27,6 +27,7 @@ from quantpress.presses.packing.prefill_hook import (
     prefill_call,
 )
 from quantpress.presses.packing.queries import UnknownAttentionError, query_moment, recomputed_keys
+from quantpress.presses.packing.short_contexts import warn_if_nothing_is_packed
 from quantpress.presses.packing.sinks import slots_with_sinks_first
 from quantpress.presses.packing.token_order import Survivors, survivor_positions
 
@@ -82,6 +83,7 @@ class Packer:
         self._originals: dict[int, States] = {}
         self._positions: dict[int, torch.Tensor | None] = {}
         self._waiting: dict[int, tuple[Cache, int, dict[int, torch.Tensor]]] = {}
+        self._last: nn.Module | None = None
         self._warned = False
 
     @contextmanager
@@ -105,6 +107,7 @@ class Packer:
     @contextmanager
     def packing(self, model: nn.Module) -> Iterator[None]:
         """Enter behind the last evictor."""
+        self._last = next(reversed(full_attention_modules(model)), None)
         with hooked(model, self.pack):
             yield
 
@@ -136,10 +139,15 @@ class Packer:
         call = prefill_call(module, args, kwargs)
         if call is None or is_sliding(module):
             return
+        self._pack(call)
+        if module is self._last and not self.at_exit:
+            warn_if_nothing_is_packed(self.press, call.cache, call.tokens)
+
+    def _pack(self, call: PrefillCall) -> None:
         originals = self._originals.pop(call.layer_idx, None)
         positions = self._positions.pop(call.layer_idx, None)
         keys, values = plain_states(call.cache, call.layer_idx)
-        settings = self.press.layer_settings(module, keys.shape[-1], values.shape[-1], self.sink_tokens)
+        settings = self.press.layer_settings(call.module, keys.shape[-1], values.shape[-1], self.sink_tokens)
         if settings is None:
             return
         with torch.no_grad():
@@ -149,7 +157,7 @@ class Packer:
                 self._wait(call, moment)
                 return
             scores = None if self.demote is None else self.demote.take_scores(call.layer_idx)
-            tokens = Survivors(keys, values, named_slots(module, keys), scores)
+            tokens = Survivors(keys, values, named_slots(call.module, keys), scores)
             if keys.shape[2] < call.tokens:
                 if originals is None:
                     positions = _positions_by_recomputing(call, keys)
@@ -242,6 +250,7 @@ class Packer:
     def _pack_waiting(self, model: nn.Module) -> None:
         for cache, tokens, moments in self._waiting.values():
             pack_cache(self.press, model, cache, moments, tokens, self.sink_tokens, by_head=self.by_head)
+            warn_if_nothing_is_packed(self.press, cache, tokens)
 
 
 def _positions_by_recomputing(call: PrefillCall, keys: torch.Tensor) -> torch.Tensor | None:

@@ -51,7 +51,7 @@ def reader(tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         monkeypatch.setattr(f"{module}.ensure_default_model", lambda *_: tiny_folder)
     monkeypatch.setattr(statistics, "RESAMPLES", 20)
     for name in ("README.md", "book.txt"):
-        (tmp_path / name).write_text(text(500), encoding="utf-8")
+        (tmp_path / name).write_text(text(600), encoding="utf-8")
     for name in ("my-model-folder", "MODEL"):
         (tmp_path / name).symlink_to(tiny_folder)
     (tmp_path / "config.json").symlink_to(tiny_folder / "config.json")

@@ -1,4 +1,4 @@
-"""Contexts of a few tokens: every press reads them, or names itself, their number and the remedy."""
+"""Short contexts: every press reads them or says why not, and a warning says when nothing was packed."""
 
 import re
 from collections.abc import Callable
@@ -9,9 +9,12 @@ import pytest
 import torch
 from transformers import DynamicCache
 
+from quantpress import enable
+from quantpress.codecs.raw import RawPages
 from quantpress.errors import InvalidInputError
 from quantpress.pipelines.reading.read_context import read_context
-from quantpress.presses import TOVA, Cap, Compactor, Compose, SnapKV, TurboQuant
+from quantpress.presses import TOVA, Cap, Compactor, Compose, KVCompose, SnapKV, TurboQuant
+from quantpress.presses.expression import parse_press
 from tests.pipelines.words import ours, text
 from tests.presses.matrix import catalogue, make, model_of, refused
 from tests.presses.reading import read
@@ -35,6 +38,7 @@ def outcome(tokens: int, run: Callable[..., Any], *arguments: Any) -> str:
     return ""
 
 
+@pytest.mark.filterwarnings("ignore:nothing of this context was packed")
 @pytest.mark.parametrize("name", NAMES)
 def test_every_press_of_kvpress(name: str) -> None:
     model, wrong = model_of(name), {}
@@ -78,3 +82,41 @@ def test_errors_of_other_presses_are_their_own() -> None:
     for press in (Failing(0.5), Compose([Failing(0.5)])):
         with pytest.raises(RuntimeError, match="of its own"), torch.no_grad():
             read_context(tiny_model("llama"), prompt(3), DynamicCache(), press)
+
+
+@pytest.mark.parametrize(
+    ("press", "least", "said"),
+    [
+        ("TurboQuant(4)", 260, "259 tokens, .* at 260 .4 sinks, 128 recent.*context or"),
+        ("TurboQuant.preset('small')", 196, "195 tokens, .* at 196 "),
+        (
+            "SnapKV(0.5) | TurboQuant(4, recent_tokens=0)",
+            264,
+            "131 tokens of 263.* evict fewer tokens or",
+        ),
+    ],
+)
+def test_a_context_too_short_to_be_packed_gives_one_warning(press: str, least: int, said: str) -> None:
+    model, used = tiny_model("llama"), parse_press(press)
+    with pytest.warns(UserWarning, match=f"nothing of this context was packed: .*{said}") as given:
+        for _ in range(2):
+            read(model, used, prompt(least - 1))
+    assert len(given) == 1
+    assert read(model, parse_press(press), prompt(least)).layers[0].packed_tokens == 128
+
+
+def test_a_short_prompt_of_an_enabled_model_gives_one_warning() -> None:
+    model = tiny_model("llama")
+    with enable(model, 4), pytest.warns(UserWarning, match="nothing of this context was packed") as given:
+        for tokens in (20, 30):
+            model.generate(prompt(tokens), max_new_tokens=2)
+    assert len(given) == 1
+
+
+def test_a_press_that_evicts_at_its_exit_is_told_too() -> None:
+    with pytest.warns(UserWarning, match="nothing of this context was packed: .* of 40, .* at 260"):
+        read(tiny_model("llama"), KVCompose(0.5) | TurboQuant(4), prompt(40))
+
+
+def test_a_lossless_codec_is_not_warned_of() -> None:
+    read(tiny_model("llama"), TurboQuant(codec=lambda dim, *_: RawPages(dim)), prompt(20))
