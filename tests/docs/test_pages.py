@@ -59,12 +59,14 @@ def reader(tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     return tmp_path
 
 
+@pytest.mark.filterwarnings("error:nothing of this context was packed")
 @pytest.mark.filterwarnings("ignore::UserWarning:transformers")
 @pytest.mark.parametrize("page", [page for page in pages() if page not in OWN_TEST])
 def test_python_blocks_run(page: str, reader: Path) -> None:
     run(blocks(page), shared_names())
 
 
+@pytest.mark.filterwarnings("error:nothing of this context was packed")
 @pytest.mark.parametrize("page", pages())
 def test_commands_are_right(page: str, reader: Path) -> None:
     for block in blocks(page):

@@ -21,6 +21,7 @@ from tests.presses.reading import read
 from tests.tiny_models import prompt, tiny_model
 
 TOKENS = (1, 2, 3, 5)
+UNPACKED_IS_AN_ERROR = pytest.mark.filterwarnings("error:nothing of this context was packed")
 NAMES = [name for name, entry in catalogue.CATALOGUE.items() if entry.kind != catalogue.BASE]
 
 
@@ -38,7 +39,6 @@ def outcome(tokens: int, run: Callable[..., Any], *arguments: Any) -> str:
     return ""
 
 
-@pytest.mark.filterwarnings("ignore:nothing of this context was packed")
 @pytest.mark.parametrize("name", NAMES)
 def test_every_press_of_kvpress(name: str) -> None:
     model, wrong = model_of(name), {}
@@ -84,6 +84,7 @@ def test_errors_of_other_presses_are_their_own() -> None:
             read_context(tiny_model("llama"), prompt(3), DynamicCache(), press)
 
 
+@UNPACKED_IS_AN_ERROR
 @pytest.mark.parametrize(
     ("press", "least", "said"),
     [
@@ -118,5 +119,6 @@ def test_a_press_that_evicts_at_its_exit_is_told_too() -> None:
         read(tiny_model("llama"), KVCompose(0.5) | TurboQuant(4), prompt(40))
 
 
+@UNPACKED_IS_AN_ERROR
 def test_a_lossless_codec_is_not_warned_of() -> None:
     read(tiny_model("llama"), TurboQuant(codec=lambda dim, *_: RawPages(dim)), prompt(20))
