@@ -116,7 +116,7 @@ def test_a_short_prompt_of_an_enabled_model_gives_one_warning() -> None:
 
 def test_a_press_that_evicts_at_its_exit_is_told_too() -> None:
     with pytest.warns(UserWarning, match="nothing of this context was packed: .* of 40, .* at 260"):
-        read(tiny_model("llama"), KVCompose(0.5) | TurboQuant(4), prompt(40))
+        read(tiny_model("llama"), KVCompose(compression_ratio=0.5) | TurboQuant(4), prompt(40))
 
 
 @UNPACKED_IS_AN_ERROR
