@@ -1,8 +1,7 @@
-"""The table of docs/presses.md: which of kvpress's presses go with TurboQuant, and their memory.
+"""Writes docs/presses.md: which of kvpress's presses go with TurboQuant, and their memory.
 
-Memory is measured at one setting: a random Llama in bfloat16 (2 layers, 2 KV heads, head_dim 64), 2048
-tokens, half of them evicted, `TurboQuant(4)` with its 16-bit windows. It is what the cache's tensors take,
-as a share of the whole context in 16 bits.
+`FOOTER` says how the memory is measured. It is what the cache's tensors take, as a share of the whole context
+in 16 bits.
 """
 
 import functools
@@ -37,21 +36,46 @@ TOLERANCE = 2
 
 HEADER = """# Presses
 
-What `Compose([press, TurboQuant])` does with each press that kvpress {version} exports. Written by
-`python docs/build.py`; a test makes every press answer with a codec that loses nothing, and compares with
-kvpress's own pipeline (`tests/presses/test_matrix.py`).
+This page lists every press of kvpress {version}. It says whether `Compose` takes the press in front of
+`TurboQuant`, and how much memory the cache then takes. {stacks} presses stack, {refused} are refused.
 
-{stacks} stack, {refused} are refused when `Compose` is made.
+```python
+from quantpress import Compose, SnapKV, TurboQuant
 
-Memory is that of the cache's tensors after reading {tokens} tokens, as a share of the context in 16 bits: a
-random Llama in bfloat16, {layers} layers, {heads} KV heads, head_dim {dim}, half of the tokens evicted where
-a ratio can be set, `TurboQuant({bits})` with its windows of 4 sinks and at least 128 recent tokens in 16
-bits. Packed without any press, the same context takes {alone}. More than 100 %: slices keep a larger tensor
-alive. "Seen" is the share of (head, token) entries that attention still sees. kvpress keeps in memory what it
-hides head by head; a packed layer does not.
+press = Compose([SnapKV(0.5), TurboQuant(bits=4)])
+```
+
+| column | meaning |
+|---|---|
+| press | the class in kvpress |
+| here | its name in `quantpress` |
+| kind | what it does with the tokens |
+| with TurboQuant | "stacks", or the message with which `Compose` refuses the press |
+| seen | share of (head, token) entries that attention still sees |
+| kvpress alone | memory of the cache under the press alone |
+| with TurboQuant({bits}) | memory of the cache with `TurboQuant({bits})` behind the press |
+
+Memory is a share of the same context in 16 bits. `TurboQuant({bits})` without any press leaves {alone}.
+
+- **Hiding is not freeing.** kvpress keeps in memory what it hides head by head. A packed layer does not.
+- **More than 100 %**: slices keep a larger tensor alive.
+
+## The table
 
 | press | here | kind | with TurboQuant | seen | kvpress alone | with TurboQuant({bits}) |
 |---|---|---|---|---|---|---|
+"""
+
+FOOTER = """
+## How it was measured
+
+`python docs/build.py presses` writes this page. It measures the tensors of a cache after reading {tokens}
+tokens with a random Llama in bfloat16: {layers} layers, {heads} KV heads, head_dim {dim}. Half of the tokens
+are evicted where a ratio can be set. `TurboQuant({bits})` keeps 4 sinks and at least 128 recent tokens in 16
+bits.
+
+A test makes every press answer with a codec that loses nothing, and compares with kvpress's own pipeline
+(`tests/presses/test_matrix.py`).
 """
 
 
@@ -165,18 +189,18 @@ def table() -> str:
         rows = [row(name, press_class) for name, press_class in exported().items()]
         alone = measure(model_of("sdpa", adapted=False), TurboQuant(BITS))
     refused = sum("| refused: " in line for line in rows)
-    header = HEADER.format(
-        version=importlib.metadata.version("kvpress"),
-        stacks=len(rows) - refused,
-        refused=refused,
-        tokens=TOKENS,
-        layers=LAYERS,
-        heads=KV_HEADS,
-        dim=HEAD_DIM,
-        bits=BITS,
-        alone=_percent(alone.bytes),
-    )
-    return header + "\n".join(rows) + "\n"
+    figures = {
+        "version": importlib.metadata.version("kvpress"),
+        "stacks": len(rows) - refused,
+        "refused": refused,
+        "tokens": TOKENS,
+        "layers": LAYERS,
+        "heads": KV_HEADS,
+        "dim": HEAD_DIM,
+        "bits": BITS,
+        "alone": _percent(alone.bytes),
+    }
+    return HEADER.format(**figures) + "\n".join(rows) + "\n" + FOOTER.format(**figures)
 
 
 def differences(old: str, new: str) -> list[str]:
