@@ -1,4 +1,4 @@
-"""Ask about a text of yours over a packed cache.
+"""Ask one question about a text of yours over a packed cache.
 
 Run: python examples/ask_a_text.py notes.txt "Who wrote to whom?" --model some/model --evict 0.3
 """

@@ -1,4 +1,4 @@
-"""The same questions over several caches, side by side: answers, bytes and seconds.
+"""Ask the same questions over several caches and compare answers, bytes and seconds.
 
 Run: python examples/compare_presses.py
      python examples/compare_presses.py "TurboQuant(bits=3)" "KeyDiff(0.7) | TurboQuant" --tokens 4096

@@ -1,11 +1,11 @@
-"""Questions about a document of up to 128K tokens, read once into a packed cache.
+"""Read a document of up to 128K tokens once into a packed cache, and ask questions about it.
 
 Run: python examples/long_document_qa_128k.py book.txt -q "Who wrote it?" --model Qwen/Qwen2.5-7B-Instruct-1M
      python examples/long_document_qa_128k.py --tiny         (default model, a short text, on the CPU)
 
 Without a file it reads Pride and Prejudice. Any chat model that reads 128K tokens will do; needle_128k.py
-says what some of them need. The default model is small: with --tiny, its answers show that the code runs, not
-what a good model knows.
+says how much memory some of them need. The default model is small: its answers with --tiny show that the code
+runs, not what a good model knows.
 """
 
 import argparse

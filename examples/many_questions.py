@@ -1,9 +1,9 @@
-"""One context, many questions: the text is read and packed once, asked about many times, and saved.
+"""Read and pack a text once, ask many questions about it, and save the packed context.
 
 Run: python examples/many_questions.py
      python examples/many_questions.py --model some/model --tokens 8192 --questions 10 --save book.safetensors
 
-A saved context contains the text; only the owner can read the file.
+A saved context contains the text. Only the owner can read the file.
 """
 
 import argparse

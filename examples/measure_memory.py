@@ -1,4 +1,4 @@
-"""The bytes of a cache: measured part by part, then computed for a longer context that was not read.
+"""Measure the bytes of a cache part by part, then compute those of a longer context that was not read.
 
 Run: python examples/measure_memory.py
      python examples/measure_memory.py --model some/model --tokens 8192 --bits 3 --context 131072

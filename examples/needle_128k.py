@@ -1,10 +1,10 @@
-"""Numbers hidden in a book of 128K tokens, asked for over a packed cache: a table of length by depth.
+"""Hide numbers in a book of 128K tokens, ask for them over a packed cache, and print lengths by depths.
 
 Run: python examples/needle_128k.py --model meta-llama/Llama-3.1-8B-Instruct
      python examples/needle_128k.py --tiny            (default model, short contexts, on the CPU)
 
-Any chat model that reads 128K tokens will do. Memory for a context of 130,048 tokens, computed from the
-shapes of the models, in GB (10^9 bytes):
+Any chat model that reads 128K tokens will do. The table says how much memory a context of 130,048 tokens
+takes, in GB (10^9 bytes). It is computed from the shapes of the models:
 
 | model                             | weights | cache, 16 bits | TurboQuant(bits=4) | TurboQuant(bits=3) |
 |-----------------------------------|---------|----------------|--------------------|--------------------|
@@ -13,9 +13,9 @@ shapes of the models, in GB (10^9 bytes):
 | Qwen/Qwen3-4B-Instruct-2507       |     8.0 |          19.18 |               4.97 |               3.78 |
 | meta-llama/Llama-3.2-1B-Instruct  |     2.5 |           4.26 |               1.14 |               0.87 |
 
-`quantpress memory MODEL --context 130048` computes the cache of other models. While it reads, a model needs
-several more tensors of tokens x hidden size (1.07 GB each for the 8B model, in 16 bits). The longest context
-leaves 1,024 of 131,072 positions to the chat form, the question and the answer.
+`quantpress memory MODEL --context 130048` computes the cache of other models. While a model reads, it needs
+several more tensors of tokens x hidden size. Each takes 1.07 GB for the 8B model, in 16 bits. The longest
+context leaves 1,024 of 131,072 positions to the chat form, the question and the answer.
 """
 
 import argparse

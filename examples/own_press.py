@@ -1,9 +1,9 @@
-"""A press of your own, and where it stands among others: as close to the model, and at equal bytes.
+"""Write a press of your own, and compare it with others: in divergence from the model, and at equal bytes.
 
 Run: python examples/own_press.py
      python examples/own_press.py --model some/model --documents 6
 
-Commands take it by the name of its module, in the folder of this file:
+A command takes the press by the name of its module. Run the command in the folder of this file:
 
     quantpress compare book.txt -q "Who is Ada?" -p "own_press:LoudValues(0.5) | TurboQuant(bits=4)"
 """
@@ -36,7 +36,7 @@ class LoudValues(ScorerPress):
         return scores
 
 
-# What a composition has to know of it: how many of the first tokens TurboQuant may take to be there still.
+# `Compose` has to know how many of the first tokens this press always keeps, because TurboQuant relies on it.
 describe(LoudValues, sink_tokens=lambda press: press.n_first)
 
 

@@ -1,6 +1,6 @@
-"""What a serving engine does with paged attention: requests of any length arrive, share a prompt, and end.
+"""Use paged attention as a serving engine does: requests of any length arrive, share a prompt, and end.
 
-Keys and values are random here; an engine takes them from its model, layer by layer.
+Keys and values are random here. An engine takes them from its model, layer by layer.
 
 Run: python examples/paged_attention.py --bits 3
 """

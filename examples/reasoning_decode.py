@@ -1,10 +1,10 @@
-"""A long answer within fixed bytes: old tokens are evicted while the model writes, the rest stays packed.
+"""Write a long answer within fixed bytes: old tokens are evicted meanwhile, and the rest stay packed.
 
 Run: python examples/reasoning_decode.py
      python examples/reasoning_decode.py --model some/model --budget 2048 --interval 256 --new-tokens 16384
 
-Every `interval` tokens the cache is cut back to `budget` tokens. What is kept keeps its codes: nothing is
-quantized twice. The small default model does not reason; with it, watch the bytes.
+Every `interval` tokens the cache is cut back to `budget` tokens. The tokens that stay keep their codes, so
+nothing is quantized twice. The small default model does not reason. With it, watch the bytes.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""Stacks of presses: evict first, then pack what is left. Each line shows one way to write a stack.
+"""Stack presses: first evict, then pack what is left. Each stack below is written in another way.
 
 Run: python examples/stack_presses.py
      python examples/stack_presses.py --model some/model --tokens 8192

@@ -1,4 +1,4 @@
-"""The codec by itself: no model, no cache.
+"""Use the codec by itself, without a model or a cache.
 
 Run: python examples/standalone_codec.py
 """
