@@ -1,6 +1,6 @@
 """Decode attention over packed codes against torch's attention over 16-bit keys and values, in one run.
 
-    python benchmarks/attention.py            the shapes of the README
+    python benchmarks/attention.py            the shapes of the first table of docs/speed.md
     python benchmarks/attention.py --full     every combination of batch, length, head_dim, group and width
     python benchmarks/attention.py --paged    pages read through a table, and heads of different lengths
     python benchmarks/attention.py --full --batch 1 --json out.json    in parts; an interrupted run resumes

@@ -1,18 +1,16 @@
-"""Writes the tables of measurements in the pages, and docs/divergence.png, from the files of docs/results/.
+"""Writes the tables of measurements in the pages, and their pictures, from the files of docs/results/.
 
 A table stands between two comments, `<!-- table: NAME -->` and `<!-- end -->`; `TABLES` says what each name
 writes.
 """
 
 import functools
-import importlib.util
 import re
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import evaluation_tables as evaluation
+import pictures
 from results import DOCS, Row, formatted, results
 
 from quantpress.pipelines.capture.eligibility import RULES
@@ -70,27 +68,30 @@ SETTINGS = {
 }
 FIRST = {
     "cache": "{cache}",
-    "KL, nats": "{kl.value:.4f}{note}",
+    "KL, nats": "{kl:.4f}",
     "same next token": "{percent:.1f} %",
     "bits a value": "{bits_per_value:.2f}",
-    "131072 tokens": "{size}",
-    "attention there": "{speed}",
+    "smaller": "{ratio:.2f}x",
 }
+FIRST_ROWS = {
+    "uncompressed": "uncompressed",
+    "preset balanced": '`TurboQuant.preset("balanced")`, 4 bits',
+    "preset small": '`TurboQuant.preset("small")`, 3 bits',
+    "SnapKV(0.5) | preset small": '`SnapKV(0.5) | TurboQuant.preset("small")`',
+    "as published 3/3": "TurboQuant as published, 3 bits",
+}
+MEMORY = {"cache": "{cache}", "131072 tokens": "{gib:.1f} GiB", "smaller": "{ratio:.1f}x"}
 
 
 def attention(short: bool) -> str:
-    """Decode attention of every shape; `short`: of the README's, long contexts first."""
+    """Decode attention of every shape; `short`: of one, long contexts first."""
     rows, columns = results("attention")["rows"], {**SHAPE, "bf16": "{bf16_us:.1f}", **WIDTHS}
     if not short:
         return formatted(rows, columns)
+    shape = {"batch": 1, "query_heads": 32, "head_dim": 128}
     columns = {header: columns[header] for header in ("tokens", "bf16", *WIDTHS)}
     columns = {header.replace("4/4", "4/4 bits"): cell for header, cell in columns.items()}
-    return formatted(_readme_shape(), columns)
-
-
-def _readme_shape() -> list[Row]:
-    wanted = {"batch": 1, "query_heads": 32, "head_dim": 128}
-    return [row for row in reversed(results("attention")["rows"]) if wanted.items() <= row.items()]
+    return formatted((row for row in reversed(rows) if shape.items() <= row.items()), columns)
 
 
 def generation() -> str:
@@ -121,19 +122,16 @@ def settings() -> str:
 
 
 def first() -> str:
-    """The README's first table: quality, memory and speed."""
-    arms, longest = _arms(), _readme_shape()[0]
-    times = {f"{row['name']}, {row['bits']}": row["at_131072"] for row in results("peers")["rows"]} | longest
-    rows = []
-    for row in results("memory")["rows"]:
-        timed, same = times.get(row["timed_as"]), arms[row["arm"]]["agreement"]
-        speed = f"{timed.us:.0f} us ({timed.ratio:.2f}x)" if timed else ""
-        speed += ", in turbo-attn" if "turbo-attn" in row["timed_as"] else ""
-        size = f"{row['gib']:.1f} GiB" if "gib" in row else ""
-        own = {"note": "", "percent": 100 * same.value, "size": size, "speed": speed}
-        rows.append({**arms[row["arm"]], **row, **own})
-    rows[0] |= {"note": " (rounding)", "speed": f"{longest['bf16_us']:.0f} us"}
-    return formatted(rows, FIRST)
+    """The README's table: one run of one model."""
+    arms = _arms()
+    rows = [{**arms[arm], "cache": cache} for arm, cache in FIRST_ROWS.items()]
+    return formatted(({**row, "percent": 100 * row["agreement"].value} for row in rows), FIRST)
+
+
+def memory() -> str:
+    """Bytes of a long context under several presses."""
+    whole, *_ = rows = results("memory")["rows"]
+    return formatted(({**row, "ratio": whole["gib"] / row["gib"]} for row in rows), MEMORY)
 
 
 def _rows(name: str, columns: dict[str, str], group: str = "rows") -> Callable[[], str]:
@@ -170,6 +168,7 @@ def capture_rules() -> str:
 
 TABLES: dict[str, Callable[[], str]] = {
     "first": first,
+    "memory": memory,
     "attention-short": lambda: attention(short=True),
     "generation": generation,
     "reading": _rows("generation", READING, "reading"),
@@ -201,23 +200,13 @@ def written(page: Path) -> str:
 
 
 def stale() -> list[str]:
-    """Names of pages whose tables are not what would be written."""
-    return [page.name for page in PAGES if page.read_text(encoding="utf-8") != written(page)]
+    """Names of pages and pictures that are not what would be written."""
+    pages = [page.name for page in PAGES if page.read_text(encoding="utf-8") != written(page)]
+    return [*pages, *pictures.stale()]
 
 
 def write() -> None:
-    """Write the tables of every page, and the picture where matplotlib is installed."""
+    """Write the tables of every page, and the pictures where matplotlib is installed."""
     for page in PAGES:
         page.write_text(written(page), encoding="utf-8")
-    if importlib.util.find_spec("matplotlib") is not None:
-        draw()
-
-
-def draw() -> None:
-    """Draw docs/divergence.png, KL against bits a value."""
-    from quantpress.evaluation.results.figures import DPI, divergence_plot
-
-    rows: list[Any] = [SimpleNamespace(**row) for row in _arms().values()]
-    figure = divergence_plot(rows)
-    if figure is not None:
-        figure.savefig(DOCS / "divergence.png", dpi=DPI)
+    pictures.write()

@@ -54,6 +54,30 @@ def test_another_figure_is_noticed(build: ModuleType) -> None:
         build.tables.results.cache_clear()
 
 
+def test_a_picture_of_another_figure_is_noticed(build: ModuleType) -> None:
+    rows = build.tables.results("evaluation_quick")["fidelity"]
+    (preset,) = (row for row in rows if row["arm"] == "preset small")
+    preset["bits_per_value"] += 1
+    try:
+        assert build.tables.pictures.stale() == ["front.png", "divergence.png"]
+    finally:
+        build.tables.results.cache_clear()
+
+
+def test_the_readme_is_one_screen() -> None:
+    """Install comes first, the table and the picture are of one run, and ranges are those of the package."""
+    lines = (DOCS.parent / "README.md").read_text(encoding="utf-8").splitlines()
+    readme, packages = "\n".join(lines), (DOCS.parent / "pyproject.toml").read_text(encoding="utf-8")
+    assert len(lines) <= 100
+    assert any(line.startswith("pip install") for line in lines[:20])
+    assert re.findall(r"<!-- table: (\S+) -->|\]\((\S+\.png)\)", readme) == [
+        ("first", ""),
+        ("", "docs/front.png"),
+    ]
+    ranges = re.findall(r"`(\w+>=\S+)`", readme)
+    assert len(ranges) == 3 and all(f'"{one}"' in packages for one in ranges)
+
+
 def test_every_table_stands_in_one_page(build: ModuleType) -> None:
     names = [
         found["name"]
