@@ -119,11 +119,10 @@ def test_packed_answers_of_generate_are_those_of_the_pipeline(pipe, planted):
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::UserWarning:transformers")
-def test_the_snippet_of_the_readme_runs_as_printed(default_model_path, tmp_path, monkeypatch, capsys):
-    """It reads a README.md: ours, cut to a length that fills pages."""
+def test_the_snippet_of_the_readme_answers_as_printed(default_model_path, capsys):
+    """Where two logits are nearly equal, another machine may say "12" for "twelve"."""
     readme = (Path(__file__).parents[3] / "README.md").read_text(encoding="utf-8")
     snippet = readme.split("```python\n")[1].split("```")[0]
-    (tmp_path / "README.md").write_text(readme[:2000], encoding="utf-8")
-    monkeypatch.chdir(tmp_path)
     exec(compile(snippet, "README.md", "exec"), {})
-    assert "pipeline(" in snippet and capsys.readouterr().out.strip()
+    answers = capsys.readouterr().out.splitlines()
+    assert len(answers) == 2 and all("12 euros" in one.replace("twelve", "12") for one in answers)
