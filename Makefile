@@ -13,8 +13,9 @@ SET := pyproject.toml constraints.txt
 # The folder kernels/ must never be taken for Hugging Face's package of that name: keep this directory off sys.path.
 export PYTHONSAFEPATH := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
+export NO_MKDOCS_2_WARNING := 1
 
-.PHONY: help demo test test-gpu check format clean
+.PHONY: help demo test test-gpu check format docs docs-serve clean
 .DEFAULT_GOAL := help
 
 help:
@@ -23,6 +24,8 @@ help:
 	@echo "make test-gpu  set up, run the tests that need a CUDA device"
 	@echo "make check     format, lint, strict types, then the tests"
 	@echo "make format    rewrite the sources in the project's format"
+	@echo "make docs      build the site strictly into build/site: every link and every docstring of the API is checked"
+	@echo "make docs-serve  the same, shown at http://127.0.0.1:8000 and built again when a page changes"
 	@echo "make clean     remove .venv and everything that was built"
 
 demo: $(VENV)/.ready
@@ -44,6 +47,12 @@ format: $(VENV)/.ready-dev
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix-only --exit-zero .
 
+docs: $(VENV)/.ready-docs
+	$(BIN)/python -m mkdocs build --strict $(ARGS)
+
+docs-serve: $(VENV)/.ready-docs
+	$(BIN)/python -m mkdocs serve $(ARGS)
+
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
@@ -57,9 +66,15 @@ $(VENV)/.ready-test: $(SET)
 	$(call install,.[test])
 	@touch $@ $(VENV)/.ready
 
+$(VENV)/.ready-docs: $(SET)
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "The site needs Python 3.11 or later." \
+		"Name another one: make docs VENV=.venv-docs PYTHON=python3.12" >&2; exit 1; }
+	$(call install,.[docs])
+	@touch $@ $(VENV)/.ready
+
 $(VENV)/.ready-dev: $(SET)
 	$(call install,.[dev])
-	@touch $@ $(VENV)/.ready-test $(VENV)/.ready
+	@touch $@ $(VENV)/.ready-test $(VENV)/.ready-docs $(VENV)/.ready
 
 define install
 @command -v "$(PYTHON)" >/dev/null || { echo "quantpress needs Python 3.10 or later, and there is no '$(PYTHON)' here." \

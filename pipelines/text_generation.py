@@ -42,7 +42,7 @@ class TextGenerationPipeline(KVPressTextGenerationPipeline):
     - a context longer than the model's positions is an error, where kvpress cuts it at the tokenizer's limit;
     - an unknown argument is an error, where kvpress ignores it.
 
-    Args:
+    Keyword Args:
         model, tokenizer, device, ...: as for every transformers pipeline. The default is the default model,
             in the dtype that `QUANTPRESS_DTYPE` names, or else the faster one here.
         press: a press, a press class, a list of them (`Compose`), or text such as
@@ -72,11 +72,11 @@ class TextGenerationPipeline(KVPressTextGenerationPipeline):
             and the answer, but not the context, which no longer exists as ids. Each beam has a copy of the
             cache.
 
-    Returns (of a call):
+    Returns:
         {"answer": str}, or {"answers": [str, ...]} with `questions`; with `report=True` also "report". A list
         of contexts gives a list of these; contexts are read one after the other.
 
-    Raises (of a call):
+    Raises:
         EmptyContextError: the context, or a question with what the chat form adds, has no token.
         ContextTooLongError: the context has more tokens than the model has positions (`position_count`).
         UnsupportedModelError: the model does not keep what it reads in a DynamicCache: a hybrid or

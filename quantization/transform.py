@@ -156,10 +156,10 @@ def key_statistics(
         mean and weight float32, order int16, each [B, Hkv, D] or None where not asked for.
 
     Raises:
-        EmptyContextError: T is 0. NonFiniteError: keys or query_moment hold NaN or infinity.
-        InvalidInputError: `query_moment` has the wrong shape or negative values, `keys` are not [B, Hkv, T,
-        D],
-            or `floor` is out of range.
+        EmptyContextError: T is 0.
+        NonFiniteError: keys or query_moment hold NaN or infinity.
+        InvalidInputError: `query_moment` has the wrong shape or negative values, `keys` are not
+            [B, Hkv, T, D], or `floor` is out of range.
     """
     if not 0 < floor <= 1:
         raise InvalidInputError(f"floor must lie in 0 < floor <= 1, got {floor!r}")

@@ -26,8 +26,8 @@ _SAME = {_aten.detach.default, _aten.alias.default, _aten.lift_fresh.default}
 class PackedStates(torch.Tensor):
     """Keys [B, Hkv, T, D] or values [B, Hkv, T, Dv] of a packed view.
 
-    Args:
-        view: the tokens that it stands for.
+    Attributes:
+        view_of_layer: the view that it was made of.
         side: "keys" or "values".
         kept: [B, Hkv, K] int64, the only tokens of the view that it stands for; None: all of them.
     """

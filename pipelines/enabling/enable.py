@@ -50,13 +50,11 @@ def enable(
 
     Raises:
         InvalidInputError: the model is enabled already, the arguments cannot be used, or the model or the
-            press rules out cuda_graph=True.
+            press rules out cuda_graph=True. Later calls of `generate` raise it for a static or quantized
+            cache, prefill_chunk_size or continuous batching; for assisted decoding from a prompt that an
+            evictor thins out; and for anything that rules out cuda_graph=True.
         CompositionError: the presses do not go together.
         UnsupportedModelError: the model's cache cannot be packed, or `generate` does not make it.
-
-    Raises (in `generate`):
-        InvalidInputError: a static or quantized cache, prefill_chunk_size or continuous batching; assisted
-            decoding from a prompt that an evictor thins out; anything that rules out cuda_graph=True.
 
     Example:
         >>> # enable(model, 4)

@@ -2,7 +2,7 @@
 
 Each command is one function in a file of its own, whose signature declares the options and whose return value
 knows how to show itself (`output.py`). Functions import what they need when they are called, so that
-`quantpress --help` stays quick. docs/command_line.md is written from here.
+`quantpress --help` stays quick. The site's page of commands is written from here.
 
 A new command is a file and a line in `COMMANDS`.
 """

@@ -91,12 +91,6 @@ def test_every_command_is_in_the_table() -> None:
     assert list(get_command(cli.app).commands) == list(cli.COMMANDS)  # type: ignore[attr-defined]
 
 
-def test_the_page_of_commands_is_not_stale() -> None:
-    command = [sys.executable, str(ROOT / "docs" / "command_line.py"), "--check"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=HANG)
-    assert done.returncode == 0, done.stderr
-
-
 def test_a_process_prints_one_json_document(tmp_path: Path) -> None:
     """Also of a press in the current folder, which Python itself does not look for there."""
     (tmp_path / "own.py").write_text("import kvpress\n\nclass Mine(kvpress.ScorerPress): ...\n")

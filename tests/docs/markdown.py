@@ -1,60 +1,30 @@
-"""The code blocks and links of the project's Markdown pages, and how a block is run.
+"""The code blocks of the project's Markdown pages, found and run by Sybil.
 
 A block runs as it is printed, behind the blocks before it on its page, with the names of `shared_names`.
-What a fence says behind its language changes that:
-
-    ```python            runs
-    ```python gpu        runs where there is a CUDA device
-    ```python other      another project's code: it only has to be Python
-    ```python sketch     names or modules that are not there: it only has to be Python
-    ```bash              each command: see `tests/docs/commands.py`
-    ```                  output, or a picture: nothing to run
+docs/README.md says what the words of a fence mean.
 """
 
 import ast
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from markdown_it import MarkdownIt
+from sybil import Document, Example, Region
+from sybil.evaluators.python import PythonEvaluator
+from sybil.parsers.markdown.lexers import RawFencedCodeBlockLexer
+from sybil.region import Lexeme
 from transformers import DynamicCache
 
+from tests.docs import commands
 from tests.pipelines.words import ours, text, word_tokenizer
 from tests.tiny_models import tiny_model
 
 ROOT = Path(__file__).parents[2]
 CONTEXT_TOKENS = 900
-LANGUAGES = frozenset({"", "python", "bash", "console", "pycon"})
+FENCES = RawFencedCodeBlockLexer(re.compile(r"(?P<language>\S*) *(?P<mark>[^\n]*)\n"))
 MARKS = frozenset({"", "gpu", "other", "sketch"})
-
-
-@dataclass(frozen=True)
-class Block:
-    """A fenced block of a page.
-
-    Args:
-        page: its path below the root.
-        section: the heading of second order above it; empty before the first.
-        line: of its first line of code, counted from 1.
-        language: the first word of the fence.
-        mark: the second, if any.
-        code: what it holds.
-    """
-
-    page: str
-    section: str
-    line: int
-    language: str
-    mark: str
-    code: str
-
-    def compiled(self) -> Any:
-        """Code whose tracebacks name the line of the page; 500 new tokens are 50 here."""
-        code = self.code.replace("max_new_tokens=500", "max_new_tokens=50")
-        return compile("\n" * (self.line - 1) + code, self.page, "exec")
 
 
 def pages() -> list[str]:
@@ -64,37 +34,38 @@ def pages() -> list[str]:
     return sorted(names - {"CHANGELOG.md"})
 
 
-def blocks(page: str) -> list[Block]:
-    """The fenced blocks of a page, in order."""
-    found, section = [], ""
-    tokens = _tokens(page)
-    for index, token in enumerate(tokens):
-        if token.type == "heading_open" and token.tag == "h2":
-            section = tokens[index + 1].content
-        if token.type == "fence":
-            language, mark, *_ = [*token.info.split(), "", ""]
-            found.append(Block(page, section, token.map[0] + 2, language, mark, token.content))
+def blocks(path: Path, **names: Any) -> list[Example]:
+    """The fenced blocks of a page, in order; those in Python share `names`, or else `shared_names`."""
+    document = Document.parse(str(path), _parse)
+    found = list(document)
+    if any(fence(block)[0] == "python" for block in found):
+        document.namespace.update(names or shared_names())
     return found
 
 
-def links(page: str) -> Iterator[str]:
-    """Where a page's links and images point."""
-    for token in _tokens(page):
-        for child in token.children or []:
-            target = child.attrGet("href") or child.attrGet("src")
-            if target is not None:
-                yield str(target)
+def fence(block: Example) -> tuple[str, str]:
+    """The language of a block and the mark behind it, either of which may be empty."""
+    return block.region.lexemes["language"], block.region.lexemes["mark"]
 
 
-def anchors(page: str) -> set[str]:
-    """The names that GitHub gives the headings of a page."""
-    tokens = _tokens(page)
-    headings = [tokens[i + 1].content for i, token in enumerate(tokens) if token.type == "heading_open"]
-    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+def run(some: list[Example]) -> list[dict[str, Any]]:
+    """Run blocks one behind the other; the names after each in Python that ran."""
+    after = []
+    for block in some:
+        block.evaluate()
+        if fence(block)[0] == "python" and why_not_run(block) is None:
+            after.append(dict(block.namespace))
+    for names in after[-1:]:
+        assert "forward" not in vars(names["model"]), "the model is left as it was"
+    return after
 
 
-def _tokens(page: str) -> list[Any]:
-    return MarkdownIt("commonmark").enable("table").parse((ROOT / page).read_text(encoding="utf-8"))
+def why_not_run(block: Example) -> str | None:
+    """Why a block in Python cannot be run on this machine; None when it can."""
+    _, mark = fence(block)
+    if mark == "gpu":
+        return None if torch.cuda.is_available() else "needs a CUDA device"
+    return "not meant to be run as it is" if mark else None
 
 
 def shared_names() -> dict[str, Any]:
@@ -119,25 +90,36 @@ def shared_names() -> dict[str, Any]:
     }
 
 
-def why_not_run(block: Block) -> str | None:
-    """Why a python block cannot be run on this machine; None when it can."""
-    if block.mark == "gpu":
-        return None if torch.cuda.is_available() else "needs a CUDA device"
-    if block.mark in ("other", "sketch"):
-        return "not meant to be run as it is"
-    return None
+def _parse(document: Document) -> Iterator[Region]:
+    for region in FENCES(document):
+        code = region.lexemes["source"]
+        shorter = code.replace("max_new_tokens=500", "max_new_tokens=50")
+        region.parsed = Lexeme(shorter, code.offset, code.line_offset)
+        region.evaluator = EVALUATORS.get(region.lexemes["language"], _unknown)
+        yield region
 
 
-def run(some: list[Block], names: dict[str, Any]) -> list[dict[str, Any]]:
-    """Run python blocks one behind the other; the names after each that ran."""
-    after = []
-    for block in some:
-        if block.language != "python":
-            continue
-        ast.parse(block.code)
-        if why_not_run(block) is None:
-            with torch.no_grad():
-                exec(block.compiled(), names)
-            after.append(dict(names))
-    assert "forward" not in vars(names["model"]), "the model is left as it was"
-    return after
+def _python(block: Example) -> None:
+    ast.parse(block.parsed)
+    assert fence(block)[1] in MARKS, f"{block.path}:{block.line}: a fence is marked {sorted(MARKS)}"
+    if why_not_run(block) is None:
+        with torch.no_grad():
+            PythonEvaluator()(block)
+
+
+def _bash(block: Example) -> None:
+    for words in commands.commands(block.parsed):
+        commands.check(words)
+
+
+def _shown(block: Example) -> None:
+    """Output, or a picture."""
+
+
+def _unknown(block: Example) -> None:
+    raise AssertionError(
+        f"{block.path}:{block.line}: write {sorted(filter(None, EVALUATORS))}, or nothing for output"
+    )
+
+
+EVALUATORS = {"python": _python, "bash": _bash, "": _shown, "console": _shown, "pycon": _shown}

@@ -6,12 +6,13 @@ from typing import Any
 
 import pytest
 import torch
+from sybil import Example
 from transformers import TextGenerationPipeline
 
 import quantpress
 from quantpress.cache import PackedLayer
 from tests.docs.markdown import CONTEXT_TOKENS as TOKENS
-from tests.docs.markdown import ROOT, Block, blocks, shared_names
+from tests.docs.markdown import ROOT, blocks, fence, shared_names
 from tests.docs.markdown import run as run_blocks
 from tests.pipelines.words import text
 
@@ -20,9 +21,12 @@ TEXT = (ROOT / PAGE).read_text(encoding="utf-8")
 SECTIONS = dict(section.split("\n", 1) for section in TEXT.split("\n## ")[1:])
 
 
-def blocks_of(section: str) -> list[Block]:
-    """The python blocks of a section, without those that show another project's calls."""
-    return [b for b in blocks(PAGE) if b.section == section and (b.language, b.mark) == ("python", "")]
+def blocks_of(section: str, **names: Any) -> list[Example]:
+    """The blocks of a section that run: not those that show another project's calls."""
+    running = [block for block in blocks(ROOT / PAGE, **names) if fence(block) == ("python", "")]
+    return [
+        b for b in running if b.document.text[: b.start].rpartition("\n## ")[2].startswith(f"{section}\n")
+    ]
 
 
 @pytest.fixture
@@ -33,7 +37,7 @@ def names() -> dict[str, Any]:
 
 def run(section: str, names: dict[str, Any]) -> list[dict[str, Any]]:
     """The names after each block."""
-    return run_blocks(blocks_of(section), names)
+    return run_blocks(blocks_of(section, **names))
 
 
 def packed(cache: Any) -> bool:
@@ -47,7 +51,7 @@ def relative(exact: torch.Tensor, got: torch.Tensor) -> float:
 def test_every_section_is_tested() -> None:
     tested = {"tqai", "aither-kvcache", "turboquant-pytorch", "ComfyUI's TurboQuantPatch", "kvpress"}
     assert set(SECTIONS) == tested | {"The OnlyTerp reference, `turboquant`", "vLLM's turboquant"}
-    assert sum(len(blocks_of(section)) for section in SECTIONS) == 13
+    assert sum(len(blocks_of(section, model=None)) for section in SECTIONS) == 13
 
 
 def test_tqai(names: dict[str, Any]) -> None:
