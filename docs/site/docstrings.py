@@ -2,12 +2,11 @@
 
 import inspect
 import re
-from dataclasses import fields
+from dataclasses import MISSING, fields, is_dataclass
 from importlib import import_module
 from typing import Any
 
 import griffe
-from kvpress import BasePress
 
 SESSION = re.compile(r"^( *)>>> .*(?:\n *\S.*)*", re.MULTILINE)
 PROMPTED = re.compile(r"^( *)(?:>>>|\.\.\.) # ?", re.MULTILINE)
@@ -26,7 +25,7 @@ class Extension(griffe.Extension):
         """Give a press without `__init__` the arguments that its base class makes when it runs."""
         if cls.path.startswith("quantpress.presses.") and cls.docstring and not cls.decorators:
             found = getattr(import_module(cls.module.path), cls.name)
-            if issubclass(found, BasePress) and "__init__" not in cls.members:
+            if is_dataclass(found) and "__init__" not in cls.members:
                 cls.set_member("__init__", griffe.Function("__init__", parameters=_parameters(found)))
 
 
@@ -56,9 +55,8 @@ def _parameters(press: type) -> griffe.Parameters:
 
 
 def _default(value: Any, factory: Any) -> str | None:
-    if inspect.isclass(factory):
-        return f"{factory.__name__}()"
+    if factory not in (None, MISSING):
+        return repr(factory())
     if value is inspect.Parameter.empty:
         return None
-    text = getattr(value, "__name__", None) or repr(value)
-    return "..." if "<" in text else text  # a value without a literal form
+    return getattr(value, "__name__", None) or repr(value)

@@ -4,6 +4,7 @@ import html
 import inspect
 import os
 import re
+import runpy
 from collections.abc import Iterator
 from importlib import import_module
 from types import ModuleType
@@ -61,3 +62,10 @@ def test_every_public_name_is_described_once(site: Any) -> None:
     for home, name in re.findall(r"^::: (.*)\.(\w+)$", found, re.MULTILINE):
         one = getattr(import_module(home), name)
         assert not callable(one) or not hasattr(one, "__module__") or inspect.getdoc(one), name
+
+
+def test_examples_are_blocks_of_code() -> None:
+    examples = runpy.run_path(str(ROOT / "docs" / "site" / "docstrings.py"))["examples"]
+    said = "Says.\n\nExample:\n    >>> # with f(1):\n    >>> #     g()\n\n>>> 1 + 1\n2\n\nMore."
+    shown = "Says.\n\nExamples:\n    ```python\n    with f(1):\n        g()\n    ```\n\n"
+    assert examples(said) == shown + "```pycon\n>>> 1 + 1\n2\n```\n\nMore."
