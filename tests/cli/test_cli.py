@@ -81,7 +81,7 @@ def test_an_error_of_ours_is_one_line_on_stderr(
 def test_every_example_is_in_the_help_and_can_be_parsed(example: str) -> None:
     program, name, *arguments = shlex.split(example)
     command = get_command(cli.app).commands[name]  # type: ignore[attr-defined]
-    assert program == "quantpress"
+    assert program == "quantpress" and command.help
     assert command.make_context(name, list(arguments)).info_name == name  # what it cannot parse raises
     shown = " ".join(invoke(name, "--help").stdout.split())
     assert f"Example: {example}" in shown
