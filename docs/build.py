@@ -4,7 +4,7 @@
     python docs/build.py tables     writes one part: tables or presses
     python docs/build.py --check    fails when what is committed is not what would be written
 
-tables      tables of measurements, and docs/divergence.png, from docs/results/
+tables      tables of measurements, and the pictures, from docs/results/
 presses     docs/presses.md, from measurements of every press: takes minutes
 """
 
