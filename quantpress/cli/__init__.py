@@ -1,8 +1,9 @@
 """The command line: `quantpress COMMAND`, or `python -m quantpress COMMAND`.
 
 Each command is one function in a file of its own, whose signature declares the options and whose return value
-knows how to show itself (`output.py`). Functions import what they need when they are called, so that
-`quantpress --help` stays quick. The site's page of commands is written from here.
+knows how to show itself (`output.py`); `serve` and `version` return nothing and print. Functions import what
+they need when they are called, so that `quantpress --help` stays quick. The site's page of commands is
+written from here.
 
 A new command is a file and a line in `COMMANDS`.
 """
@@ -14,7 +15,7 @@ from typing import Annotated, Any
 import typer
 
 import quantpress
-from quantpress.cli import bench, compare, demo, doctor, evaluate, inspect, memory, pack, run, validate
+from quantpress.cli import bench, compare, demo, doctor, evaluate, inspect, memory, pack, run, serve, validate
 from quantpress.cli.output import with_json
 
 EXIT_WRONG_INPUT = 2
@@ -58,6 +59,7 @@ COMMANDS: dict[str, tuple[Callable[..., Any], str]] = {
         'quantpress run book.txt -q "Who is Ada?" -q "Where?" -p "SnapKV(0.5) | TurboQuant(bits=3)"',
     ),
     "pack": (pack.pack, 'quantpress pack book.txt -o book.safetensors -p "TurboQuant(bits=3)"'),
+    "serve": (serve.serve, "quantpress serve my-model-folder -p \"TurboQuant.preset('balanced')\""),
     "compare": (
         compare.compare,
         'quantpress compare book.txt -q "Who is Ada?" -p "SnapKV(0.5)" -p "TurboQuant(bits=3)"',
@@ -74,7 +76,8 @@ COMMANDS: dict[str, tuple[Callable[..., Any], str]] = {
     "version": (version, "quantpress version"),
 }
 for _name, (_work, _example) in COMMANDS.items():
-    app.command(_name, epilog=f"Example: {_example}")(_work if _work is version else with_json(_work))
+    _command = _work if _work in (version, serve.serve) else with_json(_work)
+    app.command(_name, epilog=f"Example: {_example}")(_command)
 
 
 def main() -> None:

@@ -14,8 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
-from quantpress.cli.arguments import check_loading
-from quantpress.cli.options import Device, Dtype, Model, Presses
+from quantpress.cli.arguments import Device, Dtype, Model, Presses, check_loading
 from quantpress.cli.output import Outcome, new_table, one_below_the_other, progress
 
 if TYPE_CHECKING:

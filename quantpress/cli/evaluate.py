@@ -8,8 +8,7 @@ from typing import Annotated, Any, Literal
 import typer
 from rich.console import Console
 
-from quantpress.cli.arguments import check_loading, check_output_folder
-from quantpress.cli.options import Device, Dtype, Model
+from quantpress.cli.arguments import Device, Dtype, Model, check_loading, check_output_folder
 from quantpress.cli.output import Outcome
 from quantpress.errors import InvalidInputError
 

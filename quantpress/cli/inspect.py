@@ -9,8 +9,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from quantpress.cli.arguments import check_loading, read_text
-from quantpress.cli.options import Device, Dtype
+from quantpress.cli.arguments import Device, Dtype, check_loading, read_text
 from quantpress.cli.output import Outcome, new_table, one_below_the_other, progress
 from quantpress.errors import InvalidInputError, QuantPressError
 

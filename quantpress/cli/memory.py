@@ -11,7 +11,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from quantpress.cli.options import Presses, byte_count
+from quantpress.cli.arguments import Presses, byte_count
 from quantpress.cli.output import Outcome
 
 if TYPE_CHECKING:

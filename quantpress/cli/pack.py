@@ -7,8 +7,16 @@ from typing import Annotated
 import typer
 from rich.text import Text
 
-from quantpress.cli.arguments import STDIN, check_loading, check_output_file, read_text
-from quantpress.cli.options import Device, Dtype, Model, Press
+from quantpress.cli.arguments import (
+    STDIN,
+    Device,
+    Dtype,
+    Model,
+    Press,
+    check_loading,
+    check_output_file,
+    read_text,
+)
 from quantpress.cli.output import Outcome
 from quantpress.errors import InvalidInputError
 

@@ -7,8 +7,7 @@ import typer
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from quantpress.cli.arguments import check_loading, check_packed, read_text
-from quantpress.cli.options import Device, Dtype, Model, Questions
+from quantpress.cli.arguments import Device, Dtype, Model, Questions, check_loading, check_packed, read_text
 from quantpress.cli.output import Outcome
 from quantpress.errors import InvalidInputError
 

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from quantpress import cli
 from quantpress.cli import memory
-from quantpress.cli.options import byte_count
+from quantpress.cli.arguments import byte_count
 from quantpress.errors import InvalidInputError
 from quantpress.evaluation.sizing.model_outline import EXAMPLE_SHAPE
 from quantpress.pipelines.report import format_bytes

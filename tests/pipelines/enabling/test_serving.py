@@ -1,16 +1,23 @@
-"""An enabled model behind `transformers serve`: what its server does with a model and a cache."""
+"""An enabled model behind transformers' server, over HTTP, and as the server up to 5.5 calls it."""
 
 import socket
 import threading
-from pathlib import Path
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from copy import deepcopy
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from transformers import GenerationConfig, TextIteratorStreamer
+from transformers.utils import logging
 
 from quantpress.cache import PackedLayer
+from quantpress.errors import InvalidInputError
 from quantpress.pipelines.enabling.enable import enable
+from quantpress.pipelines.enabling.serving import Answer, ModelServer
 from quantpress.presses import Compose, SnapKV, TurboQuant
+from tests.docs.markdown import blocks
 from tests.limits import HANG
 from tests.pipelines.words import text, word_tokenizer
 from tests.presses.reading import lossless
@@ -70,81 +77,103 @@ def test_a_conversation_with_the_calls_of_the_server() -> None:
     assert kept + 140 < evicted.cache.get_seq_length() == plain.cache.get_seq_length()
 
 
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_the_server_itself(tmp_path: Path) -> None:
-    """Over HTTP, on loopback: a conversation of two turns, with and without compression."""
+@pytest.fixture(scope="module")
+def served() -> Iterator[SimpleNamespace]:
+    """A server over a model that no other test has, a client of it, and the answers that it noted."""
     for needed in ("fastapi", "openai", "uvicorn"):
         pytest.importorskip(needed)
-    import httpx
-    from transformers.cli.serve import Serve
+    import openai
 
-    model, tokenizer = tiny_model("llama"), word_tokenizer(chat=True)
-    model.save_pretrained(tmp_path)
-    tokenizer.save_pretrained(tmp_path)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    server = Serve(
-        device="cpu",
-        host="127.0.0.1",
-        port=port,
-        force_model=str(tmp_path),
-        non_blocking=True,
-        log_level="error",
+    verbosity = logging.get_verbosity()
+    model, notes = tiny_model("llama", seed=1), list[Answer]()
+    plain = deepcopy(model)
+    own = ModelServer(model, word_tokenizer(chat=True), "tiny", notes.append)
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        thread = threading.Thread(target=own.server.run, kwargs={"sockets": [listening]})
+        thread.start()
+        url = f"http://127.0.0.1:{listening.getsockname()[1]}/v1"
+        with openai.OpenAI(base_url=url, api_key="none", max_retries=0, timeout=HANG) as client:
+            yield SimpleNamespace(model=model, plain=plain, client=client, notes=notes, url=url)
+        own.server.should_exit = True
+        thread.join()
+    own.close()
+    logging.set_verbosity(verbosity)
+
+
+def ask(served: SimpleNamespace, content: str, **options: Any) -> Any:
+    messages = [{"role": "user", "content": content}]
+    return served.client.chat.completions.create(
+        **{"model": "tiny", "messages": messages, "max_tokens": 6, **options}
     )
-    try:
-        served, _ = server.load_model_and_processor(server.process_model_name(str(tmp_path)))
-        url = f"http://127.0.0.1:{port}"
-        _wait_for(httpx, url)
-
-        def ask(messages: list[dict[str, str]]) -> str:
-            config = GenerationConfig(max_new_tokens=6, do_sample=False, pad_token_id=0).to_json_string()
-            body = {"model": str(tmp_path), "messages": messages, "stream": True, "generation_config": config}
-            chunks = []
-            with httpx.stream("POST", f"{url}/v1/chat/completions", json=body, timeout=HANG) as reply:
-                assert reply.status_code == 200
-                for line in reply.iter_lines():
-                    chunks.append(line)
-            return "".join(chunks)
-
-        answers = []
-        for press in (None, lossless(), Compose([SNAP, TurboQuant(4)])):
-            first = [{"role": "user", "content": text(300)}]
-            second = [
-                *first,
-                {"role": "assistant", "content": "w1"},
-                {"role": "user", "content": text(20, seed=1)},
-            ]
-            if press is None:
-                answers.append([_content(ask(first)), _content(ask(second))])
-                continue
-            with enable(served, press):
-                answers.append([_content(ask(first)), _content(ask(second))])
-                layers = server.last_kv_cache.layers
-                assert all(isinstance(layer, PackedLayer) for layer in layers)
-        assert answers[1] == answers[0]
-        assert answers[2][0].split()[:1] == answers[0][0].split()[:1] and answers[2] != answers[0]
-    finally:
-        server.kill_server()
-        server.last_kv_cache = None  # its thread holds on to the server
 
 
-def _wait_for(httpx: Any, url: str) -> None:
-    for _ in range(20 * HANG):
-        try:
-            if httpx.get(f"{url}/health", timeout=HANG).status_code == 200:
-                return
-        except httpx.TransportError:
-            threading.Event().wait(0.05)
-    pytest.fail(f"no server at {url}")
+def said(served: SimpleNamespace, content: str, **options: Any) -> str:
+    return str(ask(served, content, **options).choices[0].message.content)
 
 
-def _content(stream: str) -> str:
-    import json
+def generated(model: Any, content: str) -> str:
+    """What `model.generate` says to the same ids."""
+    tokenizer = word_tokenizer(chat=True)
+    messages = [{"role": "user", "content": content}]
+    inputs = tokenizer.apply_chat_template(
+        messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
+    ids = model.generate(**inputs, max_new_tokens=6, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+    return str(tokenizer.decode(ids, skip_special_tokens=True))
 
-    words = []
-    for part in stream.split("data: ")[1:]:
-        delta = json.loads(part)["choices"][0]["delta"] if part.startswith("{") else {}
-        words.append(delta.get("content") or "")
-    return "".join(words)
+
+PRESSES = [TurboQuant.preset("balanced"), Compose([SNAP, TurboQuant(2, sink_tokens=4, recent_tokens=16)])]
+
+
+@pytest.mark.parametrize("press", PRESSES, ids=["every token", "evicted"])
+def test_every_request_is_answered_as_generate_does_from_a_packed_cache(
+    served: SimpleNamespace, press: Any
+) -> None:
+    texts = [text(300, seed=seed) for seed in (1, 2)]
+    served.notes.clear()
+    with enable(served.model, press), ThreadPoolExecutor(2) as pool:
+        at_once = list(pool.map(lambda one: said(served, one), texts))
+        streamed = "".join(part.choices[0].delta.content or "" for part in ask(served, texts[0], stream=True))
+    assert len(served.notes) == 3
+    for note in served.notes:
+        assert (note.prompt_tokens, note.new_tokens) == (303, 6)
+        assert all(layer.packed_tokens >= 128 for layer in note.memory.layers)
+    with enable(served.plain, press):
+        expected = [generated(served.plain, one) for one in texts]
+    assert at_once == expected and expected[0] != expected[1]
+    assert streamed == expected[0]
+
+
+WRONG: list[tuple[dict[str, Any], str]] = [
+    ({"max_tokens": 0}, "400 - ValueError"),
+    ({"messages": []}, "Error code: 400"),
+    ({"extra_body": {"nonsense": 1}}, "422"),
+    ({"messages": [{"role": "user", "content": "w1 " * 5000}]}, "the prompt has 5003 tokens"),
+    ({"stream": True, "max_tokens": 0}, "greater than 0|during streaming"),
+]
+
+
+def test_a_wrong_request_is_an_error_and_the_server_lives_on(served: SimpleNamespace) -> None:
+    from openai import APIError
+
+    with enable(served.model, 4):
+        before = said(served, "w1 w2")
+        for options, reason in WRONG:
+            with pytest.raises(APIError, match=reason):
+                list(ask(served, "w1 w2", **options))
+        assert said(served, "w1 w2") == before
+    assert [one.id for one in served.client.models.list()] == ["tiny"]
+
+
+def test_the_example_of_the_page_runs(served: SimpleNamespace, capsys: pytest.CaptureFixture[str]) -> None:
+    (example,) = (one for one in blocks("docs/serving.md") if "import OpenAI" in one.code)
+    with enable(served.model, 4):
+        exec(example.code.replace("http://127.0.0.1:8000/v1", served.url), {})
+    assert capsys.readouterr().out.strip()
+
+
+def test_a_server_that_is_built_differently_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    serve = pytest.importorskip("transformers.cli.serve")
+    monkeypatch.setattr(serve, "Serve", type("Serve", (), {"__init__": lambda self, **_: None}))
+    with pytest.raises(InvalidInputError, match="is built differently"):
+        ModelServer(tiny_model("llama"), word_tokenizer(chat=True), "tiny", print)

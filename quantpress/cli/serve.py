@@ -1,0 +1,119 @@
+"""`quantpress serve`: a model behind transformers' own server, with the cache of every request compressed."""
+
+import socket
+from contextlib import closing, suppress
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from quantpress.cli.arguments import Device, Dtype, Press, check_loading
+from quantpress.errors import InvalidInputError, QuantPressError
+
+if TYPE_CHECKING:
+    from quantpress.pipelines.enabling.serving import Answer
+    from quantpress.pipelines.text_generation import TextGenerationPipeline
+
+NEEDED = ("fastapi", "openai", "pydantic", "uvicorn")
+
+
+def serve(
+    model: Annotated[
+        str | None, typer.Argument(help="Id or folder of a model that chats; left out, the default model.")
+    ] = None,
+    press: Press = "TurboQuant.preset('balanced')",
+    host: Annotated[str, typer.Option(help="Address to listen at; there is no password.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port; 0 for any that is free.", min=0, max=65535)] = 8000,
+    device: Device = None,
+    dtype: Dtype = None,
+) -> None:
+    """Serve a model over OpenAI's API and compress the cache of every request. Ctrl-C ends it."""
+    missing = [name for name in NEEDED if find_spec(name) is None]
+    if missing:
+        raise InvalidInputError(f"`quantpress serve` needs more packages: pip install {' '.join(missing)}")
+    check_loading(model, device, dtype)
+    with closing(bound(host, port)) as listening:
+        from quantpress.cli.loading import load_pipeline, model_name
+        from quantpress.pipelines.enabling.enable import enable
+        from quantpress.pipelines.enabling.serving import ModelServer
+        from quantpress.pipelines.press_argument import as_press, hand_tokenizer
+
+        made = as_press(press)
+        if made is None:
+            raise InvalidInputError(f"press {press!r} compresses nothing: `transformers serve` does as much")
+        pipe = load_pipeline(model, device, dtype)
+        hand_tokenizer(made, pipe.model, pipe.tokenizer)
+        with (
+            enable(pipe.model, made),
+            closing(ModelServer(pipe.model, pipe.tokenizer, model_name(pipe), _say)) as served,
+        ):
+            listening.listen()
+            typer.echo(_welcome(pipe, press, listening.getsockname()))
+            with suppress(KeyboardInterrupt):  # uvicorn raises it once it has ended
+                served.server.run(sockets=[listening])
+
+
+def bound(host: str, port: int) -> socket.socket:
+    """A socket that will listen, so that a wrong address is refused before a model is loaded.
+
+    Raises:
+        InvalidInputError: the address is not one of this machine, or the port is taken.
+    """
+    made = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    try:
+        made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        made.bind((host, port))
+    except OSError as error:
+        made.close()
+        why = error.strerror or str(error)
+        raise InvalidInputError(
+            f"cannot listen at {host}, port {port}: {why}; give another --host, or --port 0 for a free one"
+        ) from error
+    return made
+
+
+def _welcome(pipe: "TextGenerationPipeline", press: str, address: Any) -> str:
+    from quantpress.cli.loading import model_name
+
+    host, port = address[:2]
+    url = f"http://{f'[{host}]' if ':' in host else host}:{port}/v1"
+    name, dtype = model_name(pipe), str(pipe.model.dtype).removeprefix("torch.")
+    body = f'{{"model": "{name}", "messages": [{{"role": "user", "content": "Hello"}}]}}'
+    return "\n".join(
+        [
+            f"{name} in {dtype} on {pipe.model.device}, press {press}.",
+            *_size(pipe, press),
+            f"Listening at {url} (OpenAI's API). Ctrl-C ends it. For example:",
+            f"  curl {url}/chat/completions -H 'Content-Type: application/json' -d '{body}'",
+        ]
+    )
+
+
+def _size(pipe: "TextGenerationPipeline", press: str) -> list[str]:
+    """What the longest context takes, if that does not depend on the text."""
+    from quantpress.cli.loading import model_name
+    from quantpress.evaluation.sizing.memory_plan import Planner
+    from quantpress.evaluation.sizing.model_outline import ModelOutline
+    from quantpress.pipelines.report import format_bytes
+    from quantpress.presses.expression import parse_press
+
+    try:
+        outline = ModelOutline.of(model_name(pipe), pipe.model)
+        plan = Planner(outline, parse_press(press)).plan(outline.positions or 8192)
+    except QuantPressError:
+        return []
+    about = "" if plan.exact else "about "
+    sizes = format_bytes(plan.cache.total_bytes), format_bytes(plan.whole_bytes)
+    return [f"{plan.context:,} tokens take {about}{sizes[0]} of cache, {sizes[1]} uncompressed."]
+
+
+def _say(answer: "Answer") -> None:
+    from quantpress.pipelines.report import format_bytes
+
+    memory = answer.memory
+    kept = max(layer.tokens_kept for layer in memory.layers)
+    typer.echo(
+        f"{answer.prompt_tokens:,} tokens read, {answer.new_tokens:,} new, {kept:,.0f} kept in "
+        f"{format_bytes(memory.total_bytes)}: {memory.bits_per_value:.2f} bits a value",
+        err=True,
+    )
