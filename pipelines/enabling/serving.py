@@ -3,9 +3,11 @@
 `transformers.cli.serve.Serve` calls `model.generate` for each request, so an enabled model packs the cache of
 every request. What is used of `Serve` is the same in transformers 5.2 to 5.24: two of its arguments,
 `start_server`, `server`, and an object with `load_model_and_processor` and `force_model`. That object is the
-`Serve` itself up to 5.5 and its `_model_manager` later.
+`Serve` itself up to 5.4 and its `_model_manager` later.
 """
 
+import json
+import logging
 from collections.abc import Callable, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -21,6 +23,8 @@ from quantpress.pipelines.enabling.generate_call import token_count
 from quantpress.pipelines.method_replacement import MethodReplacement
 from quantpress.pipelines.reading.chunked_prefill import chunked_prefill
 from quantpress.presses.models.positions import position_count
+
+logger = logging.getLogger(__name__)
 
 NEW_TOKENS = 1024
 """Most new tokens of an answer if neither the request nor the model says more, as in transformers' server."""
@@ -116,13 +120,14 @@ class ModelServer:
                 )
             output = generate(*args, **kwargs, stopping_criteria=[self._go_on])
         except Exception as error:
+            logger.error("%s: %s", type(error).__name__, error)
             if not isinstance(streamer, TextIteratorStreamer):
                 raise
             streamer.text_queue.put(_Failure(error))  # the request waits for text, in another thread
             return SimpleNamespace(past_key_values=None)  # all that this one looks at
         memory = cache_memory(output.past_key_values)
         self.note(Answer(tokens, output.sequences.shape[1] - tokens, memory))
-        output.past_key_values = None  # transformers up to 5.5 would keep it
+        output.past_key_values = None  # transformers up to 5.4 would keep it
         return output if whole else output.sequences
 
     def _go_on(self, ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
@@ -141,6 +146,8 @@ class ModelServer:
         except Exception as error:
             cause = failures[0] if failures else error
             status = 400 if isinstance(cause, _OF_THE_CALLER) else 500
+            if status == 500:
+                logger.error("a request failed", exc_info=cause)
             return JSONResponse(_error(f"{type(cause).__name__}: {cause}"), status)
 
 
@@ -166,16 +173,14 @@ def _unstarted() -> Any:
         def start_server(self) -> None: ...
 
         def is_continuation(self, req: Any) -> bool:
-            """Up to 5.5: whether to go on from the last cache, which may be that of another request."""
+            """Up to 5.4: whether to go on from the last cache, which may be that of another request."""
             return False
 
         @staticmethod
         def chunk_to_sse_element(chunk: Any) -> str:
-            """Up to 5.5: an event of a stream; of an error it has the text, and fails."""
+            """Up to 5.4: an event of a stream; of an error it has the text, and fails."""
             if not isinstance(chunk, str):
                 return Serve.chunk_to_sse_element(chunk)  # type: ignore[attr-defined, no-any-return, unused-ignore]
-            import json
-
             message = chunk.removeprefix(_STREAMED[0]).removesuffix(_STREAMED[1])
             return f"data: {json.dumps(_error(message))}\n\n"
 
@@ -190,7 +195,7 @@ def _unstarted() -> Any:
 
 def _error(message: str) -> Mapping[str, Any]:
     """An error as OpenAI's clients read it."""
-    return {"error": {"message": message, "type": "invalid_request_error", "param": None, "code": None}}
+    return {"error": {"message": message, "type": "error", "param": None, "code": None}}
 
 
 def _built_differently() -> InvalidInputError:

@@ -11,6 +11,8 @@ from quantpress.cli.arguments import Device, Dtype, Press, check_loading
 from quantpress.errors import InvalidInputError, QuantPressError
 
 if TYPE_CHECKING:
+    from kvpress import BasePress
+
     from quantpress.pipelines.enabling.serving import Answer
     from quantpress.pipelines.text_generation import TextGenerationPipeline
 
@@ -48,7 +50,7 @@ def serve(
             closing(ModelServer(pipe.model, pipe.tokenizer, model_name(pipe), _say)) as served,
         ):
             listening.listen()
-            typer.echo(_welcome(pipe, press, listening.getsockname()))
+            typer.echo(_welcome(pipe, press, listening.getsockname(), _size(pipe, made)))
             with suppress(KeyboardInterrupt):  # uvicorn raises it once it has ended
                 served.server.run(sockets=[listening])
 
@@ -72,7 +74,7 @@ def bound(host: str, port: int) -> socket.socket:
     return made
 
 
-def _welcome(pipe: "TextGenerationPipeline", press: str, address: Any) -> str:
+def _welcome(pipe: "TextGenerationPipeline", press: str, address: Any, size: list[str]) -> str:
     from quantpress.cli.loading import model_name
 
     host, port = address[:2]
@@ -82,24 +84,23 @@ def _welcome(pipe: "TextGenerationPipeline", press: str, address: Any) -> str:
     return "\n".join(
         [
             f"{name} in {dtype} on {pipe.model.device}, press {press}.",
-            *_size(pipe, press),
+            *size,
             f"Listening at {url} (OpenAI's API). Ctrl-C ends it. For example:",
             f"  curl {url}/chat/completions -H 'Content-Type: application/json' -d '{body}'",
         ]
     )
 
 
-def _size(pipe: "TextGenerationPipeline", press: str) -> list[str]:
+def _size(pipe: "TextGenerationPipeline", press: "BasePress") -> list[str]:
     """What the longest context takes, if that does not depend on the text."""
     from quantpress.cli.loading import model_name
     from quantpress.evaluation.sizing.memory_plan import Planner
     from quantpress.evaluation.sizing.model_outline import ModelOutline
     from quantpress.pipelines.report import format_bytes
-    from quantpress.presses.expression import parse_press
 
     try:
         outline = ModelOutline.of(model_name(pipe), pipe.model)
-        plan = Planner(outline, parse_press(press)).plan(outline.positions or 8192)
+        plan = Planner(outline, press).plan(outline.positions or 8192)
     except QuantPressError:
         return []
     about = "" if plan.exact else "about "

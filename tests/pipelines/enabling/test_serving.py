@@ -1,4 +1,4 @@
-"""An enabled model behind transformers' server, over HTTP, and as the server up to 5.5 calls it."""
+"""An enabled model behind transformers' server, over HTTP, and as the server up to 5.4 calls it."""
 
 import socket
 import threading
