@@ -3,6 +3,7 @@
 import torch
 from transformers.cache_utils import Cache
 
+from quantpress.cache import host
 from quantpress.cache.layer import PackedLayer
 from quantpress.errors import InvalidInputError
 
@@ -62,9 +63,13 @@ def continue_inputs(
                 f"history has shape {tuple(history.shape)}; give one id per kept token, {(batch, kept)}"
             )
         input_ids = torch.cat([history.to(device), input_ids], dim=1)
-    return {
+        if host.FEEDS_AGAIN:  # an assistant reads the history at these positions
+            positions = torch.arange(tokens_seen - kept, tokens_seen + new, device=device)
+    inputs = {
         "input_ids": input_ids,
         "attention_mask": torch.ones(batch, kept + new, dtype=torch.long, device=device),
-        "position_ids": positions.expand(batch, new),
-        "cache_position": torch.arange(kept, kept + new, device=device),
+        "position_ids": positions.expand(batch, -1),
     }
+    if host.CALLS_TAKE_PLACES:
+        inputs[host.PLACES] = torch.arange(kept, kept + new, device=device)
+    return inputs

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from transformers.cache_utils import DynamicLayer
 
+from quantpress.cache import host
 from quantpress.cache.attention.dispatch import PACKED_ATTENTION
 from quantpress.cache.attention.states import PackedStates
 from quantpress.cache.attention.step import is_compiled_step
@@ -119,14 +120,15 @@ class PackedLayer(DynamicLayer):
         self.is_initialized = True
 
     def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, cache_kwargs: dict[str, Any] | None = None
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Append new tokens and return all keys and values. New tokens are packed after they are returned.
 
         Args:
             key_states: [B, Hkv, N, D].
             value_states: [B, Hkv, N, Dv].
-            cache_kwargs: ignored.
+            *args: ignored.
+            **kwargs: ignored.
 
         Returns:
             Keys and values of every token: plain tensors while no token is packed, then `PackedStates`.
@@ -149,6 +151,16 @@ class PackedLayer(DynamicLayer):
         """Number of tokens kept."""
         return 0 if self._tokens is None else len(self._tokens)
 
+    def get_mask_sizes(self, query: Any) -> tuple[int, int]:
+        """(tokens kept and arriving, offset 0); `query` is what the version of transformers gives."""
+        return self.get_seq_length() + host.query_count(query), 0
+
+    def get_max_cache_shape(self) -> int:
+        """-1: there is no largest length."""
+        return -1
+
+    get_max_length = get_max_cache_shape
+
     def crop(self, max_length: int) -> None:
         """Keep the first `max_length` tokens; a negative value drops that many from the end.
 
@@ -157,11 +169,15 @@ class PackedLayer(DynamicLayer):
                 single heads have evicted or that are packed in fewer bits.
         """
         length = self.get_seq_length()
-        keep = length + max_length if max_length < 0 else max_length
+        keep = length + max_length if max_length < 0 or (host.CROP_REMOVES and not max_length) else max_length
         if keep < 0:
             raise InvalidInputError(
                 f"crop({max_length}) of a layer with {length} tokens; drop at most {length}"
             )
+        self._cut(keep)
+
+    def _cut(self, keep: int) -> None:
+        length = self.get_seq_length()
         if keep < length:
             self._growing().crop(keep)
             self.tokens_seen -= length - keep
@@ -355,7 +371,7 @@ class PackedLayer(DynamicLayer):
                 "keys and values, `keep`). A press that changes keys or values must come before TurboQuant "
                 "in Compose"
             )
-        self.crop(value.shape[2])
+        self._cut(value.shape[2])
 
     def _assign_kept(self, value: PackedStates, kept: torch.Tensor, side: str) -> bool:
         """Keep the tokens that a press has gathered, at its first assignment (keys or values).

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from transformers.cache_utils import Cache
 
+from quantpress.cache import host
 from quantpress.cache.fixed.plain import tokens_of
 from quantpress.cache.layer import PackedLayer
 from quantpress.cache.tokens.packed_tokens import PackedTokens
@@ -137,8 +138,14 @@ def _layer_memory(layer: Any, seen: set[int]) -> LayerMemory:
     if isinstance(layer, PackedLayer):
         return _packed_memory(layer, seen)
     tensors = [t for t in vars(layer).values() if isinstance(t, torch.Tensor)]
-    held = tokens_of(layer)
-    states = [t for t in (held.keys, held.values) if isinstance(t, torch.Tensor)]
+    tensors += [
+        t
+        for kind in ("conv_states", "recurrent_states")
+        for t in vars(layer).get(kind, {}).values()
+        if t is not None
+    ]
+    held = tokens_of(layer) if host.keeps_tokens(layer) else None
+    states = [] if held is None else [t for t in (held.keys, held.values) if isinstance(t, torch.Tensor)]
     tokens = states[0].shape[-2] if states and states[0].dim() == 4 else 0
     uncompressed = sum(t.nbytes for t in states)
     return LayerMemory(

@@ -2,8 +2,9 @@
 
 from typing import Any
 
-import torch
 from transformers.cache_utils import DynamicCache
+
+from quantpress.cache import host
 
 
 class TextCache(DynamicCache):
@@ -28,7 +29,7 @@ class TextCache(DynamicCache):
         >>> for layer in cache.layers:  # a press keeps two of five tokens
         ...     layer.keys, layer.values = layer.keys[:, :, 3:], layer.values[:, :, 3:]
         >>> cache.has_read(5)
-        >>> cache.get_seq_length(), cache.get_mask_sizes(torch.tensor([5]), 0)
+        >>> cache.get_seq_length(), cache.get_mask_sizes(host.mask_query(1), 0)
         (5, (3, 3))
     """
 
@@ -60,7 +61,7 @@ class TextCache(DynamicCache):
         self.evicted = {
             index: tokens - layer.get_seq_length()
             for index, layer in enumerate(self.layers)
-            if layer.is_initialized and tokens != layer.get_seq_length()
+            if hasattr(layer, "get_seq_length") and layer.is_initialized and tokens != layer.get_seq_length()
         }
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
@@ -68,18 +69,18 @@ class TextCache(DynamicCache):
         length: int = super().get_seq_length(layer_idx)
         return length + self.evicted.get(layer_idx, 0)
 
-    def get_mask_sizes(self, cache_position: torch.Tensor, layer_idx: int) -> tuple[int, int]:
+    def get_mask_sizes(self, query: Any, layer_idx: int) -> tuple[int, int]:
         """Sizes for the attention mask.
 
         Args:
-            cache_position: [N] int64, positions of the tokens that arrive.
+            query: how many tokens arrive, or their positions, as the version of transformers gives it.
             layer_idx: the layer that the mask is for.
 
         Returns:
             How many slots the layer has, with the arriving tokens, and the index in the text of the first
             slot if the slots were the newest tokens.
         """
-        length, offset = super().get_mask_sizes(cache_position, layer_idx)
+        length, offset = super().get_mask_sizes(query, layer_idx)
         return length, offset + self.evicted.get(layer_idx, 0)
 
     def crop(self, max_length: int) -> None:
@@ -88,9 +89,10 @@ class TextCache(DynamicCache):
         The newest tokens are dropped. None of them may have been evicted.
         """
         length = self.get_seq_length()
-        drop = -max_length if max_length < 0 else length - max_length
-        if drop > 0:
-            for layer in self.layers:
+        relative = max_length < 0 or (host.CROP_REMOVES and max_length == 0)
+        drop = -max_length if relative else length - max_length
+        for layer in self.layers if drop >= 0 else ():
+            if drop or getattr(layer, "record_past", False):
                 layer.crop(-drop)  # type: ignore[attr-defined]
 
     def reset(self) -> None:

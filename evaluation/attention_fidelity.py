@@ -13,7 +13,7 @@ from rich.table import Table
 from torch import nn
 from transformers import DynamicCache, PreTrainedModel
 
-from quantpress.cache import PackedLayer
+from quantpress.cache import PackedLayer, host
 from quantpress.cache.attention.visibility import causal_mask
 from quantpress.errors import InvalidInputError, UnsupportedModelError
 from quantpress.kernels.layout import PAGE_TOKENS
@@ -136,7 +136,8 @@ def attention_fidelity(
             found.append(_compared(call, layer, *exact.pop(call.layer_idx), queries))
 
     with hooked(model, before), press(model), hooked(model, behind):
-        backbone(model)(input_ids=input_ids, past_key_values=DynamicCache())
+        decoder = backbone(model)
+        decoder(input_ids=input_ids, **{host.cache_name(decoder): DynamicCache()})
     if not any(layer.packed_tokens for layer in found):
         least = press.sink_tokens + press.recent_tokens + PAGE_TOKENS
         raise InvalidInputError(

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 from transformers import Cache
 
+from quantpress.cache import host
 from quantpress.cache.text_cache import TextCache
 from quantpress.cache.tokens.evicted_slots import MASKS, named_to_hide
 from quantpress.presses.models.attention import attention_modules
@@ -39,7 +40,7 @@ def fitted_masks(model: nn.Module, cache: Cache, new_tokens: int | None = None) 
         new_tokens: tokens of the one forward inside, if known: a single token has no mask.
     """
     with ExitStack() as stack:
-        if new_tokens != 1 and len({layer.get_seq_length() for layer in cache.layers}) > 1:
+        if new_tokens != 1 and len({layer.get_seq_length() for layer in host.token_layers(cache)}) > 1:
             for module in attention_modules(model):
                 stack.callback(module.register_forward_pre_hook(_fit_mask, with_kwargs=True).remove)
         yield
@@ -48,10 +49,11 @@ def fitted_masks(model: nn.Module, cache: Cache, new_tokens: int | None = None) 
 def _fit_mask(
     module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-    mask, cache = kwargs.get("attention_mask"), kwargs.get("past_key_values")
+    mask, cache = kwargs.get("attention_mask"), host.cache_in(args, kwargs)
     if not isinstance(mask, torch.Tensor) or mask.dim() != 4 or cache is None:
         return None
-    width, _ = cache.layers[module.layer_idx].get_mask_sizes(kwargs["cache_position"])
+    query = host.mask_query(mask.shape[2])
+    width, _ = cache.layers[module.layer_idx].get_mask_sizes(query)  # type: ignore[index]
     return args, kwargs | {"attention_mask": fit_width(mask, width)}
 
 

@@ -10,12 +10,13 @@ from transformers import Cache, GenerationConfig, PreTrainedModel
 from transformers.generation.configuration_utils import GenerationMode
 from transformers.generation.streamers import BaseStreamer
 
-from quantpress.cache import PackedLayer, continue_inputs
+from quantpress.cache import PackedLayer, continue_inputs, host
 from quantpress.errors import InvalidInputError
 from quantpress.pipelines.arguments import GENERATE
 from quantpress.pipelines.attention_masks import fitted_masks, repeat_hidden_slots
 from quantpress.pipelines.capture.captured import capturing
 from quantpress.pipelines.capture.eligibility import TOKEN_BY_TOKEN
+from quantpress.pipelines.method_replacement import MethodReplacement
 from quantpress.pipelines.report import Stopwatch
 from quantpress.pipelines.rollback import context_rollback
 from quantpress.presses.guard import guarded
@@ -61,7 +62,18 @@ def generate_ids(
         cache.batch_repeat_interleave(config.num_beams)
         repeat_hidden_slots(model, config.num_beams)
     generate: Any = model.generate
-    ids: torch.Tensor = generate(**inputs, past_key_values=cache, generation_config=config, **extras)
+    fed = (
+        None
+        if history is None
+        else MethodReplacement(model, "prepare_inputs_for_generation", host.feed_new_tokens)
+    )
+    try:
+        ids: torch.Tensor = generate(
+            **inputs, **{host.GENERATE_CACHE: cache}, generation_config=config, **extras
+        )
+    finally:
+        if fed is not None:
+            fed.undo()
     return ids[0, inputs["input_ids"].shape[1] :]
 
 
@@ -135,7 +147,7 @@ def uniform_length(cache: Cache) -> int:
     Raises:
         InvalidInputError: layers keep different numbers of tokens, so no single length can be cropped to.
     """
-    lengths = {layer.get_seq_length() for layer in cache.layers}
+    lengths = {layer.get_seq_length() for layer in host.token_layers(cache)}
     if len(lengths) != 1:
         raise InvalidInputError(
             f"layers keep {min(lengths)} to {max(lengths)} tokens; assisted and prompt-lookup decoding crop "

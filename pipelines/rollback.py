@@ -9,6 +9,7 @@ import torch
 from kvpress import BasePress
 from transformers import Cache, PreTrainedModel
 
+from quantpress.cache import host
 from quantpress.cache.fixed.plain import BufferedLayer, become
 from quantpress.cache.tokens.evicted_slots import MASKS
 from quantpress.pipelines.attention_masks import remember_hidden_slots
@@ -72,7 +73,7 @@ def _remember(layer: Any) -> Callable[[], None]:
         return lambda: layer.restore(snapshot)
     if isinstance(layer, BufferedLayer):
         layer.release()
-    kind, in_place = type(layer), layer.is_compileable
+    kind, in_place = type(layer), layer.is_compileable or isinstance(layer, host.LINEAR_LAYER)
     state = {name: _held(value, in_place) for name, value in vars(layer).items()}
     return lambda: become(layer, kind, state)
 
@@ -80,7 +81,9 @@ def _remember(layer: Any) -> Callable[[], None]:
 def _held(value: Any, in_place: bool) -> Any:
     if isinstance(value, torch.Tensor):
         return value.clone() if in_place else value
-    return copy.copy(value) if isinstance(value, (list, dict)) else value
+    if isinstance(value, dict):
+        return {name: _held(one, in_place) for name, one in value.items()}
+    return copy.copy(value) if isinstance(value, list) else value
 
 
 def _remember_notes(press: Any) -> Callable[[], None]:

@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 from kvpress import BasePress, KVPressTextGenerationPipeline
-from transformers import Cache, DynamicCache
+from transformers import Cache
 
-from quantpress.cache import cache_memory
+from quantpress.cache import cache_memory, host
 from quantpress.errors import InvalidInputError
 from quantpress.pipelines import arguments as given
 from quantpress.pipelines.argument_values import check_values
@@ -152,7 +152,7 @@ class TextGenerationPipeline(KVPressTextGenerationPipeline):
             how["press"] = enabled_press(self.model)
         form = {**self._preprocess_params, **reading}
         ids, after = self._prompt(context, form.get("max_context_length"), form.get("enable_thinking", False))
-        cache, ids = DynamicCache(), ids.to(self.device)
+        cache, ids = host.empty_cache(self.model), ids.to(self.device)
         with self.device_placement(), torch.no_grad(), model_rollback(self.model):
             position = read_context(self.model, ids, cache, **how)
             return CachedContext.of(self.model, cache, ids, position, how.get("press"), after)
@@ -249,7 +249,7 @@ class TextGenerationPipeline(KVPressTextGenerationPipeline):
             with model_rollback(self.model), cached.opened(self.model) as kept:
                 yield kept, cached.tokens_seen
             return
-        kept = DynamicCache() if cache is None else cache
+        kept = host.empty_cache(self.model) if cache is None else cache
         with model_rollback(self.model, keep_masks=cache is not None):
             yield kept, read_context(self.model, inputs["context_ids"], kept, press, **how)
 

@@ -180,7 +180,7 @@ class Compose(PressMixin, BasePress):
         """Enter the contexts: the record of the original keys, then the evictors, then the quantizer."""
         packer = self._packer()
         if self.quantizer is not None:
-            self.quantizer.post_init_from_model(model)
+            self.quantizer.prepare(model)
         if self.evictors:
             check(model, EVICTABLE)
         stack.enter_context(filled_caches(model, evicts=bool(self.evictors)))

@@ -16,7 +16,8 @@ from torch import nn
 from transformers.modeling_utils import PreTrainedModel
 
 from quantpress.errors import CompositionError, InvalidInputError, QuantPressError, UnsupportedModelError
-from quantpress.presses.models.attention import attention_modules, hooked, is_sliding
+from quantpress.presses.models.attention import attention_modules, decoder_of, hooked, is_sliding
+from quantpress.presses.models.old_names import old_names
 from quantpress.presses.packing.prefill_hook import check_padding, is_padded, prefill_call
 from quantpress.presses.traits import name_of, short_repr, traits_of, with_inner
 
@@ -51,7 +52,7 @@ def guarded(press: BasePress, model: PreTrainedModel) -> Iterator[None]:
     modules = attention_modules(model)
     before = [set(module._forward_hooks) for module in modules]
     supported = isinstance(model, SUPPORTED_MODELS) and not _offloaded(modules)
-    with press(model):
+    with old_names(decoder_of(model), modules), press(model):
         for module, known in zip(modules, before, strict=True):
             for hook_id in set(module._forward_hooks) - known:
                 if is_sliding(module):
@@ -69,7 +70,7 @@ def named_context(press: BasePress, model: PreTrainedModel) -> Iterator[None]:
     """Enter a press's own context, with errors of kvpress's presses at a prefill explained."""
     modules = attention_modules(model) if type(press).__module__.startswith("kvpress.") else []
     before = [set(module._forward_hooks) for module in modules]
-    with press(model):
+    with old_names(decoder_of(model), attention_modules(model)), press(model):
         for module, known in zip(modules, before, strict=True):
             for hook_id in set(module._forward_hooks) - known:
                 module._forward_hooks[hook_id] = named(press, module._forward_hooks[hook_id])

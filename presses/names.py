@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import kvpress
 from kvpress import ScorerPress
+from kvpress.presses.kvgrad_press import ReadOnlyDynamicLayer
 
 from quantpress.presses.arguments import inner_press
 from quantpress.presses.base import (
@@ -20,7 +21,10 @@ from quantpress.presses.base import (
     RereadingPress,
     WrappingPress,
 )
+from quantpress.presses.models.old_names import take_keywords
 from quantpress.presses.traits import describe
+
+take_keywords(ReadOnlyDynamicLayer)
 
 
 class Cap(EvictingPress, kvpress.CapPress):

@@ -19,6 +19,7 @@ from quantpress.presses.base import PressMixin
 from quantpress.presses.models.attention import attention_modules, full_attention_modules
 from quantpress.presses.models.eligibility import PACKABLE, check
 from quantpress.presses.models.filling import filled_caches
+from quantpress.presses.models.old_names import name_old_until_unhooked
 from quantpress.presses.models.restore import left_as_found
 from quantpress.presses.packing.filled_cache import pack_cache
 from quantpress.presses.packing.pack_layers import Packer
@@ -202,6 +203,11 @@ class TurboQuant(PressMixin, BasePress, quantizes=True, keeps_tokens=True):
             UnsupportedHeadDimError: its head_dim cannot be packed.
             InvalidInputError: `layer_bits` names a layer that the model does not have.
         """
+        self.prepare(model)
+        name_old_until_unhooked(attention_modules(model))
+
+    def prepare(self, model: PreTrainedModel) -> None:
+        """Check the model and let its attention read packed layers."""
         check(model, PACKABLE)
         layers = len(attention_modules(model))
         for index in self.layer_bits or {}:
@@ -220,7 +226,7 @@ class TurboQuant(PressMixin, BasePress, quantizes=True, keeps_tokens=True):
             UnsupportedModelError, UnsupportedHeadDimError: this model's cache cannot be packed.
         """
         with left_as_found(model):
-            self.post_init_from_model(model)
+            self.prepare(model)
             with filled_caches(model, evicts=False), Packer(self).packing(model):
                 yield
 
@@ -252,7 +258,7 @@ class TurboQuant(PressMixin, BasePress, quantizes=True, keeps_tokens=True):
             InvalidInputError: a layer is not a plain `DynamicLayer`.
             NonFiniteError: keys or values hold NaN or infinity.
         """
-        self.post_init_from_model(model)
+        self.prepare(model)
         pack_cache(self, model, cache, query_moments, tokens_seen)
 
     def layer_settings(

@@ -47,14 +47,14 @@ class BufferedLayer(DynamicLayer):
     fixed: TokenBuffer
 
     def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, cache_kwargs: dict[str, Any] | None = None
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Append new tokens and return all keys and values."""
         if self.stepping and is_compiled_step():
             return key_states, value_states  # `step_attention` appends them
         if not (self.stepping and key_states.shape[2] == 1):
             self.release()
-            return self.update(key_states, value_states, cache_kwargs)
+            return self.update(key_states, value_states, *args, **kwargs)
         self.fixed.append(key_states, value_states)
         self.count(1)
         view = self.fixed.view()

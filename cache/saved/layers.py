@@ -4,6 +4,7 @@ from typing import Any
 
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
+from quantpress.cache import host
 from quantpress.cache.fixed.plain import BufferedLayer
 from quantpress.cache.layer import PackedLayer
 from quantpress.cache.saved.checks import check_tokens
@@ -44,6 +45,10 @@ def cache_of(parts: Parts) -> DynamicCache:
 
 
 def _layer_parts(index: int, layer: Any) -> Parts:
+    if isinstance(layer, host.LINEAR_LAYER):
+        raise InvalidInputError(
+            f"layer {index} of the cache keeps a linear-attention state, which cannot be saved yet"
+        )
     if isinstance(layer, PackedLayer):
         return _packed_layer_parts(layer)
     tensors = {} if layer.get_seq_length() == 0 else {"keys": layer.keys, "values": layer.values}

@@ -13,6 +13,7 @@ import torch
 from torch.nn import functional
 from transformers import Cache, PreTrainedModel
 
+from quantpress.cache import host
 from quantpress.errors import InvalidInputError
 from quantpress.pipelines.attention_masks import fitted_masks
 from quantpress.presses.models.lock import model_lock
@@ -53,7 +54,8 @@ def score_continuation(
         for start in range(0, fed.shape[1], chunk_tokens):
             ids = fed[:, start : start + chunk_tokens]
             positions = torch.arange(position + start, position + start + ids.shape[1], device=ids.device)
-            output = model(input_ids=ids, past_key_values=cache, position_ids=positions.expand(ids.shape))
+            named = {host.cache_name(model): cache}
+            output = model(input_ids=ids, position_ids=positions.expand(ids.shape), **named)
             yield output.logits.float().log_softmax(-1)
 
 

@@ -10,7 +10,9 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.utils.generic import ModelOutput
 
-COPIED = ("input_ids", "position_ids", "cache_position")
+from quantpress.cache import host
+
+COPIED = ("input_ids", "position_ids", *((host.PLACES,) if host.CALLS_TAKE_PLACES else ()))
 OPTIONS = ("logits_to_keep", "return_dict", "use_cache")
 
 
@@ -19,7 +21,7 @@ class SingleToken:
     """The arguments of a forward over one token for each sequence of a batch.
 
     Args:
-        cache: past_key_values.
+        cache: the cache.
         mask: attention_mask, or None.
         tensors: the arguments named in `COPIED`.
         options: the arguments named in `OPTIONS` that were given.
@@ -31,6 +33,7 @@ class SingleToken:
     tensors: dict[str, torch.Tensor]
     options: dict[str, Any]
     open_mask: torch.Tensor | None = None
+    name: str = host.GENERATE_CACHE
 
     @classmethod
     def read(
@@ -38,9 +41,9 @@ class SingleToken:
     ) -> "SingleToken | None":
         """Read the arguments of a call; None if it is anything but one plain token over a cache."""
         given = _by_name(signature, args, kwargs)
-        ids, cache, mask = (
-            given.pop(name, None) for name in ("input_ids", "past_key_values", "attention_mask")
-        )
+        ids, mask = (given.pop(name, None) for name in ("input_ids", "attention_mask"))
+        name = next((one for one in (host.NEW_NAME, host.OLD_NAME) if given.get(one) is not None), None)
+        cache = None if name is None else given.pop(name)
         if not isinstance(ids, torch.Tensor) or ids.dim() != 2 or ids.shape[1] != 1:
             return None
         if not isinstance(cache, Cache) or not (mask is None or isinstance(mask, torch.Tensor)):
@@ -52,13 +55,11 @@ class SingleToken:
         keeps_last = isinstance(options.get("logits_to_keep", 0), int)
         if options.get("use_cache", True) is not True or not keeps_last:
             return None
-        if positions["cache_position"] is None:
-            positions["cache_position"] = torch.full(
-                (1,), cache.get_seq_length(), dtype=torch.int64, device=ids.device
-            )
-        if positions["position_ids"] is None:
-            positions["position_ids"] = positions["cache_position"].unsqueeze(0)
-        return cls(cache, mask, {"input_ids": ids, **positions}, options)
+        for argument in positions:
+            if positions[argument] is None:
+                here = torch.full((1,), cache.get_seq_length(), dtype=torch.int64, device=ids.device)
+                positions[argument] = here if argument == host.PLACES else here.unsqueeze(0)
+        return cls(cache, mask, {"input_ids": ids, **positions}, options, name=name)
 
     def like(self, other: "SingleToken") -> bool:
         """Whether the other call differs in the values of its tensors at most."""
@@ -76,7 +77,7 @@ class SingleToken:
         with torch.inference_mode(False), torch.no_grad():
             tensors = {name: torch.empty_like(one, device=model.device) for name, one in self.tensors.items()}
             open_mask = torch.zeros(1, 1, 1, 1, dtype=model.dtype, device=model.device)
-        return SingleToken(self.cache, None, tensors, self.options, open_mask)
+        return SingleToken(self.cache, None, tensors, self.options, open_mask, self.name)
 
     def fill(self, other: "SingleToken") -> None:
         """Copy the values of another call's tensors."""
@@ -91,7 +92,7 @@ class SingleToken:
         return {
             **self.tensors,
             **self.options,
-            "past_key_values": self.cache,
+            self.name: self.cache,
             "attention_mask": self.open_mask,
         }
 

@@ -11,7 +11,7 @@ import torch
 from kvpress import BasePress
 from transformers import Cache, PreTrainedModel
 
-from quantpress.cache import CacheMemory, PackedLayer, cache_memory
+from quantpress.cache import CacheMemory, PackedLayer, cache_memory, host
 from quantpress.cache.saved.fingerprint import difference, model_fingerprint
 from quantpress.errors import InvalidInputError
 from quantpress.pipelines.attention_masks import HiddenSlots, hidden_slots, hiding
@@ -105,7 +105,7 @@ class CachedContext:
     def branch(self) -> Cache:
         """A cache that shares this memory. Tokens added to one of the two never show in the other."""
         cache = copy.copy(self.cache)
-        cache.layers = [copy.copy(layer) for layer in self.cache.layers]
+        cache.layers = [host.copied(layer) for layer in self.cache.layers]
         for layer, own in zip(cache.layers, self.cache.layers, strict=True):
             if isinstance(layer, PackedLayer) and isinstance(own, PackedLayer):
                 layer.restore(own.snapshot())

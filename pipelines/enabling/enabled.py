@@ -9,6 +9,7 @@ import torch
 from transformers import DynamicCache, GenerationConfig, PreTrainedModel
 from transformers.generation.configuration_utils import GenerationMode
 
+from quantpress.cache import host
 from quantpress.cache.text_cache import TextCache
 from quantpress.cache.tokens.evicted_slots import MASKS
 from quantpress.errors import InvalidInputError, UnsupportedModelError
@@ -57,6 +58,7 @@ class Enabled:
             MethodReplacement(model, "forward", self._forward),
             MethodReplacement(model, "generate", self._generate),
             MethodReplacement(model, "_prepare_cache_for_generation", self._prepare_cache),
+            MethodReplacement(model, "prepare_inputs_for_generation", self._prepare_inputs),
             MethodReplacement(model, "init_continuous_batching", refuse_continuous_batching),
         ]
 
@@ -119,13 +121,14 @@ class Enabled:
         call = self._current_call()
         if call is not None:
             call.choose_steps(config, mode, self._replaced[0].original)
-        given = inputs.get("past_key_values")
+            call.assisted = mode == GenerationMode.ASSISTED_GENERATION
+        given = inputs.get(host.GENERATE_CACHE)
         if config.use_cache is not False and (given is None or isinstance(given, TextCache)):
             check_keeps(self.model)
         result = prepare(config, inputs, mode, *rest)
         if given is not None or config.use_cache is False or (call is None and self._ending):
             return result
-        made = inputs.get("past_key_values")
+        made = inputs.get(host.GENERATE_CACHE)
         if type(made) is not DynamicCache:
             raise InvalidInputError(
                 f"generate makes a {type(made).__name__} here (cache_implementation="
@@ -133,10 +136,17 @@ class Enabled:
                 'cache_implementation="dynamic", or call disable(model)'
             )
         check_call(config, mode, self.press)
-        inputs["past_key_values"] = cache = TextCache.of(made)
+        inputs[host.GENERATE_CACHE] = cache = TextCache.of(made)
         if call is not None:
             call.cache = cache
         return result
+
+    def _prepare_inputs(self, prepare: Any, *args: Any, **kwargs: Any) -> Any:
+        """`model.prepare_inputs_for_generation`."""
+        call = self._current_call()
+        if call is not None and call.assisted:
+            return host.feed_new_tokens(prepare, *args, **kwargs)
+        return prepare(*args, **kwargs)
 
     def _current_call(self) -> GenerateCall | None:
         """The call of this model's `generate` that is running in this thread."""

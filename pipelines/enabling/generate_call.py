@@ -39,7 +39,7 @@ class GenerateCall:
         self.entered = False
         self.cache: TextCache | None = None
         self.steps: CapturedDecoding | None = None
-        self.samples = False
+        self.samples = self.assisted = False
         self.thread, self.ended = threading.current_thread(), threading.Event()
         with owner.lock:
             owner.calls.append(self)

@@ -49,11 +49,12 @@ class CausalChunks(TorchFunctionMode):
 
     Attributes:
         seen: whether `scaled_dot_product_attention` was called.
+        behind: the chunk is not the first; calls without a mask are causal if those of the first chunk were.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.seen = False
+        self.seen = self.behind = False
         self._kernel: Kernel | None = None
         self._chunk = 0
 
@@ -74,6 +75,7 @@ class CausalChunks(TorchFunctionMode):
         scale: float | None = None,
         enable_gqa: bool = False,
     ) -> torch.Tensor:
+        is_causal = is_causal or (self.behind and attn_mask is None and self._kernel is not None)
         if not is_causal:
             return F.scaled_dot_product_attention(
                 query, key, value, attn_mask, dropout_p, scale=scale, enable_gqa=enable_gqa

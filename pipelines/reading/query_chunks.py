@@ -6,7 +6,8 @@ takes over at the end. Hooks on the module run once, around the whole: they see 
 values and outputs.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,7 +42,7 @@ def attention_in_chunks(
         prefill = None if len(args) > 1 else _prefill(module, named, chunk_tokens)
         if prefill is not None:
             try:
-                return _output(forward, prefill, chunk_tokens)
+                return _output(module, forward, prefill, chunk_tokens)
             except NotInChunksError:  # raised in the first chunk, before the cache has changed
                 pass
         return forward(*args, **kwargs)
@@ -87,7 +88,7 @@ class _States:
         return getattr(self._cache, name)
 
     def update(
-        self, keys: torch.Tensor, values: torch.Tensor, layer_idx: int, kwargs: dict[str, Any] | None = None
+        self, keys: torch.Tensor, values: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Add keys [B, Hkv, t, D] and values [B, Hkv, t, Dv] of the next tokens, and return all so far."""
         if not self._filled:
@@ -111,11 +112,12 @@ class _States:
             cache.layers[layer_idx].keys, cache.layers[layer_idx].values = keys, values
 
 
-def _output(forward: Callable[..., Any], prefill: _Prefill, chunk_tokens: int) -> Any:
+def _output(module: nn.Module, forward: Callable[..., Any], prefill: _Prefill, chunk_tokens: int) -> Any:
     states, attention = _States(prefill.cache, prefill.tokens), CausalChunks()
 
     def part(start: int, end: int) -> Any:
-        with attention:
+        attention.behind = start > 0
+        with attention, _not_causal(module) if start else nullcontext():
             output = forward(**prefill.chunk(start, end, states))
         if not attention.seen or any(one is not None for one in output[1:]):
             raise NotInChunksError
@@ -124,6 +126,20 @@ def _output(forward: Callable[..., Any], prefill: _Prefill, chunk_tokens: int) -
     output = in_chunks(part, prefill.tokens, chunk_tokens)
     states.hand_over(prefill.layer_idx)
     return output
+
+
+@contextmanager
+def _not_causal(module: nn.Module) -> Iterator[None]:
+    """Keep newer transformers from cutting the keys of causal attention to as many as there are queries."""
+    before = vars(module).get("is_causal", None)
+    module.is_causal = False  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        if before is None:
+            del module.is_causal
+        else:
+            module.is_causal = before
 
 
 def _prefill(module: nn.Module, arguments: dict[str, Any], chunk_tokens: int) -> _Prefill | None:

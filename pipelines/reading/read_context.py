@@ -9,6 +9,7 @@ from kvpress import BasePress
 from tqdm.auto import tqdm
 from transformers import Cache, PreTrainedModel
 
+from quantpress.cache import host
 from quantpress.errors import InvalidInputError
 from quantpress.pipelines.reading.chunked_prefill import (
     DEFAULT_CHUNK_TOKENS,
@@ -57,7 +58,7 @@ def read_context(
         UnsupportedModelError: the model does not keep what it reads in this cache.
     """
     check_keeps(model)
-    held = max((layer.get_seq_length() for layer in cache.layers), default=0)
+    held = max((layer.get_seq_length() for layer in host.token_layers(cache)), default=0)
     if held:
         raise InvalidInputError(f"the cache already holds {held} tokens; give a new one for every context")
     if press is not None and not isinstance(press, PressMixin):  # our presses do both themselves
@@ -93,7 +94,8 @@ def _read(
                 _hook(watch, model, "stop", timers)
                 with layer_progress(model, tokens, progress):
                     # by name: KVzip and its kin read these two from the keyword arguments
-                    backbone(model)(input_ids=context_ids, past_key_values=cache, use_cache=True)
+                    decoder = backbone(model)
+                    decoder(input_ids=context_ids, **{host.cache_name(decoder): cache}, use_cache=True)
                 timers.close()
                 if watch is not None:
                     watch.start()  # some presses do their work on exit

@@ -6,9 +6,11 @@ from typing import Any
 
 from torch import nn
 
+from quantpress.presses.models.old_names import old_names
 from quantpress.presses.models.positions import position_count
 
 _SLIDING_TYPES = ("sliding_attention", "chunked_attention")
+_STATE_TYPES = ("linear_attention", "mamba", "conv")
 
 
 def decoder_of(model: nn.Module) -> nn.Module:
@@ -20,11 +22,20 @@ def decoder_of(model: nn.Module) -> nn.Module:
 
 def attention_modules(model: nn.Module) -> list[nn.Module]:
     """The self-attention modules of the text decoder, in layer order; empty when none is recognized."""
+    decoder = decoder_of(model)
     return [
         module
-        for module in decoder_of(model).modules()
-        if isinstance(getattr(module, "layer_idx", None), int) and "Attention" in type(module).__name__
+        for module in decoder.modules()
+        if isinstance(getattr(module, "layer_idx", None), int)
+        and "Attention" in type(module).__name__
+        and _layer_type(decoder, module) not in _STATE_TYPES
     ]
+
+
+def _layer_type(decoder: nn.Module, module: nn.Module) -> str | None:
+    layer_types = getattr(getattr(decoder, "config", None), "layer_types", None)
+    index: Any = module.layer_idx
+    return layer_types[index] if layer_types is not None and index < len(layer_types) else None
 
 
 def is_sliding(module: nn.Module) -> bool:
@@ -61,7 +72,11 @@ def in_chunks(module: nn.Module) -> bool:
 
 def full_attention_modules(model: nn.Module) -> list[nn.Module]:
     """The attention modules that see the whole context, which are those that a press works on."""
-    return [module for module in attention_modules(model) if not is_sliding(module)]
+    return [
+        module
+        for module in attention_modules(model)
+        if not is_sliding(module) and not getattr(module, "is_kv_shared_layer", False)
+    ]
 
 
 @contextmanager
@@ -76,7 +91,8 @@ def hooked(model: nn.Module, hook: Any) -> Iterator[None]:
         module.register_forward_hook(hook, with_kwargs=True) for module in full_attention_modules(model)
     ]
     try:
-        yield
+        with old_names(decoder_of(model), attention_modules(model)):
+            yield
     finally:
         for handle in handles:
             handle.remove()

@@ -12,9 +12,11 @@ from typing import Any
 from torch import nn
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 
+from quantpress.cache import host
 from quantpress.errors import InvalidInputError, UnsupportedModelError
 from quantpress.presses.models.attention import attention_modules, decoder_of, full_attention_modules
 from quantpress.presses.models.eligibility import HOOKABLE, LAYERED, check
+from quantpress.presses.models.old_names import old_names
 
 
 def check_keeps(model: nn.Module) -> None:
@@ -53,7 +55,7 @@ def check_filled(model: nn.Module, cache: Cache) -> None:
     modules = [module for module in attention_modules(model) if not _borrows(module)]
     wanted = {int(module.layer_idx) for module in modules}  # type: ignore[arg-type]
     empty = sorted(index for index in wanted if index >= len(layers) or not _holds(layers[index]))
-    if empty or not any(map(_holds, layers)):
+    if empty or not any(_holds(layer) for layer in layers if host.keeps_tokens(layer)):
         where = f"in layers {', '.join(map(str, empty))} of {len(wanted)}" if empty else "in every layer"
         raise UnsupportedModelError(
             f"{type(model).__name__} has read the context and left the cache empty {where}: it does not "
@@ -131,7 +133,8 @@ def filled_caches(model: nn.Module, evicts: bool = True) -> Iterator[None]:
         decoder.register_forward_hook(after, with_kwargs=True),
     ]
     try:
-        yield
+        with old_names(decoder, attention_modules(model)):
+            yield
     finally:
         for handle in handles:
             handle.remove()

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from transformers.cache_utils import Cache
 
-from quantpress.cache.layer import PackedLayer
+from quantpress.cache.hybrid_layer import packed_in_place_of
 from quantpress.cache.settings import LayerSettings
 from quantpress.presses.models.attention import full_attention_modules
 from quantpress.presses.packing.head_wise import name_slots, named_slots
@@ -65,7 +65,8 @@ def pack_cache(
             continue
         hidden = named_slots(module, keys) if by_head else None
         with torch.no_grad():
-            cache.layers[index] = PackedLayer.from_states(
+            cache.layers[index] = packed_in_place_of(
+                cache.layers[index],
                 keys.detach(),
                 values.detach(),
                 settings,

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from transformers.cache_utils import Cache
 
+from quantpress.cache.hybrid_layer import packed_in_place_of
 from quantpress.cache.layer import PackedLayer
 from quantpress.cache.settings import LayerSettings
 from quantpress.cache.tokens.demotion import Demotion
@@ -175,7 +176,8 @@ class Packer:
         by_head = hidden is not None and self.by_head and not is_padded(call.attention_mask)
         if hidden is not None:
             name_slots(call.module, hidden, evicted=by_head)
-        return PackedLayer.from_states(
+        return packed_in_place_of(
+            call.cache.layers[call.layer_idx],
             tokens.keys.detach(),
             tokens.values.detach(),
             settings,

@@ -11,7 +11,7 @@ from transformers.cache_utils import Cache, DynamicLayer, QuantizedLayer
 from quantpress.cache.layer import PackedLayer
 from quantpress.errors import CompositionError, InvalidInputError, NonFiniteError, UnsupportedModelError
 
-_CACHE_ARGUMENTS = ("past_key_values", "past_key_value", "layer_past")
+_CACHE_ARGUMENTS = ("cache", "past_key_values", "past_key_value", "layer_past")
 _FRESH_CACHE = "pass a fresh past_key_values=DynamicCache()"
 
 

@@ -151,7 +151,7 @@ def test_what_comes_later_and_what_is_taken_away() -> None:
     assert torch.equal(layer.keys + 0, context[:, :, : 4 + count])
     with pytest.raises(InvalidInputError, match=f"cut such a layer to {4 + count} tokens or more"):
         layer.crop(4 + count - 1)
-    layer.crop(0)
+    layer.crop(-layer.get_seq_length())
     assert layer.get_seq_length() == 0 == layer.packed_tokens
 
 

@@ -9,7 +9,7 @@ import torch
 from transformers import DynamicCache, Gemma3TextConfig
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from quantpress.cache import PackedLayer, cache_memory
+from quantpress.cache import PackedLayer, cache_memory, host
 from quantpress.cache.attention.states import PackedStates
 from quantpress.cache.attention.step import attend_step
 from quantpress.cache.fixed.cache import FixedCache
@@ -40,7 +40,7 @@ def numbers(cache: DynamicCache) -> list[torch.Tensor]:
 def assert_equal(cache: DynamicCache, other: DynamicCache) -> None:
     for one, two in zip(cache.layers, other.layers, strict=True):
         assert one.get_seq_length() == two.get_seq_length()
-        place = torch.arange(one.get_seq_length(), one.get_seq_length() + 3)
+        place = host.mask_query(3)
         assert one.get_mask_sizes(place) == two.get_mask_sizes(place)
     assert all(map(torch.equal, numbers(cache), numbers(other)))
 

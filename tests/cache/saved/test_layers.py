@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer, StaticLayer
 
-from quantpress.cache import LayerSettings, PackedLayer, cache_memory
+from quantpress.cache import LayerSettings, PackedLayer, cache_memory, host
 from quantpress.cache.fixed.layers import FixedPackedLayer
 from quantpress.cache.fixed.step_counters import StepCounters
 from quantpress.cache.saved.format import read_file
@@ -187,7 +187,7 @@ def test_plain_sliding_and_empty_layers() -> None:
         PackedLayer,
     ]
     assert same(plain, cache.layers[0]) and same(sliding, cache.layers[1])
-    assert cache.layers[1].get_mask_sizes(torch.arange(3)) == sliding.get_mask_sizes(torch.arange(3))
+    assert cache.layers[1].get_mask_sizes(host.mask_query(3)) == sliding.get_mask_sizes(host.mask_query(3))
     more = states(3)
     for left, right in ((plain, cache.layers[0]), (sliding, cache.layers[1])):
         for a, b in zip(left.update(*more), right.update(*more), strict=True):

@@ -284,7 +284,7 @@ def test_cropping_among_evicted_tokens_is_refused() -> None:
     with pytest.raises(InvalidInputError, match="single heads have evicted tokens"):
         _ = layer.keys[:, :, :100] + 0
     assert_same(layer, lists)
-    layer.crop(0)
+    layer.crop(-layer.get_seq_length())
     assert layer.get_seq_length() == 0 and layer.packed_tokens == 0
     added = states(300)
     layer.update(*added)

@@ -20,7 +20,7 @@ from transformers import (
 )
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from quantpress.cache import PackedLayer
+from quantpress.cache import PackedLayer, host
 from quantpress.cache.attention.functions import model_eager_attention
 from quantpress.presses import TurboQuant
 from quantpress.presses.packing.prefill_hook import prefill_call
@@ -101,7 +101,7 @@ def check_moments(model: PreTrainedModel, window: int = 16) -> None:
     modules = [layer.self_attn for layer in model.model.layers]
     handles = [module.register_forward_hook(hook, with_kwargs=True) for module in modules]
     try:
-        with seen_queries(queries), torch.inference_mode():
+        with host.old_names(model.model, modules), seen_queries(queries), torch.inference_mode():
             model.model(input_ids=prompt(50, batch=2), past_key_values=DynamicCache(config=model.config))
     finally:
         for handle in handles:

@@ -1,0 +1,130 @@
+"""What differs between the versions of transformers that quantpress runs on, each found by its feature.
+
+transformers 5.2 calls the cache `past_key_values` and gives every forward `cache_position`, the positions of
+the new tokens among those that the cache holds. Later versions call it `cache` and give no positions.
+"""
+
+import copy
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import GenerationMixin, cache_utils
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+
+OLD_NAME, NEW_NAME, PLACES = "past_key_values", "cache", "cache_position"
+
+
+def takes(function: Callable[..., Any], name: str) -> bool:
+    """Whether a function has a parameter of this name."""
+    return name in inspect.signature(function).parameters
+
+
+GENERATE_CACHE = NEW_NAME if takes(GenerationMixin.prepare_inputs_for_generation, NEW_NAME) else OLD_NAME
+"""The name of the cache among the arguments of `generate`."""
+
+CROP_REMOVES = not takes(DynamicLayer.crop, "max_length")
+"""Whether `crop(0)` removes no token, because `crop` takes the number of tokens to remove, negated."""
+
+CALLS_TAKE_PLACES = takes(DynamicLayer.get_mask_sizes, PLACES)
+"""Whether forwards and masks are given `cache_position`."""
+
+FEEDS_AGAIN = takes(GenerationMixin.prepare_inputs_for_generation, "next_sequence_length")
+"""Whether assisted decoding feeds a filled cache every id again, in its first step."""
+
+LINEAR_LAYER: Any = getattr(cache_utils, "LinearAttentionCacheLayerMixin", ())
+"""Cache layers that keep a state of fixed size, alone or beside keys and values; () where there are none."""
+
+HOLDS_STATES = bool(LINEAR_LAYER)
+"""Whether a DynamicCache can hold such layers (hybrid models)."""
+
+STATES = (
+    "number_of_states",
+    "conv_states",
+    "recurrent_states",
+    "is_conv_states_initialized",
+    "is_recurrent_states_initialized",
+    "has_previous_state",
+    "conv_kernel_size",
+    "record_past",
+)
+"""Attributes of a layer that keeps linear-attention states."""
+
+
+@lru_cache(maxsize=256)
+def _cache_name(kind: Any) -> str:
+    return NEW_NAME if takes(kind.forward, NEW_NAME) else OLD_NAME
+
+
+def cache_name(module: nn.Module) -> str:
+    """The name of the cache among the arguments of a module's forward."""
+    kind: Any = type(module)
+    return _cache_name(kind)
+
+
+def cache_in(args: Iterable[Any], kwargs: Mapping[str, Any]) -> Cache | None:
+    """The cache among the arguments of a call, whatever its name."""
+    return next((one for one in (*kwargs.values(), *args) if isinstance(one, Cache)), None)
+
+
+def mask_query(new_tokens: int, device: torch.device | None = None) -> Any:
+    """The first argument of `get_mask_sizes` for this many new tokens."""
+    return torch.arange(new_tokens, device=device) if CALLS_TAKE_PLACES else new_tokens
+
+
+def query_count(query: Any) -> int:
+    """How many new tokens the first argument of `get_mask_sizes` stands for."""
+    return int(query.shape[0]) if isinstance(query, torch.Tensor) and query.dim() else int(query)
+
+
+def keeps_tokens(layer: Any) -> bool:
+    """Whether a cache layer keeps tokens: it is not a linear-attention state alone, nor a placeholder."""
+    return hasattr(layer, "get_seq_length")
+
+
+def token_layers(cache: Cache) -> list[Any]:
+    """The layers of a cache that keep tokens."""
+    return [layer for layer in cache.layers if keeps_tokens(layer)]
+
+
+def empty_cache(model: nn.Module) -> DynamicCache:
+    """A new cache for a model.
+
+    Plain layers appear when they are first written to. A cache whose layers keep states, or stand for others,
+    is made from the model's configuration, which says where they are.
+    """
+    config: Any = getattr(model, "config", None)
+    made = DynamicCache(config=config)
+    placed = any(isinstance(layer, LINEAR_LAYER) or not keeps_tokens(layer) for layer in made.layers)
+    return made if placed else DynamicCache()
+
+
+def linear_states(layer: Any) -> dict[str, Any]:
+    """The linear-attention states that a layer keeps beside its tokens; empty for all others."""
+    return {name: vars(layer)[name] for name in STATES} if isinstance(layer, LINEAR_LAYER) else {}
+
+
+def copied(layer: Any) -> Any:
+    """A shallow copy of a layer; linear-attention states are cloned, since steps write them in place."""
+    other = copy.copy(layer)
+    vars(other).update(copy.deepcopy(linear_states(layer)))
+    return other
+
+
+def feed_new_tokens(prepare: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Stand in for `model.prepare_inputs_for_generation` in assisted decoding over a filled cache.
+
+    transformers 5.24 feeds such a cache every id again in the first step. Greedy and sampled decoding leave
+    out those that the cache holds, and so does this.
+    """
+    cache = kwargs.get(GENERATE_CACHE)
+    ids = args[0] if args else kwargs.get("input_ids")
+    given = len(args) > 1 or kwargs.get("next_sequence_length") is not None
+    if FEEDS_AGAIN and not given and isinstance(cache, Cache):
+        held = int(cache.get_seq_length())
+        if held and ids is not None and ids.shape[1] > held:
+            kwargs["next_sequence_length"] = ids.shape[1] - held
+    return prepare(*args, **kwargs)
