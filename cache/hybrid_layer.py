@@ -10,10 +10,10 @@ from quantpress.cache import host
 from quantpress.cache.layer import PackedLayer
 from quantpress.cache.settings import LayerSettings
 
-_StateLayer: Any = getattr(cache_utils, "LinearAttentionLayer", object)
+_StateLayer: Any = getattr(cache_utils, "LinearAttentionLayer", type("NoStateLayer", (), {}))
 
 
-class PackedHybridLayer(_StateLayer, PackedLayer):  # type: ignore[misc]
+class PackedHybridLayer(_StateLayer, PackedLayer):
     """`PackedLayer` for the tokens, transformers' `LinearAttentionLayer` for the state."""
 
     is_compileable = False
@@ -59,7 +59,10 @@ def packed_in_place_of(
 
     Args:
         layer: the layer of a cache that the packed one will replace.
-        keys, values, settings, **options: as `PackedLayer.from_states` takes them.
+        keys: as `PackedLayer.from_states` takes them.
+        values: the same.
+        settings: the same.
+        **options: the other arguments of `PackedLayer.from_states`.
 
     Raises:
         NonFiniteError, InvalidInputError: as `PackedLayer.from_states`.

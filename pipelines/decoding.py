@@ -147,7 +147,7 @@ def uniform_length(cache: Cache) -> int:
     Raises:
         InvalidInputError: layers keep different numbers of tokens, so no single length can be cropped to.
     """
-    lengths = {layer.get_seq_length() for layer in host.token_layers(cache)}
+    lengths: set[int] = {layer.get_seq_length() for layer in host.token_layers(cache)}
     if len(lengths) != 1:
         raise InvalidInputError(
             f"layers keep {min(lengths)} to {max(lengths)} tokens; assisted and prompt-lookup decoding crop "

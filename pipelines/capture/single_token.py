@@ -42,8 +42,8 @@ class SingleToken:
         """Read the arguments of a call; None if it is anything but one plain token over a cache."""
         given = _by_name(signature, args, kwargs)
         ids, mask = (given.pop(name, None) for name in ("input_ids", "attention_mask"))
-        name = next((one for one in (host.NEW_NAME, host.OLD_NAME) if given.get(one) is not None), None)
-        cache = None if name is None else given.pop(name)
+        name = host.NEW_NAME if given.get(host.NEW_NAME) is not None else host.OLD_NAME
+        cache = given.pop(name, None)
         if not isinstance(ids, torch.Tensor) or ids.dim() != 2 or ids.shape[1] != 1:
             return None
         if not isinstance(cache, Cache) or not (mask is None or isinstance(mask, torch.Tensor)):
