@@ -9,13 +9,12 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from kvpress import BasePress
-
 from quantpress.cache.settings import DEFAULT_SINK_TOKENS
 from quantpress.codecs.protocol import PageCodec
 from quantpress.codecs.uniform import UniformPages
 from quantpress.errors import InvalidInputError
 from quantpress.presses import Compose, ExpectedAttention, Knorm, Random, SnapKV, StreamingLLM, TurboQuant
+from quantpress.presses.base_press import BasePress
 from quantpress.presses.presets import WINDOWS
 from quantpress.presses.turboquant import CodecFactory
 

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from kvpress import BasePress
 from rich import box
 from rich.console import Console
 from rich.progress import track
@@ -30,6 +29,7 @@ from quantpress.evaluation.tasks.haystack import (
 )
 from quantpress.pipelines.report import Report, format_bytes, ratio_note
 from quantpress.pipelines.text_generation import TextGenerationPipeline
+from quantpress.presses.base_press import BasePress
 
 ANSWER_TOKENS = 8
 SHOWN = 6  # characters of an answer in a table: one more than a number has

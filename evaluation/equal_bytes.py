@@ -14,7 +14,6 @@ from math import isclose
 from types import MappingProxyType
 
 import torch
-from kvpress import BasePress
 from transformers import PreTrainedConfig
 
 from quantpress.cache.settings import DEFAULT_SINK_TOKENS
@@ -24,6 +23,7 @@ from quantpress.evaluation.arms import Arm, MakePress
 from quantpress.evaluation.filled_kvzip import filled_kvzip
 from quantpress.kernels.layout import PAGE_TOKENS
 from quantpress.presses import Compose, ExpectedAttention, KeyDiff, Knorm, SnapKV, StreamingLLM, TurboQuant
+from quantpress.presses.base_press import BasePress
 from quantpress.presses.traits import members, name_of, traits_of
 
 MakeEvictor = Callable[[float], BasePress]

@@ -10,7 +10,6 @@ from tempfile import TemporaryDirectory
 from typing import Any, TypeAlias
 
 import transformers
-from kvpress import BasePress
 from torch import nn
 
 from quantpress.errors import InvalidInputError
@@ -28,6 +27,7 @@ from quantpress.evaluation.suites import PARTS, Suite, suite_by_name
 from quantpress.pipelines import TASK, register
 from quantpress.pipelines.press_argument import as_press
 from quantpress.pipelines.text_generation import TextGenerationPipeline
+from quantpress.presses.base_press import BasePress
 from quantpress.presses.traits import name_of
 
 REPORT = "report.md"

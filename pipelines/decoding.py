@@ -5,7 +5,6 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-from kvpress import BasePress
 from transformers import Cache, GenerationConfig, PreTrainedModel
 from transformers.generation.configuration_utils import GenerationMode
 from transformers.generation.streamers import BaseStreamer
@@ -19,6 +18,7 @@ from quantpress.pipelines.capture.eligibility import TOKEN_BY_TOKEN
 from quantpress.pipelines.method_replacement import MethodReplacement
 from quantpress.pipelines.report import Stopwatch
 from quantpress.pipelines.rollback import context_rollback
+from quantpress.presses.base_press import BasePress
 from quantpress.presses.guard import guarded
 from quantpress.presses.traits import decode_time_presses
 

@@ -1,20 +1,20 @@
 """The press= argument of pipelines and of `enable`, made into a press; and the press of an enabled model."""
 
 from collections.abc import Sequence
+from importlib import import_module
 from types import UnionType
 from typing import Any, TypeAlias
 
-from kvpress import BasePress, FinchPress
 from torch import nn
 from transformers import PreTrainedModel
 
 from quantpress.errors import InvalidInputError
 from quantpress.presses.arguments import is_press
+from quantpress.presses.base_press import BasePress
 from quantpress.presses.compose import Compose
 from quantpress.presses.expression import parse_press
-from quantpress.presses.finch import Finch, name_delimiter
 from quantpress.presses.presets import PRESETS
-from quantpress.presses.traits import members, with_inner
+from quantpress.presses.traits import members, traits_of, with_inner
 from quantpress.presses.turboquant import TurboQuant
 
 ENABLED = "_quantpress_enabled"
@@ -74,10 +74,11 @@ def hand_tokenizer(press: BasePress | None, model: PreTrainedModel, tokenizer: A
     grows by it. It never sees that of `Finch`.
     """
     for finch in (inner for member in members(press) for inner in with_inner(member)):
-        if isinstance(finch, FinchPress) and finch.delimiter_token_id is None:
-            token = name_delimiter(finch, tokenizer)
+        if traits_of(finch).needs_delimiter and finch.delimiter_token_id is None:
+            home = import_module("quantpress.presses.finch")
+            token = home.name_delimiter(finch, tokenizer)
             embedding: Any = model.get_input_embeddings()
-            if not isinstance(finch, Finch) and token >= embedding.weight.shape[0]:
+            if not isinstance(finch, home.Finch) and token >= embedding.weight.shape[0]:
                 model.resize_token_embeddings(token + 1)
 
 

@@ -6,13 +6,13 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from kvpress import BasePress
 from transformers import Cache, PreTrainedModel
 
 from quantpress.cache import host
 from quantpress.cache.fixed.plain import BufferedLayer, become
 from quantpress.cache.tokens.evicted_slots import MASKS
 from quantpress.pipelines.attention_masks import remember_hidden_slots
+from quantpress.presses.base_press import BasePress
 from quantpress.presses.models.attention import attention_modules
 from quantpress.presses.models.lock import model_lock
 from quantpress.presses.models.restore import left_as_found

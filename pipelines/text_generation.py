@@ -5,8 +5,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-from kvpress import BasePress, KVPressTextGenerationPipeline
-from transformers import Cache
+from transformers import Cache, Pipeline
 
 from quantpress.cache import cache_memory, host
 from quantpress.errors import InvalidInputError
@@ -27,9 +26,10 @@ from quantpress.pipelines.prompt import chat_form, check_positions, cut_to, toke
 from quantpress.pipelines.reading.read_context import read_context
 from quantpress.pipelines.report import Report, Stopwatch
 from quantpress.pipelines.rollback import model_rollback
+from quantpress.presses.base_press import BasePress
 
 
-class TextGenerationPipeline(KVPressTextGenerationPipeline):
+class TextGenerationPipeline(Pipeline):
     """Answers questions about a context whose KV cache is compressed while it is read.
 
     Everything that kvpress's own pipeline takes works and gives the same greedy answers. All arguments may be
@@ -92,6 +92,9 @@ class TextGenerationPipeline(KVPressTextGenerationPipeline):
         >>> # pipe = pipeline("kv-press-text-generation", press=Compose([SnapKV, TurboQuant]))
         >>> # pipe("A long text ...", question="What is it about?")["answer"]
     """
+
+    model: Any
+    tokenizer: Any
 
     def __init__(self, *args: Any, **options: Any) -> None:
         check_dtype(options.get("dtype"))  # of a model that is loaded already, transformers ignores it
@@ -157,7 +160,7 @@ class TextGenerationPipeline(KVPressTextGenerationPipeline):
             position = read_context(self.model, ids, cache, **how)
             return CachedContext.of(self.model, cache, ids, position, how.get("press"), after)
 
-    def preprocess(
+    def preprocess(  # type: ignore[override]
         self,
         context: str | CachedContext,
         questions: Sequence[str] = ("",),
@@ -192,7 +195,7 @@ class TextGenerationPipeline(KVPressTextGenerationPipeline):
         check_positions(self.model.config, context_ids.shape[1])
         return context_ids, after
 
-    def _forward(
+    def _forward(  # type: ignore[override]
         self,
         input_tensors: dict[str, Any],
         press: BasePress | None = None,
@@ -253,7 +256,9 @@ class TextGenerationPipeline(KVPressTextGenerationPipeline):
         with model_rollback(self.model, keep_masks=cache is not None):
             yield kept, read_context(self.model, inputs["context_ids"], kept, press, **how)
 
-    def postprocess(self, model_outputs: dict[str, Any], single_question: bool = True) -> dict[str, Any]:
+    def postprocess(  # type: ignore[override]
+        self, model_outputs: dict[str, Any], single_question: bool = True
+    ) -> dict[str, Any]:
         """Name the answers as kvpress does."""
         if not single_question:
             return model_outputs

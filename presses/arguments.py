@@ -7,9 +7,8 @@ from numbers import Integral, Real
 from types import UnionType
 from typing import Any
 
-from kvpress import BasePress, ScorerPress
-
 from quantpress.errors import InvalidInputError, did_you_mean
+from quantpress.presses.base_press import BasePress, ScorerPress
 from quantpress.presses.traits import short_repr
 
 _KINDS: dict[Any, tuple[type, str]] = {

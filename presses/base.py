@@ -15,7 +15,6 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, TypeVar
 
 import torch
-from kvpress import BasePress, ScorerPress
 from torch import nn
 from transformers.modeling_utils import PreTrainedModel
 
@@ -27,6 +26,7 @@ from quantpress.presses.arguments import (
     inner_press,
     is_press,
 )
+from quantpress.presses.base_press import BasePress, ScorerPress
 from quantpress.presses.guard import named_failure
 from quantpress.presses.models.filling import filled_caches
 from quantpress.presses.models.lock import model_lock

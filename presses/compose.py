@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from kvpress import BasePress, ComposedPress, PrefillDecodingPress
 from torch import nn
 from transformers.modeling_utils import PreTrainedModel
 
 from quantpress.errors import CompositionError, InvalidInputError, QuantPressError
 from quantpress.presses.arguments import check_ratio, one_by_one
 from quantpress.presses.base import PressMixin
+from quantpress.presses.base_press import BasePress, is_of_kvpress
 from quantpress.presses.guard import guarded
 from quantpress.presses.models.attention import hooked
 from quantpress.presses.models.eligibility import EVICTABLE, check
@@ -51,7 +51,7 @@ class Compose(PressMixin, BasePress):
         Compose(SnapKV(0.5) | TurboQuant(3))
     """
 
-    presses: Sequence[BasePress | type[BasePress]]
+    presses: Sequence[Any]
 
     def __post_init__(self) -> None:
         self.presses = _one_by_one(self.presses)
@@ -226,11 +226,16 @@ def _one_by_one(presses: Any) -> tuple[BasePress, ...]:
 
 
 def _flattened(press: BasePress) -> Iterator[BasePress]:
-    if isinstance(press, Compose) or type(press) is ComposedPress:
-        for member in press.presses:
+    made: Any = press
+    if isinstance(press, Compose) or is_of_kvpress(type(press), "ComposedPress"):
+        for member in made.presses:
             yield from _flattened(member)
-    elif type(press) is PrefillDecodingPress and press.prefilling_press and not press.decoding_press:
-        yield from _flattened(press.prefilling_press)  # nothing happens while decoding
+    elif (
+        is_of_kvpress(type(press), "PrefillDecodingPress")
+        and made.prefilling_press
+        and not made.decoding_press
+    ):
+        yield from _flattened(made.prefilling_press)  # nothing happens while decoding
     else:
         yield press
 

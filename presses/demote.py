@@ -14,20 +14,24 @@ Two short texts show a direction, not a size.
 from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import replace
+from importlib import import_module
 from typing import Any
 
 import torch
-from kvpress import BasePress
 from torch import nn
 from transformers.modeling_utils import PreTrainedModel
 
 from quantpress.cache.tokens.demotion import Demotion
 from quantpress.presses.base import WrappingPress
-from quantpress.presses.names import SnapKV
+from quantpress.presses.base_press import BasePress
 from quantpress.presses.turboquant import TurboQuant
 
 
-class Demote(WrappingPress, BasePress, inner=SnapKV, demotes=True, keeps_tokens=True):
+def _snapkv() -> Any:
+    return import_module("quantpress.presses").SnapKV()
+
+
+class Demote(WrappingPress, BasePress, inner=_snapkv, demotes=True, keeps_tokens=True):
     """Keeps every token, but packs those that a press would evict in fewer bits than the others.
 
     Put it last before TurboQuant in `Compose`. TurboQuant packs the other tokens, and its rotation, scales
@@ -79,7 +83,7 @@ class Demote(WrappingPress, BasePress, inner=SnapKV, demotes=True, keeps_tokens=
         hidden_states: torch.Tensor,
         keys: torch.Tensor,
         values: torch.Tensor,
-        attentions: torch.Tensor,
+        attentions: torch.Tensor | None,
         kwargs: dict[str, Any],
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Score the tokens for the quantizer; keys and values are returned unchanged."""

@@ -16,11 +16,9 @@ from importlib import import_module, invalidate_caches
 from pathlib import Path
 from typing import Any
 
-import kvpress
-from kvpress import BasePress
-
 from quantpress import presses
 from quantpress.errors import InvalidInputError, QuantPressError, did_you_mean
+from quantpress.presses.base_press import BasePress
 
 MAX_LENGTH = 2000
 _MODULE = re.compile(r"""'[^']*'|"[^"]*"|(?<![\w.])([^\W\d][\w.]*):(?=[^\W\d])""")
@@ -65,7 +63,7 @@ def parse_press(text: str) -> BasePress | None:
         raise InvalidInputError(
             f"{text!r} is no press; write something like 'SnapKV(0.5) | TurboQuant(bits=3)'"
         ) from error
-    return made[0] if len(made) == 1 else _known()["Compose"](made)
+    return made[0] if len(made) == 1 else presses.Compose(made)
 
 
 def _joined(node: ast.expr) -> list[ast.expr]:
@@ -96,7 +94,7 @@ def _maker(node: ast.expr, text: str, module: str) -> Any:
     if isinstance(node, ast.Name):
         return _own(module, node.id, text) if module else _class(node.id, text)
     if ast.unparse(node) == "TurboQuant.preset" and not module:
-        return _known()["TurboQuant"].preset
+        return presses.TurboQuant.preset
     raise InvalidInputError(f"{ast.unparse(node)!r} in {text!r} is no press; write its name alone")
 
 
@@ -106,10 +104,10 @@ def _value(node: ast.expr, text: str) -> Any:
         items = [_value(item, text) for item in node.elts]
         return items if isinstance(node, ast.List) else tuple(items)
     if isinstance(node, ast.BinOp) and isinstance(node.op, ast.BitOr):
-        return _known()["Compose"]([_press(one, text) for one in _joined(node)])
+        return presses.Compose([_press(one, text) for one in _joined(node)])
     if isinstance(node, ast.BinOp) and isinstance(node.op, ast.MatMult):
         return _press(node, text)
-    if isinstance(node, ast.Call) or (isinstance(node, ast.Name) and node.id in _known()):
+    if isinstance(node, ast.Call) or (isinstance(node, ast.Name) and _find(node.id)):
         return _press(node, text)
     try:
         return ast.literal_eval(node)
@@ -127,7 +125,7 @@ def _made(make: Any, values: list[Any], named: dict[str, Any], text: str) -> Bas
     except (TypeError, ValueError, AssertionError) as error:
         raise InvalidInputError(f"{make.__name__} in {text!r} {_why_not_made(make, named, error)}") from error
     if not isinstance(press, BasePress):
-        raise InvalidInputError(f"{make.__name__} in {text!r} made {press!r}, which is no press of kvpress")
+        raise InvalidInputError(f"{make.__name__} in {text!r} made {press!r}, which is no press")
     return press
 
 
@@ -150,8 +148,7 @@ def _own(module: str, name: str, text: str) -> Any:
         raise InvalidInputError(f"the module {module} in {text!r} has no {name!r}; {hint}")
     if not _may_make(found):
         raise InvalidInputError(
-            f"{module}:{name} in {text!r} is no press; name a subclass of kvpress.BasePress, or a function "
-            "that makes one"
+            f"{module}:{name} in {text!r} is no press; name a class of a press, or a function that makes one"
         )
     return found
 
@@ -185,9 +182,10 @@ def _imported(module: str, text: str) -> Any:
 
 
 def _class(name: str, text: str) -> type[BasePress]:
-    press: type[BasePress] | None = _known().get(name)
+    press = _find(name)
     if press is None:
-        raise InvalidInputError(f"there is no press {name!r} in {text!r}; {_nearest(name, list(_known()))}")
+        names = [*presses.__all__, *_of_kvpress()]  # type: ignore[attr-defined]
+        raise InvalidInputError(f"there is no press {name!r} in {text!r}; {_nearest(name, names)}")
     return press
 
 
@@ -195,12 +193,20 @@ def _nearest(name: str, names: list[str]) -> str:
     return did_you_mean(name, names) or f"there are {', '.join(sorted(names))}"
 
 
+def _find(name: str) -> type[BasePress] | None:
+    """The press class of a name that a text may use; None for an unknown name."""
+    if name in presses.__all__:  # type: ignore[attr-defined]
+        ours: type[BasePress] = getattr(presses, name)
+        return ours
+    return _of_kvpress().get(name) if name.endswith("Press") else None
+
+
 @lru_cache(maxsize=1)
-def _known() -> dict[str, Any]:
-    """Press classes by the names that a text may use."""
-    theirs = {name: getattr(kvpress, name) for name in kvpress.__all__}
-    classes = {
-        name: one for name, one in theirs.items() if isinstance(one, type) and issubclass(one, BasePress)
-    }
-    names: list[str] = presses.__all__  # type: ignore[attr-defined]
-    return {**classes, **{name: getattr(presses, name) for name in names}}
+def _of_kvpress() -> dict[str, Any]:
+    """kvpress's own classes by name; none where it is not installed."""
+    try:
+        kvpress = import_module("kvpress")
+    except ImportError:
+        return {}
+    found = {name: getattr(kvpress, name) for name in kvpress.__all__}
+    return {name: one for name, one in found.items() if isinstance(one, type) and issubclass(one, BasePress)}

@@ -23,7 +23,9 @@ def name_delimiter(press: kvpress.FinchPress, tokenizer: Any, token: str = FINCH
     return known
 
 
-class Finch(EvictingPress, kvpress.FinchPress, rerotates=lambda press: press.rerotate_keys):
+class Finch(
+    EvictingPress, kvpress.FinchPress, rerotates=lambda press: press.rerotate_keys, needs_delimiter=True
+):
     """Keeps the tokens that the question behind a delimiter attends to (FINCH).
 
     The context is f"{context}<|finch_sep|>{question}". A pipeline makes the delimiter a token. Anywhere else,

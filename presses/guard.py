@@ -6,16 +6,17 @@ a prefill.
 """
 
 import functools
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from kvpress import SUPPORTED_MODELS, BasePress
 from torch import nn
 from transformers.modeling_utils import PreTrainedModel
 
 from quantpress.errors import CompositionError, InvalidInputError, QuantPressError, UnsupportedModelError
+from quantpress.presses.base_press import BasePress
 from quantpress.presses.models.attention import attention_modules, decoder_of, hooked, is_sliding
 from quantpress.presses.models.old_names import old_names
 from quantpress.presses.packing.prefill_hook import check_padding, is_padded, prefill_call
@@ -51,7 +52,7 @@ def guarded(press: BasePress, model: PreTrainedModel) -> Iterator[None]:
     """
     modules = attention_modules(model)
     before = [set(module._forward_hooks) for module in modules]
-    supported = isinstance(model, SUPPORTED_MODELS) and not _offloaded(modules)
+    supported = isinstance(model, _supported_models() or object) and not _offloaded(modules)
     with old_names(decoder_of(model), modules), press(model):
         for module, known in zip(modules, before, strict=True):
             for hook_id in set(module._forward_hooks) - known:
@@ -137,6 +138,12 @@ def _head_dims(layer: Any) -> tuple[int, ...]:
     return tuple(states.shape[-1] for states in (layer.keys, layer.values) if states is not None)
 
 
+def _supported_models() -> tuple[type, ...]:
+    """The models that kvpress's presses are made for; none while kvpress is not imported."""
+    supported: tuple[type, ...] = getattr(sys.modules.get("kvpress"), "SUPPORTED_MODELS", ())
+    return supported
+
+
 def _offloaded(modules: list[nn.Module]) -> bool:
     """Whether `device_map` keeps weights elsewhere until a module is called."""
     return any(parameter.is_meta for module in modules for parameter in module.parameters())
@@ -146,8 +153,8 @@ def _unsupported(press: BasePress, module: nn.Module, reason: str) -> Unsupporte
     if _offloaded([module]):
         advice = "The device_map keeps its weights elsewhere until they are called; free memory for them, or "
     else:
-        models = ", ".join(sorted(model.__name__ for model in SUPPORTED_MODELS))
-        advice = f"kvpress supports {models}; with other models "
+        models = ", ".join(sorted(model.__name__ for model in _supported_models()))
+        advice = f"kvpress supports {models}; with other models " if models else "With this model "
     return UnsupportedModelError(
         f"{name_of(press)} does not work with {type(module).__name__}: {reason}. {advice}"
         "use another press, or TurboQuant alone"

@@ -11,7 +11,6 @@ To add a press, write one class statement here; `quantpress.presses.base` says w
 from typing import TYPE_CHECKING
 
 import kvpress
-from kvpress import ScorerPress
 from kvpress.presses.kvgrad_press import ReadOnlyDynamicLayer
 
 from quantpress.presses.arguments import inner_press
@@ -21,10 +20,13 @@ from quantpress.presses.base import (
     RereadingPress,
     WrappingPress,
 )
+from quantpress.presses.base_press import ScorerPress
 from quantpress.presses.models.old_names import take_keywords
 from quantpress.presses.traits import describe
 
 take_keywords(ReadOnlyDynamicLayer)
+for base in (kvpress.BasePress, kvpress.ScorerPress, kvpress.ComposedPress):
+    describe(base)
 
 
 class Cap(EvictingPress, kvpress.CapPress):

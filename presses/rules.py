@@ -16,9 +16,8 @@ a quantizer behind them leaves those out (`quantpress.presses.packing.head_wise`
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
 
-from kvpress import BasePress, ScorerPress
-
 from quantpress.presses.base import PressMixin
+from quantpress.presses.base_press import BasePress, ScorerPress, is_base
 from quantpress.presses.traits import name_of, traits_of, with_inner
 from quantpress.rule import Found, Rule, reasons
 
@@ -68,7 +67,7 @@ def _twice(stack: _Stack) -> Found:
 
 
 def _incomplete(stack: _Stack) -> Found:
-    """kvpress's base classes fail only in the middle of a prefill."""
+    """Base classes fail only in the middle of a prefill."""
     for press in (inner for outer in stack.presses for inner in with_inner(outer)):
         missing = "score" if isinstance(press, ScorerPress) else "compress"
         if not any(name in _own_names(press) for name in (missing, "compress", "forward_hook", "__call__")):
@@ -77,8 +76,8 @@ def _incomplete(stack: _Stack) -> Found:
 
 
 def _own_names(press: BasePress) -> set[str]:
-    """What a press and its classes define, other than kvpress's base classes and our mixins."""
-    classes = (one for one in type(press).__mro__ if one not in (object, BasePress, ScorerPress))
+    """What a press and its classes define, other than base classes and our mixins."""
+    classes = (one for one in type(press).__mro__ if one is not object and not is_base(one))
     own = (one for one in classes if issubclass(one, BasePress) or not issubclass(one, PressMixin))
     return {*vars(press), *(name for one in own for name in vars(one))}
 

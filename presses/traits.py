@@ -9,11 +9,11 @@ their bases and state only what differs. A press of your own is described in the
 
 from collections.abc import Callable, Iterator
 from dataclasses import MISSING, dataclass, fields
+from importlib import import_module
 from typing import Any, TypeAlias
 
-from kvpress import BasePress, ComposedPress, ScorerPress
-
 from quantpress.errors import InvalidInputError
+from quantpress.presses.base_press import BasePress, ScorerPress, is_of_kvpress
 
 Trait: TypeAlias = bool | int | Callable[[Any], bool | int]
 """A trait's value, or a function of the press where the value depends on its settings."""
@@ -41,6 +41,7 @@ class Traits:
             set.
         quantizes: packs the cache.
         demotes: chooses tokens that the quantizer behind it packs in fewer bits.
+        needs_delimiter: looks for a token, `delimiter_token_id`, that stands between context and question.
         sink_tokens: how many of the first tokens it always keeps.
     """
 
@@ -58,11 +59,15 @@ class Traits:
     ratio_follows: bool = False
     quantizes: bool = False
     demotes: bool = False
+    needs_delimiter: bool = False
     sink_tokens: int = 0
 
 
-TRAITS: dict[type, dict[str, Trait]] = {BasePress: {}, ScorerPress: {}, ComposedPress: {}}
+TRAITS: dict[type, dict[str, Trait]] = {BasePress: {}, ScorerPress: {}}
 """The traits that each class states, by name; it inherits the others."""
+
+DESCRIBES_KVPRESS = "quantpress.presses.names"
+"""The module that describes kvpress's presses, imported when the first of them is met."""
 
 _NAMES = [field.name for field in fields(Traits)]
 _INNER = ("press", "base_press", "prefilling_press", "decoding_press")
@@ -95,6 +100,8 @@ def traits_of(press: BasePress) -> Traits:
         >>> traits_of(StreamingLLMPress(0.5, n_sink=8)).sink_tokens, traits_of(KnormPress(0.5)).decodes
         (8, False)
     """
+    if any(map(is_of_kvpress, type(press).__mro__)):
+        import_module(DESCRIBES_KVPRESS)
     stated: dict[str, Any] = {}
     for base in reversed(type(press).__mro__):
         stated |= TRAITS.get(base, {})

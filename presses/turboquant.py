@@ -6,7 +6,6 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
-from kvpress import BasePress
 from torch import nn
 from transformers.cache_utils import Cache
 from transformers.modeling_utils import PreTrainedModel
@@ -16,6 +15,7 @@ from quantpress.codecs.protocol import PageCodec
 from quantpress.codecs.scalar import ScalarPages
 from quantpress.errors import InvalidInputError
 from quantpress.presses.base import PressMixin
+from quantpress.presses.base_press import BasePress
 from quantpress.presses.models.attention import attention_modules, full_attention_modules
 from quantpress.presses.models.eligibility import PACKABLE, check
 from quantpress.presses.models.filling import filled_caches

@@ -13,6 +13,7 @@ The tree::
     ├── NotAppliedError              a run went by and nothing was compressed
     ├── PoolFullError                no block, or no place for a sequence, is free
     ├── UnsupportedModelError        a model, or an attention of it, that cannot be packed
+    ├── MissingPackageError          (also an ImportError) an optional package that is not installed
     ├── ModelFilesError              the default model could not be fetched or is damaged
     └── CacheFileError               a saved cache that cannot be written, or must not be read
 
@@ -67,6 +68,10 @@ class PoolFullError(QuantPressError):
 
 class UnsupportedModelError(QuantPressError):
     """A model, or its attention implementation, whose cache cannot be packed."""
+
+
+class MissingPackageError(QuantPressError, ImportError):
+    """Something needs a package that cannot be imported here."""
 
 
 class ModelFilesError(QuantPressError):

@@ -1,8 +1,9 @@
-"""Keeps the task "kv-press-text-generation" ours once quantpress is imported, whenever kvpress is imported.
+"""Lets kvpress be imported before, after or never: the task stays ours, and its attention lies inside ours.
 
 kvpress registers its own pipeline under that name when it is imported. Importing kvpress takes seconds, so it
 is not imported here. Instead an entry that loads our pipeline when it is used goes into transformers'
 registry: at once if transformers.pipelines is loaded, and again after each import that would replace it.
+kvpress also wraps every attention function of transformers. Ours must stay around its wrappers.
 """
 
 import sys
@@ -10,7 +11,8 @@ from importlib import import_module
 from typing import Any
 
 TASK = "kv-press-text-generation"  # as `quantpress.pipelines` has it
-_WATCHED = ("transformers.pipelines", "kvpress.pipeline")
+_ATTENTION = "kvpress.attention_patch"
+_WATCHED = ("transformers.pipelines", "kvpress.pipeline", _ATTENTION)
 
 
 class LazyTask(dict[str, Any]):
@@ -51,10 +53,26 @@ class _Watcher:
                         run(module)
                     finally:
                         claim_task()
+                    if name == _ATTENTION:
+                        _wrap_inside(module)
 
                 spec.loader.exec_module = run_and_claim
                 return spec
         return None
+
+
+def _wrap_inside(module: Any) -> None:
+    """Have kvpress wrap the functions that lie inside ours, where ours are in place."""
+    patch = module.patch_attention_functions
+
+    def patch_attention_functions() -> None:
+        functions: Any = sys.modules.get("quantpress.cache.attention.functions")
+        if functions is None:
+            patch()
+        else:
+            functions.wrap_original_functions(module.attention_patch)
+
+    module.patch_attention_functions = patch_attention_functions
 
 
 def claim_task() -> None:

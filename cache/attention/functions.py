@@ -6,8 +6,8 @@ when the last has gone, the table holds the same names and the same objects as b
 
 Several wrappers may be in place at once and may go in any order: what is in the table is always the original
 function inside the wrappers that are in use now. A function that somebody else puts into the table meanwhile,
-around ours or instead of it, stays there. kvpress does that when it is imported: import it first, so that
-what it wraps lies inside.
+around ours or instead of it, stays there. kvpress wraps all of them when it is imported, and
+`quantpress.task` has it wrap the original functions, so that its wrappers always lie inside.
 """
 
 import sys
@@ -144,6 +144,20 @@ class _Owner:
 
         self._change(put, wait=True)
 
+    def wrap_originals(self, wrap: Callable[[AttentionFunction], AttentionFunction]) -> None:
+        """Wrap every function of the table as others have put it there; our wrappers stay around it."""
+
+        def put() -> bool:
+            names = set(ALL_ATTENTION_FUNCTIONS) - (self._hiding - _COMMON.keys())
+            for name in names:
+                there = (
+                    _COMMON[name] if name in self._hiding else self._original(ALL_ATTENTION_FUNCTIONS[name])
+                )
+                ALL_ATTENTION_FUNCTIONS[name] = wrap(there)
+            return True
+
+        self._change(put, wait=True)
+
     def _change(self, change: Callable[[], bool], wait: bool) -> None:
         self._changes.append(change)
         while self._lock.acquire(blocking=wait):
@@ -214,3 +228,4 @@ class _Owner:
 _OWNER = _Owner()
 original_functions = _OWNER.originals
 put_back_functions = _OWNER.put_back
+wrap_original_functions = _OWNER.wrap_originals

@@ -16,11 +16,10 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from kvpress import BasePress
-
 from quantpress.errors import InvalidInputError
 from quantpress.pipelines import register
 from quantpress.presses import Compose, TurboQuant
+from quantpress.presses.base_press import BasePress
 
 QUANTIZERS: dict[str, Callable[[], TurboQuant]] = {
     "turboquant_quality": lambda: TurboQuant(key_bits=8, value_bits=4),

@@ -19,7 +19,6 @@ from importlib import import_module
 from typing import Any
 
 import torch
-from kvpress import BasePress
 from transformers import DynamicCache, StoppingCriteria, StoppingCriteriaList
 
 from quantpress.errors import InvalidInputError
@@ -30,6 +29,7 @@ from quantpress.pipelines.prompt import check_positions
 from quantpress.pipelines.reading.read_context import read_context
 from quantpress.pipelines.rollback import model_rollback
 from quantpress.pipelines.text_generation import TextGenerationPipeline
+from quantpress.presses.base_press import BasePress
 
 NEW_TOKENS = 256  # most tokens of an answer, unless the task says
 

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from kvpress import BasePress
 from transformers import Cache, DynamicCache, PreTrainedModel
 
 from quantpress.cache import cache_memory
@@ -18,6 +17,7 @@ from quantpress.evaluation.divergence.reference import Reference, read_reference
 from quantpress.evaluation.divergence.teacher_forcing import CHUNK_TOKENS, kl_divergence, score_continuation
 from quantpress.pipelines.reading.read_context import read_context
 from quantpress.pipelines.rollback import model_rollback
+from quantpress.presses.base_press import BasePress
 from quantpress.presses.traits import members, traits_of
 
 

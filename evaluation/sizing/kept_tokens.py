@@ -2,12 +2,10 @@
 
 from collections.abc import Iterator
 
-from kvpress import BasePress, ScorerPress, ThinKPress
-
 from quantpress.errors import InvalidInputError
+from quantpress.presses.base_press import BasePress, ScorerPress
 from quantpress.presses.demote import Demote
 from quantpress.presses.traits import short_repr, traits_of, with_inner
-from quantpress.presses.turboquant import TurboQuant
 
 
 def described(press: BasePress | None) -> str:
@@ -33,8 +31,11 @@ def prefill_evictors(press: BasePress | None) -> Iterator[BasePress]:
     for one in parts(press):
         if isinstance(getattr(one, "prefilling_press", None), BasePress):
             yield from prefill_evictors(one.prefilling_press)
-        elif not isinstance(one, (TurboQuant, ThinKPress)) and not traits_of(one).decodes:
-            yield one
+        else:
+            traits = traits_of(one)
+            zeroes_channels = traits.keeps_tokens and not traits.demotes
+            if not (traits.quantizes or zeroes_channels or traits.decodes):
+                yield one
 
 
 def tokens_kept(evictors: tuple[BasePress, ...], tokens: int, packed: bool) -> tuple[int, bool]:
@@ -74,7 +75,7 @@ def tokens_kept(evictors: tuple[BasePress, ...], tokens: int, packed: bool) -> t
         plain = (
             len(inner) == 1
             and isinstance(press, ScorerPress)
-            and type(press).compress is ScorerPress.compress
+            and type(press).compress.__qualname__ == "ScorerPress.compress"
         )
         exact = exact and plain
         tokens = int(tokens * (1 - ratio))

@@ -10,7 +10,6 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
-from kvpress import BasePress, StreamingLLMPress
 
 from quantpress.cache.memory import CacheMemory, LayerMemory
 from quantpress.cache.memory_estimate import layer_estimate
@@ -20,7 +19,9 @@ from quantpress.evaluation.sizing.kept_tokens import described, parts, prefill_e
 from quantpress.evaluation.sizing.model_outline import LayerOutline, ModelOutline
 from quantpress.evaluation.sizing.work_space import Widths
 from quantpress.pipelines.reading.read_context import chunk_length
+from quantpress.presses.base_press import BasePress
 from quantpress.presses.compose import Compose
+from quantpress.presses.traits import traits_of
 from quantpress.presses.turboquant import TurboQuant
 
 _MOST_TOKENS = 2**40  # where a search gives up
@@ -190,7 +191,7 @@ class Planner:
     def _kind(self, layer: LayerOutline) -> "_Kind":
         settings = None
         if self._quantizer is not None and not layer.sliding:
-            sinks = [one.n_sink for one in self._evictors if isinstance(one, StreamingLLMPress)]
+            sinks = [traits_of(one).sink_tokens for one in self._evictors]
             pinned = max([self._quantizer.sink_tokens, *sinks]) + self._quantizer.detect_sinks
             settings = self._quantizer.layer_settings(layer.module, layer.head_dim, layer.value_dim, pinned)
         shape = (layer.kv_heads, layer.head_dim, layer.value_dim)

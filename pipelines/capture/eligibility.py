@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from itertools import chain
 
 import torch
-from kvpress import BasePress
 from torch import nn
 from transformers import Cache, PreTrainedModel
 from transformers.generation.configuration_utils import GenerationMode
@@ -15,6 +14,7 @@ from transformers.generation.configuration_utils import GenerationMode
 from quantpress.cache.fixed.fixable import CACHE_RULES
 from quantpress.cache.tokens.evicted_slots import named_to_hide
 from quantpress.errors import InvalidInputError
+from quantpress.presses.base_press import BasePress
 from quantpress.presses.models.attention import attention_modules, in_chunks
 from quantpress.presses.models.eligibility import unreadable
 from quantpress.presses.traits import decode_time_presses, renumbers_positions

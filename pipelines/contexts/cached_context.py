@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from kvpress import BasePress
 from transformers import Cache, PreTrainedModel
 
 from quantpress.cache import CacheMemory, PackedLayer, cache_memory, host
@@ -22,6 +21,7 @@ from quantpress.pipelines.contexts.saved_context import (
     save_context,
 )
 from quantpress.pipelines.press_argument import AnyPress, as_press
+from quantpress.presses.base_press import BasePress
 from quantpress.presses.models.filling import check_keeps
 from quantpress.presses.traits import decode_time_presses, short_repr, traits_of
 

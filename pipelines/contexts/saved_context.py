@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from kvpress import BasePress
 from transformers import Cache, PreTrainedModel
 
 from quantpress.cache import PackedLayer
@@ -16,6 +15,7 @@ from quantpress.cache.settings import LayerSettings
 from quantpress.codecs.parts import Parts
 from quantpress.errors import CacheFileError, InvalidInputError, QuantPressError
 from quantpress.pipelines.attention_masks import HiddenSlots
+from quantpress.presses.base_press import BasePress
 from quantpress.presses.models.attention import attention_modules, full_attention_modules
 from quantpress.presses.traits import members
 from quantpress.presses.turboquant import TurboQuant

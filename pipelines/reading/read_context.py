@@ -5,7 +5,6 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 
 import torch
-from kvpress import BasePress
 from tqdm.auto import tqdm
 from transformers import Cache, PreTrainedModel
 
@@ -20,6 +19,7 @@ from quantpress.pipelines.reading.chunked_prefill import (
 from quantpress.pipelines.reading.embeddings import Watcher, freed_embeddings
 from quantpress.pipelines.report import Stopwatch
 from quantpress.presses.base import PressMixin
+from quantpress.presses.base_press import BasePress
 from quantpress.presses.guard import named_assertion, named_context
 from quantpress.presses.models.eligibility import HOOKABLE, check
 from quantpress.presses.models.filling import check_filled, check_keeps, count_kept, warn_of_chance

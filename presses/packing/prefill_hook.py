@@ -4,7 +4,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from kvpress.presses.base_press import is_prefilling
 from torch import nn
 from transformers.cache_utils import Cache, DynamicLayer, QuantizedLayer
 
@@ -67,7 +66,7 @@ def prefill_call(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Prefil
             f"{type(module).__name__} is given no cache_position: a prefill cannot be told from decoding; "
             "use this model without presses"
         )
-    if not is_prefilling(position, hidden_states.shape[1]):
+    if int(position[-1]) + 1 != hidden_states.shape[1]:
         return None
     mask = kwargs.get("attention_mask")
     return PrefillCall(

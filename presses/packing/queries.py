@@ -1,17 +1,14 @@
 """Queries and keys of a prefill after RoPE, computed again from the hidden states.
 
-kvpress knows how the attention classes that it supports project; the modelling file of each model knows how
-it rotates. The result is checked: keys computed here must equal the keys in the cache.
+Attention modules project by `q_proj` and `k_proj`, or by one `qkv_proj`, and the modelling file of each model
+knows how it rotates. The result is checked: keys computed here must equal the keys in the cache.
 """
 
 import sys
 from typing import Any
 
 import torch
-from kvpress.utils import get_prerope_key_states, get_prerope_query_states
 from torch import nn
-from transformers.models.gemma3.modeling_gemma3 import Gemma3Attention
-from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention
 
 PositionEmbeddings = tuple[torch.Tensor, torch.Tensor]
 
@@ -117,13 +114,24 @@ def _rotate(rotate: Any, states: torch.Tensor, cos: torch.Tensor, sin: torch.Ten
     return whole
 
 
+def _project(module: Any, hidden_states: torch.Tensor, keys: bool) -> torch.Tensor:
+    """The projection of hidden states [B, W, hidden] to queries or keys, [B, heads, W, D], without a norm."""
+    flat: torch.Tensor
+    head_dim, query_heads = module.head_dim, module.config.num_attention_heads
+    if hasattr(module, "qkv_proj"):  # queries of all heads, then keys, then values
+        queries, rest = module.qkv_proj(hidden_states).tensor_split([query_heads * head_dim], dim=-1)
+        flat = rest[..., : module.config.num_key_value_heads * head_dim] if keys else queries
+    else:
+        flat = (module.k_proj if keys else module.q_proj)(hidden_states)
+    return flat.view(*flat.shape[:-1], -1, head_dim).transpose(1, 2)
+
+
 def _projected(module: nn.Module, hidden_states: torch.Tensor, *, keys: bool) -> torch.Tensor:
     """Queries or keys before RoPE, [B, heads, W, D]."""
-    project = get_prerope_key_states if keys else get_prerope_query_states
-    states: torch.Tensor = project(module, hidden_states)
+    states = _project(module, hidden_states, keys)
     norm: Any = getattr(module, "k_norm" if keys else "q_norm", None)
-    if norm is None or isinstance(module, (Gemma3Attention, Qwen3Attention)):
-        return states  # kvpress has already applied the norm of those two classes
+    if norm is None:
+        return states
     by_token = states.transpose(1, 2)  # [B, W, heads, D], as models apply it
     all_heads = norm.weight.dim() == 1 and norm.weight.numel() != states.shape[-1]
     normed: torch.Tensor = norm(by_token.flatten(2)).view(by_token.shape) if all_heads else norm(by_token)

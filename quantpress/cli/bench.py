@@ -18,10 +18,9 @@ from quantpress.cli.arguments import Device, Dtype, Model, Presses, check_loadin
 from quantpress.cli.output import Outcome, new_table, one_below_the_other, progress
 
 if TYPE_CHECKING:
-    from kvpress import BasePress
-
     from quantpress.pipelines.report import Report
     from quantpress.pipelines.text_generation import TextGenerationPipeline
+    from quantpress.presses.base_press import BasePress
 
 SKIPPED = 4  # first tokens that tokens a second leaves out: kernels are compiled, graphs captured
 WARM_UP_TOKENS = 512

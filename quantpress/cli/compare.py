@@ -13,10 +13,9 @@ from quantpress.cli.output import Outcome, new_table, one_below_the_other, progr
 from quantpress.errors import QuantPressError
 
 if TYPE_CHECKING:
-    from kvpress import BasePress
-
     from quantpress.pipelines.report import Report
     from quantpress.pipelines.text_generation import TextGenerationPipeline
+    from quantpress.presses.base_press import BasePress
 
 DEFAULT_PRESSES = (
     "TurboQuant(bits=4)",

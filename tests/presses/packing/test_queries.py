@@ -20,9 +20,10 @@ from transformers import (
 )
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from quantpress.cache import PackedLayer, host
+from quantpress.cache import PackedLayer
 from quantpress.cache.attention.functions import model_eager_attention
 from quantpress.presses import TurboQuant
+from quantpress.presses.models.old_names import old_names
 from quantpress.presses.packing.prefill_hook import prefill_call
 from quantpress.presses.packing.queries import UnknownAttentionError, query_moment, recomputed_keys
 from tests.tiny_models import FAMILIES, prompt, tiny_model
@@ -101,7 +102,7 @@ def check_moments(model: PreTrainedModel, window: int = 16) -> None:
     modules = [layer.self_attn for layer in model.model.layers]
     handles = [module.register_forward_hook(hook, with_kwargs=True) for module in modules]
     try:
-        with host.old_names(model.model, modules), seen_queries(queries), torch.inference_mode():
+        with old_names(model.model, modules), seen_queries(queries), torch.inference_mode():
             model.model(input_ids=prompt(50, batch=2), past_key_values=DynamicCache(config=model.config))
     finally:
         for handle in handles:
