@@ -3,12 +3,10 @@
 import copy
 from typing import Any
 
-import torch
 from transformers import cache_utils
 
 from quantpress.cache import host
 from quantpress.cache.layer import PackedLayer
-from quantpress.cache.settings import LayerSettings
 
 _StateLayer: Any = getattr(cache_utils, "LinearAttentionLayer", type("NoStateLayer", (), {}))
 
@@ -43,6 +41,9 @@ class PackedHybridLayer(_StateLayer, PackedLayer):
         _StateLayer.prefetch(self)
         PackedLayer.prefetch(self)
 
+    def take_over(self, layer: Any) -> None:
+        self.__dict__.update(host.linear_states(layer))
+
     def snapshot(self) -> Any:
         return PackedLayer.snapshot(self), copy.deepcopy(host.linear_states(self))
 
@@ -52,23 +53,6 @@ class PackedHybridLayer(_StateLayer, PackedLayer):
         self.__dict__.update(copy.deepcopy(states))
 
 
-def packed_in_place_of(
-    layer: Any, keys: torch.Tensor, values: torch.Tensor, settings: LayerSettings, **options: Any
-) -> PackedLayer:
-    """Pack the keys and values of a layer, and take over the linear-attention state that it keeps, if any.
-
-    Args:
-        layer: the layer of a cache that the packed one will replace.
-        keys: as `PackedLayer.from_states` takes them.
-        values: the same.
-        settings: the same.
-        **options: the other arguments of `PackedLayer.from_states`.
-
-    Raises:
-        NonFiniteError, InvalidInputError: as `PackedLayer.from_states`.
-    """
-    states = host.linear_states(layer)
-    kind = PackedHybridLayer if states else PackedLayer
-    packed: PackedLayer = kind.from_states(keys, values, settings, **options)
-    packed.__dict__.update(states)
-    return packed
+def packed_kind(layer: Any) -> type[PackedLayer]:
+    """The class of the packed layer that takes the place of a layer; see `PackedLayer.take_over`."""
+    return PackedHybridLayer if host.linear_states(layer) else PackedLayer

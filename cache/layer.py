@@ -112,6 +112,9 @@ class PackedLayer(DynamicLayer):
         layer.tokens_seen = keys.shape[2] if tokens_seen is None else tokens_seen
         return layer
 
+    def take_over(self, layer: Any) -> None:
+        """Keep what the layer whose place this one takes holds beside its tokens: nothing here."""
+
     # What transformers calls
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:

@@ -16,17 +16,17 @@ expression.py     a press written as text
 models/           what presses ask of a model, and how they leave it
 packing/          from prefilled layers to packed layers
 
-kvpress is imported when one of the names of `names.py` or `finch.py` is first used.
+kvpress is imported when one of the names of `names.py` is first used.
 """
 
-from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from quantpress.errors import MissingPackageError, unknown_name
+from quantpress.errors import unknown_name
 from quantpress.presses.base_press import BasePress as BasePress
 from quantpress.presses.base_press import ScorerPress as ScorerPress
 from quantpress.presses.compose import Compose as Compose
 from quantpress.presses.demote import Demote as Demote
+from quantpress.presses.traits import kvpress_press
 from quantpress.presses.turboquant import TurboQuant as TurboQuant
 
 if TYPE_CHECKING:
@@ -48,13 +48,7 @@ else:
     def __getattr__(name: str) -> Any:
         if name not in OF_KVPRESS:
             raise unknown_name(__name__, name, __all__)
-        try:
-            value = getattr(import_module(f"{__name__}.{'finch' if name == 'Finch' else 'names'}"), name)
-        except ImportError as error:
-            raise MissingPackageError(
-                f"{name} is a press of kvpress, which cannot be imported ({error}); "
-                'pip install "quantpress[kvpress]"'
-            ) from error
+        value = kvpress_press(name)
         globals()[name] = value
         return value
 

@@ -1,17 +1,17 @@
-"""What a press offers. kvpress's presses offer the same, and count as subclasses of the classes here.
+"""What a press is. kvpress's presses count as subclasses of the classes here.
 
     class Mine(ScorerPress):
         def score(self, module, hidden_states, keys, values, attentions, kwargs):
             return keys.norm(dim=-1)
 
-`isinstance(press, BasePress)` and `issubclass` look at the methods, not at the bases, so that kvpress need
-not be imported, or installed.
+`isinstance(press, BasePress)` knows kvpress's classes by their names, so that kvpress need not be imported,
+or installed.
 """
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -22,25 +22,28 @@ from quantpress.presses.models.attention import hooked
 from quantpress.presses.packing.prefill_hook import plain_states, prefill_call
 
 
-class _ByMethods(type):
-    """Makes a class the base of every class that has all methods named in its `offers`."""
+def is_of_kvpress(press_class: type, *names: str) -> bool:
+    """Whether this is one of kvpress's classes of these names; any of kvpress's, if none is named."""
+    home = press_class.__module__.partition(".")[0]
+    return home == "kvpress" and (not names or press_class.__name__ in names)
 
-    offers: tuple[str, ...]
+
+class _AlsoOfKvpress(type):
+    """Makes each class of this file a base of what has kvpress's class of the same name as a base."""
 
     def __subclasscheck__(cls, other: type) -> bool:
-        if "offers" not in vars(cls):
-            return super().__subclasscheck__(other)
-        return isinstance(other, type) and all(callable(getattr(other, name, None)) for name in cls.offers)
+        if super().__subclasscheck__(other):
+            return True
+        bases = other.__mro__ if cls.__module__ == __name__ and isinstance(other, type) else ()
+        return any(is_of_kvpress(base, cls.__name__) for base in bases)
 
     def __instancecheck__(cls, press: Any) -> bool:
         return cls.__subclasscheck__(type(press))
 
 
 @dataclass
-class BasePress(metaclass=_ByMethods):
+class BasePress(metaclass=_AlsoOfKvpress):
     """A press: used as a context, it compresses every prefill inside."""
-
-    offers: ClassVar[tuple[str, ...]] = ("post_init_from_model", "compress", "forward_hook")
 
     if TYPE_CHECKING:  # what else presses have: compression_ratio, press, presses, ...
 
@@ -115,8 +118,6 @@ class ScorerPress(BasePress):
         InvalidInputError: it is outside.
     """
 
-    offers: ClassVar[tuple[str, ...]] = (*BasePress.offers, "score")
-
     compression_ratio: float = 0.0
 
     def __post_init__(self) -> None:
@@ -157,12 +158,4 @@ class ScorerPress(BasePress):
 
 def is_base(press_class: type) -> bool:
     """Whether this is `BasePress` or `ScorerPress`, ours or kvpress's, which evict nothing themselves."""
-    own = vars(press_class).get("offers") is not None
-    return own or (
-        press_class.__module__.startswith("kvpress.") and press_class.__name__ in ("BasePress", "ScorerPress")
-    )
-
-
-def is_of_kvpress(press_class: type, *names: str) -> bool:
-    """Whether this is one of kvpress's classes of these names; any of kvpress's, if none is named."""
-    return press_class.__module__.split(".")[0] == "kvpress" and (not names or press_class.__name__ in names)
+    return press_class in (BasePress, ScorerPress) or is_of_kvpress(press_class, "BasePress", "ScorerPress")

@@ -14,7 +14,6 @@ Two short texts show a direction, not a size.
 from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import replace
-from importlib import import_module
 from typing import Any
 
 import torch
@@ -24,11 +23,12 @@ from transformers.modeling_utils import PreTrainedModel
 from quantpress.cache.tokens.demotion import Demotion
 from quantpress.presses.base import WrappingPress
 from quantpress.presses.base_press import BasePress
+from quantpress.presses.traits import kvpress_press
 from quantpress.presses.turboquant import TurboQuant
 
 
 def _snapkv() -> Any:
-    return import_module("quantpress.presses").SnapKV()
+    return kvpress_press("SnapKV")()
 
 
 class Demote(WrappingPress, BasePress, inner=_snapkv, demotes=True, keeps_tokens=True):

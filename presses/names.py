@@ -21,12 +21,14 @@ from quantpress.presses.base import (
     WrappingPress,
 )
 from quantpress.presses.base_press import ScorerPress
+from quantpress.presses.finch import Finch as Finch
 from quantpress.presses.models.old_names import take_keywords
 from quantpress.presses.traits import describe
 
 take_keywords(ReadOnlyDynamicLayer)
-for base in (kvpress.BasePress, kvpress.ScorerPress, kvpress.ComposedPress):
-    describe(base)
+describe(kvpress.BasePress)
+describe(kvpress.ScorerPress)
+describe(kvpress.ComposedPress)
 
 
 class Cap(EvictingPress, kvpress.CapPress):

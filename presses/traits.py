@@ -12,7 +12,7 @@ from dataclasses import MISSING, dataclass, fields
 from importlib import import_module
 from typing import Any, TypeAlias
 
-from quantpress.errors import InvalidInputError
+from quantpress.errors import InvalidInputError, MissingPackageError
 from quantpress.presses.base_press import BasePress, ScorerPress, is_of_kvpress
 
 Trait: TypeAlias = bool | int | Callable[[Any], bool | int]
@@ -68,6 +68,22 @@ TRAITS: dict[type, dict[str, Trait]] = {BasePress: {}, ScorerPress: {}}
 
 DESCRIBES_KVPRESS = "quantpress.presses.names"
 """The module that describes kvpress's presses, imported when the first of them is met."""
+
+
+def kvpress_press(name: str) -> Any:
+    """The class that `quantpress.presses` has of one of kvpress's presses.
+
+    Raises:
+        MissingPackageError: kvpress cannot be imported.
+    """
+    try:
+        return getattr(import_module(DESCRIBES_KVPRESS), name)
+    except ImportError as error:
+        raise MissingPackageError(
+            f"{name} is a press of kvpress, which cannot be imported ({error}); "
+            'pip install "quantpress[kvpress]"'
+        ) from error
+
 
 _NAMES = [field.name for field in fields(Traits)]
 _INNER = ("press", "base_press", "prefilling_press", "decoding_press")

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from transformers.cache_utils import Cache
 
-from quantpress.cache.hybrid_layer import packed_in_place_of
+from quantpress.cache.hybrid_layer import packed_kind
 from quantpress.cache.settings import LayerSettings
 from quantpress.presses.models.attention import full_attention_modules
 from quantpress.presses.packing.head_wise import name_slots, named_slots
@@ -65,8 +65,7 @@ def pack_cache(
             continue
         hidden = named_slots(module, keys) if by_head else None
         with torch.no_grad():
-            cache.layers[index] = packed_in_place_of(
-                cache.layers[index],
+            packed = packed_kind(cache.layers[index]).from_states(
                 keys.detach(),
                 values.detach(),
                 settings,
@@ -74,6 +73,8 @@ def pack_cache(
                 tokens_seen=max(keys.shape[2], tokens_seen or 0),
                 hidden=hidden,
             )
+            packed.take_over(cache.layers[index])
+            cache.layers[index] = packed
         if hidden is not None:
             name_slots(module, hidden, evicted=True)
         del keys, values

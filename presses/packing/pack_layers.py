@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers.cache_utils import Cache
 
-from quantpress.cache.hybrid_layer import packed_in_place_of
+from quantpress.cache.hybrid_layer import packed_kind
 from quantpress.cache.layer import PackedLayer
 from quantpress.cache.settings import LayerSettings
 from quantpress.cache.tokens.demotion import Demotion
@@ -176,8 +176,8 @@ class Packer:
         by_head = hidden is not None and self.by_head and not is_padded(call.attention_mask)
         if hidden is not None:
             name_slots(call.module, hidden, evicted=by_head)
-        return packed_in_place_of(
-            call.cache.layers[call.layer_idx],
+        replaced = call.cache.layers[call.layer_idx]
+        packed = packed_kind(replaced).from_states(
             tokens.keys.detach(),
             tokens.values.detach(),
             settings,
@@ -186,6 +186,8 @@ class Packer:
             hidden=hidden if by_head else None,
             demotion=self._demotion(call, tokens),
         )
+        packed.take_over(replaced)
+        return packed
 
     def _slots(self, call: PrefillCall, tokens: Survivors, settings: LayerSettings) -> torch.Tensor | None:
         """[B, Hkv, K] slots with detected sinks right behind the first tokens; None to leave the order."""

@@ -2,9 +2,9 @@
 
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
-from kvpress import KVPressTextGenerationPipeline
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -45,8 +45,10 @@ def ours(family: str = "llama", chat: bool = False, **options: object) -> TextGe
     return TextGenerationPipeline(model=tiny_model(family), tokenizer=word_tokenizer(chat), **options)
 
 
-def theirs(family: str = "llama", chat: bool = False) -> KVPressTextGenerationPipeline:
+def theirs(family: str = "llama", chat: bool = False) -> Any:
     """kvpress's pipeline with the same model."""
+    from kvpress import KVPressTextGenerationPipeline
+
     return KVPressTextGenerationPipeline(model=tiny_model(family), tokenizer=word_tokenizer(chat))
 
 
