@@ -8,6 +8,10 @@ WORKERS ?= 2
 ARGS ?=
 
 BIN := $(VENV)/bin
+NEWEST := 5.24.0
+VERSION ?= $(NEWEST)
+HOST = $(VENV)/hosts/transformers-$(VERSION)
+SUITES ?= tests/cache tests/presses tests/pipelines tests/conformance
 SET := pyproject.toml constraints.txt
 
 # The folder kernels/ must never be taken for Hugging Face's package of that name: keep this directory off sys.path.
@@ -15,12 +19,13 @@ export PYTHONSAFEPATH := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export NO_MKDOCS_2_WARNING := 1
 
-.PHONY: help demo test test-gpu check format docs docs-serve clean
+.PHONY: help demo test test-newest test-transformers test-gpu check format docs docs-serve clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo      set up, fetch the default model, ask it about a book over compressed caches"
 	@echo "make test      set up, run every test that needs no GPU"
+	@echo "make test-newest  the suites of cache, presses and pipelines on transformers $(NEWEST)"
 	@echo "make test-gpu  set up, run the tests that need a CUDA device"
 	@echo "make check     format, lint, strict types, then the tests"
 	@echo "make format    rewrite the sources in the project's format"
@@ -33,6 +38,13 @@ demo: $(VENV)/.ready
 
 test: $(VENV)/.ready-test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not gpu" $(ARGS)
+
+# The same suites on another version of transformers, in an environment of its own over the pinned one.
+test-transformers: $(HOST)/.ready
+	OMP_NUM_THREADS=1 $(HOST)/bin/python -m pytest -n $(WORKERS) --dist worksteal -m "not gpu" $(SUITES) $(ARGS)
+
+test-newest:
+	@$(MAKE) --no-print-directory test-transformers VERSION=$(NEWEST)
 
 test-gpu: $(VENV)/.ready-test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m gpu $(ARGS)
@@ -59,7 +71,7 @@ clean:
 
 # One stamp for each set of extras; a larger set is also every smaller one.
 $(VENV)/.ready: $(SET)
-	$(call install,.)
+	$(call install,.[kvpress])
 	@touch $@
 
 $(VENV)/.ready-test: $(SET)
@@ -75,6 +87,15 @@ $(VENV)/.ready-docs: $(SET)
 $(VENV)/.ready-dev: $(SET)
 	$(call install,.[dev])
 	@touch $@ $(VENV)/.ready-test $(VENV)/.ready-docs $(VENV)/.ready
+
+# pip says that quantpress[kvpress] asks for an older transformers, and goes on.
+$(VENV)/hosts/transformers-%/.ready: $(VENV)/.ready-test
+	rm -rf $(@D) && $(BIN)/python -m venv --without-pip $(@D)
+	parent=$$($(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))") && \
+	own=$$($(@D)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))") && \
+	echo "import site; site.addsitedir('$$parent')" > "$$own/parent.pth"
+	$(@D)/bin/python -m pip install --quiet transformers==$*
+	@touch $@
 
 define install
 @command -v "$(PYTHON)" >/dev/null || { echo "quantpress needs Python 3.10 or later, and there is no '$(PYTHON)' here." \

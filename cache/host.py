@@ -6,16 +6,23 @@ the new tokens among those that the cache holds. Later versions call it `cache` 
 
 import copy
 import inspect
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from functools import lru_cache
 from typing import Any
 
 import torch
+import transformers
+from packaging.version import Version
 from torch import nn
 from transformers import GenerationMixin, cache_utils
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 OLD_NAME, NEW_NAME, PLACES = "past_key_values", "cache", "cache_position"
+
+
+TESTED = ("5.2.0", "5.17.0", "5.24.0")
+"""The versions of transformers that the test suite runs on, oldest first."""
 
 
 def takes(function: Callable[..., Any], name: str) -> bool:
@@ -112,6 +119,27 @@ def copied(layer: Any) -> Any:
     other = copy.copy(layer)
     vars(other).update(copy.deepcopy(linear_states(layer)))
     return other
+
+
+def described() -> str:
+    """The host in words: its version, what was tested, and what its caches can hold."""
+    cached = f"{NEW_NAME if GENERATE_CACHE == NEW_NAME else OLD_NAME}="
+    hybrid = "hybrid models too" if HOLDS_STATES else "no hybrid models, which need 5.17 or later"
+    tested = "tested" if transformers.__version__ in TESTED else f"tested on {', '.join(TESTED)}"
+    return f"{tested}; caches are passed as {cached}; {hybrid}"
+
+
+def warn_if_newer(version: str = transformers.__version__) -> None:
+    """Warn of a version of transformers that is newer than those tested."""
+    if Version(version) > Version(TESTED[-1]):
+        warnings.warn(
+            f"transformers {version} is newer than {TESTED[-1]}, the newest that quantpress was tested with; "
+            f'if something fails, pip install "transformers=={TESTED[-1]}"',
+            stacklevel=2,
+        )
+
+
+warn_if_newer()
 
 
 def feed_new_tokens(prepare: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

@@ -37,6 +37,7 @@ class Diagnosis(Outcome):
         fallbacks: what runs in plain PyTorch although there is a kernel for it, and why.
         default_model: the folder of the default model, and whether it has been fetched.
         default_dtype: the dtype that the default model is loaded in, and why.
+        host: what this version of transformers is to quantpress.
     """
 
     system: str
@@ -48,13 +49,16 @@ class Diagnosis(Outcome):
     fallbacks: tuple[str, ...] = ()
     default_model: str = ""
     default_dtype: str = ""
+    host: str = ""
 
     def __rich__(self) -> Table:
         table = Table(title="quantpress on this machine", show_header=False)
         table.add_column(no_wrap=True)
         table.add_column(overflow="fold")
         for package, installed in self.versions.items():
-            table.add_row(package, installed or "not installed")
+            table.add_row(package, installed or _missing(package))
+            if package == "transformers" and self.host:
+                table.add_row("", self.host)
         table.add_row("system", self.system)
         table.add_row("cuda", self.cuda or "torch is a CPU build")
         for device in self.devices:
@@ -87,6 +91,7 @@ def doctor() -> Diagnosis:
         fallbacks=_fallbacks(versions, cuda, devices) if versions["torch"] else (),
         default_model=_default_model(),
         default_dtype=_default_dtype() if versions["torch"] else "",
+        host=_host() if versions["torch"] and versions["transformers"] else "",
     )
 
 
@@ -95,6 +100,18 @@ def _version(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:
         return None
+
+
+def _missing(package: str) -> str:
+    if package == "kvpress":
+        return 'not installed: no eviction presses (pip install "quantpress[kvpress]")'
+    return "not installed"
+
+
+def _host() -> str:
+    from quantpress.cache.host import described
+
+    return described()
 
 
 def _cuda() -> tuple[str | None, tuple[Device, ...]]:
