@@ -26,7 +26,7 @@ from quantpress.presses.base_press import BasePress as BasePress
 from quantpress.presses.base_press import ScorerPress as ScorerPress
 from quantpress.presses.compose import Compose as Compose
 from quantpress.presses.demote import Demote as Demote
-from quantpress.presses.traits import kvpress_press
+from quantpress.presses.traits import import_kvpress
 from quantpress.presses.turboquant import TurboQuant as TurboQuant
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ else:
     def __getattr__(name: str) -> Any:
         if name not in OF_KVPRESS:
             raise unknown_name(__name__, name, __all__)
-        value = kvpress_press(name)
+        value = getattr(import_kvpress(name), name)
         globals()[name] = value
         return value
 

@@ -23,12 +23,12 @@ from transformers.modeling_utils import PreTrainedModel
 from quantpress.cache.tokens.demotion import Demotion
 from quantpress.presses.base import WrappingPress
 from quantpress.presses.base_press import BasePress
-from quantpress.presses.traits import kvpress_press
+from quantpress.presses.traits import import_kvpress
 from quantpress.presses.turboquant import TurboQuant
 
 
 def _snapkv() -> Any:
-    return kvpress_press("SnapKV")()
+    return import_kvpress("SnapKV").SnapKV()
 
 
 class Demote(WrappingPress, BasePress, inner=_snapkv, demotes=True, keeps_tokens=True):

@@ -70,18 +70,23 @@ DESCRIBES_KVPRESS = "quantpress.presses.names"
 """The module that describes kvpress's presses, imported when the first of them is met."""
 
 
-def kvpress_press(name: str) -> Any:
-    """The class that `quantpress.presses` has of one of kvpress's presses.
+def import_kvpress(what: str) -> Any:
+    """Import kvpress, and describe its presses.
+
+    Args:
+        what: what needs it, as the subject of the error.
+
+    Returns:
+        The module that has its presses under our names.
 
     Raises:
         MissingPackageError: kvpress cannot be imported.
     """
     try:
-        return getattr(import_module(DESCRIBES_KVPRESS), name)
+        return import_module(DESCRIBES_KVPRESS)
     except ImportError as error:
         raise MissingPackageError(
-            f"{name} is a press of kvpress, which cannot be imported ({error}); "
-            'pip install "quantpress[kvpress]"'
+            f'{what} needs kvpress, which cannot be imported ({error}); pip install "quantpress[kvpress]"'
         ) from error
 
 

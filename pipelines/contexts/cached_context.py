@@ -23,7 +23,7 @@ from quantpress.pipelines.contexts.saved_context import (
 from quantpress.pipelines.press_argument import AnyPress, as_press
 from quantpress.presses.base_press import BasePress
 from quantpress.presses.models.filling import check_keeps
-from quantpress.presses.traits import decode_time_presses, short_repr, traits_of
+from quantpress.presses.traits import decode_time_presses, import_kvpress, short_repr, traits_of
 
 
 @dataclass(eq=False)
@@ -182,6 +182,7 @@ class CachedContext:
                 or press; the message says which.
             InvalidInputError, CompositionError: `press` is no press.
             UnsupportedModelError: a weight of the model was never loaded.
+            MissingPackageError: a head-wise press hides tokens of the context, and there is no kvpress.
         """
         wanted = as_press(press)
         known = model_fingerprint(model)
@@ -195,6 +196,8 @@ class CachedContext:
             description=saved.press,
             masks=saved.masks,
         )
+        if context.masks:  # layers in 16 bits hide slots by kvpress's attention
+            import_kvpress(f"{path}, read under a press that evicts head by head,")
         if wanted is not None:
             check_packed_by(wanted, model, context.cache, str(path))
         return context

@@ -129,7 +129,7 @@ def test_the_core_needs_no_kvpress(tmp_path: Path) -> None:
     assert (
         errors
         == [
-            "SnapKV is a press of kvpress, which cannot be imported (No module named 'kvpress'); "
+            "SnapKV needs kvpress, which cannot be imported (No module named 'kvpress'); "
             'pip install "quantpress[kvpress]"'
         ]
         * 4
