@@ -1,6 +1,7 @@
 """Positions for continuing from an evicted cache, whose length is not the number of tokens seen."""
 
 import torch
+import transformers
 from transformers.cache_utils import Cache
 
 from quantpress.cache import host
@@ -28,6 +29,7 @@ def continue_inputs(
             a plain cache after an eviction.
         history: [B, K] ids to put in front, K the number of tokens kept. Assisted and prompt-lookup decoding
             need them, because they crop the cache to the length of the ids. They are not fed to the model.
+            Later versions of transformers than 5.2 feed them, which gives wrong tokens, and are refused.
 
     Returns:
         A dict with input_ids [B, (K +) N], attention_mask [B, K + N], position_ids [B, N] and
@@ -35,11 +37,32 @@ def continue_inputs(
 
     Raises:
         InvalidInputError: input_ids is not [B, N] with N >= 1, tokens_seen is less than the number of tokens
-            kept, or history is not [B, K].
+            kept, history is not [B, K], or it is given to a transformers that would feed it.
 
     Example:
         >>> # with press(model): model(context_ids, past_key_values=cache)
         >>> # model.generate(**continue_inputs(cache, question_ids), past_key_values=cache)
+    """
+    if history is not None and host.FEEDS_AGAIN:
+        raise InvalidInputError(
+            f"assisted decoding of transformers {transformers.__version__} feeds a filled cache its history "
+            "again, which gives wrong tokens: leave out history and decode token by token, or use "
+            "TextGenerationPipeline or quantpress.enable, which feed new tokens only"
+        )
+    return inputs_after(cache, input_ids, tokens_seen=tokens_seen, history=history)
+
+
+def inputs_after(
+    cache: Cache,
+    input_ids: torch.Tensor,
+    *,
+    tokens_seen: int | None = None,
+    history: torch.Tensor | None = None,
+) -> dict[str, torch.Tensor]:
+    """`continue_inputs` for callers that see to it that the history is not fed again.
+
+    Raises:
+        InvalidInputError: as there, but for a transformers that feeds the history.
     """
     if input_ids.dim() != 2 or input_ids.shape[1] == 0:
         raise InvalidInputError(

@@ -48,6 +48,13 @@ LINEAR_LAYER: Any = getattr(cache_utils, "LinearAttentionCacheLayerMixin", ())
 HOLDS_STATES = bool(LINEAR_LAYER)
 """Whether a DynamicCache can hold such layers (hybrid models)."""
 
+OTHER_LAYERS = tuple(
+    getattr(cache_utils, name)
+    for name in ("QuantizedLayer", "BaseQuantizedLayer", "DynamicIndexedLayer")
+    if hasattr(cache_utils, name)
+)
+"""Kinds of `DynamicLayer` that hold more than plain keys and values."""
+
 STATES = (
     "number_of_states",
     "conv_states",

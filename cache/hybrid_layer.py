@@ -17,6 +17,10 @@ class PackedHybridLayer(_StateLayer, PackedLayer):
     is_compileable = False
     is_croppable = getattr(_StateLayer, "is_croppable", False)
 
+    def __init__(self, settings: LayerSettings) -> None:
+        _StateLayer.__init__(self)
+        PackedLayer.__init__(self, settings)
+
     def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
         """Start the tokens, from keys and values, or the state, from arguments by name."""
         (_StateLayer if kwargs else PackedLayer).lazy_initialization(self, *args, **kwargs)

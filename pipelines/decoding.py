@@ -9,7 +9,8 @@ from transformers import Cache, GenerationConfig, PreTrainedModel
 from transformers.generation.configuration_utils import GenerationMode
 from transformers.generation.streamers import BaseStreamer
 
-from quantpress.cache import PackedLayer, continue_inputs, host
+from quantpress.cache import PackedLayer, host
+from quantpress.cache.continuation import inputs_after
 from quantpress.errors import InvalidInputError
 from quantpress.pipelines.arguments import GENERATE
 from quantpress.pipelines.attention_masks import fitted_masks, repeat_hidden_slots
@@ -57,7 +58,7 @@ def generate_ids(
         history = _last_ids(context_ids, uniform_length(cache))
         if (streamer := extras.get("streamer")) is not None:
             extras["streamer"] = _WithoutHistory(streamer, history.shape[1])
-    inputs = continue_inputs(cache, question_ids, tokens_seen=tokens_seen, history=history)
+    inputs = inputs_after(cache, question_ids, tokens_seen=tokens_seen, history=history)
     if (config.num_beams or 1) > 1:
         cache.batch_repeat_interleave(config.num_beams)
         repeat_hidden_slots(model, config.num_beams)

@@ -8,13 +8,14 @@ a prefill.
 import functools
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import nn
 from transformers.modeling_utils import PreTrainedModel
 
+from quantpress.cache import host
 from quantpress.errors import CompositionError, InvalidInputError, QuantPressError, UnsupportedModelError
 from quantpress.presses.base_press import BasePress
 from quantpress.presses.models.attention import attention_modules, decoder_of, hooked, is_sliding
@@ -62,7 +63,8 @@ def guarded(press: BasePress, model: PreTrainedModel) -> Iterator[None]:
                 else:
                     explain = named if supported else _explained
                     module._forward_hooks[hook_id] = explain(press, module._forward_hooks[hook_id])
-        with hooked(model, _check(press)):
+        reading = _only_reading(press, model) if traits_of(press).at_exit else nullcontext()
+        with hooked(model, _check(press)), reading:
             yield
 
 
@@ -102,10 +104,7 @@ def _check(press: BasePress) -> Hook:
             return
         kept = call.cache.get_seq_length(call.layer_idx)
         if at_exit and kept > call.tokens:
-            raise CompositionError(
-                f"{name_of(press)} reads the context again and evicts when its `with` block ends: inside, "
-                "only read, model.model(input_ids=ids, past_key_values=DynamicCache()); generate afterwards"
-            )
+            raise _only_reads(press)
         if is_padded(call.attention_mask) and moves_slots:
             raise CompositionError(
                 f"{name_of(press)} evicts while decoding, and slots of a padded batch would no longer match "
@@ -114,6 +113,29 @@ def _check(press: BasePress) -> Hook:
         check_padding(call, 0 if at_exit else kept)
 
     return check
+
+
+def _only_reads(press: BasePress) -> CompositionError:
+    return CompositionError(
+        f"{name_of(press)} reads the context again and evicts when its `with` block ends: inside, only read, "
+        "model.model(input_ids=ids, past_key_values=DynamicCache()); generate afterwards"
+    )
+
+
+@contextmanager
+def _only_reading(press: BasePress, model: nn.Module) -> Iterator[None]:
+    """Refuse to go on from a cache inside the context of a press that evicts when its context ends."""
+
+    def check(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        cache = host.cache_in(args, kwargs)
+        if cache is not None and cache.get_seq_length():
+            raise _only_reads(press)
+
+    handle = decoder_of(model).register_forward_pre_hook(check, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def _explained(press: BasePress, hook: Hook) -> Hook:

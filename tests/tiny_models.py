@@ -12,21 +12,16 @@ import torch
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
-    BambaConfig,
     BloomConfig,
     DeepseekV2Config,
     DeepseekV3Config,
-    FalconH1Config,
     Gemma2Config,
+    Gemma2ForCausalLM,
     Gemma3TextConfig,
     GPT2Config,
     GPTNeoXConfig,
     GptOssConfig,
-    GraniteMoeHybridConfig,
-    JambaConfig,
-    Lfm2Config,
     LlamaConfig,
-    MiniMaxConfig,
     MistralConfig,
     NemotronConfig,
     Phi3Config,
@@ -34,8 +29,9 @@ from transformers import (
     PreTrainedModel,
     Qwen2Config,
     Qwen3Config,
-    Qwen3NextConfig,
 )
+
+from tests.hybrid_models import HYBRID
 
 VOCABULARY = 256
 HEAD_DIM = 32
@@ -111,49 +107,9 @@ _OTHERS: dict[str, tuple[type, dict[str, Any]]] = {
     "phi": (PhiConfig, {}),
     "gpt2": (GPT2Config, {"n_embd": 128, "n_layer": 3, "n_head": 4, "n_positions": 4096}),
     "gpt_neox": (GPTNeoXConfig, {}),
-    # Attention beside other layers, in a cache of their own.
-    "jamba": (
-        JambaConfig,
-        {"attn_layer_period": 2, "attn_layer_offset": 1, "num_experts": 2, "use_mamba_kernels": False},
-    ),
-    "falcon_h1": (
-        FalconH1Config,
-        {"head_dim": HEAD_DIM, "mamba_d_ssm": 64, "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8},
-    ),
-    "lfm2": (Lfm2Config, {"layer_types": ["conv", "full_attention", "full_attention"]}),
     # Attention that does not go through transformers' table of functions.
     "bloom": (BloomConfig, {"n_head": 4, "n_layer": 3}),
     "nemotron": (NemotronConfig, {}),
-}
-_MAMBA = {"mamba_n_heads": 4, "mamba_d_head": 64, "mamba_d_state": 8, "mamba_n_groups": 1}
-HYBRID: dict[str, tuple[type, dict[str, Any]]] = {  # more with a cache of their own, refused everywhere
-    "qwen3_next": (
-        Qwen3NextConfig,
-        {
-            "head_dim": HEAD_DIM,
-            "num_experts": 2,
-            "num_experts_per_tok": 1,
-            "moe_intermediate_size": 32,
-            "shared_expert_intermediate_size": 32,
-            "layer_types": ["linear_attention", "linear_attention", "full_attention"],
-            **{f"linear_{side}_head_dim": 16 for side in ("key", "value")},
-            **{f"linear_num_{side}_heads": 2 for side in ("key", "value")},
-        },
-    ),
-    "bamba": (BambaConfig, {"attn_layer_indices": [1], **_MAMBA}),
-    "granite_hybrid": (
-        GraniteMoeHybridConfig,
-        {
-            "layer_types": ["mamba", "attention", "attention"],
-            "shared_intermediate_size": 32,
-            **_EXPERTS,
-            **_MAMBA,
-        },
-    ),
-    "minimax": (
-        MiniMaxConfig,
-        {"layer_types": ["linear_attention", "full_attention", "full_attention"], **_EXPERTS},
-    ),
 }
 _CONFIGS.update(_OTHERS)
 _CONFIGS.update(HYBRID)
@@ -166,6 +122,8 @@ def tiny_model(family: str, attention: str = "sdpa", seed: int = 0) -> PreTraine
     config: AutoConfig = config_class(**{**_COMMON, **changes})
     with torch.random.fork_rng():
         torch.manual_seed(seed)
+        if attention == "sdpa" and family == "gemma2" and not Gemma2ForCausalLM._supports_sdpa:
+            attention = "eager"
         model = AutoModelForCausalLM.from_config(config, attn_implementation=attention)
     model.generation_config.eos_token_id = None
     model.generation_config.pad_token_id = 0

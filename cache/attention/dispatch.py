@@ -105,12 +105,13 @@ def _same_view(key: torch.Tensor, value: torch.Tensor) -> PackedView | None:
 
 
 def _needs_dense(module: torch.nn.Module, query: torch.Tensor, kwargs: dict[str, Any]) -> bool:
-    """Attention weights, dropout and gradients come from the original function on decoded keys and values."""
+    """Attention weights, dropout, biases and gradients: the original function, on decoded keys and values."""
     weights = kwargs.get("output_attentions") or getattr(
         getattr(module, "config", None), "output_attentions", False
     )
     dropout = kwargs.get("dropout", 0.0) and module.training
-    return bool(weights or dropout or (torch.is_grad_enabled() and query.requires_grad))
+    biased = kwargs.get("position_bias") is not None
+    return bool(weights or dropout or biased or (torch.is_grad_enabled() and query.requires_grad))
 
 
 def _attend_dense(

@@ -107,7 +107,8 @@ class FixedPlainLayer:
 
     def fits(self) -> bool:
         """Whether the counters can be used for the tokens that the layer holds now."""
-        return is_plain(self.layer) and tokens_of(self.layer).keys.shape[:2] == self._shape
+        keys: Any = tokens_of(self.layer).keys if is_plain(self.layer) else None
+        return keys is not None and bool(keys.shape[:2] == self._shape)
 
     @property
     def entered(self) -> bool:

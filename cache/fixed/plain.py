@@ -131,7 +131,8 @@ BUFFERED: dict[type, type[BufferedLayer]] = {
 
 def is_plain(layer: object) -> bool:
     """Whether this is one of the plain layers above, at fixed addresses or not."""
-    return type(layer) in BUFFERED or isinstance(layer, BufferedLayer)
+    records = getattr(layer, "record_past", False)  # a sliding window that keeps more, to be cropped
+    return (type(layer) in BUFFERED and not records) or isinstance(layer, BufferedLayer)
 
 
 def tokens_of(layer: Any) -> DenseSegment:

@@ -10,8 +10,9 @@ from typing import TypeAlias
 from torch import nn
 from transformers.cache_utils import DynamicCache
 
+from quantpress.cache import host
 from quantpress.errors import UnsupportedModelError
-from quantpress.presses.models.attention import attention_modules, decoder_of, is_sliding
+from quantpress.presses.models.attention import attention_modules, decoder_of, is_sliding, layer_type
 from quantpress.rule import Rule, reasons
 
 SUPPORTED_ATTENTION = ("eager", "flash_attention_2", "flash_attention_3", "sdpa")
@@ -73,6 +74,14 @@ def _changed_after_cache(module: nn.Module) -> bool:
     return getattr(getattr(module, "config", None), "model_type", None) in _CHANGED_AFTER_CACHE
 
 
+def _caches_latents(module: nn.Module) -> bool:
+    return hasattr(module, "expand_kv")
+
+
+def _adds_position_bias(module: nn.Module) -> bool:
+    return hasattr(module, "rel_logits_proj")
+
+
 def _own_attention_function(module: nn.Module) -> bool:
     return not hasattr(sys.modules[type(module).__module__], "ALL_ATTENTION_FUNCTIONS")
 
@@ -82,10 +91,25 @@ def _unsupported_implementation(module: nn.Module) -> str | None:
     return None if implementation in SUPPORTED_ATTENTION else repr(implementation)
 
 
+_WITHOUT_KEYS: Rules = (
+    Rule(
+        "{subject} caches one latent vector for each token, which is small already, and makes keys and "
+        "values of it behind the cache",
+        _caches_latents,
+    ),
+    Rule(
+        "{subject} chooses tokens by an index that it caches beside keys and values",
+        lambda module: layer_type(module) == "indexed_attention",
+    ),
+    Rule("{subject} adds a bias to scores that goes by cache slots", _adds_position_bias),
+)
+"""What packing and evicting need; the subject is an attention module."""
+
 _READABLE: Rules = (
     Rule(
         "{subject} changes or shares keys and values after the cache has returned them", _changed_after_cache
     ),
+    *_WITHOUT_KEYS,
     Rule(
         "{subject} does not call attention through transformers' ALL_ATTENTION_FUNCTIONS",
         _own_attention_function,
@@ -120,6 +144,12 @@ def _cache_of_its_own(model: nn.Module) -> str | None:
     return "cache of its own kind"
 
 
+def _shares_attention(model: nn.Module) -> bool:
+    own = {module.layer_idx for module in attention_modules(model)}
+    layers = enumerate(host.empty_cache(model).layers)
+    return any(host.keeps_tokens(layer) and index not in own for index, layer in layers)
+
+
 def _encoder_decoder(model: nn.Module) -> bool:
     return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
 
@@ -139,17 +169,32 @@ def _only_sliding(model: nn.Module) -> bool:
     return bool(modules) and all(is_sliding(module) for module in modules)
 
 
+_LATER = "" if host.HOLDS_STATES else "; hybrid models need transformers 5.17 or later"
+
 LAYERED: Rules = (
     Rule(
         "{subject} keeps its state in a {found}, not in layers of a DynamicCache: it cannot be read into, "
-        "compressed or asked here; use model.generate without presses",
+        f"compressed or asked here; use model.generate without presses{_LATER}",
         _cache_of_its_own,
     ),
 )
 """The model can read into layers of a DynamicCache."""
 
+_SHARED = Rule(
+    "layers of {subject} share attention modules, each of which fills several layers of the cache; use it "
+    "without presses",
+    _shares_attention,
+)
+
 HOOKABLE: Rules = (
     *LAYERED,
+    _SHARED,
+    Rule(
+        "{subject} cannot be evicted from: {found}; use it without presses",
+        lambda model: next(
+            (one for module in attention_modules(model) for one in reasons(_WITHOUT_KEYS, module)), None
+        ),
+    ),
     Rule(
         "kvpress finds no model.model.layers[i].self_attn in {subject}; give the model with its "
         "language-model head (...ForCausalLM), or use a quantizer alone",
@@ -178,6 +223,7 @@ PACKABLE: Rules = (
     Rule("{subject} is an encoder-decoder model; TurboQuant packs decoder-only models", _encoder_decoder),
     Rule("{subject} cannot be packed: {found}; use it without TurboQuant", unreadable),
     *LAYERED,
+    _SHARED,
     Rule(
         "every layer of {subject} is a sliding window, and those stay unpacked; use it without "
         "TurboQuant, or set config.sliding_window=None if the context fits the window",

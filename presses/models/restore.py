@@ -4,7 +4,6 @@ kvpress gives every attention module a `rotary_emb`. Some presses replace `forwa
 implementation for a while. An exception in the middle of a prefill leaves a half-filled cache behind.
 """
 
-import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 from torch import nn
 from transformers.cache_utils import Cache
 
+from quantpress.cache import host
 from quantpress.cache.attention.functions import original_functions, put_back_functions
 from quantpress.presses.models.attention import attention_modules, decoder_of
 from quantpress.presses.models.lock import model_lock
@@ -88,8 +88,8 @@ class _PrefillGuard:
     def _before(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         caches = [value for value in (*args, *kwargs.values()) if isinstance(value, Cache)]
         if caches and hasattr(caches[0], "layers") and caches[0].get_seq_length() == 0:
-            # Layers bind new tensors when they grow, so shallow copies stay empty.
-            self._started = caches[0], [copy.copy(layer) for layer in caches[0].layers]
+            # Layers bind new tensors when they grow, so shallow copies stay empty, and states are copied.
+            self._started = caches[0], [host.copied(layer) for layer in caches[0].layers]
 
     def _after(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
         self._started = None

@@ -4,7 +4,8 @@ import pytest
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
-from quantpress.cache import PackedLayer, continue_inputs
+from quantpress.cache import PackedLayer, continue_inputs, host
+from quantpress.cache.continuation import inputs_after
 from quantpress.errors import InvalidInputError
 from tests.cache.caches import lossless, scalar
 from tests.tiny_models import prompt, tiny_model
@@ -68,6 +69,10 @@ def test_prompt_lookup_after_eviction() -> None:
     expected = by_hand(model, evicted(model), question, 12)
     cache = packed(evicted(model))
     history = prompt(CONTEXT)[:, -KEPT:]
+    if host.FEEDS_AGAIN:
+        with pytest.raises(InvalidInputError, match="feeds a filled cache its history again"):
+            continue_inputs(cache, question, history=history)
+        return
     inputs = continue_inputs(cache, question, history=history)
     got = model.generate(
         **inputs, past_key_values=cache, max_new_tokens=12, prompt_lookup_num_tokens=3, eos_token_id=0
@@ -93,4 +98,4 @@ def test_bad_input() -> None:
     with pytest.raises(InvalidInputError, match="tokens_seen is 49, but the cache keeps 50"):
         continue_inputs(cache, prompt(3), tokens_seen=49)
     with pytest.raises(InvalidInputError, match=r"history has shape \(1, 7\)"):
-        continue_inputs(cache, prompt(3), history=prompt(7))
+        inputs_after(cache, prompt(3), history=prompt(7))

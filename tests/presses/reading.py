@@ -9,6 +9,7 @@ from transformers import DynamicCache, Gemma3Config, Gemma3ForConditionalGenerat
 from quantpress.codecs.raw import RawPages
 from quantpress.presses import TurboQuant
 from tests.tiny_models import prompt, tiny_model
+from tests.versions import kvpress_names
 
 QUESTION = prompt(3, seed=7)
 
@@ -22,7 +23,7 @@ def lossless(**options: Any) -> TurboQuant:
 def read(model: PreTrainedModel, press: Any, ids: torch.Tensor, cache: Any = None) -> DynamicCache:
     """The cache after a prefill of the backbone inside the press's context."""
     cache = DynamicCache(config=model.config) if cache is None else cache
-    with torch.inference_mode(), press(model) if press is not None else nullcontext():
+    with torch.inference_mode(), kvpress_names(model, press), press(model) if press else nullcontext():
         model.model(input_ids=ids, past_key_values=cache)
     return cache
 

@@ -23,6 +23,7 @@ from tests.pipelines.words import text, word_tokenizer
 from tests.presses.matrix import CONTEXT, CONTEXT_TOKENS, model_of, ours, theirs
 from tests.presses.reading import lossless, read
 from tests.tiny_models import prompt, tiny_model
+from tests.versions import kvpress_names
 
 NAME = "KnormPress"  # whose model answers
 
@@ -169,6 +170,7 @@ def test_a_press_that_changes_values_is_refused_at_the_layer() -> None:
     position = torch.tensor([[400]])
     with (
         torch.inference_mode(),
+        kvpress_names(model, press),
         press(model),
         pytest.raises(InvalidInputError, match="changes keys or values must come before TurboQuant"),
     ):
@@ -241,7 +243,7 @@ def test_batches_without_padding() -> None:
     """Each text for itself; `generate` counts positions on."""
     model, ids = tiny_model("llama"), torch.cat([prompt(300, seed=1), prompt(300, seed=2)])
     how: dict[str, Any] = {"max_new_tokens": 12, "do_sample": False}
-    with torch.inference_mode(), keydiff(200)(model):
+    with torch.inference_mode(), kvpress_names(model, keydiff(200)), keydiff(200)(model):
         expected = model.generate(ids, **how)
     with torch.inference_mode(), Compose([keydiff(200), lossless()])(model), watched() as calls:
         assert torch.equal(model.generate(ids, **how), expected)

@@ -20,6 +20,7 @@ from quantpress.pipelines.text_generation import TextGenerationPipeline
 from quantpress.presses import TurboQuant
 from tests.pipelines.words import text, word_tokenizer
 from tests.tiny_models import prompt, tiny_model
+from tests.versions import NO_ADAPTERS
 
 
 def lora() -> LoraConfig:
@@ -103,6 +104,7 @@ def test_a_context_belongs_to_its_adapters(state: str, tmp_path: Path) -> None:
                 CachedContext.load(file, model)
 
 
+@pytest.mark.skipif(bool(NO_ADAPTERS), reason=NO_ADAPTERS)
 def test_an_adapter_that_does_nothing_is_none() -> None:
     """A disabled adapter leaves the plain model, also one added by transformers, whatever its name."""
     plain = model_fingerprint(tiny_model("llama"))

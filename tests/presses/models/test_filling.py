@@ -10,6 +10,7 @@ import torch
 from transformers import DynamicCache, PreTrainedModel
 
 from quantpress import enable
+from quantpress.cache import host
 from quantpress.errors import InvalidInputError, UnsupportedModelError
 from quantpress.pipelines.reading.read_context import read_context
 from quantpress.pipelines.text_generation import TextGenerationPipeline
@@ -46,7 +47,7 @@ def checkpointed(model: PreTrainedModel) -> None:
 def forgetful(model: PreTrainedModel) -> None:
     """Layer 1 takes no notice of the cache."""
     model.model.layers[1].self_attn.register_forward_pre_hook(
-        lambda module, args, kwargs: (args, kwargs | {"past_key_values": None}), with_kwargs=True
+        lambda module, args, kwargs: (args, kwargs | {host.cache_name(module): None}), with_kwargs=True
     )
 
 

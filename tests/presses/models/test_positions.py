@@ -1,5 +1,6 @@
 """Positions under scaled rotary embeddings: what transformers and kvpress read is not refused."""
 
+import copy
 from typing import Any
 
 import pytest
@@ -44,10 +45,11 @@ def test_a_scaled_model_reads_what_kvpress_reads(name: str) -> None:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(config).eval()
-    parts: dict[str, Any] = {"model": model, "tokenizer": word_tokenizer()}
+    again = copy.deepcopy(model)  # dynamic scaling may leave the longest text on the model
     asked = {"question": "w1", "max_new_tokens": 4}
-    pipe = TextGenerationPipeline(**parts)
-    assert pipe(text(200), **asked) == KVPressTextGenerationPipeline(**parts)(text(200), **asked)
+    pipe = TextGenerationPipeline(model=model, tokenizer=word_tokenizer())
+    theirs = KVPressTextGenerationPipeline(model=again, tokenizer=word_tokenizer())
+    assert pipe(text(200), **asked) == theirs(text(200), **asked)
     with pytest.raises(ContextTooLongError, match="the model has 256 positions"):
         pipe(text(300), **asked)
 
