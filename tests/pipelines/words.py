@@ -47,9 +47,9 @@ def ours(family: str = "llama", chat: bool = False, **options: object) -> TextGe
 
 def theirs(family: str = "llama", chat: bool = False) -> Any:
     """kvpress's pipeline with the same model."""
-    from kvpress import KVPressTextGenerationPipeline
+    from tests.versions import KVPressPipeline
 
-    return KVPressTextGenerationPipeline(model=tiny_model(family), tokenizer=word_tokenizer(chat))
+    return KVPressPipeline(model=tiny_model(family), tokenizer=word_tokenizer(chat))
 
 
 def model_folder(folder: Path) -> str:

@@ -12,7 +12,6 @@ from typing import Any
 import kvpress
 import pytest
 import torch
-from kvpress import KVPressTextGenerationPipeline
 from transformers import PreTrainedModel
 
 from quantpress.errors import CompositionError
@@ -20,7 +19,7 @@ from quantpress.pipelines.text_generation import TextGenerationPipeline
 from quantpress.presses import Compose, TurboQuant
 from tests.pipelines.words import text, word_tokenizer
 from tests.tiny_models import tiny_model
-from tests.versions import NO_ADAPTERS, kvpress_names
+from tests.versions import NO_ADAPTERS, KVPressPipeline
 
 _PATH = Path(__file__).parents[2] / "docs" / "catalogue.py"
 
@@ -98,8 +97,8 @@ def ours(name: str, press: Any, **arguments: Any) -> str:
 
 def theirs(name: str, press: Any, **arguments: Any) -> str:
     """kvpress's own pipeline's answer; what it leaves on the model is removed."""
-    with _cleaned(model_of(name)), kvpress_names(model_of(name), press):
-        return _answer(KVPressTextGenerationPipeline, name, press, arguments)
+    with _cleaned(model_of(name)):
+        return _answer(KVPressPipeline, name, press, arguments)
 
 
 def _answer(pipeline_class: Any, name: str, press: Any, arguments: dict[str, Any]) -> str:

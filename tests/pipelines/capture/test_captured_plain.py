@@ -16,6 +16,7 @@ from quantpress.pipelines.capture.captured import captured_decoding
 from quantpress.pipelines.rollback import context_rollback
 from quantpress.presses import Compose, PyramidKV, SnapKV, TurboQuant
 from tests.tiny_models import prompt, tiny_model
+from tests.versions import LATENT_CACHE
 
 NEW_TOKENS = 100  # more than once round a window of 64
 SNAP = {"window_size": 16}
@@ -53,6 +54,8 @@ SLIDING, PLAIN = True, False
 )
 def test_tokens_of_transformers_layers(family: str, attention: str, tokens: int, configured: bool) -> None:
     """Before the window is full, as it fills, and long after. The cache can be continued afterwards."""
+    if family == "deepseek_v3" and LATENT_CACHE:
+        pytest.skip("this transformers caches latents, of which no step is captured")
     model = tiny_model(family, attention)
     cache = DynamicCache(config=model.config) if configured else DynamicCache()
     ids = prompt(tokens, batch=2)

@@ -38,6 +38,7 @@ from tests.pipelines.words import word_tokenizer
 from tests.presses.reading import lossless, multimodal_gemma3
 from tests.presses.test_generation import Tokenizer
 from tests.tiny_models import FAMILIES, prompt, tiny_model
+from tests.versions import kvpress_names
 
 
 def pressed_by_hand(
@@ -235,7 +236,8 @@ def test_kvzip_reads_the_prompt_again_before_the_first_token(
     model, cache = tiny_model("llama"), DynamicCache()
     plain = model.generate(IDS, **GREEDY)[0, TOKENS:].tolist()
     with model_rollback(model), torch.inference_mode():
-        with kvpress.KVzipPress(0.5)(model):
+        press = kvpress.KVzipPress(0.5)
+        with kvpress_names(model, press), press(model):
             logits = model(input_ids=IDS, past_key_values=cache).logits
         expected = [int(logits[0, -1].argmax())]
         while len(expected) < 10:
@@ -259,7 +261,7 @@ def test_kvzip_reads_the_prompt_again_before_the_first_token(
 def test_presses_that_act_during_decoding(make: Any) -> None:
     model = tiny_model("llama")
     options = {"max_new_tokens": 40, "do_sample": False}
-    with make()(model):
+    with kvpress_names(model, make()), make()(model):
         expected = model.generate(IDS, **options)
     for layer in model.model.layers:
         layer.self_attn.masked_key_indices = None
