@@ -45,6 +45,9 @@ FEEDS_AGAIN = takes(GenerationMixin.prepare_inputs_for_generation, "next_sequenc
 LINEAR_LAYER: Any = getattr(cache_utils, "LinearAttentionCacheLayerMixin", ())
 """Cache layers that keep a state of fixed size, alone or beside keys and values; () where there are none."""
 
+FULL_AND_LINEAR_LAYER: Any = getattr(cache_utils, "LinearAttentionAndFullAttentionLayer", None)
+"""The layer that keeps such a state beside all keys and values; None where there is none."""
+
 HOLDS_STATES = bool(LINEAR_LAYER)
 """Whether a DynamicCache can hold such layers (hybrid models)."""
 
@@ -119,6 +122,25 @@ def empty_cache(model: nn.Module) -> DynamicCache:
 def linear_states(layer: Any) -> dict[str, Any]:
     """The linear-attention states that a layer keeps beside its tokens; empty for all others."""
     return {name: vars(layer)[name] for name in STATES} if isinstance(layer, LINEAR_LAYER) else {}
+
+
+def state_tensors(cache: Cache) -> list[torch.Tensor]:
+    """The linear-attention states of all layers."""
+    kept = [linear_states(layer) for layer in cache.layers]
+    kinds = [states[kind] for states in kept if states for kind in ("conv_states", "recurrent_states")]
+    return [state for kind in kinds for state in kind.values() if state is not None]
+
+
+def repeat_batch(cache: Cache, times: int) -> None:
+    """Repeat each sequence of a batch, states included, which transformers' own method leaves out."""
+    for layer in cache.layers:
+        if keeps_tokens(layer):
+            layer.batch_repeat_interleave(times)
+        states = linear_states(layer)
+        for kind in ("conv_states", "recurrent_states"):
+            for slot, state in states.get(kind, {}).items():
+                if state is not None:
+                    states[kind][slot] = state.repeat_interleave(times, dim=0)
 
 
 def copied(layer: Any) -> Any:

@@ -1,6 +1,6 @@
 """The bytes that a cache holds, measured from the storage of its tensors, not computed from a bit width."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -25,6 +25,8 @@ class LayerMemory:
         uncompressed_bytes: bytes of the tokens that heads keep if uncompressed, in the model's own dtype.
         token_bytes: uncompressed bytes of one token in all heads.
         numbers: number of values in the keys and values of the tokens that heads keep.
+        state_bytes: states of fixed size beside tokens, or in their place (linear attention, state spaces,
+            convolutions).
     """
 
     tokens: int
@@ -35,11 +37,12 @@ class LayerMemory:
     uncompressed_bytes: int
     token_bytes: int
     numbers: int
+    state_bytes: int = 0
 
     @property
     def total_bytes(self) -> int:
         """All bytes kept."""
-        return self.packed_bytes + self.dense_bytes + self.metadata_bytes
+        return self.packed_bytes + self.dense_bytes + self.metadata_bytes + self.state_bytes
 
     @property
     def tokens_kept(self) -> float:
@@ -76,6 +79,11 @@ class CacheMemory:
         return self._sum("metadata_bytes")
 
     @property
+    def state_bytes(self) -> int:
+        """States of fixed size, which do not grow with the text; 0 in models of attention alone."""
+        return self._sum("state_bytes")
+
+    @property
     def total_bytes(self) -> int:
         """All bytes kept."""
         return self._sum("total_bytes")
@@ -94,15 +102,16 @@ class CacheMemory:
     def ratio(self) -> float:
         """Uncompressed bytes of the kept tokens divided by all bytes kept; 1.0 for an empty cache.
 
-        The ratio of an uncompressed cache is 1.0 in every dtype, unless it keeps more storage than its tokens
-        need.
+        States of fixed size count on both sides. The ratio of an uncompressed cache is 1.0 in every dtype,
+        unless it keeps more storage than its tokens need.
         """
-        return self.uncompressed_bytes / self.total_bytes if self.total_bytes else 1.0
+        whole = self.uncompressed_bytes + self.state_bytes
+        return whole / self.total_bytes if self.total_bytes else 1.0
 
     @property
     def bits_per_value(self) -> float:
-        """True bits per cached value, everything included; 0.0 for an empty cache."""
-        return 8 * self.total_bytes / self.numbers if self.numbers else 0.0
+        """True bits per cached value, everything but states included; 0.0 for an empty cache."""
+        return 8 * (self.total_bytes - self.state_bytes) / self.numbers if self.numbers else 0.0
 
     def as_dict(self) -> dict[str, Any]:
         """Plain numbers, for JSON."""
@@ -110,6 +119,7 @@ class CacheMemory:
             "packed_bytes",
             "dense_bytes",
             "metadata_bytes",
+            "state_bytes",
             "total_bytes",
             "uncompressed_bytes",
             "ratio",
@@ -135,15 +145,19 @@ def cache_memory(cache: Cache) -> CacheMemory:
 
 
 def _layer_memory(layer: Any, seen: set[int]) -> LayerMemory:
-    if isinstance(layer, PackedLayer):
-        return _packed_memory(layer, seen)
-    tensors = [t for t in vars(layer).values() if isinstance(t, torch.Tensor)]
-    tensors += [
-        t
+    kept = host.linear_states(layer)
+    states = [
+        state
         for kind in ("conv_states", "recurrent_states")
-        for t in vars(layer).get(kind, {}).values()
-        if t is not None
+        for state in kept.get(kind, {}).values()
+        if state is not None
     ]
+    tokens = _packed_memory(layer, seen) if isinstance(layer, PackedLayer) else _plain_memory(layer, seen)
+    return replace(tokens, state_bytes=storage_bytes(states, seen)) if states else tokens
+
+
+def _plain_memory(layer: Any, seen: set[int]) -> LayerMemory:
+    tensors = [t for t in vars(layer).values() if isinstance(t, torch.Tensor)]
     held = tokens_of(layer) if host.keeps_tokens(layer) else None
     states = [] if held is None else [t for t in (held.keys, held.values) if isinstance(t, torch.Tensor)]
     tokens = states[0].shape[-2] if states and states[0].dim() == 4 else 0

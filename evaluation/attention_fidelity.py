@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from rich.table import Table
 from torch import nn
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 
 from quantpress.cache import PackedLayer, host
 from quantpress.cache.attention.visibility import causal_mask
@@ -137,7 +137,7 @@ def attention_fidelity(
 
     with hooked(model, before), press(model), hooked(model, behind):
         decoder = backbone(model)
-        decoder(input_ids=input_ids, **{host.cache_name(decoder): DynamicCache()})
+        decoder(input_ids=input_ids, **{host.cache_name(decoder): host.empty_cache(model)})
     if not any(layer.packed_tokens for layer in found):
         least = press.sink_tokens + press.recent_tokens + PAGE_TOKENS
         raise InvalidInputError(

@@ -3,8 +3,9 @@
 from dataclasses import dataclass
 
 import torch
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 
+from quantpress.cache import host
 from quantpress.errors import InvalidInputError
 from quantpress.pipelines.reading.read_context import read_context
 from quantpress.pipelines.rollback import model_rollback
@@ -69,7 +70,7 @@ def key_statistics(model: PreTrainedModel, input_ids: torch.Tensor) -> dict[int,
         model: decoder-only.
         input_ids: [1, T] int64, read without a press.
     """
-    cache = DynamicCache()
+    cache = host.empty_cache(model)
     with torch.no_grad(), model_rollback(model):
         read_context(model, input_ids, cache)
     found = {}

@@ -60,7 +60,7 @@ def generate_ids(
             extras["streamer"] = _WithoutHistory(streamer, history.shape[1])
     inputs = inputs_after(cache, question_ids, tokens_seen=tokens_seen, history=history)
     if (config.num_beams or 1) > 1:
-        cache.batch_repeat_interleave(config.num_beams)
+        host.repeat_batch(cache, config.num_beams)
         repeat_hidden_slots(model, config.num_beams)
     generate: Any = model.generate
     fed = (

@@ -5,6 +5,7 @@ from typing import Any
 
 from transformers.cache_utils import Cache
 
+from quantpress.cache import host
 from quantpress.cache.fixed.plain import is_plain
 from quantpress.cache.layer import PackedLayer
 from quantpress.rule import Found, Rule, reasons
@@ -19,7 +20,7 @@ def _unknown_layers(cache: Cache) -> Found:
     kinds = {
         index: type(layer).__name__
         for index, layer in enumerate(getattr(cache, "layers", ()))
-        if not (isinstance(layer, PackedLayer) or is_plain(layer))
+        if not (isinstance(layer, PackedLayer) or is_plain(layer)) or isinstance(layer, host.LINEAR_LAYER)
     }
     shown = ", ".join(map(str, [*kinds][:8])) + (", ..." if len(kinds) > 8 else "")
     return {"layers": shown, "kind": next(iter(kinds.values()))} if kinds else None

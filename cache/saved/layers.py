@@ -8,6 +8,7 @@ from quantpress.cache import host
 from quantpress.cache.fixed.plain import BufferedLayer
 from quantpress.cache.layer import PackedLayer
 from quantpress.cache.saved.checks import check_tokens
+from quantpress.cache.saved.states import placeholder_parts, state_parts
 from quantpress.cache.settings import LayerSettings
 from quantpress.cache.tokens.demotion import DemotedPages
 from quantpress.cache.tokens.packed_tokens import PackedTokens
@@ -46,14 +47,16 @@ def cache_of(parts: Parts) -> DynamicCache:
 
 def _layer_parts(index: int, layer: Any) -> Parts:
     if isinstance(layer, host.LINEAR_LAYER):
-        raise InvalidInputError(
-            f"layer {index} of the cache keeps a linear-attention state, which cannot be saved yet"
-        )
+        return state_parts(index, layer, _token_parts(index, layer) if host.keeps_tokens(layer) else None)
+    return placeholder_parts(layer) or _token_parts(index, layer)
+
+
+def _token_parts(index: int, layer: Any) -> Parts:
     if isinstance(layer, PackedLayer):
         return _packed_layer_parts(layer)
     tensors = {} if layer.get_seq_length() == 0 else {"keys": layer.keys, "values": layer.values}
     kind = layer.plain if isinstance(layer, BufferedLayer) else type(layer)
-    if kind is DynamicLayer:
+    if kind in (DynamicLayer, host.FULL_AND_LINEAR_LAYER):
         return Parts("dynamic_layer", tensors=tensors)
     if kind is DynamicSlidingWindowLayer:
         about = {"sliding_window": layer.sliding_window, "seen": layer.cumulative_length}

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from transformers import DynamicCache, StoppingCriteria, StoppingCriteriaList
 
+from quantpress.cache import host
 from quantpress.errors import InvalidInputError
 from quantpress.evaluation.divergence.teacher_forcing import score_continuation
 from quantpress.pipelines.arguments import answer_config
@@ -106,7 +107,7 @@ class PressedModel:
         return str(self.tokenizer.decode(ids, skip_special_tokens=True))
 
     def _read(self, context: list[int]) -> tuple[DynamicCache, int]:
-        cache = DynamicCache()
+        cache = host.empty_cache(self.model)
         if not context:
             return cache, 0
         return cache, read_context(self.model, self._ids(context), cache, self.press, progress=False)

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import Cache, DynamicCache, PreTrainedModel
+from transformers import Cache, PreTrainedModel
 
-from quantpress.cache import cache_memory
+from quantpress.cache import cache_memory, host
 from quantpress.errors import InvalidInputError, NonFiniteError
 from quantpress.evaluation.divergence.attention_error import AttentionError, attention_errors
 from quantpress.evaluation.divergence.documents import Document
@@ -106,7 +106,7 @@ class DivergenceProbe:
     @torch.inference_mode()
     def _over(self, press: BasePress | None, entries: slice) -> list[DocumentDivergence]:
         ids, context, reference = self.ids[entries], self.context, self.reference.of(entries)
-        cache, begin = DynamicCache(), time.perf_counter()
+        cache, begin = host.empty_cache(self.model), time.perf_counter()
         with model_rollback(self.model), torch.random.fork_rng([ids.device] if ids.is_cuda else []):
             torch.manual_seed(0)  # some presses draw random projections
             position = read_context(self.model, ids[:, :context], cache, press, progress=False)

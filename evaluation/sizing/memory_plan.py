@@ -35,7 +35,8 @@ class MemoryPlan:
         press: what compresses the cache, as it is written.
         context: tokens of each sequence.
         batch: number of sequences.
-        cache: memory of the cache, layer by layer, all sequences together.
+        cache: memory of the cache, layer by layer, all sequences together; states of fixed size, of all
+            layers, are an entry of their own.
         exact: whether the number of kept tokens is certain; if not, it is what the press aims at.
         whole_bytes: the cache of all tokens uncompressed, in the model's dtype.
         weights_bytes: bytes of the weights; None where unknown.
@@ -130,13 +131,16 @@ class Planner:
         exact = exact and not (self._alone and any(kind.sliding for kind in self._kinds))
         estimates = {kind: kind.estimate(context if kind.sliding else kept, batch) for kind in self._kinds}
         whole = {kind: replace(kind, settings=None).estimate(context, batch) for kind in self._kinds}
+        kept_states = (self.model.state_bytes or 0) * batch
+        states = [LayerMemory(*[0] * 8, state_bytes=kept_states)] if kept_states else []
         return MemoryPlan(
             press=described(self.press),
             context=context,
             batch=batch,
-            cache=CacheMemory(tuple(estimates[kind] for kind in self._order)),
+            cache=CacheMemory((*(estimates[kind] for kind in self._order), *states)),
             exact=exact,
-            whole_bytes=sum(whole[kind].total_bytes * count for kind, count in self._kinds.items()),
+            whole_bytes=sum(whole[kind].total_bytes * count for kind, count in self._kinds.items())
+            + sum(one.state_bytes for one in states),
             weights_bytes=self.model.weights_bytes,
             activation_bytes=self.activations(context, batch),
         )

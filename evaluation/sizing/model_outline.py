@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, PreTrainedModel
 
+from quantpress.cache import host
 from quantpress.errors import InvalidInputError, UnsupportedModelError
 from quantpress.evaluation.sizing.known_models import known_model, known_models
 from quantpress.pipelines.default_model import DEFAULT_MODEL_NAME, ensure_default_model
@@ -49,6 +50,7 @@ class LayerOutline:
         kv_heads: number of KV heads as cached, Hkv.
         head_dim: dimension of the keys as cached, D.
         value_dim: dimension of the values, Dv.
+        with_state: whether the layer also keeps a state of fixed size, beside its tokens.
     """
 
     module: nn.Module
@@ -58,6 +60,12 @@ class LayerOutline:
     kv_heads: int
     head_dim: int
     value_dim: int
+    with_state: bool = False
+
+    @property
+    def kind(self) -> str:
+        """What grows with the text: "full", "sliding", or "full, state" where a state is kept beside it."""
+        return ("sliding" if self.sliding else "full") + (", state" if self.with_state else "")
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,6 +85,8 @@ class ModelOutline:
         refusal: why its cache cannot be packed; None when it can.
         quantized: whether its checkpoint holds weights of smaller widths than `dtype`.
         repository: repository on the hub whose shape it has, where it is a known model; otherwise None.
+        state_bytes: bytes of the states of one sequence, which do not grow with the text (linear attention,
+            state spaces, convolutions); None where they are not known.
     """
 
     name: str
@@ -91,6 +101,7 @@ class ModelOutline:
     refusal: str | None
     quantized: bool = False
     repository: str | None = None
+    state_bytes: int | None = 0
 
     @classmethod
     def of(cls, name: str, model: PreTrainedModel, dtype: torch.dtype | None = None) -> "ModelOutline":
@@ -102,7 +113,9 @@ class ModelOutline:
             dtype: dtype that the weights will have; left out, that of the parameters.
         """
         config = model.config.get_text_config()
-        layers = tuple(_layers(attention_modules(model)))
+        empty = enumerate(host.empty_cache(model).layers)
+        states = {index for index, layer in empty if isinstance(layer, host.LINEAR_LAYER)}
+        layers = tuple(_layers(attention_modules(model), states))
         total = int(getattr(config, "num_hidden_layers", len(layers)))
         kind = dtype or model.dtype
         parameters = {id(one): one for one in model.parameters()}.values()  # tied ones count once
@@ -123,6 +136,7 @@ class ModelOutline:
             positions=position_count(model.config),
             refusal=refusal,
             quantized=getattr(model.config, "quantization_config", None) is not None,
+            state_bytes=_state_bytes(model.config, kind) if states else 0,
         )
 
 
@@ -174,6 +188,21 @@ def _without_weights(config: PreTrainedConfig) -> PreTrainedModel:
     return model
 
 
+def _state_bytes(config: PreTrainedConfig, dtype: torch.dtype) -> int | None:
+    """Bytes of the states of one sequence: of a reading on the meta device."""
+    make: Any = AutoModelForCausalLM.from_config
+    for kind in (dtype, torch.bfloat16):
+        try:
+            with torch.device("meta"), torch.no_grad():
+                model = make(config, dtype=kind).eval()
+                cache = host.empty_cache(model)
+                model(torch.zeros(1, 8, dtype=torch.int64), use_cache=True, **{host.cache_name(model): cache})
+        except (RuntimeError, ValueError, TypeError, NotImplementedError):
+            continue  # a kernel that knows no such dtype, or no such device
+        return sum(state.numel() * state.element_size() for state in host.state_tensors(cache))
+    return None
+
+
 def _of_shape(text: str) -> ModelOutline:
     given: dict[str, int] = {}
     for part in text.split(","):
@@ -205,7 +234,7 @@ def _of_shape(text: str) -> ModelOutline:
     )
 
 
-def _layers(modules: list[nn.Module]) -> Iterator[LayerOutline]:
+def _layers(modules: list[nn.Module], states: set[int]) -> Iterator[LayerOutline]:
     for module in modules:
         of: Any = module
         config = getattr(of, "config", None)
@@ -214,14 +243,19 @@ def _layers(modules: list[nn.Module]) -> Iterator[LayerOutline]:
         heads = int(config.num_attention_heads)
         latent = getattr(of, "qk_head_dim", None)  # it caches a key and a value for every query head
         head_dim = latent or getattr(of, "head_dim", None) or config.hidden_size // heads
+        kv_heads = heads if latent else _kv_heads(of, heads)
+        value_dim = of.v_head_dim if latent else head_dim
+        if hasattr(of, "expand_kv"):  # it caches what keys and values are made of
+            kv_heads, head_dim, value_dim = 1, of.kv_lora_rank, of.qk_rope_head_dim
         yield LayerOutline(
             module=module,
             index=int(of.layer_idx),
             sliding=is_sliding(module),
             query_heads=heads,
-            kv_heads=heads if latent else _kv_heads(of, heads),
+            kv_heads=kv_heads,
             head_dim=int(head_dim),
-            value_dim=int(of.v_head_dim if latent else head_dim),
+            value_dim=int(value_dim),
+            with_state=int(of.layer_idx) in states,
         )
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from transformers import Cache, PreTrainedModel
 
-from quantpress.cache import PackedLayer
+from quantpress.cache import PackedLayer, host
 from quantpress.cache.saved.fingerprint import difference
 from quantpress.cache.saved.format import read_file, write_file
 from quantpress.cache.saved.layers import cache_of, cache_parts
@@ -16,7 +16,7 @@ from quantpress.codecs.parts import Parts
 from quantpress.errors import CacheFileError, InvalidInputError, QuantPressError
 from quantpress.pipelines.attention_masks import HiddenSlots
 from quantpress.presses.base_press import BasePress
-from quantpress.presses.models.attention import attention_modules, full_attention_modules
+from quantpress.presses.models.attention import attention_modules, decoder_of, full_attention_modules
 from quantpress.presses.traits import members
 from quantpress.presses.turboquant import TurboQuant
 
@@ -130,15 +130,19 @@ def _fields(settings: LayerSettings | None) -> dict[str, Any]:
 
 
 def _devices(model: PreTrainedModel) -> list[torch.device]:
-    """The device of each attention module."""
-    return [
-        next((weight.device for weight in module.parameters()), model.device)
-        for module in attention_modules(model)
-    ]
+    """The device of each layer: of its attention, or of what else says that it belongs to the layer."""
+    parts = [*attention_modules(model), *decoder_of(model).modules()]
+    found: dict[int, torch.device] = {}
+    for part in parts:
+        index = getattr(part, "layer_idx", None)
+        if isinstance(index, int) and index not in found:
+            found[index] = next((weight.device for weight in part.parameters()), model.device)
+    layers = len(host.empty_cache(model).layers) or len(attention_modules(model))
+    return [found.get(index, model.device) for index in range(layers)]
 
 
 def _on_devices(parts: Parts, model: PreTrainedModel) -> Parts:
-    """Each layer on the device of its attention module; what stays on the CPU stays mapped."""
+    """Each layer on the device of its weights; what stays on the CPU stays mapped."""
     devices = _devices(model)
     if len(parts.inner) != len(devices):
         raise InvalidInputError(f"it has {len(parts.inner)} layers, the model has {len(devices)}")

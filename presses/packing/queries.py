@@ -87,11 +87,14 @@ def _rotated(
     keys: bool,
 ) -> torch.Tensor:
     rotate: Any = getattr(sys.modules[type(module).__module__], "apply_rotary_pos_emb", None)
-    if rotate is None or position_embeddings is None:
+    if rotate is None and position_embeddings is not None:
         raise UnknownAttentionError("its rotary embedding is not known")
-    cos, sin = (table[:, -window:] for table in position_embeddings)
     try:
-        result = _rotate(rotate, _projected(module, hidden_states[:, -window:], keys=keys), cos, sin)
+        states = _projected(module, hidden_states[:, -window:], keys=keys)
+        if position_embeddings is None:
+            return states  # attention without RoPE; `_check_keys` finds out where that is wrong
+        cos, sin = (table[:, -window:] for table in position_embeddings)
+        result = _rotate(rotate, states, cos, sin)
     except torch.OutOfMemoryError:
         raise
     except (AttributeError, NotImplementedError, RuntimeError, TypeError) as error:
@@ -116,20 +119,25 @@ def _rotate(rotate: Any, states: torch.Tensor, cos: torch.Tensor, sin: torch.Ten
 
 def _project(module: Any, hidden_states: torch.Tensor, keys: bool) -> torch.Tensor:
     """The projection of hidden states [B, W, hidden] to queries or keys, [B, heads, W, D], without a norm."""
-    flat: torch.Tensor
     head_dim, query_heads = module.head_dim, module.config.num_attention_heads
     if hasattr(module, "qkv_proj"):  # queries of all heads, then keys, then values
         queries, rest = module.qkv_proj(hidden_states).tensor_split([query_heads * head_dim], dim=-1)
         flat = rest[..., : module.config.num_key_value_heads * head_dim] if keys else queries
+    elif keys:
+        flat = module.k_proj(hidden_states) * getattr(module, "key_multiplier", 1)  # Falcon-H1
     else:
-        flat = (module.k_proj if keys else module.q_proj)(hidden_states)
-    return flat.view(*flat.shape[:-1], -1, head_dim).transpose(1, 2)
+        flat = module.q_proj(hidden_states)
+        if flat.shape[-1] == 2 * query_heads * head_dim:  # the second half of each head is a gate
+            flat = flat.unflatten(-1, (query_heads, -1))[..., :head_dim].flatten(-2)
+    states: torch.Tensor = flat.unflatten(-1, (-1, head_dim))
+    return states.transpose(1, 2)
 
 
 def _projected(module: nn.Module, hidden_states: torch.Tensor, *, keys: bool) -> torch.Tensor:
     """Queries or keys before RoPE, [B, heads, W, D]."""
     states = _project(module, hidden_states, keys)
-    norm: Any = getattr(module, "k_norm" if keys else "q_norm", None)
+    side = "k" if keys else "q"
+    norm: Any = getattr(module, f"{side}_norm", None) or getattr(module, f"{side}_layernorm", None)
     if norm is None:
         return states
     by_token = states.transpose(1, 2)  # [B, W, heads, D], as models apply it

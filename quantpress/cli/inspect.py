@@ -38,7 +38,7 @@ class Layer:
 
     Args:
         index: index of the layer.
-        kind: "full" or "sliding".
+        kind: "full" or "sliding"; with ", state" where the layer keeps a state beside its tokens.
         kv_heads: number of KV heads.
         head_dim: dimension of the keys.
         value_dim: dimension of the values.
@@ -89,6 +89,8 @@ class Inspected(Outcome):
         refusal: why nothing of it can be packed, or why no setting could be tried; None otherwise.
         candidates: settings that were tried, smallest first.
         suggestion: a press, as it is written; None where TurboQuant cannot be used.
+        state_bytes: bytes of the states that layers keep for one sequence, whatever its length; None where
+            they are not known.
     """
 
     model: str
@@ -99,9 +101,11 @@ class Inspected(Outcome):
     refusal: str | None
     candidates: tuple[Candidate, ...]
     suggestion: str | None
+    state_bytes: int | None = 0
 
     def __rich__(self) -> RenderableType:
         from quantpress.evaluation.key_statistics import OUTLIER
+        from quantpress.pipelines.report import format_bytes
 
         packed = sum(layer.packed for layer in self.layers)
         table = new_table(
@@ -125,6 +129,11 @@ class Inspected(Outcome):
         shown: list[RenderableType] = [table]
         if self.other_layers:
             shown.append(Text(f"{self.other_layers} layers have no attention and are left as they are."))
+        if self.state_bytes:
+            size = format_bytes(self.state_bytes)
+            shown.append(
+                Text(f"States of {size} a sequence do not grow with the text, and stay as they are.")
+            )
         if self.candidates:
             shown.append(_tried(self.candidates))
         if self.refusal is not None:
@@ -177,6 +186,7 @@ def inspect(
         refusal=refusal,
         candidates=tuple(candidates),
         suggestion=suggested(candidates) if outline.refusal is None else None,
+        state_bytes=outline.state_bytes,
     )
 
 
@@ -216,9 +226,8 @@ def _layer(layer: "LayerOutline", refusal: str | None, keys: "KeyStatistics | No
             TurboQuant().layer_settings(layer.module, layer.head_dim, layer.value_dim, 0)
         except InvalidInputError as error:
             reason = str(error)
-    kind = "sliding" if layer.sliding else "full"
     shape = (layer.kv_heads, layer.head_dim, layer.value_dim)
-    return Layer(layer.index, kind, *shape, not reason, reason, keys)
+    return Layer(layer.index, layer.kind, *shape, not reason, reason, keys)
 
 
 def _tried(candidates: Sequence[Candidate]) -> Table:

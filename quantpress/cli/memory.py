@@ -70,11 +70,15 @@ class Sized(Outcome):
         first = self.plans[0]
         sequences = "" if first.batch == 1 else f", {first.batch} sequences"
         title = f"{self.model.name}: {first.context:,} tokens{sequences}"
-        names = ["codes", "unpacked\ntokens", "metadata", "in all", "ratio", "bits a\nvalue"]
+        states = ["states"] if first.cache.state_bytes else []
+        names = ["codes", "unpacked\ntokens", "metadata", *states, "in all", "ratio", "bits a\nvalue"]
         table = _table(Text(title, overflow="fold"), names)
         for plan in self.plans:
             cache = plan.cache
-            parts = (cache.packed_bytes, cache.dense_bytes, cache.metadata_bytes, cache.total_bytes)
+            parts = [cache.packed_bytes, cache.dense_bytes, cache.metadata_bytes]
+            parts += (
+                [cache.state_bytes, cache.total_bytes] if first.cache.state_bytes else [cache.total_bytes]
+            )
             ratios = f"{plan.ratio:.2f}x", f"{cache.bits_per_value:.2f}"
             table.add_row(_press(plan), *map(format_bytes, parts), *ratios)
         return table
@@ -120,7 +124,14 @@ class Sized(Outcome):
             notes.append(
                 f"{sliding} sliding-window layers stay in {self.dtype}, whole, as the pipeline keeps them."
             )
-        if model.other_layers:
+        if plan.cache.state_bytes:
+            grows = sum(not layer.sliding for layer in model.layers)
+            share = plan.cache.state_bytes / plan.whole_bytes
+            notes.append(
+                f"States have the same size for every text, {share:.1%} of the whole cache here. Only the "
+                f"{grows} layers of full attention grow without end, and they alone are packed."
+            )
+        elif model.other_layers:
             notes.append(f"{model.other_layers} layers without attention are not counted.")
         if not all(plan.exact for plan in self.plans):
             notes.append("* About: how many tokens such a press keeps, in which head, depends on the text.")

@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from transformers.models.nemotron import modeling_nemotron
 from typer.testing import CliRunner
 
 from quantpress import cli
-from quantpress.cache import cache_memory
+from quantpress.cache import cache_memory, host
 from quantpress.cli import bench, compare, inspect, loading, validate
 from quantpress.cli.inspect import CANDIDATES, Candidate, suggested
 from quantpress.codecs import turboquant as codec
@@ -151,9 +152,13 @@ def test_inspect_names_packed_layers_and_suggests_a_press(model: str) -> None:
     [
         ("gemma3", [False, True, True], "a sliding window"),
         ("mistral_sliding", [False] * 3, "a sliding window"),
-        ("nemotron", [False] * 3, "this model's cache cannot be packed"),
-        ("falcon_h1", [False] * 3, "this model's cache cannot be packed"),
-        ("lfm2", [False] * 2, "this model's cache cannot be packed"),
+        (
+            "nemotron",
+            [hasattr(modeling_nemotron, "ALL_ATTENTION_FUNCTIONS")] * 3,
+            "this model's cache cannot be packed",
+        ),
+        ("falcon_h1", [host.HOLDS_STATES] * 3, "this model's cache cannot be packed"),
+        ("lfm2", [host.HOLDS_STATES] * 2, "this model's cache cannot be packed"),
     ],
 )
 def test_inspect_says_why_a_layer_is_not_packed(

@@ -2,27 +2,29 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from transformers import AutoConfig, DynamicCache
 
+from quantpress.cache import cache_memory, host
 from quantpress.errors import InvalidInputError
 from quantpress.evaluation.sizing.known_models import KnownModel, known_model, known_models
+from quantpress.evaluation.sizing.memory_plan import Planner
 from quantpress.evaluation.sizing.model_outline import EXAMPLE_SHAPE, ModelOutline, outline
+from quantpress.presses import TurboQuant
 from tests.tiny_models import _CONFIGS, HYBRID, prompt, tiny_model
 
 EAGER = ("gpt_oss", "bloom", "nemotron")
-OWN_CACHE = ("falcon_h1", "jamba", "lfm2")  # made by themselves, and only when they are asked to
 
 
 @pytest.mark.parametrize("family", sorted(_CONFIGS.keys() - HYBRID.keys()))
 def test_heads_and_dimensions_are_those_of_the_cache(family: str) -> None:
     model = tiny_model(family, "eager" if family in EAGER else "sdpa")
     found = ModelOutline.of(family, model)
-    if family in ("bloom", *OWN_CACHE):
+    if family == "bloom":
         assert len(found.layers) + found.other_layers == model.config.num_hidden_layers
-        assert ("Cache, not in layers" in str(found.refusal)) == (family != "bloom")
         return
     cache = DynamicCache()
     with torch.no_grad():
@@ -31,6 +33,33 @@ def test_heads_and_dimensions_are_those_of_the_cache(family: str) -> None:
     for layer, cached in zip(found.layers, cache.layers, strict=True):
         keys, values = cached.keys.shape, cached.values.shape
         assert (layer.kv_heads, layer.head_dim, layer.value_dim) == (keys[1], keys[3], values[3])
+
+
+@pytest.mark.parametrize("family", ["falcon_h1", "jamba", "lfm2", "qwen3_5"])
+def test_states_are_those_of_the_cache(family: str) -> None:
+    """A layer may keep a state in place of tokens, or beside them; the outline reads nothing for that."""
+    model = tiny_model(family)
+    found = ModelOutline.of(family, model)
+    assert len(found.layers) + found.other_layers == model.config.num_hidden_layers
+    if not host.HOLDS_STATES:
+        assert "Cache, not in layers" in str(found.refusal)
+        return
+    cache = host.empty_cache(model)
+    with torch.no_grad():
+        model(prompt(5), past_key_values=cache)
+    memory = cache_memory(cache)
+    assert found.state_bytes in (memory.state_bytes, _in_bfloat16(cache)) and memory.state_bytes
+    for layer in found.layers:
+        assert cache.layers[layer.index].keys.shape[1] == layer.kv_heads
+        assert layer.with_state == (memory.layers[layer.index].state_bytes > 0) == (family == "falcon_h1")
+    press = TurboQuant(4, recent_tokens=16, balance=False)
+    plan = Planner(found, press).plan(600, batch=2)
+    assert plan.cache.state_bytes == 2 * found.state_bytes
+    assert plan.whole_bytes == Planner(found, None).plan(600, batch=2).cache.total_bytes
+
+
+def _in_bfloat16(cache: Any) -> int:
+    return sum(state.numel() * 2 for state in host.state_tensors(cache))
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3", "deepseek_v3"])

@@ -51,16 +51,22 @@ class Reader:
         tokens = self._tokens(before)
         pairs = enumerate(zip(self.read, tokens, strict=False))
         shared = next((at for at, (old, new) in pairs if old != new), 0)
-        self.cache.crop(shared)
+        self.keep(shared)
         self.model.model(input_ids=torch.tensor([tokens[shared:]]), past_key_values=self.cache)
         fed, said = self._tokens(needle_question(needle.city) + after + ANSWER_PREFIX), list[int]()
         while len(said) < ANSWER_TOKENS:
             output = self.model(input_ids=torch.tensor([fed]), past_key_values=self.cache, logits_to_keep=1)
             fed = [int(output.logits[0, -1].argmax())]
             said += fed
-        self.cache.crop(len(tokens))
+        self.keep(len(tokens))
         self.read = tokens
         return str(self.tokenizer.decode(said))
+
+    def keep(self, tokens: int) -> None:
+        """Cut the cache to its first tokens."""
+        surplus = self.cache.get_seq_length() - tokens
+        if surplus:
+            self.cache.crop(-surplus)
 
     def _tokens(self, text: str) -> list[int]:
         return list(self.tokenizer.encode(text, add_special_tokens=False))

@@ -1,0 +1,123 @@
+"""Models that mix attention with state spaces, linear attention or convolutions, packed without loss.
+
+Tokens are those of the model with a cache of transformers' own. Layers of full attention are packed, and
+states pass through.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from quantpress import enable
+from quantpress.cache import PackedLayer, cache_memory, host
+from quantpress.errors import UnsupportedModelError
+from quantpress.pipelines.contexts.cached_context import CachedContext
+from quantpress.pipelines.text_generation import TextGenerationPipeline
+from quantpress.presses import Knorm, TurboQuant
+from quantpress.presses.models.attention import full_attention_modules
+from tests.hybrid_models import HYBRID, WORKING
+from tests.pipelines.words import text, word_tokenizer
+from tests.presses.reading import lossless
+from tests.tiny_models import prompt, tiny_model
+
+pytestmark = pytest.mark.skipif(
+    not host.HOLDS_STATES, reason="caches of this transformers cannot hold states beside tokens"
+)
+FAMILIES = [name for name in WORKING if name in HYBRID]
+IDS = prompt(200)
+GREEDY: dict[str, Any] = {"max_new_tokens": 8, "do_sample": False, "no_repeat_ngram_size": 1}
+
+
+def layers_packed(model: PreTrainedModel, cache: Any) -> bool:
+    """Whether exactly the layers of full attention hold packed pages."""
+    full = {module.layer_idx for module in full_attention_modules(model)}
+    packed = {i for i, one in enumerate(cache.layers) if isinstance(one, PackedLayer) and one.packed_tokens}
+    return full == packed and len(full) > 0
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_generate(family: str) -> None:
+    """In the press's context, enabled, with beams, and with a batch of which one row is padded."""
+    model = tiny_model(family)
+    expected = model.generate(IDS, **GREEDY)
+    assert not torch.equal(expected[:, 200:], model.generate(IDS.roll(1, 1), **GREEDY)[:, 200:])
+    with lossless()(model):
+        got = model.generate(IDS, **GREEDY, return_dict_in_generate=True)
+    assert torch.equal(got.sequences, expected)
+    cache = got[host.GENERATE_CACHE]
+    assert layers_packed(model, cache)
+    ids, mask = torch.cat([IDS, prompt(200, seed=1)]), torch.ones(2, 200, dtype=torch.int64)
+    mask[1, :21] = 0
+    beams = model.generate(IDS, **GREEDY, num_beams=2)
+    padded = model.generate(ids, attention_mask=mask, **GREEDY)
+    with enable(model, lossless()):
+        assert torch.equal(model.generate(IDS, **GREEDY), expected)
+        assert torch.equal(model.generate(IDS, **GREEDY, num_beams=2), beams)
+        assert torch.equal(model.generate(ids, attention_mask=mask, **GREEDY), padded)
+
+
+@pytest.mark.filterwarnings("ignore:.* is computed whole, with intermediate tensors for every token")
+@pytest.mark.parametrize("family", FAMILIES)
+def test_pipeline(family: str, tmp_path: Path) -> None:
+    """Read whole and in chunks, with two questions, beams, and a context that is kept and saved."""
+    model = tiny_model(family)
+    pipe = TextGenerationPipeline(model=model, tokenizer=word_tokenizer())
+    context, press = text(200), lossless()
+    asked = {"questions": ["w1 w2", "w3", "w1 w2"], "max_new_tokens": 6, "no_repeat_ngram_size": 1}
+    expected = pipe(context, **asked)
+    assert expected["answers"][0] == expected["answers"][2] != expected["answers"][1]
+    beams = pipe(context, **asked, num_beams=2)
+    cache = host.empty_cache(model)
+    assert pipe(context, press=press, cache=cache, **asked) == expected
+    assert layers_packed(model, cache)
+    assert pipe(context, press=press, chunk_tokens=64, **asked) == expected
+    assert pipe(context, press=press, num_beams=2, **asked) == beams
+    kept = pipe.read(context, press=press)
+    for _ in range(2):
+        assert pipe(kept, **asked) == expected
+    kept = pipe.read(context, press=TurboQuant(8, recent_tokens=16, balance=False))
+    kept.save(tmp_path / "context")
+    assert pipe(CachedContext.load(tmp_path / "context", model), **asked) == pipe(kept, **asked)
+    plain = pipe.read(context)
+    plain.save(tmp_path / "context")
+    assert pipe(CachedContext.load(tmp_path / "context", model), **asked) == expected
+
+
+@pytest.mark.parametrize("family", ["qwen3_5", "falcon_h1"])
+def test_memory_counts_states_apart(family: str) -> None:
+    model, caches = tiny_model(family), []
+    for press in (None, TurboQuant(4, recent_tokens=16, balance=False)):
+        pipe = TextGenerationPipeline(model=model, tokenizer=word_tokenizer())
+        caches.append(cache_memory(pipe.read(text(700), press=press).cache))
+    plain, packed = caches
+    assert plain.state_bytes == packed.state_bytes > 0 == plain.packed_bytes
+    assert plain.ratio == 1.0 and packed.packed_bytes < 0.3 * plain.uncompressed_bytes
+    assert packed.total_bytes == packed.state_bytes + sum(
+        getattr(packed, f"{kind}_bytes") for kind in ("packed", "dense", "metadata")
+    )
+    assert packed.as_dict()["state_bytes"] == packed.state_bytes
+    assert 4 < packed.bits_per_value < 8 and plain.bits_per_value == 32
+
+
+REASONS = {
+    "minimax": "keeps its state in a cache of its own kind",
+    "kimi_linear": "caches one latent vector for each token",
+    "zamba2": "share attention modules",
+}
+
+
+@pytest.mark.parametrize("family", [name for name in REASONS if name in HYBRID])
+@pytest.mark.parametrize("press", [TurboQuant(4), Knorm(0.5)], ids=["packed", "evicted"])
+def test_refused(family: str, press: Any) -> None:
+    model = tiny_model(family)
+    pipe = TextGenerationPipeline(model=model, tokenizer=word_tokenizer())
+    with pytest.raises(UnsupportedModelError, match=REASONS[family]), press(model):
+        pytest.fail("entered")
+    with pytest.raises(UnsupportedModelError, match=REASONS[family]):
+        pipe(text(30), press=press)
+    enabling = "makes a cache of its own kind" if family == "minimax" else REASONS[family]
+    with pytest.raises(UnsupportedModelError, match=enabling):
+        enable(model, press)
