@@ -135,7 +135,7 @@ def repeat_batch(cache: Cache, times: int) -> None:
     """Repeat each sequence of a batch, states included, which transformers' own method leaves out."""
     for layer in cache.layers:
         if keeps_tokens(layer):
-            layer.batch_repeat_interleave(times)
+            layer.batch_repeat_interleave(times)  # type: ignore[attr-defined]
         states = linear_states(layer)
         for kind in ("conv_states", "recurrent_states"):
             for slot, state in states.get(kind, {}).items():

@@ -29,6 +29,7 @@ from quantpress.presses.arguments import (
 from quantpress.presses.base_press import BasePress, ScorerPress
 from quantpress.presses.guard import named_failure
 from quantpress.presses.models.filling import filled_caches
+from quantpress.presses.models.full_layers import as_kvpress_sees
 from quantpress.presses.models.lock import model_lock
 from quantpress.presses.traits import TRAITS, Trait, describe
 
@@ -75,7 +76,7 @@ class PressMixin:
             UnsupportedModelError, InvalidInputError: see `filled_caches`.
         """
         upstream: Any = super()
-        with model_lock(model), filled_caches(model), upstream.__call__(model):
+        with model_lock(model), filled_caches(model), upstream.__call__(as_kvpress_sees(model, self)):
             yield
 
     def __or__(self, other: Any) -> Any:

@@ -48,7 +48,7 @@ def _state_layer(parts: Parts) -> Any:
     count = int(parts.about["states"])
     tokens = rebuild(parts.inner["tokens"], "packed_layer", "dynamic_layer") if parts.inner else None
     layer = _empty(tokens, count)
-    states = host.linear_states(layer)
+    states: dict[str, Any] = host.linear_states(layer)
     for kind in _TENSORS:
         states[kind].update({slot: parts.tensors.get(f"{kind}{slot}") for slot in range(count)})
         initialized = states[f"is_{kind}_initialized"]
@@ -70,7 +70,7 @@ def _empty(tokens: Any, count: int) -> Any:
     layer = (
         PackedHybridLayer(tokens.settings) if packed else kinds.LinearAttentionAndFullAttentionLayer(count)
     )
-    vars(layer).update(vars(tokens) | states)
+    layer.__dict__.update(vars(tokens) | states)
     return layer
 
 

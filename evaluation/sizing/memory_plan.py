@@ -132,7 +132,7 @@ class Planner:
         estimates = {kind: kind.estimate(context if kind.sliding else kept, batch) for kind in self._kinds}
         whole = {kind: replace(kind, settings=None).estimate(context, batch) for kind in self._kinds}
         kept_states = (self.model.state_bytes or 0) * batch
-        states = [LayerMemory(*[0] * 8, state_bytes=kept_states)] if kept_states else []
+        states = [LayerMemory(0, 0, 0, 0, 0, 0, 0, 0, kept_states)] if kept_states else []
         return MemoryPlan(
             press=described(self.press),
             context=context,

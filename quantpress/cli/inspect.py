@@ -131,9 +131,7 @@ class Inspected(Outcome):
             shown.append(Text(f"{self.other_layers} layers have no attention and are left as they are."))
         if self.state_bytes:
             size = format_bytes(self.state_bytes)
-            shown.append(
-                Text(f"States of {size} a sequence do not grow with the text, and stay as they are.")
-            )
+            shown.append(Text(f"States of {size} a sequence do not grow with the text."))
         if self.candidates:
             shown.append(_tried(self.candidates))
         if self.refusal is not None:

@@ -76,9 +76,7 @@ class Sized(Outcome):
         for plan in self.plans:
             cache = plan.cache
             parts = [cache.packed_bytes, cache.dense_bytes, cache.metadata_bytes]
-            parts += (
-                [cache.state_bytes, cache.total_bytes] if first.cache.state_bytes else [cache.total_bytes]
-            )
+            parts += [*([cache.state_bytes] if states else []), cache.total_bytes]
             ratios = f"{plan.ratio:.2f}x", f"{cache.bits_per_value:.2f}"
             table.add_row(_press(plan), *map(format_bytes, parts), *ratios)
         return table

@@ -7,6 +7,7 @@ states pass through.
 from pathlib import Path
 from typing import Any
 
+import kvpress
 import pytest
 import torch
 from transformers import PreTrainedModel
@@ -16,7 +17,20 @@ from quantpress.cache import PackedLayer, cache_memory, host
 from quantpress.errors import UnsupportedModelError
 from quantpress.pipelines.contexts.cached_context import CachedContext
 from quantpress.pipelines.text_generation import TextGenerationPipeline
-from quantpress.presses import Knorm, TurboQuant
+from quantpress.presses import (
+    TOVA,
+    AdaKV,
+    ChunkKV,
+    Compose,
+    ExpectedAttention,
+    KeyDiff,
+    Knorm,
+    KVzip,
+    LagKV,
+    SnapKV,
+    StreamingLLM,
+    TurboQuant,
+)
 from quantpress.presses.models.attention import full_attention_modules
 from tests.hybrid_models import HYBRID, WORKING
 from tests.pipelines.words import text, word_tokenizer
@@ -100,6 +114,57 @@ def test_memory_counts_states_apart(family: str) -> None:
     )
     assert packed.as_dict()["state_bytes"] == packed.state_bytes
     assert 4 < packed.bits_per_value < 8 and plain.bits_per_value == 32
+
+
+EVICTORS = {
+    "qwen3_5": [Knorm(0.5), KeyDiff(0.5), AdaKV(Knorm(0.5)), kvpress.KnormPress(0.5)],
+    "jamba": [StreamingLLM(0.5), LagKV(0.5, lag_size=32)],
+    "nemotron_h": [Knorm(0.5)],
+    "lara_mini": [ChunkKV(Knorm(0.5))],
+    "zaya": [Knorm(0.5)],
+    "falcon_h1": [SnapKV(0.5, window_size=16), TOVA(0.5), ExpectedAttention(0.5)],
+}
+
+
+@pytest.mark.parametrize("family", [name for name in EVICTORS if name in HYBRID])
+def test_eviction(family: str) -> None:
+    """Before packing without loss, it answers as alone; layers of full attention keep half of the tokens."""
+    model = tiny_model(family)
+    full = {module.layer_idx for module in full_attention_modules(model)}
+    pipe = TextGenerationPipeline(model=model, tokenizer=word_tokenizer())
+    asked = {"questions": ["w1 w2", "w3"], "max_new_tokens": 6, "no_repeat_ngram_size": 1}
+    plain, changed = pipe(text(300), **asked), False
+    for press in EVICTORS[family]:
+        cache = host.empty_cache(model)
+        expected = pipe(text(300), press=press, cache=cache, **asked)
+        kept = {index: cache.layers[index].get_seq_length() for index in full}
+        by_head = isinstance(press, kvpress.AdaKVPress)
+        assert by_head or all(100 < tokens < 200 for tokens in kept.values()), kept
+        changed |= expected != plain
+        assert pipe(text(300), press=Compose([press, lossless()]), **asked) == expected
+        with press(model) if not type(press).__module__.startswith("kvpress.") else enable(model, press):
+            model.generate(IDS, **GREEDY)
+    assert changed, "nothing evicted that counts: the comparison would prove nothing"
+
+
+@pytest.mark.parametrize("quantizers", [[], [lossless()]], ids=["alone", "packed"])
+@pytest.mark.parametrize(
+    ("press", "reason"),
+    [
+        (SnapKV(0.5), "does not compute the queries of its attention as the model does"),
+        (AdaKV(SnapKV(0.5)), "does not compute the queries"),
+        (kvpress.SnapKVPress(0.5), "does not compute the queries"),
+        (KVzip(0.5), "it was not tried there"),
+    ],
+    ids=lambda value: "" if isinstance(value, str) else type(value).__name__,
+)
+def test_eviction_that_is_refused_before_reading(press: Any, reason: str, quantizers: list[Any]) -> None:
+    model = tiny_model("qwen3_5")
+    pipe = TextGenerationPipeline(model=model, tokenizer=word_tokenizer())
+    cache = host.empty_cache(model)
+    with pytest.raises(UnsupportedModelError, match=reason):
+        pipe(text(300), press=Compose([press, *quantizers]) if quantizers else press, cache=cache)
+    assert not cache.get_seq_length()
 
 
 REASONS = {

@@ -20,12 +20,14 @@ from transformers import (
 )
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from quantpress.cache import PackedLayer
+from quantpress.cache import PackedLayer, host
 from quantpress.cache.attention.functions import model_eager_attention
 from quantpress.presses import TurboQuant
+from quantpress.presses.models.attention import attention_modules
 from quantpress.presses.models.old_names import old_names
 from quantpress.presses.packing.prefill_hook import prefill_call
 from quantpress.presses.packing.queries import UnknownAttentionError, query_moment, recomputed_keys
+from tests.hybrid_models import HYBRID, WORKING
 from tests.tiny_models import FAMILIES, prompt, tiny_model
 
 SIZES: dict[str, Any] = {
@@ -99,7 +101,7 @@ def check_moments(model: PreTrainedModel, window: int = 16) -> None:
         if not call.cache.layers[call.layer_idx].is_sliding:
             keys.append((recomputed_keys(*inputs), states))
 
-    modules = [layer.self_attn for layer in model.model.layers]
+    modules = attention_modules(model)
     handles = [module.register_forward_hook(hook, with_kwargs=True) for module in modules]
     try:
         with old_names(model.model, modules), seen_queries(queries), torch.inference_mode():
@@ -118,6 +120,13 @@ def check_moments(model: PreTrainedModel, window: int = 16) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_moment_of_the_covered_families(family: str) -> None:
+    check_moments(tiny_model(family, "eager"))
+
+
+@pytest.mark.skipif(not host.HOLDS_STATES, reason="caches of this transformers cannot hold states")
+@pytest.mark.parametrize("family", [name for name in WORKING if name in HYBRID and name != "zaya"])
+def test_moment_of_hybrid_families(family: str) -> None:
+    """With a gate in the projection, without rotation, with norms of other names."""
     check_moments(tiny_model(family, "eager"))
 
 
@@ -159,5 +168,5 @@ def test_keys_that_are_not_in_the_cache_are_noticed() -> None:
         for other in (keys * 1.1, keys.roll(1, dims=-1), torch.zeros_like(keys), keys[:, :1]):
             with pytest.raises(UnknownAttentionError):
                 query_moment(module, hidden, tables, 2, 256, other)
-        with pytest.raises(UnknownAttentionError, match="rotary embedding is not known"):
+        with pytest.raises(UnknownAttentionError, match="are not those in its cache"):
             query_moment(module, hidden, None, 2, 256, keys)
