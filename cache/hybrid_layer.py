@@ -7,6 +7,7 @@ from transformers import cache_utils
 
 from quantpress.cache import host
 from quantpress.cache.layer import PackedLayer
+from quantpress.cache.settings import LayerSettings
 
 _StateLayer: Any = getattr(cache_utils, "LinearAttentionLayer", type("NoStateLayer", (), {}))
 

@@ -28,7 +28,7 @@ def is_hybrid(model: nn.Module) -> bool:
 
 
 def as_kvpress_sees(model: Any, press: Any) -> Any:
-    """What to give to a context of kvpress in place of a model: the model itself unless it is a hybrid one.
+    """What to give to a press's context in place of a model: the model itself unless kvpress meets a hybrid one.
 
     Args:
         model: the model that the press is applied to.
@@ -38,8 +38,8 @@ def as_kvpress_sees(model: Any, press: Any) -> Any:
         UnsupportedModelError: the model is a hybrid one, and the press was not tried there or needs queries
             that kvpress does not compute as the model does.
     """
-    if not is_hybrid(model):
-        return model
+    if not _of_kvpress(press) or not is_hybrid(model):
+        return model  # hooks of our own base find the layers of full attention
     reason = _why_not(press, full_attention_modules(model))
     if reason is not None:
         raise UnsupportedModelError(
@@ -65,7 +65,7 @@ class _Stand:
 
 
 def _why_not(press: Any, modules: list[nn.Module]) -> str | None:
-    name = next((kind.__name__ for kind in type(press).__mro__ if kind.__module__.startswith("kvpress.")), "")
+    name = _of_kvpress(press)
     if name in _BY_QUERIES and any(type(module).__name__ not in _PLAIN_QUERIES for module in modules):
         return "kvpress does not compute the queries of its attention as the model does"
     if name in _BY_QUERIES | _BY_KEYS | _AROUND_OTHERS | _BASES:
@@ -73,3 +73,8 @@ def _why_not(press: Any, modules: list[nn.Module]) -> str | None:
         reasons = (_why_not(one, modules) for one in inner if one is not None)
         return next((reason for reason in reasons if reason is not None), None)
     return "it was not tried there"
+
+
+def _of_kvpress(press: Any) -> str:
+    """The name of kvpress's class that a press is; empty for a press on our own base."""
+    return next((kind.__name__ for kind in type(press).__mro__ if kind.__module__.startswith("kvpress.")), "")

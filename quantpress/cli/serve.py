@@ -11,10 +11,9 @@ from quantpress.cli.arguments import Device, Dtype, Press, check_loading
 from quantpress.errors import InvalidInputError, QuantPressError
 
 if TYPE_CHECKING:
-    from kvpress import BasePress
-
     from quantpress.pipelines.enabling.serving import Answer
     from quantpress.pipelines.text_generation import TextGenerationPipeline
+    from quantpress.presses.base_press import BasePress
 
 NEEDED = ("fastapi", "openai", "pydantic", "uvicorn")
 
