@@ -19,7 +19,7 @@ export PYTHONSAFEPATH := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export NO_MKDOCS_2_WARNING := 1
 
-.PHONY: help demo test test-newest test-transformers test-gpu check format docs docs-serve clean
+.PHONY: help demo test test-newest test-transformers families test-gpu check format docs docs-serve clean
 .DEFAULT_GOAL := help
 
 help:
@@ -42,6 +42,12 @@ test: $(VENV)/.ready-test
 # The same suites on another version of transformers, in an environment of its own over the pinned one.
 test-transformers: $(HOST)/.ready
 	OMP_NUM_THREADS=1 $(HOST)/bin/python -m pytest -n $(WORKERS) --dist worksteal -m "not gpu" $(SUITES) $(ARGS)
+
+# Record which families of models are packed on each tested version; docs/versions.md has the table.
+families: $(VENV)/.ready-test $(foreach one,5.17.0 $(NEWEST),$(VENV)/hosts/transformers-$(one)/.ready)
+	for python in $(BIN)/python $(foreach one,5.17.0 $(NEWEST),$(VENV)/hosts/transformers-$(one)/bin/python); do \
+		QUANTPRESS_RECORD_FAMILIES=1 $$python -m pytest -q tests/pipelines/test_families.py -k what_the_page || exit 1; done
+	$(BIN)/python docs/build.py tables
 
 test-newest:
 	@$(MAKE) --no-print-directory test-transformers VERSION=$(NEWEST)

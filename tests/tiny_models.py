@@ -113,6 +113,8 @@ _OTHERS: dict[str, tuple[type, dict[str, Any]]] = {
 }
 _CONFIGS.update(_OTHERS)
 _CONFIGS.update(HYBRID)
+MODELS = frozenset(_CONFIGS)
+"""The names that `tiny_model` takes."""
 
 
 @functools.cache

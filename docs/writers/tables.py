@@ -166,6 +166,18 @@ def capture_rules() -> str:
     return "\n".join(lines) + "\n"
 
 
+def families() -> str:
+    """What comes of each family on each tested version of transformers."""
+    outcomes: dict[str, dict[str, str]] = results("families")["outcomes"]
+    versions = list(outcomes)
+    named = {name: "{" + name.replace(".", "_") + "}" for name in versions}
+    rows = [
+        {"family": f"`{family}`", **{name.replace(".", "_"): outcomes[name][family] for name in versions}}
+        for family in outcomes[versions[-1]]
+    ]
+    return formatted(rows, {"tiny model": "{family}", **named})
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "first": first,
     "memory": memory,
@@ -186,6 +198,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "packing": _rows("encode", PACKING),
     "peers": _rows("peers", PEERS),
     "capture-rules": capture_rules,
+    "families": families,
     **{
         f"{short}-{name}": functools.partial(evaluation.evictors, f"evaluation_{long}", budget)
         for short, long in (("six", "six_evictors"), ("full", "full"))

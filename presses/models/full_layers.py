@@ -28,7 +28,7 @@ def is_hybrid(model: nn.Module) -> bool:
 
 
 def as_kvpress_sees(model: Any, press: Any) -> Any:
-    """What to give to a press's context in place of a model: the model itself unless kvpress meets a hybrid one.
+    """What to give to a press's context as its model: the model itself, unless kvpress meets a hybrid one.
 
     Args:
         model: the model that the press is applied to.
