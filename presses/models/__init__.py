@@ -2,6 +2,7 @@
 
 attention.py      where a model's attention is, and which layers a press works on
 eligibility.py    which models can be read, evicted from and packed, and every reason why not
+full_layers.py    hybrid models, as presses of kvpress see them
 filling.py        a model must fill its cache, or an error says why
 old_names.py      what hooks of kvpress read, on versions of transformers that no longer pass it
 positions.py      how many positions a model was made for
