@@ -8,7 +8,8 @@ import torch
 
 from quantpress.kernels.combine import combine_attention, launch_combine
 from quantpress.kernels.combine.reference import ROWS
-from tests.kernels.triton_cases import compile_only, interpret
+from tests.kernels.interpreter import interpret
+from tests.kernels.triton_cases import compile_only
 
 SHAPES = [(1, 1, 1, 8), (2, 3, 70, 80), (1, 2, ROWS + 5, 64)]
 

@@ -1,11 +1,8 @@
 """What the tests of the Triton encode and decode kernels share: codecs, vectors, compiling without a GPU."""
 
-import os
 import re
 import subprocess
-import sys
 import tempfile
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -55,22 +52,6 @@ def case_specs(role: str) -> list[CodecSpec]:
         return [*specs, CodecSpec(36, 3, role, scale_dtype="float32")]
     specs += [CodecSpec(64, 4, role, scale=scale) for scale in ("norm", "norm_corrected", "unbiased")]
     return [*specs, CodecSpec(160, 2, role)]
-
-
-def interpret(script: str, *arguments: str) -> str:
-    """Run a test file as a script under Triton's interpreter: it has to be chosen before a kernel is made."""
-    root = str(Path(__file__).resolve().parents[2])
-    env = os.environ | {
-        "TRITON_INTERPRET": "1",
-        "PYTHONPATH": root,
-        "PYTHONSAFEPATH": "1",
-        "OMP_NUM_THREADS": "1",
-    }
-    command = [sys.executable, script, *arguments]
-    run = subprocess.run(command, env=env, capture_output=True, text=True, timeout=HANG)
-    if run.returncode:
-        raise AssertionError(f"{run.stdout}\n{run.stderr}")
-    return run.stdout
 
 
 def compile_only(

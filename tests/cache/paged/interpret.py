@@ -1,4 +1,4 @@
-"""Run by `test_steps.py` in a process with Triton's interpreter on: prints relative errors."""
+"""Run by `test_steps.py` in Triton's interpreter: prints relative errors."""
 
 import json
 

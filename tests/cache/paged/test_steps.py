@@ -11,7 +11,7 @@ import torch
 from quantpress.cache import PagedAttention
 from tests.cache.paged.paging import QUERY_HEADS, dense, exact, random_states, relative_error, small
 from tests.gpu.gpu_state import no_synchronization
-from tests.kernels.triton_cases import interpret
+from tests.kernels.interpreter import interpret
 
 Step = Callable[[], torch.Tensor]
 

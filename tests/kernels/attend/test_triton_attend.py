@@ -29,7 +29,7 @@ from quantpress.kernels.attend.triton_attend import (
 from quantpress.quantization.spec import CodecSpec
 from quantpress.quantization.transform import ChannelTransform, key_statistics
 from tests.kernels.attend.test_attend import KV_HEADS, causal_limit, dense, exact, packed, pooled
-from tests.kernels.triton_cases import interpret
+from tests.kernels.interpreter import interpret
 
 INTERPRETED = [
     [2, 3, 64, 1, "float16", "softcap lengths"],

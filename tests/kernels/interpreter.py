@@ -1,0 +1,73 @@
+"""One process with Triton's interpreter on, for all tests that interpret kernels.
+
+The interpreter has to be chosen before a kernel is made, so it needs a process of its own. Importing torch
+there takes longer than most kernels do. Run as a script, this file is that process: it reads one call a line.
+"""
+
+import functools
+import io
+import json
+import os
+import runpy
+import subprocess
+import sys
+import traceback
+from contextlib import redirect_stdout
+from pathlib import Path
+from typing import Any
+
+
+def interpret(script: str, *arguments: str) -> str:
+    """Run a test file as a script under Triton's interpreter.
+
+    Args:
+        script: the path of the file.
+        arguments: what it finds in `sys.argv`.
+
+    Returns:
+        What it printed.
+    """
+    process = _process()
+    assert process.stdin is not None and process.stdout is not None
+    process.stdin.write(json.dumps([script, *arguments]) + "\n")
+    process.stdin.flush()
+    answer = process.stdout.readline()
+    if not answer:
+        raise AssertionError(f"the process of Triton's interpreter ended with {process.wait()}")
+    printed, failed = json.loads(answer)
+    if failed:
+        raise AssertionError(f"{printed}\n{failed}")
+    return str(printed)
+
+
+@functools.cache
+def _process() -> Any:
+    """The process; it ends when this one does, which closes its input."""
+    root = str(Path(__file__).resolve().parents[2])
+    settings = {"TRITON_INTERPRET": "1", "PYTHONPATH": root, "PYTHONSAFEPATH": "1", "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [sys.executable, __file__],
+        env=os.environ | settings,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+
+
+def _serve() -> None:
+    import torch
+
+    for line in sys.stdin:
+        failed, printed = "", io.StringIO()
+        torch.manual_seed(0)
+        sys.argv = json.loads(line)
+        try:
+            with redirect_stdout(printed):
+                runpy.run_path(sys.argv[0], run_name="__main__")
+        except Exception:
+            failed = traceback.format_exc()
+        print(json.dumps([printed.getvalue(), failed]), flush=True)
+
+
+if __name__ == "__main__":
+    _serve()
