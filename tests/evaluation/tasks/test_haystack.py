@@ -33,14 +33,10 @@ class WordTokenizer:
 
 
 class Reader:
-    """Greedy answers of the default model: each context read into an uncompressed cache, then its question.
-
-    A context that begins like the one before is read from where they part: the cache before it stays.
-    """
+    """Greedy answers of the default model: a context read into an uncompressed cache, then its question."""
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
         self.model, self.tokenizer = model, tokenizer
-        self.cache, self.read = DynamicCache(), list[int]()
 
     @torch.inference_mode()
     def answer(self, context: str, needle: Needle) -> str:
@@ -48,25 +44,14 @@ class Reader:
             [{"role": "user", "content": context + SEPARATOR}], add_generation_prompt=True, tokenize=False
         )
         before, after = str(chat).split(SEPARATOR)
-        tokens = self._tokens(before)
-        pairs = enumerate(zip(self.read, tokens, strict=False))
-        shared = next((at for at, (old, new) in pairs if old != new), 0)
-        self.keep(shared)
-        self.model.model(input_ids=torch.tensor([tokens[shared:]]), past_key_values=self.cache)
+        cache = DynamicCache()
+        self.model.model(input_ids=torch.tensor([self._tokens(before)]), past_key_values=cache)
         fed, said = self._tokens(needle_question(needle.city) + after + ANSWER_PREFIX), list[int]()
         while len(said) < ANSWER_TOKENS:
-            output = self.model(input_ids=torch.tensor([fed]), past_key_values=self.cache, logits_to_keep=1)
+            output = self.model(input_ids=torch.tensor([fed]), past_key_values=cache, logits_to_keep=1)
             fed = [int(output.logits[0, -1].argmax())]
             said += fed
-        self.keep(len(tokens))
-        self.read = tokens
         return str(self.tokenizer.decode(said))
-
-    def keep(self, tokens: int) -> None:
-        """Cut the cache to its first tokens."""
-        surplus = self.cache.get_seq_length() - tokens
-        if surplus:
-            self.cache.crop(-surplus)
 
     def _tokens(self, text: str) -> list[int]:
         return list(self.tokenizer.encode(text, add_special_tokens=False))
@@ -77,15 +62,11 @@ def reader(default_model: PreTrainedModel, default_tokenizer: PreTrainedTokenize
     return Reader(default_model, default_tokenizer)
 
 
-@pytest.mark.parametrize(("tokens", "count"), [(1024, 1), pytest.param(1536, 1, marks=pytest.mark.slow)])
-def test_every_needle_is_found(tokens: int, count: int, reader: Reader) -> None:
-    """At depths that differ from run to run."""
-    needles = sorted(random.sample(random_needles(5), count), key=lambda needle: -needle.depth)
-    contexts = [plant(book_text(), [needle], reader.tokenizer, tokens) for needle in needles]
-    answers = {
-        needle: reader.answer(context, needle) for needle, context in zip(needles, contexts, strict=True)
-    }
-    assert [needle for needle, text in answers.items() if not is_right(text, needle)] == [], answers
+def test_a_needle_is_found(reader: Reader) -> None:
+    """At a depth that differs from run to run."""
+    needle = random.choice(random_needles(5))
+    answer = reader.answer(plant(book_text(), [needle], reader.tokenizer, 1024), needle)
+    assert is_right(answer, needle), (needle, answer)
 
 
 def test_without_its_sentence_the_number_is_not_known(reader: Reader) -> None:

@@ -1,24 +1,23 @@
 """The line that a user types, with the default model."""
 
-from pathlib import Path
-
 import pytest
 import torch
 import transformers
-from transformers import TextStreamer
+from transformers import DynamicCache, TextStreamer
 
 import quantpress.pipelines
-from quantpress import Compose, SnapKV, TurboQuant
+from quantpress import Compose, SnapKV, TurboQuant, continue_inputs
 from quantpress.evaluation.tasks.haystack import (
     ANSWER_PREFIX,
     book_text,
-    is_right,
     needle_question,
     plant,
     random_needles,
 )
 from quantpress.pipelines.default_model import quick_dtype
 from quantpress.pipelines.text_generation import TextGenerationPipeline
+from tests.pipelines.cases import LONG_CONTEXT, QUESTIONS
+from tests.pipelines.words import ours
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +51,7 @@ def test_the_line_runs_word_for_word(default_model_path, planted):
     assert isinstance(pipe, TextGenerationPipeline)
     assert pipe.model.name_or_path == str(default_model_path)
     needle, _ = planted
-    context = plant(book_text(), [needle], pipe.tokenizer, 1024)
+    context = plant(book_text(), [needle], pipe.tokenizer, 800)
     result = pipe(context, question=needle_question(needle.city), max_new_tokens=5, report=True)
     assert result["answer"].strip()
     report = result["report"]
@@ -60,18 +59,6 @@ def test_the_line_runs_word_for_word(default_model_path, planted):
     assert pipe.model.dtype == quick_dtype()
     assert report.bits_per_value < 8 * pipe.model.dtype.itemsize * 0.6
     assert report.ratio > 2
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("press", [None, [TurboQuant(bits=4)]], ids=["none", "packed"])
-def test_the_default_model_answers(pipe, planted, press):
-    needle, context = planted
-    arguments = {
-        "question": needle_question(needle.city),
-        "answer_prefix": ANSWER_PREFIX,
-        "max_new_tokens": 8,
-    }
-    assert is_right(pipe(context, press=press, **arguments)["answer"], needle)
 
 
 @pytest.mark.slow
@@ -91,25 +78,15 @@ def test_stop_strings_and_a_streamer_on_the_default_model(pipe, planted, capsys)
     assert capsys.readouterr().out.strip() == digits[:3]
 
 
-@pytest.mark.slow
-def test_packed_answers_of_generate_are_those_of_the_pipeline(pipe, planted):
+def test_packed_answers_of_generate_are_those_of_the_pipeline():
     """model.generate under a press, with the helper for positions after an eviction."""
-    from transformers import DynamicCache
-
-    from quantpress import continue_inputs
-
-    needle, context = planted
-    press = Compose([SnapKV, TurboQuant])
-    arguments = {
-        "question": needle_question(needle.city),
-        "answer_prefix": ANSWER_PREFIX,
-        "max_new_tokens": 8,
-    }
-    expected = pipe(context, press=press, **arguments)["answer"]
-    inputs = pipe.preprocess(context, [arguments["question"]], ANSWER_PREFIX)
+    pipe, press = ours(), Compose([SnapKV(window_size=16), TurboQuant])
+    expected = pipe(LONG_CONTEXT, question=QUESTIONS[1], press=press, max_new_tokens=8)["answer"]
+    inputs = pipe.preprocess(LONG_CONTEXT, [QUESTIONS[1]], "")
     cache = DynamicCache()
     with torch.no_grad(), press(pipe.model):
         pipe.model.model(inputs["context_ids"], past_key_values=cache)
+    assert all(layer.packed_tokens for layer in cache.layers)
     (question_ids,) = inputs["questions_ids"]
     ids = pipe.model.generate(
         **continue_inputs(cache, question_ids), past_key_values=cache, max_new_tokens=8, do_sample=False
