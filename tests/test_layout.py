@@ -256,9 +256,22 @@ def test_importing_quantpress_is_light() -> None:
     assert run_python(f"import sys, quantpress; print(sorted({heavy} & set(sys.modules)))") == "[]"
 
 
-def test_what_lies_below_the_presses_does_without_kvpress() -> None:
+def test_what_lies_below_the_presses_does_without_kvpress_and_ends_in_silence() -> None:
+    """With layers that are still there, reachable or not, and without `uninstall_packed_attention`."""
     folders = ", ".join(f"quantpress.{folder}" for folder in WITHOUT_KVPRESS)
-    assert run_python(f"import sys, {folders}; print('kvpress' in sys.modules)") == "False"
+    code = f"""
+import sys, {folders}
+from quantpress.cache import LayerSettings, PackedLayer, install_packed_attention
+from quantpress.codecs.raw import RawPages
+settings = LayerSettings(RawPages(64, 16), RawPages(64, 16))
+kept, lost = PackedLayer(settings), PackedLayer(settings)
+lost.itself = lost
+del lost
+install_packed_attention()
+print('kvpress' in sys.modules)
+"""
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=HANG)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (0, "False\n", "")
 
 
 def run_python(code: str, environment: dict[str, str] | None = None, directory: Path | None = None) -> str:

@@ -40,7 +40,7 @@ ORDERS = {
     "quantpress alone, then kvpress again": ["import quantpress", ALONE, START, "ask()", AGAIN, "ask()"],
     "the pipeline class first": ["from quantpress import TextGenerationPipeline", START, "ask()"],
 }
-# What every order imports anyway is imported once; transformers.pipelines, which the orders differ in, is not.
+# What every order imports anyway is imported once, before it forks; transformers.pipelines is not among it.
 EACH = """
 import os, sys
 import pandas, torch, transformers.modeling_utils

@@ -3,7 +3,6 @@
 import copy
 import functools
 import gc
-import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -203,18 +202,3 @@ def test_the_garbage_collector_inside_of_a_change() -> None:
             del layer
             with FunctionWrapper(wrap).in_place():
                 assert PACKED_ATTENTION.users == 0 and functions().keys() == before.keys()
-
-
-def test_nothing_is_said_when_the_interpreter_ends() -> None:
-    """With layers that are still there, reachable or not, and without `uninstall_packed_attention`."""
-    code = """
-from quantpress.cache import LayerSettings, PackedLayer, install_packed_attention
-from quantpress.codecs.raw import RawPages
-settings = LayerSettings(RawPages(64, 16), RawPages(64, 16))
-kept, lost = PackedLayer(settings), PackedLayer(settings)
-lost.itself = lost
-del lost
-install_packed_attention()
-"""
-    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=HANG)
-    assert (ended.returncode, ended.stdout, ended.stderr) == (0, "", "")
