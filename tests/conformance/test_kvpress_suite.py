@@ -1,8 +1,8 @@
 """kvpress's own tests, run twice: as they are, and with every press in front of a quantizer.
 
 Nothing of kvpress is kept here. The source distribution of the installed version is fetched from the package
-index, once for the user; its tests run in processes of their own (`wrapped_presses.py`) on tiny models
-(`hub.py`).
+index, once for the user; its tests run in processes of their own (`both_ways.py`, `wrapped_presses.py`) on
+tiny models (`hub.py`).
 """
 
 import importlib.metadata
@@ -76,42 +76,37 @@ def suite(sources: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def run(suite: Path, mode: str, *tests: str) -> dict[str, Any]:
-    """Outcomes of all tests or of some by name, "plain" or "wrapped"."""
-    results = suite / f"{mode}.json"
+def run(suite: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What all tests did wrapped, and what those that did not pass then did as they are."""
+    results = suite / "wrapped.json", suite / "plain.json"
     settings = {
         "CUDA_VISIBLE_DEVICES": "",
         "HF_HOME": str(suite / "hf"),
         "HF_HUB_CACHE": str(suite / "hf" / "hub"),
         "HF_HUB_OFFLINE": "1",
         "PYTHONPATH": os.pathsep.join(map(str, (suite, HERE))),
-        "QUANTPRESS_CONFORMANCE": mode,
-        "QUANTPRESS_CONFORMANCE_RESULTS": str(results),
     }
     clean = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST")}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "wrapped_presses"]
-    command += ["-p", "no:xdist", "--tb=no", *(f"--ignore={path}" for path in LEFT_OUT)]
-    command += tests or [
-        "tests",
-        "-k",
-        "not CAMPress and not cam_",
-    ]  # which is refused in front of a quantizer
+    command = [sys.executable, str(HERE / "both_ways.py"), *map(str, results)]
+    command += ["-q", "-p", "no:cacheprovider", "-p", "wrapped_presses", "-p", "no:xdist", "--tb=no"]
+    command += [f"--ignore={path}" for path in LEFT_OUT]
+    command += ["--", "tests", "-k", "not CAMPress and not cam_"]  # which is refused in front of a quantizer
     done = subprocess.run(
         command, cwd=suite, env={**clean, **settings}, capture_output=True, text=True, timeout=HANG
     )
-    assert results.exists(), done.stdout[-4000:] + done.stderr[-4000:]
-    read: dict[str, Any] = json.loads(results.read_text(encoding="utf-8"))
-    return read
+    assert results[1].exists(), done.stdout[-4000:] + done.stderr[-4000:]
+    wrapped, plain = (json.loads(file.read_text(encoding="utf-8")) for file in results)
+    return wrapped, plain
 
 
 def test_no_test_fails_because_of_the_quantizer(suite: Path) -> None:
     """What does not pass with us runs again without us, where it must not pass either."""
-    wrapped = run(suite, "wrapped")
+    wrapped, plain = run(suite)
     others = {test: one for test, one in wrapped["outcomes"].items() if one["outcome"] != "passed"}
     passed = len(wrapped["outcomes"]) - len(others)
     assert passed >= LEAST_PASSING, others
-    plain = run(suite, "plain", *others)["outcomes"]
-    failed = {test: one["reason"] for test, one in others.items() if plain[test]["outcome"] == "passed"}
+    alone = plain["outcomes"]
+    failed = {test: one["reason"] for test, one in others.items() if alone[test]["outcome"] == "passed"}
     print(f"{passed} pass with us, {len(failed)} without us alone")
     assert set(failed) == set(DIFFERENT_ON_PURPOSE), failed
     assert wrapped["packed"]["with pages"] >= LEAST_PACKED, wrapped["packed"]

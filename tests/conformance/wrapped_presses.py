@@ -1,7 +1,7 @@
 """A pytest plugin for kvpress's own tests: every press is entered as Compose([press, TurboQuant(lossless)]).
 
     QUANTPRESS_CONFORMANCE=plain|wrapped  QUANTPRESS_CONFORMANCE_RESULTS=out.json
-    python -m pytest -p wrapped_presses .../kvpress-0.5.5/tests
+    python -m pytest -p wrapped_presses .../kvpress-0.5.5/tests        (`both_ways.py` does, once for each)
 
 It runs in a process of its own and imports nothing of our tests. "plain" only writes down the outcomes. Pages
 hold 8 tokens instead of 128, so that the short contexts of those tests fill some.
