@@ -18,7 +18,7 @@ from quantpress.presses import Compose, PyramidKV, SnapKV, TurboQuant
 from tests.tiny_models import prompt, tiny_model
 from tests.versions import LATENT_CACHE
 
-NEW_TOKENS = 100  # more than once round a window of 64
+NEW_TOKENS = 70  # more than once round a window of 64
 SNAP = {"window_size": 16}
 
 
