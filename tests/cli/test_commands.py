@@ -93,7 +93,7 @@ def test_a_model_spread_over_all_devices_answers_the_same(
     monkeypatch.setattr(loading.transformers, "pipeline", noted)
     assert answers(invoke(*options, "--device", "auto")) == expected
     assert devices == [(None, "auto")]
-    assert load_pipeline(None, "auto").device == load_pipeline(None).device
+    assert load_pipeline(model, "auto").device == load_pipeline(model).device
 
 
 def test_people_get_answers_and_a_table(model: str, context: str) -> None:

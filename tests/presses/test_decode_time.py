@@ -180,15 +180,15 @@ def test_a_press_that_changes_values_is_refused_at_the_layer() -> None:
 
 @pytest.mark.slow
 def test_a_long_generation_stays_within_its_bytes() -> None:
-    """800 tokens: never more than the windows in the model's dtype and the target in codes."""
+    """900 tokens and 400 more: never more than the windows in the model's dtype and the target in codes."""
     bits, target, interval, recent, sinks = 4, 256, 64, 64, 4
     model = tiny_model("llama")
     press = Compose([keydiff(target, interval), TurboQuant(bits, recent_tokens=recent, sink_tokens=sinks)])
     cache, sizes = DynamicCache(), []
     with torch.inference_mode(), press(model):
-        ids = prompt(600)
-        for step in range(800):
-            position = torch.arange(ids.shape[1])[None] if step == 0 else torch.tensor([[599 + step]])
+        ids = prompt(900)
+        for step in range(400):
+            position = torch.arange(ids.shape[1])[None] if step == 0 else torch.tensor([[899 + step]])
             logits = model(input_ids=ids, past_key_values=cache, position_ids=position).logits
             ids = logits[:, -1:].argmax(-1)
             if step % 16 == 0 or step % interval in (0, interval - 1):
@@ -202,7 +202,7 @@ def test_a_long_generation_stays_within_its_bytes() -> None:
     # 16-bit tokens: sinks, recent ones, a page that fills up, and what filled no page at the last eviction.
     windows = row * 4 * (sinks + recent + 2 * 128)
     budget = config.num_hidden_layers * (codes + windows + 6 * row * 4)
-    everything = config.num_hidden_layers * row * 4 * 1400
+    everything = config.num_hidden_layers * row * 4 * 1300
     assert max(sizes) <= budget < 0.3 * everything
     assert max(sizes[len(sizes) // 2 :]) <= max(sizes[: len(sizes) // 2])
 
