@@ -28,7 +28,7 @@ from tests.pipelines.cases import LONG_CONTEXT, QUESTIONS, SNAP
 from tests.pipelines.words import ours
 from tests.tiny_models import tiny_model
 
-TOKENS = {"max_new_tokens": 12}
+TOKENS = {"max_new_tokens": 8}
 LONG = {"max_new_tokens": 60}  # fills a new page after the loaded ones
 
 PRESSES: dict[str, Callable[[], kvpress.BasePress | None]] = {
@@ -85,7 +85,7 @@ def test_other_families(family: str, file: Path) -> None:
 
 def test_long_answers_pack_new_pages_and_leave_the_context_alone(file: Path) -> None:
     pipe, press = ours(), TurboQuant(bits=3)
-    expected = pipe(LONG_CONTEXT, questions=QUESTIONS[:2], press=press, **LONG)["answers"]
+    expected = pipe(LONG_CONTEXT, question=QUESTIONS[0], press=press, **LONG)["answer"]
     pipe.read(LONG_CONTEXT, press=press).save(file)
     loaded = CachedContext.load(file, pipe.model)
     before = file.read_bytes(), loaded.memory
@@ -94,7 +94,7 @@ def test_long_answers_pack_new_pages_and_leave_the_context_alone(file: Path) -> 
         pipe.model(torch.full((1, 60), 5), past_key_values=cache)
         assert cache.layers[0].packed_tokens > packed == loaded.cache.layers[0].packed_tokens
     for _ in range(2):
-        assert pipe(loaded, questions=QUESTIONS[:2], **LONG)["answers"] == expected
+        assert pipe(loaded, question=QUESTIONS[0], **LONG)["answer"] == expected
     assert (file.read_bytes(), loaded.memory) == before
 
 
@@ -163,7 +163,7 @@ from tests.pipelines.words import word_tokenizer
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
 pipe = TextGenerationPipeline(model=model, tokenizer=word_tokenizer())
 context = CachedContext.load(sys.argv[2], model)
-print(json.dumps(pipe(context, questions=json.loads(sys.argv[3]), max_new_tokens=12)["answers"]))
+print(json.dumps(pipe(context, questions=json.loads(sys.argv[3]), max_new_tokens=8)["answers"]))
 """
 
 
