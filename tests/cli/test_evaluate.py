@@ -11,7 +11,7 @@ from quantpress import cli
 from quantpress.cli import evaluate as command
 from quantpress.cli import loading
 from quantpress.errors import InvalidInputError
-from quantpress.evaluation import runner, suites
+from quantpress.evaluation import evaluation, runner, suites
 from quantpress.evaluation.arms import every_arm
 from quantpress.evaluation.results import statistics
 from tests.pipelines.words import ours
@@ -39,6 +39,12 @@ def tiny(monkeypatch):
     monkeypatch.setattr(statistics, "RESAMPLES", 20)
     monkeypatch.setattr(loading, "load_pipeline", lambda *names: asked.append(names) or ours())
     return asked
+
+
+@pytest.fixture
+def few_arms(monkeypatch):
+    """The uncompressed model and two controls."""
+    monkeypatch.setattr(evaluation, "every_arm", lambda: every_arm()[:3])
 
 
 def evaluate(*arguments):
@@ -72,6 +78,7 @@ def test_json_holds_every_row_and_a_second_run_adds_nothing(tiny, tmp_path):
     assert first["grid"] == first["tasks"] == first["refused"] == []
 
 
+@pytest.mark.usefixtures("few_arms")
 def test_results_of_another_machine_are_reported_on(tiny, tmp_path):
     command.evaluate(output=tmp_path, part=["fidelity"], figures=False)
     written = (tmp_path / "report.md").read_text("utf-8")
@@ -102,6 +109,7 @@ def test_missing_matplotlib_is_named_before_anything_is_measured(tiny, tmp_path,
     assert not tiny
 
 
+@pytest.mark.usefixtures("few_arms")
 def test_the_command_takes_its_options(tiny, tmp_path):
     options = (
         f"--suite full --model m --part fidelity -p Knorm --device cpu --dtype float32 --output {tmp_path}"
