@@ -1,4 +1,4 @@
-"""Whether a device can run the Triton kernels."""
+"""Whether a device can run the Triton kernels, and what each launch asks of Triton."""
 
 import importlib.util
 import warnings
@@ -7,6 +7,10 @@ from functools import lru_cache
 import torch
 
 LEAST_CAPABILITY = (8, 0)  # bfloat16 tensor cores
+
+FUSED = {"enable_fp_fusion": True}
+"""Options of every launch: products and sums become one instruction. Triton 3.9 warns where a launch does not
+say so, and announces the opposite default for 3.10."""
 
 
 @lru_cache(maxsize=16)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from quantpress.kernels.available import runs_triton
+from quantpress.kernels.available import FUSED, runs_triton
 
 PROGRAMS = 8
 """Programs of the split kernel, of one warp each, that a multiprocessor holds: 255 registers a thread."""
@@ -73,6 +73,7 @@ def launch_schedule(lengths: torch.Tensor, table: torch.Tensor, count: int) -> P
             count,
             HEADS=max(1 << (heads - 1).bit_length(), 2),
             SIZE=SCHEDULE_TILE,
+            **FUSED,
         )
     return PageSchedule(programs, bounds)
 

@@ -26,6 +26,7 @@ from quantpress.kernels.attend.schedule import (
     programs_at_a_time,
     scheduled_programs,
 )
+from quantpress.kernels.available import FUSED
 from quantpress.kernels.rotation_matrix import rotation_matrix
 
 HEAD_DIMS = (64, 128, 256)
@@ -171,7 +172,8 @@ class _Call:
         self.padded = 0 if self.table is None else max(1 << (self.heads - 1).bit_length(), 2)
         self.scheduled_heads = 1 if self.table is None else self.heads  # heads on axis 0 of the grid
         self.schedule: PageSchedule | None = None
-        self.chained = {"launch_pdl": True} if not plain and chains(query.device) else {}
+        self.chained = not plain and chains(query.device)
+        self.options = FUSED | ({"launch_pdl": True} if self.chained else {})
 
     def _new(self, *shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device=self.query.device)
@@ -241,8 +243,9 @@ class _Call:
             RECENT_STARTS=starts[1] is not None,
             SLOTS=self.slots is not None,
             PLAIN=self.plain,
-            CHAINED=bool(self.chained),
+            CHAINED=self.chained,
             num_warps=8 if max(dim, value_dim) > 128 else 4,
+            **FUSED,
         )
         return [q, factor, start, bias], sums
 
@@ -295,6 +298,7 @@ class _Call:
                 None if self.schedule is None else self.schedule.programs,
                 *numbers,
                 **constants,
+                **FUSED,
             )
         else:
             from quantpress.kernels.attend.lookup import lookup_table
@@ -316,9 +320,9 @@ class _Call:
                 HALVES=steps_of_page(books[0].bits, books[1].bits, dim, self.block),
                 STAGED=stages_words(books[0].bits, books[1].bits, dim, q.device),
                 CAPPED=self.softcap > 0,
-                CHAINED=bool(self.chained),
+                CHAINED=self.chained,
                 num_warps=1,
-                **self.chained,
+                **self.options,
             )
         return sums
 
@@ -372,9 +376,9 @@ class _Call:
             STARTS=self.starts is not None,
             SCHEDULED=self.schedule is not None,
             EACH=each,
-            CHAINED=bool(self.chained),
+            CHAINED=self.chained,
             num_warps=4 if value_dim <= 128 else 8,
-            **self.chained,
+            **self.options,
         )
         return out.view(self.batch, self.query_heads, self.queries, value_dim)
 

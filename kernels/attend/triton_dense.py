@@ -7,6 +7,7 @@ import torch
 
 from quantpress.kernels.attend.operands import DenseSegment, Segment, Visibility
 from quantpress.kernels.attend.triton_attend import DENSE_TILE, LOG2_E, block_rows
+from quantpress.kernels.available import FUSED
 
 HEAD_DIMS = (32, 64, 128, 256)
 SPLIT_TOKENS = 128
@@ -101,6 +102,7 @@ def attend_dense(
             PLAIN=plain,
             num_warps=8 if max(dim, value_dim) > 128 else 4,
             num_stages=2,
+            **FUSED,
         )
         dense_merge_kernel[(group, heads)](
             sums,
@@ -117,6 +119,7 @@ def attend_dense(
             SPLITS=splits,
             HAS_SINKS=sinks is not None,
             num_warps=4,
+            **FUSED,
         )
     return out
 

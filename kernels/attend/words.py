@@ -9,6 +9,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 
 from quantpress.kernels.attend.lookup import LOOKUP_2, LOOKUP_3, LOOKUP_3_HALF, LOOKUP_4
+from quantpress.kernels.gluon_copy import async_load
 
 READ_ONCE = gl.constexpr("evict_first")
 """Codes leave the L2 cache first: nearly all are read once, and push out nothing that is read again."""
@@ -73,7 +74,7 @@ def fetch_words(buffer, ptr, offsets, step, PART: gl.constexpr):
     """
     if step % 2 == 0:
         for part in gl.static_range(3):
-            async_copy.async_copy_global_to_shared(buffer.index(part), ptr + part * PART + offsets)
+            async_load(buffer.index(part), ptr + part * PART + offsets)
     async_copy.commit_group()
 
 

@@ -4,7 +4,7 @@ import contextlib
 
 import torch
 
-from quantpress.kernels.available import runs_triton
+from quantpress.kernels.available import FUSED, runs_triton
 from quantpress.kernels.combine.reference import combine_reference
 from quantpress.quantization.numerics import in_named_dtypes
 
@@ -44,5 +44,5 @@ def launch_combine(
     strides = [one.stride(dim) for one in (output, log_sum, other, other_log_sum) for dim in range(3)]
     with torch.cuda.device(output.device) if output.is_cuda else contextlib.nullcontext():
         combine_kernel[(-(-tokens // TOKENS.value), batch * heads)](
-            output, log_sum, other, other_log_sum, heads, tokens, channels, *strides, CHANNELS=padded
+            output, log_sum, other, other_log_sum, heads, tokens, channels, *strides, CHANNELS=padded, **FUSED
         )

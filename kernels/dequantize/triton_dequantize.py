@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from quantpress.kernels.available import FUSED
 from quantpress.kernels.dequantize.triton_kernel import decode_code_space_kernel, decode_pages_kernel
 from quantpress.kernels.layout import PAGE_TOKENS
 from quantpress.kernels.rotation_matrix import padded, rotation_matrix
@@ -54,7 +55,7 @@ def _launch(kernel: Any, arguments: dict[str, Any], heads: int, warps: int) -> N
     out: Tensor = arguments["out_ptr"]
     if out.numel():
         with torch.cuda.device(out.device) if out.is_cuda else nullcontext():
-            kernel[(2 * arguments["pages"], heads)](**arguments, num_warps=warps)
+            kernel[(2 * arguments["pages"], heads)](**arguments, num_warps=warps, **FUSED)
 
 
 def code_space_arguments(planes: dict[str, Tensor], spec: CodecSpec, out: Tensor) -> Iterator[dict[str, Any]]:

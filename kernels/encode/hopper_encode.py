@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from quantpress.kernels.available import FUSED
 from quantpress.kernels.encode.octets import (
     FACTOR,
     GATHER_CONSTRAINTS,
@@ -81,7 +82,10 @@ def launch_hopper(
     grid = (max(1, min(units, programs // heads)), heads)
     with torch.cuda.device(x.device):
         encode_hopper_kernel[grid](
-            **hopper_arguments(x, spec, transform, planes, flag), num_warps=WARPS, maxnreg=REGISTERS
+            **hopper_arguments(x, spec, transform, planes, flag),
+            num_warps=WARPS,
+            maxnreg=REGISTERS,
+            **FUSED,
         )
 
 

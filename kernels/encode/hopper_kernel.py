@@ -27,6 +27,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from quantpress.kernels.gluon_copy import async_load
+
 MOST_SQUARE = gl.constexpr(2.0**120)  # squared norm of a vector as it leaves the product
 STEP = gl.constexpr(32)
 """Channels of keys in one product: both parts of the split keys must fit into registers."""
@@ -93,9 +95,9 @@ def _fetch(x_ptr, element, second, xs, page, tile, pages, stride_t, BITS: gl.con
     if page < pages:
         base = x_ptr + page.to(gl.int64) * 128 * stride_t + _tile_start(tile, BITS) * stride_t
         if BITS == 3:  # the second page may not be there
-            async_copy.async_copy_global_to_shared(xs, base + element, mask=page + second < pages)
+            async_load(xs, base + element, mask=page + second < pages)
         else:
-            async_copy.async_copy_global_to_shared(xs, base + element)
+            async_load(xs, base + element)
     async_copy.commit_group()
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from quantpress.errors import NonFiniteError
+from quantpress.kernels.available import FUSED
 from quantpress.kernels.encode.assembly import rounding_assembly, squares_assembly, summand_unit
 from quantpress.kernels.encode.hopper_encode import covers, launch_hopper
 from quantpress.kernels.encode.nearest import nearest_level
@@ -142,9 +143,10 @@ def launch_encode(
     arguments = encode_arguments(x, spec, transform, planes, flag, settings, x.is_cuda, direct)
     if x.is_cuda:
         with torch.cuda.device(x.device):
-            encode_pages_kernel[grid](**arguments, num_warps=settings.warps, maxnreg=settings.registers)
+            limits = {"num_warps": settings.warps, "maxnreg": settings.registers}
+            encode_pages_kernel[grid](**arguments, **limits, **FUSED)
     else:
-        encode_pages_kernel[grid](**arguments)
+        encode_pages_kernel[grid](**arguments, **FUSED)
     return planes, flag
 
 

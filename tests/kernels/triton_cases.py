@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from quantpress.kernels.available import FUSED
 from quantpress.quantization.spec import CodecSpec
 from quantpress.quantization.transform import ChannelTransform
 from tests.limits import HANG
@@ -82,7 +83,7 @@ def compile_only(
             if value % 16 == 0:
                 attributes[(i,)] = [["tt.divisibility", 16]]
     source = source_type(kernel, signature, values, attributes)
-    options = {"num_warps": warps, "maxnreg": registers}
+    options = {"num_warps": warps, "maxnreg": registers} | FUSED
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 
 

@@ -189,14 +189,12 @@ def everything_in(module: ModuleType) -> dict[str, Any]:
 def emulate(module: ModuleType, kernel: str, arguments: dict[str, Any], grid: tuple[int, int]) -> None:
     """Run every program of a grid, one after the other."""
     copies = SimpleNamespace(
-        async_copy_global_to_shared=lambda to, pointer, mask=True, eviction_policy="": to.held.copy_(
-            pointer.read(mask)
-        ),
         commit_group=lambda: None,
         wait_group=lambda count: None,
     )
     held_by_name = everything_in(module)
     names: dict[str, Any] = {name: getattr(held, "value", held) for name, held in held_by_name.items()}
+    names |= {"async_load": lambda to, pointer, mask=True: to.held.copy_(pointer.read(mask))}
     names |= {"async_copy": copies, "fence_async_shared": lambda: None, "warpgroup_mma": _product}
     names |= {"warpgroup_mma_wait": lambda count, results: results[0], "mma_v2": _whole_product}
     for name, held in held_by_name.items():

@@ -44,8 +44,14 @@ class Emulated:
     def __getitem__(self, grid: tuple[int, int]) -> Callable[..., None]:
         from tests.kernels.attend.emulate_gluon import emulate
 
-        def launch(*arguments: Any, num_warps: int, launch_pdl: bool = False, **constants: Any) -> None:
-            assert num_warps == 1
+        def launch(
+            *arguments: Any,
+            num_warps: int,
+            launch_pdl: bool = False,
+            enable_fp_fusion: bool,
+            **constants: Any,
+        ) -> None:
+            assert num_warps == 1 and enable_fp_fusion
             given = dict(zip(self.arg_names, arguments, strict=False)) | constants
             self.launches.append(given)
             emulate(self.module, "split_mma_kernel", given, grid)

@@ -26,6 +26,7 @@ from quantpress.kernels.attend.triton_attend import (
     steps_of_page,
     supports,
 )
+from quantpress.kernels.available import FUSED
 from quantpress.quantization.spec import CodecSpec
 from quantpress.quantization.transform import ChannelTransform, key_statistics
 from tests.kernels.attend.test_attend import KV_HEADS, causal_limit, dense, exact, packed, pooled
@@ -122,7 +123,8 @@ def compiled(kernel: Any, constants: dict[str, Any], capability: int, warps: int
         {(names.index(name),): value for name, value in constants.items()},
         {(index,): [["tt.divisibility", 16]] for index in aligned},
     )
-    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps})
+    options = {"num_warps": warps} | FUSED
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 
 
 @pytest.mark.parametrize(
