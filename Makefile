@@ -9,9 +9,12 @@ ARGS ?=
 
 BIN := $(VENV)/bin
 NEWEST := 5.24.0
-VERSION ?= $(NEWEST)
+NEWEST_TRITON := 3.9.0
+VERSION ?= $(if $(filter test-triton,$(MAKECMDGOALS)),$(NEWEST_TRITON),$(NEWEST))
 HOST = $(VENV)/hosts/transformers-$(VERSION)
+TRITON = $(VENV)/hosts/triton-$(VERSION)
 SUITES ?= tests/cache tests/presses tests/pipelines tests/conformance
+KERNELS ?= tests/kernels tests/cache/paged/test_steps.py
 SET := pyproject.toml constraints.txt
 
 # The folder kernels/ must never be taken for Hugging Face's package of that name: keep this directory off sys.path.
@@ -19,13 +22,14 @@ export PYTHONSAFEPATH := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export NO_MKDOCS_2_WARNING := 1
 
-.PHONY: help demo test test-newest test-transformers families test-gpu check format docs docs-serve clean
+.PHONY: help demo test test-newest test-transformers test-triton families test-gpu check format docs docs-serve clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo      set up, fetch the default model, ask it about a book over compressed caches"
 	@echo "make test      set up, run every test that needs no GPU"
 	@echo "make test-newest  the suites of cache, presses and pipelines on transformers $(NEWEST)"
+	@echo "make test-triton  the kernels' tests on triton $(NEWEST_TRITON), or VERSION=3.6.0"
 	@echo "make test-gpu  set up, run the tests that need a CUDA device"
 	@echo "make check     format, lint, strict types, then the tests"
 	@echo "make format    rewrite the sources in the project's format"
@@ -51,6 +55,10 @@ families: $(VENV)/.ready-test $(foreach one,5.17.0 $(NEWEST),$(VENV)/hosts/trans
 
 test-newest:
 	@$(MAKE) --no-print-directory test-transformers VERSION=$(NEWEST)
+
+# Every kernel interpreted, and compiled for GPUs that need not be here, by another version of triton.
+test-triton: $(TRITON)/.ready
+	OMP_NUM_THREADS=1 $(TRITON)/bin/python -m pytest -n $(WORKERS) --dist worksteal -m "not gpu" $(KERNELS) $(ARGS)
 
 test-gpu: $(VENV)/.ready-test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m gpu $(ARGS)
@@ -96,12 +104,22 @@ $(VENV)/.ready-dev: $(SET)
 
 # pip says that quantpress[kvpress] asks for an older transformers, and goes on.
 $(VENV)/hosts/transformers-%/.ready: $(VENV)/.ready-test
-	rm -rf $(@D) && $(BIN)/python -m venv --without-pip $(@D)
-	parent=$$($(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))") && \
-	own=$$($(@D)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))") && \
-	echo "import site; site.addsitedir('$$parent')" > "$$own/parent.pth"
-	$(@D)/bin/python -m pip install --quiet transformers==$*
+	$(call overlay,transformers==$*)
 	@touch $@
+
+# The interpreter of triton 3.6 fails with numpy 2.4.
+$(VENV)/hosts/triton-%/.ready: $(VENV)/.ready-test
+	$(call overlay,triton==$* $(if $(filter 3.6.%,$*),'numpy<2.4'))
+	@touch $@
+
+# An environment over the pinned one, with these packages instead.
+define overlay
+rm -rf $(@D) && $(BIN)/python -m venv --without-pip $(@D)
+parent=$$($(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))") && \
+own=$$($(@D)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))") && \
+echo "import site; site.addsitedir('$$parent')" > "$$own/parent.pth"
+$(@D)/bin/python -m pip install --quiet $(1)
+endef
 
 define install
 @command -v "$(PYTHON)" >/dev/null || { echo "quantpress needs Python 3.10 or later, and there is no '$(PYTHON)' here." \

@@ -8,6 +8,9 @@ import torch
 
 LEAST_CAPABILITY = (8, 0)  # bfloat16 tensor cores
 
+TESTED = {"torch": ("2.11", "2.13"), "triton": ("3.6", "3.9")}
+"""The oldest and the newest release of each that the tests run on."""
+
 FUSED = {"enable_fp_fusion": True}
 """Options of every launch: products and sums become one instruction. Triton 3.9 warns where a launch does not
 say so, and announces the opposite default for 3.10."""

@@ -2,10 +2,12 @@
 
 import platform
 import sys
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from packaging.version import Version
 from rich.table import Table
 
 import quantpress
@@ -38,6 +40,7 @@ class Diagnosis(Outcome):
         default_model: the folder of the default model, and whether it has been fetched.
         default_dtype: the dtype that the default model is loaded in, and why.
         host: what this version of transformers is to quantpress.
+        untested: packages whose versions are outside of the tested range, and what that range is.
     """
 
     system: str
@@ -50,6 +53,7 @@ class Diagnosis(Outcome):
     default_model: str = ""
     default_dtype: str = ""
     host: str = ""
+    untested: dict[str, str] = field(default_factory=dict)
 
     def __rich__(self) -> Table:
         table = Table(title="quantpress on this machine", show_header=False)
@@ -59,6 +63,8 @@ class Diagnosis(Outcome):
             table.add_row(package, installed or _missing(package))
             if package == "transformers" and self.host:
                 table.add_row("", self.host)
+            if package in self.untested:
+                table.add_row("", self.untested[package])
         table.add_row("system", self.system)
         table.add_row("cuda", self.cuda or "torch is a CPU build")
         for device in self.devices:
@@ -91,7 +97,8 @@ def doctor() -> Diagnosis:
         fallbacks=_fallbacks(versions, cuda, devices) if versions["torch"] else (),
         default_model=_default_model(),
         default_dtype=_default_dtype() if versions["torch"] else "",
-        host=_host() if versions["torch"] and versions["transformers"] else "",
+        host=_host() if versions["torch"] and versions.get("transformers") else "",
+        untested=_untested(versions) if versions["torch"] else {},
     )
 
 
@@ -112,6 +119,17 @@ def _host() -> str:
     from quantpress.cache.host import described
 
     return described()
+
+
+def _untested(versions: Mapping[str, str | None]) -> dict[str, str]:
+    from quantpress.kernels.available import TESTED
+
+    found = {}
+    for name, (oldest, newest) in TESTED.items():
+        release = Version(versions.get(name) or oldest).release[:2]
+        if not Version(oldest).release <= release <= Version(newest).release:
+            found[name] = f"tested on {oldest} to {newest}"
+    return found
 
 
 def _cuda() -> tuple[str | None, tuple[Device, ...]]:

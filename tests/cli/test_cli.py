@@ -152,6 +152,13 @@ def test_doctor_reports_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None
     assert "not installed" in invoke("doctor").stdout
 
 
+def test_doctor_says_what_was_not_tested() -> None:
+    ranges = {"torch": "tested on 2.11 to 2.13", "triton": "tested on 3.6 to 3.9"}
+    assert doctor._untested({"torch": "2.13.0+cpu", "triton": "3.9.1"}) == {}
+    assert doctor._untested({"torch": "2.11.0", "triton": None}) == {}
+    assert doctor._untested({"torch": "2.10.1", "triton": "3.10.0"}) == ranges
+
+
 def test_doctor_finds_the_reference_of_each_operation() -> None:
     backends = doctor.doctor().backends
     assert {"attend", "dequantize", "encode"} <= set(backends)

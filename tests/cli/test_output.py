@@ -77,7 +77,7 @@ OUTCOMES: list[Outcome] = [
     Validated((Check("value", 2.5, CODEC), Check("key", 8, CODEC))),
     Diagnosis(
         "Linux-6.8.0-1021-x86_64-with-glibc2.39, cpython",
-        {"transformers": "5.2.0", "triton": None},
+        {"torch": "2.16.0+cu130", "transformers": "5.2.0", "triton": None},
         "12.8",
         (Device("NVIDIA H200", "9.0", 2**37),),
         {"dequantize": ("reference", "triton")},
@@ -85,6 +85,7 @@ OUTCOMES: list[Outcome] = [
         ("everything: triton is not installed (pip install triton)",),
         "/a/long/folder/of/some/user/.cache/quantpress/SmolLM2-135M-Instruct: fetched when it is first used",
         "float32, the quicker here; QUANTPRESS_DTYPE sets another",
+        untested={"torch": "tested on 2.11 to 2.13"},
     ),
 ]
 
