@@ -141,7 +141,10 @@ def test_compiles(spec: CodecSpec, dtype: torch.dtype, moved: bool, capability: 
     settings = encode_settings(x, spec, roomy=roomy)
     arguments = encode_arguments(x, spec, transform, planes, flag, settings, device=True)
     compiled = compile_only(encode_pages_kernel, arguments, capability, settings.warps)
-    assert compiled.asm["cubin"]
+    if (compiled.metadata.tmem_size or 0) > 512:  # columns; Triton refuses to launch it
+        assert spec.head_dim == 80
+        pytest.skip("Triton before 3.8 lays out more accumulators than tensor memory holds")
+    assert compiled.asm["cubin"] and "trap;" not in compiled.asm["ptx"]
     assert compiled.metadata.shared <= (ROOMY_BYTES if roomy else 99 * 1024)
 
 
