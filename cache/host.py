@@ -119,6 +119,11 @@ def empty_cache(model: nn.Module) -> DynamicCache:
     return made if placed else DynamicCache()
 
 
+def is_hybrid(model: nn.Module) -> bool:
+    """Whether layers of a model keep states of fixed size in its cache."""
+    return any(isinstance(layer, LINEAR_LAYER) for layer in empty_cache(model).layers)
+
+
 def linear_states(layer: Any) -> dict[str, Any]:
     """The linear-attention states that a layer keeps beside its tokens; empty for all others."""
     return {name: vars(layer)[name] for name in STATES} if isinstance(layer, LINEAR_LAYER) else {}

@@ -7,7 +7,7 @@ from typing import Any
 
 import transformers
 
-_LINEAR = ["linear_attention", "linear_attention", "full_attention"]
+_LINEAR = ["linear_attention", "full_attention", "full_attention"]
 _HEADS = {f"linear_num_{side}_heads": 2 for side in ("key", "value")}
 _DELTA = {"layer_types": _LINEAR, "head_dim": 32, **_HEADS}
 _DELTA |= {f"linear_{side}_head_dim": 16 for side in ("key", "value")}

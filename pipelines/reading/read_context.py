@@ -22,7 +22,13 @@ from quantpress.presses.base import PressMixin
 from quantpress.presses.base_press import BasePress
 from quantpress.presses.guard import named_assertion, named_context
 from quantpress.presses.models.eligibility import HOOKABLE, check
-from quantpress.presses.models.filling import check_filled, check_keeps, count_kept, warn_of_chance
+from quantpress.presses.models.filling import (
+    check_filled,
+    check_keeps,
+    check_takes_states,
+    count_kept,
+    warn_of_chance,
+)
 from quantpress.presses.traits import renumbers_positions
 
 LONG_CONTEXT = 8192  # tokens; the bar appears at once for more
@@ -58,6 +64,7 @@ def read_context(
         UnsupportedModelError: the model does not keep what it reads in this cache.
     """
     check_keeps(model)
+    check_takes_states(model, cache)
     held = max((layer.get_seq_length() for layer in host.token_layers(cache)), default=0)
     if held:
         raise InvalidInputError(f"the cache already holds {held} tokens; give a new one for every context")

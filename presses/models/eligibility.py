@@ -155,7 +155,7 @@ def _encoder_decoder(model: nn.Module) -> bool:
 
 
 def _without_self_attention(model: nn.Module) -> bool:
-    if any(isinstance(layer, host.LINEAR_LAYER) for layer in host.empty_cache(model).layers):
+    if host.is_hybrid(model):
         return not attention_modules(model)  # see `full_layers`
     inner = getattr(model, "model", None)
     layers = getattr(getattr(inner, "language_model", inner), "layers", None)

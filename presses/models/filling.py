@@ -32,10 +32,25 @@ def check_keeps(model: nn.Module) -> None:
     check(model, LAYERED)
     checkpointed = (getattr(module, "gradient_checkpointing", False) for module in _training(model))
     if any(checkpointed):
+        new_name = "activation_checkpointing_disable"
+        disable = new_name if hasattr(model, new_name) else "gradient_checkpointing_disable"
         raise UnsupportedModelError(
             f"{type(model).__name__} is in training mode with gradient checkpointing, under which "
             "transformers keeps no cache, so that what is read is forgotten; call model.eval(), or "
-            "model.gradient_checkpointing_disable()"
+            f"model.{disable}()"
+        )
+
+
+def check_takes_states(model: nn.Module, cache: Cache) -> None:
+    """Refuse an empty cache of plain layers for a hybrid model, some of whose layers keep states instead.
+
+    Raises:
+        InvalidInputError: the cache was made without the model's configuration.
+    """
+    if not getattr(cache, "layers", True) and host.is_hybrid(model):
+        raise InvalidInputError(
+            f"{type(model).__name__} keeps states in some layers, and a {type(cache).__name__} of plain "
+            "layers cannot hold them; give DynamicCache(config=model.config)"
         )
 
 
@@ -120,6 +135,7 @@ def filled_caches(model: nn.Module, evicts: bool = True) -> Iterator[None]:
         elif cache is None or not int(cache.get_seq_length()):
             check_keeps(model)
             if cache is not None:
+                check_takes_states(model, cache)
                 count_kept(model, cache)
                 empty.append(cache)
 

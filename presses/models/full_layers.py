@@ -22,11 +22,6 @@ _AROUND_OTHERS = frozenset({"AdaKVPress", "ChunkKVPress", "ComposedPress"})
 _BASES = frozenset({"BasePress", "ScorerPress"})  # of ours, and of presses of the user's own
 
 
-def is_hybrid(model: nn.Module) -> bool:
-    """Whether layers of the model keep states of fixed size in its cache."""
-    return any(isinstance(layer, host.LINEAR_LAYER) for layer in host.empty_cache(model).layers)
-
-
 def as_kvpress_sees(model: Any, press: Any) -> Any:
     """What to give to a press's context as its model: the model itself, unless kvpress meets a hybrid one.
 
@@ -38,7 +33,7 @@ def as_kvpress_sees(model: Any, press: Any) -> Any:
         UnsupportedModelError: the model is a hybrid one, and the press was not tried there or needs queries
             that kvpress does not compute as the model does.
     """
-    if not _of_kvpress(press) or not is_hybrid(model):
+    if not _of_kvpress(press) or not host.is_hybrid(model):
         return model  # hooks of our own base find the layers of full attention
     reason = _why_not(press, full_attention_modules(model))
     if reason is not None:

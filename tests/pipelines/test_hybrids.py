@@ -10,11 +10,12 @@ from typing import Any
 import kvpress
 import pytest
 import torch
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 
 from quantpress import enable
 from quantpress.cache import PackedLayer, cache_memory, host
-from quantpress.errors import UnsupportedModelError
+from quantpress.errors import InvalidInputError, UnsupportedModelError
+from quantpress.pipelines.capture.captured import captured_decoding
 from quantpress.pipelines.contexts.cached_context import CachedContext
 from quantpress.pipelines.text_generation import TextGenerationPipeline
 from quantpress.presses import (
@@ -41,8 +42,8 @@ pytestmark = pytest.mark.skipif(
     not host.HOLDS_STATES, reason="caches of this transformers cannot hold states beside tokens"
 )
 FAMILIES = [name for name in WORKING if name in HYBRID]
-IDS = prompt(200)
-GREEDY: dict[str, Any] = {"max_new_tokens": 8, "do_sample": False, "no_repeat_ngram_size": 1}
+IDS = prompt(170)
+GREEDY: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False, "no_repeat_ngram_size": 1}
 
 
 def layers_packed(model: PreTrainedModel, cache: Any) -> bool:
@@ -57,13 +58,13 @@ def test_generate(family: str) -> None:
     """In the press's context, enabled, with beams, and with a batch of which one row is padded."""
     model = tiny_model(family)
     expected = model.generate(IDS, **GREEDY)
-    assert not torch.equal(expected[:, 200:], model.generate(IDS.roll(1, 1), **GREEDY)[:, 200:])
+    assert not torch.equal(expected[:, 170:], model.generate(IDS.roll(1, 1), **GREEDY)[:, 170:])
     with lossless()(model):
         got = model.generate(IDS, **GREEDY, return_dict_in_generate=True)
     assert torch.equal(got.sequences, expected)
     cache = got[host.GENERATE_CACHE]
     assert layers_packed(model, cache)
-    ids, mask = torch.cat([IDS, prompt(200, seed=1)]), torch.ones(2, 200, dtype=torch.int64)
+    ids, mask = torch.cat([IDS, prompt(170, seed=1)]), torch.ones(2, 170, dtype=torch.int64)
     mask[1, :21] = 0
     beams = model.generate(IDS, **GREEDY, num_beams=2)
     padded = model.generate(ids, attention_mask=mask, **GREEDY)
@@ -79,8 +80,8 @@ def test_pipeline(family: str, tmp_path: Path) -> None:
     """Read whole and in chunks, with two questions, beams, and a context that is kept and saved."""
     model = tiny_model(family)
     pipe = TextGenerationPipeline(model=model, tokenizer=word_tokenizer())
-    context, press = text(200), lossless()
-    asked = {"questions": ["w1 w2", "w3", "w1 w2"], "max_new_tokens": 6, "no_repeat_ngram_size": 1}
+    context, press = text(170), lossless()
+    asked = {"questions": ["w1 w2", "w3", "w1 w2"], "max_new_tokens": 4, "no_repeat_ngram_size": 1}
     expected = pipe(context, **asked)
     assert expected["answers"][0] == expected["answers"][2] != expected["answers"][1]
     beams = pipe(context, **asked, num_beams=2)
@@ -89,15 +90,14 @@ def test_pipeline(family: str, tmp_path: Path) -> None:
     assert layers_packed(model, cache)
     assert pipe(context, press=press, chunk_tokens=64, **asked) == expected
     assert pipe(context, press=press, num_beams=2, **asked) == beams
-    kept = pipe.read(context, press=press)
-    for _ in range(2):
-        assert pipe(kept, **asked) == expected
-    kept = pipe.read(context, press=TurboQuant(8, recent_tokens=16, balance=False))
-    kept.save(tmp_path / "context")
-    assert pipe(CachedContext.load(tmp_path / "context", model), **asked) == pipe(kept, **asked)
-    plain = pipe.read(context)
-    plain.save(tmp_path / "context")
-    assert pipe(CachedContext.load(tmp_path / "context", model), **asked) == expected
+    for press in (TurboQuant(8, recent_tokens=16, balance=False), None):
+        kept = pipe.read(context, press=press)
+        kept.save(tmp_path / "context")
+        answers = pipe(kept, **asked)  # twice: a question leaves no state behind
+        assert (
+            answers == pipe(kept, **asked) == pipe(CachedContext.load(tmp_path / "context", model), **asked)
+        )
+    assert answers == expected
 
 
 @pytest.mark.parametrize("family", ["qwen3_5", "falcon_h1"])
@@ -165,6 +165,45 @@ def test_eviction_that_is_refused_before_reading(press: Any, reason: str, quanti
     with pytest.raises(UnsupportedModelError, match=reason):
         pipe(text(300), press=Compose([press, *quantizers]) if quantizers else press, cache=cache)
     assert not cache.get_seq_length()
+
+
+def test_caches_that_cannot_hold_states_are_refused() -> None:
+    model = tiny_model("qwen3_5")
+    pipe = TextGenerationPipeline(model=model, tokenizer=word_tokenizer())
+    for press in (None, lossless(), Knorm(0.5)):
+        with pytest.raises(InvalidInputError, match=r"give DynamicCache\(config=model\.config\)"):
+            pipe(text(30), press=press, cache=DynamicCache())
+    with (
+        lossless()(model),
+        pytest.raises(InvalidInputError, match=r"give DynamicCache\(config=model\.config\)"),
+    ):
+        model.generate(IDS, **GREEDY, **{host.GENERATE_CACHE: DynamicCache()})
+
+
+@pytest.mark.parametrize("family", ["qwen3_5", "falcon_h1"])
+def test_steps_are_not_captured_and_say_so(family: str) -> None:
+    model = tiny_model(family)
+    expected = model.generate(IDS, **GREEDY)
+    with (
+        lossless()(model),
+        captured_decoding(model) as steps,
+        pytest.warns(UserWarning, match="of the cache are"),
+    ):
+        assert torch.equal(model.generate(IDS, **GREEDY), expected)
+    assert not steps.eager_steps
+
+
+def test_prompt_lookup() -> None:
+    """Where transformers can undo tokens, it works; elsewhere it is refused by transformers itself."""
+    model, options = tiny_model("lfm2"), {"prompt_lookup_num_tokens": 3, "eos_token_id": 0}
+    pipe = TextGenerationPipeline(model=model, tokenizer=word_tokenizer())
+    asked = {"questions": ["w1 w2", "w3 w1 w2"], "max_new_tokens": 8, "press": lossless()}
+    assert pipe(text(200), **asked, **options) == pipe(text(200), **asked)
+    expected = model.generate(IDS, max_new_tokens=8, do_sample=False)
+    with enable(model, lossless()):
+        assert torch.equal(model.generate(IDS, max_new_tokens=8, do_sample=False, **options), expected)
+    with enable(tiny_model("jamba"), lossless()), pytest.raises(ValueError, match="stateful"):
+        tiny_model("jamba").generate(IDS, max_new_tokens=8, do_sample=False, **options)
 
 
 REASONS = {

@@ -1,5 +1,7 @@
 """The line that a user types, with the default model."""
 
+from pathlib import Path
+
 import pytest
 import torch
 import transformers
