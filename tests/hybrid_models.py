@@ -1,4 +1,5 @@
-"""Configurations of models that mix attention with state spaces, linear attention or convolutions.
+"""Configurations of models that mix attention with state spaces, linear attention or convolutions, or whose
+layers share keys and values.
 
 `tests.tiny_models.tiny_model` makes them. Those that this version of transformers does not have are left out.
 """
@@ -16,6 +17,15 @@ _EXPERTS = {"num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size":
 _SHARED = {**_EXPERTS, "shared_expert_intermediate_size": 32}
 _LOCAL = {"num_local_experts": 2, "num_experts_per_tok": 1}
 _MAMBA = {"mamba_n_heads": 4, "mamba_d_head": 64, "mamba_d_state": 8, "mamba_n_groups": 1}
+_SHARING = {
+    "num_hidden_layers": 4,
+    "head_dim": 32,
+    "sliding_window": 64,
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+    "num_kv_shared_layers": 2,
+    "hidden_size_per_layer_input": 16,
+    "vocab_size_per_layer_input": 256,
+}
 _LATENT = {"kv_lora_rank": 16, "qk_rope_head_dim": 16, "qk_nope_head_dim": 16, "v_head_dim": 16}
 _LATENT |= {"num_key_value_heads": 4, "layer_types": _LINEAR}
 
@@ -66,6 +76,13 @@ WORKING: dict[str, tuple[str, dict[str, Any]]] = {
     "lfm3": ("Lfm3Config", {**_CONV, "head_dim": 32}),
     "zaya": ("ZayaConfig", {**_EXPERTS, "head_dim": 32, "router_hidden_size": 32}),
 }
+SHARING: dict[str, tuple[str, dict[str, Any]]] = {  # the last two layers attend to keys of others
+    "gemma3n": (
+        "Gemma3nTextConfig",
+        {**_SHARING, "laurel_rank": 8, "altup_num_inputs": 2, "activation_sparsity_pattern": [0.0] * 4},
+    ),
+    "gemma4": ("Gemma4TextConfig", {**_SHARING, "global_head_dim": 64, "query_pre_attn_scalar": 32}),
+}
 REFUSED: dict[str, tuple[str, dict[str, Any]]] = {
     "minimax": (
         "MiniMaxConfig",
@@ -80,6 +97,7 @@ REFUSED: dict[str, tuple[str, dict[str, Any]]] = {
         {
             "num_hidden_layers": 4,
             "layers_block_type": ["mamba", "hybrid", "mamba", "hybrid"],
+            "use_mem_rope": True,
             "mamba_d_state": 8,
             "n_mamba_heads": 4,
             "num_key_value_heads": 4,
@@ -88,6 +106,6 @@ REFUSED: dict[str, tuple[str, dict[str, Any]]] = {
 }
 HYBRID: dict[str, tuple[type, dict[str, Any]]] = {
     name: (getattr(transformers, kind), options)
-    for name, (kind, options) in {**WORKING, **REFUSED}.items()
+    for name, (kind, options) in {**WORKING, **SHARING, **REFUSED}.items()
     if hasattr(transformers, kind)
 }

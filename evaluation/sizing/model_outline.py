@@ -76,7 +76,8 @@ class ModelOutline:
         name: name that it was asked for by.
         architecture: name of its class.
         layers: its attention layers in order.
-        other_layers: number of layers that cache something else (state spaces, convolutions), or nothing.
+        other_layers: number of layers that cache something else (state spaces, convolutions), or nothing of
+            their own.
         weights_bytes: bytes of all parameters; None where a shape leaves them open.
         dtype: dtype of the weights.
         hidden: width of the hidden states; None where a shape leaves it open.
@@ -115,7 +116,8 @@ class ModelOutline:
         config = model.config.get_text_config()
         empty = enumerate(host.empty_cache(model).layers)
         states = {index for index, layer in empty if isinstance(layer, host.LINEAR_LAYER)}
-        layers = tuple(_layers(attention_modules(model), states))
+        own = [one for one in attention_modules(model) if not getattr(one, "is_kv_shared_layer", False)]
+        layers = tuple(_layers(own, states))
         total = int(getattr(config, "num_hidden_layers", len(layers)))
         kind = dtype or model.dtype
         parameters = {id(one): one for one in model.parameters()}.values()  # tied ones count once

@@ -144,7 +144,8 @@ def _devices(model: PreTrainedModel) -> list[torch.device]:
 def _on_devices(parts: Parts, model: PreTrainedModel) -> Parts:
     """Each layer on the device of its weights; what stays on the CPU stays mapped."""
     devices = _devices(model)
-    if len(parts.inner) != len(devices):
+    own = [one for one in attention_modules(model) if not getattr(one, "is_kv_shared_layer", False)]
+    if len(parts.inner) not in (len(devices), len(own)):
         raise InvalidInputError(f"it has {len(parts.inner)} layers, the model has {len(devices)}")
     layers = {index: _moved(part, devices[int(index)]) for index, part in parts.inner.items()}
     return Parts(parts.kind, parts.about, parts.tensors, layers)

@@ -178,6 +178,8 @@ def _fits(name: str, value: Any, tokens: int) -> bool:
     if name in TOKEN_DIMENSIONS and isinstance(value, (torch.Tensor, tuple)):
         parts = value if isinstance(value, tuple) else (value,)
         return all(one.shape[TOKEN_DIMENSIONS[name]] == tokens for one in parts)
+    if name == "shared_kv_states":  # a layer attends to all keys of another one
+        return value is None
     return not isinstance(value, (torch.Tensor, tuple, list, dict))
 
 

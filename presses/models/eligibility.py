@@ -71,6 +71,8 @@ def unreadable(model: nn.Module) -> str | None:
 
 
 def _changed_after_cache(module: nn.Module) -> bool:
+    if host.takes(type(module).forward, "shared_kv_states"):
+        return False  # what the cache has returned is handed on to the layers that share it
     return getattr(getattr(module, "config", None), "model_type", None) in _CHANGED_AFTER_CACHE
 
 

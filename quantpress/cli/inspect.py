@@ -85,7 +85,7 @@ class Inspected(Outcome):
         architecture: name of its class.
         tokens: number of tokens that it read.
         layers: its attention layers.
-        other_layers: number of layers without attention.
+        other_layers: number of layers without keys and values of their own.
         refusal: why nothing of it can be packed, or why no setting could be tried; None otherwise.
         candidates: settings that were tried, smallest first.
         suggestion: a press, as it is written; None where TurboQuant cannot be used.
@@ -128,7 +128,8 @@ class Inspected(Outcome):
             table.add_row(*row, "yes" if layer.packed else f"no: {layer.reason}", *figures)
         shown: list[RenderableType] = [table]
         if self.other_layers:
-            shown.append(Text(f"{self.other_layers} layers have no attention and are left as they are."))
+            others = f"{self.other_layers} layers have no keys and values of their own"
+            shown.append(Text(f"{others} and are left as they are."))
         if self.state_bytes:
             size = format_bytes(self.state_bytes)
             shown.append(Text(f"States of {size} a sequence do not grow with the text."))

@@ -130,7 +130,7 @@ class Sized(Outcome):
                 f"{grows} layers of full attention grow without end, and they alone are packed."
             )
         elif model.other_layers:
-            notes.append(f"{model.other_layers} layers without attention are not counted.")
+            notes.append(f"{model.other_layers} layers without keys and values of their own are not counted.")
         if not all(plan.exact for plan in self.plans):
             notes.append("* About: how many tokens such a press keeps, in which head, depends on the text.")
         return notes

@@ -1,7 +1,7 @@
 """Models that mix attention with state spaces, linear attention or convolutions, packed without loss.
 
-Tokens are those of the model with a cache of transformers' own. Layers of full attention are packed, and
-states pass through.
+So are models whose last layers attend to the keys of others. Tokens are those of the model with a cache of
+transformers' own. Layers of full attention are packed, and states pass through.
 """
 
 from pathlib import Path
@@ -33,7 +33,7 @@ from quantpress.presses import (
     TurboQuant,
 )
 from quantpress.presses.models.attention import full_attention_modules
-from tests.hybrid_models import HYBRID, WORKING
+from tests.hybrid_models import HYBRID, SHARING, WORKING
 from tests.pipelines.words import text, word_tokenizer
 from tests.presses.reading import lossless
 from tests.tiny_models import prompt, tiny_model
@@ -41,7 +41,7 @@ from tests.tiny_models import prompt, tiny_model
 pytestmark = pytest.mark.skipif(
     not host.HOLDS_STATES, reason="caches of this transformers cannot hold states beside tokens"
 )
-FAMILIES = [name for name in WORKING if name in HYBRID]
+FAMILIES = [name for name in (*WORKING, *SHARING) if name in HYBRID]
 IDS = prompt(170)
 GREEDY: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False, "no_repeat_ngram_size": 1}
 

@@ -13,7 +13,7 @@ from quantpress.cache import PackedLayer, continue_inputs, host
 from quantpress.errors import CompositionError, UnsupportedModelError
 from quantpress.pipelines.text_generation import TextGenerationPipeline
 from quantpress.presses import AdaKV, Compose, Knorm, KVCompose, SnapKV, StreamingLLM, TurboQuant
-from tests.hybrid_models import HYBRID
+from tests.hybrid_models import HYBRID, SHARING
 from tests.pipelines.words import text, word_tokenizer
 from tests.presses.reading import answer, lossless, read
 from tests.tiny_models import prompt, tiny_model
@@ -24,6 +24,7 @@ IDS = prompt(TOKENS)
 HALF_SLIDING = ["gemma2", "gpt_oss", "qwen2_sliding", "qwen3_sliding"]
 OTHER_HEADS = ["multi_query", "multi_head"]
 LATENT = ["deepseek_v2", "deepseek_v3"]
+OTHER_CACHE = [name for name in HYBRID if name == "minimax" or not (name in SHARING or host.HOLDS_STATES)]
 LATENTS = "caches one latent vector for each token" if LATENT_CACHE else ""
 UNKNOWN_QUERIES = pytest.mark.filterwarnings("ignore:the queries of .* are not known")
 
@@ -129,7 +130,7 @@ def test_eviction_that_kvpress_cannot_do_is_refused(
         model.generate(IDS, max_new_tokens=2, do_sample=False)
 
 
-@pytest.mark.parametrize("family", [name for name in HYBRID if name == "minimax" or not host.HOLDS_STATES])
+@pytest.mark.parametrize("family", OTHER_CACHE)
 def test_a_cache_of_another_kind_is_refused(family: str) -> None:
     """At the start, by contexts and by the pipeline, which cannot do without its own cache."""
     model, refused = (
