@@ -16,7 +16,7 @@ import transformers
 from packaging.version import Version
 from torch import nn
 from transformers import GenerationMixin, cache_utils
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 OLD_NAME, NEW_NAME, PLACES = "past_key_values", "cache", "cache_position"
 
@@ -51,12 +51,12 @@ FULL_AND_LINEAR_LAYER: Any = getattr(cache_utils, "LinearAttentionAndFullAttenti
 HOLDS_STATES = bool(LINEAR_LAYER)
 """Whether a DynamicCache can hold such layers (hybrid models)."""
 
-OTHER_LAYERS = tuple(
-    getattr(cache_utils, name)
-    for name in ("QuantizedLayer", "BaseQuantizedLayer", "DynamicIndexedLayer")
-    if hasattr(cache_utils, name)
+_PLAIN_LAYERS = (
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    FULL_AND_LINEAR_LAYER,
+    getattr(cache_utils, "LinearAttentionAndSlidingWindowAttentionLayer", None),
 )
-"""Kinds of `DynamicLayer` that hold more than plain keys and values."""
 
 STATES = (
     "number_of_states",
@@ -107,14 +107,33 @@ def token_layers(cache: Cache) -> list[Any]:
     return [layer for layer in cache.layers if keeps_tokens(layer)]
 
 
+def holds_more(layer: Any) -> bool:
+    """Whether a layer is of a class of transformers that holds more than keys, values and states.
+
+    Quantized layers do, and those that choose tokens by an index or compress them.
+    """
+    kinds = [kind for kind in type(layer).__mro__ if issubclass(kind, DynamicLayer)]
+    return any(kind.__module__.startswith("transformers.") and kind not in _PLAIN_LAYERS for kind in kinds)
+
+
+def layer_that_holds_more(model: nn.Module) -> str | None:
+    """The class of a layer of `holds_more` in a model's cache; None if there is none."""
+    layers = (layer for layer in _configured(model).layers if isinstance(layer, DynamicLayer))
+    return next((type(layer).__name__ for layer in layers if holds_more(layer)), None)
+
+
+def _configured(model: nn.Module) -> DynamicCache:
+    config: Any = getattr(model, "config", None)
+    return DynamicCache(config=config)
+
+
 def empty_cache(model: nn.Module) -> DynamicCache:
     """A new cache for a model.
 
     Plain layers appear when they are first written to. A cache whose layers keep states, or stand for others,
     is made from the model's configuration, which says where they are.
     """
-    config: Any = getattr(model, "config", None)
-    made = DynamicCache(config=config)
+    made = _configured(model)
     placed = any(isinstance(layer, LINEAR_LAYER) or not keeps_tokens(layer) for layer in made.layers)
     return made if placed else DynamicCache()
 

@@ -12,7 +12,7 @@ from transformers.cache_utils import DynamicCache
 
 from quantpress.cache import host
 from quantpress.errors import UnsupportedModelError
-from quantpress.presses.models.attention import attention_modules, decoder_of, is_sliding, layer_type
+from quantpress.presses.models.attention import attention_modules, decoder_of, is_sliding
 from quantpress.rule import Rule, reasons
 
 SUPPORTED_ATTENTION = ("eager", "flash_attention_2", "flash_attention_3", "sdpa")
@@ -81,7 +81,7 @@ def _caches_latents(module: nn.Module) -> bool:
 
 
 def _adds_position_bias(module: nn.Module) -> bool:
-    return hasattr(module, "rel_logits_proj")
+    return hasattr(module, "rel_logits_proj") or hasattr(module, "relative_position_bias")
 
 
 def _own_attention_function(module: nn.Module) -> bool:
@@ -98,10 +98,6 @@ _WITHOUT_KEYS: Rules = (
         "{subject} caches one latent vector for each token, which is small already, and makes keys and "
         "values of it behind the cache",
         _caches_latents,
-    ),
-    Rule(
-        "{subject} chooses tokens by an index that it caches beside keys and values",
-        lambda module: layer_type(module) == "indexed_attention",
     ),
     Rule("{subject} adds a bias to scores that goes by cache slots", _adds_position_bias),
 )
@@ -190,9 +186,16 @@ _SHARED = Rule(
     _shares_attention,
 )
 
+_MORE = Rule(
+    "the cache of {subject} has layers of {found}, which hold more than keys and values; use it without "
+    "presses",
+    host.layer_that_holds_more,
+)
+
 HOOKABLE: Rules = (
     *LAYERED,
     _SHARED,
+    _MORE,
     Rule(
         "{subject} cannot be evicted from: {found}; use it without presses",
         lambda model: next(
@@ -228,6 +231,7 @@ PACKABLE: Rules = (
     Rule("{subject} cannot be packed: {found}; use it without TurboQuant", unreadable),
     *LAYERED,
     _SHARED,
+    _MORE,
     Rule(
         "every layer of {subject} is a sliding window, and those stay unpacked; use it without "
         "TurboQuant, or set config.sliding_window=None if the context fits the window",

@@ -105,7 +105,7 @@ def plain_states(cache: Cache, layer_idx: int) -> tuple[torch.Tensor, torch.Tens
         raise InvalidInputError(
             f"layer {layer_idx} of the cache is packed already; {_FRESH_CACHE} for each new context"
         )
-    plain = isinstance(layer, DynamicLayer) and not isinstance(layer, host.OTHER_LAYERS)
+    plain = isinstance(layer, DynamicLayer) and not host.holds_more(layer)
     if layer is None or not plain or layer.keys is None or layer.values is None:
         raise InvalidInputError(f"a {name} cannot be packed; {_FRESH_CACHE}")
     return layer.keys, layer.values

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from transformers import (
     AutoModelForCausalLM,
     BloomConfig,
@@ -80,6 +81,22 @@ def test_unsupported_models_are_refused_on_entering(name: str, press: Any) -> No
     make, message = UNSUPPORTED[name]
     with pytest.raises(UnsupportedModelError, match=message), press(make()):
         pytest.fail("entered")
+
+
+CACHED_OTHERWISE = {  # of newer versions of transformers
+    "DeepseekV4Config": "has layers of DeepseekV4HCACache, which hold more than keys and values",
+    "DeepseekV32Config": "has layers of DynamicIndexedLayer, which hold more than keys and values",
+    "InklingTextConfig": "adds a bias to scores that goes by cache slots",
+    "Inkling2TextConfig": "adds a bias to scores that goes by cache slots",
+}
+
+
+@pytest.mark.parametrize("name", [name for name in CACHED_OTHERWISE if hasattr(transformers, name)])
+def test_what_would_be_lost_is_refused(name: str) -> None:
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(getattr(transformers, name)(num_hidden_layers=4))
+    for rules in (PACKABLE, EVICTABLE):
+        assert CACHED_OTHERWISE[name] in " ".join(why_not(model, rules))
 
 
 def test_every_reason_is_given() -> None:
