@@ -3,7 +3,6 @@
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
-from kvpress import KVPressTextGenerationPipeline
 from transformers import PreTrainedModel
 from transformers.integrations.peft import MIN_PEFT_VERSION
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Attention
@@ -29,12 +28,16 @@ NO_ADAPTERS = _no_adapters()
 """Why transformers cannot add adapters to a model with the peft that is installed; empty where it can."""
 
 
-class KVPressPipeline(KVPressTextGenerationPipeline):
+def kvpress_pipeline(**parts: Any) -> Any:
     """kvpress's own pipeline, as a reference; its presses find the names that they read."""
+    from kvpress import KVPressTextGenerationPipeline
 
-    def _forward(self, input_tensors: Any, *args: Any, press: Any = None, **kwargs: Any) -> Any:
-        with kvpress_names(self.model, press):
-            return super()._forward(input_tensors, *args, press=press, **kwargs)
+    class Pipeline(KVPressTextGenerationPipeline):
+        def _forward(self, input_tensors: Any, *args: Any, press: Any = None, **kwargs: Any) -> Any:
+            with kvpress_names(self.model, press):
+                return super()._forward(input_tensors, *args, press=press, **kwargs)
+
+    return Pipeline(**parts)
 
 
 def kvpress_names(model: PreTrainedModel, press: Any) -> AbstractContextManager[None]:

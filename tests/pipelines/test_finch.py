@@ -14,7 +14,7 @@ from quantpress.pipelines.text_generation import TextGenerationPipeline
 from quantpress.presses import Compose, Finch, KVzip, TurboQuant
 from tests.pipelines.words import text, word_tokenizer
 from tests.tiny_models import prompt, tiny_model
-from tests.versions import KVPressPipeline
+from tests.versions import kvpress_pipeline
 
 CONTEXT, QUESTION = text(120), text(20, seed=1)
 DELIMITED = f"{CONTEXT} <|finch_sep|> {QUESTION}"
@@ -33,7 +33,7 @@ def test_finch_as_text_answers_as_kvpress_does() -> None:
     theirs, tokenizer = kvpress.FinchPress(0.5), copy.deepcopy(word_tokenizer())
     theirs.update_model_and_tokenizer(grown, tokenizer)
     grown.lm_head.weight.data[-1] = 0  # the model never chooses the new token
-    pipe = KVPressPipeline(model=grown, tokenizer=tokenizer)
+    pipe = kvpress_pipeline(model=grown, tokenizer=tokenizer)
     assert answer == pipe(DELIMITED, question=QUESTION, press=theirs, max_new_tokens=8)["answer"]
 
 

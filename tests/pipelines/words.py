@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerFast
 
 from quantpress.pipelines.text_generation import TextGenerationPipeline
 from tests.tiny_models import VOCABULARY, tiny_model
+from tests.versions import kvpress_pipeline
 
 SPECIAL = ["<pad>", "<s>", "</s>", "<unk>", "<user>", "<answer>", "\n"]
 WORDS = [f"w{index}" for index in range(VOCABULARY - len(SPECIAL))]
@@ -47,9 +48,7 @@ def ours(family: str = "llama", chat: bool = False, **options: object) -> TextGe
 
 def theirs(family: str = "llama", chat: bool = False) -> Any:
     """kvpress's pipeline with the same model."""
-    from tests.versions import KVPressPipeline
-
-    return KVPressPipeline(model=tiny_model(family), tokenizer=word_tokenizer(chat))
+    return kvpress_pipeline(model=tiny_model(family), tokenizer=word_tokenizer(chat))
 
 
 def model_folder(folder: Path) -> str:

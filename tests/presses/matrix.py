@@ -19,7 +19,7 @@ from quantpress.pipelines.text_generation import TextGenerationPipeline
 from quantpress.presses import Compose, TurboQuant
 from tests.pipelines.words import text, word_tokenizer
 from tests.tiny_models import tiny_model
-from tests.versions import NO_ADAPTERS, KVPressPipeline
+from tests.versions import NO_ADAPTERS, kvpress_pipeline
 
 _PATH = Path(__file__).parents[2] / "docs" / "catalogue.py"
 
@@ -98,7 +98,7 @@ def ours(name: str, press: Any, **arguments: Any) -> str:
 def theirs(name: str, press: Any, **arguments: Any) -> str:
     """kvpress's own pipeline's answer; what it leaves on the model is removed."""
     with _cleaned(model_of(name)):
-        return _answer(KVPressPipeline, name, press, arguments)
+        return _answer(kvpress_pipeline, name, press, arguments)
 
 
 def _answer(pipeline_class: Any, name: str, press: Any, arguments: dict[str, Any]) -> str:
