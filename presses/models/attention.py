@@ -28,14 +28,12 @@ def attention_modules(model: nn.Module) -> list[nn.Module]:
         for module in decoder.modules()
         if isinstance(getattr(module, "layer_idx", None), int)
         and "Attention" in type(module).__name__
-        and layer_type(module, decoder) not in _STATE_TYPES
+        and _layer_type(decoder, module) not in _STATE_TYPES
     ]
 
 
-def layer_type(module: nn.Module, decoder: nn.Module | None = None) -> str | None:
-    """The type of a module's layer, as the configuration of the decoder, or its own, names it, if it does."""
-    config = getattr(module if decoder is None else decoder, "config", None)
-    layer_types = getattr(config, "layer_types", None)
+def _layer_type(decoder: nn.Module, module: nn.Module) -> str | None:
+    layer_types = getattr(getattr(decoder, "config", None), "layer_types", None)
     index: Any = module.layer_idx
     return layer_types[index] if layer_types is not None and index < len(layer_types) else None
 

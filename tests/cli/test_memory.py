@@ -13,6 +13,7 @@ from rich.table import Table
 from typer.testing import CliRunner
 
 from quantpress import cli
+from quantpress.cache import host
 from quantpress.cli import memory
 from quantpress.cli.arguments import byte_count
 from quantpress.errors import InvalidInputError
@@ -47,6 +48,20 @@ def test_memory_prints_the_parts(tmp_path: Path) -> None:
     for words in ("TurboQuant(8)", "Weights: 15.0 GiB in bfloat16", "longest", "an estimate"):
         assert words in shown
     assert "The ratio is to all tokens uncompressed, in bfloat16." in shown
+
+
+@pytest.mark.skipif(not host.HOLDS_STATES, reason="caches of this transformers cannot hold states")
+def test_memory_of_a_hybrid_model(tmp_path: Path) -> None:
+    """States are a column of their own; without them there is none."""
+    tiny_model("qwen3_5").config.to_json_file(tmp_path / "config.json", use_diff=False)
+    options = [str(tmp_path / "config.json"), "-c", "700", "-p", PRESSES[0]]
+    for row in json.loads(invoke(*options, "--json").stdout)["presses"]:
+        cache = row["cache"]
+        parts = ("packed_bytes", "dense_bytes", "metadata_bytes", "state_bytes")
+        assert sum(cache[part] for part in parts) == cache["total_bytes"] and cache["state_bytes"]
+    shown = " ".join(invoke(*options).stdout.split())
+    assert "states" in shown and "Only the 2 layers of full attention grow without end" in shown
+    assert "states" not in invoke(EXAMPLE_SHAPE, *options[1:]).stdout.lower()
 
 
 def test_memory_takes_other_weights() -> None:

@@ -32,6 +32,7 @@ from quantpress.presses import (
     StreamingLLM,
     TurboQuant,
 )
+from quantpress.presses.base import NamedPress
 from quantpress.presses.models.attention import full_attention_modules
 from tests.hybrid_models import HYBRID, SHARING, WORKING
 from tests.pipelines.words import text, word_tokenizer
@@ -142,8 +143,15 @@ def test_eviction(family: str) -> None:
         assert by_head or all(100 < tokens < 200 for tokens in kept.values()), kept
         changed |= expected != plain
         assert pipe(text(300), press=Compose([press, lossless()]), **asked) == expected
-        with press(model) if not type(press).__module__.startswith("kvpress.") else enable(model, press):
-            model.generate(IDS, **GREEDY)
+        with enable(model, press):
+            generated = model.generate(IDS, **GREEDY)
+        with enable(model, Compose([press, lossless()])):
+            assert torch.equal(model.generate(IDS, **GREEDY), generated)
+        if isinstance(press, NamedPress):
+            with press(model):
+                assert by_head or torch.equal(model.generate(IDS, **GREEDY), generated)
+            for module in full_attention_modules(model):
+                vars(module).pop("masked_key_indices", None)
     assert changed, "nothing evicted that counts: the comparison would prove nothing"
 
 
