@@ -41,7 +41,8 @@ def as_kvpress_sees(model: Any, press: Any) -> Any:
             f"{type(press).__name__} is not applied to {type(model).__name__}, a hybrid model: {reason}; use "
             "Knorm, KeyDiff, LagKV or StreamingLLM, or TurboQuant alone"
         )
-    return _Stand(model, model=_Stand(decoder_of(model), **_parts(model)))
+    named: type[_Stand] = type(type(model).__name__, (_Stand,), {"__module__": type(model).__module__})
+    return named(model, model=_Stand(decoder_of(model), **_parts(model)))  # kvpress's log shows the name
 
 
 def _parts(model: nn.Module) -> dict[str, Any]:
@@ -63,7 +64,7 @@ def _why_not(press: Any, modules: list[nn.Module]) -> str | None:
     name = _of_kvpress(press)
     if name in _BY_QUERIES and any(type(module).__name__ not in _PLAIN_QUERIES for module in modules):
         return "kvpress does not compute the queries of its attention as the model does"
-    if name in _BY_QUERIES | _BY_KEYS | _AROUND_OTHERS | _BASES:
+    if not name or name in _BY_QUERIES | _BY_KEYS | _AROUND_OTHERS | _BASES:
         inner = [getattr(press, "press", None), *getattr(press, "presses", ())]
         reasons = (_why_not(one, modules) for one in inner if one is not None)
         return next((reason for reason in reasons if reason is not None), None)
