@@ -23,6 +23,7 @@ class TextCache(DynamicCache):
             layer index: (batch, head, slot) indices that attention must not see.
 
     Example:
+        >>> import torch
         >>> cache = TextCache()
         >>> for _ in range(2):  # two layers
         ...     _ = cache.update(torch.zeros(1, 1, 5, 4), torch.zeros(1, 1, 5, 4), len(cache.layers))

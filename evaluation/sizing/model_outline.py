@@ -198,7 +198,8 @@ def _state_bytes(config: PreTrainedConfig, dtype: torch.dtype) -> int | None:
             with torch.device("meta"), torch.no_grad():
                 model = make(config, dtype=kind).eval()
                 cache = host.empty_cache(model)
-                model(torch.zeros(1, 8, dtype=torch.int64), use_cache=True, **{host.cache_name(model): cache})
+                ids = torch.zeros(1, 8, dtype=torch.int64, device="meta")
+                model(ids, use_cache=True, **{host.cache_name(model): cache})
         except (RuntimeError, ValueError, TypeError, NotImplementedError):
             continue  # a kernel that knows no such dtype, or no such device
         return sum(state.numel() * state.element_size() for state in host.state_tensors(cache))

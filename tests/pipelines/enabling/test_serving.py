@@ -17,7 +17,7 @@ from quantpress.errors import InvalidInputError
 from quantpress.pipelines.enabling.enable import enable
 from quantpress.pipelines.enabling.serving import Answer, ModelServer
 from quantpress.presses import Compose, SnapKV, TurboQuant
-from tests.docs.markdown import blocks
+from tests.docs.markdown import ROOT, blocks
 from tests.limits import HANG
 from tests.pipelines.words import text, word_tokenizer
 from tests.presses.reading import lossless
@@ -166,9 +166,9 @@ def test_a_wrong_request_is_an_error_and_the_server_lives_on(served: SimpleNames
 
 
 def test_the_example_of_the_page_runs(served: SimpleNamespace, capsys: pytest.CaptureFixture[str]) -> None:
-    (example,) = (one for one in blocks("docs/serving.md") if "import OpenAI" in one.code)
+    (example,) = (one for one in blocks(ROOT / "docs" / "serving.md") if "import OpenAI" in one.parsed)
     with enable(served.model, 4):
-        exec(example.code.replace("http://127.0.0.1:8000/v1", served.url), {})
+        exec(example.parsed.replace("http://127.0.0.1:8000/v1", served.url), {})
     assert capsys.readouterr().out.strip()
 
 
