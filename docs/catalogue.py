@@ -40,11 +40,13 @@ class Entry:
         kind: one of the constants above.
         make: a press for a model.
         attention: the attention implementation that it needs.
+        newest: "works", or what it waits for on the newest transformers; tests/presses/test_matrix.py runs there.
     """
 
     kind: str
     make: Callable[[PreTrainedModel], kvpress.BasePress]
     attention: str = "sdpa"
+    newest: str = "works"
 
     @property
     def one_token(self) -> bool:
@@ -210,7 +212,7 @@ CATALOGUE: dict[str, Entry] = {
     "PyramidKVPress": Entry(UNEQUAL, _plain(kvpress.PyramidKVPress, window_size=8, beta=2)),
     "QFilterPress": Entry(EVICTS, _qfilter),
     "RandomPress": Entry(EVICTS, _plain(kvpress.RandomPress, seed=3)),
-    "RestoreKVPress": Entry(REREADS, _restorekv),
+    "RestoreKVPress": Entry(REREADS, _restorekv, newest="needs peft 0.22"),
     "ScorerPress": Entry(BASE, lambda model: kvpress.ScorerPress(RATIO)),
     "SimLayerKVPress": Entry(
         UNEQUAL, lambda model: kvpress.SimLayerKVPress(lazy_threshold=0.0, n_recent=380)

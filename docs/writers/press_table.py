@@ -24,6 +24,7 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrained
 
 from quantpress import presses as short_names
 from quantpress.cache import cache_memory
+from quantpress.cache.host import TESTED
 from quantpress.errors import CompositionError
 from quantpress.presses import Compose, TurboQuant
 from quantpress.presses.models.attention import attention_modules
@@ -52,6 +53,7 @@ press = Compose([SnapKV(0.5), TurboQuant(bits=4)])
 | kind | what it does with the tokens |
 | with TurboQuant | "stacks", or the message with which `Compose` refuses the press |
 | seen | share of (head, token) entries that attention still sees |
+| newest transformers | whether it works on {newest} too, with kvpress installed as [versions.md](versions.md) says |
 | kvpress alone | memory of the cache under the press alone |
 | with TurboQuant({bits}) | memory of the cache with `TurboQuant({bits})` behind the press |
 
@@ -62,8 +64,8 @@ Memory is a share of the same context in 16 bits. `TurboQuant({bits})` without a
 
 ## The table
 
-| press | here | kind | with TurboQuant | seen | kvpress alone | with TurboQuant({bits}) |
-|---|---|---|---|---|---|---|
+| press | here | kind | with TurboQuant | newest transformers | seen | kvpress alone | with TurboQuant({bits}) |
+|---|---|---|---|---|---|---|---|
 """
 
 FOOTER = """
@@ -75,7 +77,7 @@ are evicted where a ratio can be set. `TurboQuant({bits})` keeps 4 sinks and at 
 bits.
 
 A test makes every press answer with a codec that loses nothing, and compares with kvpress's own pipeline
-(`tests/presses/test_matrix.py`).
+(`tests/presses/test_matrix.py`). It also runs on the newest transformers (`make test-newest`).
 """
 
 
@@ -169,11 +171,11 @@ def row(name: str, press_class: type) -> str:
     reason = refusal(entry, model)
     cells = [f"`{name}`", short_name(press_class), entry.kind]
     if reason:
-        cells += [f"refused: {reason}", "", "", ""]
+        cells += [f"refused: {reason}", "", "", "", ""]
     else:
         plain = measure(model, entry.make(model))
         packed = measure(model, Compose([entry.make(model), TurboQuant(BITS)]))
-        cells += ["stacks", _percent(plain.seen), _percent(plain.bytes), _percent(packed.bytes)]
+        cells += ["stacks", entry.newest, _percent(plain.seen), _percent(plain.bytes), _percent(packed.bytes)]
     return f"| {' | '.join(cells)} |"
 
 
@@ -191,6 +193,7 @@ def table() -> str:
     refused = sum("| refused: " in line for line in rows)
     figures = {
         "version": importlib.metadata.version("kvpress"),
+        "newest": TESTED[-1],
         "stacks": len(rows) - refused,
         "refused": refused,
         "tokens": TOKENS,
