@@ -17,13 +17,13 @@ import transformers
 from quantpress import enable
 from quantpress.cache import PackedLayer, host
 from quantpress.errors import UnsupportedModelError
-from tests.hybrid_models import REFUSED, WORKING
+from tests.hybrid_models import REFUSED, SHARING, WORKING
 from tests.presses.reading import lossless
 from tests.tiny_models import MODELS, prompt, tiny_model
 
 FILE = Path(__file__).parents[2] / "docs" / "results" / "families.json"
 RECORDS = "QUANTPRESS_RECORD_FAMILIES" in os.environ
-NAMES = sorted({*MODELS, *WORKING, *REFUSED})
+NAMES = sorted({*MODELS, *WORKING, *SHARING, *REFUSED})
 TOKENS = 230  # of which one page, beside the windows of `lossless`
 GREEDY: dict[str, Any] = {"max_new_tokens": 4, "do_sample": False, "no_repeat_ngram_size": 1}
 
