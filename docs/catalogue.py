@@ -40,7 +40,7 @@ class Entry:
         kind: one of the constants above.
         make: a press for a model.
         attention: the attention implementation that it needs.
-        newest: "works", or what it waits for on the newest transformers; tests/presses/test_matrix.py runs there.
+        newest: "works", or what it waits for on the newest transformers, where test_matrix.py runs too.
     """
 
     kind: str

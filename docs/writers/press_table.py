@@ -53,7 +53,7 @@ press = Compose([SnapKV(0.5), TurboQuant(bits=4)])
 | kind | what it does with the tokens |
 | with TurboQuant | "stacks", or the message with which `Compose` refuses the press |
 | seen | share of (head, token) entries that attention still sees |
-| newest transformers | whether it works on {newest} too, with kvpress installed as [versions.md](versions.md) says |
+| newest transformers | whether it works on {newest} too ([how to install kvpress there](versions.md)) |
 | kvpress alone | memory of the cache under the press alone |
 | with TurboQuant({bits}) | memory of the cache with `TurboQuant({bits})` behind the press |
 
