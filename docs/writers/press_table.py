@@ -54,7 +54,7 @@ press = Compose([SnapKV(0.5), TurboQuant(bits=4)])
 | with TurboQuant | "stacks", or the message with which `Compose` refuses the press |
 | seen | share of (head, token) entries that attention still sees |
 | newest transformers | whether it works on {newest} too ([how to install kvpress there](versions.md)) |
-| kvpress alone | memory of the cache under the press alone |
+| alone | memory of the cache under the press alone |
 | with TurboQuant({bits}) | memory of the cache with `TurboQuant({bits})` behind the press |
 
 Memory is a share of the same context in 16 bits. `TurboQuant({bits})` without any press leaves {alone}.
@@ -64,7 +64,7 @@ Memory is a share of the same context in 16 bits. `TurboQuant({bits})` without a
 
 ## The table
 
-| press | here | kind | with TurboQuant | newest transformers | seen | kvpress alone | with TurboQuant({bits}) |
+| press | here | kind | with TurboQuant | newest transformers | seen | alone | with TurboQuant({bits}) |
 |---|---|---|---|---|---|---|---|
 """
 

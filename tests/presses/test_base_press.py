@@ -15,6 +15,7 @@ from quantpress.errors import CompositionError, InvalidInputError
 from quantpress.presses import BasePress, Compose, ScorerPress, TurboQuant, names
 from tests.limits import HANG
 from tests.tiny_models import prompt, tiny_model
+from tests.versions import kvpress_names
 
 THEIRS = [getattr(kvpress, name) for name in kvpress.__all__ if isinstance(getattr(kvpress, name), type)]
 
@@ -46,7 +47,7 @@ class Norms(ScorerPress):
 
 def kept(press: object) -> list[torch.Tensor]:
     model, cache = tiny_model("llama"), DynamicCache()
-    with torch.no_grad(), press(model):  # type: ignore[operator]
+    with torch.no_grad(), kvpress_names(model, press), press(model):  # type: ignore[operator]
         model.model(input_ids=prompt(90), past_key_values=cache)
     return [layer.keys.sort(dim=2).values for layer in cache.layers]
 
@@ -152,9 +153,9 @@ held = packed(TurboQuant())  # our attention is in place from here on
 import kvpress
 model, cache = packed(Compose([kvpress.AdaKVPress(kvpress.KnormPress(0.5)), TurboQuant()]))
 step = model(prompt(401)[:, -3:], past_key_values=cache).logits
-plain, hidden = packed(kvpress.AdaKVPress(kvpress.KnormPress(0.5)))
+plain, hidden = packed(Compose([kvpress.AdaKVPress(kvpress.KnormPress(0.5))]))
 masked = plain(prompt(401)[:, -3:], past_key_values=hidden).logits
-whole, all_of_it = packed(kvpress.KnormPress(0.0))
+whole, all_of_it = packed(Compose([kvpress.KnormPress(0.0)]))
 full = whole(prompt(401)[:, -3:], past_key_values=all_of_it).logits
 print(bool((step - masked).norm() < 0.5 * (step - full).norm()))
 """
