@@ -28,6 +28,7 @@ from quantpress.presses import (
     Knorm,
     KVzip,
     LagKV,
+    Random,
     SnapKV,
     StreamingLLM,
     TurboQuant,
@@ -120,7 +121,7 @@ def test_memory_counts_states_apart(family: str) -> None:
 EVICTORS = {
     "qwen3_5": [Knorm(0.5), KeyDiff(0.5), AdaKV(Knorm(0.5)), kvpress.KnormPress(0.5)],
     "jamba": [StreamingLLM(0.5), LagKV(0.5, lag_size=32)],
-    "nemotron_h": [Knorm(0.5)],
+    "nemotron_h": [Knorm(0.5), Random(0.5, seed=3)],
     "lara_mini": [ChunkKV(Knorm(0.5))],
     "zaya": [Knorm(0.5)],
     "falcon_h1": [SnapKV(0.5, window_size=16), TOVA(0.5), ExpectedAttention(0.5)],
