@@ -29,7 +29,7 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrained
 from quantpress.cache import cache_memory
 from quantpress.evaluation.sizing.memory_plan import Planner
 from quantpress.evaluation.sizing.model_outline import ModelOutline
-from quantpress.pipelines.reading.chunked_prefill import DEFAULT_CHUNK_TOKENS, QUERY_CHUNKS
+from quantpress.pipelines.reading.chunk_sizes import DEFAULT_CHUNK_TOKENS, QUERY_CHUNKS
 from quantpress.pipelines.reading.read_context import read_context
 from quantpress.presses import TurboQuant
 

@@ -43,7 +43,7 @@ def continue_inputs(
         >>> # with press(model): model(context_ids, past_key_values=cache)
         >>> # model.generate(**continue_inputs(cache, question_ids), past_key_values=cache)
     """
-    if history is not None and host.FEEDS_AGAIN:
+    if history is not None and host.feeds_again():
         raise InvalidInputError(
             f"assisted decoding of transformers {transformers.__version__} feeds a filled cache its history "
             "again, which gives wrong tokens: leave out history and decode token by token, or use "
@@ -86,7 +86,7 @@ def inputs_after(
                 f"history has shape {tuple(history.shape)}; give one id per kept token, {(batch, kept)}"
             )
         input_ids = torch.cat([history.to(device), input_ids], dim=1)
-        if host.FEEDS_AGAIN:  # an assistant reads the history at these positions
+        if host.feeds_again():  # an assistant reads the history at these positions
             positions = torch.arange(tokens_seen - kept, tokens_seen + new, device=device)
     inputs = {
         "input_ids": input_ids,

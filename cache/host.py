@@ -8,14 +8,14 @@ import copy
 import inspect
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Any
 
 import torch
 import transformers
 from packaging.version import Version
 from torch import nn
-from transformers import GenerationMixin, cache_utils
+from transformers import cache_utils
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 OLD_NAME, NEW_NAME, PLACES = "past_key_values", "cache", "cache_position"
@@ -30,17 +30,11 @@ def takes(function: Callable[..., Any], name: str) -> bool:
     return name in inspect.signature(function).parameters
 
 
-GENERATE_CACHE = NEW_NAME if takes(GenerationMixin.prepare_inputs_for_generation, NEW_NAME) else OLD_NAME
-"""The name of the cache among the arguments of `generate`."""
-
 CROP_REMOVES = not takes(DynamicLayer.crop, "max_length")
 """Whether `crop(0)` removes no token, because `crop` takes the number of tokens to remove, negated."""
 
 CALLS_TAKE_PLACES = takes(DynamicLayer.get_mask_sizes, PLACES)
 """Whether forwards and masks are given `cache_position`."""
-
-FEEDS_AGAIN = takes(GenerationMixin.prepare_inputs_for_generation, "next_sequence_length")
-"""Whether assisted decoding feeds a filled cache every id again, in its first step."""
 
 LINEAR_LAYER: Any = getattr(cache_utils, "LinearAttentionCacheLayerMixin", ())
 """Cache layers that keep a state of fixed size, alone or beside keys and values; () where there are none."""
@@ -69,6 +63,27 @@ STATES = (
     "record_past",
 )
 """Attributes of a layer that keeps linear-attention states."""
+
+
+@cache
+def prepares_with(name: str) -> bool:
+    """Whether the method with which `generate` prepares its inputs has a parameter of this name.
+
+    Looked up when it is first asked for: models take a second to import.
+    """
+    from transformers import GenerationMixin
+
+    return takes(GenerationMixin.prepare_inputs_for_generation, name)
+
+
+def generate_cache() -> str:
+    """The name of the cache among the arguments of `generate`."""
+    return NEW_NAME if prepares_with(NEW_NAME) else OLD_NAME
+
+
+def feeds_again() -> bool:
+    """Whether assisted decoding feeds a filled cache every id again, in its first step."""
+    return prepares_with("next_sequence_length")
 
 
 @lru_cache(maxsize=256)
@@ -176,7 +191,7 @@ def copied(layer: Any) -> Any:
 
 def described() -> str:
     """The host in words: its version, what was tested, and what its caches can hold."""
-    cached = f"{NEW_NAME if GENERATE_CACHE == NEW_NAME else OLD_NAME}="
+    cached = f"{NEW_NAME if generate_cache() == NEW_NAME else OLD_NAME}="
     hybrid = "hybrid models too" if HOLDS_STATES else "no hybrid models, which need 5.17 or later"
     tested = "tested" if transformers.__version__ in TESTED else f"tested on {', '.join(TESTED)}"
     return f"{tested}; caches are passed as {cached}; {hybrid}"
@@ -201,10 +216,10 @@ def feed_new_tokens(prepare: Callable[..., Any], *args: Any, **kwargs: Any) -> A
     transformers 5.24 feeds such a cache every id again in the first step. Greedy and sampled decoding leave
     out those that the cache holds, and so does this.
     """
-    cache = kwargs.get(GENERATE_CACHE)
+    cache = kwargs.get(generate_cache())
     ids = args[0] if args else kwargs.get("input_ids")
     given = len(args) > 1 or kwargs.get("next_sequence_length") is not None
-    if FEEDS_AGAIN and not given and isinstance(cache, Cache):
+    if feeds_again() and not given and isinstance(cache, Cache):
         held = int(cache.get_seq_length())
         if held and ids is not None and ids.shape[1] > held:
             kwargs["next_sequence_length"] = ids.shape[1] - held

@@ -70,7 +70,7 @@ def generate_ids(
     )
     try:
         ids: torch.Tensor = generate(
-            **inputs, **{host.GENERATE_CACHE: cache}, generation_config=config, **extras
+            **inputs, **{host.generate_cache(): cache}, generation_config=config, **extras
         )
     finally:
         if fed is not None:

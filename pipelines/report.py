@@ -4,16 +4,18 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
 from torch.utils.hooks import RemovableHandle
-from transformers import PreTrainedModel
 
 from quantpress.cache import CacheMemory
 from quantpress.presses.models.attention import attention_modules
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -145,7 +147,7 @@ class Stopwatch:
             self.seconds["compress"] += self.now() - self._since
             self._since = None
 
-    def hook(self, model: PreTrainedModel, at: str) -> list[RemovableHandle]:
+    def hook(self, model: "PreTrainedModel", at: str) -> list[RemovableHandle]:
         """Register `start` or `stop` on every attention module."""
         call = getattr(self, at)
         return [module.register_forward_hook(call) for module in attention_modules(model)]

@@ -12,11 +12,10 @@ import inspect
 from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import torch
 from torch import nn
-from transformers.modeling_utils import PreTrainedModel
 
 from quantpress.errors import InvalidInputError
 from quantpress.presses.arguments import (
@@ -32,6 +31,9 @@ from quantpress.presses.models.filling import filled_caches
 from quantpress.presses.models.full_layers import as_kvpress_sees
 from quantpress.presses.models.lock import model_lock
 from quantpress.presses.traits import TRAITS, Trait, describe
+
+if TYPE_CHECKING:
+    from transformers.modeling_utils import PreTrainedModel
 
 Press = TypeVar("Press", bound="PressMixin")
 
@@ -69,7 +71,7 @@ class PressMixin:
         return super().__new__(cls)
 
     @contextmanager
-    def __call__(self, model: PreTrainedModel) -> Generator[None, None, None]:
+    def __call__(self, model: "PreTrainedModel") -> Generator[None, None, None]:
         """Apply the press to every prefill inside the context; other threads wait for the model meanwhile.
 
         Raises:

@@ -15,11 +15,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from transformers.modeling_utils import PreTrainedModel
 
 from quantpress.errors import InvalidInputError
 from quantpress.presses.models.attention import hooked
 from quantpress.presses.packing.prefill_hook import plain_states, prefill_call
+
+if TYPE_CHECKING:
+    from transformers.modeling_utils import PreTrainedModel
 
 
 def is_of_kvpress(press_class: type, *names: str) -> bool:
@@ -50,7 +52,7 @@ class BasePress(metaclass=_AlsoOfKvpress):
         def __getattr__(self, name: str) -> Any: ...
         def __setattr__(self, name: str, value: Any) -> None: ...
 
-    def post_init_from_model(self, model: PreTrainedModel) -> None:
+    def post_init_from_model(self, model: "PreTrainedModel") -> None:
         """Look at the model, before the first prefill."""
 
     def compress(
@@ -100,7 +102,7 @@ class BasePress(metaclass=_AlsoOfKvpress):
         return output
 
     @contextmanager
-    def __call__(self, model: PreTrainedModel) -> Iterator[None]:
+    def __call__(self, model: "PreTrainedModel") -> Iterator[None]:
         """Compress every prefill inside the context."""
         self.post_init_from_model(model)
         with hooked(model, self.forward_hook):

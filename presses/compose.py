@@ -5,11 +5,10 @@ import warnings
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from transformers.modeling_utils import PreTrainedModel
 
 from quantpress.errors import CompositionError, InvalidInputError, QuantPressError
 from quantpress.presses.arguments import check_ratio, one_by_one
@@ -25,6 +24,9 @@ from quantpress.presses.packing.prefill_hook import forget_attention_weights
 from quantpress.presses.rules import why_not
 from quantpress.presses.traits import name_of, short_repr, traits_of, with_inner
 from quantpress.presses.turboquant import TurboQuant
+
+if TYPE_CHECKING:
+    from transformers.modeling_utils import PreTrainedModel
 
 
 @dataclass(repr=False)
@@ -124,7 +126,7 @@ class Compose(PressMixin, BasePress):
     def __repr__(self) -> str:
         return f"Compose({' | '.join(map(short_repr, self.presses))})"
 
-    def post_init_from_model(self, model: PreTrainedModel) -> None:
+    def post_init_from_model(self, model: "PreTrainedModel") -> None:
         """Let each press look at the model, for a wrapper that does not enter our context."""
         for press in self.presses:
             press.post_init_from_model(model)
@@ -156,7 +158,7 @@ class Compose(PressMixin, BasePress):
         return output
 
     @contextmanager
-    def __call__(self, model: PreTrainedModel) -> Generator[None, None, None]:
+    def __call__(self, model: "PreTrainedModel") -> Generator[None, None, None]:
         """Apply the presses to every prefill inside the context.
 
         Raises:
@@ -176,7 +178,7 @@ class Compose(PressMixin, BasePress):
                 raise failure from error  # not what a press raised on its way out
             raise
 
-    def _enter(self, stack: ExitStack, model: PreTrainedModel) -> None:
+    def _enter(self, stack: ExitStack, model: "PreTrainedModel") -> None:
         """Enter the contexts: the record of the original keys, then the evictors, then the quantizer."""
         packer = self._packer()
         if self.quantizer is not None:

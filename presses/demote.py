@@ -14,17 +14,19 @@ Two short texts show a direction, not a size.
 from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from transformers.modeling_utils import PreTrainedModel
 
 from quantpress.cache.tokens.demotion import Demotion
 from quantpress.presses.base import WrappingPress
 from quantpress.presses.base_press import BasePress
 from quantpress.presses.traits import import_kvpress
 from quantpress.presses.turboquant import TurboQuant
+
+if TYPE_CHECKING:
+    from transformers.modeling_utils import PreTrainedModel
 
 
 def _snapkv() -> Any:
@@ -73,7 +75,7 @@ class Demote(WrappingPress, BasePress, inner=_snapkv, demotes=True, keeps_tokens
     def compression_ratio(self, value: float) -> None:
         raise AttributeError("Demote evicts nothing: set the compression_ratio of its press")
 
-    def post_init_from_model(self, model: PreTrainedModel) -> None:
+    def post_init_from_model(self, model: "PreTrainedModel") -> None:
         """Let the press look at the model."""
         self.press.post_init_from_model(model)
 
@@ -92,7 +94,7 @@ class Demote(WrappingPress, BasePress, inner=_snapkv, demotes=True, keeps_tokens
         return keys, values
 
     @contextmanager
-    def __call__(self, model: PreTrainedModel) -> Generator[None, None, None]:
+    def __call__(self, model: "PreTrainedModel") -> Generator[None, None, None]:
         """Score the tokens of every prefill inside the context."""
         try:
             with super().__call__(model):

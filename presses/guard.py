@@ -9,11 +9,10 @@ import functools
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from transformers.modeling_utils import PreTrainedModel
 
 from quantpress.cache import host
 from quantpress.errors import CompositionError, InvalidInputError, QuantPressError, UnsupportedModelError
@@ -23,6 +22,9 @@ from quantpress.presses.models.full_layers import as_kvpress_sees
 from quantpress.presses.models.old_names import old_names
 from quantpress.presses.packing.prefill_hook import check_padding, is_padded, prefill_call
 from quantpress.presses.traits import name_of, short_repr, traits_of, with_inner
+
+if TYPE_CHECKING:
+    from transformers.modeling_utils import PreTrainedModel
 
 Hook = Callable[..., Any]
 
@@ -42,7 +44,7 @@ UNEXPLAINED = (
 
 
 @contextmanager
-def guarded(press: BasePress, model: PreTrainedModel) -> Iterator[None]:
+def guarded(press: BasePress, model: "PreTrainedModel") -> Iterator[None]:
     """Enter a press's context without its hooks on sliding-window layers.
 
     Raises (from inside, at a prefill):
@@ -70,7 +72,7 @@ def guarded(press: BasePress, model: PreTrainedModel) -> Iterator[None]:
 
 
 @contextmanager
-def named_context(press: BasePress, model: PreTrainedModel) -> Iterator[None]:
+def named_context(press: BasePress, model: "PreTrainedModel") -> Iterator[None]:
     """Enter a press's own context, with errors of kvpress's presses at a prefill explained."""
     modules = attention_modules(model) if type(press).__module__.startswith("kvpress.") else []
     before = [set(module._forward_hooks) for module in modules]
@@ -81,7 +83,7 @@ def named_context(press: BasePress, model: PreTrainedModel) -> Iterator[None]:
         yield
 
 
-def _seen_by(press: BasePress, model: PreTrainedModel) -> Any:
+def _seen_by(press: BasePress, model: "PreTrainedModel") -> Any:
     """The model, or what stands for it; `PressMixin` does that itself."""
     return model if hasattr(press, "composition") else as_kvpress_sees(model, press)
 

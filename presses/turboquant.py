@@ -3,12 +3,11 @@
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import nn
 from transformers.cache_utils import Cache
-from transformers.modeling_utils import PreTrainedModel
 
 from quantpress.cache.settings import LayerSettings
 from quantpress.codecs.protocol import PageCodec
@@ -25,6 +24,9 @@ from quantpress.presses.packing.filled_cache import pack_cache
 from quantpress.presses.packing.pack_layers import Packer
 from quantpress.presses.presets import PRESETS
 from quantpress.quantization.spec import CodecSpec
+
+if TYPE_CHECKING:
+    from transformers.modeling_utils import PreTrainedModel
 
 CodecFactory = Callable[[int, str, int], PageCodec]
 LayerBits = Mapping[int, float | tuple[float, float]]
@@ -195,7 +197,7 @@ class TurboQuant(PressMixin, BasePress, quantizes=True, keeps_tokens=True):
         codecs = self._codecs(None, 0, head_dim, head_dim) or ()
         return sum(codec.bits_per_value for codec in codecs) / 2
 
-    def post_init_from_model(self, model: PreTrainedModel) -> None:
+    def post_init_from_model(self, model: "PreTrainedModel") -> None:
         """Check that the cache of this model can be packed; called when a context is entered.
 
         Raises:
@@ -206,7 +208,7 @@ class TurboQuant(PressMixin, BasePress, quantizes=True, keeps_tokens=True):
         self.prepare(model)
         name_old_until_unhooked(attention_modules(model))
 
-    def prepare(self, model: PreTrainedModel) -> None:
+    def prepare(self, model: "PreTrainedModel") -> None:
         """Check the model and let its attention read packed layers."""
         check(model, PACKABLE)
         layers = len(attention_modules(model))
@@ -219,7 +221,7 @@ class TurboQuant(PressMixin, BasePress, quantizes=True, keeps_tokens=True):
                 self.layer_settings(module, head_dim, head_dim, self.sink_tokens)
 
     @contextmanager
-    def __call__(self, model: PreTrainedModel) -> Generator[None, None, None]:
+    def __call__(self, model: "PreTrainedModel") -> Generator[None, None, None]:
         """Pack every cache that is prefilled inside the context.
 
         Raises:
@@ -239,7 +241,7 @@ class TurboQuant(PressMixin, BasePress, quantizes=True, keeps_tokens=True):
 
     def pack_cache(
         self,
-        model: PreTrainedModel,
+        model: "PreTrainedModel",
         cache: Cache,
         *,
         query_moments: dict[int, torch.Tensor] | None = None,

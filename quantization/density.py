@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-from scipy import special
+import scipy
 
 from quantpress.errors import UnsupportedHeadDimError
 
@@ -50,7 +50,7 @@ class CoordinateDensity:
 
     def mass(self, low: Floats, high: Floats) -> Floats:
         """P(low < X < high). X^2 is Beta(1/2, (D-1)/2); its upper tail keeps cells far out exact."""
-        tail = special.betaincc(0.5, (self.dim - 1) / 2, np.stack([low * low, high * high]))
+        tail = scipy.special.betaincc(0.5, (self.dim - 1) / 2, np.stack([low * low, high * high]))
         return np.asarray((tail[0] - tail[1]) / 2)
 
     def first_moment(self, low: Floats, high: Floats) -> Floats:

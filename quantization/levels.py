@@ -11,8 +11,8 @@ from __future__ import annotations
 from functools import lru_cache
 
 import numpy as np
+import scipy
 import torch
-from scipy import linalg, optimize, special
 from torch import Tensor
 
 from quantpress.errors import UnsupportedBitsError
@@ -80,7 +80,7 @@ def positive_levels(bits: int, head_dim: int) -> Floats:
     density = CoordinateDensity(head_dim)
     count = 2 ** (bits - 1)
     quantile = (np.arange(count) + 0.5) / count
-    half: Floats = np.sqrt(special.betaincinv(0.5, (head_dim - 3) / 6 + 1, quantile))
+    half: Floats = np.sqrt(scipy.special.betaincinv(0.5, (head_dim - 3) / 6 + 1, quantile))
     for _ in range(_MAX_STEPS):
         step = _newton_step(density, half)
         moved = half + step
@@ -107,7 +107,7 @@ def _newton_step(density: CoordinateDensity, half: Floats) -> Floats:
     bands[1, 1:] -= by_low
     bands[1, :-1] -= by_high
     bands[2, :-1] = -by_low
-    return np.asarray(linalg.solve_banded((1, 1), bands, centroid - half))
+    return np.asarray(scipy.linalg.solve_banded((1, 1), bands, centroid - half))
 
 
 def fit_odd_levels(half: Floats, head_dim: int) -> tuple[Floats, float]:
@@ -146,7 +146,7 @@ def round_to_odd(values: Floats) -> Floats:
 
 def _best_unit(density: CoordinateDensity, pattern: Floats, unit: float) -> float:
     """The unit near `unit` with the least distortion of pattern * unit, by Brent's method."""
-    found = optimize.minimize_scalar(
+    found = scipy.optimize.minimize_scalar(
         lambda trial: density.distortion(pattern * trial),
         bounds=(unit * 0.9, unit * 1.1),
         method="bounded",

@@ -305,7 +305,7 @@ def test_a_list_of_modules_is_complete(path: Path) -> None:
     [
         (r"\b__class__ = ", "cache/fixed/plain.py"),
         (
-            r"ALL_ATTENTION_FUNCTIONS(\[.*\] = |\.(update|pop|register)\()|del ALL_ATTENTION",
+            r"(ALL_ATTENTION_FUNCTIONS|_table\(\))(\[.*\] = |\.(update|pop|register)\()|del ALL_ATTENTION",
             "cache/attention/functions.py",
         ),
         (r"scaled_dot_product_attention = ", "cache/attention/functions.py"),

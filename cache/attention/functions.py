@@ -16,12 +16,12 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from types import FunctionType
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from quantpress.errors import UnsupportedModelError
 
@@ -30,8 +30,26 @@ AttentionFunction = Callable[..., tuple[torch.Tensor, torch.Tensor | None]]
 TORCH_ATTENTION = "torch.nn.functional.scaled_dot_product_attention"
 """The name under which wrappers are given torch's own attention function."""
 
-_OWN: dict[str, AttentionFunction] = ALL_ATTENTION_FUNCTIONS._local_mapping  # of this table alone
-_COMMON: dict[str, Any] = type(ALL_ATTENTION_FUNCTIONS)._global_mapping  # of every such table
+
+@cache
+def _table() -> Any:
+    """transformers' `ALL_ATTENTION_FUNCTIONS`. Its module takes a second to import."""
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    return ALL_ATTENTION_FUNCTIONS
+
+
+def _own() -> dict[str, AttentionFunction]:
+    """The entries of this table alone."""
+    own: dict[str, AttentionFunction] = _table()._local_mapping
+    return own
+
+
+def _common() -> dict[str, Any]:
+    """The entries of every such table."""
+    common: dict[str, Any] = type(_table())._global_mapping
+    return common
+
 
 MOST_KEPT = 100
 """How many functions a wrapper remembers, more than are ever in use at once."""
@@ -108,7 +126,7 @@ class _Owner:
         self._changes: deque[Callable[[], bool]] = deque()  # each returns whether the table must be updated
         self._in_use: list[FunctionWrapper] = []  # innermost first
         self._inside: weakref.WeakKeyDictionary[Any, AttentionFunction] = weakref.WeakKeyDictionary()
-        self._hiding: set[str] = set()  # names whose entry hides that of `_COMMON`, or has none there
+        self._hiding: set[str] = set()  # names whose entry hides one of `_common`, or has none there
 
     def add_users(self, wrapper: FunctionWrapper, users: int, wait: bool = True) -> None:
         """Change the users of a wrapper; without `wait`, the thread that is at work may finish it later."""
@@ -128,7 +146,7 @@ class _Owner:
         with self._lock:
             return {
                 name: self._original(function)
-                for name, function in dict(_OWN).items()
+                for name, function in dict(_own()).items()
                 if name not in self._hiding or not self._is_ours(function)
             }
 
@@ -138,8 +156,8 @@ class _Owner:
         def put() -> bool:
             now = self.originals()
             for name in now.keys() - before.keys():
-                _OWN.pop(name, None)
-            ALL_ATTENTION_FUNCTIONS.update({name: f for name, f in before.items() if now.get(name) is not f})
+                _own().pop(name, None)
+            _table().update({name: f for name, f in before.items() if now.get(name) is not f})
             return True
 
         self._change(put, wait=True)
@@ -148,12 +166,10 @@ class _Owner:
         """Wrap every function of the table as others have put it there; our wrappers stay around it."""
 
         def put() -> bool:
-            names = set(ALL_ATTENTION_FUNCTIONS) - (self._hiding - _COMMON.keys())
+            names = set(_table()) - (self._hiding - _common().keys())
             for name in names:
-                there = (
-                    _COMMON[name] if name in self._hiding else self._original(ALL_ATTENTION_FUNCTIONS[name])
-                )
-                ALL_ATTENTION_FUNCTIONS[name] = wrap(there)
+                there = _common()[name] if name in self._hiding else self._original(_table()[name])
+                _table()[name] = wrap(there)
             return True
 
         self._change(put, wait=True)
@@ -183,29 +199,29 @@ class _Owner:
             self._at_work = False
 
     def _update(self) -> None:
-        for name in {*ALL_ATTENTION_FUNCTIONS, "eager"}:
+        for name in {*_table(), "eager"}:
             self._update_entry(name)
         original: Any = self._original(F.scaled_dot_product_attention)
         F.scaled_dot_product_attention = self._wrapped(original, TORCH_ATTENTION)  # type: ignore[assignment]
 
     def _update_entry(self, name: str) -> None:
-        there = _OWN.get(name)
+        there = _own().get(name)
         if there is not None and not self._is_ours(there):
             self._hiding.discard(name)
         if there is None or name in self._hiding:
-            original = _COMMON.get(name, model_eager_attention)
+            original = _common().get(name, model_eager_attention)
         else:
             original = self._original(there)
         wrapped = self._wrapped(original, name)
         if wrapped is not original:
             if there is None:
                 self._hiding.add(name)
-            ALL_ATTENTION_FUNCTIONS[name] = wrapped
+            _table()[name] = wrapped
         elif name in self._hiding:
             self._hiding.discard(name)
-            _OWN.pop(name, None)
+            _own().pop(name, None)
         elif there is not None and there is not original:
-            ALL_ATTENTION_FUNCTIONS[name] = original
+            _table()[name] = original
 
     def _wrapped(self, original: AttentionFunction, name: str) -> AttentionFunction:
         function = original

@@ -18,7 +18,7 @@ from quantpress.errors import InvalidInputError, UnsupportedModelError
 from quantpress.evaluation.sizing.kept_tokens import described, parts, prefill_evictors, tokens_kept
 from quantpress.evaluation.sizing.model_outline import LayerOutline, ModelOutline
 from quantpress.evaluation.sizing.work_space import Widths
-from quantpress.pipelines.reading.read_context import chunk_length
+from quantpress.pipelines.reading.chunk_sizes import chunk_length
 from quantpress.presses.base_press import BasePress
 from quantpress.presses.compose import Compose
 from quantpress.presses.traits import traits_of

@@ -1,25 +1,29 @@
 """Outlines of models: layers, heads, dimensions and bytes of the weights, without loading the weights.
 
 The model is built from its configuration on the "meta" device, which holds shapes and no data. So the code of
-each architecture in transformers says what there is.
+each architecture in transformers says what there is. Known models are not built; a test builds them all, and
+compares.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig
 
 from quantpress.cache import host
 from quantpress.errors import InvalidInputError, UnsupportedModelError
-from quantpress.evaluation.sizing.known_models import known_model, known_models
-from quantpress.pipelines.default_model import DEFAULT_MODEL_NAME, ensure_default_model
+from quantpress.evaluation.sizing.known_models import KnownModel, known_model, known_models
 from quantpress.presses.models.attention import attention_modules, is_sliding
 from quantpress.presses.models.eligibility import PACKABLE, check
 from quantpress.presses.models.positions import position_count
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 SHAPE_FIELDS = {
     "layers": "num_hidden_layers",
@@ -43,7 +47,8 @@ class LayerOutline:
     """The attention of one layer.
 
     Args:
-        module: the attention module, on the meta device or of a model in memory.
+        module: the attention module, on the meta device or of a model in memory. For a known model it has
+            what presses ask for, `config` and `layer_idx`.
         index: index of the layer.
         sliding: whether it attends to a window only, and stays unpacked.
         query_heads: number of query heads, Hq.
@@ -53,7 +58,7 @@ class LayerOutline:
         with_state: whether the layer also keeps a state of fixed size, beside its tokens.
     """
 
-    module: nn.Module
+    module: Any
     index: int
     sliding: bool
     query_heads: int
@@ -105,7 +110,7 @@ class ModelOutline:
     state_bytes: int | None = 0
 
     @classmethod
-    def of(cls, name: str, model: PreTrainedModel, dtype: torch.dtype | None = None) -> "ModelOutline":
+    def of(cls, name: str, model: "PreTrainedModel", dtype: torch.dtype | None = None) -> "ModelOutline":
         """The outline of a model in memory or on the meta device.
 
         Args:
@@ -159,8 +164,10 @@ def outline(model: str | None = None) -> ModelOutline:
     if model is not None and not Path(model).exists() and model.endswith(".json"):
         raise InvalidInputError(f"there is no file {model}; give a config.json, a folder, an id or a shape")
     known = None if model is None or Path(model).exists() else known_model(model)
+    if known is not None:
+        return _of_known(str(model), known)
     try:
-        config = _config(model) if known is None else AutoConfig.for_model(**known.config)
+        config = _config(model)
         made = _without_weights(config)
     except (OSError, ValueError, KeyError, TypeError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
@@ -170,19 +177,55 @@ def outline(model: str | None = None) -> ModelOutline:
         ) from error
     stored = getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None)
     dtype = stored if isinstance(stored, torch.dtype) else torch.bfloat16
-    found = ModelOutline.of(model or DEFAULT_MODEL_NAME, made, dtype)
-    return found if known is None else replace(found, repository=known.repository)
+    return ModelOutline.of(model or Path(str(config.name_or_path)).name, made, dtype)
 
 
-def _config(model: str | None) -> PreTrainedConfig:
+def _of_known(name: str, known: KnownModel) -> ModelOutline:
+    """The outline of a known model from its configuration alone: all of them are packed, without states."""
+    config: Any = AutoConfig.for_model(**known.config)
+    text: Any = config.get_text_config()
+    heads = text.num_attention_heads
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
+    modules = [SimpleNamespace(config=text, layer_idx=index) for index in range(text.num_hidden_layers)]
+    return ModelOutline(
+        name=name,
+        architecture=config.architectures[0],
+        layers=tuple(
+            LayerOutline(
+                module=one,
+                index=one.layer_idx,
+                sliding=is_sliding(one),  # type: ignore[arg-type]
+                query_heads=heads,
+                kv_heads=text.num_key_value_heads,
+                head_dim=head_dim,
+                value_dim=head_dim,
+            )
+            for one in modules
+        ),
+        other_layers=0,
+        weights_bytes=known.parameters * torch.bfloat16.itemsize,
+        dtype=torch.bfloat16,
+        hidden=text.hidden_size,
+        intermediate=text.intermediate_size,
+        positions=position_count(config),
+        refusal=None,
+        repository=known.repository,
+    )
+
+
+def _config(model: str | None) -> "PreTrainedConfig":
     """The configuration in a folder, in a file or on the hub; that of the default model for None."""
+    from quantpress.pipelines.default_model import DEFAULT_MODEL_NAME, ensure_default_model
+
     source = str(ensure_default_model()) if model in (None, DEFAULT_MODEL_NAME) else str(model)
     config: PreTrainedConfig = AutoConfig.from_pretrained(source)
     return config
 
 
-def _without_weights(config: PreTrainedConfig) -> PreTrainedModel:
+def _without_weights(config: "PreTrainedConfig") -> "PreTrainedModel":
     """The model on the meta device."""
+    from transformers import AutoModelForCausalLM  # takes a second, which known models do without
+
     make: Any = AutoModelForCausalLM.from_config
     with torch.device("meta"):
         model: PreTrainedModel = make(config)
@@ -190,8 +233,10 @@ def _without_weights(config: PreTrainedConfig) -> PreTrainedModel:
     return model
 
 
-def _state_bytes(config: PreTrainedConfig, dtype: torch.dtype) -> int | None:
+def _state_bytes(config: "PreTrainedConfig", dtype: torch.dtype) -> int | None:
     """Bytes of the states of one sequence: of a reading on the meta device."""
+    from transformers import AutoModelForCausalLM
+
     make: Any = AutoModelForCausalLM.from_config
     for kind in (dtype, torch.bfloat16):
         try:
@@ -224,7 +269,7 @@ def _of_shape(text: str) -> ModelOutline:
     filled = {"heads": given["kv_heads"], "intermediate": 64, "vocab": 64, **given}
     filled.setdefault("hidden", filled["heads"] * filled["head_dim"])
     fields: dict[str, Any] = {SHAPE_FIELDS[name]: number for name, number in filled.items()}
-    model = _without_weights(LlamaConfig(**fields))
+    model = _without_weights(AutoConfig.for_model("llama", **fields))
     known = ModelOutline.of(text, model, torch.bfloat16)
     return ModelOutline(
         **{

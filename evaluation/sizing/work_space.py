@@ -8,7 +8,7 @@ for a chunk.
 from dataclasses import dataclass
 
 from quantpress.kernels.encode.reference import WORKSPACE_VALUES
-from quantpress.pipelines.reading.chunked_prefill import QUERY_CHUNKS
+from quantpress.pipelines.reading.chunk_sizes import QUERY_CHUNKS
 
 ENCODER_BYTES = 24
 """Bytes for each of up to `WORKSPACE_VALUES` coordinates that are packed at a time."""

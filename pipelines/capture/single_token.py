@@ -33,7 +33,7 @@ class SingleToken:
     tensors: dict[str, torch.Tensor]
     options: dict[str, Any]
     open_mask: torch.Tensor | None = None
-    name: str = host.GENERATE_CACHE
+    name: str = host.generate_cache()
 
     @classmethod
     def read(

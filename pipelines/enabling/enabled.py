@@ -122,13 +122,13 @@ class Enabled:
         if call is not None:
             call.choose_steps(config, mode, self._replaced[0].original)
             call.assisted = mode == GenerationMode.ASSISTED_GENERATION
-        given = inputs.get(host.GENERATE_CACHE)
+        given = inputs.get(host.generate_cache())
         if config.use_cache is not False and (given is None or isinstance(given, TextCache)):
             check_keeps(self.model)
         result = prepare(config, inputs, mode, *rest)
         if given is not None or config.use_cache is False or (call is None and self._ending):
             return result
-        made = inputs.get(host.GENERATE_CACHE)
+        made = inputs.get(host.generate_cache())
         if type(made) is not DynamicCache:
             raise InvalidInputError(
                 f"generate makes a {type(made).__name__} here (cache_implementation="
@@ -136,7 +136,7 @@ class Enabled:
                 'cache_implementation="dynamic", or call disable(model)'
             )
         check_call(config, mode, self.press)
-        inputs[host.GENERATE_CACHE] = cache = TextCache.of(made)
+        inputs[host.generate_cache()] = cache = TextCache.of(made)
         if call is not None:
             call.cache = cache
         return result

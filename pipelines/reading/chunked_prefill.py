@@ -21,6 +21,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from quantpress.errors import InvalidInputError
+from quantpress.pipelines.reading.chunk_sizes import DEFAULT_CHUNK_TOKENS, QUERY_CHUNKS
 from quantpress.pipelines.reading.layer_chunks import (
     FEED_FORWARDS,
     attention_name,
@@ -32,8 +33,6 @@ from quantpress.pipelines.reading.query_chunks import attention_in_chunks
 from quantpress.presses.models.attention import attention_modules, decoder_of
 from quantpress.presses.models.lock import model_lock
 
-DEFAULT_CHUNK_TOKENS = 2048
-QUERY_CHUNKS = 4  # a chunk of queries is so many times longer: attention kernels are best at 8192 and more
 Cut = Callable[[Callable[..., Any], int], Callable[..., Any]]  # makes a forward in chunks from a whole one
 
 

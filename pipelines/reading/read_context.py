@@ -10,8 +10,8 @@ from transformers import Cache, PreTrainedModel
 
 from quantpress.cache import host
 from quantpress.errors import InvalidInputError
+from quantpress.pipelines.reading.chunk_sizes import chunk_length
 from quantpress.pipelines.reading.chunked_prefill import (
-    DEFAULT_CHUNK_TOKENS,
     backbone,
     chunked_prefill,
     decoder_layers,
@@ -109,11 +109,6 @@ def _read(
         if watch is not None:
             watch.stop()
     return cache.get_seq_length() if renumbers_positions(press) else tokens
-
-
-def chunk_length(tokens: int) -> int:
-    """The default number of tokens in a chunk; 0 (whole) for a context of at most two chunks."""
-    return DEFAULT_CHUNK_TOKENS if tokens > 2 * DEFAULT_CHUNK_TOKENS else 0
 
 
 def _hook(watch: Stopwatch | None, model: PreTrainedModel, at: str, stack: ExitStack) -> None:

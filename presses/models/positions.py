@@ -1,9 +1,10 @@
 """How many positions a model was made for, rotary scaling included."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from transformers import PreTrainedConfig
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 _SCALED_ALREADY = ("gemma3", "gemma3_text", "gemma3n", "gemma3n_text")
 """Model types whose published max_position_embeddings already includes their linear scaling."""
@@ -14,7 +15,7 @@ _OWN_LENGTH = ("llama3", "longrope")
 _LOCAL = ("sliding_attention", "chunked_attention")
 
 
-def position_count(config: PreTrainedConfig) -> int | None:
+def position_count(config: "PreTrainedConfig") -> int | None:
     """The number of positions that a model was made for.
 
     transformers scales rotary positions by `rope_parameters` and leaves `max_position_embeddings` as written:

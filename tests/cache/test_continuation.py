@@ -69,7 +69,7 @@ def test_prompt_lookup_after_eviction() -> None:
     expected = by_hand(model, evicted(model), question, 12)
     cache = packed(evicted(model))
     history = prompt(CONTEXT)[:, -KEPT:]
-    if host.FEEDS_AGAIN:
+    if host.feeds_again():
         with pytest.raises(InvalidInputError, match="feeds a filled cache its history again"):
             continue_inputs(cache, question, history=history)
         return

@@ -39,7 +39,7 @@ def outcome(family: str) -> str:
     except UnsupportedModelError:
         return "refused"
     assert torch.equal(got.sequences, model.generate(ids, **GREEDY))
-    layers = got[host.GENERATE_CACHE].layers
+    layers = got[host.generate_cache()].layers
     packed = sum(isinstance(layer, PackedLayer) and layer.packed_tokens > 0 for layer in layers)
     assert packed or family == "mistral_sliding", "nothing is packed"
     kept = f"{packed} of {len(layers)} layers"

@@ -64,7 +64,7 @@ def test_generate(family: str) -> None:
     with lossless()(model):
         got = model.generate(IDS, **GREEDY, return_dict_in_generate=True)
     assert torch.equal(got.sequences, expected)
-    cache = got[host.GENERATE_CACHE]
+    cache = got[host.generate_cache()]
     assert layers_packed(model, cache)
     ids, mask = torch.cat([IDS, prompt(170, seed=1)]), torch.ones(2, 170, dtype=torch.int64)
     mask[1, :21] = 0
@@ -186,7 +186,7 @@ def test_caches_that_cannot_hold_states_are_refused() -> None:
         lossless()(model),
         pytest.raises(InvalidInputError, match=r"give DynamicCache\(config=model\.config\)"),
     ):
-        model.generate(IDS, **GREEDY, **{host.GENERATE_CACHE: DynamicCache()})
+        model.generate(IDS, **GREEDY, **{host.generate_cache(): DynamicCache()})
 
 
 @pytest.mark.parametrize("family", ["qwen3_5", "falcon_h1"])

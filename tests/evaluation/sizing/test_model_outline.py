@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoConfig, DynamicCache
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 from quantpress.cache import cache_memory, host
 from quantpress.errors import InvalidInputError
@@ -76,8 +76,15 @@ def test_a_known_model_has_the_parameters_of_its_checkpoint(
 ) -> None:
     monkeypatch.setattr(AutoConfig, "from_pretrained", None)  # neither the hub nor its cache is asked
     found = outline(known.repository.upper())
-    assert found.weights_bytes == 2 * known.parameters
-    assert (found.repository, found.dtype, found.refusal) == (known.repository, torch.bfloat16, None)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**known.config))
+    real = ModelOutline.of(found.name, model, torch.bfloat16)
+    assert real.weights_bytes == 2 * known.parameters
+    assert {**vars(found), "layers": None} == {**vars(real), "layers": None, "repository": known.repository}
+    for one, other in zip(found.layers, real.layers, strict=True):
+        assert {**vars(one), "module": None} == {**vars(other), "module": None}
+        settings = [TurboQuant().layer_settings(layer.module, 64, 64, 0) for layer in (one, other)]
+        assert settings[0] == settings[1]
     assert None not in (found.hidden, found.intermediate, found.positions)
     full = sum(not layer.sliding for layer in found.layers)
     assert full == len(found.layers) // (6 if known.name.startswith("gemma-3") else 1)

@@ -17,13 +17,13 @@ from transformers import (
 )
 
 from quantpress.errors import InvalidInputError
+from quantpress.pipelines.reading.chunk_sizes import DEFAULT_CHUNK_TOKENS, chunk_length
 from quantpress.pipelines.reading.chunked_prefill import (
-    DEFAULT_CHUNK_TOKENS,
     backbone,
     chunked_prefill,
     decoder_layers,
 )
-from quantpress.pipelines.reading.read_context import chunk_length, read_context
+from quantpress.pipelines.reading.read_context import read_context
 from quantpress.presses import Compose, SnapKV, TurboQuant
 from tests.pipelines.words import ours, text
 from tests.tiny_models import FAMILIES, prompt, tiny_model

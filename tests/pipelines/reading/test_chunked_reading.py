@@ -12,7 +12,8 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrained
 
 from quantpress.cache import PackedLayer, host
 from quantpress.pipelines import patch_attention
-from quantpress.pipelines.reading.chunked_prefill import QUERY_CHUNKS, backbone, chunked_prefill
+from quantpress.pipelines.reading.chunk_sizes import QUERY_CHUNKS
+from quantpress.pipelines.reading.chunked_prefill import backbone, chunked_prefill
 from quantpress.pipelines.reading.embeddings import Watcher
 from quantpress.pipelines.reading.read_context import read_context
 from quantpress.presses import Compose, ExpectedAttention, Knorm, SnapKV, TurboQuant
