@@ -12,6 +12,7 @@ from dataclasses import MISSING, dataclass, fields
 from importlib import import_module
 from typing import Any, TypeAlias
 
+from quantpress.cache import host
 from quantpress.errors import InvalidInputError, MissingPackageError
 from quantpress.presses.base_press import BasePress, ScorerPress, is_of_kvpress
 
@@ -85,9 +86,11 @@ def import_kvpress(what: str) -> Any:
     try:
         return import_module(DESCRIBES_KVPRESS)
     except ImportError as error:
-        raise MissingPackageError(
-            f'{what} needs kvpress, which cannot be imported ({error}); pip install "quantpress[kvpress]"'
-        ) from error
+        remedy = 'pip install "quantpress[kvpress]"'
+        if not host.CALLS_TAKE_PLACES:
+            remedy += ", which takes transformers 5.2; docs/versions.md has two commands for newer ones"
+        reason = f"{what} needs kvpress, which cannot be imported ({error})"
+        raise MissingPackageError(f"{reason}; {remedy}") from error
 
 
 _NAMES = [field.name for field in fields(Traits)]

@@ -11,6 +11,7 @@ import torch
 from transformers import DynamicCache
 
 from quantpress import presses
+from quantpress.cache import host
 from quantpress.errors import CompositionError, InvalidInputError
 from quantpress.presses import BasePress, Compose, ScorerPress, TurboQuant, names
 from tests.limits import HANG
@@ -127,14 +128,10 @@ def test_the_core_needs_no_kvpress(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     *errors, modules = done.stdout.splitlines()
     assert modules == "[]"
-    assert (
-        errors
-        == [
-            "SnapKV needs kvpress, which cannot be imported (No module named 'kvpress'); "
-            'pip install "quantpress[kvpress]"'
-        ]
-        * 4
-    )
+    assert len(errors) == 4 and len(set(errors)) == 1
+    expected = "SnapKV needs kvpress, which cannot be imported (No module named 'kvpress'); pip install "
+    assert errors[0].startswith(f'{expected}"quantpress[kvpress]"')
+    assert ("docs/versions.md" in errors[0]) != host.CALLS_TAKE_PLACES
 
 
 KVPRESS_LATER = """
