@@ -72,18 +72,6 @@ def check_kinds(press: Any) -> None:
             raise InvalidInputError(f"{type(press).__name__}: {field.name} is {value!r}; give {words}")
 
 
-def check_ratio(owner: object, name: str, ratio: object) -> None:
-    """Refuse a fraction to evict that is not a number with 0 <= ratio < 1.
-
-    Raises:
-        InvalidInputError: names the press, the argument and the value.
-    """
-    if isinstance(ratio, bool) or not isinstance(ratio, (int, float)) or not 0 <= ratio < 1:
-        raise InvalidInputError(
-            f"{type(owner).__name__}: {name} is {ratio!r}; give the fraction to evict, 0 <= {name} < 1"
-        )
-
-
 def inner_press(owner: object, press: Any) -> ScorerPress:
     """The press inside another; a class means its defaults.
 

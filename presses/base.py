@@ -21,11 +21,10 @@ from quantpress.errors import InvalidInputError
 from quantpress.presses.arguments import (
     check_arguments,
     check_kinds,
-    check_ratio,
     inner_press,
     is_press,
 )
-from quantpress.presses.base_press import BasePress, ScorerPress
+from quantpress.presses.base_press import BasePress, ScorerPress, check_ratio
 from quantpress.presses.guard import named_failure
 from quantpress.presses.models.filling import filled_caches
 from quantpress.presses.models.full_layers import as_kvpress_sees

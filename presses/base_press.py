@@ -43,6 +43,18 @@ class _AlsoOfKvpress(type):
         return cls.__subclasscheck__(type(press))
 
 
+def check_ratio(owner: object, name: str, ratio: object) -> None:
+    """Refuse a fraction to evict that is not a number with 0 <= ratio < 1.
+
+    Raises:
+        InvalidInputError: names the press, the argument and the value.
+    """
+    if isinstance(ratio, bool) or not isinstance(ratio, (int, float)) or not 0 <= ratio < 1:
+        raise InvalidInputError(
+            f"{type(owner).__name__}: {name} is {ratio!r}; give the fraction to evict, 0 <= {name} < 1"
+        )
+
+
 @dataclass
 class BasePress(metaclass=_AlsoOfKvpress):
     """A press: used as a context, it compresses every prefill inside."""
@@ -117,17 +129,13 @@ class ScorerPress(BasePress):
         compression_ratio: fraction of the tokens to drop, 0 <= compression_ratio < 1.
 
     Raises:
-        InvalidInputError: it is outside.
+        InvalidInputError: compression_ratio is anything else.
     """
 
     compression_ratio: float = 0.0
 
     def __post_init__(self) -> None:
-        if not 0 <= self.compression_ratio < 1:
-            raise InvalidInputError(
-                f"{type(self).__name__}: compression_ratio is {self.compression_ratio!r}; give the fraction "
-                "to evict, 0 <= compression_ratio < 1"
-            )
+        check_ratio(self, "compression_ratio", self.compression_ratio)
 
     def score(
         self,

@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 from quantpress.errors import CompositionError, InvalidInputError, QuantPressError
-from quantpress.presses.arguments import check_ratio, one_by_one
+from quantpress.presses.arguments import one_by_one
 from quantpress.presses.base import PressMixin
-from quantpress.presses.base_press import BasePress, is_of_kvpress
+from quantpress.presses.base_press import BasePress, check_ratio, is_of_kvpress
 from quantpress.presses.guard import guarded
 from quantpress.presses.models.attention import hooked
 from quantpress.presses.models.eligibility import EVICTABLE, check

@@ -148,7 +148,7 @@ def _own(module: str, name: str, text: str) -> Any:
         raise InvalidInputError(f"the module {module} in {text!r} has no {name!r}; {hint}")
     if not _may_make(found):
         raise InvalidInputError(
-            f"{module}:{name} in {text!r} is no press; name a class of a press, or a function that makes one"
+            f"{module}:{name} in {text!r} is no press; name a press class, or a function that makes one"
         )
     return found
 

@@ -19,7 +19,7 @@ _PLAIN_QUERIES = frozenset({"FalconH1Attention"})
 """Attention that projects hidden states and rotates whole heads, as kvpress takes all attention to do."""
 
 _AROUND_OTHERS = frozenset({"AdaKVPress", "ChunkKVPress", "ComposedPress"})
-_BASES = frozenset({"BasePress", "ScorerPress"})  # of ours, and of presses of the user's own
+_BASES = frozenset({"BasePress", "ScorerPress"})  # of presses of the user's own
 
 
 def as_kvpress_sees(model: Any, press: Any) -> Any:

@@ -68,8 +68,11 @@ def test_a_press_of_one_s_own_stacks() -> None:
 
 
 def test_what_is_missing_is_named() -> None:
-    with pytest.raises(InvalidInputError, match=r"Norms: compression_ratio is 1.5; give the fraction"):
-        Norms(1.5)
+    for ratio in (1.5, "half", True):
+        with pytest.raises(
+            InvalidInputError, match=f"Norms: compression_ratio is {ratio!r}; give the fraction"
+        ):
+            Norms(ratio)  # type: ignore[arg-type]
     for base, missing in ((BasePress, "compress"), (ScorerPress, "score")):
         incomplete = type("Empty", (base,), {})
         with pytest.raises(CompositionError, match=f"Empty has no {missing} of its own"):

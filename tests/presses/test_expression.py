@@ -157,7 +157,7 @@ def test_a_press_of_ones_own_is_named_with_its_module(own_folder: Path, text: st
         ("own_presses.py:Mine", "there is no module 'own_presses.py'"),
         ("own_presses:Mime", "has no 'Mime'; did you mean 'Mine'"),
         ("own_norms:norm", "has no 'norm'; there are negative"),
-        ("own_presses:number", "own_presses:number in .* is no press; name a class of a press"),
+        ("own_presses:number", "own_presses:number in .* is no press; name a press class"),
         ("os:system('true')", "os:system in .* is no press"),
         ("own_presses:nothing()", "made 3, which is no press"),
         ("own_presses:Mine(1.5)", "cannot be made so .*; its arguments are compression_ratio"),
