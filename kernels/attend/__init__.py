@@ -60,8 +60,8 @@ def attend(
     Raises:
         InvalidInputError: there is no token; the number of tokens is not the one that `visibility` has; Hq is
             not a multiple of Hkv; `lengths` or `starts` of a segment are not [B, Hkv] int32, or its table is
-            not [B, Hkv, P] int32, on the query's device; `slots` are not [B] int64, or a packed segment
-            beside them has no table.
+            not [B, Hkv, P] (dense: [B, P]) int32, on the query's device; `slots` are not [B] int64, or a
+            packed segment beside them has no table, or a dense one has.
     """
     filled = [segment for segment in segments if segment.tokens > 0]
     tokens = sum(segment.tokens for segment in filled)
@@ -94,6 +94,9 @@ def _check_slots(slots: torch.Tensor, segments: Sequence[Segment], query: torch.
         )
     if any(isinstance(segment, PackedSegment) and segment.table is None for segment in segments):
         raise InvalidInputError("slots beside packed tokens without a table; give the segment its table")
+    for segment in segments:
+        if isinstance(segment, DenseSegment):
+            segment.check_slots()
 
 
 def _check_lengths(segment: Segment, shape: tuple[int, int], device: torch.device) -> None:
@@ -106,9 +109,10 @@ def _check_lengths(segment: Segment, shape: tuple[int, int], device: torch.devic
                 f"{name} of a segment are {tuple(counts.shape)} {counts.dtype} on {counts.device}; "
                 f"give [B, Hkv] = {shape} torch.int32 on {device}"
             )
-    table = segment.table if isinstance(segment, PackedSegment) else None
-    if table is not None and (tuple(table.shape[:2]) != shape or table.device != device):
+    table = segment.table
+    lead = shape if isinstance(segment, PackedSegment) else shape[:1]
+    if table is not None and (tuple(table.shape[:-1]) != lead or table.device != device):
         raise InvalidInputError(
             f"the table of a segment is {tuple(table.shape)} on {table.device}; "
-            f"give [B, Hkv, P] = [{shape[0]}, {shape[1]}, P] on {device}"
+            f"give [{', '.join(map(str, lead))}, P] on {device}"
         )

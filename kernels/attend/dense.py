@@ -45,6 +45,38 @@ def load_tile(
 
 
 @triton.jit
+def load_paged_tile(
+    k_ptr,
+    v_ptr,
+    page_table_ptr,
+    page,
+    inside,
+    live,
+    k_page,
+    v_page,
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    PLAIN: tl.constexpr,
+):
+    """As `load_tile`, where the tokens of a tile lie in pages of a pool; zero where not `live`.
+
+    k_ptr, v_ptr: the head's keys and values in row 0 of the pools, k_page and v_page from row to row;
+    page_table_ptr: [P] int32, the rows of the batch entry's pages; page, inside, live: [TILE], the page of
+    each token, its place there, and whether it is in use.
+    """
+    pool_row = tl.load(page_table_ptr + page, mask=live, other=0).to(tl.int64)
+    channel, value = tl.arange(0, D), tl.arange(0, DV)
+    k_at = pool_row * k_page + inside * D
+    v_at = pool_row * v_page + inside * DV
+    k = tl.load(k_ptr + k_at[:, None] + channel[None, :], mask=live[:, None], other=0.0)
+    v = tl.load(v_ptr + v_at[None, :] + value[:, None], mask=live[None, :], other=0.0)
+    if PLAIN:
+        k = k.to(tl.float32)
+        v = v.to(tl.float32)
+    return k, v
+
+
+@triton.jit
 def load_queries(query_ptr, head, skipped, rows, D: tl.constexpr, R: tl.constexpr, PLAIN: tl.constexpr):
     """Rows `skipped` to `skipped` + R of a head's queries as [D, 2R], the second half zero.
 

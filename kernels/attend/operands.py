@@ -21,32 +21,72 @@ from quantpress.quantization.transform import ChannelTransform
 class DenseSegment:
     """Tokens kept as they are.
 
+    Without a page table every sequence has T tokens of its own. With one, keys and values are pools of pages
+    of n tokens of all KV heads, and token t of batch entry b is token t % n of page table[b, t // n]; batch
+    entries may share pages. The kernels read pools of the query's dtype whose pages hold the tokens of a head
+    together (strides n * D, or less, D and 1 within a head); others are gathered by plain PyTorch.
+
     Args:
-        keys: [B, Hkv, T, D] any float dtype.
-        values: [B, Hkv, T, Dv] any float dtype.
+        keys: [B, Hkv, T, D] any float dtype; with a table, a pool [N, Hkv, n, D].
+        values: [B, Hkv, T, Dv] any float dtype; with a table, a pool [N, Hkv, n, Dv].
         lengths: [B, Hkv] int32 on the same device, the number of tokens in use of each KV head; None: all.
             Tokens that are not in use may hold anything, NaN included.
         starts: [B, Hkv] int32 on the same device, the first token in use of each KV head: those in use are
             starts <= t < starts + lengths. None: 0. Needs `lengths`.
+        table: [B, P] int32 on the same device, the pages of each batch entry, T = P * n. Pages without a
+            token in use may name any row of the pool. Needs `lengths`.
 
     Raises:
-        InvalidInputError: `starts` is given without `lengths`.
+        InvalidInputError: `starts` or `table` are given without `lengths`, the table is not int32 [B, P], or
+            keys and values by table are not pools of the same pages.
     """
 
     keys: torch.Tensor
     values: torch.Tensor
     lengths: torch.Tensor | None = None
     starts: torch.Tensor | None = None
+    table: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
-        _check_counted(self.lengths, self.starts, None)
+        _check_counted(self.lengths, self.starts, self.table, "[B, P]")
+        if self.table is None:
+            return
+        keys, values = tuple(self.keys.shape), tuple(self.values.shape)
+        if len(keys) != 4 or len(values) != 4 or keys[:3] != values[:3]:
+            raise InvalidInputError(
+                f"by table, keys of shape {keys} and values of shape {values} are not pools of the same "
+                "pages; give [N, Hkv, n, D] and [N, Hkv, n, Dv]"
+            )
 
     @property
     def tokens(self) -> int:
-        return self.keys.shape[2]
+        own = self.keys.shape[2]
+        return own if self.table is None else own * self.table.shape[1]
+
+    def states(self, low: int, high: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values [B, Hkv, n, D] of tokens `low` to `high`; copies where there is a table."""
+        if self.table is None:
+            return self.keys[:, :, low:high], self.values[:, :, low:high]
+        token = torch.arange(low, min(high, self.tokens), device=self.table.device)
+        own = self.keys.shape[2]
+        pages = self.table.index_select(1, token // own).long()  # [B, n]
+        keys, values = (pool[pages, :, token % own].transpose(1, 2) for pool in (self.keys, self.values))
+        return keys, values
+
+    def check_slots(self) -> None:
+        """Refuse slots where there is a table, which names the pages of each batch entry already."""
+        if self.table is not None:
+            raise InvalidInputError(
+                "slots beside 16-bit tokens with a table; leave them out: the table names pages for each entry"
+            )
 
     def of_slots(self, slots: torch.Tensor) -> "DenseSegment":
-        """The segment of the sequences in `slots` [B] int64; their keys and values are copied."""
+        """The segment of the sequences in `slots` [B] int64; their keys and values are copied.
+
+        Raises:
+            InvalidInputError: the segment has a table.
+        """
+        self.check_slots()
         keys, values = (states.index_select(0, slots) for states in (self.keys, self.values))
         return replace(self, keys=keys, values=values)
 
@@ -148,7 +188,7 @@ class PackedSegment:
     schedule: PageSchedule | None = None
 
     def __post_init__(self) -> None:
-        _check_counted(self.lengths, self.starts, self.table)
+        _check_counted(self.lengths, self.starts, self.table, "[B, Hkv, P]")
         if self.schedule is not None and (self.table is None or self.starts is not None):
             raise InvalidInputError("a schedule is for pages by table without starts; leave it out")
 
@@ -219,13 +259,13 @@ Segment = DenseSegment | PackedSegment
 
 
 def _check_counted(
-    lengths: torch.Tensor | None, starts: torch.Tensor | None, table: torch.Tensor | None
+    lengths: torch.Tensor | None, starts: torch.Tensor | None, table: torch.Tensor | None, shape: str
 ) -> None:
     if lengths is None and (starts is not None or table is not None):
         raise InvalidInputError("a segment has a table or starts, but no lengths; give them too")
-    if table is not None and (table.dim() != 3 or table.dtype != torch.int32):
+    if table is not None and (table.dim() != len(shape.split(",")) or table.dtype != torch.int32):
         raise InvalidInputError(
-            f"the table of a segment is {table.dtype} {tuple(table.shape)}; give torch.int32 [B, Hkv, P]"
+            f"the table of a segment is {table.dtype} {tuple(table.shape)}; give torch.int32 {shape}"
         )
 
 

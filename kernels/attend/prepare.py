@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents
 
-from quantpress.kernels.attend.dense import attend_tile, load_queries, load_tile
+from quantpress.kernels.attend.dense import attend_tile, load_paged_tile, load_queries, load_tile
 
 MOST = tl.constexpr(32512.0)
 """Query coordinates are counted in units of their largest over 127 * 256: the high byte stays below 128."""
@@ -93,6 +93,8 @@ _VARYING = [
     "first_tiles",
     "tiles",
     "hidden",
+    "first_table_row",
+    "recent_table_row",
 ]
 """Arguments whose values do not lead to a new compilation."""
 
@@ -115,6 +117,8 @@ def prepare_kernel(
     recent_used_ptr,
     first_starts_ptr,
     recent_starts_ptr,
+    first_table_ptr,
+    recent_table_ptr,
     slots_ptr,
     o_ptr,
     m_ptr,
@@ -131,6 +135,16 @@ def prepare_kernel(
     first_tiles,
     tiles,
     hidden,
+    first_table_row,
+    recent_table_row,
+    first_k_page,
+    first_k_head,
+    first_v_page,
+    first_v_head,
+    recent_k_page,
+    recent_k_head,
+    recent_v_page,
+    recent_v_head,
     softcap,
     D: tl.constexpr,
     DV: tl.constexpr,
@@ -143,6 +157,8 @@ def prepare_kernel(
     RECENT_USED: tl.constexpr,
     FIRST_STARTS: tl.constexpr,
     RECENT_STARTS: tl.constexpr,
+    FIRST_PAGE: tl.constexpr,
+    RECENT_PAGE: tl.constexpr,
     SLOTS: tl.constexpr,
     PLAIN: tl.constexpr,
     CHAINED: tl.constexpr,
@@ -163,6 +179,10 @@ def prepare_kernel(
     them, each where its constant is set; first_tiles of `tiles` are before; query token i does not see the
     last hidden - i tokens; softcap in units of log 2, or 0. Written: o [N, tiles, R, DV], m and l [N, R,
     tiles] float32.
+
+    FIRST_PAGE, RECENT_PAGE: tokens of a page where keys and values are pools of pages with the strides *_page
+    from page to page and *_head from head to head, and token t of batch entry b is in page first_table[b, t
+    // FIRST_PAGE], first_table [B, first_table_row] int32; both are 0 where there are no tables.
 
     SLOTS: weight, mean, keys and values are [slots * Hkv, ...], and slots [B] int64 names the slot of each
     batch entry. PLAIN: compute in float32. CHAINED: the next kernel may start once all programs have loaded
@@ -202,17 +222,31 @@ def prepare_kernel(
             )
     else:
         tile = program - R
-        row, value = tl.arange(0, R), tl.arange(0, DV)
+        row, value, token = tl.arange(0, R), tl.arange(0, DV), tl.arange(0, TILE)
         if tile < first_tiles:
             from_token, begin, end, unseen = tile * TILE, 0, first_tokens, 0
-            k_ptr, v_ptr = first_k_ptr + own * first_tokens * D, first_v_ptr + own * first_tokens * DV
+            if FIRST_PAGE:
+                k_ptr = first_k_ptr + head % kv_heads * first_k_head
+                v_ptr = first_v_ptr + head % kv_heads * first_v_head
+                k_page, v_page = first_k_page, first_v_page
+                page_table_ptr = first_table_ptr + head // kv_heads * first_table_row
+                page, inside = (from_token + token) // FIRST_PAGE, (from_token + token) % FIRST_PAGE
+            else:
+                k_ptr, v_ptr = first_k_ptr + own * first_tokens * D, first_v_ptr + own * first_tokens * DV
             if FIRST_STARTS:
                 begin = tl.load(first_starts_ptr + head)
             if FIRST_USED:
                 end = tl.minimum(end, begin + tl.load(first_used_ptr + head))
         else:
             from_token, begin, end, unseen = (tile - first_tiles) * TILE, 0, recent_tokens, hidden
-            k_ptr, v_ptr = recent_k_ptr + own * recent_tokens * D, recent_v_ptr + own * recent_tokens * DV
+            if RECENT_PAGE:
+                k_ptr = recent_k_ptr + head % kv_heads * recent_k_head
+                v_ptr = recent_v_ptr + head % kv_heads * recent_v_head
+                k_page, v_page = recent_k_page, recent_v_page
+                page_table_ptr = recent_table_ptr + head // kv_heads * recent_table_row
+                page, inside = (from_token + token) // RECENT_PAGE, (from_token + token) % RECENT_PAGE
+            else:
+                k_ptr, v_ptr = recent_k_ptr + own * recent_tokens * D, recent_v_ptr + own * recent_tokens * DV
             if RECENT_STARTS:
                 begin = tl.load(recent_starts_ptr + head)
             if RECENT_USED:
@@ -220,7 +254,13 @@ def prepare_kernel(
         m, total = tl.full([R], -1e30, tl.float32), tl.zeros([R], tl.float32)
         out = tl.zeros([DV, R], tl.float32)
         if (from_token < end) & (from_token + TILE > begin):
-            k, v = load_tile(k_ptr, v_ptr, from_token, begin, end, D, DV, TILE, PLAIN)
+            if FIRST_PAGE:
+                live = (from_token + token >= begin) & (from_token + token < end)
+                k, v = load_paged_tile(
+                    k_ptr, v_ptr, page_table_ptr, page, inside, live, k_page, v_page, D, DV, PLAIN
+                )
+            else:
+                k, v = load_tile(k_ptr, v_ptr, from_token, begin, end, D, DV, TILE, PLAIN)
             q = load_queries(query_ptr, head, skipped, rows, D, R, PLAIN)  # last: they go by shared memory
             m, total, out = attend_tile(
                 q,

@@ -114,8 +114,9 @@ def attend_reference(
         if isinstance(segment, DenseSegment):
             state = OnlineSoftmax(grouped, segment.values.shape[-1])
             for low in range(0, segment.tokens, step):
-                keys = _in_use(segment, segment.keys[:, :, low : low + step].float(), low)
-                values = _in_use(segment, segment.values[:, :, low : low + step].float(), low)
+                keys, values = (
+                    _in_use(segment, states.float(), low) for states in segment.states(low, low + step)
+                )
                 unseen = visibility.unseen(segment, low, low + keys.shape[2], behind)
                 state.add(score(grouped, keys, start + low, unseen, None), values)
             sums.append(state.sum)

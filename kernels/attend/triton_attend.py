@@ -72,9 +72,21 @@ def supports(query: torch.Tensor, segments: Sequence[Segment], visibility: Visib
     after = sum(segment.tokens for segment in segments[packed[0] + 1 :])
     segment = segments[packed[0]]
     assert isinstance(segment, PackedSegment)
+    if not _reachable(query, [one for one in segments if isinstance(one, DenseSegment)]):
+        return False
     if not _readable(segment.keys) or not _readable(segment.values):
         return False
     return query.shape[2] == 1 or after >= query.shape[2]
+
+
+def _reachable(query: torch.Tensor, dense: list[DenseSegment]) -> bool:
+    """Whether the first kernel reads the 16-bit tokens: all by table, from pools as it wants, or none."""
+    by_table = [segment for segment in dense if segment.table is not None]
+    pools = [pool for segment in by_table for pool in (segment.keys, segment.values)]
+    return len(by_table) in (0, len(dense)) and all(
+        pool.dtype == query.dtype and pool.stride(3) == 1 and pool.stride(2) == pool.shape[3]
+        for pool in pools
+    )
 
 
 def _readable(side: PackedSide) -> bool:
@@ -203,6 +215,9 @@ class _Call:
         tails = [self._tail(segment) for segment in ends]
         starts = [None if segment is None else _numbers(segment.starts) for segment in ends]
         tiles = [-(-tokens // DENSE_TILE) for _, _, tokens in tails]
+        tables = _dense_tables(before, after)
+        sizes = [0 if one is None else one.keys.shape[2] for one in tables]
+        rows = [None if one is None or one.table is None else _dense_rows(one.table) for one in tables]
         sums = self._sums(count, sum(tiles), value_dim)
         prepare_kernel[(self.block + sum(tiles), count)](
             self.query,
@@ -216,6 +231,7 @@ class _Call:
             *(states for keys, values, _ in tails for states in (keys, values)),
             *lengths,
             *starts,
+            *rows,
             self.slots,
             *sums,
             self.scale,
@@ -229,6 +245,8 @@ class _Call:
             tiles[0],
             sum(tiles),
             self.queries - 1,
+            *(0 if one is None else one.stride(0) for one in rows),
+            *(stride for one in tables for stride in _pool_strides(one)),
             self.softcap,
             D=dim,
             DV=value_dim,
@@ -241,6 +259,8 @@ class _Call:
             RECENT_USED=lengths[1] is not None,
             FIRST_STARTS=starts[0] is not None,
             RECENT_STARTS=starts[1] is not None,
+            FIRST_PAGE=sizes[0],
+            RECENT_PAGE=sizes[1],
             SLOTS=self.slots is not None,
             PLAIN=self.plain,
             CHAINED=self.chained,
@@ -337,6 +357,8 @@ class _Call:
         """Keys, values and number of tokens of a dense segment; the query stands in where there is none."""
         if segment is None:
             return self.query, self.query, 0
+        if segment.table is not None:  # pools stay where they are, see `supports`
+            return segment.keys, segment.values, segment.tokens
         keys, values = (states.to(self.query.dtype).contiguous() for states in (segment.keys, segment.values))
         return keys, values, segment.tokens
 
@@ -439,6 +461,26 @@ def chains(device: torch.device) -> bool:
 
 def _numbers(tensor: torch.Tensor | None) -> torch.Tensor | None:
     return None if tensor is None else tensor.contiguous()
+
+
+def _dense_tables(
+    before: DenseSegment | None, after: DenseSegment | None
+) -> tuple[DenseSegment | None, DenseSegment | None]:
+    """The segments of 16-bit tokens by table, each in the other's place where that one is missing."""
+    first, recent = (one if one is not None and one.table is not None else None for one in (before, after))
+    return first or recent, recent or first
+
+
+def _dense_rows(table: torch.Tensor) -> torch.Tensor:
+    """A page table [B, P] whose rows are contiguous, as those of a slice over P are."""
+    return table if table.stride(1) == 1 else table.contiguous()
+
+
+def _pool_strides(segment: DenseSegment | None) -> tuple[int, ...]:
+    """Strides of a segment's pools from page to page and from head to head, keys before values."""
+    if segment is None:
+        return 0, 0, 0, 0
+    return *segment.keys.stride()[:2], *segment.values.stride()[:2]
 
 
 def _in_rows(table: torch.Tensor) -> torch.Tensor:

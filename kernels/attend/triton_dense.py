@@ -26,7 +26,9 @@ def supports_dense(query: torch.Tensor, segments: Sequence[Segment], visibility:
     if len(segments) != 1 or query.shape[2] != 1:
         return False
     segment = segments[0]
-    if not isinstance(segment, DenseSegment) or visibility.mask is not None or visibility.dropped is not None:
+    if not isinstance(segment, DenseSegment) or segment.table is not None:
+        return False
+    if visibility.mask is not None or visibility.dropped is not None:
         return False
     states = (segment.keys, segment.values)
     return all(

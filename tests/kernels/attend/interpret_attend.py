@@ -21,6 +21,7 @@ from tests.kernels.attend.test_attend import (
     pooled,
     some_lengths,
 )
+from tests.kernels.attend.test_dense_pages import by_table
 
 
 def error(key_bits: int, value_bits: int, dim: int, queries: int, dtype: str, extras: str) -> float:
@@ -33,6 +34,8 @@ def error(key_bits: int, value_bits: int, dim: int, queries: int, dtype: str, ex
     if "alone" not in extras:
         tail = dense(37, dim, dim, kind)
         segments = [dense(4, dim, dim, kind), pages, DenseSegment(tail.keys, tail.values)]
+    if "dense_tables" in extras:
+        segments = [dense(8, dim, dim, kind), pages, dense(256, dim, dim, kind)][int("no_sinks" in extras) :]
     clean = segments
     if "pool" in extras:
         return pool_error(segments, torch.randn(2, KV_HEADS * GROUP, queries, dim).to(kind).float(), extras)
@@ -74,10 +77,15 @@ def pool_error(segments: list[Segment], query: torch.Tensor, extras: str) -> flo
             changed.append(pool)
         else:
             changed.append(DenseSegment(segment.keys, segment.values, lengths, starts))
+    clean = list(changed)
+    if "dense_tables" in extras:
+        for at, one in enumerate(clean):
+            if isinstance(one, DenseSegment) and one.lengths is not None and one.starts is not None:
+                changed[at] = by_table(one, 4 if one.tokens == 8 else 128, one.lengths, one.starts)
     visibility = Visibility(queries, sum(segment.tokens for segment in segments))
     assert supports(query, changed, visibility), "not covered"
     got = attend_triton(query, changed, visibility, scaling=0.2, plain=True)
-    expected = attend_reference(query.double(), changed, visibility, scaling=0.2)
+    expected = attend_reference(query.double(), clean, visibility, scaling=0.2)
     return float((got - expected).norm() / expected.norm())
 
 

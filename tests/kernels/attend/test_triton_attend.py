@@ -41,6 +41,8 @@ INTERPRETED = [
     [2, 3, 64, 1, "float32", "pool right alone few"],
     [4, 3, 64, 7, "float32", "pool few"],
     [3, 3, 64, 1, "float32", "pool shared"],
+    [4, 3, 64, 4, "float32", "pool dense_tables"],
+    [2, 4, 64, 1, "float32", "pool dense_tables no_sinks right"],
     [4, 2, 64, 2, "bfloat16", "haar"],
 ]
 
@@ -92,6 +94,7 @@ POINTERS = {
     "out_ptr": "*bf16",
     **{f"{run}used_ptr": "*i32" for run in ("", "first_", "recent_")},
     **{f"{run}starts_ptr": "*i32" for run in ("", "first_", "recent_")},
+    **{f"{run}_table_ptr": "*i32" for run in ("first", "recent")},
     **{f"{name}_ptr": "*i32" for name in ("lookup", "page_table", "schedule", "programs", "heads")},
     "slots_ptr": "*i64",
     **{f"{run}_{side}_ptr": "*bf16" for run in ("first", "recent") for side in "kv"},
@@ -185,7 +188,8 @@ def test_kernels_around_it_compile_without_a_gpu(capability: int, heads: int, di
     first = chained | {"D": dim, "TILE": DENSE_TILE, "HAS_WEIGHT": True, "HAS_MEAN": True}
     first |= {"FIRST_USED": True, "RECENT_USED": True, "PLAIN": False}
     first |= {"HALVES": 2 if dim == 64 else 1}
-    first |= {"FIRST_STARTS": heads == 0, "RECENT_STARTS": True, "SLOTS": heads > 0}
+    first |= {"FIRST_STARTS": heads == 0, "RECENT_STARTS": True, "SLOTS": heads == 64}
+    first |= {"FIRST_PAGE": 4 if heads < 64 else 0, "RECENT_PAGE": 128 if heads < 64 else 0}
     merge = chained | {"HAS_SINKS": True, "SIZE": MERGED[heads > 0], "HEADS": heads, "STARTS": heads > 0}
     merge |= {"EACH": 4 if heads else 1, "SCHEDULED": heads == 32}
     schedule = {"HEADS": max(heads, 2), "SIZE": SCHEDULE_TILE}
@@ -195,7 +199,8 @@ def test_kernels_around_it_compile_without_a_gpu(capability: int, heads: int, di
         assert binary.metadata.shared <= 99 * 1024  # of consumer GPUs
 
 
-def test_the_next_kernel_starts_behind_the_loads() -> None:
+@pytest.mark.parametrize("page", [0, 128])
+def test_the_next_kernel_starts_behind_the_loads(page: int) -> None:
     """Its own, of several MB, would go before them."""
     pytest.importorskip("triton")
     from quantpress.kernels.attend.prepare import prepare_kernel
@@ -211,6 +216,7 @@ def test_the_next_kernel_starts_behind_the_loads() -> None:
     }
     constants |= dict.fromkeys(("HAS_WEIGHT", "HAS_MEAN", "RECENT_USED"), True)
     constants |= dict.fromkeys(("FIRST_USED", "FIRST_STARTS", "RECENT_STARTS", "SLOTS"), False)
+    constants |= {"FIRST_PAGE": page and 4, "RECENT_PAGE": page}
     ptx = compiled(prepare_kernel, constants, 90, 4).asm["ptx"]
     query, tokens, rest = ptx.split("griddepcontrol.launch_dependents")
     assert "ld.global" in query and "ld.global" in tokens and "ld.global" not in rest
