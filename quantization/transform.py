@@ -33,6 +33,8 @@ _BALANCE_EXPONENT = 0.25
 class ChannelTransform:
     """An invertible map of the channels of each head; the identity where a part is None.
 
+    Parts [1, Hkv, D] hold for every batch entry.
+
     Args:
         mean: mu, [B, Hkv, D] float32, or None for zero.
         weight: w, [B, Hkv, D] float32, positive, or None for one.
@@ -112,6 +114,17 @@ class ChannelTransform:
         """A new transform with `fn` applied to each part, for instance to move it to another device."""
         return ChannelTransform(**{name: fn(tensor) for name, tensor in self.tensors().items()})
 
+    def entries(self, pick: Callable[[Tensor], Tensor]) -> ChannelTransform:
+        """A new transform with the batch entries that `pick` takes out of parts [B, Hkv, D].
+
+        Parts [1, Hkv, D], which hold for every entry, stay as they are.
+        """
+        return self.map(lambda part: part if part.shape[0] == 1 else pick(part))
+
+    def expanded(self, batch: int) -> ChannelTransform:
+        """A transform with parts [B, Hkv, D] for `batch` entries; views where they were [1, Hkv, D]."""
+        return self.map(lambda part: part.expand(batch, -1, -1))
+
     @property
     def nbytes(self) -> int:
         """Bytes of all parts."""
@@ -119,10 +132,12 @@ class ChannelTransform:
 
     def _checked(self, x: Tensor) -> Tensor:
         for name, part in self.tensors().items():
-            if x.ndim < 3 or x.shape[:2] != part.shape[:2] or x.shape[-1] != part.shape[-1]:
+            fits = x.ndim >= 3 and x.shape[1] == part.shape[1] and x.shape[-1] == part.shape[-1]
+            if not fits or part.shape[0] not in (1, x.shape[0]):
                 raise InvalidInputError(
                     f"a tensor of shape {tuple(x.shape)} does not fit the transform's {name} of shape "
-                    f"{tuple(part.shape)}; it must be [B, Hkv, ..., D] with the same B, Hkv and D"
+                    f"{tuple(part.shape)}; it must be [B, Hkv, ..., D] with the same B, Hkv and D, or any B "
+                    "where the part has 1"
                 )
         return x.float()
 

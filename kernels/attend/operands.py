@@ -77,7 +77,7 @@ class DenseSegment:
         """Refuse slots where there is a table, which names the pages of each batch entry already."""
         if self.table is not None:
             raise InvalidInputError(
-                "slots beside 16-bit tokens with a table; leave them out: the table names pages for each entry"
+                "slots beside 16-bit tokens with a table; leave them out: the table names each entry's pages"
             )
 
     def of_slots(self, slots: torch.Tensor) -> "DenseSegment":
@@ -147,7 +147,7 @@ class PackedSide:
         codec: reads the planes.
         planes: the codec's tensors [B, Hkv, P, ...]; where the segment has a table, a pool [N, ...] of pages
             of single heads.
-        transform: the channel transform of these planes, for each [B, Hkv].
+        transform: the channel transform of these planes, for each [B, Hkv], or [1, Hkv] for all.
     """
 
     codec: PageReader
@@ -217,7 +217,7 @@ class PackedSegment:
     def of_slots(self, slots: torch.Tensor) -> "PackedSegment":
         """The segment with the transforms of the sequences in `slots` [B] int64, copied; the pages stay."""
         keys, values = (
-            replace(side, transform=side.transform.map(lambda part: part.index_select(0, slots)))
+            replace(side, transform=side.transform.entries(lambda part: part.index_select(0, slots)))
             for side in (self.keys, self.values)
         )
         return replace(self, keys=keys, values=values)

@@ -159,6 +159,7 @@ def prepare_kernel(
     RECENT_STARTS: tl.constexpr,
     FIRST_PAGE: tl.constexpr,
     RECENT_PAGE: tl.constexpr,
+    SHARED: tl.constexpr,
     SLOTS: tl.constexpr,
     PLAIN: tl.constexpr,
     CHAINED: tl.constexpr,
@@ -183,6 +184,8 @@ def prepare_kernel(
     FIRST_PAGE, RECENT_PAGE: tokens of a page where keys and values are pools of pages with the strides *_page
     from page to page and *_head from head to head, and token t of batch entry b is in page first_table[b, t
     // FIRST_PAGE], first_table [B, first_table_row] int32; both are 0 where there are no tables.
+
+    SHARED: weight and mean are [Hkv, D], for every batch entry.
 
     SLOTS: weight, mean, keys and values are [slots * Hkv, ...], and slots [B] int64 names the slot of each
     batch entry. PLAIN: compute in float32. CHAINED: the next kernel may start once all programs have loaded
@@ -210,7 +213,7 @@ def prepare_kernel(
                 rows,
                 block,
                 head,
-                own,
+                head % kv_heads if SHARED else own,
                 program,
                 skipped + program,
                 D,

@@ -28,6 +28,7 @@ from quantpress.kernels.attend.schedule import (
 )
 from quantpress.kernels.available import FUSED
 from quantpress.kernels.rotation_matrix import rotation_matrix
+from quantpress.quantization.transform import ChannelTransform
 
 HEAD_DIMS = (64, 128, 256)
 WIDTHS = (2, 3, 4)
@@ -261,6 +262,7 @@ class _Call:
             RECENT_STARTS=starts[1] is not None,
             FIRST_PAGE=sizes[0],
             RECENT_PAGE=sizes[1],
+            SHARED=self._is_shared(transform),
             SLOTS=self.slots is not None,
             PLAIN=self.plain,
             CHAINED=self.chained,
@@ -268,6 +270,11 @@ class _Call:
             **FUSED,
         )
         return [q, factor, start, bias], sums
+
+    def _is_shared(self, transform: ChannelTransform) -> bool:
+        """Whether the parts of a transform hold for every batch entry, and there may be more than one."""
+        one = any(part.shape[0] == 1 for part in transform.tensors().values())
+        return one and (self.batch > 1 or self.slots is not None)
 
     def attend(self, prepared: list[torch.Tensor]) -> list[torch.Tensor]:
         """Sums over the packed tokens, in code space."""

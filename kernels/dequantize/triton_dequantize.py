@@ -71,7 +71,8 @@ def decode_arguments(
     planes: dict[str, Tensor], spec: CodecSpec, transform: ChannelTransform, out: Tensor
 ) -> Iterator[dict[str, Any]]:
     """The arguments of `decode_pages_kernel` by name, for each channel group."""
-    parts = {name: part.contiguous() for name, part in transform.tensors().items()}
+    whole = transform.expanded(planes["codes0"].shape[0])
+    parts = {name: part.contiguous() for name, part in whole.tensors().items()}
     start = 0
     for i, group in enumerate(spec.groups):
         book = spec.codebook_of(i)

@@ -102,7 +102,7 @@ def hopper_arguments(
     strides = {
         f"stride_{axis}": x.stride(i) if x.shape[i] > 1 else 0 for i, axis in enumerate(("b", "h", "t"))
     }
-    parts = {name: part.contiguous() for name, part in transform.tensors().items()}
+    parts = {name: part.contiguous() for name, part in transform.expanded(len(x)).tensors().items()}
     return _constants(book, values) | {
         "x_ptr": x,
         "mean_ptr": parts.get("mean", flag),

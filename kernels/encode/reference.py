@@ -41,7 +41,7 @@ def encode_pages_reference(x: Tensor, spec: CodecSpec, transform: ChannelTransfo
     pages = x.reshape(batch, heads, tokens // PAGE_TOKENS, PAGE_TOKENS, dim)
     planes: dict[str, Tensor] = {}
     for rows, columns in _chunks(batch, heads, pages.shape[2], dim):
-        local = transform.map(itemgetter(rows))
+        local = transform.entries(itemgetter(rows))
         part = _encode_chunk(pages[rows, :, columns], spec, local)
         for name, plane in part.items():
             if name not in planes:

@@ -176,7 +176,7 @@ def encode_arguments(
         The arguments; without a second channel group the first one's are repeated.
     """
     values = spec.role == "value"
-    parts = {name: part.contiguous() for name, part in transform.tensors().items()}
+    parts = {name: part.contiguous() for name, part in transform.expanded(len(x)).tensors().items()}
     arguments: dict[str, Any] = {f"{name}_ptr": parts.get(name, flag) for name in ("mean", "weight", "order")}
     matrices = [rotation_matrix(spec.rotation_of(i), x.device) for i in range(len(spec.groups))]
     whole = (

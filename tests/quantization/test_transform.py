@@ -46,6 +46,19 @@ def test_scores_are_kept_and_apply_is_undone(
     assert t.apply(x).dtype == t.query(q).dtype == t.bias(q).dtype == torch.float32
 
 
+@pytest.mark.parametrize("parts", [(True, True, True), (False, True, False)], ids=str)
+def test_parts_of_one_entry_hold_for_all(parts: tuple[bool, bool, bool]) -> None:
+    one, x = transform(1, 3, 8, parts), torch.randn(4, 3, 5, 8)
+    each = one.expanded(4)
+    assert all(part.shape == (4, 3, 8) for part in each.tensors().values())
+    for name in ("apply", "invert", "query", "bias"):
+        assert torch.equal(getattr(one, name)(x), getattr(each, name)(x))
+    last = torch.tensor([3])
+    kept, picked = (t.entries(lambda part: part.index_select(0, last)) for t in (one, each))
+    assert all(part is one.tensors()[name] for name, part in kept.tensors().items())
+    assert torch.equal(picked.apply(x[:1]), one.apply(x[:1]))
+
+
 def test_each_part_does_what_it_says() -> None:
     x = torch.tensor([[[[1.0, 2.0, 3.0, 4.0]]]])
     mean = torch.tensor([[[1.0, 1.0, 1.0, 1.0]]])

@@ -29,7 +29,10 @@ def error(key_bits: int, value_bits: int, dim: int, queries: int, dtype: str, ex
     kind = getattr(torch, dtype)
     rotation = next((kind for kind in ("haar", "identity") if kind in extras), "hadamard")
     sides = [packed(dim, dim, bits, rotation=rotation) for bits in (key_bits, value_bits)]
-    pages = PackedSegment(sides[0].keys, sides[1].values)
+    keys = sides[0].keys
+    if "one_transform" in extras:
+        keys = replace(keys, transform=keys.transform.map(lambda part: part[:1]))
+    pages = PackedSegment(keys, sides[1].values)
     segments: list[Segment] = [pages]
     if "alone" not in extras:
         tail = dense(37, dim, dim, kind)

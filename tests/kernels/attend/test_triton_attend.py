@@ -43,7 +43,7 @@ INTERPRETED = [
     [3, 3, 64, 1, "float32", "pool shared"],
     [4, 3, 64, 4, "float32", "pool dense_tables"],
     [2, 4, 64, 1, "float32", "pool dense_tables no_sinks right"],
-    [4, 2, 64, 2, "bfloat16", "haar"],
+    [4, 2, 64, 2, "bfloat16", "haar one_transform"],
 ]
 
 
@@ -188,7 +188,7 @@ def test_kernels_around_it_compile_without_a_gpu(capability: int, heads: int, di
     first = chained | {"D": dim, "TILE": DENSE_TILE, "HAS_WEIGHT": True, "HAS_MEAN": True}
     first |= {"FIRST_USED": True, "RECENT_USED": True, "PLAIN": False}
     first |= {"HALVES": 2 if dim == 64 else 1}
-    first |= {"FIRST_STARTS": heads == 0, "RECENT_STARTS": True, "SLOTS": heads == 64}
+    first |= {"FIRST_STARTS": heads == 0, "RECENT_STARTS": True, "SLOTS": heads == 64, "SHARED": heads == 32}
     first |= {"FIRST_PAGE": 4 if heads < 64 else 0, "RECENT_PAGE": 128 if heads < 64 else 0}
     merge = chained | {"HAS_SINKS": True, "SIZE": MERGED[heads > 0], "HEADS": heads, "STARTS": heads > 0}
     merge |= {"EACH": 4 if heads else 1, "SCHEDULED": heads == 32}
@@ -215,7 +215,7 @@ def test_the_next_kernel_starts_behind_the_loads(page: int) -> None:
         "CHAINED": True,
     }
     constants |= dict.fromkeys(("HAS_WEIGHT", "HAS_MEAN", "RECENT_USED"), True)
-    constants |= dict.fromkeys(("FIRST_USED", "FIRST_STARTS", "RECENT_STARTS", "SLOTS"), False)
+    constants |= dict.fromkeys(("FIRST_USED", "FIRST_STARTS", "RECENT_STARTS", "SLOTS", "SHARED"), False)
     constants |= {"FIRST_PAGE": page and 4, "RECENT_PAGE": page}
     ptx = compiled(prepare_kernel, constants, 90, 4).asm["ptx"]
     query, tokens, rest = ptx.split("griddepcontrol.launch_dependents")

@@ -47,6 +47,10 @@ def interpreted(role: str) -> None:
             back = decode_pages_triton(planes, spec, transform, torch.float32)
             assert relative_error(back, right) < TOLERANCE[torch.float32], spec
         print(spec)
+    spec, one = CodecSpec(64, 3, role), transform_of(CodecSpec(64, 3, role))
+    planes = encode_pages_reference(vectors(64, torch.float32, batch=2).clamp(-1e4, 1e4), spec, one)
+    back, right = (f(planes, spec, one, torch.float32) for f in (decode_pages_triton, decode_pages_reference))
+    assert relative_error(back, right) < TOLERANCE[torch.float32]
 
 
 @pytest.mark.parametrize(

@@ -78,7 +78,7 @@ def _apply(x: torch.Tensor, transform: ChannelTransform) -> torch.Tensor:
 
 def test_interpreted() -> None:
     lines = interpret(__file__, "key", "value").splitlines()
-    assert len(lines) == len(case_specs("key")) + len(case_specs("value")) + 2 * 3
+    assert len(lines) == len(case_specs("key")) + len(case_specs("value")) + 2 * 4
 
 
 def interpreted(role: str) -> None:
@@ -89,6 +89,8 @@ def interpreted(role: str) -> None:
         x, transform = vectors(spec.head_dim, torch.float32), transform_of(spec)
         print(spec, "ties:", check(encode_pages_triton(x, spec, transform), x, spec, transform))
     spec, plain = CodecSpec(64, 3, role), ChannelTransform()
+    one, x = transform_of(spec), vectors(64, torch.float32, batch=2)
+    print("one transform, ties:", check(encode_pages_triton(x, spec, one), x, spec, one))
     dtype, width, bad = {
         "key": (torch.float16, 3, float("nan")),
         "value": (torch.bfloat16, 4, float("inf")),
