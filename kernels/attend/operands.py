@@ -172,12 +172,12 @@ class PackedSegment:
             pages without a token in use may name any row. Needs `lengths`.
         starts: [B, Hkv] int32 on the same device: the tokens in use are starts <= t < starts + lengths out of
             the P * 128. None: 0. Whole pages may lie before a start. Needs `lengths`.
-        schedule: what `page_schedule` made of these lengths and this table, for calls without starts; None:
-            each call works it out.
+        schedule: what `page_schedule` made of these lengths, this table and these starts; None: each call
+            works it out.
 
     Raises:
         InvalidInputError: the table is not int32 [B, Hkv, P]; a table or starts are given without lengths; or
-            a schedule without a table, or beside starts.
+            a schedule without a table.
     """
 
     keys: PackedSide
@@ -189,8 +189,8 @@ class PackedSegment:
 
     def __post_init__(self) -> None:
         _check_counted(self.lengths, self.starts, self.table, "[B, Hkv, P]")
-        if self.schedule is not None and (self.table is None or self.starts is not None):
-            raise InvalidInputError("a schedule is for pages by table without starts; leave it out")
+        if self.schedule is not None and self.table is None:
+            raise InvalidInputError("a schedule is for pages by table; leave it out, or give the table")
 
     @property
     def pages(self) -> int:

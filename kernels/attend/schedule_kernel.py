@@ -43,6 +43,7 @@ def chunks_of_heads(
 @triton.jit(do_not_specialize=["heads", "pages", "programs"])
 def schedule_kernel(
     used_ptr,
+    starts_ptr,
     page_table_ptr,
     programs_ptr,
     heads_ptr,
@@ -50,17 +51,18 @@ def schedule_kernel(
     pages,
     programs,
     HEADS: tl.constexpr,
+    STARTS: tl.constexpr,
     SIZE: tl.constexpr,
 ):
     """Write the schedule of SIZE programs (axis 0); see `quantpress.kernels.attend.schedule.PageSchedule`.
 
-    used_ptr: [heads] int32, tokens in use; page_table_ptr: [heads, pages] int32; programs_ptr: [programs, 4]
-    int32, written; heads_ptr: [heads, 2] int32, written by program 0; HEADS: a power of two, at least
-    `heads`.
+    used_ptr: [heads] int32, tokens in use; starts_ptr: [heads] int32, the first of them, if STARTS;
+    page_table_ptr: [heads, pages] int32; programs_ptr: [programs, 4] int32, written; heads_ptr: [heads, 2]
+    int32, written by program 0; HEADS: a power of two, at least `heads`.
     """
     part = tl.program_id(0) * SIZE + tl.arange(0, SIZE)
     head = tl.arange(0, HEADS)
-    _, there, chunks = chunks_of_heads(used_ptr, used_ptr, heads, pages, programs, HEADS, False, 128)
+    begin, there, chunks = chunks_of_heads(used_ptr, starts_ptr, heads, pages, programs, HEADS, STARTS, 128)
     ends = tl.cumsum(chunks, 0)
     begins = ends - chunks
     own = (begins[None, :] <= part[:, None]) & (part[:, None] < ends[None, :])
@@ -68,11 +70,15 @@ def schedule_kernel(
     local = part - tl.sum(tl.where(own, begins[None, :], 0), 1)
     parts = tl.maximum(tl.sum(tl.where(own, chunks[None, :], 0), 1), 1)
     held = tl.sum(tl.where(own, there[None, :], 0), 1)  # 0 for programs that are left over
-    first, last = local * held // parts, (local + 1) * held // parts
+    skipped = tl.sum(tl.where(own, begin[None, :], 0), 1)
+    first, last = skipped + local * held // parts, skipped + (local + 1) * held // parts
     live = part < programs
-    pool_row = tl.load(
-        page_table_ptr + mine.to(tl.int64) * pages + tl.minimum(first, pages - 1), mask=live, other=0
-    )
+    page = first
+    if STARTS:  # a page whose first tokens are not in use is read last
+        start = tl.load(starts_ptr + mine, mask=live, other=0)
+        page += ((first * 128 < start) & (last - first > 1)).to(tl.int32)
+    at = page_table_ptr + mine.to(tl.int64) * pages + tl.minimum(page, pages - 1)
+    pool_row = tl.load(at, mask=live, other=0)
     at = programs_ptr + part * 4
     tl.store(at, mine, mask=live)
     tl.store(at + 1, first, mask=live)

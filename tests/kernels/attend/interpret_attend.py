@@ -8,7 +8,7 @@ import torch
 
 from quantpress.kernels.attend import DenseSegment, PackedSegment, Segment, Visibility, triton_attend
 from quantpress.kernels.attend.reference import attend_reference
-from quantpress.kernels.attend.schedule import launch_schedule, scheduled_programs
+from quantpress.kernels.attend.schedule import PageSchedule, launch_schedule, scheduled_programs
 from quantpress.kernels.attend.triton_attend import attend_triton, supports
 from tests.kernels.attend.test_attend import (
     GROUP,
@@ -71,12 +71,17 @@ def pool_error(segments: list[Segment], query: torch.Tensor, extras: str) -> flo
             starts = segment.tokens - lengths
         if "shared" in extras:
             starts = 0 * starts
+        if "sinks_in_pages" in extras and isinstance(segment, PackedSegment):
+            starts = torch.full_like(starts, 4)
+            lengths = (lengths - starts).clamp(min=0)
         if isinstance(segment, PackedSegment):
             pool = pooled(segment, lengths, starts)
             if "shared" in extras:
                 assert pool.table is not None
                 count = scheduled_programs(pool.pages, lengths.numel(), triton_attend.PLAIN_PROGRAMS)
-                pool = replace(pool, starts=None, schedule=launch_schedule(lengths, pool.table, count))
+                schedule = PageSchedule.empty(lengths.numel(), count, pool.device)
+                pool = replace(pool, starts=starts if starts.any() else None, schedule=schedule)
+                launch_schedule(lengths, pool.table, pool.starts, schedule)
             changed.append(pool)
         else:
             changed.append(DenseSegment(segment.keys, segment.values, lengths, starts))

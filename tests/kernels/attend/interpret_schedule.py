@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from quantpress.kernels.attend.schedule import launch_schedule, scheduled_programs
+from quantpress.kernels.attend.schedule import PageSchedule, launch_schedule, scheduled_programs
 from quantpress.kernels.attend.schedule_kernel import chunks_of_heads
 
 PAGES = 40
@@ -28,11 +28,13 @@ def chunks(heads: int, most: int, used: torch.Tensor, starts: torch.Tensor) -> l
     return [programs, there.tolist(), counts.tolist()]
 
 
-def schedule(heads: int, most: int, used: torch.Tensor) -> list[object]:
+def schedule(heads: int, most: int, used: torch.Tensor, starts: torch.Tensor | None) -> list[object]:
     """What `page_schedule` writes down for pages of a pool in any order."""
     table = torch.randperm(heads * PAGES, dtype=torch.int32).view(1, heads, PAGES)
-    found = launch_schedule(used.view(1, heads), table, scheduled_programs(PAGES, heads, most))
-    return [used.tolist(), table[0].tolist(), found.programs.tolist(), found.heads.tolist()]
+    found = PageSchedule.empty(heads, scheduled_programs(PAGES, heads, most), table.device)
+    launch_schedule(used.view(1, heads), table, None if starts is None else starts.view(1, heads), found)
+    begins = 0 * used if starts is None else starts
+    return [used.tolist(), begins.tolist(), table[0].tolist(), found.programs.tolist(), found.heads.tolist()]
 
 
 if __name__ == "__main__":
@@ -46,4 +48,7 @@ if __name__ == "__main__":
     for heads, most in [(1, 16), (3, 7), (8, 64), (24, 100)]:
         used = torch.randint(PAGES * 128 + 1, (heads,), dtype=torch.int32)
         used[heads // 2] = 0 if heads > 1 else PAGES * 128
-        print(json.dumps(schedule(heads, most, used)))
+        print(json.dumps(schedule(heads, most, used, None)))
+        starts = (torch.rand(heads) * (PAGES * 128 - used)).int()
+        starts[: heads // 2] %= 128  # sinks in the first page
+        print(json.dumps(schedule(heads, most, used, starts)))

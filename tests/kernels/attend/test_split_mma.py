@@ -134,17 +134,21 @@ def bounds_of(there: torch.Tensor, programs: int) -> torch.Tensor:
 
 
 def with_schedule(pages: PackedSegment) -> PackedSegment:
-    """Pages by table, without starts, with what `page_schedule` writes down for one block of rows."""
-    assert isinstance(pages.lengths, torch.Tensor) and pages.table is not None
-    rows, there = pages.table.flatten(0, 1), (pages.lengths.flatten() + 127) // 128
+    """Pages by table, with what `page_schedule` writes down for one block of rows."""
+    assert isinstance(pages.lengths, torch.Tensor) and pages.table is not None and pages.starts is not None
+    rows, used, starts = pages.table.flatten(0, 1), pages.lengths.flatten(), pages.starts.flatten()
+    begins = starts // 128
+    there = torch.where(used > 0, (starts + used + 127) // 128 - begins, 0)
     count = launching.scheduled_programs(pages.pages, len(there), launching.programs_at_a_time(rows.device))
     bounds, programs = bounds_of(there, count), torch.zeros(count, 4, dtype=torch.int32)
     for head, (begin, end) in enumerate(bounds.tolist()):
         parts = end - begin
         edges = [local * int(there[head]) // max(parts, 1) for local in range(parts + 1)]
         for local, (first, last) in enumerate(itertools.pairwise(edges)):
-            programs[begin + local] = torch.tensor((head, first, last, int(rows[head, first])))
-    return replace(pages, starts=None, schedule=PageSchedule(programs, bounds.int()))
+            low, high = first + int(begins[head]), last + int(begins[head])
+            read = low + int(low * 128 < starts[head] and high - low > 1)
+            programs[begin + local] = torch.tensor((head, low, high, int(rows[head, read])))
+    return replace(pages, schedule=PageSchedule(programs, bounds.int()))
 
 
 def run(
@@ -226,7 +230,8 @@ def test_lengths_starts_and_tables(
     check(*run(pooled(pages, lengths, starts), 1))
     check(*run(replace(pooled(pages, lengths, 0 * starts), starts=None), 1))
     check(*run(replace(pages, lengths=lengths, starts=starts), 1))
-    check(*run(with_schedule(pooled(pages, lengths, 0 * starts)), 1))
+    check(*run(replace(with_schedule(pooled(pages, lengths, 0 * starts)), starts=None), 1))
+    check(*run(with_schedule(pooled(pages, lengths, starts)), 1))
     given = [tuple(launch[name] for name in ("STARTS", "HEADS", "SCHEDULED")) for launch in emulated.launches]
     padded = given[1][1]
     assert padded > 1 and given == [
@@ -235,6 +240,7 @@ def test_lengths_starts_and_tables(
         (False, padded, False),
         (True, 0, False),
         (False, 1, True),
+        (True, 1, True),
     ]
 
 

@@ -13,9 +13,10 @@ import torch
 
 from quantpress.codecs.raw import RawPages
 from quantpress.codecs.scalar import ScalarPages
+from quantpress.errors import InvalidInputError
 from quantpress.kernels.attend import DenseSegment, PackedSegment, PackedSide, Segment, Visibility, attend
 from quantpress.kernels.attend.reference import attend_reference
-from quantpress.kernels.attend.schedule import SCHEDULE_TILE, page_schedule
+from quantpress.kernels.attend.schedule import SCHEDULE_TILE, PageSchedule, page_schedule, schedule_programs
 from quantpress.kernels.attend.triton_attend import (
     DENSE_TILE,
     MERGED,
@@ -41,6 +42,7 @@ INTERPRETED = [
     [2, 3, 64, 1, "float32", "pool right alone few"],
     [4, 3, 64, 7, "float32", "pool few"],
     [3, 3, 64, 1, "float32", "pool shared"],
+    [3, 3, 64, 1, "float32", "pool shared sinks_in_pages few"],
     [4, 3, 64, 4, "float32", "pool dense_tables"],
     [2, 4, 64, 1, "float32", "pool dense_tables no_sinks right"],
     [4, 2, 64, 2, "bfloat16", "haar one_transform"],
@@ -68,16 +70,18 @@ def test_programs_are_shared_out_by_pages() -> None:
         assert most <= -(-sum(there) // (programs - len(there)))
     programs, there, chunks = cases[-1]  # 64 sequences of 8 heads on an H100
     assert set(there) == {31} and set(chunks) == {2}
-    assert len(schedules) == 4
-    for used, table, programs, bounds in schedules:
+    assert len(schedules) == 8
+    for used, starts, table, programs, bounds in schedules:
         assert [begin for begin, _ in bounds] == [0, *(end for _, end in bounds[:-1])]
-        for head, (tokens, (begin, end)) in enumerate(zip(used, bounds, strict=True)):
+        for head, (tokens, start, (begin, end)) in enumerate(zip(used, starts, bounds, strict=True)):
             own = programs[begin:end]
             assert all(program[0] == head for program in own)
             assert [page for _, first, last, _ in own for page in range(first, last)] == [
-                *range(-(-tokens // 128))
+                *(range(start // 128, -(-(start + tokens) // 128)) if tokens else ())
             ]
-            assert [row for *_, row in own] == [table[head][first] for _, first, _, _ in own]
+            late = [first * 128 < start and last - first > 1 for _, first, last, _ in own]
+            read = [program[1] + behind for program, behind in zip(own, late, strict=True)]
+            assert [row for *_, row in own] == [table[head][page] for page in read]
         assert all(first == last for _, first, last, _ in programs[bounds[-1][1] :])
 
 
@@ -160,7 +164,7 @@ def test_split_kernel_compiles_without_a_gpu(
         "STAGED": staged,
         "HEADS": heads,
         "SCHEDULED": heads == 1,
-        "STARTS": heads > 1,
+        "STARTS": heads > 0,
     }
     kernel = compiled(split_mma_kernel, constants, capability, 1)
     assert "mma.sync.aligned.m16n8k32.row.col.satfinite.s32.s8.s8.s32" in kernel.asm["ptx"]
@@ -192,7 +196,7 @@ def test_kernels_around_it_compile_without_a_gpu(capability: int, heads: int, di
     first |= {"FIRST_PAGE": 4 if heads < 64 else 0, "RECENT_PAGE": 128 if heads < 64 else 0}
     merge = chained | {"HAS_SINKS": True, "SIZE": MERGED[heads > 0], "HEADS": heads, "STARTS": heads > 0}
     merge |= {"EACH": 4 if heads else 1, "SCHEDULED": heads == 32}
-    schedule = {"HEADS": max(heads, 2), "SIZE": SCHEDULE_TILE}
+    schedule = {"HEADS": max(heads, 2), "SIZE": SCHEDULE_TILE, "STARTS": heads == 64}
     for kernel, constants in ((prepare_kernel, first), (merge_kernel, merge), (schedule_kernel, schedule)):
         binary = compiled(kernel, constants, capability, 8 if dim > 128 else 4)
         assert len(binary.asm["cubin"]) > 0
@@ -392,14 +396,21 @@ def test_a_schedule_made_before_give_the_same_on_a_gpu(batch: int, queries: int)
     lengths[0, 1] = 0
     found = pooled(pages, lengths, 0 * lengths)
     assert found.table is not None
-    shared = replace(found, starts=None, schedule=page_schedule(lengths, found.table))
-    assert shared.schedule is not None
+    out = PageSchedule.empty(batch * 3, schedule_programs(found.table), found.device)
     recent = torch.randn(batch, 3, 40, 128, device="cuda")
     query = torch.randn(batch, 12, queries, 128, device="cuda")
-    segments = [[one, DenseSegment(recent, recent)] for one in (shared, replace(found, starts=None))]
     visibility = Visibility(queries, 20 * 128 + 40)
-    got, expected = (attend(query, one, visibility, scaling=0.1) for one in segments)
-    assert torch.equal(got, expected)
+    starts = torch.minimum(torch.full_like(lengths, 4), 20 * 128 - lengths)
+    for begins in (None, starts):
+        schedule = page_schedule(lengths, found.table, begins, out)
+        assert schedule is out
+        pairs = (replace(found, starts=begins, schedule=one) for one in (schedule, None))
+        got, expected = (
+            attend(query, [one, DenseSegment(recent, recent)], visibility, scaling=0.1) for one in pairs
+        )
+        assert torch.equal(got, expected)
+    with pytest.raises(InvalidInputError, match="the schedule to write is for"):
+        page_schedule(lengths, found.table, None, PageSchedule.empty(1, 2, found.device))
 
 
 @pytest.mark.gpu
