@@ -37,7 +37,7 @@ ROOMS = {
     "pipelines": ("enabling", "contexts", "capture", "reading", "patching", "default_model"),
     "presses": ("packing", "models"),
     "cache": ("saved", "paged", "fixed", "attention", "tokens"),
-    "kernels": ("attend", "combine", "score", "dequantize", "encode"),
+    "kernels": ("attend", "combine", "score", "blocks", "dequantize", "encode"),
 }  # the sub-folders of a folder; each imports only itself and later ones
 MODULE = re.compile(r"\w+(?:\.py|/)")
 MOST_FILES = 15  # in one folder, so that a reader sees what is there

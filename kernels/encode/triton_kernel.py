@@ -109,7 +109,7 @@ def load_matrix(matrix_ptr, half: tl.constexpr, part: tl.constexpr, BK: tl.const
 
 
 @triton.jit
-def _held(matrix_ptr, half: tl.constexpr, HALVES: tl.constexpr, BK: tl.constexpr, CP: tl.constexpr):
+def held(matrix_ptr, half: tl.constexpr, HALVES: tl.constexpr, BK: tl.constexpr, CP: tl.constexpr):
     """One half of the rotation [CP, CP] if the program keeps it over all pages; else 0, which is not used."""
     if BK == CP and half < HALVES:  # noqa: SIM108
         matrix = load_matrix(matrix_ptr, half, 0, CP, CP)
@@ -152,7 +152,7 @@ def _rotated(
 ):
     """Rotated vectors [64, CP] float32, and the factor [64] that undoes the power of two of CAREFUL.
 
-    The arguments are those of `_vectors` and `_encode_page`.
+    The arguments are those of `_vectors` and `encode_page`.
     """
     acc = tl.zeros([64, CP], tl.float32)
     undo = tl.full([64], 1.0, tl.float32)
@@ -371,7 +371,7 @@ def _store_planes(words_ptr, first, second, C: tl.constexpr, CP: tl.constexpr, V
 
 
 @triton.jit
-def _encode_page(
+def encode_page(
     x_ptr,
     stride,
     mean_ptr,
@@ -406,7 +406,7 @@ def _encode_page(
 ):
     """Encode one page of one channel group; x, words and scale point to the start of the page.
 
-    high, low: of `_held`; norm_factor: factor of the group; ASM, SQUARES: assembly, or ""; UNIT: unit of the
+    high, low: of `held`; norm_factor: factor of the group; ASM, SQUARES: assembly, or ""; UNIT: unit of the
     sums; the other arguments are those of `encode_pages_kernel` and `_vectors`.
     """
     channel = tile_channel(CP, VALUES)
@@ -567,7 +567,7 @@ def encode_pages_kernel(
     mean, weight and order: [B * Hkv, D], if MEAN, WEIGHT and ORDER. For each channel group, of which the
     second has C1 = 0 where there is none: matrix [HALVES, CP, CP], the rotation; table and cells: of
     `_plain_fields` at 8 bits; words [B, Hkv, P, bytes / 4] int32 and scale [B, Hkv, P, 128], written; factor:
-    value of one unit of the matrix; BOOK, ASM, SQUARES, UNIT: of `_encode_page`; C channels, CP padded, BK of
+    value of one unit of the matrix; BOOK, ASM, SQUARES, UNIT: of `encode_page`; C channels, CP padded, BK of
     them in one product.
 
     largest: of the scale's dtype; RULE: 0 "norm", 1 "norm_corrected", 2 "unbiased"; MODE: RAW, QUICK or
@@ -579,16 +579,16 @@ def encode_pages_kernel(
     mean_ptr += head * (C0 + C1)
     weight_ptr += head * (C0 + C1)
     order_ptr += head * (C0 + C1)
-    high0 = _held(matrix0_ptr, 0, HALVES0, BK0, CP0)
-    low0 = _held(matrix0_ptr, 1, HALVES0, BK0, CP0)
+    high0 = held(matrix0_ptr, 0, HALVES0, BK0, CP0)
+    low0 = held(matrix0_ptr, 1, HALVES0, BK0, CP0)
     if C1 > 0:
-        high1 = _held(matrix1_ptr, 0, HALVES1, BK1, CP1)
-        low1 = _held(matrix1_ptr, 1, HALVES1, BK1, CP1)
+        high1 = held(matrix1_ptr, 0, HALVES1, BK1, CP1)
+        low1 = held(matrix1_ptr, 1, HALVES1, BK1, CP1)
     first = tl.program_id(0) * per
     for page in tl.range(first, tl.minimum(first + per, pages), num_stages=STAGES):
         at = head * pages + page
         vectors_ptr = x_ptr + (at - head * pages) * (128 * stride_t)
-        _encode_page(
+        encode_page(
             vectors_ptr,
             stride_t,
             mean_ptr,
@@ -622,7 +622,7 @@ def encode_pages_kernel(
             ORDER,
         )
         if C1 > 0:
-            _encode_page(
+            encode_page(
                 vectors_ptr,
                 stride_t,
                 mean_ptr,

@@ -19,6 +19,7 @@ from tests.kernels.attend.test_attend import (
     limit_in_use,
     packed,
     pooled,
+    side_by_side,
     some_lengths,
 )
 from tests.kernels.attend.test_dense_pages import by_table
@@ -76,6 +77,8 @@ def pool_error(segments: list[Segment], query: torch.Tensor, extras: str) -> flo
             lengths = (lengths - starts).clamp(min=0)
         if isinstance(segment, PackedSegment):
             pool = pooled(segment, lengths, starts)
+            if "side_by_side" in extras:
+                pool = side_by_side(pool)
             if "shared" in extras:
                 assert pool.table is not None
                 count = scheduled_programs(pool.pages, lengths.numel(), triton_attend.PLAIN_PROGRAMS)

@@ -1,6 +1,7 @@
 """Attention over segments against float64 softmax attention on the decoded tokens."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -296,6 +297,38 @@ def pooled(segment: PackedSegment, lengths: torch.Tensor, starts: torch.Tensor) 
     return PackedSegment(side(segment.keys), side(segment.values), lengths, table, starts)
 
 
+def side_by_side(segment: PackedSegment) -> PackedSegment:
+    """The same pages with codes and scales of keys and values in one row of an engine's memory."""
+    sides = (segment.keys, segment.values)
+    sizes = [plane.shape[1] * plane.itemsize for side in sides for plane in side.planes.values()]
+    rows = next(iter(segment.keys.planes.values())).shape[0]
+    memory = torch.full((rows, sum(sizes) + 64), 0xA5, dtype=torch.uint8, device=segment.device)
+    parts = iter(memory.split([*sizes, 64], 1))
+    moved = []
+    for side in sides:
+        planes = {name: next(parts).view(plane.dtype) for name, plane in side.planes.items()}
+        for name, plane in planes.items():
+            plane.copy_(side.planes[name])
+            assert not plane.is_contiguous()
+        moved.append(PackedSide(side.codec, planes, side.transform))
+    return replace(segment, keys=moved[0], values=moved[1])
+
+
+def test_pages_side_by_side_are_decoded() -> None:
+    pages = packed(64, 64, 3)
+    lengths = torch.full((BATCH, KV_HEADS), pages.tokens, dtype=torch.int32)
+    pool = pooled(pages, lengths, 0 * lengths)
+    for side, moved in zip(
+        (pool.keys, pool.values), (side_by_side(pool).keys, side_by_side(pool).values), strict=True
+    ):
+        one = side.transform.map(lambda part: part[:1, :1])
+        apart, together = (
+            side.codec.decode({name: plane[None, None] for name, plane in planes.items()}, one, torch.float32)
+            for planes in (side.planes, moved.planes)
+        )
+        assert torch.equal(together, apart)
+
+
 @pytest.mark.parametrize("queries", [1, 6])
 @pytest.mark.parametrize("which", ["pages", "right", "recent", "no_starts"])
 def test_pages_by_table(which: str, queries: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -309,6 +342,8 @@ def test_pages_by_table(which: str, queries: int, monkeypatch: pytest.MonkeyPatc
     if which == "no_starts":
         starts = torch.zeros_like(starts)
     table = pooled(pages, lengths, starts)
+    if which == "right":
+        table = side_by_side(table)
     if which == "no_starts":
         table = PackedSegment(table.keys, table.values, lengths, table.table)
     absent = some_lengths(100, 0) if which == "recent" else torch.zeros(BATCH, KV_HEADS, dtype=torch.int32)

@@ -30,7 +30,15 @@ from quantpress.kernels.attend.triton_attend import (
 from quantpress.kernels.available import FUSED
 from quantpress.quantization.spec import CodecSpec
 from quantpress.quantization.transform import ChannelTransform, key_statistics
-from tests.kernels.attend.test_attend import KV_HEADS, causal_limit, dense, exact, packed, pooled
+from tests.kernels.attend.test_attend import (
+    KV_HEADS,
+    causal_limit,
+    dense,
+    exact,
+    packed,
+    pooled,
+    side_by_side,
+)
 from tests.kernels.interpreter import interpret
 
 INTERPRETED = [
@@ -39,7 +47,7 @@ INTERPRETED = [
     [4, 4, 64, 7, "float32", ""],  # 21 rows: two blocks
     [3, 2, 64, 3, "bfloat16", "lengths sinks"],
     [2, 2, 64, 1, "float32", "lengths alone identity"],
-    [2, 3, 64, 1, "float32", "pool right alone few"],
+    [2, 3, 64, 1, "float32", "pool right alone few side_by_side"],
     [4, 3, 64, 7, "float32", "pool few"],
     [3, 3, 64, 1, "float32", "pool shared"],
     [3, 3, 64, 1, "float32", "pool shared sinks_in_pages few"],
@@ -375,7 +383,7 @@ def test_pages_by_table_on_a_gpu(dim: int, bits: tuple[int, int], queries: int) 
     query = torch.randn(2, 12, queries, dim, device="cuda", dtype=torch.float16)
     dropped = torch.cat([unused(64 * 128, starts, lengths), unused(200, begins, 200 - begins)], -1)
     segments: list[Segment] = [
-        pooled(pages, lengths, starts),
+        side_by_side(pooled(pages, lengths, starts)),
         DenseSegment(recent, recent, 200 - begins, begins),
     ]
     visibility = Visibility(queries, 64 * 128 + 200)

@@ -1,0 +1,137 @@
+"""Launches the Triton kernels that write to an engine's memory: what they support, and their operands."""
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from quantpress.kernels.available import FUSED
+from quantpress.kernels.blocks.operands import BlockSide, TokenTarget
+from quantpress.kernels.blocks.triton_kernel import MOST, pack_blocks_kernel, put_tokens_kernel
+from quantpress.kernels.encode.triton_encode import DTYPES, encode_arguments, encode_settings
+
+HEAD_DIMS = (64, 128, 256)
+WIDTHS = (2, 3, 4)
+WORD = 4  # bytes
+PROGRAMS = 256
+"""Programs of `pack_blocks_kernel`, unless one would get more than `MOST` entries: most of a GPU's, at two a
+multiprocessor. In decoding nearly all find nothing to do, and more of them would only take turns."""
+
+_SIDE = ("BOOK", "ASM", "SQUARES", "UNIT", "C", "BK", "BITS", "HALVES")  # of the only channel group
+
+
+def supports_put(keys: Tensor, values: Tensor, targets: Sequence[TokenTarget]) -> bool:
+    """Whether the kernel takes this call: channels contiguous everywhere."""
+    pools = [pool for target in targets for pool in (target.keys, target.values)]
+    return all(one.stride(-1) == 1 for one in (keys, values, *pools))
+
+
+def put_tokens_triton(keys: Tensor, values: Tensor, targets: Sequence[TokenTarget]) -> None:
+    """Store tokens in pages of pools; see `quantpress.kernels.blocks.put_tokens`."""
+    with torch.cuda.device(keys.device) if keys.is_cuda else nullcontext():
+        put_tokens_kernel[(keys.shape[0], len(targets))](**put_arguments(keys, values, targets), **FUSED)
+
+
+def put_arguments(keys: Tensor, values: Tensor, targets: Sequence[TokenTarget]) -> dict[str, Any]:
+    """The arguments of `put_tokens_kernel` by name; without a second target the first one's are repeated."""
+    arguments: dict[str, Any] = {
+        "k_ptr": keys,
+        "v_ptr": values,
+        "k_token": keys.stride(0),
+        "k_head": keys.stride(1),
+        "v_token": values.stride(0),
+        "v_head": values.stride(1),
+        "heads": keys.shape[1],
+        "D": keys.shape[2],
+        "DV": values.shape[2],
+        "HP": _power(keys.shape[1]),
+        "DP": _power(keys.shape[2]),
+        "DVP": _power(values.shape[2]),
+    }
+    for i in range(2):
+        target = targets[min(i, len(targets) - 1)]
+        arguments |= {f"rows{i}_ptr": target.rows.contiguous(), f"size{i}": target.keys.shape[2]}
+        for name, pool in (("k", target.keys), ("v", target.values)):
+            arguments[f"pool_{name}{i}_ptr"] = pool
+            steps = zip(("page", "head", "token"), pool.stride(), strict=False)
+            arguments |= {f"{name}{i}_{axis}": step for axis, step in steps}
+    return arguments
+
+
+def supports_pack(keys: Tensor, values: Tensor, sides: tuple[BlockSide, BlockSide]) -> bool:
+    """Whether the kernel takes this call; see `quantpress.kernels.blocks.pack_blocks`."""
+    return all(_supports(x, side) for x, side in zip((keys, values), sides, strict=True))
+
+
+def _supports(x: Tensor, side: BlockSide) -> bool:
+    spec = side.spec
+    if spec is None or spec.estimator != "mse" or len(spec.groups) > 1 or side.transform.order is not None:
+        return False
+    codes, scale = side.planes["codes0"], side.planes["scale0"]
+    steps = (*codes.stride()[:2], codes.storage_offset())
+    placed = codes.stride(2) == scale.stride(2) == 1 and not any(step % WORD for step in steps)
+    fits = spec.bits in WIDTHS and spec.head_dim in HEAD_DIMS and x.dtype in DTYPES and x.stride(-1) == 1
+    return placed and fits
+
+
+def pack_blocks_triton(
+    keys: Tensor, values: Tensor, pages: Tensor, blocks: Tensor, sides: tuple[BlockSide, BlockSide]
+) -> None:
+    """Encode pages into packed blocks; see `quantpress.kernels.blocks.pack_blocks`."""
+    arguments = pack_arguments(keys, values, pages, blocks, sides, keys.is_cuda)
+    entries, heads = len(blocks), sides[0].heads
+    programs = max(1, min(entries, PROGRAMS // (2 * heads)), -(-entries // MOST.value))
+    warps = 8 if max(arguments["K_C"], arguments["V_C"]) > 128 else 4
+    with torch.cuda.device(keys.device) if keys.is_cuda else nullcontext():
+        pack_blocks_kernel[(programs, heads, 2)](**arguments, num_warps=warps, **FUSED)
+
+
+def pack_arguments(
+    keys: Tensor,
+    values: Tensor,
+    pages: Tensor,
+    blocks: Tensor,
+    sides: tuple[BlockSide, BlockSide],
+    device: bool,
+) -> dict[str, Any]:
+    """The arguments of `pack_blocks_kernel` by name; `device`: for a GPU, not for the interpreter."""
+    flag = torch.empty(1, dtype=torch.int32, device=keys.device)
+    arguments: dict[str, Any] = {"pages_ptr": pages.contiguous(), "blocks_ptr": blocks.contiguous()}
+    arguments |= {"flag_ptr": flag, "entries": len(blocks)}
+    for name, x, side in zip("kv", (keys, values), sides, strict=True):
+        arguments |= _side_arguments(name, x, side, flag, device)
+    return arguments
+
+
+def _side_arguments(name: str, x: Tensor, side: BlockSide, flag: Tensor, device: bool) -> dict[str, Any]:
+    spec = side.spec
+    assert spec is not None  # by `supports_pack`
+    settings = encode_settings(x, spec, roomy=False)
+    given = encode_arguments(
+        x[:1], spec, side.transform, side.planes, flag, settings, device, direct=False
+    )  # of one entry, so that the transform is not expanded
+    words, scale = given["words0_ptr"], given["scale0_ptr"]
+    arguments = {
+        f"{name}_ptr": x,
+        **{f"{name}_{axis}": step for axis, step in zip(("page", "head", "token"), x.stride(), strict=False)},
+        **{f"{name}_{part}_ptr": given[f"{part}_ptr"] for part in ("mean", "weight")},
+        f"{name}_matrix_ptr": given["matrix0_ptr"],
+        f"{name}_words_ptr": words,
+        f"{name}_words_head": words.stride(0),
+        f"{name}_words_block": words.stride(1),
+        f"{name}_scale_ptr": scale,
+        f"{name}_scale_head": scale.stride(0),
+        f"{name}_scale_block": scale.stride(1),
+        f"{name}_largest": given["largest"],
+        f"{name}_factor": given["factor0"],
+    }
+    constants = {part: given[f"{part}0"] for part in _SIDE}
+    constants |= {part: given[part] for part in ("RULE", "MEAN", "WEIGHT")}
+    return arguments | {f"{name.upper()}_{part}": value for part, value in constants.items()}
+
+
+def _power(count: int) -> int:
+    """The least power of two that is not below `count`."""
+    return 1 << (count - 1).bit_length()

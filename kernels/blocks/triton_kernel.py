@@ -1,0 +1,362 @@
+# mypy: allow-untyped-defs
+"""Writes to an engine's memory on a GPU (Triton)."""
+
+import triton
+import triton.language as tl
+
+from quantpress.kernels.encode.triton_kernel import CAREFUL, encode_page, held
+
+MOST = tl.constexpr(16)
+"""Entries that a program of `pack_blocks_kernel` encodes at most."""
+
+
+@triton.jit
+def _put(
+    x_ptr,
+    pool_ptr,
+    page,
+    place,
+    x_head,
+    pool_page,
+    pool_head,
+    pool_token,
+    heads,
+    D: tl.constexpr,
+    HP: tl.constexpr,
+    DP: tl.constexpr,
+):
+    """Store one token's vectors [heads, D] at `place` in `page`; x_ptr: the token's; HP, DP: padded."""
+    head, channel = tl.arange(0, HP)[:, None], tl.arange(0, DP)[None, :]
+    inside = (head < heads) & (channel < D)
+    x = tl.load(x_ptr + head * x_head + channel, mask=inside)
+    at = page * pool_page + head.to(tl.int64) * pool_head + place * pool_token
+    tl.store(pool_ptr + at + channel, x.to(pool_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def put_tokens_kernel(
+    k_ptr,
+    v_ptr,
+    rows0_ptr,
+    pool_k0_ptr,
+    pool_v0_ptr,
+    rows1_ptr,
+    pool_k1_ptr,
+    pool_v1_ptr,
+    k_token,
+    k_head,
+    v_token,
+    v_head,
+    size0,
+    k0_page,
+    k0_head,
+    k0_token,
+    v0_page,
+    v0_head,
+    v0_token,
+    size1,
+    k1_page,
+    k1_head,
+    k1_token,
+    v1_page,
+    v1_head,
+    v1_token,
+    heads,
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    HP: tl.constexpr,
+    DP: tl.constexpr,
+    DVP: tl.constexpr,
+):
+    """Store one token (axis 0) in one target (axis 1, 0 or 1).
+
+    k: [T, heads, D] and v: [T, heads, DV], channels contiguous, with strides *_token and *_head; rows: [T]
+    int32, page * size + place, or -1; pool_k, pool_v: pools of pages of `size` tokens, written, channels
+    contiguous, with strides *_page, *_head and *_token; HP, DP, DVP: heads, D and DV padded to powers of two.
+    """
+    token = tl.program_id(0).to(tl.int64)
+    if tl.program_id(1) == 0:
+        row = tl.load(rows0_ptr + token)
+        if row >= 0:
+            page, place = (row // size0).to(tl.int64), (row % size0).to(tl.int64)
+            _put(
+                k_ptr + token * k_token,
+                pool_k0_ptr,
+                page,
+                place,
+                k_head,
+                k0_page,
+                k0_head,
+                k0_token,
+                heads,
+                D,
+                HP,
+                DP,
+            )
+            _put(
+                v_ptr + token * v_token,
+                pool_v0_ptr,
+                page,
+                place,
+                v_head,
+                v0_page,
+                v0_head,
+                v0_token,
+                heads,
+                DV,
+                HP,
+                DVP,
+            )
+    else:
+        row = tl.load(rows1_ptr + token)
+        if row >= 0:
+            page, place = (row // size1).to(tl.int64), (row % size1).to(tl.int64)
+            _put(
+                k_ptr + token * k_token,
+                pool_k1_ptr,
+                page,
+                place,
+                k_head,
+                k1_page,
+                k1_head,
+                k1_token,
+                heads,
+                D,
+                HP,
+                DP,
+            )
+            _put(
+                v_ptr + token * v_token,
+                pool_v1_ptr,
+                page,
+                place,
+                v_head,
+                v1_page,
+                v1_head,
+                v1_token,
+                heads,
+                DV,
+                HP,
+                DVP,
+            )
+
+
+@triton.jit
+def _encode(
+    x_ptr,
+    x_page,
+    x_head,
+    x_token,
+    mean_ptr,
+    weight_ptr,
+    matrix_ptr,
+    words_ptr,
+    words_head,
+    words_block,
+    scale_ptr,
+    scale_head,
+    scale_block,
+    flag_ptr,
+    largest,
+    factor,
+    pages_ptr,
+    blocks,
+    BOOK: tl.constexpr,
+    ASM: tl.constexpr,
+    SQUARES: tl.constexpr,
+    UNIT: tl.constexpr,
+    C: tl.constexpr,
+    BK: tl.constexpr,
+    BITS: tl.constexpr,
+    HALVES: tl.constexpr,
+    RULE: tl.constexpr,
+    VALUES: tl.constexpr,
+    MEAN: tl.constexpr,
+    WEIGHT: tl.constexpr,
+):
+    """Encode the entries of a program, of one head, into `blocks` [MOST], -1 where nothing is to be done.
+
+    The other arguments are one side's of `pack_blocks_kernel`.
+    """
+    head = tl.program_id(1).to(tl.int64)
+    high = held(matrix_ptr, 0, HALVES, BK, C)
+    low = held(matrix_ptr, 1, HALVES, BK, C)
+    for turn in tl.range(0, MOST, num_stages=1):
+        block = tl.max(tl.where(tl.arange(0, MOST) == turn, blocks, -1), 0).to(tl.int64)
+        if block >= 0:
+            page = tl.load(pages_ptr + tl.program_id(0) + turn * tl.num_programs(0)).to(tl.int64)
+            encode_page(
+                x_ptr + page * x_page + head * x_head,
+                x_token,
+                mean_ptr + head * C,
+                weight_ptr + head * C,
+                flag_ptr,
+                matrix_ptr,
+                high,
+                low,
+                flag_ptr,
+                1,
+                words_ptr + head * words_head + block * words_block,
+                scale_ptr + head * scale_head + block * scale_block,
+                flag_ptr,
+                largest,
+                factor,
+                BOOK,
+                ASM,
+                SQUARES,
+                UNIT,
+                0,
+                C,
+                C,
+                BK,
+                BITS,
+                HALVES,
+                RULE,
+                CAREFUL,
+                VALUES,
+                MEAN,
+                WEIGHT,
+                False,
+            )
+
+
+@triton.jit(do_not_specialize=["entries"])
+def pack_blocks_kernel(
+    pages_ptr,
+    blocks_ptr,
+    entries,
+    flag_ptr,
+    k_ptr,
+    k_page,
+    k_head,
+    k_token,
+    k_mean_ptr,
+    k_weight_ptr,
+    k_matrix_ptr,
+    k_words_ptr,
+    k_words_head,
+    k_words_block,
+    k_scale_ptr,
+    k_scale_head,
+    k_scale_block,
+    k_largest,
+    k_factor,
+    v_ptr,
+    v_page,
+    v_head,
+    v_token,
+    v_mean_ptr,
+    v_weight_ptr,
+    v_matrix_ptr,
+    v_words_ptr,
+    v_words_head,
+    v_words_block,
+    v_scale_ptr,
+    v_scale_head,
+    v_scale_block,
+    v_largest,
+    v_factor,
+    K_BOOK: tl.constexpr,
+    K_ASM: tl.constexpr,
+    K_SQUARES: tl.constexpr,
+    K_UNIT: tl.constexpr,
+    K_C: tl.constexpr,
+    K_BK: tl.constexpr,
+    K_BITS: tl.constexpr,
+    K_HALVES: tl.constexpr,
+    K_RULE: tl.constexpr,
+    K_MEAN: tl.constexpr,
+    K_WEIGHT: tl.constexpr,
+    V_BOOK: tl.constexpr,
+    V_ASM: tl.constexpr,
+    V_SQUARES: tl.constexpr,
+    V_UNIT: tl.constexpr,
+    V_C: tl.constexpr,
+    V_BK: tl.constexpr,
+    V_BITS: tl.constexpr,
+    V_HALVES: tl.constexpr,
+    V_RULE: tl.constexpr,
+    V_MEAN: tl.constexpr,
+    V_WEIGHT: tl.constexpr,
+):
+    """Encode pages of one head (axis 1), keys (axis 2: 0) or values (1), into blocks.
+
+    With G programs on axis 0, program g does entries g, g + G and so on, at most MOST of `entries`. Where
+    none of them is to be written, it does nothing but read that.
+
+    pages, blocks: [entries] int32, from where to where; a block below 0 is not written. flag: [1] int32,
+    written and not read. For keys and values: vectors with strides *_page, *_head and *_token, channels
+    contiguous; mean and weight [Hkv, C] float32, if MEAN and WEIGHT; matrix [HALVES, C, C], the rotation; words, int32,
+    and scale, written, with strides *_head and *_block in words and scales; the other arguments are those of
+    `encode_pages_kernel` for a group of C channels.
+    """
+    entry = tl.program_id(0) + tl.arange(0, MOST) * tl.num_programs(0)
+    blocks = tl.load(blocks_ptr + entry, mask=entry < entries, other=-1)
+    if tl.max(blocks, 0) < 0:
+        return
+    if tl.program_id(2) == 0:
+        _encode(
+            k_ptr,
+            k_page,
+            k_head,
+            k_token,
+            k_mean_ptr,
+            k_weight_ptr,
+            k_matrix_ptr,
+            k_words_ptr,
+            k_words_head,
+            k_words_block,
+            k_scale_ptr,
+            k_scale_head,
+            k_scale_block,
+            flag_ptr,
+            k_largest,
+            k_factor,
+            pages_ptr,
+            blocks,
+            K_BOOK,
+            K_ASM,
+            K_SQUARES,
+            K_UNIT,
+            K_C,
+            K_BK,
+            K_BITS,
+            K_HALVES,
+            K_RULE,
+            False,
+            K_MEAN,
+            K_WEIGHT,
+        )
+    else:
+        _encode(
+            v_ptr,
+            v_page,
+            v_head,
+            v_token,
+            v_mean_ptr,
+            v_weight_ptr,
+            v_matrix_ptr,
+            v_words_ptr,
+            v_words_head,
+            v_words_block,
+            v_scale_ptr,
+            v_scale_head,
+            v_scale_block,
+            flag_ptr,
+            v_largest,
+            v_factor,
+            pages_ptr,
+            blocks,
+            V_BOOK,
+            V_ASM,
+            V_SQUARES,
+            V_UNIT,
+            V_C,
+            V_BK,
+            V_BITS,
+            V_HALVES,
+            V_RULE,
+            True,
+            V_MEAN,
+            V_WEIGHT,
+        )
