@@ -1,0 +1,46 @@
+"""quantpress inside vLLM: `vllm serve MODEL --kv-cache-dtype quantpress_4bit --attention-backend QUANTPRESS`.
+
+vLLM's own engine, its scheduler and its pages; ours are what a page holds and the attention over it. `register`
+is the entry point "vllm.general_plugins", which vLLM calls in each of its processes. Modules:
+
+dtypes.py        names of KV-cache dtypes, and their codecs
+page_layout.py   where codes and scales lie in a block of vLLM's cache
+block_tables.py  which blocks have 16-bit copies of their tokens, and where
+step_plan.py     what one step writes and reads, for all layers
+layer_store.py   the tokens of one layer: packed blocks, recent tokens, sinks
+attention.py     attention over them: decoding, and chunks of prompts
+backend.py       the classes that vLLM asks for
+checks.py        what is refused when the engine starts, and why
+"""
+
+from typing import Any
+
+BACKEND = "QUANTPRESS"
+"""The name for `--attention-backend`."""
+
+_CLASS = "quantpress.engines.vllm.backend.QuantpressBackend"
+
+
+def register() -> None:
+    """Tell vLLM of the attention backend and of the KV-cache dtypes; any number of times."""
+    from vllm.platforms import current_platform
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+
+    from quantpress.engines.vllm.dtypes import announce, dtype_names
+
+    for name in dtype_names():
+        announce(name)
+    if BACKEND not in AttentionBackendEnum.__members__:
+        register_backend(BACKEND, _CLASS)
+        # Members are pickled by value, and a spawned engine reads its configuration before it loads plugins.
+        member: Any = AttentionBackendEnum[BACKEND]
+        member.__reduce_ex__ = lambda protocol: (_registered_member, ())
+    if current_platform.is_cpu():  # the CPU platform has one backend, whatever is asked for
+        register_backend(AttentionBackendEnum.CPU_ATTN, _CLASS)
+
+
+def _registered_member() -> Any:
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+    register()
+    return AttentionBackendEnum[BACKEND]
