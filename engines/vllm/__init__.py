@@ -9,6 +9,7 @@ block_tables.py  which blocks have 16-bit copies of their tokens, and where
 step_plan.py     what one step writes and reads, for all layers
 layer_store.py   the tokens of one layer: packed blocks, recent tokens, sinks
 attention.py     attention over them: decoding, and chunks of prompts
+cpu.py           how they come into vLLM's CPU platform
 backend.py       the classes that vLLM asks for
 checks.py        what is refused when the engine starts, and why
 """
@@ -36,7 +37,7 @@ def register() -> None:
         member: Any = AttentionBackendEnum[BACKEND]
         member.__reduce_ex__ = lambda protocol: (_registered_member, ())
     if current_platform.is_cpu():  # the CPU platform has one backend, whatever is asked for
-        register_backend(AttentionBackendEnum.CPU_ATTN, _CLASS)
+        register_backend(AttentionBackendEnum.CPU_ATTN, "quantpress.engines.vllm.cpu.Backend")
 
 
 def _registered_member() -> Any:

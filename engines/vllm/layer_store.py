@@ -1,0 +1,177 @@
+"""The tokens of one layer: packed blocks in vLLM's cache, and the recent pages and sink entries beside it."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from quantpress.codecs.protocol import PageCodec, Planes
+from quantpress.engines.vllm.block_state import Capacity
+from quantpress.engines.vllm.page_layout import BlockPages, PageLayout
+from quantpress.engines.vllm.step_plan import DecodePlan, PrefillPlan
+from quantpress.kernels.attend import PackedSide
+from quantpress.kernels.blocks import BlockSide, TokenTarget, pack_blocks, put_tokens
+from quantpress.kernels.layout import PAGE_TOKENS
+from quantpress.quantization.transform import ChannelTransform, key_statistics
+
+REPACKED_VALUES = 1 << 26
+"""Coordinates of blocks that are packed again at a time."""
+
+
+@dataclass(frozen=True)
+class StoreSettings:
+    """What a layer stores.
+
+    Args:
+        codecs: of keys and of values.
+        kv_heads: Hkv, of this process.
+        dtype: of the model's keys and values.
+        sinks: first tokens of a request that are kept in 16 bits.
+        capacity: of the pools.
+    """
+
+    codecs: tuple[PageCodec, PageCodec]
+    kv_heads: int
+    dtype: torch.dtype
+    sinks: int
+    capacity: Capacity
+
+    @property
+    def layout(self) -> PageLayout:
+        return PageLayout(self.codecs, self.dtype)
+
+
+class LayerStore:
+    """Keys and values of one layer.
+
+    Args:
+        settings: what is stored.
+        device: of all tensors.
+
+    Attributes:
+        recent: keys and values [pages, Hkv, 128, D] of recent pages.
+        sinks: keys and values [entries + 1, Hkv, sinks, D] of sink entries.
+        mean, weight: [1, Hkv, D] float32, statistics of keys, the same for all requests.
+        ready: whether these statistics are final; before, they are 0 and 1.
+    """
+
+    def __init__(self, settings: StoreSettings, device: torch.device) -> None:
+        self.settings, self.ready, self._pages = settings, False, None
+        heads, capacity = settings.kv_heads, settings.capacity
+        dims = [codec.head_dim for codec in settings.codecs]
+
+        def pools(count: int, tokens: int) -> tuple[Tensor, Tensor]:
+            keys, values = (torch.zeros(count, heads, tokens, d, dtype=settings.dtype, device=device) for d in dims)
+            return keys, values
+
+        self.recent = pools(capacity.pages, PAGE_TOKENS)
+        self.sinks = pools(capacity.entries + 1, settings.sinks)
+        self.mean = torch.zeros(1, heads, dims[0], dtype=torch.float32, device=device)
+        self.weight = torch.ones(1, heads, dims[0], dtype=torch.float32, device=device)
+        self._packed_some = False
+
+    def bind(self, cache: Tensor) -> None:
+        """Use this layer's part of vLLM's cache, [blocks, Hkv, 128, C] uint8.
+
+        Raises:
+            InvalidInputError: pages do not lie in it in one piece each.
+        """
+        if self._pages is not None and self._pages.cache.data_ptr() == cache.data_ptr() and self._pages.cache.shape == cache.shape:
+            return
+        self._pages = BlockPages(self.settings.layout, cache)
+        pool = self._pages.pool()
+        blocks = self._pages.by_head()
+        transforms = self.transforms
+        codecs = self.settings.codecs
+        self.pool = tuple(PackedSide(*side) for side in zip(codecs, pool, transforms, strict=True))
+        self.blocks = tuple(BlockSide(codec, transform, planes) for codec, transform, planes in zip(codecs, transforms, blocks, strict=True))
+
+    @property
+    def transforms(self) -> tuple[ChannelTransform, ChannelTransform]:
+        """Of keys and of values; parts [1, Hkv, D] hold for every request."""
+        if not self.settings.codecs[0].wants_statistics:
+            return ChannelTransform(), ChannelTransform()
+        return ChannelTransform(self.mean, self.weight), ChannelTransform()
+
+    def write_decodes(self, keys: Tensor, values: Tensor, plan: DecodePlan) -> None:
+        """Store the new tokens of decodes, keys [T, Hkv, D] and values [T, Hkv, Dv], and pack blocks they fill."""
+        tokens = len(plan.recent_rows)
+        self._put(keys[:tokens], values[:tokens], plan.recent_rows, plan.sink_rows)
+        self._pack_recent(plan.full_pages, plan.full_blocks)
+
+    def write_prefills(self, keys: Tensor, values: Tensor, plan: PrefillPlan) -> None:
+        """Store the tokens of prefills, keys [Tp, Hkv, D] and values [Tp, Hkv, Dv], and pack blocks they fill."""
+        self._put(keys, values, plan.early_rows, plan.sink_rows)
+        if len(plan.resumed_pages):
+            self._pack_recent(plan.resumed_pages, plan.resumed_blocks)
+        if len(plan.whole_tokens):
+            pages = (_from_each_token(states) for states in (keys, values))
+            pack_blocks(*pages, plan.whole_tokens, plan.whole_blocks, self.blocks)
+        self._put(keys, values, plan.late_rows, None)
+
+    def _put(self, keys: Tensor, values: Tensor, recent: Tensor, sinks: Tensor | None) -> None:
+        targets = [TokenTarget(recent, *self.recent)]
+        if sinks is not None and self.settings.sinks:
+            targets.append(TokenTarget(sinks, *self.sinks))
+        put_tokens(keys, values, targets)
+
+    def _pack_recent(self, pages: Tensor, blocks: Tensor) -> None:
+        pack_blocks(*self.recent, pages, blocks, self.blocks)
+
+    def set_statistics(self, transform: ChannelTransform) -> None:
+        """Use the statistics of keys in a profile: mean and weight [1, Hkv, D], or None for 0 and 1."""
+        if transform.mean is not None:
+            self.mean.copy_(transform.mean)
+        if transform.weight is not None:
+            self.weight.copy_(transform.weight)
+        self.ready = True
+
+    def freeze(self, keys: Tensor, queries: Tensor, packed: bool) -> None:
+        """Take the statistics from a piece of a prompt, and pack again what was packed without.
+
+        Args:
+            keys: [m, Hkv, D].
+            queries: [m, Hq, D].
+            packed: whether blocks may have been packed before.
+        """
+        heads = self.settings.kv_heads
+        moment = queries.float().square().mean(0).view(heads, -1, queries.shape[-1]).mean(1)
+        states = keys.transpose(0, 1).unsqueeze(0)
+        groups = self.settings.codecs[0].groups
+        found = key_statistics(states, moment.unsqueeze(0), groups)
+        old = ChannelTransform(self.mean.clone(), self.weight.clone())
+        self.set_statistics(found)
+        if packed:
+            self._pack_again(old)
+
+    def _pack_again(self, old: ChannelTransform) -> None:
+        """Decode the keys of all blocks by the statistics `old`, and encode them by the present ones."""
+        side, dtype = self.blocks[0], self.settings.dtype
+        blocks = next(iter(side.planes.values())).shape[1]
+        step = max(1, REPACKED_VALUES // (self.settings.kv_heads * PAGE_TOKENS * side.codec.head_dim))
+        for start in range(0, blocks, step):
+            part = {name: plane[:, start : start + step] for name, plane in side.planes.items()}
+            keys = side.codec.decode({name: plane.unsqueeze(0) for name, plane in part.items()}, old, dtype)
+            again = side.codec.encode(keys.nan_to_num_(0.0, 0.0, 0.0), side.transform)
+            for name, plane in again.items():
+                part[name].copy_(plane[0])
+
+    def context(self, table: Tensor) -> tuple[Tensor, Tensor]:
+        """Packed tokens of one request, decoded: keys and values [128 * P, Hkv, D] in the model's dtype.
+
+        Args:
+            table: [1, Hkv, P] int32, rows of the pool.
+        """
+        states = []
+        for side in self.pool:
+            planes: Planes = {name: plane[table.long()] for name, plane in side.planes.items()}
+            decoded = side.codec.decode(planes, side.transform, self.settings.dtype)
+            states.append(decoded[0].transpose(0, 1).contiguous())
+        return states[0], states[1]
+
+
+def _from_each_token(states: Tensor) -> Tensor:
+    """[T, Hkv, D] as pages [T - 127, Hkv, 128, D]: page t begins with token t."""
+    token, head, channel = states.stride()
+    shape = (states.shape[0] - PAGE_TOKENS + 1, states.shape[1], PAGE_TOKENS, states.shape[2])
+    return states.as_strided(shape, (token, head, token, channel), states.storage_offset())
