@@ -115,7 +115,6 @@ class QuantpressBuilder(AttentionMetadataBuilder[QuantpressMetadata]):
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         check_engine(vllm_config, device.type != "cpu")
         self._init_reorder_batch_threshold(1, supports_spec_as_decode=True)
-        self._slots = _slots_of(vllm_config)
         self._planner: StepPlanner | None = None
 
     def _plan(self, batch: StepBatch) -> StepPlan:
@@ -162,11 +161,11 @@ class QuantpressBuilder(AttentionMetadataBuilder[QuantpressMetadata]):
             rows = np.full(c.num_reqs, nobody, dtype=np.int64)
             given = c.req_idx[: c.num_reqs]
             rows[: len(given)] = np.where(given < 0, nobody, given)
-            self._slots.rows = rows
+            _slots.rows = rows
         elif self.device.type == "cpu":
             return None
         else:  # a step of the draft model, for the requests of the step before it
-            rows = np.array(_padded(self._slots.rows.tolist(), c.num_reqs, nobody), dtype=np.int64)
+            rows = np.array(_padded(_slots.rows.tolist(), c.num_reqs, nobody), dtype=np.int64)
         return torch.from_numpy(rows).pin_memory().to(self.device, non_blocking=True)
 
 
@@ -177,9 +176,7 @@ class _Slots:
     rows: np.ndarray[Any, Any]
 
 
-@lru_cache(maxsize=1)
-def _slots_of(config: VllmConfig) -> _Slots:
-    return _Slots(np.empty(0, dtype=np.int64))
+_slots = _Slots(np.empty(0, dtype=np.int64))
 
 
 def _padded(numbers: Sequence[int], count: int, fill: int = 0) -> list[int]:

@@ -73,7 +73,7 @@ def check_engine(config: Any, on_gpu: bool) -> None:
     if parallel.use_ubatching:
         _refuse("microbatches, which plan two steps at a time", "serve without --enable-dbo")
     block = config.cache_config.block_size
-    if block is not None and block != PAGE_TOKENS:
+    if config.cache_config.user_specified_block_size and block != PAGE_TOKENS:
         _refuse(f"blocks of {block} tokens", f"leave --block-size out, or set it to {PAGE_TOKENS}")
     if on_gpu and not config.use_v2_model_runner:
         _refuse(
