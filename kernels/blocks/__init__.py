@@ -1,7 +1,7 @@
-"""Writes to the memory of a serving engine: `put_tokens` and `pack_blocks`.
+"""The memory of a serving engine: `put_tokens` and `pack_blocks` write it, `decode_blocks` reads it.
 
-Both take fixed shapes and wait for nothing on the device, so that a CUDA graph may capture them: what is not
-to be written is marked -1.
+The first two take fixed shapes and wait for nothing on the device, so that a CUDA graph may capture them:
+what is not to be written is marked -1.
 
 operands.py         where tokens and blocks go, and what is checked
 reference.py        plain PyTorch: the truth that the kernels are held to
@@ -10,13 +10,19 @@ triton_blocks.py    launches the kernels of triton_kernel.py
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
+from quantpress.errors import InvalidInputError
 from quantpress.kernels.available import runs_triton
 from quantpress.kernels.blocks.operands import BlockCodec, BlockSide, TokenTarget, check_pack, check_put
-from quantpress.kernels.blocks.reference import pack_blocks_reference, put_tokens_reference
+from quantpress.kernels.blocks.reference import (
+    decode_blocks_reference,
+    pack_blocks_reference,
+    put_tokens_reference,
+)
 
-__all__ = ["BlockCodec", "BlockSide", "TokenTarget", "pack_blocks", "put_tokens"]
+__all__ = ["BlockCodec", "BlockSide", "TokenTarget", "decode_blocks", "pack_blocks", "put_tokens"]
 
 
 def put_tokens(keys: Tensor, values: Tensor, targets: Sequence[TokenTarget]) -> None:
@@ -76,3 +82,31 @@ def pack_blocks(
             pack_blocks_triton(keys, values, pages, blocks, sides)
             return
     pack_blocks_reference(keys, values, pages, blocks, sides)
+
+
+def decode_blocks(side: BlockSide, blocks: Tensor, dtype: torch.dtype) -> Tensor:
+    """Decode packed blocks to tokens, as attention over a prompt in chunks takes them.
+
+    The kernels read the blocks where they lie, for codecs without a sketch; other codecs gather them first.
+
+    Args:
+        side: the keys or the values; its planes are read.
+        blocks: [P] int32, the blocks in order.
+        dtype: of the result.
+
+    Returns:
+        [P * 128, Hkv, D] `dtype`, contiguous.
+
+    Raises:
+        InvalidInputError: `blocks` are not [P] int32.
+    """
+    if blocks.dtype != torch.int32 or blocks.dim() != 1:
+        raise InvalidInputError(
+            f"blocks to decode are {blocks.dtype} {tuple(blocks.shape)}; give torch.int32 [P]"
+        )
+    if runs_triton(blocks.device):
+        from quantpress.kernels.blocks.triton_blocks import decode_blocks_triton, supports_blocks
+
+        if supports_blocks(side, dtype):
+            return decode_blocks_triton(side, blocks, dtype)
+    return decode_blocks_reference(side, blocks, dtype)

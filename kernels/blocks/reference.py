@@ -1,7 +1,8 @@
-"""Writes to an engine's memory in plain PyTorch: the truth that the kernels are held to."""
+"""Writes to an engine's memory, and reads of it, in plain PyTorch: the truth that the kernels are held to."""
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from quantpress.kernels.blocks.operands import BlockSide, TokenTarget
@@ -31,6 +32,12 @@ def pack_blocks_reference(
             chosen = x[pages.long()]
         if len(chosen):
             _store(_encoded(chosen, side), blocks.clamp(min=0).long(), side)
+
+
+def decode_blocks_reference(side: BlockSide, blocks: Tensor, dtype: torch.dtype) -> Tensor:
+    """Decode packed blocks to tokens; see `quantpress.kernels.blocks.decode_blocks`."""
+    planes = {name: plane[:, blocks.long()].unsqueeze(0) for name, plane in side.planes.items()}
+    return side.codec.decode(planes, side.transform, dtype)[0].transpose(0, 1).contiguous()
 
 
 def _encoded(x: Tensor, side: BlockSide) -> dict[str, Tensor]:

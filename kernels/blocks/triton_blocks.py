@@ -1,4 +1,4 @@
-"""Launches the Triton kernels that write to an engine's memory: what they support, and their operands."""
+"""Launches the Triton kernels for an engine's memory: what they support, and their operands."""
 
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -10,7 +10,9 @@ from torch import Tensor
 from quantpress.kernels.available import FUSED
 from quantpress.kernels.blocks.operands import BlockSide, TokenTarget
 from quantpress.kernels.blocks.triton_kernel import MOST, pack_blocks_kernel, put_tokens_kernel
+from quantpress.kernels.dequantize.triton_dequantize import decode_table_triton, supports_decode
 from quantpress.kernels.encode.triton_encode import DTYPES, encode_arguments, encode_settings
+from quantpress.kernels.layout import PAGE_TOKENS
 
 HEAD_DIMS = (64, 128, 256)
 WIDTHS = (2, 3, 4)
@@ -69,11 +71,15 @@ def _supports(x: Tensor, side: BlockSide) -> bool:
     spec = side.spec
     if spec is None or spec.estimator != "mse" or len(spec.groups) > 1 or side.transform.order is not None:
         return False
-    codes, scale = side.planes["codes0"], side.planes["scale0"]
-    steps = (*codes.stride()[:2], codes.storage_offset())
-    placed = codes.stride(2) == scale.stride(2) == 1 and not any(step % WORD for step in steps)
     fits = spec.bits in WIDTHS and spec.head_dim in HEAD_DIMS and x.dtype in DTYPES and x.stride(-1) == 1
-    return placed and fits
+    return fits and _in_words(side)
+
+
+def _in_words(side: BlockSide) -> bool:
+    """Whether pages lie as whole words, and scales together."""
+    codes = [plane for name, plane in side.planes.items() if name.startswith("codes")]
+    steps = [step for plane in codes for step in (*plane.stride()[:2], plane.storage_offset())]
+    return all(plane.stride(2) == 1 for plane in side.planes.values()) and not any(s % WORD for s in steps)
 
 
 def pack_blocks_triton(
@@ -130,6 +136,22 @@ def _side_arguments(name: str, x: Tensor, side: BlockSide, flag: Tensor, device:
     constants = {part: given[f"{part}0"] for part in _SIDE}
     constants |= {part: given[part] for part in ("RULE", "MEAN", "WEIGHT")}
     return arguments | {f"{name.upper()}_{part}": value for part, value in constants.items()}
+
+
+def supports_blocks(side: BlockSide, dtype: torch.dtype) -> bool:
+    """Whether the kernel decodes these blocks where they lie."""
+    return side.spec is not None and supports_decode(side.spec, dtype) and _in_words(side)
+
+
+def decode_blocks_triton(side: BlockSide, blocks: Tensor, dtype: torch.dtype) -> Tensor:
+    """Decode packed blocks to tokens; see `quantpress.kernels.blocks.decode_blocks`."""
+    spec = side.spec
+    assert spec is not None  # by `supports_blocks`
+    shape = (len(blocks) * PAGE_TOKENS, side.heads, spec.head_dim)
+    out = torch.empty(shape, dtype=dtype, device=blocks.device)
+    planes = {name: plane.unsqueeze(0) for name, plane in side.planes.items()}
+    decode_table_triton(planes, spec, side.transform, blocks.contiguous(), out.transpose(0, 1).unsqueeze(0))
+    return out
 
 
 def _power(count: int) -> int:

@@ -286,9 +286,9 @@ def pack_blocks_kernel(
 
     pages, blocks: [entries] int32, from where to where; a block below 0 is not written. flag: [1] int32,
     written and not read. For keys and values: vectors with strides *_page, *_head and *_token, channels
-    contiguous; mean and weight [Hkv, C] float32, if MEAN and WEIGHT; matrix [HALVES, C, C], the rotation; words, int32,
-    and scale, written, with strides *_head and *_block in words and scales; the other arguments are those of
-    `encode_pages_kernel` for a group of C channels.
+    contiguous; mean and weight [Hkv, C] float32, if MEAN and WEIGHT; matrix [HALVES, C, C], the rotation;
+    words, int32, and scale, written, with strides *_head and *_block in words and scales; the other arguments
+    are those of `encode_pages_kernel` for a group of C channels.
     """
     entry = tl.program_id(0) + tl.arange(0, MOST) * tl.num_programs(0)
     blocks = tl.load(blocks_ptr + entry, mask=entry < entries, other=-1)

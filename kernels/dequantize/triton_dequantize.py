@@ -51,6 +51,14 @@ def decode_pages_triton(
     return out
 
 
+def decode_table_triton(
+    planes: dict[str, Tensor], spec: CodecSpec, transform: ChannelTransform, table: Tensor, out: Tensor
+) -> None:
+    """Decode some pages of planes [1, Hkv, N, ...], which stay where they are; see `decode_arguments`."""
+    for arguments in decode_arguments(planes, spec, transform, out, table):
+        _launch(decode_pages_kernel, arguments, out.shape[1], 4 if arguments["CP"] <= 128 else 8)
+
+
 def _launch(kernel: Any, arguments: dict[str, Any], heads: int, warps: int) -> None:
     out: Tensor = arguments["out_ptr"]
     if out.numel():
@@ -68,9 +76,21 @@ def code_space_arguments(planes: dict[str, Tensor], spec: CodecSpec, out: Tensor
 
 
 def decode_arguments(
-    planes: dict[str, Tensor], spec: CodecSpec, transform: ChannelTransform, out: Tensor
+    planes: dict[str, Tensor],
+    spec: CodecSpec,
+    transform: ChannelTransform,
+    out: Tensor,
+    table: Tensor | None = None,
 ) -> Iterator[dict[str, Any]]:
-    """The arguments of `decode_pages_kernel` by name, for each channel group."""
+    """The arguments of `decode_pages_kernel` by name, for each channel group.
+
+    Args:
+        planes: [B, Hkv, N, ...]; with a table B is 1, and strides from head to head and page to page are any.
+        spec: of the planes.
+        transform: of the planes.
+        out: [B, Hkv, T, D], written; heads and tokens equally far apart, channels contiguous.
+        table: [P] int32, the pages to decode, T = 128 * P; None: all.
+    """
     whole = transform.expanded(planes["codes0"].shape[0])
     parts = {name: part.contiguous() for name, part in whole.tensors().items()}
     start = 0
@@ -78,8 +98,19 @@ def decode_arguments(
         book = spec.codebook_of(i)
         levels = _level_tensor(book, out.device, True)
         matrix = rotation_matrix(spec.rotation_of(i), out.device, inverse=True)
-        yield _common(planes, spec, i, start) | {
+        common = _common(planes, spec, i, start, copied=table is None)
+        words, scale = common["words_ptr"], common["scale_ptr"]
+        yield common | {
             "levels_ptr": levels,
+            "table_ptr": levels if table is None else table,
+            "pages": words.shape[2] if table is None else len(table),
+            "words_head": words.stride(1),
+            "words_page": words.stride(2),
+            "scale_head": scale.stride(1),
+            "scale_page": scale.stride(2),
+            "out_head": out.stride(1),
+            "out_token": out.stride(2),
+            "TABLE": table is not None,
             "matrix_ptr": matrix.halves,
             "out_ptr": out,
             **{f"{name}_ptr": parts.get(name, levels) for name in ("mean", "weight", "order")},
@@ -94,11 +125,14 @@ def decode_arguments(
         start += group.channels
 
 
-def _common(planes: dict[str, Tensor], spec: CodecSpec, i: int, start: int) -> dict[str, Any]:
+def _common(
+    planes: dict[str, Tensor], spec: CodecSpec, i: int, start: int, copied: bool = True
+) -> dict[str, Any]:
     group = spec.groups[i]
+    codes, scale = planes[f"codes{i}"], planes[f"scale{i}"]
     return {
-        "words_ptr": planes[f"codes{i}"].contiguous().view(torch.int32),
-        "scale_ptr": planes[f"scale{i}"].contiguous(),
+        "words_ptr": (codes.contiguous() if copied else codes).view(torch.int32),
+        "scale_ptr": scale.contiguous() if copied else scale,
         "pages": planes["codes0"].shape[2],
         "D": spec.head_dim,
         "START": start,

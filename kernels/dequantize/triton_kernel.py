@@ -128,8 +128,15 @@ def decode_pages_kernel(
     mean_ptr,
     weight_ptr,
     order_ptr,
+    table_ptr,
     out_ptr,
     pages,
+    words_head,
+    words_page,
+    scale_head,
+    scale_page,
+    out_head,
+    out_token,
     factor,
     D: tl.constexpr,
     START: tl.constexpr,
@@ -143,22 +150,29 @@ def decode_pages_kernel(
     MEAN: tl.constexpr,
     WEIGHT: tl.constexpr,
     ORDER: tl.constexpr,
+    TABLE: tl.constexpr,
 ):
     """Decode half a page (axis 0) of a (batch, KV head) (axis 1) to vectors.
 
-    words, scale, pages, START, C, CP: as for `decode_code_space_kernel`; levels: in units of the codebook's;
-    matrix: [HALVES, CP, CP] float16, out of code space; mean, weight and order: [B * Hkv, D], if MEAN, WEIGHT
-    and ORDER; out: [B, Hkv, T, D], written; factor: value of a level's unit times one of the matrix; BK:
-    channels in one product; WHOLE: levels are exact in float16.
+    words: int32, and scale, of pages *_page apart in heads *_head apart; START, C, CP: as for
+    `decode_code_space_kernel`; pages: P; table: [P] int32, which pages, if TABLE, else the first P; levels:
+    in units of the codebook's; matrix: [HALVES, CP, CP] float16, out of code space; mean, weight and order:
+    [B * Hkv, D], if MEAN, WEIGHT and ORDER; out: vectors [D], written, of tokens out_token apart in heads
+    out_head apart; factor: value of a level's unit times one of the matrix; BK: channels in one product;
+    WHOLE: levels are exact in float16.
     """
     page, head = tl.program_id(0) // 2, tl.program_id(1).to(tl.int64)
     first = tl.program_id(0) % 2 * 64
     token = first + tl.arange(0, 64)
     column = tl.arange(0, CP)
-    at = head * pages + page
+    source = page.to(tl.int64)
+    if TABLE:
+        source = tl.load(table_ptr + page).to(tl.int64)
+    words_ptr += head * words_head + source * words_page
+    scale_ptr += head * scale_head + source * scale_page
     acc = tl.zeros([64, CP], tl.float32)
     for part in tl.static_range(CP // BK):
-        levels = _levels(words_ptr + at * (4 * BITS * C), levels_ptr, first, part, C, BK, BITS, VALUES)
+        levels = _levels(words_ptr, levels_ptr, first, part, C, BK, BITS, VALUES)
         row = part * BK + tl.arange(0, BK)
         matrix_at = matrix_ptr + row[:, None] * CP + column[None, :]
         high = tl.load(matrix_at)
@@ -168,7 +182,7 @@ def decode_pages_kernel(
         if not WHOLE:
             acc = tl.dot((levels - big.to(tl.float32)).to(tl.float16), high, acc)
         acc = tl.dot(big, high, acc)
-    scale = tl.load(scale_ptr + at * 128 + token).to(tl.float32)
+    scale = tl.load(scale_ptr + token).to(tl.float32)
     y = acc * (scale * factor)[:, None]
     inside = column < C
     channel = START + column
@@ -178,7 +192,9 @@ def decode_pages_kernel(
         y = y / tl.load(weight_ptr + head * D + channel, mask=inside, other=1.0)[None, :]
     if MEAN:
         y = y + tl.load(mean_ptr + head * D + channel, mask=inside, other=0.0)[None, :]
-    out_ptr += at * (128 * D)
+    out_ptr += head * out_head + page.to(tl.int64) * 128 * out_token
     tl.store(
-        out_ptr + token[:, None] * D + channel[None, :], y.to(out_ptr.dtype.element_ty), mask=inside[None, :]
+        out_ptr + token[:, None] * out_token + channel[None, :],
+        y.to(out_ptr.dtype.element_ty),
+        mask=inside[None, :],
     )

@@ -10,7 +10,7 @@ from torch import Tensor
 from quantpress.codecs.raw import RawPages
 from quantpress.codecs.scalar import ScalarPages
 from quantpress.errors import InvalidInputError
-from quantpress.kernels.blocks import BlockSide, TokenTarget, pack_blocks, put_tokens
+from quantpress.kernels.blocks import BlockSide, TokenTarget, decode_blocks, pack_blocks, put_tokens
 from quantpress.kernels.blocks.reference import pack_blocks_reference, put_tokens_reference
 from quantpress.kernels.layout import page_bytes
 from quantpress.quantization.spec import CodecSpec
@@ -88,6 +88,25 @@ def test_pages_become_blocks() -> None:
                 for name, plane in side.planes.items():
                     assert torch.equal(plane[head, block], expected[name][0, 0, 0])
     assert (made.memory[[0, 2]] == EMPTY).all()
+
+
+def filled(dim: int, bits: tuple[float, float]) -> Engine:
+    made, blocks = engine(dim, bits), torch.arange(BLOCKS, dtype=torch.int32)
+    pack_blocks_reference(sliding(dim)[2:], sliding(dim)[2:], 20 * blocks, blocks, made.sides)
+    return made
+
+
+def test_blocks_are_decoded() -> None:
+    blocks = torch.tensor([3, 0, 3], dtype=torch.int32)
+    for side in filled(64, (3, 2.5)).sides:
+        got = decode_blocks(side, blocks, torch.bfloat16)
+        assert got.shape == (3 * 128, HEADS, 64) and got.is_contiguous()
+        for at, block in enumerate((3, 0, 3)):
+            planes = {name: plane[None, :, block : block + 1] for name, plane in side.planes.items()}
+            expected = side.codec.decode(planes, side.transform, torch.bfloat16)[0]
+            assert torch.equal(got[128 * at : 128 * (at + 1)].transpose(0, 1), expected)
+    with pytest.raises(InvalidInputError, match=r"blocks to decode are torch.int64"):
+        decode_blocks(side, blocks.long(), torch.bfloat16)
 
 
 def test_any_codec() -> None:
@@ -173,7 +192,7 @@ def check_pack(dim: int, bits: tuple[int, int], dtype: torch.dtype, device: str)
 
 def test_interpreted() -> None:
     pytest.importorskip("triton")
-    assert interpret(__file__).splitlines() == ["put", *map(str, CASES), "large and not finite"]
+    assert interpret(__file__).splitlines() == ["put", *map(str, CASES), "large and not finite", "decoded"]
 
 
 def interpreted() -> None:
@@ -199,6 +218,13 @@ def interpreted() -> None:
     scale = made.sides[1].planes["scale0"]
     assert (scale[0, 1] == torch.finfo(torch.float16).max).all() and torch.isfinite(scale[0, 2, 2:]).all()
     print("large and not finite")
+    for side in filled(64, (3, 2.5)).sides:
+        blocks = torch.tensor([3, 0, 3], dtype=torch.int32)
+        assert triton_blocks.supports_blocks(side, torch.float32)
+        got = triton_blocks.decode_blocks_triton(side, blocks, torch.float32)
+        expected = decode_blocks(side, blocks, torch.float32)
+        assert got.is_contiguous() and float((got - expected).norm() / expected.norm()) < 1e-6
+    print("decoded")
 
 
 @pytest.mark.parametrize(
@@ -234,6 +260,22 @@ def test_compiles(dim: int, bits: tuple[int, int], capability: int) -> None:
 def test_blocks_on_a_gpu(case: tuple[int, int, int], dtype: torch.dtype) -> None:
     dim, *bits = case
     check_pack(dim, (bits[0], bits[1]), dtype, "cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dim", [64, 128, 256])
+def test_blocks_are_decoded_on_a_gpu(dim: int) -> None:
+    blocks = torch.tensor([3, 0, 3], dtype=torch.int32)
+    made = filled(dim, (3, 4))
+    for side in made.sides:
+        moved = BlockSide(
+            side.codec,
+            side.transform.map(lambda part: part.cuda()),
+            {name: plane.cuda() for name, plane in side.planes.items()},
+        )
+        got = decode_blocks(moved, blocks.cuda(), torch.bfloat16).float().cpu()
+        expected = decode_blocks(side, blocks, torch.float32)
+        assert got.is_contiguous() and float((got - expected).norm() / expected.norm()) < 3e-3
 
 
 @pytest.mark.gpu

@@ -69,8 +69,9 @@ def test_compiles(spec: CodecSpec, capability: int) -> None:
     from quantpress.kernels.dequantize.triton_kernel import decode_code_space_kernel, decode_pages_kernel
 
     planes = encode_pages_reference(torch.empty(1, 1, 0, spec.head_dim), spec, IDENTITY)
-    out = torch.empty(0, dtype=torch.bfloat16)
-    for arguments in host.decode_arguments(planes, spec, transform_of(spec, heads=1), out):
+    out, table = torch.empty(1, 1, 0, spec.head_dim, dtype=torch.bfloat16), torch.empty(0, dtype=torch.int32)
+    chosen = table if capability == 80 else None
+    for arguments in host.decode_arguments(planes, spec, transform_of(spec, heads=1), out, chosen):
         compiled = compile_only(decode_pages_kernel, arguments, capability, 8)
         assert compiled.metadata.shared <= 99 * 1024
     for arguments in host.code_space_arguments(planes, spec, out.float()):
