@@ -21,6 +21,7 @@ from quantpress.kernels.blocks.reference import (
     pack_blocks_reference,
     put_tokens_reference,
 )
+from quantpress.quantization.numerics import in_named_dtypes
 
 __all__ = ["BlockCodec", "BlockSide", "TokenTarget", "decode_blocks", "pack_blocks", "put_tokens"]
 
@@ -49,6 +50,7 @@ def put_tokens(keys: Tensor, values: Tensor, targets: Sequence[TokenTarget]) -> 
     put_tokens_reference(keys, values, targets)
 
 
+@in_named_dtypes
 def pack_blocks(
     keys: Tensor, values: Tensor, pages: Tensor, blocks: Tensor, sides: tuple[BlockSide, BlockSide]
 ) -> None:
@@ -84,6 +86,7 @@ def pack_blocks(
     pack_blocks_reference(keys, values, pages, blocks, sides)
 
 
+@in_named_dtypes
 def decode_blocks(side: BlockSide, blocks: Tensor, dtype: torch.dtype) -> Tensor:
     """Decode packed blocks to tokens, as attention over a prompt in chunks takes them.
 

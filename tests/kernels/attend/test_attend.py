@@ -11,6 +11,7 @@ from quantpress.codecs.raw import RawPages
 from quantpress.codecs.scalar import ScalarPages
 from quantpress.errors import InvalidInputError
 from quantpress.kernels.attend import DenseSegment, PackedSegment, PackedSide, Segment, Visibility, attend
+from quantpress.kernels.attend.schedule import PageSchedule
 from quantpress.quantization.spec import CodecSpec
 from quantpress.quantization.transform import ChannelTransform, key_statistics, value_statistics
 from tests.grids import covering
@@ -414,6 +415,8 @@ def test_a_bad_table_is_refused() -> None:
     ):
         with pytest.raises(InvalidInputError, match="no lengths"):
             made()
+    with pytest.raises(InvalidInputError, match="a schedule is for pages by table"):
+        replace(pages, schedule=PageSchedule.empty(BATCH * KV_HEADS, 9, pages.device))
 
 
 def test_lengths_of_another_shape_are_refused() -> None:
