@@ -51,7 +51,7 @@ INTERPRETED = [
     [4, 3, 64, 7, "float32", "pool few"],
     [3, 3, 64, 1, "float32", "pool shared"],
     [3, 3, 64, 1, "float32", "pool shared sinks_in_pages few"],
-    [4, 3, 64, 4, "float32", "pool dense_tables"],
+    [4, 3, 64, 4, "float32", "pool dense_tables shared sinks_in_pages one_transform side_by_side"],
     [2, 4, 64, 1, "float32", "pool dense_tables no_sinks right"],
     [4, 2, 64, 2, "bfloat16", "haar one_transform"],
 ]
