@@ -9,10 +9,11 @@ from torch import Tensor
 from quantpress.engines.vllm.layer_store import LayerStore
 from quantpress.engines.vllm.step_plan import DecodePlan, PrefillPlan, PrefillRequest
 from quantpress.kernels.attend import DenseSegment, PackedSegment, Segment, Visibility, attend
+from quantpress.kernels.blocks import decode_blocks
 from quantpress.kernels.layout import PAGE_TOKENS
 
-CONTEXT_TOKENS = 16384
-"""Packed tokens of a prompt's context that are decoded at a time."""
+CONTEXT_TOKENS = 65536
+"""Packed tokens of a prompt's context that are decoded at a time: 268 MB of keys and values of 8 heads of 128."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,9 @@ class Scores:
     softcap: float | None
 
 
-def attend_decodes(store: LayerStore, plan: DecodePlan, query: Tensor, scores: Scores, output: Tensor) -> None:
+def attend_decodes(
+    store: LayerStore, plan: DecodePlan, query: Tensor, scores: Scores, output: Tensor
+) -> None:
     """Attention of the new tokens of decodes, which are stored already.
 
     Args:
@@ -44,17 +47,28 @@ def attend_decodes(store: LayerStore, plan: DecodePlan, query: Tensor, scores: S
     packed = PackedSegment(
         keys, values, plan.packed_lengths, table=plan.table, starts=plan.packed_starts, schedule=plan.schedule
     )
-    segments: list[Segment] = [packed, DenseSegment(*store.recent, lengths=plan.recent_lengths, table=plan.recent_table)]
+    segments: list[Segment] = [
+        packed,
+        DenseSegment(*store.recent, lengths=plan.recent_lengths, table=plan.recent_table),
+    ]
     if store.settings.sinks:
         segments.insert(0, DenseSegment(*store.sinks, lengths=plan.sink_lengths, table=plan.sink_table))
     seen = Visibility(plan.queries, sum(segment.tokens for segment in segments))
-    found = attend(rows, segments, seen, scaling=scores.scaling, softcap=scores.softcap)
-    found = found.transpose(1, 2).flatten(0, 1)  # [R * q, Hq, Dv]
-    output[: len(found) if plan.rows is None else len(plan.rows)] = found if plan.rows is None else found[plan.rows]
+    options = {"scaling": scores.scaling, "softcap": scores.softcap}
+    if plan.rows is None and plan.queries == 1:
+        attend(rows, segments, seen, out=output[: plan.requests].unsqueeze(2), **options)
+        return
+    found = attend(rows, segments, seen, **options).transpose(1, 2).flatten(0, 1)  # [R * q, Hq, Dv]
+    found = found if plan.rows is None else found[plan.rows]
+    output[: len(found)] = found
 
 
 def attend_prefills(
-    store: LayerStore, plan: PrefillPlan, states: tuple[Tensor, Tensor, Tensor], scores: Scores, output: Tensor
+    store: LayerStore,
+    plan: PrefillPlan,
+    states: tuple[Tensor, Tensor, Tensor],
+    scores: Scores,
+    output: Tensor,
 ) -> None:
     """Attention of pieces of prompts over themselves and what is stored before them; they are not stored yet.
 
@@ -91,49 +105,103 @@ def _context_segments(store: LayerStore, request: PrefillRequest) -> Iterator[Se
 
 
 def _by_flash_attention(
-    store: LayerStore, plan: PrefillPlan, states: tuple[Tensor, Tensor, Tensor], scores: Scores, output: Tensor
+    store: LayerStore,
+    plan: PrefillPlan,
+    states: tuple[Tensor, Tensor, Tensor],
+    scores: Scores,
+    output: Tensor,
 ) -> None:
-    """The context is decoded in pieces; each is attended apart, and joined by the logarithms of the sums."""
+    """Prompts that begin go together; each of the others is attended with its context, decoded."""
+    begun = [request for request in plan.requests if not request.before]
+    if begun:
+        alone = len(begun) == len(plan.requests)
+        rows = None if alone else torch.cat([torch.arange(*_span(plan, one)) for one in begun])
+        rows = None if rows is None else rows.pin_memory().to(output.device, non_blocking=True)
+        whole = states if rows is None else (states[0][rows], states[1][rows], states[2][rows])
+        found, _ = _flash(whole, [one.tokens for one in begun], [one.tokens for one in begun], True, scores)
+        if rows is None:
+            output[: len(found)] = found
+        else:
+            output[rows] = found
+    for request in plan.requests:
+        if request.before:
+            part = slice(*_span(plan, request))
+            query, key, value = (x[part] for x in states)
+            output[part] = _with_context(store, request, (query, key, value), scores)
+
+
+def _span(plan: PrefillPlan, request: PrefillRequest) -> tuple[int, int]:
+    return request.begin - plan.begin, request.begin - plan.begin + request.tokens
+
+
+def _with_context(
+    store: LayerStore, request: PrefillRequest, states: tuple[Tensor, Tensor, Tensor], scores: Scores
+) -> Tensor:
+    """[m, Hq, Dv]. The last piece of the context goes with the new tokens; pieces are joined by their sums."""
     from vllm.v1.attention.ops.merge_attn_states import merge_attn_states
 
-    bounds = [request.begin - plan.begin for request in plan.requests]
-    bounds.append(bounds[-1] + plan.requests[-1].tokens)
-    longest = max(request.tokens for request in plan.requests)
-    own, sums = _flash(states, (bounds, bounds), (longest, longest), True, scores)
-    for request in plan.requests:
-        begin = request.begin - plan.begin
-        part = slice(begin, begin + request.tokens)
-        for keys, values in _context(store, request):
-            queries, tokens = request.tokens, keys.shape[0]
-            one = (states[0][part], keys, values)
-            found, found_sums = _flash(one, ([0, queries], [0, tokens]), (queries, tokens), False, scores)
-            joined, joined_sums = torch.empty_like(found), torch.empty_like(found_sums)
-            mine = sums[:, part].contiguous()
-            merge_attn_states(joined, found, found_sums, own[part], mine, output_lse=joined_sums)
-            own[part], sums[:, part] = joined, joined_sums
-    output[: bounds[-1]] = own
+    query, key, value = states
+    tokens, pages = request.tokens, request.table.shape[2]
+    step = CONTEXT_TOKENS // PAGE_TOKENS
+    firsts = list(range(0, pages, step)) or [0]
+    joined, sums = query, None
+    for first in reversed(firsts):  # only the last piece has the causal mask
+        keys, values = _decoded(store, request, first, min(first + step, pages))
+        last = first == firsts[-1]
+        if last:
+            keys, values = torch.cat([*keys, key]), torch.cat([*values, value])
+        else:
+            keys, values = keys[0], values[0]
+        found, found_sums = _flash((query, keys, values), [tokens], [len(keys)], last, scores)
+        if sums is None:
+            joined, sums = found, found_sums
+        else:
+            whole, whole_sums = torch.empty_like(found), torch.empty_like(sums)
+            merge_attn_states(whole, found, found_sums, joined, sums, output_lse=whole_sums)
+            joined, sums = whole, whole_sums
+    return joined
+
+
+def _decoded(
+    store: LayerStore, request: PrefillRequest, first: int, last: int
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Keys and values, in parts [n, Hkv, D] in order, of pages `first` to `last` of a context.
+
+    The first tokens come from the sink entry, if the request has one; those of the block that is partly filled,
+    from its recent page.
+    """
+    parts: tuple[list[Tensor], list[Tensor]] = ([], [])
+    sinks = store.settings.sinks
+    there = request.sink_lengths[0, :1].view(1, 1, 1) > 0
+    for out, side, kept in zip(parts, store.blocks, store.sinks, strict=True):
+        if last > first:
+            out.append(decode_blocks(side, request.blocks[first:last], store.settings.dtype))
+        if last > first == 0 and sinks:
+            exact = kept.index_select(0, request.sink_table[0].long())[0].transpose(0, 1)  # [sinks, Hkv, D]
+            out[0][:sinks] = torch.where(there, exact, out[0][:sinks])
+    if last == request.table.shape[2] and request.recent_page is not None:
+        used = request.before % PAGE_TOKENS
+        for out, pool in zip(parts, store.recent, strict=True):
+            out.append(pool.index_select(0, request.recent_page)[0, :, :used].transpose(0, 1))
+    return parts
 
 
 def _flash(
-    states: tuple[Tensor, Tensor, Tensor],
-    bounds: tuple[list[int], list[int]],
-    longest: tuple[int, int],
-    causal: bool,
-    scores: Scores,
+    states: tuple[Tensor, Tensor, Tensor], queries: list[int], tokens: list[int], causal: bool, scores: Scores
 ) -> tuple[Tensor, Tensor]:
-    """Attention of sequences side by side: output [T, Hq, Dv], and log-sum-exp [Hq, T]."""
+    """Attention of sequences side by side, aligned at their last tokens: output [T, Hq, Dv], log-sum-exp [Hq, T]."""
     from vllm.v1.attention.backends.fa_utils import flash_attn_varlen_func, get_flash_attn_version
 
     query, key, value = states
-    starts = [torch.tensor(bound, dtype=torch.int32).to(query.device, non_blocking=True) for bound in bounds]
+    starts = [_starts(counts, query.device) for counts in (queries, tokens)]
     found, sums = flash_attn_varlen_func(
         q=query,
         k=key,
         v=value,
         cu_seqlens_q=starts[0],
         cu_seqlens_k=starts[1],
-        max_seqlen_q=longest[0],
-        max_seqlen_k=longest[1],
+        max_seqlen_q=max(queries),
+        max_seqlen_k=max(tokens),
         softmax_scale=scores.scaling,
         softcap=scores.softcap or 0.0,
         causal=causal,
@@ -143,26 +211,7 @@ def _flash(
     return found, sums
 
 
-def _context(store: LayerStore, request: PrefillRequest) -> Iterator[tuple[Tensor, Tensor]]:
-    """Keys and values of the tokens before a piece, at most `CONTEXT_TOKENS` and a page at a time, [n, Hkv, D]."""
-    pages = request.table.shape[2]
-    step = CONTEXT_TOKENS // PAGE_TOKENS
-    for first in range(0, pages, step):
-        yield _with_sinks(store, request, store.context(request.table[:, :, first : first + step]), first == 0)
-    if request.recent_page is not None:
-        used = request.before % PAGE_TOKENS
-        keys, values = (pool[request.recent_page, :, :used][0].transpose(0, 1).contiguous() for pool in store.recent)
-        yield keys, values
-
-
-def _with_sinks(
-    store: LayerStore, request: PrefillRequest, states: tuple[Tensor, Tensor], has_first: bool
-) -> tuple[Tensor, Tensor]:
-    """The same with the first tokens from the sink entry, if the request has one."""
-    sinks = store.settings.sinks
-    if has_first and sinks:
-        there = request.sink_lengths[0, :1].view(1, 1, 1) > 0
-        for kept, decoded in zip(store.sinks, states, strict=True):
-            exact = kept[request.sink_table[0, 0].long()].transpose(0, 1)  # [sinks, Hkv, D]
-            decoded[:sinks] = torch.where(there, exact, decoded[:sinks])
-    return states
+def _starts(counts: list[int], device: torch.device) -> Tensor:
+    starts = torch.zeros(len(counts) + 1, dtype=torch.int32)
+    starts[1:] = torch.tensor(counts).cumsum(0)
+    return starts.pin_memory().to(device, non_blocking=True)

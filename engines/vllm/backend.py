@@ -110,7 +110,11 @@ class QuantpressBuilder(AttentionMetadataBuilder[QuantpressMetadata]):
     _cudagraph_support = AttentionCGSupport.UNIFORM_BATCH
 
     def __init__(
-        self, kv_cache_spec: AttentionSpec, layer_names: list[str], vllm_config: VllmConfig, device: torch.device
+        self,
+        kv_cache_spec: AttentionSpec,
+        layer_names: list[str],
+        vllm_config: VllmConfig,
+        device: torch.device,
     ) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         check_engine(vllm_config, device.type != "cpu")
@@ -121,9 +125,9 @@ class QuantpressBuilder(AttentionMetadataBuilder[QuantpressMetadata]):
         if self._planner is None:
             capacity = _capacity(self.vllm_config)
             blocks = self.vllm_config.cache_config.num_gpu_blocks
-            state = BlockState(blocks, capacity, self.device)
+            state = BlockState(blocks, capacity, DEFAULT_SINK_TOKENS, self.device)
             pages = batch.block_table.shape[1]
-            self._planner = StepPlanner(state, self.kv_cache_spec.num_kv_heads, pages, DEFAULT_SINK_TOKENS)
+            self._planner = StepPlanner(state, self.kv_cache_spec.num_kv_heads, pages)
         return self._planner.plan(batch)
 
     def build(
@@ -247,7 +251,9 @@ class QuantpressImpl(AttentionImpl[QuantpressMetadata]):
         output_block_scale: Tensor | None = None,
     ) -> Tensor:
         if output_scale is not None or output_block_scale is not None:
-            raise InvalidInputError("quantpress does not quantize outputs; turn vLLM's fusion of attention and quantization off")
+            raise InvalidInputError(
+                "quantpress does not quantize outputs; turn vLLM's fusion of attention and quantization off"
+            )
         if not self._named:  # the first call, when vLLM measures memory
             self._read_profile(layer)
         if attn_metadata is None:

@@ -17,12 +17,9 @@ from torch import Tensor
 
 from quantpress.errors import QuantPressError
 from quantpress.kernels.layout import PAGE_TOKENS
-
-PAGES = 2
-"""Recent pages of a request: the block that is being filled, and the one before."""
-
-NULL_BLOCK = 0
-"""A block of vLLM's that holds nobody's tokens."""
+from quantpress.kernels.steps import BlockMaps, StepRequests
+from quantpress.kernels.steps.operands import NEWEST, NULL_BLOCK
+from quantpress.kernels.steps.reference import newest_blocks
 
 
 class RecentTokensLostError(QuantPressError, RuntimeError):
@@ -43,8 +40,8 @@ class Capacity:
 
     @property
     def pages(self) -> int:
-        """Recent pages; the last `PAGES` belong to no request."""
-        return PAGES * (self.requests + 1)
+        """Recent pages; the last two belong to no request."""
+        return NEWEST * (self.requests + 1)
 
 
 class BlockState:
@@ -53,105 +50,75 @@ class BlockState:
     Args:
         blocks: blocks of vLLM's cache.
         capacity: sizes of the pools.
+        sinks: tokens of a sink entry.
         device: of all tensors.
 
     Attributes:
-        page_of: [blocks + 1] int32, recent page of a block, or -1; the last element is nobody's.
-        block_of: [pages + 1] int32, block of a recent page, or -1.
-        entry_of: [blocks + 1] int32, sink entry of a first block, or -1.
-        first_of: [entries + 1] int32, first block of a sink entry, or -1.
-        used: [entries + 1] int32, the last step in which a request read the entry.
+        maps: the pairs.
+        step: counts the steps.
     """
 
-    def __init__(self, blocks: int, capacity: Capacity, device: torch.device) -> None:
+    def __init__(self, blocks: int, capacity: Capacity, sinks: int, device: torch.device) -> None:
         def empty(size: int) -> Tensor:
             return torch.full((size + 1,), -1, dtype=torch.int32, device=device)
 
-        self.blocks, self.capacity, self.device = blocks, capacity, device
-        self.page_of, self.block_of = empty(blocks), empty(capacity.pages)
-        self.entry_of, self.first_of, self.used = empty(blocks), empty(capacity.entries), empty(capacity.entries)
-        self.step = 0
+        sizes = (blocks, capacity.pages, blocks, capacity.entries, capacity.entries)
+        self.maps = BlockMaps(*(empty(size) for size in sizes), sinks=sinks)
+        self.capacity, self.device, self.step = capacity, device, 0
         self._pages_used = torch.full((capacity.pages,), -1, dtype=torch.int64)  # without slots
         self._filled = torch.full((capacity.pages,), PAGE_TOKENS, dtype=torch.int64)
 
-    def pages(self, blocks: Tensor) -> Tensor:
-        """Recent pages of blocks, any shape int64; -1 for those that have none."""
-        return _paired(self.page_of, self.block_of, blocks)
-
-    def entries(self, blocks: Tensor) -> Tensor:
-        """Sink entries of first blocks, any shape int64; -1 for those that have none."""
-        return _paired(self.entry_of, self.first_of, blocks)
-
-    def begin(self, blocks: Tensor, pages: Tensor, begun: Tensor) -> None:
-        """Give blocks [n] int64 the pages [n] int64, where `begun` [n]."""
-        nobody = torch.full_like(blocks, -1)
-        self.page_of[blocks.where(begun, nobody)] = pages.to(torch.int32)
-        self.block_of[pages.where(begun, nobody)] = blocks.to(torch.int32)
-
     def end(self, blocks: Tensor) -> None:
         """Blocks [n] int64 are written anew; they have no page."""
-        self.page_of[blocks] = -1
+        self.maps.page_of[blocks] = -1
 
     def new_entries(self, blocks: Tensor, reading: Tensor) -> None:
-        """Give first blocks [n] int64 the sink entries that were read longest ago.
+        """Give first blocks the sink entries that were read longest ago.
 
         Args:
-            blocks: first blocks whose first token is written in this step.
+            blocks: [n] int64, first blocks whose first token is written in this step.
             reading: [m] int64, first blocks of all requests of this step.
         """
-        self.step += 1
-        entries = self.entries(reading)
-        self.used[entries] = self.step  # -1 is nobody's element
-        if not len(blocks):
-            return
+        maps = self.maps
+        maps.used[maps.entries(reading)] = self.step  # -1 is nobody's element
         real = blocks != NULL_BLOCK
-        chosen = self.used[:-1].topk(len(blocks), largest=False).indices.where(real, -1)
-        self.entry_of[blocks.where(real, -1)] = chosen.to(torch.int32)
-        self.first_of[chosen] = blocks.to(torch.int32)
-        self.used[chosen] = self.step
+        chosen = maps.used[:-1].topk(len(blocks), largest=False).indices.where(real, -1)
+        maps.entry_of[blocks.where(real, -1)] = chosen.to(torch.int32)
+        maps.first_of[chosen] = blocks.to(torch.int32)
+        maps.used[chosen] = self.step
 
     def hold(self, pages: Iterable[Tensor]) -> None:
         """Without slots: let no other request take these pages [1] int64 in this step."""
         for page in pages:
             self._pages_used[page[page >= 0]] = self.step
 
-    def take_pages(self, rows: list[tuple[int, int, int, int]]) -> list[int]:
-        """Pages of the newest blocks of requests, without slots; only on a CPU.
-
-        Args:
-            rows: for each block its number, its first position, and the request's tokens before and after
-                this step.
-
-        Returns:
-            The page of each block that this step writes to, and -1 for others.
+    def take_pages(self, requests: StepRequests) -> Tensor:
+        """Pages of the newest blocks of requests without slots, as `begin_blocks` gives them; only on a CPU.
 
         Raises:
             RecentTokensLostError: a block goes on whose page was taken.
         """
-        found = self.pages(torch.tensor([row[0] for row in rows], dtype=torch.int64)).tolist()
-        self._pages_used[[page for page in found if page >= 0]] = self.step
-        for i, (block, first, before, after) in enumerate(rows):
-            if after <= max(first, before) or before >= first + PAGE_TOKENS:
-                continue  # not written to
-            if before <= first:
-                found[i] = self._oldest_page()
-                self.begin(*(torch.tensor([n]) for n in (block, found[i])), torch.tensor([True]))
-            elif found[i] < 0:
+        blocks, firsts, written = newest_blocks(requests)
+        pages = self.maps.pages(blocks)
+        self._pages_used[pages[pages >= 0]] = self.step
+        before = (requests.lengths - requests.starts.diff()).tolist()
+        for row, column in written.nonzero().tolist():
+            first, block, page = (int(x[row, column]) for x in (firsts, blocks, pages))
+            if first >= before[row]:
+                page = self._oldest_page()
+                self.maps.begin(*(torch.tensor([n]) for n in (block, page)), torch.tensor([True]))
+            elif page < 0:
                 raise RecentTokensLostError(
-                    f"{before - first} tokens of block {block} are in no packed block, and their page was taken by "
-                    "another request; raise max_num_seqs"
+                    f"{before[row] - first} tokens of block {block} are in no packed block, and their page was "
+                    "taken by another request; raise max_num_seqs"
                 )
-            self._filled[found[i]] = min(after - first, PAGE_TOKENS)
-            self._pages_used[found[i]] = self.step
-        return found
+            self._filled[page] = min(int(requests.lengths[row]) - first, PAGE_TOKENS)
+            self._pages_used[page] = self.step
+            pages[row, column] = page
+        return pages.where(written, -1)
 
     def _oldest_page(self) -> int:
         """The page used longest ago, among those of full blocks if there is one that this step does not use."""
         age = self._pages_used + (self._filled < PAGE_TOKENS) * (1 << 40)
         age[self._pages_used == self.step] += 1 << 50
         return int(age.argmin())
-
-
-def _paired(one: Tensor, other: Tensor, index: Tensor) -> Tensor:
-    found = one[index].long()
-    return found.where((found >= 0) & (other[found] == index), -1)

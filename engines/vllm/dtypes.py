@@ -31,9 +31,7 @@ def is_ours(name: str) -> bool:
     return name in _OTHERS or _NAME.fullmatch(name) is not None
 
 
-def codecs_of(
-    name: str, head_dim: int, value_dim: int, dtype: torch.dtype
-) -> tuple[PageCodec, PageCodec]:
+def codecs_of(name: str, head_dim: int, value_dim: int, dtype: torch.dtype) -> tuple[PageCodec, PageCodec]:
     """The codecs of keys and of values.
 
     Args:

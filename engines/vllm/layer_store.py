@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from quantpress.codecs.protocol import PageCodec, Planes
+from quantpress.codecs.protocol import PageCodec
 from quantpress.engines.vllm.block_state import Capacity
 from quantpress.engines.vllm.page_layout import BlockPages, PageLayout
 from quantpress.engines.vllm.step_plan import DecodePlan, PrefillPlan
@@ -61,7 +61,9 @@ class LayerStore:
         dims = [codec.head_dim for codec in settings.codecs]
 
         def pools(count: int, tokens: int) -> tuple[Tensor, Tensor]:
-            keys, values = (torch.zeros(count, heads, tokens, d, dtype=settings.dtype, device=device) for d in dims)
+            keys, values = (
+                torch.zeros(count, heads, tokens, d, dtype=settings.dtype, device=device) for d in dims
+            )
             return keys, values
 
         self.recent = pools(capacity.pages, PAGE_TOKENS)
@@ -76,7 +78,11 @@ class LayerStore:
         Raises:
             InvalidInputError: pages do not lie in it in one piece each.
         """
-        if self._pages is not None and self._pages.cache.data_ptr() == cache.data_ptr() and self._pages.cache.shape == cache.shape:
+        if (
+            self._pages is not None
+            and self._pages.cache.data_ptr() == cache.data_ptr()
+            and self._pages.cache.shape == cache.shape
+        ):
             return
         self._pages = BlockPages(self.settings.layout, cache)
         pool = self._pages.pool()
@@ -84,7 +90,10 @@ class LayerStore:
         transforms = self.transforms
         codecs = self.settings.codecs
         self.pool = tuple(PackedSide(*side) for side in zip(codecs, pool, transforms, strict=True))
-        self.blocks = tuple(BlockSide(codec, transform, planes) for codec, transform, planes in zip(codecs, transforms, blocks, strict=True))
+        self.blocks = tuple(
+            BlockSide(codec, transform, planes)
+            for codec, transform, planes in zip(codecs, transforms, blocks, strict=True)
+        )
 
     @property
     def transforms(self) -> tuple[ChannelTransform, ChannelTransform]:
@@ -155,19 +164,6 @@ class LayerStore:
             again = side.codec.encode(keys.nan_to_num_(0.0, 0.0, 0.0), side.transform)
             for name, plane in again.items():
                 part[name].copy_(plane[0])
-
-    def context(self, table: Tensor) -> tuple[Tensor, Tensor]:
-        """Packed tokens of one request, decoded: keys and values [128 * P, Hkv, D] in the model's dtype.
-
-        Args:
-            table: [1, Hkv, P] int32, rows of the pool.
-        """
-        states = []
-        for side in self.pool:
-            planes: Planes = {name: plane[table.long()] for name, plane in side.planes.items()}
-            decoded = side.codec.decode(planes, side.transform, self.settings.dtype)
-            states.append(decoded[0].transpose(0, 1).contiguous())
-        return states[0], states[1]
 
 
 def _from_each_token(states: Tensor) -> Tensor:

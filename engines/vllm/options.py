@@ -44,7 +44,9 @@ def options_of(additional_config: Any, requests: int) -> Options:
     options = Options(**given)
     entries = options.sink_entries
     if options.profile is not None and not isinstance(options.profile, str):
-        raise InvalidInputError(f"profile is {options.profile!r}; give the path of a file of `quantpress calibrate`")
+        raise InvalidInputError(
+            f"profile is {options.profile!r}; give the path of a file of `quantpress calibrate`"
+        )
     if entries is not None and not (isinstance(entries, int) and entries > requests):
         raise InvalidInputError(
             f"sink_entries is {entries!r}; give a whole number above max_num_seqs, which is {requests}"

@@ -13,12 +13,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from quantpress.engines.vllm.block_state import NULL_BLOCK, PAGES, BlockState
+from quantpress.engines.vllm.block_state import BlockState
 from quantpress.kernels.attend.schedule import PageSchedule, page_schedule
 from quantpress.kernels.layout import PAGE_TOKENS
-
-RECENT_TOKENS = 128
-"""Least number of last tokens that are read in 16 bits, where their pages are still there."""
+from quantpress.kernels.steps import StepBuffers, StepRequests, plan_decodes
+from quantpress.kernels.steps.operands import NEWEST
 
 
 @dataclass(frozen=True)
@@ -104,7 +103,8 @@ class PrefillRequest:
         begin: its first token in the batch.
         tokens: its length, m.
         before: tokens of the request before it, n.
-        table: [1, Hkv, ceil(n / 128)] int32, rows of the pool of pages.
+        blocks: [n // 128] int32, its full blocks.
+        table: [1, Hkv, n // 128] int32, rows of the pool of pages.
         packed_starts, packed_lengths: [1, Hkv] int32, tokens read from pages.
         sink_table: [1, 1] int32; sink_lengths: [1, Hkv] int32.
         recent_page: [1] int64, the recent page of the block that is partly filled; None: n is a multiple of 128.
@@ -113,6 +113,7 @@ class PrefillRequest:
     begin: int
     tokens: int
     before: int
+    blocks: Tensor
     table: Tensor
     packed_starts: Tensor
     packed_lengths: Tensor
@@ -168,170 +169,103 @@ class StepPlanner:
         state: of the blocks; changed by every step.
         kv_heads: Hkv.
         pages: P, the width of vLLM's block table.
-        sinks: tokens of a sink entry.
     """
 
-    def __init__(self, state: BlockState, kv_heads: int, pages: int, sinks: int) -> None:
-        self.state, self.kv_heads, self.sinks = state, kv_heads, sinks
-        requests, device = state.capacity.requests, state.device
-
-        def numbers(*shape: int) -> Tensor:
-            return torch.zeros(shape, dtype=torch.int32, device=device)
-
-        self._table = numbers(requests, kv_heads, pages)
-        names = ("packed_starts", "packed_lengths", "sink_lengths", "recent_lengths")
-        self._by_head = {name: numbers(requests, kv_heads) for name in names}
-        self._by_request = {
-            "sink_table": numbers(requests, 1),
-            "recent_table": numbers(requests, PAGES),
-            "full_pages": numbers(requests),
-            "full_blocks": numbers(requests),
-        }
-        self._by_token: dict[tuple[str, int], Tensor] = {}
+    def __init__(self, state: BlockState, kv_heads: int, pages: int) -> None:
+        self.state, self.kv_heads, self.sinks = state, kv_heads, state.maps.sinks
+        self._buffers = StepBuffers(state.capacity.requests, kv_heads, pages, state.device)
         self._schedules: dict[int, PageSchedule | None] = {}
 
     def plan(self, batch: StepBatch) -> StepPlan:
         """The plan of a step; the state of the blocks is then the one after it."""
-        counts = [b - a for a, b in zip(batch.host_starts, batch.host_starts[1:], strict=False)]
+        state, table = self.state, batch.block_table
+        state.step += 1
+        counts = [end - start for start, end in zip(batch.host_starts, batch.host_starts[1:], strict=False)]
         new = [row for row, count in enumerate(counts) if 0 < count == batch.host_lengths[row]]
         prefills = list(range(batch.decodes, batch.requests))
-        table = batch.block_table
         resumed = self._resumed(batch, prefills)
         for row in prefills:
-            self.state.end(table[row, -(-batch.before(row) // PAGE_TOKENS) : -(-batch.host_lengths[row] // PAGE_TOKENS)].long())
-        first = table[:, 0].long()
-        self.state.new_entries(first[new], first)
+            state.end(table[row, _pages(batch.before(row)) : _pages(batch.host_lengths[row])].long())
+        if new:
+            first = table[:, 0].long()
+            state.new_entries(first.index_select(0, _on(new, state.device)), first)
+        requests = self._requests(batch, counts)
+        written = None
         if batch.slots is None:
-            self.state.hold(resumed.values())
-        written = self._begin_blocks(batch)
-        decodes = self._decodes(batch, written) if batch.decodes else None
+            state.hold(resumed.values())
+            written = state.take_pages(requests)
+        written = plan_decodes(state.maps, requests, self._buffers, written)
+        decodes = self._decodes(batch, requests) if batch.decodes else None
         pieces = self._prefills(batch, prefills, resumed, written) if prefills else None
         return StepPlan(decodes, pieces, max(batch.host_lengths, default=0) >= PAGE_TOKENS)
 
     def _resumed(self, batch: StepBatch, prefills: list[int]) -> dict[int, Tensor]:
         """[1] int64, the recent page of the partly filled block of each prefill that has one."""
-        blocks = {row: batch.before(row) // PAGE_TOKENS for row in prefills if batch.before(row) % PAGE_TOKENS}
-        return {row: self.state.pages(batch.block_table[row, block].long().view(1)) for row, block in blocks.items()}
-
-    def _begin_blocks(self, batch: StepBatch) -> Tensor:
-        """Give recent pages to the newest blocks: [R, PAGES] int64, the pages that this step writes to, or -1."""
-        counts, length = batch.starts.diff(), batch.lengths
-        before, last = (length - counts).long(), ((length - 1) // PAGE_TOKENS).long()
-        number = last.unsqueeze(1) + torch.arange(1 - PAGES, 1, device=last.device)  # [R, PAGES]
-        blocks = batch.block_table.gather(1, number.clamp(min=0)).long()
-        first = number * PAGE_TOKENS
-        real = ((length > 0) & (counts > 0) & (batch.block_table.gather(1, last.clamp(min=0).unsqueeze(1)).squeeze(1) != NULL_BLOCK))
-        written = real.unsqueeze(1) & (number >= 0) & (first + PAGE_TOKENS > before.unsqueeze(1))
-        if batch.slots is None:
-            return self._taken(blocks, first, before, length, written)
-        begun = written & (first >= before.unsqueeze(1))
-        own = batch.slots.unsqueeze(1) * PAGES + number.clamp(min=0) % PAGES
-        self.state.begin(blocks.flatten(), own.flatten(), begun.flatten())
-        return own.where(written, -1)
-
-    def _taken(self, blocks: Tensor, first: Tensor, before: Tensor, length: Tensor, written: Tensor) -> Tensor:
-        rows = [
-            (block, begin, was, now if yes else 0)
-            for block_row, begins, was, now, yeses in zip(
-                blocks.tolist(), first.tolist(), before.tolist(), length.tolist(), written.tolist(), strict=True
-            )
-            for block, begin, yes in zip(block_row, begins, yeses, strict=True)
-        ]
-        return torch.tensor(self.state.take_pages(rows)).view_as(blocks).where(written, -1)
-
-    def _decodes(self, batch: StepBatch, written: Tensor) -> DecodePlan:
-        rows, q = batch.decodes, batch.queries
-        table, length = batch.block_table[:rows], batch.lengths[:rows].long()
-        counts = batch.starts[: rows + 1].diff().long()
-        before, last = length - counts, (length - 1) // PAGE_TOKENS
-        pages = self.state.pages(table.gather(1, (last.unsqueeze(1) + torch.arange(1 - PAGES, 1, device=last.device)).clamp(min=0)).long())
-        wanted = ((length - RECENT_TOKENS) // PAGE_TOKENS).clamp(min=0)
-        kept = (wanted < last) & (pages[:, 0] >= 0)  # the block before the last one is read in 16 bits
-        packed = (last - kept.long()).clamp(min=0) * PAGE_TOKENS
-        entries = self.state.entries(table[:, 0].long())
-        sinks = torch.where((packed > 0) & (entries >= 0), self.sinks, 0)
-        recent = torch.stack((pages[:, 0].where(kept, pages[:, 1]), pages[:, 1]), 1).clamp(min=0)
-        fills = (length // PAGE_TOKENS > before // PAGE_TOKENS) & (written[:rows, 1] >= 0)
-        filled = before.clamp(min=0) // PAGE_TOKENS
-        which = (filled == last).long().unsqueeze(1)  # among the two newest blocks
-        heads = {"packed_starts": sinks, "packed_lengths": packed - sinks, "sink_lengths": sinks,
-                 "recent_lengths": (length - packed).clamp(min=0)}
-        for name, values in heads.items():
-            self._by_head[name][:rows] = values.unsqueeze(1)
-        requests = {
-            "sink_table": entries.clamp(min=0).unsqueeze(1),
-            "recent_table": recent,
-            "full_pages": written[:rows].gather(1, which).squeeze(1).where(fills, -1),
-            "full_blocks": table.gather(1, filled.unsqueeze(1)).squeeze(1).where(fills, -1),
+        blocks = {
+            row: batch.before(row) // PAGE_TOKENS for row in prefills if batch.before(row) % PAGE_TOKENS
         }
-        for name, values in requests.items():
-            self._by_request[name][:rows] = values
-        of_head = torch.arange(self.kv_heads, dtype=torch.int32, device=table.device) * self.state.blocks
-        torch.add(table.unsqueeze(1), of_head.view(1, -1, 1), out=self._table[:rows, :, : table.shape[1]])
-        tokens, at, position = self._rows(batch, before, counts)
-        which = (position // PAGE_TOKENS - last.unsqueeze(1) + PAGES - 1).clamp(0, PAGES - 1)
-        page = written[:rows].gather(1, which)
-        live = (position >= 0) & (position < length.unsqueeze(1)) & (page >= 0)
-        recent_rows = (page * PAGE_TOKENS + position % PAGE_TOKENS).where(live, -1).flatten()
-        entry = entries.unsqueeze(1)
-        at_sinks = live & (position < self.sinks) & (entry >= 0)
-        sink_rows = (entry * self.sinks + position).where(at_sinks, -1).flatten()
-        if at is not None:
-            recent_rows, sink_rows = recent_rows[at], sink_rows[at]
-        by_head = {name: buffer[:rows] for name, buffer in self._by_head.items()}
-        by_request = {name: buffer[:rows] for name, buffer in self._by_request.items()}
+        table = batch.block_table
+        return {row: self.state.maps.pages(table[row, block].long().view(1)) for row, block in blocks.items()}
+
+    def _requests(self, batch: StepBatch, counts: list[int]) -> StepRequests:
+        rows = None
+        if not batch.uniform:  # a request with fewer than q tokens has the last of its rows
+            q = batch.queries
+            used = [row * q + i for row in range(batch.decodes) for i in range(q - counts[row], q)]
+            rows = _on(used, self.state.device)
+        return StepRequests(
+            batch.starts,
+            batch.lengths,
+            batch.block_table,
+            batch.slots,
+            batch.decodes,
+            batch.queries,
+            self.state.step,
+            batch.uniform,
+            rows,
+        )
+
+    def _decodes(self, batch: StepBatch, requests: StepRequests) -> DecodePlan:
+        rows, q, buffers = batch.decodes, batch.queries, self._buffers
+        tokens = None
+        if (
+            requests.rows is not None
+        ):  # the other rows repeat a token; what is computed for them is thrown away
+            starts = batch.starts[: rows + 1].long()
+            ahead = torch.arange(-q, 0, device=starts.device)
+            tokens = torch.maximum(starts[1:].unsqueeze(1) + ahead, starts[:-1].unsqueeze(1)).flatten()
+        recent_rows, sink_rows = buffers.of_tokens(rows * q if requests.rows is None else len(requests.rows))
         return DecodePlan(
             queries=q,
             tokens=tokens,
-            rows=at,
-            table=self._table[:rows, :, : self._pages(batch)],
-            schedule=self._schedule(rows, by_head),
-            recent_rows=self._fixed("recent", recent_rows),
-            sink_rows=self._fixed("sinks", sink_rows),
-            **by_head,
-            **by_request,
+            rows=requests.rows,
+            table=buffers.table[:rows, :, : self._pages_read(batch)],
+            packed_starts=buffers.packed_starts[:rows],
+            packed_lengths=buffers.packed_lengths[:rows],
+            schedule=self._schedule(rows),
+            sink_table=buffers.sink_table[:rows],
+            sink_lengths=buffers.sink_lengths[:rows],
+            recent_table=buffers.recent_table[:rows],
+            recent_lengths=buffers.recent_lengths[:rows],
+            recent_rows=recent_rows,
+            sink_rows=sink_rows,
+            full_pages=buffers.full_pages[:rows],
+            full_blocks=buffers.full_blocks[:rows],
         )
 
-    def _pages(self, batch: StepBatch) -> int:
-        """Pages of the page table that attention is given: all where a graph may keep the number."""
+    def _pages_read(self, batch: StepBatch) -> int:
+        """Pages of the page table that attention is given: all where a graph would keep the number."""
         if self.state.device.type != "cpu":
-            return self._table.shape[2]
+            return self._buffers.table.shape[2]
         return max(1, max(batch.host_lengths[: batch.decodes]) // PAGE_TOKENS)
 
-    def _rows(
-        self, batch: StepBatch, before: Tensor, counts: Tensor
-    ) -> tuple[Tensor | None, Tensor | None, Tensor]:
-        """The batch's token of each row, the row of each token, and positions [R, q] of the rows' tokens.
-
-        A request with fewer than q tokens has the last of its rows; the others repeat its first token, at position
-        -1, and what is computed for them is thrown away.
-        """
-        ahead = torch.arange(batch.queries, device=before.device) - batch.queries  # -q to -1
-        position = (before + counts).unsqueeze(1) + ahead
-        position = position.where(position >= before.unsqueeze(1), -1)
-        if batch.uniform:
-            return None, None, position
-        starts = batch.starts[: batch.decodes + 1].long()
-        tokens = torch.maximum(starts[1:].unsqueeze(1) + ahead, starts[:-1].unsqueeze(1)).flatten()
-        counted = zip(batch.host_starts, batch.host_starts[1 : batch.decodes + 1], strict=False)
-        rows = [
-            request * batch.queries + row
-            for request, (start, end) in enumerate(counted)
-            for row in range(batch.queries - (end - start), batch.queries)
-        ]
-        return tokens, torch.tensor(rows).to(before.device, non_blocking=True), position
-
-    def _fixed(self, name: str, values: Tensor) -> Tensor:
-        """The values at an address that depends on their number only."""
-        key = (name, len(values))
-        if key not in self._by_token:
-            self._by_token[key] = values.new_empty(len(values), dtype=torch.int32)
-        self._by_token[key].copy_(values)
-        return self._by_token[key]
-
-    def _schedule(self, rows: int, by_head: dict[str, Tensor]) -> PageSchedule | None:
+    def _schedule(self, rows: int) -> PageSchedule | None:
+        buffers = self._buffers
         made = page_schedule(
-            by_head["packed_lengths"], self._table[:rows], by_head["packed_starts"], out=self._schedules.get(rows)
+            buffers.packed_lengths[:rows],
+            buffers.table[:rows],
+            buffers.packed_starts[:rows],
+            out=self._schedules.get(rows),
         )
         return self._schedules.setdefault(rows, made)
 
@@ -340,17 +274,25 @@ class StepPlanner:
     ) -> PrefillPlan:
         begin, device = batch.host_starts[batch.decodes], self.state.device
         rows = torch.tensor(prefills, dtype=torch.int64)
-        entries = self.state.entries(batch.block_table[batch.decodes :, 0].long())
+        entries = self.state.maps.entries(batch.block_table[batch.decodes :, 0].long())
         of_token: list[Tensor] = []  # request, position, and first position of the request, of each token
         for row in prefills:
             count, before = batch.host_starts[row + 1] - batch.host_starts[row], batch.before(row)
             position = torch.arange(before, before + count)
-            of_token.append(torch.stack((torch.full_like(position, row), position, torch.full_like(position, before),
-                                         torch.full_like(position, before + count))))
+            of_token.append(
+                torch.stack(
+                    (
+                        torch.full_like(position, row),
+                        position,
+                        torch.full_like(position, before),
+                        torch.full_like(position, before + count),
+                    )
+                )
+            )
         row, position, before, length = torch.cat(of_token, 1).to(device, non_blocking=True)
         number, last = position // PAGE_TOKENS, (length - 1) // PAGE_TOKENS
         resumes = number * PAGE_TOKENS < before
-        newest = (number - last + PAGES - 1).clamp(min=-1)
+        newest = (number - last + NEWEST - 1).clamp(min=-1)
         page = written[row].gather(1, newest.clamp(min=0).unsqueeze(1)).squeeze(1).where(newest >= 0, -1)
         late = (page * PAGE_TOKENS + position % PAGE_TOKENS).where((page >= 0) & ~resumes, -1)
         held = torch.full((batch.requests,), -1, dtype=torch.int64, device=device)
@@ -371,13 +313,16 @@ class StepPlanner:
         none = torch.empty(0, dtype=torch.int32, device=device)
         return PrefillPlan(
             begin=begin,
-            requests=[self._request(batch, one, entries[one - batch.decodes], resumed.get(one)) for one in rows.tolist()],
+            requests=[
+                self._request(batch, one, entries[one - batch.decodes], resumed.get(one))
+                for one in rows.tolist()
+            ],
             early_rows=early.to(torch.int32),
             late_rows=late.to(torch.int32),
             sink_rows=sink.to(torch.int32),
             resumed_pages=torch.cat([none, *pages]).to(torch.int32),
             resumed_blocks=torch.cat([none, *blocks]),
-            whole_tokens=torch.tensor(firsts, dtype=torch.int32).to(device, non_blocking=True),
+            whole_tokens=_on(firsts, device).to(torch.int32),
             whole_blocks=torch.cat([none, *wholes]),
         )
 
@@ -385,16 +330,27 @@ class StepPlanner:
         before = batch.before(row)
         packed = before // PAGE_TOKENS * PAGE_TOKENS
         sinks = (entry >= 0).to(torch.int32) * (self.sinks if packed else 0)
-        of_head = torch.arange(self.kv_heads, dtype=torch.int32, device=entry.device) * self.state.blocks
+        of_head = torch.arange(self.kv_heads, dtype=torch.int32, device=entry.device) * self.state.maps.blocks
         lengths = sinks.view(1, 1).expand(1, self.kv_heads).contiguous()
         return PrefillRequest(
             begin=batch.host_starts[row],
             tokens=batch.host_starts[row + 1] - batch.host_starts[row],
             before=before,
-            table=(batch.block_table[row, : packed // PAGE_TOKENS] + of_head.unsqueeze(1)).unsqueeze(0),
+            blocks=(blocks := batch.block_table[row, : packed // PAGE_TOKENS]),
+            table=(blocks + of_head.unsqueeze(1)).unsqueeze(0),
             packed_starts=lengths,
             packed_lengths=packed - lengths,
             sink_table=entry.clamp(min=0).to(torch.int32).view(1, 1),
             sink_lengths=lengths,
             recent_page=page,
         )
+
+
+def _pages(tokens: int) -> int:
+    return -(-tokens // PAGE_TOKENS)
+
+
+def _on(numbers: list[int], device: torch.device) -> Tensor:
+    """[n] int64 on the device, which does not wait for it."""
+    found = torch.tensor(numbers, dtype=torch.int64)
+    return found.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else found.to(device)

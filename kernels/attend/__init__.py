@@ -37,6 +37,7 @@ def attend(
     softcap: float | None = None,
     sinks: torch.Tensor | None = None,
     slots: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """softmax(scaling * q.k + mask) v over the tokens of all segments.
 
@@ -53,6 +54,7 @@ def attend(
         slots: [B] int64: the 16-bit tokens and the channel transforms of the segments are those of S
             sequences, [S, ...], and batch entry b reads those of slots[b]. Codes, lengths, starts and tables
             stay [B, ...]. None: they are those of the B batch entries, in order.
+        out: [B, Hq, Tq, Dv] contiguous in the query's dtype, written; None: a new tensor.
 
     Returns:
         [B, Hq, Tq, Dv] in the query's dtype. A query that sees nothing gets zeros.
@@ -76,14 +78,30 @@ def attend(
         _check_lengths(segment, (query.shape[0], heads), query.device)
     if slots is not None:
         _check_slots(slots, filled, query)
+    if out is not None:
+        _check_out(out, filled[0], query)
     options: dict[str, Any] = {"scaling": scaling, "softcap": softcap, "sinks": sinks}
     fast = runs_triton(query.device)
     if fast and supports(query, filled, visibility):
-        return attend_triton(query, filled, visibility, slots=slots, **options)
+        return attend_triton(query, filled, visibility, slots=slots, out=out, **options)
     if slots is not None:
         filled = [segment.of_slots(slots) for segment in filled]
     dense = fast and supports_dense(query, filled, visibility)
-    return (attend_dense if dense else attend_reference)(query, filled, visibility, **options)
+    found = (attend_dense if dense else attend_reference)(query, filled, visibility, **options)
+    return found if out is None else out.copy_(found)
+
+
+def _check_out(out: torch.Tensor, segment: Segment, query: torch.Tensor) -> None:
+    if isinstance(segment, DenseSegment):
+        value_dim = segment.values.shape[-1]
+    else:
+        value_dim = segment.values.codec.head_dim
+    shape = (*query.shape[:3], value_dim)
+    if tuple(out.shape) != shape or out.dtype != query.dtype or not out.is_contiguous():
+        raise InvalidInputError(
+            f"out is {out.dtype} {tuple(out.shape)} with strides {out.stride()}; "
+            f"give contiguous {query.dtype} {list(shape)}"
+        )
 
 
 def _check_slots(slots: torch.Tensor, segments: Sequence[Segment], query: torch.Tensor) -> None:

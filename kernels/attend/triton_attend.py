@@ -110,6 +110,7 @@ def attend_triton(
     softcap: float | None = None,
     sinks: torch.Tensor | None = None,
     slots: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
     plain: bool = False,
 ) -> torch.Tensor:
     """As `quantpress.kernels.attend.attend`, for calls that `supports` accepts.
@@ -122,6 +123,7 @@ def attend_triton(
         softcap: as for `attend`.
         sinks: as for `attend`.
         slots: as for `attend`.
+        out: as for `attend`.
         plain: compute in float32 with plain loads, for Triton's interpreter.
 
     Returns:
@@ -142,7 +144,7 @@ def attend_triton(
     with torch.cuda.device(query.device) if query.is_cuda else contextlib.nullcontext():
         call = _Call(query, packed, slots, scaling * LOG2_E, cap, plain)
         prepared, dense = call.first(before, after)
-        return call.merge(call.attend(prepared), dense, sinks)
+        return call.merge(call.attend(prepared), dense, sinks, out)
 
 
 class _Call:
@@ -370,13 +372,18 @@ class _Call:
         return keys, values, segment.tokens
 
     def merge(
-        self, sums: list[torch.Tensor], dense: list[torch.Tensor], sinks: torch.Tensor | None
+        self,
+        sums: list[torch.Tensor],
+        dense: list[torch.Tensor],
+        sinks: torch.Tensor | None,
+        out: torch.Tensor | None,
     ) -> torch.Tensor:
         """Join all sums, those of packed tokens rotated back, into the output."""
         from quantpress.kernels.attend.merge import merge_kernel
 
         value_dim = self.values.head_dim
-        out = self._new(self.heads, self.rows, value_dim, dtype=self.query.dtype)
+        if out is None:
+            out = self._new(self.batch, self.query_heads, self.queries, value_dim, dtype=self.query.dtype)
         each = rows_of_merge(self.rows, self.heads, self._multiprocessors())
         merge_kernel[(-(-self.rows // each), self.heads)](
             *sums,
@@ -409,7 +416,7 @@ class _Call:
             num_warps=4 if value_dim <= 128 else 8,
             **self.options,
         )
-        return out.view(self.batch, self.query_heads, self.queries, value_dim)
+        return out
 
 
 def block_rows(rows: int, head_dim: int) -> int:

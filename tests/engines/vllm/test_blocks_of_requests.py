@@ -25,7 +25,9 @@ from quantpress.engines.vllm.step_plan import StepBatch, StepPlanner
 BLOCK, DIM, QUERY_HEADS, KV_HEADS, SINKS = 128, 4, 2, 1, 4
 BLOCKS, PAGES, REQUESTS, DRAFTS = 26, 8, 4, 3
 MOST = BLOCK * PAGES - DRAFTS - 2
-EXAMPLES = 100 if find_spec("vllm") else 8  # 100 steps each; the full number with the other tests of the engine
+EXAMPLES = (
+    100 if find_spec("vllm") else 8
+)  # 100 steps each; the full number with the other tests of the engine
 CPU = torch.device("cpu")
 
 
@@ -70,8 +72,8 @@ class Requests(RuleBasedStateMachine):
         self.store.bind(self.cache)
         for pool in (*self.store.recent, *self.store.sinks):
             pool.fill_(float("nan"))
-        self.state = BlockState(BLOCKS, capacity, CPU)
-        self.planner = StepPlanner(self.state, KV_HEADS, PAGES, SINKS)
+        self.state = BlockState(BLOCKS, capacity, SINKS, CPU)
+        self.planner = StepPlanner(self.state, KV_HEADS, PAGES)
         self.running: list[Request] = []
         self.waiting: list[list[int]] = []
         self.free: OrderedDict[int, None] = OrderedDict.fromkeys(range(1, BLOCKS))
@@ -96,7 +98,7 @@ class Requests(RuleBasedStateMachine):
     def poison(self, block: int) -> None:
         self.cache[block] = 0xFF
         index = torch.tensor([block])
-        page, entry = int(self.state.pages(index)), int(self.state.entries(index))
+        page, entry = int(self.state.maps.pages(index)), int(self.state.maps.entries(index))
         for pool in self.store.recent:
             if page >= 0:
                 pool[page] = float("nan")
@@ -149,7 +151,12 @@ class Requests(RuleBasedStateMachine):
 
     # What happens
 
-    @rule(length=st.integers(1, MOST - 200), kind=st.integers(0, 3), cut=st.integers(1, MOST), which=st.integers(0, 50))
+    @rule(
+        length=st.integers(1, MOST - 200),
+        kind=st.integers(0, 3),
+        cut=st.integers(1, MOST),
+        which=st.integers(0, 50),
+    )
     def ask(self, length: int, kind: int, cut: int, which: int) -> None:
         """A prompt of its own, or one that begins as an earlier one does."""
         tokens = [which * 1000 + i for i in range(length)]
@@ -180,7 +187,9 @@ class Requests(RuleBasedStateMachine):
         self, pieces: list[int], drafts: list[int], kept: list[int], left_out: int, optimistic: bool
     ) -> None:
         self.admit_waiting()
-        scheduled: list[tuple[Request, list[int], int, int]] = []  # request, its tokens, their end, drafts to keep
+        scheduled: list[
+            tuple[Request, list[int], int, int]
+        ] = []  # request, its tokens, their end, drafts to keep
         for row, request in enumerate(list(self.running)):
             if row == left_out or request not in self.running:
                 continue
@@ -239,7 +248,9 @@ class Requests(RuleBasedStateMachine):
             attend_decodes(self.store, plan.decodes, query, scores, output)
         if plan.prefills is not None:
             begin = plan.prefills.begin
-            attend_prefills(self.store, plan.prefills, (query[begin:], key[begin:], value[begin:]), scores, output[begin:])
+            attend_prefills(
+                self.store, plan.prefills, (query[begin:], key[begin:], value[begin:]), scores, output[begin:]
+            )
             self.store.write_prefills(key[begin:], value[begin:], plan.prefills)
         for row, (request, _, end, keep) in enumerate(scheduled):
             part = slice(starts[row], starts[row + 1])
@@ -253,7 +264,10 @@ class Requests(RuleBasedStateMachine):
         key, value = torch.stack([self.states[one] for one in request.identities[:end]]).unbind(1)
         seen = torch.ones(len(query), end, dtype=torch.bool).tril(end - len(query))
         wanted = torch.nn.functional.scaled_dot_product_attention(
-            query.transpose(0, 1), key.expand(QUERY_HEADS, -1, -1), value.expand(QUERY_HEADS, -1, -1), attn_mask=seen
+            query.transpose(0, 1),
+            key.expand(QUERY_HEADS, -1, -1),
+            value.expand(QUERY_HEADS, -1, -1),
+            attn_mask=seen,
         )
         torch.testing.assert_close(output, wanted.transpose(0, 1), atol=1e-5, rtol=1e-4)
 
