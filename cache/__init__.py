@@ -10,6 +10,7 @@ from quantpress.cache.paged.buffers import PoolSize
 from quantpress.cache.paged.memory import PagedMemory
 from quantpress.cache.paged.plan import PagedPlan
 from quantpress.cache.paged.pool import PagePool
+from quantpress.cache.saved.model_profile import ModelProfile
 from quantpress.cache.settings import LayerSettings
 from quantpress.cache.text_cache import TextCache
 from quantpress.cache.tokens.packed_tokens import PackedTokens
@@ -19,6 +20,7 @@ __all__ = [
     "LayerMemory",
     "LayerSettings",
     "LayerSnapshot",
+    "ModelProfile",
     "PackedLayer",
     "PackedStates",
     "PackedTokens",

@@ -9,6 +9,7 @@ report.py              what it cost: memory and time
 rollback.py            a context unchanged by questions, a model unchanged by presses
 attention_masks.py     masks for layers of different lengths, and slots that heads hide
 method_replacement.py  a method of one model replaced, and put back
+calibration.py         statistics of keys over texts, for engines that share pages
 press_argument.py      what `press=` may be, made into a press
 reading/               how a context is read: one forward in chunks, with a progress bar
 capture/               decode steps as replays of one CUDA graph, and the rules against it
@@ -24,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 from quantpress.errors import unknown_name
 
 if TYPE_CHECKING:
+    from quantpress.pipelines.calibration import calibrate
     from quantpress.pipelines.capture.captured import captured_decoding
     from quantpress.pipelines.enabling.enable import disable, enable
     from quantpress.pipelines.patching.live_patch import patch_attention
@@ -35,6 +37,7 @@ __all__ = [
     "Report",
     "TASK",
     "TextGenerationPipeline",
+    "calibrate",
     "captured_decoding",
     "chunked_prefill",
     "disable",
@@ -47,6 +50,7 @@ TASK = "kv-press-text-generation"
 _LAZY = {
     "Report": "quantpress.pipelines.report",
     "TextGenerationPipeline": "quantpress.pipelines.text_generation",
+    "calibrate": "quantpress.pipelines.calibration",
     "captured_decoding": "quantpress.pipelines.capture.captured",
     "chunked_prefill": "quantpress.pipelines.reading.chunked_prefill",
     "disable": "quantpress.pipelines.enabling.enable",

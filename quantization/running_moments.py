@@ -18,9 +18,10 @@ class RunningMoments:
 
     Args:
         head_dim: dimension D of the vectors.
+        heads: how many heads have moments of their own; None: all vectors are of one kind.
 
     Attributes:
-        count: vectors seen.
+        count: vectors seen, of each head.
 
     Source: pairwise update of mean and squared deviations, Chan, Golub and LeVeque 1983.
 
@@ -31,29 +32,31 @@ class RunningMoments:
     [1, 3]
     """
 
-    def __init__(self, head_dim: int) -> None:
+    def __init__(self, head_dim: int, heads: int | None = None) -> None:
         self.head_dim = head_dim
         self.count = 0
-        self._mean = torch.zeros(head_dim, dtype=torch.float64, device="cpu")
-        self._deviation = torch.zeros(head_dim, dtype=torch.float64, device="cpu")
+        shape = (head_dim,) if heads is None else (heads, head_dim)
+        self._mean = torch.zeros(shape, dtype=torch.float64, device="cpu")
+        self._deviation = torch.zeros_like(self._mean)
 
     def update(self, x: Tensor) -> None:
-        """Add vectors x [..., D] floating.
+        """Add vectors x [..., D] floating; with heads [heads, ..., D].
 
         Raises:
-            InvalidInputError: x has another D, or is not floating.
+            InvalidInputError: x has another D or number of heads, or is not floating.
             NonFiniteError: x holds NaN or infinity; the moments are unchanged.
         """
-        if x.dim() == 0 or x.shape[-1] != self.head_dim or not x.is_floating_point():
-            raise InvalidInputError(
-                f"vectors must be floating [..., {self.head_dim}], got {x.dtype} {tuple(x.shape)}"
-            )
-        vectors = finite(x.detach(), "vectors").reshape(-1, self.head_dim).double()
-        added = len(vectors)
+        by_head = self._mean.shape[:-1]
+        fits = x.dim() > len(by_head) and x.shape[: len(by_head)] == by_head
+        if not fits or x.shape[-1] != self.head_dim or not x.is_floating_point():
+            wanted = ", ".join(map(str, (*by_head, "...", self.head_dim)))
+            raise InvalidInputError(f"vectors must be floating [{wanted}], got {x.dtype} {tuple(x.shape)}")
+        vectors = finite(x.detach(), "vectors").reshape(*by_head, -1, self.head_dim).double()
+        added = vectors.shape[-2]
         if added == 0:
             return
-        mean = vectors.mean(0)
-        deviation = (vectors - mean).square().sum(0).cpu()
+        mean = vectors.mean(-2)
+        deviation = (vectors - mean.unsqueeze(-2)).square().sum(-2).cpu()
         step, total = mean.cpu() - self._mean, self.count + added
         self._deviation += deviation + step.square() * (self.count * added / total)
         self._mean += step * (added / total)
@@ -61,21 +64,21 @@ class RunningMoments:
 
     @property
     def mean(self) -> Tensor:
-        """E[x_j], [D] float64."""
+        """E[x_j], [D] or [heads, D] float64."""
         return self._mean.clone()
 
     @property
     def variance(self) -> Tensor:
-        """E[(x_j - E[x_j])^2], [D] float64."""
+        """E[(x_j - E[x_j])^2], [D] or [heads, D] float64."""
         return self._deviation / max(1, self.count)
 
     @property
     def energy(self) -> Tensor:
-        """E[x_j^2], [D] float64."""
+        """E[x_j^2], [D] or [heads, D] float64."""
         return self.variance + self._mean.square()
 
     def order(self, mean: bool = False) -> Tensor:
-        """Channels by descending energy, [D] int16; with `mean`, by descending variance.
+        """Channels by descending energy, [D] or [heads, D] int16; with `mean`, by descending variance.
 
         Raises:
             EmptyContextError: no vector was seen.
@@ -85,7 +88,7 @@ class RunningMoments:
         return channel_order(self.variance if mean else self.energy)
 
     def transform(self, groups: Sequence[ChannelGroup], mean: bool = False) -> ChannelTransform:
-        """A transform for `TurboQuantCodec.encode`, shared by all vectors: B = Hkv = 1.
+        """A transform for `TurboQuantCodec.encode`: B = 1, and Hkv = 1 where all vectors are of one kind.
 
         Args:
             groups: channel groups of the codec; the first group gets the channels with the most energy.
@@ -94,5 +97,6 @@ class RunningMoments:
         Raises:
             EmptyContextError: no vector was seen.
         """
-        order = self.order(mean)[None, None] if len(groups) > 1 else None
-        return ChannelTransform(mean=self._mean.float()[None, None] if mean else None, order=order)
+        shape = (1, -1, self.head_dim)
+        order = self.order(mean).view(shape) if len(groups) > 1 else None
+        return ChannelTransform(mean=self._mean.float().view(shape) if mean else None, order=order)

@@ -180,8 +180,32 @@ def key_statistics(
         raise InvalidInputError(f"floor must lie in 0 < floor <= 1, got {floor!r}")
     centre = token_mean(keys, "keys", in_use) if mean else None
     energy = token_energy(keys, centre, "keys", in_use)
+    return moment_statistics(centre, energy, query_moment if balance else None, groups, floor)
+
+
+@in_named_dtypes
+def moment_statistics(
+    centre: Tensor | None,
+    energy: Tensor,
+    query_moment: Tensor | None,
+    groups: Sequence[ChannelGroup],
+    floor: float = DEFAULT_FLOOR,
+) -> ChannelTransform:
+    """The transform of `key_statistics` from moments of keys, which may be of more keys than fit in memory.
+
+    Args:
+        centre: E[k_j], [B, Hkv, D] float32; None: nothing is subtracted.
+        energy: E[(k_j - centre_j)^2], [B, Hkv, D] float32.
+        query_moment: E[q_j^2], [B, Hkv, D]; None for no weight.
+        groups: channel groups of the codec.
+        floor: as for `key_statistics`.
+
+    Raises:
+        NonFiniteError: query_moment holds NaN or infinity.
+        InvalidInputError: `query_moment` has the wrong shape or negative values.
+    """
     weight = None
-    if balance and query_moment is not None:
+    if query_moment is not None:
         weight = _balance(_checked_moment(query_moment, energy), energy, floor)
         energy = energy * weight.square()
     order = channel_order(energy) if len(groups) > 1 else None

@@ -15,7 +15,7 @@ The tree::
     ├── UnsupportedModelError        a model, or an attention of it, that cannot be packed
     ├── MissingPackageError          (also an ImportError) an optional package that is not installed
     ├── ModelFilesError              the default model could not be fetched or is damaged
-    └── CacheFileError               a saved cache that cannot be written, or must not be read
+    └── CacheFileError               a saved cache or profile that cannot be written, or must not be read
 
 Catch `QuantPressError` to catch them all. Each message names the value received and the remedy.
 """
@@ -79,7 +79,7 @@ class ModelFilesError(QuantPressError):
 
 
 class CacheFileError(QuantPressError):
-    """A saved cache that cannot be written; or one damaged, of another version, model or codec."""
+    """A saved file that cannot be written; or one that is damaged, or of another version, model or codec."""
 
 
 def did_you_mean(name: str, names: Iterable[str]) -> str:

@@ -14,6 +14,7 @@ import json
 import os
 import tempfile
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,19 +27,49 @@ from quantpress.errors import CacheFileError
 from quantpress.version import __version__
 
 FORMAT = 1
-"""Version of the format. Increase it when older files can no longer be read: another page layout or names."""
+"""Version of the format of every kind of file. Increase it when older files can no longer be read: another
+page layout or names."""
 
-_TEXT, _DIGEST = "quantpress", "sha256"
-_PRIVATE = 0o600
+_DIGEST = "sha256"
 
 
-def write_file(path: str | os.PathLike[str], about: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> int:
-    """Write a file, completely or not at all. Only its owner can read it.
+@dataclass(frozen=True)
+class FileKind:
+    """What a file holds, as far as format and messages depend on it.
+
+    Args:
+        entry: entry of the header that holds the description.
+        name: what the file is, such as "saved cache".
+        writers: what writes such a file.
+        again: what to do when it cannot be read.
+        mode: who can read it, as POSIX has it.
+    """
+
+    entry: str
+    name: str
+    writers: str
+    again: str
+    mode: int
+
+
+SAVED_CACHE = FileKind(
+    "quantpress", "saved cache", "CachedContext.save or `pack`", "pack it again", mode=0o600
+)
+
+
+def write_file(
+    path: str | os.PathLike[str],
+    about: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    kind: FileKind = SAVED_CACHE,
+) -> int:
+    """Write a file, completely or not at all.
 
     Args:
         path: path of the file. An existing file is replaced once the new one is on the disk.
         about: the description: plain values that JSON can hold.
         tensors: tensors by name, on any device; they are moved to the CPU one by one.
+        kind: what the file holds.
 
     Returns:
         Size of the file in bytes.
@@ -50,13 +81,13 @@ def write_file(path: str | os.PathLike[str], about: Mapping[str, Any], tensors: 
     held = _plain(tensors)
     table = {name: {**_shape(tensor), "sha256": _digest(tensor)} for name, tensor in held.items()}
     text = json.dumps({"format": FORMAT, "quantpress": __version__, **about, "tensors": table})
-    header = {_TEXT: text, _DIGEST: hashlib.sha256(text.encode()).hexdigest()}
+    header = {kind.entry: text, _DIGEST: hashlib.sha256(text.encode()).hexdigest()}
     try:
         # Only its owner can enter this folder, so that nobody sees an unfinished or readable file.
         with tempfile.TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent) as scratch:
             unfinished = Path(scratch) / path.name
             save_file(held, unfinished, metadata=header)
-            unfinished.chmod(_PRIVATE)
+            unfinished.chmod(kind.mode)
             _to_disk(unfinished)
             os.replace(unfinished, path)
         _to_disk(path.parent)
@@ -65,12 +96,15 @@ def write_file(path: str | os.PathLike[str], about: Mapping[str, Any], tensors: 
     return path.stat().st_size
 
 
-def read_file(path: str | os.PathLike[str], verify: bool = True) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def read_file(
+    path: str | os.PathLike[str], verify: bool = True, kind: FileKind = SAVED_CACHE
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Read a file written by `write_file`.
 
     Args:
         path: path of the file. Do not change it in place while its tensors are in use; replacing it is safe.
         verify: compare every tensor with its digest. If False, only the header is checked.
+        kind: what the file must hold.
 
     Returns:
         The description, with "format", "quantpress" and "tensors" added; and the tensors by name, memory
@@ -81,37 +115,39 @@ def read_file(path: str | os.PathLike[str], verify: bool = True) -> tuple[dict[s
     """
     path = Path(path)
     if not path.is_file():
-        raise CacheFileError(f"{path} is not a file; give one that CachedContext.save or `pack` wrote")
+        raise CacheFileError(f"{path} is not a file; give one that {kind.writers} wrote")
     try:
         with safe_open(path, framework="pt") as source:
-            about = _described(path, source.metadata() or {})
+            about = _described(path, source.metadata() or {}, kind)
             if set(source.keys()) != set(about["tensors"]):
-                raise CacheFileError(f"{path} is damaged: its table of tensors has changed; pack it again")
+                raise CacheFileError(f"{path} is damaged: its table of tensors has changed; {kind.again}")
             tensors = {name: source.get_tensor(name) for name in source.keys()}  # noqa: SIM118
     except CacheFileError:
         raise
     except Exception as error:  # safetensors raises exceptions of many types
-        raise CacheFileError(f"{path} is damaged or cut short ({error}); pack it again") from error
+        raise CacheFileError(f"{path} is damaged or cut short ({error}); {kind.again}") from error
     for name, tensor in tensors.items():
         entry = about["tensors"][name]
         if _shape(tensor) != {"dtype": entry["dtype"], "shape": entry["shape"]}:
-            raise CacheFileError(f"{path} is damaged: {name} has changed its form; pack it again")
+            raise CacheFileError(f"{path} is damaged: {name} has changed its form; {kind.again}")
         if verify and _digest(tensor) != entry["sha256"]:
-            raise CacheFileError(f"{path} is damaged: the bytes of {name} have changed; pack it again")
+            raise CacheFileError(f"{path} is damaged: the bytes of {name} have changed; {kind.again}")
     return about, tensors
 
 
-def _described(path: Path, header: Mapping[str, str]) -> dict[str, Any]:
-    text = header.get(_TEXT)
+def _described(path: Path, header: Mapping[str, str], kind: FileKind) -> dict[str, Any]:
+    text = header.get(kind.entry)
     if text is None:
-        raise CacheFileError(f"{path} is a safetensors file, but no saved cache")
+        raise CacheFileError(
+            f"{path} is a safetensors file, but no {kind.name}; give one that {kind.writers} wrote"
+        )
     if hashlib.sha256(text.encode()).hexdigest() != header.get(_DIGEST):
-        raise CacheFileError(f"{path} is damaged: its description has changed; pack it again")
+        raise CacheFileError(f"{path} is damaged: its description has changed; {kind.again}")
     about: dict[str, Any] = json.loads(text)
     if about.get("format") != FORMAT:
         raise CacheFileError(
             f"{path} has format {about.get('format')!r} (written by quantpress {about.get('quantpress')}), "
-            f"this quantpress {__version__} reads format {FORMAT}; pack it again, or use that version"
+            f"this quantpress {__version__} reads format {FORMAT}; {kind.again}, or use that version"
         )
     return about
 

@@ -1,0 +1,71 @@
+"""Fingerprints of models from their configuration alone, for hosts that load the weights themselves.
+
+The values are the same for every version of transformers and in vLLM, which both add defaults to the
+configurations that they load.
+"""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+_ROPE = (
+    "factor",
+    "low_freq_factor",
+    "high_freq_factor",
+    "attention_factor",
+    "beta_fast",
+    "beta_slow",
+    "short_factor",
+    "long_factor",
+)
+"""Settings of rotary embeddings that change frequencies or scaling, wherever a model has them."""
+
+
+def config_fingerprint(config: Any) -> dict[str, Any]:
+    """What keys depend on, as far as a configuration says: architecture, shape and rotary embeddings.
+
+    Args:
+        config: configuration of transformers, or vLLM's `hf_config`; of a multimodal model the text part
+            counts.
+
+    Returns:
+        Plain values: "model_type", "num_hidden_layers", "hidden_size", "num_attention_heads",
+        "num_key_value_heads", "head_dim" and "rope". What a configuration leaves open is None.
+
+    Example:
+        >>> from transformers import LlamaConfig
+        >>> found = config_fingerprint(LlamaConfig(num_attention_heads=8, hidden_size=512))
+        >>> found["num_key_value_heads"], found["head_dim"], found["rope"]["rope_type"]
+        (8, 64, 'default')
+    """
+    text = config.get_text_config(decoder=True)
+    hidden, heads = getattr(text, "hidden_size", None), getattr(text, "num_attention_heads", None)
+    head_dim = getattr(text, "head_dim", None)
+    if head_dim is None and isinstance(hidden, int) and isinstance(heads, int) and heads:
+        head_dim = hidden // heads
+    found = {
+        "model_type": getattr(text, "model_type", None),
+        "num_hidden_layers": getattr(text, "num_hidden_layers", None),
+        "hidden_size": hidden,
+        "num_attention_heads": heads,
+        "num_key_value_heads": getattr(text, "num_key_value_heads", None) or heads,
+        "head_dim": head_dim,
+        "rope": _rope(getattr(text, "rope_parameters", None)),
+    }
+    plain: dict[str, Any] = json.loads(json.dumps(found, default=str))
+    return plain
+
+
+def _rope(parameters: Any) -> dict[str, Any] | None:
+    """Rotary parameters without what versions add or rename; by type of layer where they are so."""
+    if not isinstance(parameters, Mapping):
+        return None
+    if parameters and all(isinstance(one, Mapping) or one is None for one in parameters.values()):
+        return {name: _rope(one) for name, one in sorted(parameters.items())}
+    kept = {name: parameters[name] for name in _ROPE if parameters.get(name) is not None}
+    return {
+        "rope_type": parameters.get("rope_type") or parameters.get("type") or "default",
+        "rope_theta": parameters.get("rope_theta"),
+        "partial_rotary_factor": parameters.get("partial_rotary_factor") or 1.0,
+        **kept,
+    }

@@ -1,0 +1,196 @@
+"""Statistics of a model's keys over texts, for a `ModelProfile`."""
+
+import warnings
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from quantpress.cache import host
+from quantpress.cache.saved.config_fingerprint import config_fingerprint
+from quantpress.cache.saved.model_profile import ModelProfile
+from quantpress.cache.settings import DEFAULT_SINK_TOKENS
+from quantpress.errors import EmptyContextError, InvalidInputError, UnsupportedModelError
+from quantpress.pipelines.reading.read_context import read_context
+from quantpress.pipelines.rollback import model_rollback
+from quantpress.presses.models.attention import attention_modules, full_attention_modules, hooked
+from quantpress.presses.models.eligibility import PACKABLE, check
+from quantpress.presses.models.positions import position_count
+from quantpress.presses.packing.prefill_hook import plain_states, prefill_call
+from quantpress.presses.packing.queries import UnknownAttentionError, query_moment
+from quantpress.quantization.running_moments import RunningMoments
+from quantpress.quantization.transform import ChannelTransform, moment_statistics
+
+DEFAULT_TOKENS = 4096
+"""Tokens that are read."""
+
+DEFAULT_PIECE_TOKENS = 2048
+"""Tokens that are read at a time."""
+
+LEAST_TOKENS = 512
+"""Fewest tokens that a profile is made of."""
+
+
+@torch.no_grad()
+def calibrate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Mapping[str, str],
+    tokens: int = DEFAULT_TOKENS,
+    piece_tokens: int = DEFAULT_PIECE_TOKENS,
+    *,
+    progress: bool | None = None,
+) -> ModelProfile:
+    """Measure the statistics of a model's keys.
+
+    The model reads pieces of the texts, spread evenly over each. Mean and weight are those of
+    `quantization.transform.key_statistics` over all tokens but the first few of each piece, which are kept in
+    16 bits. Sums are in float64; the keys of one piece at a time are in memory.
+
+    Args:
+        model: decoder-only.
+        tokenizer: the model's. Each piece begins with its bos token, if it has one.
+        texts: what to read, by name. Each gives the same number of tokens if it is long enough.
+        tokens: most tokens of text that are read.
+        piece_tokens: most tokens of a piece; fewer where the model has fewer positions. Keys depend on their
+            positions, so that a profile for long contexts needs long pieces.
+        progress: True or False; None shows a bar in a terminal.
+
+    Returns:
+        The profile, with each layer that is packed.
+
+    Raises:
+        UnsupportedModelError: the model cannot be packed, or it caches latent vectors.
+        EmptyContextError: there is no text.
+        InvalidInputError: there are too few tokens, or `piece_tokens` is too small.
+        NonFiniteError: keys or queries hold NaN or infinity.
+    """
+    check_calibrated(model)
+    piece_tokens = min(piece_tokens, position_count(model.config) or piece_tokens)
+    pieces = _pieces(tokenizer, texts, tokens, piece_tokens)
+    counted = sum(max(0, len(piece) - DEFAULT_SINK_TOKENS) for piece in pieces)
+    if counted < LEAST_TOKENS:
+        raise InvalidInputError(
+            f"{counted} tokens are left of {', '.join(texts)} without the first {DEFAULT_SINK_TOKENS} of "
+            f"each piece, too few to measure; give at least {LEAST_TOKENS}, better {DEFAULT_TOKENS}"
+        )
+    layers: dict[int, _LayerMoments] = {}
+    total = len(pieces) * len(full_attention_modules(model))
+    bar = tqdm(total=total, desc="reading", unit="layer", leave=False, disable=_hidden(progress))
+
+    def hook(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+        call = prefill_call(module, args, kwargs)
+        if call is not None:
+            keys = plain_states(call.cache, call.layer_idx)[0]
+            layers.setdefault(call.layer_idx, _LayerMoments(keys)).add(call, keys)
+            bar.update()
+
+    with bar, model_rollback(model), hooked(model, hook):
+        for piece in pieces:
+            ids = torch.tensor([piece], dtype=torch.int64, device=model.device)
+            read_context(model, ids, host.empty_cache(model), chunk_tokens=0, progress=False)
+    return ModelProfile(
+        fingerprint=config_fingerprint(model.config),
+        statistics={index: layers[index].statistics() for index in sorted(layers)},
+        model=str(getattr(model, "name_or_path", "")) or type(model).__name__,
+        text=", ".join(texts),
+        tokens=counted,
+        piece_tokens=piece_tokens,
+    )
+
+
+def check_calibrated(model: nn.Module) -> None:
+    """Refuse a model whose keys have no statistics that an engine could use.
+
+    Raises:
+        UnsupportedModelError: its cache cannot be packed, or engines cache a latent vector for its tokens.
+    """
+    for module in attention_modules(model):
+        if hasattr(module, "kv_lora_rank"):
+            raise UnsupportedModelError(
+                f"{type(module).__name__} makes keys of one latent vector for each token (MLA); engines "
+                "cache that vector, which quantpress does not pack: there is nothing to calibrate"
+            )
+    check(model, PACKABLE)
+
+
+class _LayerMoments:
+    """Moments of the keys and queries of one layer, piece by piece.
+
+    Args:
+        keys: [1, Hkv, T, D] of the first piece, for their shape.
+    """
+
+    def __init__(self, keys: torch.Tensor) -> None:
+        self.heads, dim = keys.shape[1], keys.shape[3]
+        self.keys = RunningMoments(dim, self.heads)
+        self.queries = torch.zeros(self.heads, dim, dtype=torch.float64, device="cpu")
+        self.balanced = True
+
+    def add(self, call: Any, keys: torch.Tensor) -> None:
+        """Add the tokens of a piece, without the first ones."""
+        counted = keys.shape[2] - DEFAULT_SINK_TOKENS
+        if counted < 1:
+            return
+        self.keys.update(keys[0, :, DEFAULT_SINK_TOKENS:])
+        try:
+            where = call.module, call.hidden_states, call.position_embeddings
+            moment = query_moment(*where, self.heads, counted, keys)
+        except UnknownAttentionError as reason:
+            if self.balanced:
+                warnings.warn(
+                    f"the queries of {type(call.module).__name__} are not known ({reason}): its channels are "
+                    "not balanced, which costs accuracy",
+                    stacklevel=2,
+                )
+            self.balanced = False
+            return
+        self.queries += moment[0].double().cpu() * counted
+
+    def statistics(self) -> ChannelTransform:
+        """Mean and weight; the weight is 1 where queries are not known."""
+        mean, energy = (one.float()[None] for one in (self.keys.mean, self.keys.variance))
+        moment = (self.queries / self.keys.count).float()[None] if self.balanced else None
+        found = moment_statistics(mean, energy, moment, groups=())
+        return found if self.balanced else ChannelTransform(mean, torch.ones_like(mean))
+
+
+def _pieces(
+    tokenizer: PreTrainedTokenizerBase, texts: Mapping[str, str], tokens: int, piece_tokens: int
+) -> list[list[int]]:
+    """Pieces of the texts as token ids, of equal length in each text and spread evenly over it."""
+    if not texts:
+        raise EmptyContextError("there is no text to read; give one")
+    first = tokenizer.encode(tokenizer.bos_token, add_special_tokens=False) if tokenizer.bos_token else []
+    if tokens < 1 or piece_tokens <= len(first) + DEFAULT_SINK_TOKENS:
+        raise InvalidInputError(
+            f"{tokens} tokens in pieces of {piece_tokens} cannot be measured; give 1 or more in pieces of "
+            f"more than {len(first) + DEFAULT_SINK_TOKENS}"
+        )
+    share = -(-tokens // len(texts))
+    return [
+        [*first, *piece]
+        for text in texts.values()
+        for piece in _spread(
+            tokenizer.encode(text, add_special_tokens=False, verbose=False), share, piece_tokens - len(first)
+        )
+    ]
+
+
+def _spread(ids: list[int], most: int, longest: int) -> Iterator[list[int]]:
+    taken = min(most, len(ids))
+    if taken:
+        count = -(-taken // longest)
+        yield from (ids[start : start + taken // count] for start in _starts(len(ids), count))
+
+
+def _starts(length: int, count: int) -> Iterator[int]:
+    return (number * (length // count) for number in range(count))
+
+
+def _hidden(progress: bool | None) -> bool | None:
+    """As tqdm has it: None hides the bar where there is no terminal."""
+    return None if progress is None else not progress
