@@ -1,7 +1,8 @@
 """Statistics of a model's keys over texts, for a `ModelProfile`."""
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -55,8 +56,8 @@ def calibrate(
         tokenizer: the model's. Each piece begins with its bos token, if it has one.
         texts: what to read, by name. Each gives the same number of tokens if it is long enough.
         tokens: most tokens of text that are read.
-        piece_tokens: most tokens of a piece; fewer where the model has fewer positions. Keys depend on their
-            positions, so that a profile for long contexts needs long pieces.
+        piece_tokens: most tokens of a piece, its bos token apart; fewer where the model has fewer positions.
+            Keys depend on their positions, so that a profile for long contexts needs long pieces.
         progress: True or False; None shows a bar in a terminal.
 
     Returns:
@@ -69,8 +70,11 @@ def calibrate(
         NonFiniteError: keys or queries hold NaN or infinity.
     """
     check_calibrated(model)
-    piece_tokens = min(piece_tokens, position_count(model.config) or piece_tokens)
-    pieces = _pieces(tokenizer, texts, tokens, piece_tokens)
+    first = tokenizer.encode(tokenizer.bos_token, add_special_tokens=False) if tokenizer.bos_token else []
+    positions = position_count(model.config)
+    piece_tokens = piece_tokens if positions is None else min(piece_tokens, positions - len(first))
+    encoded = [tokenizer.encode(text, add_special_tokens=False, verbose=False) for text in texts.values()]
+    pieces = [first + piece for piece in _pieces(encoded, tokens, piece_tokens)]
     counted = sum(max(0, len(piece) - DEFAULT_SINK_TOKENS) for piece in pieces)
     if counted < LEAST_TOKENS:
         raise InvalidInputError(
@@ -95,7 +99,7 @@ def calibrate(
     return ModelProfile(
         fingerprint=config_fingerprint(model.config),
         statistics={index: layers[index].statistics() for index in sorted(layers)},
-        model=str(getattr(model, "name_or_path", "")) or type(model).__name__,
+        model=_name(model),
         text=", ".join(texts),
         tokens=counted,
         piece_tokens=piece_tokens,
@@ -158,37 +162,27 @@ class _LayerMoments:
         return found if self.balanced else ChannelTransform(mean, torch.ones_like(mean))
 
 
-def _pieces(
-    tokenizer: PreTrainedTokenizerBase, texts: Mapping[str, str], tokens: int, piece_tokens: int
-) -> list[list[int]]:
-    """Pieces of the texts as token ids, of equal length in each text and spread evenly over it."""
+def _pieces(texts: Sequence[list[int]], tokens: int, piece_tokens: int) -> Iterator[list[int]]:
+    """Pieces of texts, of equal length in each text and spread evenly over it."""
     if not texts:
         raise EmptyContextError("there is no text to read; give one")
-    first = tokenizer.encode(tokenizer.bos_token, add_special_tokens=False) if tokenizer.bos_token else []
-    if tokens < 1 or piece_tokens <= len(first) + DEFAULT_SINK_TOKENS:
+    if tokens < 1 or piece_tokens <= DEFAULT_SINK_TOKENS:
         raise InvalidInputError(
             f"{tokens} tokens in pieces of {piece_tokens} cannot be measured; give 1 or more in pieces of "
-            f"more than {len(first) + DEFAULT_SINK_TOKENS}"
+            f"more than {DEFAULT_SINK_TOKENS}"
         )
-    share = -(-tokens // len(texts))
-    return [
-        [*first, *piece]
-        for text in texts.values()
-        for piece in _spread(
-            tokenizer.encode(text, add_special_tokens=False, verbose=False), share, piece_tokens - len(first)
-        )
-    ]
+    for ids in texts:
+        taken = min(-(-tokens // len(texts)), len(ids))
+        count = -(-taken // piece_tokens)
+        for number in range(count):
+            start = number * (len(ids) // count)
+            yield ids[start : start + taken // count]
 
 
-def _spread(ids: list[int], most: int, longest: int) -> Iterator[list[int]]:
-    taken = min(most, len(ids))
-    if taken:
-        count = -(-taken // longest)
-        yield from (ids[start : start + taken // count] for start in _starts(len(ids), count))
-
-
-def _starts(length: int, count: int) -> Iterator[int]:
-    return (number * (length // count) for number in range(count))
+def _name(model: PreTrainedModel) -> str:
+    """The id of a model on the hub, the name of its folder, or that of its class."""
+    name = str(getattr(model, "name_or_path", ""))
+    return (Path(name).name if Path(name).is_dir() else name) or type(model).__name__
 
 
 def _hidden(progress: bool | None) -> bool | None:

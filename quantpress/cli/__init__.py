@@ -16,6 +16,7 @@ import typer
 
 import quantpress
 from quantpress.cli import bench, compare, demo, doctor, evaluate, inspect, memory, pack, run, serve, validate
+from quantpress.cli.engines import calibrate
 from quantpress.cli.output import with_json
 
 EXIT_WRONG_INPUT = 2
@@ -70,6 +71,7 @@ COMMANDS: dict[str, tuple[Callable[..., Any], str]] = {
         'quantpress memory llama-3.1-8b --context 131072 -p "TurboQuant(bits=3)" --gpu 80GB',
     ),
     "bench": (bench.bench, 'quantpress bench --tokens 4096 -p "TurboQuant(bits=3)"'),
+    "calibrate": (calibrate.calibrate, "quantpress calibrate my-model-folder -o profile.safetensors"),
     "inspect": (inspect.inspect, "quantpress inspect my-model-folder --tokens 2048"),
     "validate": (validate.validate, "quantpress validate --bits 3 --head-dim 128"),
     "doctor": (doctor.doctor, "quantpress doctor --json"),

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -10,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from quantpress.cli.arguments import Device, Dtype, check_loading, read_text
+from quantpress.cli.engines.profile import Profile
 from quantpress.cli.output import Outcome, new_table, one_below_the_other, progress
 from quantpress.errors import InvalidInputError, QuantPressError
 
@@ -144,7 +146,10 @@ class Inspected(Outcome):
 
 def inspect(
     model: Annotated[
-        str | None, typer.Argument(help="Id or folder of a model; left out, the default model.")
+        str | None,
+        typer.Argument(
+            help="Id or folder of a model, or a file of `quantpress calibrate`; left out, the default model."
+        ),
     ] = None,
     file: Annotated[
         str | None, typer.Option(help="Text for the model to read; left out, a piece of a novel.")
@@ -152,8 +157,12 @@ def inspect(
     tokens: Annotated[int, typer.Option(help="Most tokens to read.", min=LEAST_TOKENS)] = 1024,
     device: Device = None,
     dtype: Dtype = None,
-) -> Inspected:
+) -> Inspected | Profile:
     """Look at a model: which layers will be packed, which not and why, its keys, a setting for it."""
+    if model is not None and Path(model).is_file():
+        from quantpress.cache.saved.model_profile import ModelProfile
+
+        return Profile.of(model, ModelProfile.load(model))
     text = None if file is None else read_text(file)
     check_loading(model, device, dtype)
     from quantpress.cli.loading import load_pipeline, model_name

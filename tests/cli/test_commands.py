@@ -3,6 +3,7 @@
 import json
 import os
 import stat
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,11 +13,13 @@ import torch
 from typer.testing import CliRunner
 
 from quantpress import cli
+from quantpress.cache import ModelProfile
 from quantpress.cli import loading
 from quantpress.cli.loading import load_pipeline
 from quantpress.errors import InvalidInputError
 from quantpress.evaluation.measuring import device_names, devices_of
 from tests.pipelines.words import model_folder, ours, text
+from tests.tiny_models import tiny_model
 
 CONTEXT = text(500)
 QUESTIONS = ["w1 w2", "w7"]
@@ -76,6 +79,23 @@ def test_text_comes_from_the_standard_input(model: str, context: str, tmp_path: 
     assert answers(piped) == answers(named)
     with pytest.raises(InvalidInputError, match="--output"):
         invoke("pack", "-", "-m", model, input=CONTEXT)
+
+
+def test_a_model_is_calibrated_and_its_profile_shown(model: str, tmp_path: Path) -> None:
+    for seed in (0, 1):
+        (tmp_path / f"{seed}.txt").write_text(text(700, seed=seed), encoding="utf-8")
+    output, texts = str(tmp_path / "profile"), [str(tmp_path / f"{seed}.txt") for seed in (0, 1)]
+    options = ["--text", texts[0], "--text", texts[1], "--tokens", "1200", "--device", "cpu", "-o", output]
+    found = json.loads(invoke("calibrate", model, *options, "--json").stdout)
+    assert found["file_bytes"] == Path(output).stat().st_size
+    assert (found["layers"], found["tokens"], found["model"]) == (3, 2 * (601 - 4), Path(model).name)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ModelProfile.load(output).check(tiny_model("llama").config)
+    shown = json.loads(invoke("inspect", output, "--json").stdout)
+    assert shown["text"] == ", ".join(texts) and len(shown["layers"]) == 3
+    words = " ".join(invoke("inspect", output).stdout.split())
+    assert "num_hidden_layers 3" in words and "1,194 tokens" in words
 
 
 def test_a_model_spread_over_all_devices_answers_the_same(

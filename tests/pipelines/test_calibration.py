@@ -47,13 +47,13 @@ def states(family: str, ids: torch.Tensor) -> dict[int, tuple[torch.Tensor, torc
 def test_statistics_are_those_of_all_tokens_at_once(family: str, pieces: int) -> None:
     words = 600 * pieces
     tokenizer = word_tokenizer()
-    profile = profile_of(family, words, tokens=words, piece_tokens=601)
+    profile = profile_of(family, words, tokens=words, piece_tokens=600)
     ids = tokenizer.encode(text(words), add_special_tokens=False)
     read = [
         states(family, torch.tensor([[tokenizer.bos_token_id, *ids[at : at + 600]]]))
         for at in range(0, words, 600)
     ]
-    assert profile.tokens == pieces * (601 - SINKS) and profile.piece_tokens == 601
+    assert profile.tokens == pieces * (601 - SINKS) and profile.piece_tokens == 600
     assert profile.statistics.keys() == read[0].keys()
     for index, found in profile.statistics.items():
         keys, squares = (torch.cat([one[index][i][:, :, SINKS:] for one in read], 2) for i in (0, 1))
@@ -77,7 +77,7 @@ def test_hybrid_models_have_their_attention_layers() -> None:
 def test_texts_share_the_tokens_and_positions_bound_a_piece() -> None:
     texts = {"a": text(5000), "b": text(5000, seed=1)}
     profile = calibrate(tiny_model("llama"), word_tokenizer(), texts, 4000, 10**6, progress=False)
-    assert profile.text == "a, b" and profile.piece_tokens == 4096
+    assert profile.text == "a, b" and profile.piece_tokens == 4095
     assert profile.tokens == 2 * (2001 - SINKS)
 
 
@@ -103,8 +103,8 @@ def test_models_without_such_keys_are_refused(family: str, reason: str) -> None:
 def test_wrong_amounts_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(InvalidInputError, match=r"297 tokens are left of words .* give at least 512"):
         profile_of("llama", 300)
-    with pytest.raises(InvalidInputError, match="pieces of 5"):
-        profile_of("llama", piece_tokens=5)
+    with pytest.raises(InvalidInputError, match="pieces of 4"):
+        profile_of("llama", piece_tokens=4)
     with pytest.raises(EmptyContextError, match="no text"):
         calibrate(tiny_model("llama"), word_tokenizer(), {})
     with monkeypatch.context() as patch:
