@@ -4,7 +4,7 @@ import gc
 import sys
 from dataclasses import dataclass, replace
 from importlib import import_module
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.console import Group, RenderableType
@@ -12,7 +12,9 @@ from rich.table import Table
 from rich.text import Text
 
 from quantpress.cli.arguments import Presses, byte_count
+from quantpress.cli.engines.memory import EngineSized
 from quantpress.cli.output import Outcome
+from quantpress.errors import InvalidInputError
 
 if TYPE_CHECKING:
     from quantpress.evaluation.sizing.known_models import KnownModel
@@ -190,15 +192,33 @@ def memory(
     weights: Annotated[
         str | None, typer.Option(help="Bytes of the weights where the configuration is wrong, such as 4.7GB.")
     ] = None,
+    engine: Annotated[
+        Literal["vllm"] | None,
+        typer.Option(help="Plan for vLLM with the plugin, which packs its blocks."),
+    ] = None,
+    kv_cache_dtype: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="With --engine: such as quantpress_4bit or quantpress_k4v3; may be repeated; left out, 4, 3 "
+            "and 2 bits."
+        ),
+    ] = None,
+    max_num_seqs: Annotated[
+        int, typer.Option(help="With --engine: most sequences at a time, as vLLM is told.", min=1)
+    ] = 64,
     names: Annotated[
         bool, typer.Option("--list", help="List the models that are known by name, without the hub.")
     ] = False,
-) -> Sized | Known:
+) -> Sized | EngineSized | Known:
     """Say what a cache will weigh, part by part, before a model is loaded."""
     from quantpress.evaluation.sizing.known_models import known_models
 
     if names:
         return Known(tuple(known_models().values()))
+    if engine is None and kv_cache_dtype:
+        raise InvalidInputError("--kv-cache-dtype is for --engine vllm; without an engine give --press")
+    if engine is not None and press:
+        raise InvalidInputError(f"{engine} evicts nothing, so it takes no --press; give --kv-cache-dtype")
     available, own_weights = (None if one is None else byte_count(one) for one in (gpu, weights))
     _import_quickly()
     from quantpress.evaluation.sizing.memory_plan import Planner
@@ -209,6 +229,12 @@ def memory(
     known = outline(model)
     if own_weights is not None:
         known = replace(known, weights_bytes=own_weights, quantized=False)
+    if engine is not None:
+        from quantpress.evaluation.sizing.engine_plan import DEFAULT_DTYPES, EngineAsked, engine_plans
+
+        asked = EngineAsked(context, batch, max_num_seqs, available)
+        dtypes = tuple(kv_cache_dtype or DEFAULT_DTYPES)
+        return EngineSized(known, asked, engine_plans(known, dtypes, asked))
     planners = [Planner(known, one) for one in (None, *(one for one in made if one is not None))]
     plans = tuple(planner.plan(context, batch) for planner in planners)
     capacities = (

@@ -146,3 +146,21 @@ def test_what_is_no_number_of_bytes_is_refused(text: str) -> None:
 def test_bytes_without_a_unit_are_refused() -> None:
     with pytest.raises(InvalidInputError, match=r"'24' has no unit; write 24GB .* or 24GiB"):
         byte_count("24")
+
+
+def test_memory_in_an_engine() -> None:
+    """The same figures in the table and in JSON; what is for an engine alone is refused elsewhere."""
+    options = ["llama-3.1-8b", "--engine", "vllm", "--gpu", "80GB"]
+    found = json.loads(invoke(*options, "--json").stdout)
+    rows = found["kv_cache_dtypes"]
+    assert [row["dtype"] for row in rows] == ["bfloat16", *(f"quantpress_{bits}bit" for bits in (4, 3, 2))]
+    assert rows[1]["token_bytes"] == 32 * 8 * 132 and rows[1]["block_ratio"] == 512 / 132
+    assert found["max_num_seqs"] == 64 and found["sink_entries"] == 1024
+    shown = " ".join(invoke(*options).stdout.split())
+    for row in rows:
+        assert f"{row['token_bytes']:,.0f}" in shown and f"{row['tokens']:,}" in shown
+    assert "--max-num-seqs 64" in shown and "1,024 prompts" in shown
+    with pytest.raises(InvalidInputError, match="--kv-cache-dtype is for --engine"):
+        memory.memory("llama-3.1-8b", kv_cache_dtype=["quantpress_4bit"])
+    with pytest.raises(InvalidInputError, match="takes no --press"):
+        memory.memory("llama-3.1-8b", engine="vllm", press=["SnapKV"])
