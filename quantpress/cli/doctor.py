@@ -11,6 +11,7 @@ from packaging.version import Version
 from rich.table import Table
 
 import quantpress
+from quantpress.cli.engines.vllm_here import vllm_lines
 from quantpress.cli.output import Outcome
 
 PACKAGES = ("torch", "transformers", "kvpress", "triton")
@@ -41,6 +42,7 @@ class Diagnosis(Outcome):
         default_dtype: the dtype that the default model is loaded in, and why.
         host: what this version of transformers is to quantpress.
         untested: packages whose versions are outside of the tested range, and what that range is.
+        vllm: its version, whether it finds our plugin, and its torch; empty where it is not installed.
     """
 
     system: str
@@ -54,6 +56,7 @@ class Diagnosis(Outcome):
     default_dtype: str = ""
     host: str = ""
     untested: dict[str, str] = field(default_factory=dict)
+    vllm: tuple[str, ...] = ()
 
     def __rich__(self) -> Table:
         table = Table(title="quantpress on this machine", show_header=False)
@@ -65,6 +68,8 @@ class Diagnosis(Outcome):
                 table.add_row("", self.host)
             if package in self.untested:
                 table.add_row("", self.untested[package])
+        for line in self.vllm:
+            table.add_row("vllm", line)
         table.add_row("system", self.system)
         table.add_row("cuda", self.cuda or "torch is a CPU build")
         for device in self.devices:
@@ -99,6 +104,7 @@ def doctor() -> Diagnosis:
         default_dtype=_default_dtype() if versions["torch"] else "",
         host=_host() if versions["torch"] and versions.get("transformers") else "",
         untested=_untested(versions) if versions["torch"] else {},
+        vllm=vllm_lines(versions["torch"]),
     )
 
 

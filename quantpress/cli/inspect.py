@@ -159,7 +159,7 @@ def inspect(
     dtype: Dtype = None,
 ) -> Inspected | Profile:
     """Look at a model: which layers will be packed, which not and why, its keys, a setting for it."""
-    if model is not None and Path(model).is_file():
+    if model is not None and (Path(model).is_file() or model.endswith(".safetensors")):
         from quantpress.cache.saved.model_profile import ModelProfile
 
         return Profile.of(model, ModelProfile.load(model))

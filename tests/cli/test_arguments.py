@@ -75,6 +75,7 @@ HEAVY = [
     ("calibrate -o FOLDER/profile --device xpu", "no device xpu"),
     ("inspect --device xpu", "no device xpu"),
     ("inspect TEXT", "damaged"),
+    ("inspect nowhere.safetensors", "give one that `quantpress calibrate` wrote"),
     ("validate --bits 5", "5"),
     ("validate --rotation none", "none"),
 ]

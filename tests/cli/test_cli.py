@@ -5,16 +5,20 @@ import os
 import shlex
 import subprocess
 import sys
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from typer.main import get_command
 from typer.testing import CliRunner
 
 import quantpress
 from quantpress import cli
 from quantpress.cli import doctor, loading
+from quantpress.cli.engines import vllm_here
 from quantpress.evaluation import demo
 from quantpress.evaluation.demo import Row, Trial
 from quantpress.evaluation.tasks.haystack import Needle
@@ -157,6 +161,38 @@ def test_doctor_says_what_was_not_tested() -> None:
     assert doctor._untested({"torch": "2.13.0+cpu", "triton": "3.9.1"}) == {}
     assert doctor._untested({"torch": "2.11.0", "triton": None}) == {}
     assert doctor._untested({"torch": "2.10.1", "triton": "3.10.0"}) == ranges
+
+
+@pytest.mark.parametrize(
+    ("release", "plugins", "said"),
+    [
+        (None, [], []),
+        ("0.33.1", ["quantpress.engines.vllm:register"], ["0.33.1", "loads the plugin quantpress.engines"]),
+        ("0.34.0", [], ['tested with 0.33 (pip install "vllm==0.33.*")', "finds no plugin 'quantpress'"]),
+    ],
+)
+def test_doctor_says_what_vllm_finds(
+    monkeypatch: pytest.MonkeyPatch, release: str | None, plugins: list[str], said: list[str]
+) -> None:
+    def version(name: str) -> str:
+        if release is None:
+            raise PackageNotFoundError(name)
+        return release
+
+    monkeypatch.delenv("VLLM_PLUGINS", raising=False)
+    monkeypatch.setattr(vllm_here, "version", version)
+    monkeypatch.setattr(vllm_here, "requires", lambda _: ["torchvision==1", "torch==2.14.0", "x; extra=='y'"])
+    found = [SimpleNamespace(value=value) for value in plugins]
+    monkeypatch.setattr(vllm_here, "entry_points", lambda group, name: found)
+    lines = json.loads(invoke("doctor", "--json").stdout)["vllm"]
+    assert len(lines) == (3 if said else 0)
+    for words, line in zip(said, lines, strict=False):
+        assert words in line
+    if said:
+        assert lines[2] == f"asks for torch==2.14.0; {torch.__version__} is installed"
+    if plugins:
+        monkeypatch.setenv("VLLM_PLUGINS", "lora_resolver")
+        assert "does not load the plugin: VLLM_PLUGINS is 'lora_resolver'" in vllm_here.vllm_lines(None)[1]
 
 
 def test_doctor_finds_the_reference_of_each_operation() -> None:

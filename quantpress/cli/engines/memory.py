@@ -78,8 +78,8 @@ class EngineSized(Outcome):
         notes = [
             f"Recent and sinks stay in {own} beside vLLM's blocks, for --max-num-seqs {requests}: recent "
             f"takes {format_bytes(self.plans[-1].request_bytes)} a sequence, sinks are those of "
-            f"{sink_entries(requests):,} prompts. vLLM's own default is 256, and 1024 on large GPUs: start it "
-            "with the same number."
+            f"{sink_entries(requests):,} prompts. vLLM's own default is 256, and 1024 on large GPUs: "
+            "start it with the same number."
         ]
         if self.asked.available is not None:
             notes.append(
