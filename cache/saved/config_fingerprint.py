@@ -8,6 +8,15 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+_FIELDS = (
+    "model_type",
+    "num_hidden_layers",
+    "hidden_size",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+)
+
 _ROPE = (
     "factor",
     "low_freq_factor",
@@ -39,19 +48,14 @@ def config_fingerprint(config: Any) -> dict[str, Any]:
         (8, 64, 'default')
     """
     text = config.get_text_config(decoder=True)
-    hidden, heads = getattr(text, "hidden_size", None), getattr(text, "num_attention_heads", None)
-    head_dim = getattr(text, "head_dim", None)
-    if head_dim is None and isinstance(hidden, int) and isinstance(heads, int) and heads:
-        head_dim = hidden // heads
-    found = {
-        "model_type": getattr(text, "model_type", None),
-        "num_hidden_layers": getattr(text, "num_hidden_layers", None),
-        "hidden_size": hidden,
-        "num_attention_heads": heads,
-        "num_key_value_heads": getattr(text, "num_key_value_heads", None) or heads,
-        "head_dim": head_dim,
-        "rope": _rope(getattr(text, "rope_parameters", None)),
-    }
+    stored = text.to_dict()  # has values for the whole model, too, where layers differ and attributes raise
+    found = {name: stored[name] if name in stored else getattr(text, name, None) for name in _FIELDS}
+    hidden, heads = found["hidden_size"], found["num_attention_heads"]
+    if found["num_key_value_heads"] is None:
+        found["num_key_value_heads"] = heads
+    if found["head_dim"] is None and isinstance(hidden, int) and isinstance(heads, int) and heads:
+        found["head_dim"] = hidden // heads
+    found["rope"] = _rope(stored.get("rope_parameters"))
     plain: dict[str, Any] = json.loads(json.dumps(found, default=str))
     return plain
 

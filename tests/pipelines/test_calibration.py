@@ -15,7 +15,7 @@ from quantpress.presses.packing.prefill_hook import prefill_call
 from quantpress.presses.packing.queries import last_queries
 from quantpress.quantization.transform import key_statistics
 from tests.pipelines.words import text, word_tokenizer
-from tests.tiny_models import tiny_model
+from tests.tiny_models import MODELS, tiny_model
 
 SINKS = 4
 FAMILIES = ("llama", "qwen3", "phi3", "gemma3", "phi", "multi_query")
@@ -72,6 +72,15 @@ def test_hybrid_models_have_their_attention_layers() -> None:
     kinds = model.config.get_text_config().layer_types
     full = {index for index, kind in enumerate(kinds) if kind == "full_attention"}
     assert set(profile_of("qwen3_5").statistics) == full
+
+
+@pytest.mark.skipif("gemma4" not in MODELS, reason="this transformers has no such models")
+@pytest.mark.filterwarnings("ignore:the queries of Gemma4TextAttention")
+def test_layers_may_differ_in_shape() -> None:
+    model = tiny_model("gemma4")
+    profile = profile_of("gemma4")
+    assert set(profile.statistics) == {1}  # 3 reads the keys of another layer
+    profile.check(model.config)
 
 
 def test_texts_share_the_tokens_and_positions_bound_a_piece() -> None:
