@@ -69,7 +69,7 @@ def calibrate(
         InvalidInputError: there are too few tokens, or `piece_tokens` is too small.
         NonFiniteError: keys or queries hold NaN or infinity.
     """
-    check_calibrated(model)
+    _check_model(model)
     first = tokenizer.encode(tokenizer.bos_token, add_special_tokens=False) if tokenizer.bos_token else []
     positions = position_count(model.config)
     piece_tokens = piece_tokens if positions is None else min(piece_tokens, positions - len(first))
@@ -81,21 +81,7 @@ def calibrate(
             f"{counted} tokens are left of {', '.join(texts)} without the first {DEFAULT_SINK_TOKENS} of "
             f"each piece, too few to measure; give at least {LEAST_TOKENS}, better {DEFAULT_TOKENS}"
         )
-    layers: dict[int, _LayerMoments] = {}
-    total = len(pieces) * len(full_attention_modules(model))
-    bar = tqdm(total=total, desc="reading", unit="layer", leave=False, disable=_hidden(progress))
-
-    def hook(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
-        call = prefill_call(module, args, kwargs)
-        if call is not None:
-            keys = plain_states(call.cache, call.layer_idx)[0]
-            layers.setdefault(call.layer_idx, _LayerMoments(keys)).add(call, keys)
-            bar.update()
-
-    with bar, model_rollback(model), hooked(model, hook):
-        for piece in pieces:
-            ids = torch.tensor([piece], dtype=torch.int64, device=model.device)
-            read_context(model, ids, host.empty_cache(model), chunk_tokens=0, progress=False)
+    layers = _read(model, pieces, progress)
     return ModelProfile(
         fingerprint=config_fingerprint(model.config),
         statistics={index: layers[index].statistics() for index in sorted(layers)},
@@ -106,7 +92,7 @@ def calibrate(
     )
 
 
-def check_calibrated(model: nn.Module) -> None:
+def _check_model(model: nn.Module) -> None:
     """Refuse a model whose keys have no statistics that an engine could use.
 
     Raises:
@@ -162,6 +148,27 @@ class _LayerMoments:
         return found if self.balanced else ChannelTransform(mean, torch.ones_like(mean))
 
 
+def _read(model: PreTrainedModel, pieces: list[list[int]], progress: bool | None) -> dict[int, _LayerMoments]:
+    """Let the model read the pieces, and add up each layer that is packed."""
+    layers: dict[int, _LayerMoments] = {}
+    total = len(pieces) * len(full_attention_modules(model))
+    hidden = None if progress is None else not progress  # None: where there is no terminal
+    bar = tqdm(total=total, desc="reading", unit="layer", leave=False, disable=hidden)
+
+    def hook(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+        call = prefill_call(module, args, kwargs)
+        if call is not None:
+            keys = plain_states(call.cache, call.layer_idx)[0]
+            layers.setdefault(call.layer_idx, _LayerMoments(keys)).add(call, keys)
+            bar.update()
+
+    with bar, model_rollback(model), hooked(model, hook):
+        for piece in pieces:
+            ids = torch.tensor([piece], dtype=torch.int64, device=model.device)
+            read_context(model, ids, host.empty_cache(model), chunk_tokens=0, progress=False)
+    return layers
+
+
 def _pieces(texts: Sequence[list[int]], tokens: int, piece_tokens: int) -> Iterator[list[int]]:
     """Pieces of texts, of equal length in each text and spread evenly over it."""
     if not texts:
@@ -183,8 +190,3 @@ def _name(model: PreTrainedModel) -> str:
     """The id of a model on the hub, the name of its folder, or that of its class."""
     name = str(getattr(model, "name_or_path", ""))
     return (Path(name).name if Path(name).is_dir() else name) or type(model).__name__
-
-
-def _hidden(progress: bool | None) -> bool | None:
-    """As tqdm has it: None hides the bar where there is no terminal."""
-    return None if progress is None else not progress
