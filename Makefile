@@ -13,6 +13,9 @@ NEWEST_TRITON := 3.9.0
 VERSION ?= $(if $(filter test-triton,$(MAKECMDGOALS)),$(NEWEST_TRITON),$(NEWEST))
 HOST = $(VENV)/hosts/transformers-$(VERSION)
 TRITON = $(VENV)/hosts/triton-$(VERSION)
+VLLM := $(VENV)/hosts/vllm-0.33.0
+VLLM_SET := $(addprefix tests/engines/vllm/environment/,create.py requirements.txt vllm.txt)
+PYTHON311 ?= python3.11
 SUITES ?= tests/cache tests/presses tests/pipelines tests/conformance
 KERNELS ?= tests/kernels tests/cache/paged/test_steps.py
 SET := pyproject.toml constraints.txt
@@ -22,7 +25,7 @@ export PYTHONSAFEPATH := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export NO_MKDOCS_2_WARNING := 1
 
-.PHONY: help demo test test-newest test-transformers test-triton families test-gpu check format docs docs-serve clean
+.PHONY: help demo test test-newest test-transformers test-triton test-vllm families test-gpu check format docs docs-serve clean
 .DEFAULT_GOAL := help
 
 help:
@@ -30,6 +33,7 @@ help:
 	@echo "make test      set up, run every test that needs no GPU"
 	@echo "make test-newest  the suites of cache, presses and pipelines on transformers $(NEWEST)"
 	@echo "make test-triton  the kernels' tests on triton $(NEWEST_TRITON), or VERSION=3.6.0"
+	@echo "make test-vllm    the tests of the plugin in the engine of vLLM on a CPU; needs Linux on x86_64 and Python 3.11"
 	@echo "make test-gpu  set up, run the tests that need a CUDA device"
 	@echo "make check     format, lint, strict types, then the tests"
 	@echo "make format    rewrite the sources in the project's format"
@@ -59,6 +63,10 @@ test-newest:
 # Every kernel interpreted, and compiled for GPUs that need not be here, by another version of triton.
 test-triton: $(TRITON)/.ready
 	OMP_NUM_THREADS=1 $(TRITON)/bin/python -m pytest -n $(WORKERS) --dist worksteal -m "not gpu" $(KERNELS) $(ARGS)
+
+# The engine of vLLM on a CPU, in an environment with pins of its own. One process: each test looks into the engine.
+test-vllm: $(VLLM)/.ready
+	OMP_NUM_THREADS=1 $(VLLM)/bin/python -m pytest -m "not gpu" tests/engines $(ARGS)
 
 test-gpu: $(VENV)/.ready-test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m gpu $(ARGS)
@@ -110,6 +118,12 @@ $(VENV)/hosts/transformers-%/.ready: $(VENV)/.ready-test
 # The interpreter of triton 3.6 fails with numpy 2.4.
 $(VENV)/hosts/triton-%/.ready: $(VENV)/.ready-test
 	$(call overlay,triton==$* $(if $(filter 3.6.%,$*),'numpy<2.4'))
+	@touch $@
+
+$(VLLM)/.ready: pyproject.toml $(VLLM_SET)
+	@command -v "$(PYTHON311)" >/dev/null || { echo "vLLM's environment is pinned for Python 3.11, and there is no" \
+		"'$(PYTHON311)' here. Name one: make test-vllm PYTHON311=/path/to/python3.11" >&2; exit 1; }
+	@"$(PYTHON311)" $(firstword $(VLLM_SET)) $(@D)
 	@touch $@
 
 # An environment over the pinned one, with these packages instead.

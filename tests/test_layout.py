@@ -31,17 +31,25 @@ ARROWS = (
     "kernels",
     "quantization",
 )  # each imports only itself and later ones
-PACKAGED = ARROWS[1:]
+HOSTS = {"engines": "cache"}  # imports itself, and from that folder on; no other folder imports it
+PACKAGED = (*ARROWS[1:], *HOSTS)
 ROOMS = {
     "evaluation": ("adapters", "results", "sizing", "divergence", "tasks"),
     "pipelines": ("enabling", "contexts", "capture", "reading", "patching", "default_model"),
+    "engines": ("vllm",),
     "presses": ("packing", "models"),
     "cache": ("saved", "paged", "fixed", "attention", "tokens"),
     "kernels": ("attend", "combine", "score", "blocks", "dequantize", "encode"),
 }  # the sub-folders of a folder; each imports only itself and later ones
 MODULE = re.compile(r"\w+(?:\.py|/)")
 MOST_FILES = 15  # in one folder, so that a reader sees what is there
-WITHOUT_KVPRESS = ("cache", "codecs", "kernels", "quantization")  # usable beside a newer transformers
+WITHOUT_KVPRESS = (
+    "engines",
+    "cache",
+    "codecs",
+    "kernels",
+    "quantization",
+)  # usable beside a newer transformers
 FREE_FOR_ALL = {"errors", "rule", "version"}
 
 
@@ -66,7 +74,7 @@ def _imports(node: ast.AST, types: bool = True) -> Iterator[str]:
 def violations(folder: str, source: str) -> list[str]:
     """The imports in a file of `folder`, such as "cache" or "cache/tokens", that its arrows forbid."""
     top, _, room = folder.partition("/")
-    allowed = {*ARROWS[ARROWS.index(top) :], *FREE_FOR_ALL}
+    allowed = {top, *ARROWS[ARROWS.index(HOSTS.get(top, top)) :], *FREE_FOR_ALL}
     rooms = ROOMS.get(top, ())
     forbidden_rooms = rooms[: rooms.index(room)] if room else ()
     found = []
@@ -88,7 +96,7 @@ def violations(folder: str, source: str) -> list[str]:
 
 def folders() -> list[str]:
     """Every folder of code that arrows hold, and every sub-folder of these."""
-    return [*ARROWS, *(f"{top}/{room}" for top, rooms in ROOMS.items() for room in rooms)]
+    return [*ARROWS, *HOSTS, *(f"{top}/{room}" for top, rooms in ROOMS.items() for room in rooms)]
 
 
 def test_every_sub_folder_has_its_arrow() -> None:
@@ -161,7 +169,7 @@ def test_a_circle_is_noticed() -> None:
 def test_folders_are_seen_at_a_glance() -> None:
     crowded = {
         str(folder.relative_to(ROOT)): count
-        for top in (*ARROWS, "quantpress", "tests")
+        for top in (*ARROWS, *HOSTS, "quantpress", "tests")
         for folder in {path.parent for path in (ROOT / top).glob("**/*.py")}
         if (count := len([path for path in folder.iterdir() if path.suffix == ".py"])) > MOST_FILES
     }
@@ -176,7 +184,7 @@ def test_files_that_texts_name_are_there() -> None:
         for path in texts
         if path.name != "CHANGELOG.md"
         for match in re.findall(
-            rf"(?<![\w/])((?:{'|'.join(ARROWS)})/[\w/]+\.py)", path.read_text(encoding="utf-8")
+            rf"(?<![\w/])((?:{'|'.join((*ARROWS, *HOSTS))})/[\w/]+\.py)", path.read_text(encoding="utf-8")
         )
     }
     assert len(named) > 20
@@ -199,6 +207,9 @@ def test_files_that_texts_name_are_there() -> None:
         ("pipelines", "import quantpress"),
         ("pipelines", "from quantpress.evaluation.demo import main"),
         ("presses", "from .compose import Compose"),
+        ("engines", "from quantpress.presses import TurboQuant"),
+        ("cache", "from quantpress.engines import vllm"),
+        ("evaluation", "from quantpress.engines.vllm.checks import refuse"),
         ("cache/tokens", "from quantpress.cache.attention.states import PackedStates"),
         ("cache/attention", "from quantpress.cache.fixed import cache"),
     ],
@@ -213,6 +224,7 @@ def test_a_forbidden_import_is_noticed(folder: str, line: str) -> None:
         ("quantization", "from quantpress.errors import NonFiniteError"),
         ("kernels", "from quantpress.quantization.spec import CodecSpec"),
         ("presses", "from kvpress import SnapKVPress"),
+        ("engines/vllm", "from quantpress.cache.paged import PagedCache"),
         ("evaluation", "from quantpress.pipelines.report import Report"),
         ("cache/attention", "from quantpress.cache.tokens.view import PackedView"),
         ("examples", "from quantpress import Compose"),

@@ -15,7 +15,7 @@ import pytest
 from tests.limits import HANG
 
 ROOT = Path(__file__).parents[1]
-FOLDERS = ("cache", "codecs", "evaluation", "kernels", "pipelines", "presses", "quantization")
+FOLDERS = ("cache", "codecs", "engines", "evaluation", "kernels", "pipelines", "presses", "quantization")
 SHIPPED = (".py", ".json", ".xz", ".md", "py.typed")
 
 USE = """

@@ -1,0 +1,47 @@
+"""Speculation: drafts that are accepted and drafts that are rejected leave the same cache."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaForCausalLM
+
+from tests.engines.vllm.engine.running import BLOCK, Engine, engine
+from tests.engines.vllm.engine.tiny import Truth, save_tokenizer, tokens
+
+DRAFTS = 4
+
+
+def near(folder: Path, home: Path) -> Path:
+    """A draft model: the same weights with noise, so that it is right sometimes."""
+    model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight += 0.1 * weight.std() * torch.randn_like(weight) if weight.dim() > 1 else 0
+    model.save_pretrained(home)
+    save_tokenizer(home)
+    return home
+
+
+@pytest.mark.parametrize("method", ["ngram", "draft_model"])
+def test_drafts(folder: Path, truth: Truth, tmp_path: Path, method: str) -> None:
+    speculation: dict[str, Any] = {"method": method, "num_speculative_tokens": DRAFTS}
+    if method == "ngram":
+        speculation |= {"prompt_lookup_min": 1, "prompt_lookup_max": 3}
+    else:
+        speculation |= {"model": str(near(folder, tmp_path))}
+    with engine(folder, speculative_config=speculation) as running:
+        prompts = [tokens(20) * 5, tokens(BLOCK - 3), tokens(260), tokens(60) * 3]
+        for prompt, answer in zip(prompts, running.generate(*prompts, new=150), strict=True):
+            truth.check(prompt, answer.outputs[0])
+        drafted = sum(map(len, drafts_of(running)))
+        computed = sum(sum(step) for step in running.work())
+        rejected = computed - sum(map(len, prompts)) - (150 - 1) * len(prompts)
+        assert 0 < rejected < drafted, "drafts of both kinds are needed"
+
+
+def drafts_of(running: Engine) -> list[list[int]]:
+    return [draft for step in running.steps for draft in step.scheduled_spec_decode_tokens.values()]
