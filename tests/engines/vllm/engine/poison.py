@@ -24,4 +24,7 @@ def poison_blocks(config: Any, blocks: list[int] | None = None) -> None:
 
 
 def poison_pools(config: Any) -> None:
-    """Fill what quantpress keeps beside vLLM's cache, recent tokens and sinks."""
+    """Fill the pools of recent tokens and sinks, which quantpress keeps beside vLLM's cache."""
+    for layer in layers(config):
+        for pool in (*layer.impl.store.recent, *layer.impl.store.sinks):
+            pool.fill_(float("nan"))

@@ -9,11 +9,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from tests.engines.vllm.engine.lossless import DTYPE, register_lossless
 from tests.engines.vllm.engine.poison import poison_blocks, poison_pools
 
 BLOCK = 128
 CHUNK = 200  # tokens in a step, no multiple of a block
-DTYPE = "quantpress_test_raw"
 OPTIONS: dict[str, Any] = {
     "skip_tokenizer_init": True,
     "kv_cache_dtype": DTYPE,
@@ -30,17 +30,9 @@ OPTIONS: dict[str, Any] = {
 }
 
 
-def register_lossless() -> None:
-    """Add the dtype whose pages hold keys and values in float32."""
-    from quantpress.codecs.raw import RawPages
-    from quantpress.engines.vllm.dtypes import register_dtype
-
-    register_dtype(DTYPE, lambda head_dim, value_dim, _: (RawPages(head_dim, 32), RawPages(value_dim, 32)))
-
-
 @functools.cache
 def _override_kernels_once() -> None:
-    """A second engine need not do it again, and cannot: vLLM looks through all modules, and fails at numba."""
+    """A second engine need not do it again, and cannot: vLLM looks at all modules and fails at numba."""
     from vllm.platforms import current_platform
 
     once = functools.cache(current_platform.register_triton_kernel_overrides)
@@ -126,11 +118,13 @@ def engine(folder: Path, **options: Any) -> Iterator[Engine]:
     """An engine that is taken down at the end, so that the next one can begin."""
     from vllm.distributed import cleanup_dist_env_and_memory
 
-    made = Engine(folder, **options)
+    made = None
     try:
+        made = Engine(folder, **options)
         yield made
     finally:
-        made.llm.llm_engine.engine_core.shutdown()
+        if made is not None:
+            made.llm.llm_engine.engine_core.shutdown()
         del made
         gc.collect()
         cleanup_dist_env_and_memory()

@@ -75,6 +75,15 @@ def test_a_block_that_was_filled_in_the_step_before(running: Engine, truth: Trut
     assert done["second"].num_cached_tokens == BLOCK
 
 
+def test_a_block_that_is_filled_in_the_same_step(running: Engine, truth: Truth) -> None:
+    """vLLM takes a block for computed when it plans the step that computes it; a second request reads it there."""
+    running.forget()
+    prompt, begin = tokens(BLOCK + 20), len(running.steps)
+    for answer in running.generate(prompt, prompt):
+        truth.check(prompt, answer.outputs[0])
+    assert running.work(begin)[0] == [BLOCK + 20, 20]
+
+
 def test_more_requests_than_slots_of_every_length(running: Engine, truth: Truth) -> None:
     """Prompts are read while others answer, in the same steps."""
     prompts, begin = [tokens(random.randrange(1, 600)) for _ in range(11)], len(running.steps)

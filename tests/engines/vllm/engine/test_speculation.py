@@ -13,6 +13,7 @@ from tests.engines.vllm.engine.running import BLOCK, Engine, engine
 from tests.engines.vllm.engine.tiny import Truth, save_tokenizer, tokens
 
 DRAFTS = 4
+NEW = 60
 
 
 def near(folder: Path, home: Path) -> Path:
@@ -35,11 +36,11 @@ def test_drafts(folder: Path, truth: Truth, tmp_path: Path, method: str) -> None
         speculation |= {"model": str(near(folder, tmp_path))}
     with engine(folder, speculative_config=speculation) as running:
         prompts = [tokens(20) * 5, tokens(BLOCK - 3), tokens(260), tokens(60) * 3]
-        for prompt, answer in zip(prompts, running.generate(*prompts, new=150), strict=True):
+        for prompt, answer in zip(prompts, running.generate(*prompts, new=NEW), strict=True):
             truth.check(prompt, answer.outputs[0])
         drafted = sum(map(len, drafts_of(running)))
         computed = sum(sum(step) for step in running.work())
-        rejected = computed - sum(map(len, prompts)) - (150 - 1) * len(prompts)
+        rejected = computed - sum(map(len, prompts)) - (NEW - 1) * len(prompts)
         assert 0 < rejected < drafted, "drafts of both kinds are needed"
 
 
