@@ -9,9 +9,7 @@ import pytest
 from transformers import (
     BloomConfig,
     DeepseekV2Config,
-    Gemma2Config,
     LlamaConfig,
-    MistralConfig,
     PreTrainedConfig,
 )
 
