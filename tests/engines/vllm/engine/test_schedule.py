@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -76,7 +77,7 @@ def test_a_block_that_was_filled_in_the_step_before(running: Engine, truth: Trut
 
 
 def test_a_block_that_is_filled_in_the_same_step(running: Engine, truth: Truth) -> None:
-    """vLLM takes a block for computed when it plans the step that computes it; a second request reads it there."""
+    """vLLM plans as if a block was computed already when it plans the step that computes it."""
     running.forget()
     prompt, begin = tokens(BLOCK + 20), len(running.steps)
     for answer in running.generate(prompt, prompt):
@@ -115,3 +116,22 @@ def test_blocks_of_an_aborted_request_are_used_again(running: Engine, truth: Tru
         prompts = [tokens(random.randrange(200, 500)) for _ in range(4)]
         for prompt, answer in zip(prompts, running.generate(*prompts), strict=True):
             truth.check(prompt, answer.outputs[0])
+
+
+def test_requests_are_aborted_beside_others(running: Engine, truth: Truth) -> None:
+    running.forget()
+    engine, first = running.llm.llm_engine, tokens(400)
+    for steps in range(1, 8):
+        for prompt, reused in [(first[: 2 * BLOCK] + tokens(70), 0), (first, 2 * BLOCK), (first, 3 * BLOCK)]:
+            engine.add_request("aborted", {"prompt_token_ids": tokens(350)}, sampling_params(50))
+            engine.step()
+            engine.step()
+            engine.add_request("other", {"prompt_token_ids": prompt}, sampling_params(12))
+            for _ in range(steps):
+                engine.step()
+            engine.abort_request(["aborted"])
+            done: list[Any] = []
+            while engine.has_unfinished_requests():
+                done = engine.step()
+            truth.check(prompt, done[0].outputs[0])
+            assert done[0].num_cached_tokens >= reused

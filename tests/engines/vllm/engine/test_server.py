@@ -1,4 +1,4 @@
-"""`vllm serve` and the client of OpenAI: the engine is a process of its own, and finds the plugin by its entry point."""
+"""`vllm serve` and the client of OpenAI: the engine is in a process of its own, which loads the plugin."""
 
 from __future__ import annotations
 
