@@ -6,11 +6,11 @@
 A load is tokens x sequences; each sequence has a random prompt of its own. `fit` is how many tokens vLLM says
 its cache holds, beside the weights and what else each cache needs for 64 sequences. `first` is seconds until
 every prompt was read and had its first token. `step` is milliseconds of a decode step, which is the time per
-token of a sequence: the mean over 128 steps, in which every sequence fills one block of 128 tokens. Ratios are
-to bf16. A load that does not fit has no times.
+token of a sequence: the mean over 128 steps, in which every sequence fills one block of 128 tokens.
+Ratios are to bf16. A load that does not fit has no times.
 
-Every cache runs in a process of its own. `--json` adds to the file after each load and keeps what is there, so
-that a run can be cut into several; the table shows all of the file. vLLM runs without torch.compile and with
+Every cache runs in a process of its own. `--json` adds to the file after each load and keeps what is there
+so that a run can be cut into several; the table shows all of the file. vLLM runs without torch.compile and with
 full CUDA graphs of decode steps.
 """
 
