@@ -10,8 +10,8 @@ token of a sequence: the mean over 128 steps, in which every sequence fills one 
 Ratios are to bf16. A load that does not fit has no times.
 
 Every cache runs in a process of its own. `--json` adds to the file after each load and keeps what is there
-so that a run can be cut into several; the table shows all of the file. vLLM runs without torch.compile and with
-full CUDA graphs of decode steps.
+so that a run can be cut into several; the table shows all of the file. vLLM runs without torch.compile and
+with full CUDA graphs of decode steps.
 """
 
 import argparse

@@ -12,29 +12,32 @@ from transformers import LlamaForCausalLM
 from tests.engines.vllm.engine.running import BLOCK, Engine, engine
 from tests.engines.vllm.engine.tiny import Truth, save_tokenizer, tokens
 
-DRAFTS = 4
+DRAFTS, WORDS = 4, 12
 NEW = 60
 
 
-def near(folder: Path, home: Path) -> Path:
-    """A draft model: the same weights with noise, so that it is right sometimes."""
+def changed(folder: Path, home: Path, *, noise: float = 0.0) -> Path:
+    """The same model with a few words only, so that answers repeat themselves, and with noise in it."""
     model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
     with torch.no_grad():
-        for weight in model.parameters():
-            weight += 0.1 * weight.std() * torch.randn_like(weight) if weight.dim() > 1 else 0
+        for weight in model.model.layers.parameters():
+            weight += noise * weight.std() * torch.randn_like(weight) if weight.dim() > 1 else 0
+        model.lm_head.weight[WORDS:] = 0
     model.save_pretrained(home)
     save_tokenizer(home)
     return home
 
 
 @pytest.mark.parametrize("method", ["ngram", "draft_model"])
-def test_drafts(folder: Path, truth: Truth, tmp_path: Path, method: str) -> None:
+def test_drafts(folder: Path, tmp_path: Path, method: str) -> None:
+    model = changed(folder, tmp_path / "model")
     speculation: dict[str, Any] = {"method": method, "num_speculative_tokens": DRAFTS}
     if method == "ngram":
         speculation |= {"prompt_lookup_min": 1, "prompt_lookup_max": 3}
     else:
-        speculation |= {"model": str(near(folder, tmp_path))}
-    with engine(folder, speculative_config=speculation) as running:
+        speculation |= {"model": str(changed(folder, tmp_path / "draft", noise=0.1))}
+    truth = Truth(model)
+    with engine(model, speculative_config=speculation) as running:
         prompts = [tokens(20) * 5, tokens(BLOCK - 3), tokens(260), tokens(60) * 3]
         for prompt, answer in zip(prompts, running.generate(*prompts, new=NEW), strict=True):
             truth.check(prompt, answer.outputs[0])
