@@ -127,13 +127,18 @@ def seconds(llm: Any, prompts: list[list[int]], new: int) -> float:
     return time.perf_counter() - begin
 
 
+def prompt(tokens: int) -> list[int]:
+    """Random tokens."""
+    return [random.randrange(1000, 120000) for _ in range(tokens)]
+
+
 def measure(llm: Any, cache: str, tokens: int, sequences: int) -> Row:
     """One load, if it fits."""
     config = llm.llm_engine.vllm_config.cache_config
     row = Row(cache, tokens, sequences, config.num_gpu_blocks * config.block_size)
     if sequences * (tokens + 2 * (BEFORE + STEPS)) > row.fit:
         return row
-    prompts = [[random.randrange(1000, 120000) for _ in range(tokens)] for _ in range(sequences)]
+    prompts = [prompt(tokens) for _ in range(sequences)]
     first = seconds(llm, prompts, 1)
     seconds(llm, prompts, 4)
     few, many = (seconds(llm, prompts, new) for new in (BEFORE, BEFORE + STEPS))
@@ -230,6 +235,7 @@ def main() -> None:
         if arguments.only:
             random.seed(0)
             llm = start(arguments.only, Path(temporary), arguments.memory)
+            seconds(llm, [prompt(20000)], BEFORE + STEPS)  # kernels are compiled here
             for tokens, sequences in arguments.loads:
                 add(path, row := measure(llm, arguments.only, tokens, sequences))
                 print(row, flush=True)

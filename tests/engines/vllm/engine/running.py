@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import functools
 import gc
+import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from tests.engines.vllm.engine.lossless import DTYPE, register_lossless
 from tests.engines.vllm.engine.poison import poison_blocks, poison_pools
@@ -26,7 +29,6 @@ OPTIONS: dict[str, Any] = {
     "max_num_seqs": 4,
     "dtype": "float32",
     "disable_log_stats": True,
-    "seed": 0,
 }
 
 
@@ -52,7 +54,10 @@ class Engine:
 
         register_lossless()
         _override_kernels_once()
+        states = random.getstate(), torch.get_rng_state()
         self.llm = LLM(str(folder), **OPTIONS | options)
+        random.setstate(states[0])  # vLLM has seeded both; a test keeps the seed of its own
+        torch.set_rng_state(states[1])
         self.steps: list[Any] = []
         """`SchedulerOutput` of each step."""
         self.preempted = 0

@@ -19,6 +19,8 @@ from tests.engines.vllm.engine import lossless
 from tests.engines.vllm.engine.tiny import Truth, tokens
 from tests.limits import HANG
 
+pytestmark = pytest.mark.slow
+
 NEW = 12
 BLOCK = 128
 

@@ -28,6 +28,7 @@ def changed(folder: Path, home: Path, *, noise: float = 0.0) -> Path:
     return home
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["ngram", "draft_model"])
 def test_drafts(folder: Path, tmp_path: Path, method: str) -> None:
     model = changed(folder, tmp_path / "model")

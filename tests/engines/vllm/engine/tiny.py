@@ -11,8 +11,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 VOCABULARY = 512
-TOLERANCE = 2e-3
-"""Nats: engine and transformers add up in another order."""
+TOLERANCE = 5e-4
+"""Nats. Another order of sums moves a log-probability by 1e-5, one token of 455 that is not read by 1e-2."""
 
 CONFIG: dict[str, Any] = {
     "hidden_size": 256,
