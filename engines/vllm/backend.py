@@ -25,13 +25,14 @@ from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheLayout
 
 from quantpress.cache.settings import DEFAULT_SINK_TOKENS
 from quantpress.engines.vllm import BACKEND
-from quantpress.engines.vllm.attention import Scores, attend_decodes, attend_prefills
+from quantpress.engines.vllm.attention import Scores
 from quantpress.engines.vllm.block_state import BlockState, Capacity
 from quantpress.engines.vllm.checks import check_engine, check_layer
 from quantpress.engines.vllm.dtypes import codecs_of, dtype_names
 from quantpress.engines.vllm.layer_store import LayerStore, StoreSettings
 from quantpress.engines.vllm.options import options_of
 from quantpress.engines.vllm.page_layout import PageLayout
+from quantpress.engines.vllm.prompts import run_step
 from quantpress.engines.vllm.step_plan import PrefillPlan, StepBatch, StepPlan, StepPlanner
 from quantpress.errors import InvalidInputError, NonFiniteError
 from quantpress.kernels.layout import PAGE_TOKENS
@@ -144,7 +145,9 @@ class QuantpressBuilder(AttentionMetadataBuilder[QuantpressMetadata]):
         queries = max(counts, default=1) or 1
         if not prefills and tokens > starts[-1]:  # a graph's padding: its requests have as many tokens each
             queries = tokens // decodes
-        lengths = c.seq_lens if c.seq_lens_cpu_upper_bound is None else c.seq_lens_cpu_upper_bound
+        lengths = c.seq_lens_cpu_upper_bound
+        if lengths is None or self.device.type == "cpu" or (c.req_idx is None and c.max_query_len > 1):
+            lengths = c.seq_lens  # the bound is not kept where a draft model reads a prompt
         batch = StepBatch(
             starts=c.query_start_loc[: c.num_reqs + 1],
             lengths=c.seq_lens[: c.num_reqs],
@@ -263,14 +266,7 @@ class QuantpressImpl(AttentionImpl[QuantpressMetadata]):
         if plan.prefills is not None and not store.ready:
             self._freeze(plan.prefills, key, query)
         self._packed |= plan.packs
-        if plan.decodes is not None:
-            store.write_decodes(key, value, plan.decodes)
-            attend_decodes(store, plan.decodes, query, self.scores, output)
-        if plan.prefills is not None:
-            part = slice(plan.prefills.begin, attn_metadata.tokens)
-            states = query[part], key[part], value[part]
-            attend_prefills(store, plan.prefills, states, self.scores, output[part])
-            store.write_prefills(*states[1:], plan.prefills)
+        run_step(store, plan, (query, key, value), self.scores, output, attn_metadata.tokens)
         return output
 
     def _read_profile(self, layer: Any) -> None:

@@ -109,7 +109,10 @@ class LayerStore:
         self._pack_recent(plan.full_pages, plan.full_blocks)
 
     def write_prefills(self, keys: Tensor, values: Tensor, plan: PrefillPlan) -> None:
-        """Store the tokens of prefills, keys [Tp, Hkv, D] and values [Tp, Hkv, Dv], and pack blocks they fill."""
+        """Store the tokens of prefills, keys [Tp, Hkv, D] and values [Tp, Hkv, Dv], and pack blocks they fill.
+
+        Recent pages of partly filled blocks may be lost; `unfilled` copies them.
+        """
         self._put(keys, values, plan.early_rows, plan.sink_rows)
         if len(plan.resumed_pages):
             self._pack_recent(plan.resumed_pages, plan.resumed_blocks)
@@ -117,6 +120,15 @@ class LayerStore:
             pages = (_from_each_token(states) for states in (keys, values))
             pack_blocks(*pages, plan.whole_tokens, plan.whole_blocks, self.blocks)
         self._put(keys, values, plan.late_rows, None)
+
+    def unfilled(self, plan: PrefillPlan) -> list[tuple[Tensor, Tensor] | None]:
+        """Copies of the recent pages of partly filled blocks, keys and values [1, Hkv, 128, D], by request."""
+        copies: list[tuple[Tensor, Tensor] | None] = []
+        for request in plan.requests:
+            page = request.recent_page
+            keys, values = self.recent
+            copies.append(None if page is None else (keys.index_select(0, page), values.index_select(0, page)))
+        return copies
 
     def _put(self, keys: Tensor, values: Tensor, recent: Tensor, sinks: Tensor | None) -> None:
         targets = [TokenTarget(recent, *self.recent)]

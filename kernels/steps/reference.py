@@ -26,8 +26,9 @@ def newest_blocks(requests: StepRequests) -> tuple[Tensor, Tensor, Tensor]:
     number = last.unsqueeze(1) + torch.arange(1 - NEWEST, 1, device=last.device)
     blocks = requests.block_table.gather(1, number.clamp(min=0)).long()
     first = number * PAGE_TOKENS
-    real = (length > 0) & (count > 0) & (blocks[:, -1] != NULL_BLOCK)
-    written = real.unsqueeze(1) & (number >= 0) & (first + PAGE_TOKENS > (length - count).unsqueeze(1))
+    real = (length > 0) & (count > 0) & (requests.block_table[:, 0] != NULL_BLOCK)
+    written = real.unsqueeze(1) & (number >= 0) & (blocks != NULL_BLOCK)
+    written &= first + PAGE_TOKENS > (length - count).unsqueeze(1)
     return blocks, first, written
 
 
@@ -68,9 +69,9 @@ def plan_decodes_reference(
     newest = pages[:, 1]
     out.recent_table[:rows] = torch.stack((pages[:, 0].where(kept, newest), newest), 1).clamp(min=0)
     filled = before.clamp(min=0) // PAGE_TOKENS
-    fills = (length // PAGE_TOKENS > before // PAGE_TOKENS) & (written[:rows, 1] >= 0)
-    which = (filled == last).long().unsqueeze(1)
-    out.full_pages[:rows] = written[:rows].gather(1, which).squeeze(1).where(fills, -1)
+    page = written[:rows].gather(1, (filled == last).long().unsqueeze(1)).squeeze(1)
+    fills = (length // PAGE_TOKENS > before // PAGE_TOKENS) & (page >= 0)
+    out.full_pages[:rows] = page.where(fills, -1)
     out.full_blocks[:rows] = table.gather(1, filled.unsqueeze(1)).squeeze(1).where(fills, -1)
     of_head = torch.arange(out.kv_heads, dtype=torch.int32, device=table.device) * maps.blocks
     torch.add(table.unsqueeze(1), of_head.view(1, -1, 1), out=out.table[:rows, :, : table.shape[1]])

@@ -80,8 +80,9 @@ def plan_decodes_kernel(
     slot = tl.load(slots_ptr + row, mask=live, other=0)
     number, block, written = _newest(length, count, block_table_ptr, row, stride, live, 0)
     earlier, earlier_block, earlier_written = _newest(length, count, block_table_ptr, row, stride, live, 1)
-    real = live & (length > 0) & (count > 0) & (block != 0)
-    written, earlier_written = written & real, earlier_written & real
+    first = tl.load(block_table_ptr + row * stride, mask=live, other=0)
+    real = live & (length > 0) & (count > 0) & (first != 0)
+    written, earlier_written = written & real & (block != 0), earlier_written & real & (earlier_block != 0)
     own, earlier_own = slot * 2 + number % 2, slot * 2 + tl.maximum(earlier, 0) % 2
     before = length - count
     begun, earlier_begun = written & (number * 128 >= before), earlier_written & (earlier * 128 >= before)
@@ -102,7 +103,6 @@ def plan_decodes_kernel(
     there = live & (earlier_held >= 0)
     found = tl.load(block_of_ptr + earlier_held, mask=there, other=-1) == earlier_block
     earlier_held = tl.where(there & found, earlier_held, -1)
-    first = tl.load(block_table_ptr + row.to(tl.int64) * stride, mask=live, other=0)
     entry = tl.load(entry_of_ptr + first, mask=live, other=-1)
     there = live & (entry >= 0)
     entry = tl.where(there & (tl.load(first_of_ptr + entry, mask=there, other=-1) == first), entry, -1)
@@ -121,11 +121,12 @@ def plan_decodes_kernel(
     tl.store(recent_table_ptr + row * 2, tl.maximum(tl.where(kept, earlier_held, held), 0), mask=live)
     tl.store(recent_table_ptr + row * 2 + 1, tl.maximum(held, 0), mask=live)
     filled = tl.maximum(before, 0) // 128
-    fills = real & (length // 128 > filled)
     newest = filled == number
+    full_page = tl.where(newest, page, earlier_page)
+    fills = (length // 128 > filled) & (full_page >= 0)
     tl.store(
         full_pages_ptr + row,
-        tl.where(fills, tl.where(newest, page, earlier_page), -1).to(tl.int32),
+        tl.where(fills, full_page, -1).to(tl.int32),
         mask=live,
     )
     tl.store(full_blocks_ptr + row, tl.where(fills, tl.where(newest, block, earlier_block), -1), mask=live)

@@ -17,9 +17,10 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
 from torch import Tensor
 
 from quantpress.codecs.raw import RawPages
-from quantpress.engines.vllm.attention import Scores, attend_decodes, attend_prefills
+from quantpress.engines.vllm.attention import Scores
 from quantpress.engines.vllm.block_state import BlockState, Capacity
 from quantpress.engines.vllm.layer_store import LayerStore, StoreSettings
+from quantpress.engines.vllm.prompts import run_step
 from quantpress.engines.vllm.step_plan import StepBatch, StepPlanner
 
 BLOCK, DIM, QUERY_HEADS, KV_HEADS, SINKS = 128, 4, 2, 1, 4
@@ -50,12 +51,11 @@ class Request:
     computed: int = 0
     identities: list[bytes] = field(default_factory=list)
 
-    def states(self, start: int, end: int, tokens: list[int]) -> Tensor:
-        """[end - start, QUERY_HEADS + 2, DIM] of a token list."""
-        del self.identities[start:]
+    def identify(self, tokens: list[int], end: int) -> None:
+        """Find the identities of this step's tokens, up to `end`."""
+        del self.identities[self.computed :]
         for token in tokens[len(self.identities) : end]:
             self.identities.append(chain(self.identities[-1] if self.identities else b"", token))
-        return torch.stack([vectors(one) for one in self.identities[start:end]])
 
 
 class Requests(RuleBasedStateMachine):
@@ -142,9 +142,9 @@ class Requests(RuleBasedStateMachine):
                 request.computed += BLOCK
             self.running.append(request)
 
-    def publish(self, request: Request) -> None:
-        """Full blocks of tokens that stay may be found by others."""
-        for number in range(request.computed // BLOCK):
+    def publish(self, request: Request, end: int) -> None:
+        """Others may find full blocks, but for drafts, as soon as the step that fills them is planned."""
+        for number in range(min(end, len(request.tokens)) // BLOCK):
             identity, block = request.identities[(number + 1) * BLOCK - 1], request.blocks[number]
             if identity not in self.cached and block not in self.hash_of:
                 self.cached[identity], self.hash_of[block] = block, identity
@@ -190,11 +190,14 @@ class Requests(RuleBasedStateMachine):
         scheduled: list[
             tuple[Request, list[int], int, int]
         ] = []  # request, its tokens, their end, drafts to keep
-        for row, request in enumerate(list(self.running)):
-            if row == left_out or request not in self.running:
+        row = -1
+        while (row := row + 1) < len(self.running):
+            request = self.running[row]
+            if row == left_out:
                 continue
             if len(request.tokens) >= MOST:
                 self.release(request)
+                row -= 1
                 continue
             drafted = 0
             tokens, end = request.tokens, min(request.computed + pieces[row], len(request.tokens))
@@ -211,14 +214,18 @@ class Requests(RuleBasedStateMachine):
                     break
             if request in self.running:
                 scheduled.append((request, tokens, end, min(kept[row], drafted)))
+                request.identify(tokens, end)
+                self.publish(request, end)
+                if optimistic:
+                    self.admit_waiting()
         if scheduled:
             self.run(sorted(scheduled, key=lambda one: one[2] - one[0].computed), optimistic)
 
     def run(self, scheduled: list[tuple[Request, list[int], int, int]], optimistic: bool) -> None:
         starts, lengths, states = [0], [], []
         table = torch.zeros(len(scheduled), PAGES, dtype=torch.int32)
-        for row, (request, tokens, end, _) in enumerate(scheduled):
-            states.append(request.states(request.computed, end, tokens))
+        for row, (request, _, end, _) in enumerate(scheduled):
+            states.append(torch.stack([vectors(one) for one in request.identities[request.computed : end]]))
             starts.append(starts[-1] + end - request.computed)
             lengths.append(end)
             table[row, : len(request.blocks)] = torch.tensor(request.blocks, dtype=torch.int32)
@@ -243,15 +250,7 @@ class Requests(RuleBasedStateMachine):
         plan = self.planner.plan(batch)
         query, key, value = torch.cat(states).split([QUERY_HEADS, KV_HEADS, KV_HEADS], 1)
         output, scores = torch.full_like(query, float("nan")), Scores(DIM**-0.5, None)
-        if plan.decodes is not None:
-            self.store.write_decodes(key, value, plan.decodes)
-            attend_decodes(self.store, plan.decodes, query, scores, output)
-        if plan.prefills is not None:
-            begin = plan.prefills.begin
-            attend_prefills(
-                self.store, plan.prefills, (query[begin:], key[begin:], value[begin:]), scores, output[begin:]
-            )
-            self.store.write_prefills(key[begin:], value[begin:], plan.prefills)
+        run_step(self.store, plan, (query, key, value), scores, output, starts[-1])
         for row, (request, _, end, keep) in enumerate(scheduled):
             part = slice(starts[row], starts[row + 1])
             self.check(request, query[part], output[part], end)
@@ -279,7 +278,6 @@ class Requests(RuleBasedStateMachine):
             tokens = request.tokens + [7_000_000 + i for i in range(min(keep, drafted))]
             request.computed = len(tokens)
             request.tokens = [*tokens, 5_000_000 + len(tokens)]
-        self.publish(request)
 
 
 class RequestsWithoutSlots(Requests):
