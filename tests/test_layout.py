@@ -39,7 +39,7 @@ ROOMS = {
     "engines": ("vllm",),
     "presses": ("packing", "models"),
     "cache": ("saved", "paged", "fixed", "attention", "tokens"),
-    "kernels": ("attend", "combine", "score", "blocks", "dequantize", "encode"),
+    "kernels": ("steps", "attend", "combine", "score", "blocks", "dequantize", "encode"),
 }  # the sub-folders of a folder; each imports only itself and later ones
 MODULE = re.compile(r"\w+(?:\.py|/)")
 MOST_FILES = 15  # in one folder, so that a reader sees what is there

@@ -1,16 +1,18 @@
 """quantpress inside vLLM: `vllm serve MODEL --kv-cache-dtype quantpress_4bit --attention-backend QUANTPRESS`.
 
-vLLM's own engine, its scheduler and its pages; ours are what a page holds and the attention over it. `register`
-is the entry point "vllm.general_plugins", which vLLM calls in each of its processes. Modules:
+vLLM's own engine, its scheduler and its pages; ours are what a page holds and the attention over it.
+`register` is the entry point "vllm.general_plugins", which vLLM calls in each of its processes. Modules:
 
 dtypes.py        names of KV-cache dtypes, and their codecs
 page_layout.py   where codes and scales lie in a block of vLLM's cache
-block_tables.py  which blocks have 16-bit copies of their tokens, and where
+block_state.py   which blocks have 16-bit copies of their tokens, and where
 step_plan.py     what one step writes and reads, for all layers
-layer_store.py   the tokens of one layer: packed blocks, recent tokens, sinks
-attention.py     attention over them: decoding, and chunks of prompts
-cpu.py           how they come into vLLM's CPU platform
+layer_store.py   the tokens of one layer: packed blocks, recent pages, sink entries
+attention.py     attention over them while decoding
+prompts.py       attention of pieces of prompts; a whole step of a layer
 backend.py       the classes that vLLM asks for
+cpu.py           how they come into vLLM's CPU platform
+options.py       what a user may set
 checks.py        what is refused when the engine starts, and why
 """
 

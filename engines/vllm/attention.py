@@ -8,6 +8,7 @@ from quantpress.engines.vllm.layer_store import LayerStore
 from quantpress.engines.vllm.step_plan import DecodePlan
 from quantpress.kernels.attend import DenseSegment, PackedSegment, Segment, Visibility, attend
 
+
 @dataclass(frozen=True)
 class Scores:
     """How scores are made of queries and keys.
@@ -46,10 +47,11 @@ def attend_decodes(
     if store.settings.sinks:
         segments.insert(0, DenseSegment(*store.sinks, lengths=plan.sink_lengths, table=plan.sink_table))
     seen = Visibility(plan.queries, sum(segment.tokens for segment in segments))
-    options = {"scaling": scores.scaling, "softcap": scores.softcap}
     if plan.rows is None and plan.queries == 1:
-        attend(rows, segments, seen, out=output[: plan.requests].unsqueeze(2), **options)
+        out = output[: plan.requests].unsqueeze(2)
+        attend(rows, segments, seen, scaling=scores.scaling, softcap=scores.softcap, out=out)
         return
-    found = attend(rows, segments, seen, **options).transpose(1, 2).flatten(0, 1)  # [R * q, Hq, Dv]
+    found = attend(rows, segments, seen, scaling=scores.scaling, softcap=scores.softcap)
+    found = found.transpose(1, 2).flatten(0, 1)  # [R * q, Hq, Dv]
     found = found if plan.rows is None else found[plan.rows]
     output[: len(found)] = found

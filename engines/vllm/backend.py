@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import pairwise
 from typing import Any, ClassVar
 
 import numpy as np
@@ -27,7 +28,7 @@ from quantpress.cache.settings import DEFAULT_SINK_TOKENS
 from quantpress.engines.vllm import BACKEND
 from quantpress.engines.vllm.attention import Scores
 from quantpress.engines.vllm.block_state import BlockState, Capacity
-from quantpress.engines.vllm.checks import check_engine, check_layer
+from quantpress.engines.vllm.checks import check_engine, check_layer, warn_of_recent_pages
 from quantpress.engines.vllm.dtypes import codecs_of, dtype_names
 from quantpress.engines.vllm.layer_store import LayerStore, StoreSettings
 from quantpress.engines.vllm.options import options_of
@@ -41,7 +42,7 @@ FREEZING_TOKENS = 1024
 """Tokens of a piece of a prompt from which statistics of keys are taken, without a profile."""
 
 _packing: tuple[str, torch.dtype] | None = None
-"""KV-cache dtype and dtype of the model that was loaded last: workers size its cache without a configuration."""
+"""KV-cache dtype and dtype of the model that was loaded last: its cache is sized without a configuration."""
 
 
 class QuantpressBackend(AttentionBackend):
@@ -141,7 +142,7 @@ class QuantpressBuilder(AttentionMetadataBuilder[QuantpressMetadata]):
         threshold = self.reorder_batch_threshold or 1
         decodes, prefills, tokens, _ = split_decodes_and_prefills(c, decode_threshold=threshold)
         starts = c.query_start_loc_cpu[: c.num_reqs + 1].tolist()
-        counts = [end - start for start, end in zip(starts, starts[1:], strict=False)][:decodes]
+        counts = [end - start for start, end in pairwise(starts)][:decodes]
         queries = max(counts, default=1) or 1
         if not prefills and tokens > starts[-1]:  # a graph's padding: its requests have as many tokens each
             queries = tokens // decodes
@@ -240,6 +241,8 @@ class QuantpressImpl(AttentionImpl[QuantpressMetadata]):
         self.store = LayerStore(settings, torch.device(current_platform.device_type))
         self._packed = self._named = False
         _packing = (kv_cache_dtype, dtype)
+        if on_gpu:
+            warn_of_recent_pages(config, self.store)
 
     def forward(
         self,

@@ -1,12 +1,13 @@
 """Which blocks have copies of their tokens in 16 bits, and where.
 
-The newest tokens of a request lie in *recent pages* of 128 tokens, the first tokens of a prompt in *sink entries*,
-both in pools beside vLLM's cache. vLLM shares and recycles blocks and tells nobody, so every copy is found from its
-block: `page_of[block]` names a page, and counts only while `block_of[page]` names the block again. Whoever writes to
-a block from its first token on, or takes a page for another block, thereby ends the old pair.
+The newest tokens of a request lie in *recent pages* of 128 tokens, the first tokens of a prompt in *sink
+entries*, both in pools beside vLLM's cache. vLLM shares and recycles blocks and tells nobody, so every copy
+is found from its
+block: `page_of[block]` names a page, and counts only while `block_of[page]` names the block again. Whoever
+    writes to a block from its first token on, or takes a page for another block, thereby ends the old pair.
 
-With slots (vLLM's rows of running requests) a request has two pages of its own, used in turn. Without, on a CPU,
-a page is taken from whoever has not used one for longest.
+With slots (vLLM's rows of running requests) a request has two pages of its own, used in turn. Without, on a
+CPU, a page is taken from whoever has not used one for longest.
 """
 
 from collections.abc import Iterable
@@ -62,8 +63,10 @@ class BlockState:
         def empty(size: int) -> Tensor:
             return torch.full((size + 1,), -1, dtype=torch.int32, device=device)
 
-        sizes = (blocks, capacity.pages, blocks, capacity.entries, capacity.entries)
-        self.maps = BlockMaps(*(empty(size) for size in sizes), sinks=sinks)
+        entries = capacity.entries
+        self.maps = BlockMaps(
+            empty(blocks), empty(capacity.pages), empty(blocks), empty(entries), empty(entries), sinks
+        )
         self.capacity, self.device, self.step = capacity, device, 0
         self._pages_used = torch.full((capacity.pages,), -1, dtype=torch.int64)  # without slots
         self._filled = torch.full((capacity.pages,), PAGE_TOKENS, dtype=torch.int64)
@@ -106,11 +109,11 @@ class BlockState:
             first, block, page = (int(x[row, column]) for x in (firsts, blocks, pages))
             if first >= before[row]:
                 page = self._oldest_page()
-                self.maps.begin(*(torch.tensor([n]) for n in (block, page)), torch.tensor([True]))
+                self.maps.begin(torch.tensor([block]), torch.tensor([page]), torch.tensor([True]))
             elif page < 0:
                 raise RecentTokensLostError(
-                    f"{before[row] - first} tokens of block {block} are in no packed block, and their page was "
-                    "taken by another request; raise max_num_seqs"
+                    f"{before[row] - first} tokens of block {block} are not packed yet, and another request "
+                    "has taken their page; raise max_num_seqs"
                 )
             self._filled[page] = min(int(requests.lengths[row]) - first, PAGE_TOKENS)
             self._pages_used[page] = self.step
@@ -118,7 +121,7 @@ class BlockState:
         return pages.where(written, -1)
 
     def _oldest_page(self) -> int:
-        """The page used longest ago, among those of full blocks if there is one that this step does not use."""
+        """The page used longest ago; one of a full block, if there is one that this step does not use."""
         age = self._pages_used + (self._filled < PAGE_TOKENS) * (1 << 40)
         age[self._pages_used == self.step] += 1 << 50
         return int(age.argmin())

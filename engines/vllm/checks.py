@@ -2,9 +2,14 @@
 
 from typing import Any
 
+import torch
+
 from quantpress.errors import UnsupportedModelError
 from quantpress.kernels.attend.triton_attend import HEAD_DIMS
 from quantpress.kernels.layout import PAGE_TOKENS
+
+MOST_RECENT = 0.1
+"""Part of the GPU that recent pages may take without a warning."""
 
 _INSTEAD = "use --kv-cache-dtype auto or fp8 without --attention-backend QUANTPRESS"
 
@@ -67,7 +72,7 @@ def check_engine(config: Any, on_gpu: bool) -> None:
         _refuse("context parallelism, which splits a block between GPUs", "use tensor parallelism instead")
     if config.kv_transfer_config is not None:
         _refuse(
-            "a KV connector (disaggregated prefill, offloading): tokens that it brings have no sinks in 16 bits",
+            "a KV connector (disaggregated prefill, offloading), whose blocks come without their sinks",
             "serve without --kv-transfer-config and --kv-offloading-size",
         )
     if parallel.use_ubatching:
@@ -84,3 +89,25 @@ def check_engine(config: Any, on_gpu: bool) -> None:
 
 def _refuse(what: str, instead: str = _INSTEAD) -> None:
     raise UnsupportedModelError(f"quantpress does not pack {what}; {instead}")
+
+
+def warn_of_recent_pages(config: Any, store: Any) -> None:
+    """Say once if the newest tokens of all requests together take much of the GPU.
+
+    Args:
+        config: a `VllmConfig`.
+        store: the `LayerStore` of one layer.
+    """
+    layers = config.model_config.get_num_layers(config.parallel_config)
+    taken = layers * sum(pool.nbytes for pool in store.recent)
+    whole = torch.cuda.get_device_properties(store.mean.device).total_memory
+    if taken > MOST_RECENT * whole:
+        requests = config.scheduler_config.max_num_seqs
+        from vllm.logger import init_logger
+
+        init_logger(__name__).warning_once(
+            "quantpress keeps the newest tokens of each request in 16 bits: %.1f GB for the %d requests that "
+            "may run at a time. If fewer will, set --max-num-seqs; what is saved holds packed tokens.",
+            taken / 1e9,
+            requests,
+        )

@@ -1,4 +1,4 @@
-"""What vLLM's CPU platform is given in place of its only backend: ours for our dtypes, its own for all others."""
+"""The backend of vLLM's CPU platform, which has one only: ours for our dtypes, its own for all others."""
 
 from typing import Any
 

@@ -10,7 +10,7 @@ from quantpress.engines.vllm.block_state import Capacity
 from quantpress.engines.vllm.page_layout import BlockPages, PageLayout
 from quantpress.engines.vllm.step_plan import DecodePlan, PrefillPlan
 from quantpress.kernels.attend import PackedSide
-from quantpress.kernels.blocks import BlockSide, TokenTarget, pack_blocks, put_tokens
+from quantpress.kernels.blocks import BlockSide, TokenTarget, decode_blocks, pack_blocks, put_tokens
 from quantpress.kernels.layout import PAGE_TOKENS
 from quantpress.quantization.transform import ChannelTransform, key_statistics
 
@@ -56,7 +56,8 @@ class LayerStore:
     """
 
     def __init__(self, settings: StoreSettings, device: torch.device) -> None:
-        self.settings, self.ready, self._pages = settings, False, None
+        self.settings, self.ready = settings, False
+        self._pages: BlockPages | None = None
         heads, capacity = settings.kv_heads, settings.capacity
         dims = [codec.head_dim for codec in settings.codecs]
 
@@ -84,16 +85,32 @@ class LayerStore:
             and self._pages.cache.shape == cache.shape
         ):
             return
-        self._pages = BlockPages(self.settings.layout, cache)
-        pool = self._pages.pool()
-        blocks = self._pages.by_head()
-        transforms = self.transforms
-        codecs = self.settings.codecs
-        self.pool = tuple(PackedSide(*side) for side in zip(codecs, pool, transforms, strict=True))
-        self.blocks = tuple(
-            BlockSide(codec, transform, planes)
-            for codec, transform, planes in zip(codecs, transforms, blocks, strict=True)
+        pages = BlockPages(self.settings.layout, cache)
+        key_codec, value_codec = self.settings.codecs
+        key_transform, value_transform = self.transforms
+        keys, values = pages.pool()
+        self.pool = (
+            PackedSide(key_codec, keys, key_transform),
+            PackedSide(value_codec, values, value_transform),
         )
+        keys, values = pages.by_head()
+        self.blocks = (
+            BlockSide(key_codec, key_transform, keys),
+            BlockSide(value_codec, value_transform, values),
+        )
+        self._pages = pages
+        if cache.is_cuda and not torch.cuda.is_current_stream_capturing():
+            self._warm_up()
+
+    def _warm_up(self) -> None:
+        """Compile the kernels of prompts now, so that the first request does not wait for them."""
+        nothing = torch.full((1,), -1, dtype=torch.int32, device=self.mean.device)
+        states = [pool.new_zeros(PAGE_TOKENS, pool.shape[1], pool.shape[3]) for pool in self.recent]
+        keys, values = (_from_each_token(x) for x in states)
+        pack_blocks(keys, values, nothing, nothing, self.blocks)
+        self._pack_recent(nothing, nothing)
+        for side in self.blocks:
+            decode_blocks(side, nothing.clamp(min=0), self.settings.dtype)
 
     @property
     def transforms(self) -> tuple[ChannelTransform, ChannelTransform]:
@@ -103,13 +120,13 @@ class LayerStore:
         return ChannelTransform(self.mean, self.weight), ChannelTransform()
 
     def write_decodes(self, keys: Tensor, values: Tensor, plan: DecodePlan) -> None:
-        """Store the new tokens of decodes, keys [T, Hkv, D] and values [T, Hkv, Dv], and pack blocks they fill."""
+        """Store new tokens of decodes, keys [T, Hkv, D] and values [T, Hkv, Dv]; pack blocks they fill."""
         tokens = len(plan.recent_rows)
         self._put(keys[:tokens], values[:tokens], plan.recent_rows, plan.sink_rows)
         self._pack_recent(plan.full_pages, plan.full_blocks)
 
     def write_prefills(self, keys: Tensor, values: Tensor, plan: PrefillPlan) -> None:
-        """Store the tokens of prefills, keys [Tp, Hkv, D] and values [Tp, Hkv, Dv], and pack blocks they fill.
+        """Store tokens of prefills, keys [Tp, Hkv, D] and values [Tp, Hkv, Dv]; pack blocks they fill.
 
         Recent pages of partly filled blocks may be lost; `unfilled` copies them.
         """
@@ -117,17 +134,19 @@ class LayerStore:
         if len(plan.resumed_pages):
             self._pack_recent(plan.resumed_pages, plan.resumed_blocks)
         if len(plan.whole_tokens):
-            pages = (_from_each_token(states) for states in (keys, values))
-            pack_blocks(*pages, plan.whole_tokens, plan.whole_blocks, self.blocks)
+            key_pages, value_pages = _from_each_token(keys), _from_each_token(values)
+            pack_blocks(key_pages, value_pages, plan.whole_tokens, plan.whole_blocks, self.blocks)
         self._put(keys, values, plan.late_rows, None)
 
     def unfilled(self, plan: PrefillPlan) -> list[tuple[Tensor, Tensor] | None]:
-        """Copies of the recent pages of partly filled blocks, keys and values [1, Hkv, 128, D], by request."""
+        """Copies of the recent pages of partly filled blocks, by request: [1, Hkv, 128, D] each."""
         copies: list[tuple[Tensor, Tensor] | None] = []
         for request in plan.requests:
             page = request.recent_page
             keys, values = self.recent
-            copies.append(None if page is None else (keys.index_select(0, page), values.index_select(0, page)))
+            copies.append(
+                None if page is None else (keys.index_select(0, page), values.index_select(0, page))
+            )
         return copies
 
     def _put(self, keys: Tensor, values: Tensor, recent: Tensor, sinks: Tensor | None) -> None:

@@ -13,10 +13,10 @@ class Options:
     """What a user may set.
 
     Args:
-        profile: file of `quantpress calibrate`, with the statistics of the model's keys; None: they are taken from
-            the first piece of a prompt of `FREEZING_TOKENS` tokens or more.
-        sink_entries: prompts whose first tokens are kept in 16 bits at a time; None: four for each request that
-            may run, and at least 1024.
+        profile: file of `quantpress calibrate`, with the statistics of the model's keys; None: they are taken
+            from the first piece of a prompt of `FREEZING_TOKENS` tokens or more.
+        sink_entries: prompts whose first tokens are kept in 16 bits at a time; None: four for each request
+            that may run, and at least 1024.
     """
 
     profile: str | None = None

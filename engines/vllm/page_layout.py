@@ -1,6 +1,7 @@
 """Where codes and scales lie in a block of vLLM's cache.
 
-vLLM hands each layer one tensor of bytes, [blocks, Hkv, 128, C] logically. The 128 * C bytes of a block and KV
+vLLM hands each layer one tensor of bytes, [blocks, Hkv, 128, C] logically. The 128 * C bytes of a block and
+KV
 head are one page of ours: the planes of the keys and of the values, one after the other.
 """
 
@@ -72,14 +73,14 @@ class BlockPages:
     cache: Tensor
 
     def __post_init__(self) -> None:
-        blocks, heads, tokens, width = self.cache.shape
+        tokens, width = self.cache.shape[2:]
         steps = self.cache.stride()
         together = tokens == PAGE_TOKENS and steps[2:] == (width, 1) and width == self.layout.token_bytes
         if not together or any(step % (tokens * width) for step in steps[:2]):
             raise InvalidInputError(
                 f"vLLM's cache is {list(self.cache.shape)} with strides {list(steps)}, but a page of "
-                f"{PAGE_TOKENS} tokens of {self.layout.token_bytes} bytes must lie in one piece; start vLLM with "
-                'the block size 128, and leave its layout of the cache at "LHBNC"'
+                f"{PAGE_TOKENS} tokens of {self.layout.token_bytes} bytes must lie in one piece; leave "
+                "vLLM's block size and its layout of the cache (LHBNC) as the plugin sets them"
             )
 
     @property

@@ -109,12 +109,12 @@ def _with_context(
     firsts = list(range(0, pages, step)) or [0]
     joined, sums = query, None
     for first in reversed(firsts):  # only the last piece has the causal mask
-        keys, values = _decoded(store, request, recent, first, min(first + step, pages))
+        parts = _decoded(store, request, recent, first, min(first + step, pages))
         last = first == firsts[-1]
         if last:
-            keys, values = torch.cat([*keys, key]), torch.cat([*values, value])
+            keys, values = torch.cat([*parts[0], key]), torch.cat([*parts[1], value])
         else:
-            keys, values = keys[0], values[0]
+            keys, values = parts[0][0], parts[1][0]
         found, found_sums = _flash((query, keys, values), [tokens], [len(keys)], last, scores)
         if sums is None:
             joined, sums = found, found_sums
@@ -130,8 +130,8 @@ def _decoded(
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Keys and values, in parts [n, Hkv, D] in order, of pages `first` to `last` of a context.
 
-    The first tokens come from the sink entry, if the request has one; those of the partly filled block, from its
-    recent page.
+    The first tokens come from the sink entry, if the request has one; those of the partly filled block, from
+    its recent page.
     """
     parts: tuple[list[Tensor], list[Tensor]] = ([], [])
     sinks = store.settings.sinks
@@ -189,8 +189,8 @@ def run_step(
 ) -> None:
     """Store the tokens of a step and attend them.
 
-    Everything is stored before anything is read: vLLM finds a block in its prefix cache as soon as it has planned
-    the step that fills it, so that another request of the same step may read it.
+    Everything is stored before anything is read: vLLM finds a block in its prefix cache as soon as it has
+        planned the step that fills it, so that another request of the same step may read it.
 
     Args:
         store: the layer's tokens.

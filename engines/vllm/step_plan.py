@@ -1,14 +1,16 @@
 """What one step of the engine writes and reads, for all layers.
 
-A step holds requests of two kinds. *Decodes* have up to a fixed number of new tokens each; everything about them is
-worked out on the device, into tensors with fixed addresses, so that a CUDA graph may replay the layers. *Prefills*
-are longer pieces of prompts, whose lengths the host knows.
+A step holds requests of two kinds. *Decodes* have up to a fixed number of new tokens each; everything about
+them is worked out on the device, into tensors with fixed addresses, so that a CUDA graph may replay the
+layers. *Prefills* are longer pieces of prompts, whose lengths the host knows.
 
-Tokens [0, sinks) of a request are read from its sink entry, [sinks, packed) from packed blocks and [packed, n) from
-recent pages. A block is packed in the step that fills it, because another request may read it in the next one.
+Of the n tokens of a request, those in [0, sinks) are read from its sink entry, those in [sinks, packed) from
+packed blocks, and those in [packed, n) from recent pages. A block is packed in the step that fills it,
+because another request may read it in that step or in the next one.
 """
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -32,8 +34,8 @@ class StepBatch:
         decodes: number of decodes.
         queries: most new tokens of a decode.
         host_starts: [R + 1] list, `starts` on the host.
-        host_lengths: [R] list, `lengths` on the host: exact for prefills and for requests whose prompt is not yet
-            read, else an upper bound.
+        host_lengths: [R] list, `lengths` on the host: exact for prefills and for requests whose prompt is not
+            yet read, else an upper bound.
         uniform: whether request r < decodes has tokens [r * queries, (r + 1) * queries) of the batch.
     """
 
@@ -107,7 +109,8 @@ class PrefillRequest:
         table: [1, Hkv, n // 128] int32, rows of the pool of pages.
         packed_starts, packed_lengths: [1, Hkv] int32, tokens read from pages.
         sink_table: [1, 1] int32; sink_lengths: [1, Hkv] int32.
-        recent_page: [1] int64, the recent page of the block that is partly filled; None: n is a multiple of 128.
+        recent_page: [1] int64, the recent page of the block that is partly filled; None: n is a multiple of
+            128.
     """
 
     begin: int
@@ -132,8 +135,10 @@ class PrefillPlan:
         early_rows: [Tp] int32, where tokens of partly filled blocks go in recent pages, or -1.
         late_rows: [Tp] int32, the same for tokens of blocks that begin in this step; written after packing.
         sink_rows: [Tp] int32.
-        resumed_pages, resumed_blocks: [n] int32, recent pages and blocks that were partly filled and now are full.
-        whole_tokens, whole_blocks: [n] int32, first token (from `begin` on) and block of blocks that lie in this step.
+        resumed_pages, resumed_blocks: [n] int32, recent pages and blocks that were partly filled and now are
+            full.
+        whole_tokens, whole_blocks: [n] int32, first token (from `begin` on) and block of blocks that lie in
+            this step.
     """
 
     begin: int
@@ -180,7 +185,7 @@ class StepPlanner:
         """The plan of a step; the state of the blocks is then the one after it."""
         state, table = self.state, batch.block_table
         state.step += 1
-        counts = [end - start for start, end in zip(batch.host_starts, batch.host_starts[1:], strict=False)]
+        counts = [end - start for start, end in pairwise(batch.host_starts)]
         new = [row for row, count in enumerate(counts) if 0 < count == batch.host_lengths[row]]
         prefills = list(range(batch.decodes, batch.requests))
         resumed = self._resumed(batch, prefills)

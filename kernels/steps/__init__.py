@@ -17,18 +17,18 @@ __all__ = ["BlockMaps", "StepBuffers", "StepRequests", "begin_blocks", "plan_dec
 def plan_decodes(
     maps: BlockMaps, requests: StepRequests, out: StepBuffers, written: Tensor | None = None
 ) -> Tensor:
-    """Give the newest blocks of all requests their recent pages, and work out what its decodes write and read.
+    """Give the newest blocks of all requests their recent pages, and plan what decodes write and read.
 
-    With `RECENT_TOKENS` = 128: the block before the newest one is read from its recent page, if it has one and
-    holds some of the last 128 tokens; all blocks before are read packed, but for their first tokens, which are
-    read from the sink entry of the request's first block, if there is one.
+    With `RECENT_TOKENS` = 128: the block before the newest one is read from its recent page, if it has one
+    and holds some of the last 128 tokens; all blocks before are read packed, but for their first tokens,
+    which are read from the sink entry of the request's first block, if there is one.
 
     Args:
         maps: what is known of the blocks; changed.
         requests: of the step, decodes first.
         out: buffers of the plan, of which the first rows are written.
-        written: [R, 2] int64, recent pages of the two newest blocks of each request, or -1 where the step does
-            not write to the block: what `begin_blocks` returned. None: it is done here, by slots.
+        written: [R, 2] int64, recent pages of the two newest blocks of each request, or -1 where the step
+            does not write to the block: what `begin_blocks` returned. None: it is done here, by slots.
 
     Returns:
         [R, 2] `written`.

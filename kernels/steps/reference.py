@@ -36,8 +36,8 @@ def begin_blocks(maps: BlockMaps, requests: StepRequests) -> Tensor:
     """Give the blocks that begin in this step the pages of their requests' slots.
 
     Returns:
-        [R, 2] int64, recent pages of the two newest blocks of each request, or -1 where the step does not write
-        to the block.
+        [R, 2] int64, recent pages of the two newest blocks of each request, or -1 where the step does not
+        write to the block.
     """
     assert requests.slots is not None
     blocks, first, written = newest_blocks(requests)

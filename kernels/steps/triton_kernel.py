@@ -9,7 +9,7 @@ PAGE_TOKENS = tl.constexpr(128)
 
 @triton.jit
 def _newest(length, count, table_ptr, row, stride, live, back: tl.constexpr):
-    """Number, block, and whether this step writes to it, of the block `back` before the newest one; [ROWS] each."""
+    """The block `back` before the newest one: its number, itself, and whether the step writes to it."""
     number = (length - 1 + PAGE_TOKENS) // PAGE_TOKENS - 1 - back
     block = tl.load(table_ptr + row * stride + tl.maximum(number, 0), mask=live, other=0)
     written = (number >= 0) & ((number + 1) * PAGE_TOKENS > length - count)
@@ -56,12 +56,12 @@ def plan_decodes_kernel(
     ROWS: tl.constexpr,
     PAGES: tl.constexpr,
 ):
-    """Program 0 makes the plan of all requests; the others copy the block tables of the decodes, a request each.
+    """Plan all requests (program 0), or copy the block table of a decode (the others, a request each).
 
-    The pointers are the tensors of `BlockMaps`, `StepRequests` and `StepBuffers`, of these dtypes and contiguous
-    but for the rows of block_table, `stride` apart; pages: of a row that are copied; width: of a row of `table`;
-    blocks: of the pool, for each head; RECENT: tokens read in 16 bits; ROWS: a power of two, at least `requests`;
-    PAGES: copied at a time.
+    The pointers are the tensors of `BlockMaps`, `StepRequests` and `StepBuffers`, of these dtypes and
+    contiguous but for the rows of block_table, `stride` apart; pages: of a row that are copied; width: of a
+    row of `table`; blocks: of the pool, for each head; RECENT: tokens read in 16 bits; ROWS: a power of two,
+    at least `requests`; PAGES: copied at a time.
     """
     program = tl.program_id(0)
     if program > 0:

@@ -1,0 +1,1 @@
+"""Hosts other than transformers: one folder for each serving engine."""
