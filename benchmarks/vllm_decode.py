@@ -9,6 +9,10 @@ every prompt was read and had its first token. `step` is milliseconds of a decod
 token of a sequence: the mean over 128 steps, in which every sequence fills one block of 128 tokens.
 Ratios are to bf16. A load that does not fit has no times.
 
+With `--read`, only the prompts of these loads are read: those of the others are given blocks, but the model
+is not run over them, and their keys and values stay as they were. A decode step takes as long, whatever they
+are; `first` is left out. Long loads are then minutes shorter.
+
 Every cache runs in a process of its own. `--json` adds to the file after each load and keeps what is there
 so that a run can be cut into several; the table shows all of the file. vLLM runs without torch.compile and
 with full CUDA graphs of decode steps.
@@ -23,6 +27,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -50,6 +55,7 @@ CACHES = {  # --kv-cache-dtype and --attention-backend
 }
 TOKENS, SEQUENCES = (8192, 32768, 131072), (1, 8, 64)
 BEFORE, STEPS = 8, 128
+PIECE = 1024  # tokens of a step from which it is a piece of a prompt
 MODEL: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
@@ -110,7 +116,11 @@ def start(cache: str, folder: Path, memory: float) -> Any:
         max_num_batched_tokens=16384,
         gpu_memory_utilization=memory,
         disable_log_stats=True,
-        compilation_config={"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"},
+        compilation_config={
+            "mode": 0,
+            "cudagraph_mode": "FULL_DECODE_ONLY",
+            "cudagraph_capture_sizes": [1, 2, 4, 8, 16, 32, 64],
+        },
     )
 
 
@@ -132,18 +142,46 @@ def prompt(tokens: int) -> list[int]:
     return [random.randrange(1000, 120000) for _ in range(tokens)]
 
 
-def measure(llm: Any, cache: str, tokens: int, sequences: int) -> Row:
+class Unread:
+    """Runs the model over few tokens only; longer pieces of prompts get zeros, and store nothing.
+
+    Args:
+        llm: vLLM's `LLM`, in this process.
+    """
+
+    def __init__(self, llm: Any) -> None:
+        core = llm.llm_engine.engine_core.engine_core
+        self.model = core.model_executor.driver_worker.worker.model_runner.model
+        self.whole = self.model.forward
+
+    def __enter__(self) -> None:
+        import torch
+
+        def forward(input_ids: Any, positions: Any, *others: Any, **named: Any) -> Any:
+            if len(input_ids) < PIECE:
+                return self.whole(input_ids, positions, *others, **named)
+            shape = (len(input_ids), MODEL["hidden_size"])
+            return torch.zeros(shape, dtype=torch.bfloat16, device=input_ids.device)
+
+        self.model.forward = forward
+
+    def __exit__(self, *error: object) -> None:
+        self.model.forward = self.whole
+
+
+def measure(llm: Any, cache: str, tokens: int, sequences: int, read: bool) -> Row:
     """One load, if it fits."""
     config = llm.llm_engine.vllm_config.cache_config
     row = Row(cache, tokens, sequences, config.num_gpu_blocks * config.block_size)
     if sequences * (tokens + 2 * (BEFORE + STEPS)) > row.fit:
         return row
     prompts = [prompt(tokens) for _ in range(sequences)]
-    first = seconds(llm, prompts, 1)
-    seconds(llm, prompts, 4)
-    few, many = (seconds(llm, prompts, new) for new in (BEFORE, BEFORE + STEPS))
+    with nullcontext() if read else Unread(llm):
+        first = seconds(llm, prompts, 1)
+        seconds(llm, prompts, 4)
+        few, many = (seconds(llm, prompts, new) for new in (BEFORE, BEFORE + STEPS))
     llm.reset_prefix_cache()
-    return Row(cache, tokens, sequences, row.fit, first, (many - few) / STEPS * 1e3)
+    return Row(cache, tokens, sequences, row.fit, first if read else None, (many - few) / STEPS * 1e3)
 
 
 def saved(path: Path) -> list[Row]:
@@ -223,6 +261,7 @@ def main() -> None:
     every = ",".join(f"{tokens}x{sequences}" for tokens in TOKENS for sequences in SEQUENCES)
     parser.add_argument("--only", choices=CACHES, help="one cache, in this process")
     parser.add_argument("--loads", type=loads, default=loads(every), help=f"default: {every}")
+    parser.add_argument("--read", type=loads, help="loads whose prompts are read; default: all")
     parser.add_argument("--memory", type=float, default=0.85, help="share of the GPU's memory; default 0.85")
     parser.add_argument("--json", type=Path, help="the file to add to")
     arguments = parser.parse_args()
@@ -237,7 +276,8 @@ def main() -> None:
             llm = start(arguments.only, Path(temporary), arguments.memory)
             seconds(llm, [prompt(20000)], BEFORE + STEPS)  # kernels are compiled here
             for tokens, sequences in arguments.loads:
-                add(path, row := measure(llm, arguments.only, tokens, sequences))
+                read = arguments.read is None or (tokens, sequences) in arguments.read
+                add(path, row := measure(llm, arguments.only, tokens, sequences, read))
                 print(row, flush=True)
             show(path)
             return
@@ -253,6 +293,8 @@ def main() -> None:
                 "--json",
                 str(path),
             ]
+            if arguments.read:
+                options += ["--read", ",".join(f"{tokens}x{n}" for tokens, n in arguments.read)]
             if subprocess.run([sys.executable, __file__, *options]).returncode:
                 print(f"{cache} failed; the others go on", file=sys.stderr)
 
