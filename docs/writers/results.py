@@ -42,6 +42,11 @@ def results(name: str) -> Row:
     return found
 
 
+def measured(name: str) -> Row | None:
+    """The same, or None where there is no such file yet."""
+    return results(name) if (DOCS / "results" / f"{name}.json").exists() else None
+
+
 def _object(found: Row) -> Any:
     if found.keys() == {"value", "low", "high"}:
         return Estimate(**found)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import evaluation_tables as evaluation
 import pictures
+import vllm_tables as vllm
 from results import DOCS, Row, formatted, results
 
 from quantpress.pipelines.capture.eligibility import RULES
@@ -199,6 +200,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "peers": _rows("peers", PEERS),
     "capture-rules": capture_rules,
     "families": families,
+    "vllm-speed": vllm.speed,
+    "vllm-quality": vllm.quality,
     **{
         f"{short}-{name}": functools.partial(evaluation.evictors, f"evaluation_{long}", budget)
         for short, long in (("six", "six_evictors"), ("full", "full"))

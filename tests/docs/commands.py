@@ -1,6 +1,7 @@
 """Commands in the bash blocks of a page: run where that is quick, checked for their options where not."""
 
 import importlib.util
+import json
 import re
 import shlex
 import shutil
@@ -10,6 +11,9 @@ from pathlib import Path
 from typer.testing import CliRunner
 
 from quantpress import cli
+from quantpress.engines.vllm import BACKEND
+from quantpress.engines.vllm.dtypes import dtype_names
+from quantpress.engines.vllm.options import options_of
 from tests.limits import HANG
 
 ROOT = Path(__file__).parents[2]
@@ -41,6 +45,8 @@ def check(words: list[str]) -> None:
         _python(rest)
     elif program == "ln":
         assert (ROOT / rest[1].replace("$PWD/", "")).exists(), words
+    elif program == "vllm":
+        _vllm(rest)
     elif program == "pip":
         assert rest[0] == "install", words
     else:
@@ -52,6 +58,17 @@ def _quantpress(arguments: list[str]) -> None:
     only_read = [] if arguments[0] in QUICK else ["--help"]
     result = CliRunner().invoke(cli.app, [*arguments, *only_read], catch_exceptions=False)
     assert result.exit_code == 0, result.output
+
+
+def _vllm(arguments: list[str]) -> None:
+    """What the plugin says to the options; vLLM is not there to read them."""
+    serve, _, *rest = arguments
+    options = dict(zip(rest[::2], rest[1::2], strict=True))
+    assert serve == "serve" and options.pop("--attention-backend") == BACKEND, arguments
+    assert options.pop("--kv-cache-dtype") in dtype_names(), arguments
+    requests = int(options.pop("--max-num-seqs"))
+    options_of(json.loads(options.pop("--additional-config", "{}")), requests)
+    assert not options, f"nobody checks {sorted(options)}"
 
 
 def _make_knows(targets: list[str]) -> bool:

@@ -131,6 +131,46 @@ def test_results_of_the_command_make_the_same_tables(build: ModuleType) -> None:
         evaluation.results.cache_clear()
 
 
+def test_what_was_measured_in_vllm_stands_there_once_it_was(
+    build: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Files as the two benchmarks write them, with the fields of every result."""
+    vllm, kl = build.tables.vllm, Estimate(0.002, 0.001, 0.003)
+    missing = vllm.measured("not_there")
+    about = {
+        "command": "python x.py",
+        "machine": "one GPU",
+        "date": "2026-11-29",
+        "versions": {"torch": "2.13+cpu"},
+    }
+    first = {"cache": "bf16", "tokens": 8192, "sequences": 1, "fit": 1000, "first_s": 2.0, "step_ms": 8.0}
+    other = {**first, "cache": "quantpress_3bit", "fit": 4500, "step_ms": 6.0}
+    unfit = {**first, "sequences": 64, "first_s": vllm.Nothing(), "step_ms": vllm.Nothing()}
+    times = {**about, "rows": [first, other, unfit, {**other, "sequences": 64}]}
+    row = {
+        "arm": "vLLM, quantpress_4bit, profile",
+        "dtype": "float32",
+        "bits": 4,
+        "kl": kl,
+        "ratio": kl,
+        "to_preset": kl,
+    }
+    losses = {**about, "model": "tiny", "documents": 6, "context": 1024, "scored_tokens": 128}
+    losses["rows"] = [{**row, "arm": "3", "bits": 3}, row, {**row, "dtype": "bfloat16"}]
+    found = {"vllm_decode": times, "vllm_quality": losses}
+    monkeypatch.setattr(vllm, "measured", found.get)
+    speed, quality = vllm.speed(), vllm.quality()
+    assert missing is None and "on one GPU (2026-11-29; torch 2.13)" in speed
+    assert "| 8192 x 1 | 8.00 | 6.00 (0.75x) |" in speed
+    assert "| 8192 x 64 | does not fit | 6.00 |" in speed
+    assert "| 1,000 | 4,500 (4.50x) |" in speed
+    lines = [line for line in quality.splitlines() if "0.00200 [0.00100, 0.00300]" in line]
+    assert [line.split(" |")[0] for line in lines] == ["| vLLM, quantpress_4bit, profile", "| 3"]
+    assert lines[1].endswith("|  |  |  |") and "a prompt of 1024 tokens" in quality
+    found.clear()
+    assert vllm.speed() == vllm.quality() == ""
+
+
 def test_a_change_of_the_press_table_is_noticed(build: ModuleType) -> None:
     """Percentages may move by a little, everything else not at all."""
     differences = build.press_table.differences

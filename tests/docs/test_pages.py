@@ -11,6 +11,7 @@ import pytest
 import torch
 from sybil import Example
 from typer.main import get_command
+from typer.testing import CliRunner
 
 from quantpress import cli
 from quantpress.evaluation.adapters import kvpress_evaluation, lm_eval_model
@@ -104,6 +105,7 @@ def test_marks_say_where_a_block_runs(page: Callable[..., list[Example]]) -> Non
         "python benchmarks/not_there.py",
         "python benchmarks/attention.py --not-an-option",
         "python -m quantpress.not_there",
+        "vllm serve MODEL --kv-cache-dtype quantpress_5bit --attention-backend QUANTPRESS --max-num-seqs 8",
         'ln -s "$PWD/examples/not_there" elsewhere',
     ],
 )
@@ -111,6 +113,18 @@ def test_a_wrong_command_is_noticed(line: str) -> None:
     (words,) = commands.commands(line)
     with pytest.raises((AssertionError, OSError, ModuleNotFoundError)):
         commands.check(words)
+
+
+def test_what_fits_in_vllm_is_what_the_command_prints(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    page = (ROOT / "docs" / "vllm.md").read_text(encoding="utf-8")
+    (command, shown), *_ = re.findall(
+        r"```bash\n(quantpress memory .*)\n```\n\n```console\n(.*?)```", page, re.S
+    )
+    monkeypatch.setenv("COLUMNS", "120")
+    printed = CliRunner().invoke(cli.app, shlex.split(command)[1:]).output
+    assert shown.split() == printed.split()[: len(shown.split())]
 
 
 EVALUATION = (Path(__file__).parents[2] / "docs" / "evaluation.md").read_text(encoding="utf-8")

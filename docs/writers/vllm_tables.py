@@ -1,0 +1,123 @@
+"""The measured parts of docs/vllm.md, with their headings; nothing where there is no file of results yet.
+
+The files are those of benchmarks/vllm_decode.py and benchmarks/vllm_quality.py, with the date, the machine
+and the source that every file of docs/results/ has.
+"""
+
+import re
+from collections.abc import Callable, Iterable
+
+from results import Nothing, Row, measured
+
+from quantpress.evaluation.results.markdown import table
+
+SPEED = """
+## Speed
+
+`{command}` on {machine} ({date}; {versions}): an 8B Llama with random weights in bfloat16. Each sequence has
+a random prompt of its own. Times in brackets are divided by those of bfloat16: below 1.00x is faster. "Does
+not fit": the cache has not that many tokens.
+
+**A decode step**, in milliseconds. That is the time per token of each sequence, the mean over steps in which
+every sequence fills one block:
+
+{steps}
+**The first token**, in seconds until every prompt is read:
+
+{firsts}
+**Tokens that fit**, by vLLM's own count, beside the weights and all that each cache needs for 64 sequences:
+
+{fits}"""
+
+QUALITY = """
+## Quality
+
+`{command}` on {machine} ({date}; {versions}): KL divergence in nats with its 95 % interval, {model},
+{documents} pieces of a novel, each a prompt of {context} tokens and {scored_tokens} tokens that are
+scored. vLLM with the plugin is compared with vLLM over its own cache, and transformers with its uncompressed
+cache.
+
+- **profile**: statistics of keys from `quantpress calibrate`, over other texts.
+- **first chunk**: statistics from the first prompt of the engine, another piece of the novel.
+- **prefix hit**: the same prompts again. They read packed blocks, and their recent pages are gone.
+- **of TurboQuant(b)**: KL divided by that of `TurboQuant(b)` in transformers, which keeps as many tokens in
+  16 bits but has statistics of each prompt.
+- **of the preset**: KL divided by that of the preset of as many bits, which also keeps 8 detected sinks.
+
+{table}"""
+
+
+def speed() -> str:
+    """Times and capacity of every cache under every load."""
+    found = measured("vllm_decode")
+    if found is None:
+        return ""
+    rows = found["rows"]
+    steps, firsts = (_loads(rows, _time(field)) for field in ("step_ms", "first_s"))
+    return SPEED.format(**_about(found), steps=steps, firsts=firsts, fits=_fits(rows))
+
+
+def _loads(rows: list[Row], cell: Callable[[Row, Row | None], str]) -> str:
+    """A line for each load, a column for each cache."""
+    caches = _unique(row["cache"] for row in rows)
+    by_load = {(row["tokens"], row["sequences"], row["cache"]): row for row in rows}
+    lines = []
+    for tokens, sequences in _unique((row["tokens"], row["sequences"]) for row in rows):
+        those = [by_load.get((tokens, sequences, cache)) for cache in caches]
+        base = by_load.get((tokens, sequences, "bf16"))
+        lines.append([f"{tokens} x {sequences}", *("" if row is None else cell(row, base) for row in those)])
+    return table(["tokens x sequences", *caches], lines) + "\n"
+
+
+def _time(field: str) -> Callable[[Row, Row | None], str]:
+    def cell(row: Row, base: Row | None) -> str:
+        if isinstance(row[field], Nothing):
+            return "does not fit"
+        plain = None if base is None or base is row else base[field]
+        ratio = "" if plain is None or isinstance(plain, Nothing) else f" ({row[field] / plain:.2f}x)"
+        return f"{row[field]:.2f}{ratio}"
+
+    return cell
+
+
+def _fits(rows: list[Row]) -> str:
+    """One line; where a cache was measured in several runs, the fewest tokens."""
+    caches = _unique(row["cache"] for row in rows)
+    fits = {cache: min(row["fit"] for row in rows if row["cache"] == cache) for cache in caches}
+    base = fits.get("bf16")
+    cells = [f"{fit:,}" + (f" ({fit / base:.2f}x)" if base and fit != base else "") for fit in fits.values()]
+    return table([*fits], [cells]) + "\n"
+
+
+def quality() -> str:
+    """KL of every arm, in each dtype."""
+    found = measured("vllm_quality")
+    if found is None:
+        return ""
+    rows, dtypes = found["rows"], _unique(row["dtype"] for row in found["rows"])
+    by_arm = {(row["arm"], row["dtype"]): row for row in rows}
+    arms = sorted(_unique(row["arm"] for row in rows), key=lambda arm: -_bits(rows, arm))
+    columns = [
+        f"{title}, {dtype}" for dtype in dtypes for title in ("KL", "of TurboQuant(b)", "of the preset")
+    ]
+    lines = [[arm, *(one for dtype in dtypes for one in _cells(by_arm.get((arm, dtype))))] for arm in arms]
+    return QUALITY.format(**_about(found), table=table(["cache", *columns], lines) + "\n")
+
+
+def _bits(rows: list[Row], arm: str) -> int:
+    return int(next(row["bits"] for row in rows if row["arm"] == arm))
+
+
+def _cells(row: Row | None) -> list[str]:
+    if row is None:
+        return [""] * 3
+    return [f"{row['kl']:.5f}", f"{row['ratio']:.2f}", f"{row['to_preset']:.2f}"]
+
+
+def _about(found: Row) -> Row:
+    versions = ", ".join(f"{name} {re.sub('[+].*', '', one)}" for name, one in found["versions"].items())
+    return {**found, "versions": versions}
+
+
+def _unique(some: Iterable[object]) -> list:
+    return list(dict.fromkeys(some))
