@@ -4,6 +4,7 @@ import ast
 import json
 import re
 import runpy
+import socket
 import stat
 import sys
 from collections.abc import Callable, Iterator
@@ -24,6 +25,7 @@ from quantpress.evaluation.results import statistics
 from quantpress.evaluation.tasks import haystack
 from quantpress.presses.traits import traits_of
 from quantpress.quantization.spec import CodecSpec
+from tests.examples.openai_double import openai_server
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 NOTEBOOKS = sorted(EXAMPLES.glob("*.ipynb"))
@@ -114,6 +116,33 @@ def test_pages_shared_by_requests(run: Run) -> None:
 
 def test_the_codec_by_itself(run: Run) -> None:
     assert "2.5 bits" in run("standalone_codec.py")
+
+
+# A server
+
+
+def test_a_served_model_is_asked_twice(run: Run, tmp_path: Path) -> None:
+    pytest.importorskip("openai")
+    document = tmp_path / "document.txt"
+    document.write_text("ferry " * 300)
+    with openai_server() as served:
+        printed = run("vllm_client.py", str(document), "When?", "How much?", "--url", served.url)
+        silent = run("vllm_client.py", str(document), "When?", "--url", f"{served.url}/silent")
+    assert served.asked == ["tiny"] * 3
+    first, second = printed.split("> How much?")
+    assert "> When?\nAt nine.\n" in first and "301 tokens in the prompt, 0 of them cached)" in first
+    assert "302 tokens in the prompt, 256 of them cached)" in second
+    assert "the server does not count tokens" in silent
+
+
+def test_a_server_that_is_not_there_is_named(run: Run, tmp_path: Path) -> None:
+    pytest.importorskip("openai")
+    document = tmp_path / "document.txt"
+    document.write_text("ferry")
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        url = f"http://127.0.0.1:{taken.getsockname()[1]}/v1"
+    with pytest.raises(SystemExit, match=f"{url}: .*Start a server"):
+        run("vllm_client.py", str(document), "--url", url)
 
 
 # Long contexts
