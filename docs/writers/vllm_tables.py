@@ -14,13 +14,15 @@ from quantpress.evaluation.results.markdown import table
 SPEED = """
 ## Speed
 
-`{command}` on {machine} ({date}; {versions}): an 8B Llama with random weights in bfloat16. Each sequence has
-a random prompt of its own. Times in brackets are divided by those of bfloat16: below 1.00x is faster. "Does
-not fit": the cache has not that many tokens.
+`{command}` on {machine} ({date}; {versions}):
+an 8B Llama with random weights in bfloat16, full CUDA graphs of decode steps, no torch.compile. Each sequence
+has a random prompt of its own. Times in brackets are divided by those of bfloat16: below 1.00x is faster.
+"Does not fit": the cache has not that many tokens.
 
 **A decode step**, in milliseconds. That is the time per token of each sequence, the mean over steps in which
-every sequence fills one block:
-
+every sequence fills one block. For the tokens a second of all sequences together, divide 1000 times their
+number by it.
+{unread}
 {steps}
 **The first token**, in seconds until every prompt is read:
 
@@ -29,13 +31,18 @@ every sequence fills one block:
 
 {fits}"""
 
+UNREAD = """\
+Where the table of first tokens has no line, the prompts were not read, to save time: their blocks hold other
+tokens, and a step over them takes as long.
+"""
+
 QUALITY = """
 ## Quality
 
-`{command}` on {machine} ({date}; {versions}): KL divergence in nats with its 95 % interval, {model},
-{documents} pieces of a novel, each a prompt of {context} tokens and {scored_tokens} tokens that are
-scored. vLLM with the plugin is compared with vLLM over its own cache, and transformers with its uncompressed
-cache.
+`{command}` on {machine} ({date}; {versions}):
+KL divergence in nats with its 95 % interval, {model}, {documents} pieces of a novel, each a prompt of
+{context} tokens and {scored_tokens} tokens that are scored. vLLM with the plugin is compared with vLLM over
+its own cache, and transformers with its uncompressed cache.
 
 - **profile**: statistics of keys from `quantpress calibrate`, over other texts.
 - **first chunk**: statistics from the first prompt of the engine, another piece of the novel.
@@ -53,8 +60,20 @@ def speed() -> str:
     if found is None:
         return ""
     rows = found["rows"]
-    steps, firsts = (_loads(rows, _time(field)) for field in ("step_ms", "first_s"))
-    return SPEED.format(**_about(found), steps=steps, firsts=firsts, fits=_fits(rows))
+    read = {_load(row) for row in rows if not isinstance(row["first_s"], Nothing)}
+    firsts = [row for row in rows if _load(row) in read]
+    unread = any(_load(row) not in read and not isinstance(row["step_ms"], Nothing) for row in rows)
+    return SPEED.format(
+        **_about(found),
+        steps=_loads(rows, _time("step_ms")),
+        unread=UNREAD if unread else "",
+        firsts=_loads(firsts, _time("first_s")),
+        fits=_fits(rows),
+    )
+
+
+def _load(row: Row) -> tuple[int, int]:
+    return row["tokens"], row["sequences"]
 
 
 def _loads(rows: list[Row], cell: Callable[[Row, Row | None], str]) -> str:
@@ -62,7 +81,7 @@ def _loads(rows: list[Row], cell: Callable[[Row, Row | None], str]) -> str:
     caches = _unique(row["cache"] for row in rows)
     by_load = {(row["tokens"], row["sequences"], row["cache"]): row for row in rows}
     lines = []
-    for tokens, sequences in _unique((row["tokens"], row["sequences"]) for row in rows):
+    for tokens, sequences in _unique(_load(row) for row in rows):
         those = [by_load.get((tokens, sequences, cache)) for cache in caches]
         base = by_load.get((tokens, sequences, "bf16"))
         lines.append([f"{tokens} x {sequences}", *("" if row is None else cell(row, base) for row in those)])

@@ -145,8 +145,9 @@ def test_what_was_measured_in_vllm_stands_there_once_it_was(
     }
     first = {"cache": "bf16", "tokens": 8192, "sequences": 1, "fit": 1000, "first_s": 2.0, "step_ms": 8.0}
     other = {**first, "cache": "quantpress_3bit", "fit": 4500, "step_ms": 6.0}
-    unfit = {**first, "sequences": 64, "first_s": vllm.Nothing(), "step_ms": vllm.Nothing()}
-    times = {**about, "rows": [first, other, unfit, {**other, "sequences": 64}]}
+    unread = {**first, "tokens": 131072, "first_s": vllm.Nothing()}
+    unfit = {**unread, "tokens": 8192, "sequences": 64, "step_ms": vllm.Nothing()}
+    times = {**about, "rows": [first, other, unfit, {**other, "sequences": 64}, unread]}
     row = {
         "arm": "vLLM, quantpress_4bit, profile",
         "dtype": "float32",
@@ -163,10 +164,11 @@ def test_what_was_measured_in_vllm_stands_there_once_it_was(
     assert missing is None and "on one GPU (2026-11-29; torch 2.13)" in speed
     assert "| 8192 x 1 | 8.00 | 6.00 (0.75x) |" in speed
     assert "| 8192 x 64 | does not fit | 6.00 |" in speed
+    assert "| 131072 x 1 | 8.00 |  |" in speed and speed.count("131072 x 1") == 1
     assert "| 1,000 | 4,500 (4.50x) |" in speed
     lines = [line for line in quality.splitlines() if "0.00200 [0.00100, 0.00300]" in line]
     assert [line.split(" |")[0] for line in lines] == ["| vLLM, quantpress_4bit, profile", "| 3"]
-    assert lines[1].endswith("|  |  |  |") and "a prompt of 1024 tokens" in quality
+    assert lines[1].endswith("|  |  |  |") and "1024 tokens and 128 tokens that are scored" in quality
     found.clear()
     assert vllm.speed() == vllm.quality() == ""
 
