@@ -171,15 +171,15 @@ def _fallbacks(
     versions: dict[str, str | None], cuda: str | None, devices: tuple[Device, ...]
 ) -> tuple[str, ...]:
     """What runs in plain PyTorch although there is a kernel; the limits come from the kernels."""
-    from quantpress.kernels.attend.triton_attend import HEAD_DIMS, MOST_QUERIES, WIDTHS
-    from quantpress.kernels.available import LEAST_CAPABILITY
-    from quantpress.kernels.encode.triton_encode import MAX_CHANNELS
-
     if not devices:
         reason = "torch is a CPU build" if cuda is None else "torch finds no NVIDIA GPU"
         return (f"everything: {reason}, and the kernels need one",)
     if versions.get("triton") is None:
         return ("everything: triton is not installed (pip install triton)",)
+    from quantpress.kernels.attend.triton_attend import HEAD_DIMS, MOST_QUERIES, WIDTHS
+    from quantpress.kernels.available import LEAST_CAPABILITY
+    from quantpress.kernels.encode.triton_encode import MAX_CHANNELS  # imports triton
+
     old = [one.name for one in devices if tuple(map(int, one.capability.split("."))) < LEAST_CAPABILITY]
     least = ".".join(map(str, LEAST_CAPABILITY))
     dims, widths = (", ".join(map(str, numbers)) for numbers in (HEAD_DIMS, WIDTHS))

@@ -85,8 +85,8 @@ def _show(shown: RenderableType) -> None:
     if isinstance(shown, str):
         Console(soft_wrap=True).print(shown, markup=False, highlight=False)
         return
-    console = Console()
-    (console if console.is_terminal else Console(width=FILE_WIDTH)).print(shown)
+    console = Console(markup=False)  # "quantpress[kvpress]" in a cell is text
+    (console if console.is_terminal else Console(width=FILE_WIDTH, markup=False)).print(shown)
 
 
 def new_table(title: str, columns: Sequence[str], words: Sequence[str], caption: str | None = None) -> Table:

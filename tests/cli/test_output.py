@@ -21,7 +21,7 @@ from quantpress.cli.compare import Answer, Compared, Comparison
 from quantpress.cli.demo import Demonstrated
 from quantpress.cli.doctor import Device, Diagnosis
 from quantpress.cli.inspect import Candidate, Inspected, Layer
-from quantpress.cli.output import Outcome
+from quantpress.cli.output import Outcome, _show, new_table
 from quantpress.cli.pack import Packed
 from quantpress.cli.run import Answered
 from quantpress.cli.validate import Check, Validated
@@ -145,3 +145,10 @@ def test_a_terminal_shows_one_bar_at_a_time(columns: int, monkeypatch: pytest.Mo
     shown = in_terminal(columns, lambda: demo.run_trials(ours(), 200, 2, [lambda: None]), monkeypatch)
     lines = [line.strip() for line in re.split(r"[\r\n]+", shown) if line.strip()]
     assert lines and all(line.startswith("asking ") and len(line) <= columns for line in lines)
+
+
+def test_brackets_in_a_cell_are_text(capsys: pytest.CaptureFixture[str]) -> None:
+    table = new_table("What is missing", ["package", "remedy"], ["package", "remedy"])
+    table.add_row("kvpress", 'pip install "quantpress[kvpress]"')
+    _show(table)
+    assert '"quantpress[kvpress]"' in capsys.readouterr().out
