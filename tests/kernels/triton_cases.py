@@ -20,6 +20,7 @@ POINTERS = {
     torch.float16: "*fp16",
     torch.int32: "*i32",
     torch.int16: "*i16",
+    torch.int64: "*i64",
 }
 
 

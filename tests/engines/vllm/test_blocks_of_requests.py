@@ -1,17 +1,15 @@
-"""Requests that come, go, share blocks and take back drafts, against the raw tokens of each: nothing lost or
-stale.
+"""Requests that come, go, share blocks and take back drafts, against the raw tokens of each.
 
 The machine plays vLLM's scheduler: it gives out blocks and rows of running requests, finds prefixes,
 preempts. Keys and values are stored by the lossless codec, and whatever vLLM frees is filled with NaN, the
-copies in 16 bits included. After each step, attention of every new token must be what torch computes from the
-raw tokens.
+copies in 16 bits included. After each step, attention of every new token must be what torch computes from
+the raw tokens: nothing is lost or stale.
 """
 
 import hashlib
 from collections import OrderedDict
 from dataclasses import dataclass, field
 from importlib.util import find_spec
-from itertools import pairwise
 
 import torch
 from hypothesis import HealthCheck, Phase, settings
@@ -232,7 +230,7 @@ class Requests(RuleBasedStateMachine):
             starts.append(starts[-1] + end - request.computed)
             lengths.append(end)
             table[row, : len(request.blocks)] = torch.tensor(request.blocks, dtype=torch.int32)
-        counts = [end - start for start, end in pairwise(starts)]
+        counts = torch.tensor(starts).diff().tolist()
         decodes = sum(count <= 1 + DRAFTS for count in counts)
         queries = max(counts[:decodes], default=1)
         host = [

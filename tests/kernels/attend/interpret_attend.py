@@ -55,7 +55,9 @@ def error(key_bits: int, value_bits: int, dim: int, queries: int, dtype: str, ex
     }
     visibility = Visibility(queries, tokens)
     assert supports(query, segments, visibility), "not covered"
-    got = attend_triton(query, segments, visibility, plain=True, **options)
+    out = torch.full((*query.shape[:3], dim), torch.nan) if "out" in extras else None
+    got = attend_triton(query, segments, visibility, plain=True, out=out, **options)
+    assert out is None or got is out
     expected = exact(query, clean, limit_in_use(segments, queries), **options)
     assert got.shape == expected.shape
     return float((got - expected).norm() / expected.norm())
