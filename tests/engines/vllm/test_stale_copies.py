@@ -1,4 +1,4 @@
-"""What random requests do seldom: each scenario fails where one guard against stale or lost copies is gone."""
+"""What random requests do seldom: each case fails where a guard against stale or lost copies is gone."""
 
 from dataclasses import dataclass
 
@@ -11,7 +11,7 @@ from tests.engines.vllm.played_scheduler import BLOCK, REQUESTS, SINKS, PlayedSc
 
 @dataclass
 class Work:
-    """Part of a step: so many tokens of a request, or of a prompt that comes only now; None: all there are."""
+    """Part of a step: so many tokens (None: all) of a request, or of a prompt that comes only now."""
 
     request: Request | list[int]
     count: int | None = None
@@ -141,7 +141,7 @@ def test_a_block_is_read_in_the_step_whose_decode_fills_it(with_slots: bool, beh
 @both
 @pytest.mark.parametrize("piece", [2 * BLOCK + 30, 3 * BLOCK, 4 * BLOCK])
 def test_a_long_piece_goes_on_in_a_block(with_slots: bool, piece: int) -> None:
-    """The newest blocks of the piece take the page of the block that it fills, which is read and packed first."""
+    """The newest blocks take the page of the block that the piece fills; it is read and packed first."""
     played = Directed(with_slots, requests=1)
     whole = prompt(1, 100 + piece)
     played.step(Work(whole, 100))
