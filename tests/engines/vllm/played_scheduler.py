@@ -1,7 +1,7 @@
 """vLLM's scheduler, played: it gives out blocks and rows of running requests, finds prefixes, preempts.
 
 Keys and values are stored by the lossless codec, and whatever vLLM frees is filled with NaN, the copies in
-16 bits included. After each step, attention of every new token must be what torch computes from the raw tokens.
+16 bits included. After each step, attention of every new token must be what torch computes from the raw ones.
 """
 
 import hashlib
