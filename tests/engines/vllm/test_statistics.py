@@ -95,7 +95,7 @@ def test_keys_that_are_not_finite_leave_the_statistics() -> None:
 
 @pytest.mark.xfail(strict=True, raises=InvalidInputError, reason="encode refuses what the writer clamps")
 def test_keys_too_large_for_their_scale_are_packed_again() -> None:
-    """They were packed with the largest scale, and nobody was told; one of them may not end the engine later."""
+    """They were packed with the largest scale; that may not end the engine later."""
     keys, values, queries = vectors()
     huge = keys.clone()
     huge[5, 0] = 1e6

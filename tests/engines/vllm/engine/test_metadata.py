@@ -62,7 +62,7 @@ class Layer:
         self.raw: dict[int, list[Tensor]] = {}
 
     def step(self, rows: list[tuple[int, list[int], int]], padded: int, capture: bool = False) -> Tensor:
-        """One step; (row of the running request, its blocks, new tokens) each, and padding to so many requests.
+        """One step of (row of the running request, its blocks, new tokens), padded to so many requests.
 
         Returns:
             Output [T, HEADS, DIM], padding included.

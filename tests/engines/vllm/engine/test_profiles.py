@@ -1,0 +1,122 @@
+"""Statistics of keys in the engine: those of a profile, or those of the first long piece of a prompt."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoTokenizer, LlamaForCausalLM
+
+from quantpress.cache import ModelProfile
+from quantpress.errors import CacheFileError
+from tests.engines.vllm.engine.poison import layers
+from tests.engines.vllm.engine.running import Engine, engine
+from tests.engines.vllm.engine.tiny import Truth, save_model, tokens
+
+CLOSE = 0.6  # nats
+PACKED = {"kv_cache_dtype": "quantpress_4bit"}
+
+
+def profile_of(folder: Path, home: Path) -> str:
+    from quantpress.pipelines.calibration import calibrate
+
+    model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    texts = {"random": " ".join(f"t{token}" for token in tokens(1500))}
+    profile = calibrate(model, AutoTokenizer.from_pretrained(folder), texts, piece_tokens=500, progress=False)
+    profile.save(home / "profile.safetensors")
+    return str(home / "profile.safetensors")
+
+
+def with_profile(path: str) -> dict[str, Any]:
+    return PACKED | {"additional_config": {"quantpress": {"profile": path}}}
+
+
+def error(truth: Truth, prompt: list[int], answer: Any) -> float:
+    """Mean error in nats of the log-probabilities of a greedy answer: a few tenths, of a random model."""
+    made = list(answer.outputs[0].token_ids)
+    rows = truth.log_probabilities(prompt, made)[range(len(made)), made]
+    theirs = [answer.outputs[0].logprobs[i][token].logprob for i, token in enumerate(made)]
+    return float((rows - torch.tensor(theirs)).abs().mean())
+
+
+def stores(running: Engine) -> list[Any]:
+    return [layer.impl.store for layer in layers(running.config)]
+
+
+def test_each_layer_has_the_statistics_of_the_profile(folder: Path, truth: Truth, tmp_path: Path) -> None:
+    path = profile_of(folder, tmp_path)
+    profile = ModelProfile.load(path)
+    with engine(folder, **with_profile(path), max_num_batched_tokens=2048, max_model_len=2048) as running:
+        for prompt in (tokens(300), tokens(1400)):  # the second would give statistics of its own
+            (answer,) = running.generate(prompt, new=20)
+            assert error(truth, prompt, answer) < CLOSE
+        for index, store in enumerate(stores(running)):
+            expected = profile.transform(index)
+            assert store.ready
+            assert torch.equal(store.mean, expected.mean) and torch.equal(store.weight, expected.weight)
+
+
+def test_without_a_profile_a_long_piece_gives_them(folder: Path, truth: Truth) -> None:
+    """What was packed before is packed again, and read by requests that share it."""
+    with engine(folder, **PACKED, max_num_batched_tokens=1100, max_model_len=2048) as running:
+        short, long = tokens(400), tokens(1500)
+        running.generate(short)
+        running.generate(tokens(1023))
+        assert not any(store.ready or store.mean.any() for store in stores(running))
+        (answer,) = running.generate(long)
+        assert all(store.ready and store.mean.any() for store in stores(running))
+        means = [store.mean.clone() for store in stores(running)]
+        assert error(truth, long, answer) < CLOSE
+        for prompt, reused in [(short, 384), (long, 1408), (tokens(1500), 0)]:
+            (answer,) = running.generate(prompt, new=20)
+            assert error(truth, prompt, answer) < CLOSE and answer.num_cached_tokens == reused
+        assert all(torch.equal(store.mean, mean) for store, mean in zip(stores(running), means, strict=True))
+
+
+late = pytest.mark.xfail(strict=True, reason="on a CPU, vLLM runs no layer before the first request")
+
+
+@late
+def test_the_profile_of_another_model_is_refused(folder: Path, tmp_path: Path) -> None:
+    other = save_model(tmp_path / "other", seed=1, num_hidden_layers=3)
+    path = profile_of(other, tmp_path)
+    with (
+        pytest.raises(CacheFileError, match="num_hidden_layers was 3, is 2; run `quantpress calibrate"),
+        engine(folder, **with_profile(path)),
+    ):
+        pass
+
+
+@late
+def test_a_profile_that_is_not_there_is_refused(folder: Path, tmp_path: Path) -> None:
+    with (
+        pytest.raises(CacheFileError, match=r"nowhere\.safetensors"),
+        engine(folder, **with_profile(str(tmp_path / "nowhere.safetensors"))),
+    ):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("total", "ranks", "own"),
+    [
+        (8, 1, [range(8)]),
+        (8, 4, [range(2 * rank, 2 * rank + 2) for rank in range(4)]),
+        (4, 4, [range(rank, rank + 1) for rank in range(4)]),
+        (2, 4, [range(1), range(1), range(1, 2), range(1, 2)]),  # each head on two ranks
+        (1, 4, [range(1)] * 4),
+    ],
+)
+def test_heads_of_a_rank(total: int, ranks: int, own: list[range], monkeypatch: pytest.MonkeyPatch) -> None:
+    """As vLLM's own layers divide the weights of keys."""
+    from quantpress.engines.vllm import backend
+
+    config: Any = SimpleNamespace(
+        model_config=SimpleNamespace(get_total_num_kv_heads=lambda: total),
+        parallel_config=SimpleNamespace(tensor_parallel_size=ranks),
+    )
+    for rank, heads in enumerate(own):
+        monkeypatch.setattr(backend, "get_tensor_model_parallel_rank", lambda rank=rank: rank)
+        assert range(total)[backend._own_heads(config, max(1, total // ranks))] == heads
