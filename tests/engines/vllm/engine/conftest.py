@@ -1,6 +1,7 @@
 """Tests with vLLM's engine in this process, on the CPU: `make test-vllm` sets up and runs them.
 
-Where vLLM is not installed none of them is collected.
+Where vLLM is not installed none of them is collected. Where it runs on a GPU, `pytest -m gpu tests/engines`
+runs those in the files of `GPU` and those marked gpu; the others need no GPU.
 """
 
 from __future__ import annotations
@@ -11,27 +12,29 @@ from pathlib import Path
 
 import pytest
 
+from tests.engines.vllm.engine.target import ENVIRONMENT, ON_GPU
 from tests.engines.vllm.engine.tiny import Truth, save_model
+
+GPU = {"test_schedule.py"}
 
 if find_spec("vllm") is None:
     collect_ignore_glob = ["*.py"]
 
-# Before anything imports vLLM, which reads some of them once.
-os.environ.update(
-    VLLM_TARGET_DEVICE="cpu",
-    VLLM_ENABLE_V1_MULTIPROCESSING="0",  # the engine in this process, where tests can look into it
-    VLLM_NO_USAGE_STATS="1",
-    VLLM_CPU_OMP_THREADS_BIND="nobind",  # leave this process on the cores that it was given
-)
+os.environ.update(ENVIRONMENT)  # before anything imports vLLM, which reads some of them once
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """vLLM warns of much; what warns in quantpress is an error here too."""
     for item in items:
         if item.path.parent == Path(__file__).parent:
             item.add_marker(pytest.mark.filterwarnings("ignore"))
             item.add_marker(pytest.mark.filterwarnings(r"error:::quantpress\."))
+            if ON_GPU and item.path.name in GPU:
+                item.add_marker(pytest.mark.gpu)
+            elif ON_GPU and item.get_closest_marker("gpu") is None:
+                item.add_marker(pytest.mark.skip(reason="for vLLM on a CPU"))
 
 
 @pytest.fixture(scope="session")

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from tests.engines.vllm.engine import target
 from tests.engines.vllm.engine.lossless import DTYPE, register_lossless
 from tests.engines.vllm.engine.poison import poison_blocks, poison_pools
 
@@ -23,13 +24,12 @@ OPTIONS: dict[str, Any] = {
     "attention_backend": "QUANTPRESS",
     "block_size": BLOCK,
     "kv_cache_memory_bytes": 64 << 20,
-    "enforce_eager": True,
     "max_model_len": 1024,
     "max_num_batched_tokens": CHUNK,
     "max_num_seqs": 4,
     "dtype": "float32",
     "disable_log_stats": True,
-}
+} | target.OPTIONS
 
 
 @functools.cache
@@ -52,19 +52,27 @@ class Engine:
     def __init__(self, folder: Path, **options: Any) -> None:
         from vllm import LLM
 
+        from quantpress.engines.vllm import register
+
+        register()  # where quantpress lies on the path and was never installed
         register_lossless()
-        _override_kernels_once()
+        if not target.ON_GPU:
+            _override_kernels_once()
         states = random.getstate(), torch.get_rng_state()
         self.llm = LLM(str(folder), **OPTIONS | options)
         random.setstate(states[0])  # vLLM has seeded both; a test keeps the seed of its own
         torch.set_rng_state(states[1])
         self.steps: list[Any] = []
         """`SchedulerOutput` of each step."""
+        self.replayed: list[str] = []
+        """Kinds of the CUDA graphs that were replayed."""
         self.preempted = 0
         """How often a request lost its blocks and had to begin again."""
         poison_pools(self.config)
         poison_blocks(self.config)
         self._watch()
+        if target.ON_GPU:
+            self._watch_graphs()
 
     @property
     def config(self) -> Any:
@@ -74,6 +82,12 @@ class Engine:
     @property
     def scheduler(self) -> Any:
         return self.llm.llm_engine.engine_core.engine_core.scheduler
+
+    @property
+    def graphs(self) -> Any:
+        """`CudaGraphManager` of vLLM's second model runner."""
+        core = self.llm.llm_engine.engine_core.engine_core
+        return core.model_executor.driver_worker.worker.model_runner.cudagraph_manager
 
     def _watch(self) -> None:
         scheduler, pool = self.scheduler, self.scheduler.kv_cache_manager.block_pool
@@ -94,6 +108,31 @@ class Engine:
 
         scheduler.schedule, scheduler._preempt_request = watched_schedule, watched_preempt
         pool.get_new_blocks = poisoned_blocks
+
+    def _watch_graphs(self) -> None:
+        assert self.config.use_v2_model_runner and self.config.scheduler_config.async_scheduling
+        self.generate([3, 4, 5])  # what vLLM sets up late
+
+        def watch(name: str) -> None:
+            replay = getattr(self.graphs, name)
+
+            def watched(*args: Any, **kwargs: Any) -> Any:
+                self.replayed.append(name)
+                return replay(*args, **kwargs)
+
+            setattr(self.graphs, name, watched)
+
+        watch("run_fullgraph")
+        watch("run_pw_graph")
+
+    @contextmanager
+    def without_graphs(self) -> Iterator[None]:
+        """Every step runs layer by layer."""
+        self.graphs._graphs_captured = False
+        try:
+            yield
+        finally:
+            self.graphs._graphs_captured = True
 
     def generate(self, *prompts: list[int], new: int = 8, lora: Any = None, **sampling: Any) -> list[Any]:
         """`RequestOutput` of each prompt; greedy, exactly `new` tokens, unless `sampling` says otherwise."""

@@ -1,0 +1,129 @@
+"""What only a GPU has: CUDA graphs, vLLM's second model runner, and our kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from quantpress.kernels import available
+from tests.engines.vllm.engine.running import BLOCK, Engine, engine
+from tests.engines.vllm.engine.test_speculation import DRAFTS, NEW, changed, drafts_of
+from tests.engines.vllm.engine.tiny import Truth, save_model, tokens
+
+pytestmark = pytest.mark.gpu
+
+FULL, PIECEWISE = "run_fullgraph", "run_pw_graph"
+SPECULATION = {
+    "method": "ngram",
+    "num_speculative_tokens": DRAFTS,
+    "prompt_lookup_min": 1,
+    "prompt_lookup_max": 3,
+}
+
+
+@pytest.fixture(scope="module", params=["FULL_DECODE_ONLY", "FULL_AND_PIECEWISE"])
+def speculating(
+    request: pytest.FixtureRequest, folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[Engine, Truth]]:
+    """An engine with drafts, with graphs of decodes, or of these and of the parts around attention."""
+    from vllm import envs
+
+    model = changed(folder, tmp_path_factory.mktemp("words"))
+    graphs: dict[str, Any] = {"mode": 0, "cudagraph_mode": request.param}
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param != "FULL_DECODE_ONLY":  # vLLM's piecewise graphs without torch.compile
+            patch.setenv("VLLM_USE_BREAKABLE_CUDAGRAPH", "1")
+        envs.disable_envs_cache()
+        with engine(model, speculative_config=SPECULATION, compilation_config=graphs) as running:
+            assert running.config.compilation_config.cudagraph_mode.name == request.param
+            yield running, Truth(model)
+    envs.disable_envs_cache()
+
+
+def test_drafts_in_graphs(speculating: tuple[Engine, Truth]) -> None:
+    running, truth = speculating
+    prompts = [tokens(20) * 5, tokens(BLOCK - 3), tokens(260), tokens(60) * 3]
+    begin = len(running.steps)
+    for prompt, answer in zip(prompts, running.generate(*prompts, new=NEW), strict=True):
+        truth.check(prompt, answer.outputs[0])
+    work = running.work(begin)
+    assert sum(map(len, drafts_of(running))) > 0
+    assert len(work) < NEW, "no draft was accepted"
+    assert sum(map(sum, work)) > sum(map(len, prompts)) + (NEW - 1) * len(prompts), "none was rejected"
+    assert FULL in running.replayed
+    if running.config.compilation_config.cudagraph_mode.name == "FULL_AND_PIECEWISE":
+        assert PIECEWISE in running.replayed
+
+
+@pytest.fixture(scope="module", params=[("quantpress_4bit", 128), ("quantpress_2bit", 64)], ids=str)
+def packed(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[Engine, Truth]]:
+    """An engine whose statistics of keys are there already."""
+    dtype, dim = request.param
+    model = save_model(tmp_path_factory.mktemp("packed"), seed=2, head_dim=dim)
+    options = {"kv_cache_dtype": dtype, "dtype": "bfloat16", "max_model_len": 2048}
+    with engine(model, **options, max_num_batched_tokens=1200) as running:
+        running.generate(tokens(1100))
+        yield running, Truth(model)
+
+
+@contextmanager
+def without_kernels() -> Iterator[None]:
+    """quantpress runs in plain PyTorch on the GPU."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(available, "LEAST_CAPABILITY", (99, 0))
+        available.runs_triton.cache_clear()
+        yield
+    available.runs_triton.cache_clear()
+
+
+def made(answer: Any) -> tuple[list[int], torch.Tensor]:
+    """Tokens of an answer, and their log-probabilities."""
+    output = answer.outputs[0]
+    there = list(output.token_ids)
+    return there, torch.tensor([output.logprobs[i][token].logprob for i, token in enumerate(there)])
+
+
+def test_kernels_in_graphs_give_what_plain_pytorch_gives(packed: tuple[Engine, Truth]) -> None:
+    """Up to the first token that differs: from there on, the answers are about something else."""
+    running, _ = packed
+    prompts = [tokens(count) for count in (40, 300, 700, 1000)]
+    running.forget()
+    running.replayed.clear()
+    ours = running.generate(*prompts, new=2 * BLOCK)  # blocks are filled by decodes, too
+    assert running.replayed.count(FULL) > BLOCK
+    running.forget()
+    running.replayed.clear()
+    with running.without_graphs(), without_kernels():
+        plain = running.generate(*prompts, new=2 * BLOCK)
+    assert not running.replayed
+    compared, off = 0, []
+    for one, other in zip(ours, plain, strict=True):
+        (got, got_log), (expected, expected_log) = made(one), made(other)
+        same = next((i for i, (a, b) in enumerate(zip(got, expected, strict=True)) if a != b), len(got))
+        compared += same
+        off.append((got_log[:same] - expected_log[:same]).abs())
+    print("tokens compared", compared, "errors", torch.cat(off).mean(), torch.cat(off).max())
+    assert compared > BLOCK
+    assert float(torch.cat(off).mean()) < 0.05
+
+
+def test_prefixes_are_shared_in_packed_blocks(packed: tuple[Engine, Truth]) -> None:
+    """Answers about a prefix that was read before, packed, are close to transformers' own."""
+    running, truth = packed
+    running.forget()
+    first = tokens(700)
+    near = {"quantpress_4bit": 0.6, "quantpress_2bit": 2.0}[running.config.cache_config.cache_dtype]
+    for prompt, reused in [(first, 0), (first[:512] + tokens(90), 512), (first, 640)]:
+        (answer,) = running.generate(prompt, new=20)
+        there, logs = made(answer)
+        exact = truth.log_probabilities(prompt, there)[range(len(there)), there]
+        print("error", float((logs - exact).abs().mean()))
+        assert float((logs - exact).abs().mean()) < near
+        assert answer.num_cached_tokens == reused
