@@ -66,7 +66,7 @@ def packed(
 ) -> Iterator[tuple[Engine, Truth]]:
     """An engine whose statistics of keys are there already."""
     dtype, dim = request.param
-    model = save_model(tmp_path_factory.mktemp("packed"), seed=2, head_dim=dim)
+    model = save_model(tmp_path_factory.mktemp("packed"), seed=2, head_dim=dim, initializer_range=0.05)
     options = {"kv_cache_dtype": dtype, "dtype": "bfloat16", "max_model_len": 2048}
     with engine(model, **options, max_num_batched_tokens=1200) as running:
         running.generate(tokens(1100))
@@ -115,15 +115,17 @@ def test_kernels_in_graphs_give_what_plain_pytorch_gives(packed: tuple[Engine, T
 
 
 def test_prefixes_are_shared_in_packed_blocks(packed: tuple[Engine, Truth]) -> None:
-    """Answers about a prefix that was read before, packed, are close to transformers' own."""
+    """Answers about a prefix that was read before, packed, are close to transformers' own.
+
+    On a CPU the error was at most 0.04 nats with 4 bits and 0.33 with 2; of another prompt's, at least 0.8.
+    """
     running, truth = packed
     running.forget()
     first = tokens(700)
-    near = {"quantpress_4bit": 0.6, "quantpress_2bit": 2.0}[running.config.cache_config.cache_dtype]
+    near = {"quantpress_4bit": 0.15, "quantpress_2bit": 0.6}[running.config.cache_config.cache_dtype]
     for prompt, reused in [(first, 0), (first[:512] + tokens(90), 512), (first, 640)]:
         (answer,) = running.generate(prompt, new=20)
         there, logs = made(answer)
         exact = truth.log_probabilities(prompt, there)[range(len(there)), there]
-        print("error", float((logs - exact).abs().mean()))
         assert float((logs - exact).abs().mean()) < near
         assert answer.num_cached_tokens == reused

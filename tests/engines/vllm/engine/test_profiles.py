@@ -16,8 +16,19 @@ from tests.engines.vllm.engine.poison import layers
 from tests.engines.vllm.engine.running import Engine, engine
 from tests.engines.vllm.engine.tiny import Truth, save_model, tokens
 
-CLOSE = 0.6  # nats
+CLOSE = 0.15  # nats; other tokens in the cache give 0.9 or more
 PACKED = {"kv_cache_dtype": "quantpress_4bit"}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model whose answers do not depend on the last bits of its keys."""
+    return save_model(tmp_path_factory.mktemp("calm"), seed=2, initializer_range=0.05)
+
+
+@pytest.fixture(scope="module")
+def truth(folder: Path) -> Truth:
+    return Truth(folder)
 
 
 def profile_of(folder: Path, home: Path) -> str:
@@ -35,7 +46,7 @@ def with_profile(path: str) -> dict[str, Any]:
 
 
 def error(truth: Truth, prompt: list[int], answer: Any) -> float:
-    """Mean error in nats of the log-probabilities of a greedy answer: a few tenths, of a random model."""
+    """Mean error in nats of the log-probabilities of a greedy answer."""
     made = list(answer.outputs[0].token_ids)
     rows = truth.log_probabilities(prompt, made)[range(len(made)), made]
     theirs = [answer.outputs[0].logprobs[i][token].logprob for i, token in enumerate(made)]
