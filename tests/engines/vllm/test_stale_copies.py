@@ -197,7 +197,5 @@ def test_more_unfinished_blocks_than_pages_without_slots() -> None:
     played.most = 5  # four recent pages
     first, *_ = (played.read(prompt(which, 50), 50) for which in range(5))
     block = first.blocks[0]
-    with pytest.raises(
-        RecentTokensLostError, match=rf"50 tokens of block {block} are in no packed.*raise max_num_seqs"
-    ):
+    with pytest.raises(RecentTokensLostError, match=rf"50 tokens of block {block} are .*raise max_num_seqs"):
         played.step(Work(first))
