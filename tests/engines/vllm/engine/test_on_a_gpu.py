@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from quantpress.kernels import available
-from tests.engines.vllm.engine.running import BLOCK, Engine, engine
+from tests.engines.vllm.engine.running import BLOCK, CHUNK, Engine, engine
 from tests.engines.vllm.engine.test_speculation import DRAFTS, NEW, changed, drafts_of
 from tests.engines.vllm.engine.tiny import Truth, save_model, tokens
 
@@ -34,7 +34,12 @@ def speculating(
     from vllm import envs
 
     model = changed(folder, tmp_path_factory.mktemp("words"))
-    graphs: dict[str, Any] = {"mode": 0, "cudagraph_mode": request.param}
+    sizes = [(1 + DRAFTS) * requests for requests in range(1, 5)] + [CHUNK]  # a piece of a prompt, too
+    graphs: dict[str, Any] = {
+        "mode": 0,
+        "cudagraph_mode": request.param,
+        "cudagraph_capture_sizes": sizes,
+    }
     with pytest.MonkeyPatch.context() as patch:
         if request.param != "FULL_DECODE_ONLY":  # vLLM's piecewise graphs without torch.compile
             patch.setenv("VLLM_USE_BREAKABLE_CUDAGRAPH", "1")
