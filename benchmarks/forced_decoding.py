@@ -34,8 +34,8 @@ class Job:
         profile: file of `quantpress calibrate`, or None.
         texts: file of torch.save: "scored" [n, T + N] int64 and "others" [m, T + N] int64, token ids.
         context: T, tokens of each text that are the prompt.
-        outputs: files to write: logits [n, N - 1, V] float32 of the first round, and of the round that finds its
-            prompts in the prefix cache.
+        outputs: files to write: logits [n, N - 1, V] float32 of the first round, and of the round that finds
+            its prompts in the prefix cache.
     """
 
     model: str

@@ -4,18 +4,19 @@
     python benchmarks/vllm_quality.py --dtype float32 --documents 2 --bits 4
     python benchmarks/vllm_quality.py --json rows.json
 
-Run it in an environment with vLLM; a CPU is enough. The texts are those of `quantpress eval --suite quick`: pieces
-of the shipped book, a prompt of 1024 tokens and 128 scored tokens. Every engine is given the tokens of the text
-one at a time, as if it had chosen them, and its logits after each are compared with those of the same engine over
+Run it in an environment with vLLM; a CPU is enough. The texts are those of `quantpress eval --suite quick`:
+pieces of the shipped book, a prompt of 1024 tokens and 128 scored tokens. Every engine is given the tokens of
+the text one at a time, as if it had chosen them. Its logits after each are compared with those of vLLM over
 its own cache: KL(own || ours) in nats. In the same way `TurboQuant` in transformers is compared with
 `DynamicCache`. The head of the model is in float32 everywhere.
 
     profile      statistics of keys from `quantpress calibrate`, of the project's own documentation
-    first chunk  statistics of keys from the first prompt of the engine, a piece of the book that is not scored
-    prefix hit   the same prompts again, when their first blocks are in the prefix cache and their recent pages gone
+    first chunk  statistics of keys from the engine's first prompt, a piece of the book that is not scored
+    prefix hit   the same prompts again: first blocks are in the prefix cache, recent pages are gone
 
-`ratio` is KL over that of `TurboQuant(bits)`: as many bits, 4 sinks and at least 128 recent tokens in 16 bits, as in
-the engine, statistics of each prompt. `to preset` is KL over that of the preset, which also detects sinks.
+`ratio` is KL over that of `TurboQuant(bits)`, which has as many bits, and 4 sinks and at least 128 recent
+tokens in 16 bits, as the engine has, but statistics of each prompt. `to preset` is KL over that of the preset,
+which keeps 8 more sinks that it detects, and at least 64 recent tokens.
 """
 
 import argparse
@@ -63,27 +64,25 @@ Arms = dict[str, list[list[float]]]
 def presses(bits: int) -> dict[str, BasePress]:
     """What is compared in transformers: the windows of the engine, and the preset."""
     preset = TurboQuant.preset("balanced") if bits == 4 else TurboQuant.preset("small", bits=bits)
-    return {f"transformers, TurboQuant({bits})": TurboQuant(bits), f"transformers, preset, {bits} bits": preset}
+    return {
+        f"transformers, TurboQuant({bits})": TurboQuant(bits),
+        f"transformers, preset, {bits} bits": preset,
+    }
 
 
 @torch.inference_mode()
 def scored(model: Any, ids: torch.Tensor, context: int, press: BasePress | None) -> torch.Tensor:
-    """Log-probabilities [N - 1, V] of a text, read at once and then decoded a token at a time."""
+    """Log-probabilities [n, N - 1, V] of texts, read at once and then decoded a token at a time."""
     cache = host.empty_cache(model)
-    position = read_context(model, ids[None, :context], cache, press, progress=False)
-    return torch.cat([row[0] for row in score_continuation(model, cache, ids[None, context:], position, 1)])
+    position = read_context(model, ids[:, :context], cache, press, progress=False)
+    return torch.cat(list(score_continuation(model, cache, ids[:, context:], position, 1)), dim=1)
 
 
 def in_transformers(model: Any, texts: torch.Tensor, context: int, widths: Sequence[int]) -> Arms:
     """KL of each press against DynamicCache."""
-    arms: Arms = {}
-    for ids in texts:
-        own = scored(model, ids, context, None)
-        for bits in widths:
-            for name, press in presses(bits).items():
-                kl = kl_divergence(own, scored(model, ids, context, press))
-                arms.setdefault(name, []).append(kl.tolist())
-    return arms
+    own = scored(model, texts, context, None)
+    named = {name: press for bits in widths for name, press in presses(bits).items()}
+    return {name: divergences(own, scored(model, texts, context, press)) for name, press in named.items()}
 
 
 def in_vllm(folder: Path, job: dict[str, Any], widths: Sequence[int], profile: Path) -> Iterator[Arms]:
@@ -92,13 +91,15 @@ def in_vllm(folder: Path, job: dict[str, Any], widths: Sequence[int], profile: P
     for bits in widths:
         for name, file in (("profile", str(profile)), ("first chunk", None)):
             outputs = [str(folder / "first"), str(folder / "again")]
-            found = forced(folder, Job(**job, cache_dtype=f"quantpress_{bits}bit", profile=file, outputs=outputs))
+            found = forced(
+                folder, Job(**job, cache_dtype=f"quantpress_{bits}bit", profile=file, outputs=outputs)
+            )
             for round_name, logits in zip(("", ", prefix hit"), found, strict=True):
                 yield {f"vLLM, quantpress_{bits}bit, {name}{round_name}": divergences(own, logits)}
 
 
 def divergences(own: torch.Tensor, other: torch.Tensor) -> list[list[float]]:
-    """KL in nats of logits [n, N - 1, V], for each text and token."""
+    """KL in nats of logits or log-probabilities [n, N - 1, V], for each text and token."""
     pairs = zip(own, other, strict=True)
     return [kl_divergence(a.log_softmax(-1), b.log_softmax(-1)).tolist() for a, b in pairs]
 
@@ -126,7 +127,7 @@ def summary(arms: Arms, dtype: str) -> list[dict[str, Any]]:
     means = {arm: [sum(one) / len(one) for one in documents] for arm, documents in arms.items()}
     rows = []
     for arm, documents in arms.items():
-        (bits,) = (bits for bits in BITS if f"({bits})" in arm or f"{bits} bits" in arm or f"_{bits}bit" in arm)
+        bits = next(bits for bits in BITS if arm in presses(bits) or f"_{bits}bit" in arm)
         ratios = [paired_ratio(means[other], means[arm]) for other in presses(bits)]
         row = {"arm": arm, "dtype": dtype, "bits": bits, "kl": mean_by_document(documents)}
         rows.append({**row, "ratio": ratios[0], "to_preset": ratios[1], "by_document": means[arm]})
@@ -209,7 +210,7 @@ def main(words: Sequence[str]) -> None:
     parser.add_argument("--json", type=Path, help="write the rows here, too")
     arguments = parser.parse_args(words)
     arguments.words = words
-    if not (LEAST_CONTEXT <= arguments.context and 1 <= arguments.documents <= REQUESTS):
+    if arguments.context < LEAST_CONTEXT or not 1 <= arguments.documents <= REQUESTS:
         parser.error(f"--context is at least {LEAST_CONTEXT}, and --documents are 1 to {REQUESTS}")
     done: list[dict[str, Any]] = []
     for dtype in arguments.dtype or ("float32", "bfloat16"):
@@ -219,7 +220,9 @@ def main(words: Sequence[str]) -> None:
                 print(shown(rows[-1:]).splitlines()[-1], file=sys.stderr, flush=True)
                 if arguments.json:
                     lines = [{name: plain(value) for name, value in row.items()} for row in [*done, *rows]]
-                    arguments.json.write_text(json.dumps({**about(arguments), "rows": lines}, indent=1) + "\n")
+                    arguments.json.write_text(
+                        json.dumps({**about(arguments), "rows": lines}, indent=1) + "\n"
+                    )
         done += rows
     print(shown(done))
 
