@@ -15,8 +15,8 @@ its own cache: KL(own || ours) in nats. In the same way `TurboQuant` in transfor
     prefix hit   the same prompts again: first blocks are in the prefix cache, recent pages are gone
 
 `ratio` is KL over that of `TurboQuant(bits)`, which has as many bits, and 4 sinks and at least 128 recent
-tokens in 16 bits, as the engine has, but statistics of each prompt. `to preset` is KL over that of the preset,
-which keeps 8 more sinks that it detects, and at least 64 recent tokens.
+tokens in 16 bits, as the engine has, but statistics of each prompt. `to preset` is KL over that of the
+preset, which keeps 8 more sinks that it detects, and at least 64 recent tokens.
 """
 
 import argparse
