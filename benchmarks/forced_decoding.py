@@ -19,7 +19,7 @@ import torch
 REQUESTS = 8
 """Most requests at a time."""
 
-FILLER_TOKENS = 300
+FILLER_TOKENS = 257
 """Tokens of prompts that take the recent pages of earlier requests."""
 
 
@@ -127,15 +127,16 @@ def run(job: Job) -> list[list[int]]:
     texts, rows = torch.load(job.texts), {}
     scored, others = texts["scored"], texts["others"]
     llm = engine(job, processor(rows))
-    generate(llm, others[:1], job.context, 1, False)  # without a profile, statistics freeze here
-    counts = []
+    if job.profile is None:
+        generate(llm, others[:1], job.context, 1, False)  # statistics freeze here
+    counts: list[list[int]] = []
     for output in job.outputs:
+        if counts:
+            for some in others.flip(1).split(REQUESTS):
+                generate(llm, some, FILLER_TOKENS, 1, False)
         rows.clear()
         counts.append(generate(llm, scored, job.context, scored.shape[1] - job.context, True))
-        kept = torch.stack([torch.stack(rows[i][1:]) for i in range(len(scored))])
-        torch.save(kept, output)
-        for start in range(0, len(others), REQUESTS):
-            generate(llm, others[start : start + REQUESTS].flip(1), FILLER_TOKENS, 2, False)
+        torch.save(torch.stack([torch.stack(rows[i][1:]) for i in range(len(scored))]), output)
     return counts
 
 

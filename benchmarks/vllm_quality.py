@@ -28,6 +28,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
+from datetime import date
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -153,17 +154,25 @@ def plain(value: Any) -> Any:
     return float(f"{value:.6g}") if isinstance(value, float) else value
 
 
+def record(head: dict[str, Any], rows: Sequence[dict[str, Any]]) -> str:
+    """A file of results, a line for each row."""
+    lines = ",\n".join("  " + json.dumps({name: plain(value) for name, value in row.items()}) for row in rows)
+    return f'{json.dumps(head, indent=1)[:-2]},\n "rows": [\n{lines}\n ]\n}}\n'
+
+
 def about(arguments: argparse.Namespace) -> dict[str, Any]:
     """What stands beside the figures."""
     names = ("vllm", "torch", "transformers")
     return {
         "command": " ".join(["python benchmarks/vllm_quality.py", *arguments.words]),
+        "date": f"{date.today()}",
         "machine": f"{torch.get_num_threads()} threads of a CPU, {platform.machine()}",
         "versions": {name: version(name) for name in names},
         "model": ensure_default_model().name,
         "documents": arguments.documents,
         "context": arguments.context,
         "scored_tokens": CONTINUATION - 1,
+        "profile_text": "docs/*.md, the defaults of calibrate",
     }
 
 
@@ -219,10 +228,7 @@ def main(words: Sequence[str]) -> None:
             for rows in measure(dtype, Path(folder), arguments):
                 print(shown(rows[-1:]).splitlines()[-1], file=sys.stderr, flush=True)
                 if arguments.json:
-                    lines = [{name: plain(value) for name, value in row.items()} for row in [*done, *rows]]
-                    arguments.json.write_text(
-                        json.dumps({**about(arguments), "rows": lines}, indent=1) + "\n"
-                    )
+                    arguments.json.write_text(record(about(arguments), [*done, *rows]))
         done += rows
     print(shown(done))
 
