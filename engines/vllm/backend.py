@@ -24,6 +24,7 @@ from vllm.v1.attention.backend import (
 from vllm.v1.attention.backends.utils import split_decodes_and_prefills
 from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheLayout
 
+from quantpress.cache.saved.model_profile import ModelProfile
 from quantpress.cache.settings import DEFAULT_SINK_TOKENS
 from quantpress.engines.vllm import BACKEND
 from quantpress.engines.vllm.attention import Scores
@@ -120,6 +121,7 @@ class QuantpressBuilder(AttentionMetadataBuilder[QuantpressMetadata]):
     ) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         check_engine(vllm_config, device.type != "cpu")
+        profile_of(vllm_config)
         self._init_reorder_batch_threshold(1, supports_spec_as_decode=True)
         self._planner: StepPlanner | None = None
 
@@ -275,13 +277,10 @@ class QuantpressImpl(AttentionImpl[QuantpressMetadata]):
     def _read_profile(self, layer: Any) -> None:
         """Take the layer's statistics from the profile, if there is one."""
         self._named = True
-        options = options_of(self.config.additional_config, self.config.scheduler_config.max_num_seqs)
-        if options.profile is None or getattr(layer, "is_draft_layer", False):
-            return
-        profile = _profile(options.profile)
-        profile.check(self.config.model_config.hf_text_config)
-        heads = _own_heads(self.config, self.num_kv_heads)
-        self.store.set_statistics(profile.transform(extract_layer_index(layer.layer_name), heads))
+        profile = None if getattr(layer, "is_draft_layer", False) else profile_of(self.config)
+        if profile is not None:
+            heads = _own_heads(self.config, self.num_kv_heads)
+            self.store.set_statistics(profile.transform(extract_layer_index(layer.layer_name), heads))
 
     def _freeze(self, plan: PrefillPlan, keys: Tensor, queries: Tensor) -> None:
         """Take the statistics from a long piece of a prompt, if the step has one."""
@@ -304,8 +303,21 @@ def _own_heads(config: VllmConfig, heads: int) -> slice:
     return slice(first, first + heads)
 
 
-@lru_cache(maxsize=2)
-def _profile(path: str) -> Any:
-    from quantpress.cache.saved.model_profile import ModelProfile
+def profile_of(config: VllmConfig) -> ModelProfile | None:
+    """The model's profile that the user names, or None.
 
+    Raises:
+        CacheFileError: the file is no profile.
+        InvalidInputError: it is one of another model.
+    """
+    options = options_of(config.additional_config, config.scheduler_config.max_num_seqs)
+    if options.profile is None:
+        return None
+    profile = _loaded(options.profile)
+    profile.check(config.model_config.hf_text_config)
+    return profile
+
+
+@lru_cache(maxsize=2)
+def _loaded(path: str) -> ModelProfile:
     return ModelProfile.load(path)

@@ -10,9 +10,19 @@ from quantpress.engines.vllm.block_state import Capacity
 from quantpress.engines.vllm.page_layout import BlockPages, PageLayout
 from quantpress.engines.vllm.step_plan import DecodePlan, PrefillPlan
 from quantpress.kernels.attend import PackedSide
-from quantpress.kernels.blocks import BlockSide, TokenTarget, decode_blocks, pack_blocks, put_tokens
+from quantpress.kernels.blocks import (
+    BlockSide,
+    TokenTarget,
+    decode_blocks,
+    encode_blocks,
+    pack_blocks,
+    put_tokens,
+)
 from quantpress.kernels.layout import PAGE_TOKENS
 from quantpress.quantization.transform import ChannelTransform, key_statistics
+
+LARGEST = 1e30
+"""Coordinates of keys that are packed again; what is larger was no key."""
 
 REPACKED_VALUES = 1 << 26
 """Coordinates of blocks that are packed again at a time."""
@@ -192,8 +202,8 @@ class LayerStore:
         for start in range(0, blocks, step):
             part = {name: plane[:, start : start + step] for name, plane in side.planes.items()}
             keys = side.codec.decode({name: plane.unsqueeze(0) for name, plane in part.items()}, old, dtype)
-            again = side.codec.encode(keys.nan_to_num_(0.0, 0.0, 0.0), side.transform)
-            for name, plane in again.items():
+            keys.nan_to_num_(0.0, 0.0, 0.0).clamp_(-LARGEST, LARGEST)  # of blocks that nobody has written
+            for name, plane in encode_blocks(keys, side).items():
                 part[name].copy_(plane[0])
 
 

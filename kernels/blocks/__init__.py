@@ -21,9 +21,18 @@ from quantpress.kernels.blocks.reference import (
     pack_blocks_reference,
     put_tokens_reference,
 )
+from quantpress.kernels.encode.reference import encode_pages_reference
 from quantpress.quantization.numerics import in_named_dtypes
 
-__all__ = ["BlockCodec", "BlockSide", "TokenTarget", "decode_blocks", "pack_blocks", "put_tokens"]
+__all__ = [
+    "BlockCodec",
+    "BlockSide",
+    "TokenTarget",
+    "decode_blocks",
+    "encode_blocks",
+    "pack_blocks",
+    "put_tokens",
+]
 
 
 def put_tokens(keys: Tensor, values: Tensor, targets: Sequence[TokenTarget]) -> None:
@@ -113,3 +122,23 @@ def decode_blocks(side: BlockSide, blocks: Tensor, dtype: torch.dtype) -> Tensor
         if supports_blocks(side, dtype):
             return decode_blocks_triton(side, blocks, dtype)
     return decode_blocks_reference(side, blocks, dtype)
+
+
+def encode_blocks(x: Tensor, side: BlockSide) -> dict[str, Tensor]:
+    """Encode whole pages as `pack_blocks` does: a scale beyond its dtype becomes the largest that it holds.
+
+    Args:
+        x: [1, Hkv, T, D] floating and finite, T a multiple of `PAGE_TOKENS`.
+        side: the keys or the values; its planes are not written.
+
+    Returns:
+        The codec's planes [1, Hkv, T / 128, ...].
+    """
+    if side.spec is None:
+        return side.codec.encode(x, side.transform)
+    if runs_triton(x.device):
+        from quantpress.kernels.encode.triton_encode import launch_encode, supports_encode
+
+        if supports_encode(x, side.spec):
+            return launch_encode(x, side.spec, side.transform, direct=False)[0]
+    return encode_pages_reference(x, side.spec, side.transform)

@@ -93,7 +93,6 @@ def test_keys_that_are_not_finite_leave_the_statistics() -> None:
     assert not store.ready and not store.mean.any() and (store.weight == 1).all()
 
 
-@pytest.mark.xfail(strict=True, raises=InvalidInputError, reason="encode refuses what the writer clamps")
 def test_keys_too_large_for_their_scale_are_packed_again() -> None:
     """They were packed with the largest scale; that may not end the engine later."""
     keys, values, queries = vectors()

@@ -87,10 +87,6 @@ def test_without_a_profile_a_long_piece_gives_them(folder: Path, truth: Truth) -
         assert all(torch.equal(store.mean, mean) for store, mean in zip(stores(running), means, strict=True))
 
 
-late = pytest.mark.xfail(strict=True, reason="on a CPU, vLLM runs no layer before the first request")
-
-
-@late
 def test_the_profile_of_another_model_is_refused(folder: Path, tmp_path: Path) -> None:
     other = save_model(tmp_path / "other", seed=1, num_hidden_layers=3)
     path = profile_of(other, tmp_path)
@@ -101,7 +97,6 @@ def test_the_profile_of_another_model_is_refused(folder: Path, tmp_path: Path) -
         pass
 
 
-@late
 def test_a_profile_that_is_not_there_is_refused(folder: Path, tmp_path: Path) -> None:
     with (
         pytest.raises(CacheFileError, match=r"nowhere\.safetensors"),
