@@ -308,8 +308,8 @@ def test_one_graph_writes_what_is_asked_for() -> None:
     check_put_tokens(keys, values, chosen)
     held = made.memory.clone()
     made.memory[1:].fill_(EMPTY)
-    pack_blocks_reference(x, x, pages, blocks, made.sides)
-    same = (held == made.memory).float().mean()
+    pack_blocks_reference(x, x, pages, blocks, made.sides)  # which writes to block 0 what is skipped
+    same = (held[1:] == made.memory[1:]).float().mean()
     assert same > 0.999 and torch.equal(raw.planes["raw"][:, 3], x[172])
     fresh = targets(128, 128, "cuda")[2]
     put_tokens_reference(keys, values, fresh)

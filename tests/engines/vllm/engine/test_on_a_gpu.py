@@ -17,7 +17,7 @@ from tests.engines.vllm.engine.tiny import Truth, save_model, tokens
 
 pytestmark = pytest.mark.gpu
 
-FULL, PIECEWISE = "run_fullgraph", "run_pw_graph"
+FULL = "run_fullgraph"
 SPECULATION = {
     "method": "ngram",
     "num_speculative_tokens": DRAFTS,
@@ -26,28 +26,18 @@ SPECULATION = {
 }
 
 
-@pytest.fixture(scope="module", params=["FULL_DECODE_ONLY", "FULL_AND_PIECEWISE"])
-def speculating(
-    request: pytest.FixtureRequest, folder: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[tuple[Engine, Truth]]:
-    """An engine with drafts, with graphs of decodes, or of these and of the parts around attention."""
-    from vllm import envs
-
+@pytest.fixture(scope="module")
+def speculating(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Engine, Truth]]:
+    """An engine with drafts, with graphs of decodes."""
     model = changed(folder, tmp_path_factory.mktemp("words"))
     sizes = [(1 + DRAFTS) * requests for requests in range(1, 5)] + [CHUNK]  # a piece of a prompt, too
     graphs: dict[str, Any] = {
         "mode": 0,
-        "cudagraph_mode": request.param,
+        "cudagraph_mode": "FULL_DECODE_ONLY",
         "cudagraph_capture_sizes": sizes,
     }
-    with pytest.MonkeyPatch.context() as patch:
-        if request.param != "FULL_DECODE_ONLY":  # vLLM's piecewise graphs without torch.compile
-            patch.setenv("VLLM_USE_BREAKABLE_CUDAGRAPH", "1")
-        envs.disable_envs_cache()
-        with engine(model, speculative_config=SPECULATION, compilation_config=graphs) as running:
-            assert running.config.compilation_config.cudagraph_mode.name == request.param
-            yield running, Truth(model)
-    envs.disable_envs_cache()
+    with engine(model, speculative_config=SPECULATION, compilation_config=graphs) as running:
+        yield running, Truth(model)
 
 
 def test_drafts_in_graphs(speculating: tuple[Engine, Truth]) -> None:
@@ -61,8 +51,6 @@ def test_drafts_in_graphs(speculating: tuple[Engine, Truth]) -> None:
     assert len(work) < NEW, "no draft was accepted"
     assert sum(map(sum, work)) > sum(map(len, prompts)) + (NEW - 1) * len(prompts), "none was rejected"
     assert FULL in running.replayed
-    if running.config.compilation_config.cudagraph_mode.name == "FULL_AND_PIECEWISE":
-        assert PIECEWISE in running.replayed
 
 
 @pytest.fixture(scope="module", params=[("quantpress_4bit", 128), ("quantpress_2bit", 64)], ids=str)
