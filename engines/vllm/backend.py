@@ -241,7 +241,7 @@ class QuantpressImpl(AttentionImpl[QuantpressMetadata]):
         codecs = codecs_of(kv_cache_dtype, head_size, head_size, dtype)
         settings = StoreSettings(codecs, self.num_kv_heads, dtype, DEFAULT_SINK_TOKENS, _capacity(config))
         self.store = LayerStore(settings, torch.device(current_platform.device_type))
-        self._packed = self._named = False
+        self._named = False
         _packing = (kv_cache_dtype, dtype)
         if on_gpu:
             warn_of_recent_pages(config, self.store)
@@ -269,8 +269,7 @@ class QuantpressImpl(AttentionImpl[QuantpressMetadata]):
         plan, store = attn_metadata.plan, self.store
         store.bind(kv_cache)
         if plan.prefills is not None and not store.ready:
-            self._freeze(plan.prefills, key, query)
-        self._packed |= plan.packs
+            self._freeze(plan.prefills, key, query, plan.packed)
         run_step(store, plan, (query, key, value), self.scores, output, attn_metadata.tokens)
         return output
 
@@ -282,14 +281,14 @@ class QuantpressImpl(AttentionImpl[QuantpressMetadata]):
             heads = _own_heads(self.config, self.num_kv_heads)
             self.store.set_statistics(profile.transform(extract_layer_index(layer.layer_name), heads))
 
-    def _freeze(self, plan: PrefillPlan, keys: Tensor, queries: Tensor) -> None:
+    def _freeze(self, plan: PrefillPlan, keys: Tensor, queries: Tensor, packed: bool) -> None:
         """Take the statistics from a long piece of a prompt, if the step has one."""
         for request in plan.requests:
             first = DEFAULT_SINK_TOKENS if request.before == 0 else 0
             part = slice(request.begin + first, request.begin + request.tokens)
             if request.tokens >= FREEZING_TOKENS:
                 try:
-                    self.store.freeze(keys[part], queries[part], self._packed)
+                    self.store.freeze(keys[part], queries[part], packed)
                 except NonFiniteError:  # the model overflows; vLLM goes on, and so do we
                     continue
                 return

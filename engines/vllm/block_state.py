@@ -2,9 +2,9 @@
 
 The newest tokens of a request lie in *recent pages* of 128 tokens, the first tokens of a prompt in *sink
 entries*, both in pools beside vLLM's cache. vLLM shares and recycles blocks and tells nobody, so every copy
-is found from its
-block: `page_of[block]` names a page, and counts only while `block_of[page]` names the block again. Whoever
-    writes to a block from its first token on, or takes a page for another block, thereby ends the old pair.
+is found from its block: `page_of[block]` names a page, and counts only while `block_of[page]` names the block
+again. Whoever writes to a block from its first token on, or takes a page for another block, thereby ends the
+old pair.
 
 With slots (vLLM's rows of running requests) a request has two pages of its own, used in turn. Without, on a
 CPU, a page is taken from whoever has not used one for longest.

@@ -81,7 +81,6 @@ class LayerStore:
         self.sinks = pools(capacity.entries + 1, settings.sinks)
         self.mean = torch.zeros(1, heads, dims[0], dtype=torch.float32, device=device)
         self.weight = torch.ones(1, heads, dims[0], dtype=torch.float32, device=device)
-        self._packed_some = False
 
     def bind(self, cache: Tensor) -> None:
         """Use this layer's part of vLLM's cache, [blocks, Hkv, 128, C] uint8.

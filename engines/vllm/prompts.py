@@ -190,7 +190,7 @@ def run_step(
     """Store the tokens of a step and attend them.
 
     Everything is stored before anything is read: vLLM finds a block in its prefix cache as soon as it has
-        planned the step that fills it, so that another request of the same step may read it.
+    planned the step that fills it, so that another request of the same step may read it.
 
     Args:
         store: the layer's tokens.

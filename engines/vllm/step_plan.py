@@ -21,6 +21,9 @@ from quantpress.kernels.layout import PAGE_TOKENS
 from quantpress.kernels.steps import StepBuffers, StepRequests, plan_decodes
 from quantpress.kernels.steps.operands import NEWEST
 
+STEPS = 1 << 31
+"""Steps are counted in int32; after so many, the least recently read sink entry is not found once."""
+
 
 @dataclass(frozen=True)
 class StepBatch:
@@ -159,12 +162,13 @@ class StepPlan:
     Args:
         decodes: the decodes.
         prefills: the prefills.
-        packs: whether the step may pack a block, as far as the host knows.
+        packed: whether an earlier step may have packed a block, as far as the host knows; layers that a CUDA
+            graph replays do not see those steps.
     """
 
     decodes: DecodePlan | None
     prefills: PrefillPlan | None
-    packs: bool
+    packed: bool
 
 
 class StepPlanner:
@@ -180,11 +184,12 @@ class StepPlanner:
         self.state, self.kv_heads, self.sinks = state, kv_heads, state.maps.sinks
         self._buffers = StepBuffers(state.capacity.requests, kv_heads, pages, state.device)
         self._schedules: dict[int, PageSchedule | None] = {}
+        self._packed = False
 
     def plan(self, batch: StepBatch) -> StepPlan:
         """The plan of a step; the state of the blocks is then the one after it."""
         state, table = self.state, batch.block_table
-        state.step += 1
+        state.step = (state.step + 1) % STEPS
         counts = [end - start for start, end in pairwise(batch.host_starts)]
         new = [row for row, count in enumerate(counts) if 0 < count == batch.host_lengths[row]]
         prefills = list(range(batch.decodes, batch.requests))
@@ -202,7 +207,8 @@ class StepPlanner:
         written = plan_decodes(state.maps, requests, self._buffers, written)
         decodes = self._decodes(batch, requests) if batch.decodes else None
         pieces = self._prefills(batch, prefills, resumed, written) if prefills else None
-        return StepPlan(decodes, pieces, max(batch.host_lengths, default=0) >= PAGE_TOKENS)
+        packed, self._packed = self._packed, self._packed or max(batch.host_lengths, default=0) >= PAGE_TOKENS
+        return StepPlan(decodes, pieces, packed)
 
     def _resumed(self, batch: StepBatch, prefills: list[int]) -> dict[int, Tensor]:
         """[1] int64, the recent page of the partly filled block of each prefill that has one."""
@@ -233,9 +239,7 @@ class StepPlanner:
     def _decodes(self, batch: StepBatch, requests: StepRequests) -> DecodePlan:
         rows, q, buffers = batch.decodes, batch.queries, self._buffers
         tokens = None
-        if (
-            requests.rows is not None
-        ):  # the other rows repeat a token; what is computed for them is thrown away
+        if requests.rows is not None:  # what is computed for other rows, which repeat a token, is thrown away
             starts = batch.starts[: rows + 1].long()
             ahead = torch.arange(-q, 0, device=starts.device)
             tokens = torch.maximum(starts[1:].unsqueeze(1) + ahead, starts[:-1].unsqueeze(1)).flatten()

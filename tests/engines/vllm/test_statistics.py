@@ -103,6 +103,19 @@ def test_keys_too_large_for_their_scale_are_packed_again() -> None:
     assert error(store, keys) < 1e4 and torch.isfinite(decoded(store)).all()
 
 
+def test_the_plan_knows_of_blocks_that_graphs_have_packed() -> None:
+    """Layers that a graph replays run no Python: only the plan of each step sees every step."""
+    planner = StepPlanner(BlockState(BLOCKS, Capacity(2, 4), 4, CPU), HEADS, 5)
+    table = torch.tensor([[1, 2, 0, 0, 0]], dtype=torch.int32)
+    known = []
+    for length, count in ((126, 126), (127, 1), (128, 1), (129, 1)):
+        numbers = [torch.tensor(one, dtype=torch.int32) for one in ([0, count], [length])]
+        slots, decodes = torch.tensor([0]), int(count == 1)
+        batch = StepBatch(*numbers, table, slots, decodes, 1, [0, count], [length], uniform=True)
+        known.append(planner.plan(batch).packed)
+    assert known == [False, False, False, True]
+
+
 def test_options() -> None:
     assert options_of(None, 4) == options_of({}, 4) == options_of({"other": 1}, 4) == Options()
     given = {"quantpress": {"profile": "a.safetensors", "sink_entries": 9}}
