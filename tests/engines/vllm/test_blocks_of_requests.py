@@ -65,7 +65,9 @@ class Requests(PlayedScheduler, RuleBasedStateMachine):
         row = -1
         while (row := row + 1) < len(self.running):
             request = self.running[row]
-            if row == left_out:
+            if (
+                row == left_out and self.with_slots
+            ):  # without, it may lose its page: an error, not a wrong answer
                 continue
             if len(request.tokens) >= MOST:
                 self.release(request)
