@@ -16,6 +16,7 @@ options.py       what a user may set
 checks.py        what is refused when the engine starts, and why
 """
 
+import logging
 from typing import Any
 
 BACKEND = "QUANTPRESS"
@@ -25,7 +26,22 @@ _CLASS = "quantpress.engines.vllm.backend.QuantpressBackend"
 
 
 def register() -> None:
-    """Tell vLLM of the attention backend and of the KV-cache dtypes; any number of times."""
+    """Tell vLLM of the attention backend and of the KV-cache dtypes; any number of times.
+
+    vLLM calls this wherever quantpress is installed. A release that has moved what the plugin needs must
+    still run, so that is a warning; the dtypes are then unknown to it.
+    """
+    try:
+        _register()
+    except (ImportError, AttributeError) as error:
+        logging.getLogger(__name__).warning(
+            "quantpress cannot register with this vLLM, since it was made for 0.33 (%s): its KV-cache dtypes "
+            'and its attention backend are missing; pip install "quantpress[vllm]"',
+            error,
+        )
+
+
+def _register() -> None:
     from vllm.platforms import current_platform
     from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 

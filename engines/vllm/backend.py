@@ -306,8 +306,8 @@ def profile_of(config: VllmConfig) -> ModelProfile | None:
     """The model's profile that the user names, or None.
 
     Raises:
-        CacheFileError: the file is no profile.
-        InvalidInputError: it is one of another model.
+        CacheFileError: the file is no profile, or one of another model.
+        InvalidInputError: an option is unknown, or its value makes no sense.
     """
     options = options_of(config.additional_config, config.scheduler_config.max_num_seqs)
     if options.profile is None:

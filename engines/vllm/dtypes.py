@@ -1,13 +1,12 @@
 """The KV-cache dtypes of the plugin: a name, and the codecs of keys and values that it stands for."""
 
-import re
 from collections.abc import Callable
 
 import torch
 
+from quantpress.cache.engine_memory import engine_widths
 from quantpress.codecs.protocol import PageCodec
 from quantpress.codecs.scalar import ScalarPages
-from quantpress.errors import InvalidInputError
 from quantpress.quantization.spec import CodecSpec
 
 WIDTHS = (2, 3, 4)
@@ -17,7 +16,6 @@ MakeCodecs = Callable[[int, int, torch.dtype], tuple[PageCodec, PageCodec]]
 """(head_dim of keys, of values, dtype of the model) -> codecs of keys and of values."""
 
 _OTHERS: dict[str, MakeCodecs] = {}
-_NAME = re.compile(r"quantpress_(?:(?P<both>[234])bit|k(?P<keys>[234])v(?P<values>[234]))")
 
 
 def dtype_names() -> list[str]:
@@ -28,7 +26,7 @@ def dtype_names() -> list[str]:
 
 def is_ours(name: str) -> bool:
     """Whether a `--kv-cache-dtype` is one of the plugin's."""
-    return name in _OTHERS or _NAME.fullmatch(name) is not None
+    return name in dtype_names()
 
 
 def codecs_of(name: str, head_dim: int, value_dim: int, dtype: torch.dtype) -> tuple[PageCodec, PageCodec]:
@@ -45,11 +43,7 @@ def codecs_of(name: str, head_dim: int, value_dim: int, dtype: torch.dtype) -> t
     """
     if name in _OTHERS:
         return _OTHERS[name](head_dim, value_dim, dtype)
-    match = _NAME.fullmatch(name)
-    if match is None:
-        raise InvalidInputError(f"KV-cache dtype {name!r} is unknown; use one of {dtype_names()}")
-    keys = int(match["both"] or match["keys"])
-    values = int(match["both"] or match["values"])
+    keys, values = engine_widths(name)
     return (
         ScalarPages(CodecSpec(head_dim, keys, "key", scale_dtype="float16")),
         ScalarPages(CodecSpec(value_dim, values, "value", scale_dtype="float16")),

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, fields
 from typing import Any
 
+from quantpress.cache.engine_memory import sink_entries
 from quantpress.errors import InvalidInputError
 
 KEY = "quantpress"
@@ -24,7 +25,7 @@ class Options:
 
     def entries(self, requests: int) -> int:
         """Sink entries for this many requests at a time."""
-        return max(1024, 4 * requests) if self.sink_entries is None else self.sink_entries
+        return sink_entries(requests) if self.sink_entries is None else self.sink_entries
 
 
 def options_of(additional_config: Any, requests: int) -> Options:
