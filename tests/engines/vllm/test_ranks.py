@@ -1,4 +1,4 @@
-"""Two ranks of one model on a CPU: each packs its own KV heads, and the tokens stay those of transformers.
+"""Two ranks of one model, on a CPU or on two GPUs: each packs its own heads, and tokens stay transformers'.
 
 Run as a script, this is the engine; the ranks that it spawns run the first lines, too.
 """
@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.engines.vllm.engine import target
 from tests.engines.vllm.engine.lossless import DTYPE, register_lossless
 from tests.engines.vllm.engine.tiny import TOLERANCE, Truth, save_model, tokens
 from tests.limits import HANG
@@ -33,11 +34,11 @@ def answers(model: str, prompts: list[list[int]]) -> list[dict[str, list[float]]
         kv_cache_dtype=DTYPE,
         attention_backend="QUANTPRESS",
         kv_cache_memory_bytes=32 << 20,
-        enforce_eager=True,
         max_model_len=1024,
         max_num_batched_tokens=200,
         max_num_seqs=4,
         dtype="float32",
+        **target.OPTIONS,
     )
     greedy = SamplingParams(max_tokens=NEW, temperature=0, ignore_eos=True, detokenize=False, logprobs=0)
     found = []
@@ -51,19 +52,19 @@ def answers(model: str, prompts: list[list[int]]) -> list[dict[str, list[float]]
 
 
 @pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed here")
-@pytest.mark.skipif(torch.cuda.is_available(), reason="these ranks are processes on a CPU")
+@pytest.mark.skipif(target.ON_GPU and torch.cuda.device_count() < 2, reason="each rank needs a GPU")
+@pytest.mark.multi_gpu
 def test_each_rank_packs_its_own_heads(tmp_path: Path) -> None:
     folder = save_model(tmp_path / "model", seed=3)
     (tmp_path / "path").mkdir()
     (tmp_path / "path" / "tests").symlink_to(Path(__file__).parents[2])  # and not kernels/ beside it
     prompts = [tokens(count) for count in LENGTHS]
-    settings = {
-        "VLLM_TARGET_DEVICE": "cpu",
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-        "VLLM_NO_USAGE_STATS": "1",
+    settings = target.ENVIRONMENT | {
+        "VLLM_WORKER_MULTIPROCESSING_METHOD": "spawn",
         "HF_HUB_OFFLINE": "1",
-        "PYTHONPATH": str(tmp_path / "path"),
+        "PYTHONPATH": os.pathsep.join(
+            [str(tmp_path / "path"), *filter(None, [os.environ.get("PYTHONPATH")])]
+        ),
     }
     done = subprocess.run(
         [sys.executable, "-P", __file__, str(folder), json.dumps(prompts), str(tmp_path / "found.json")],
