@@ -18,8 +18,9 @@ RECENT_PAGES = 2
 LEAST_SINK_ENTRIES = 1024
 SINK_ENTRIES_PER_REQUEST = 4
 
-_SCALE_BYTES = 2  # of a key or value vector, float16
-_STATISTIC_BYTES = 4  # mean or weight of a channel, float32
+_SCALE_BYTES = 2  # of a key or value vector, and of a channel of a page's own keys, float16
+_PAGE_KEYS = 2  # of each page: mean and sink
+_STATISTIC_BYTES = 4  # of a channel, float32
 _NAME = re.compile(r"quantpress_(?:([234])bit|k([234])v([234]))")
 
 
@@ -46,6 +47,8 @@ def engine_widths(name: str) -> tuple[int, int]:
 def engine_page_bytes(head_dim: int, value_dim: int, key_bits: int, value_bits: int) -> int:
     """Bytes of a packed page: 128 tokens of one KV head in one layer, keys and values with their scales.
 
+    Two keys are stored beside the codes: the mean of the page, and its likeliest sink.
+
     Args:
         head_dim: D of the keys.
         value_dim: Dv of the values.
@@ -58,10 +61,10 @@ def engine_page_bytes(head_dim: int, value_dim: int, key_bits: int, value_bits: 
 
     Example:
         >>> [engine_page_bytes(128, 128, bits, bits) // 128 for bits in (4, 3, 2)]  # a token
-        [132, 100, 68]
+        [136, 104, 72]
     """
     codes = page_bytes(key_bits, head_dim) + page_bytes(value_bits, value_dim)
-    return codes + 2 * PAGE_TOKENS * _SCALE_BYTES
+    return codes + 2 * PAGE_TOKENS * _SCALE_BYTES + _PAGE_KEYS * head_dim * _SCALE_BYTES
 
 
 @dataclass(frozen=True)
@@ -73,12 +76,14 @@ class EngineLayer:
         head_dim: D of the keys.
         value_dim: Dv of the values.
         itemsize: bytes of a number in 16 bits; 4 for a float32 model.
+        query_heads: Hq; None: as many as KV heads.
     """
 
     kv_heads: int
     head_dim: int
     value_dim: int
     itemsize: int = 2
+    query_heads: int | None = None
 
     @property
     def token_bytes(self) -> int:
@@ -108,8 +113,9 @@ class EngineLayer:
 
     @property
     def statistics_bytes(self) -> int:
-        """Bytes of mean and weight."""
-        return 2 * self.kv_heads * self.head_dim * _STATISTIC_BYTES
+        """Bytes of mean and weight of keys, and of mean and variance of queries."""
+        heads = self.kv_heads + (self.query_heads or self.kv_heads)
+        return 2 * heads * self.head_dim * _STATISTIC_BYTES
 
     def block_bytes(self, key_bits: int, value_bits: int) -> int:
         """Bytes of a packed block: one page for each KV head."""

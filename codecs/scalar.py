@@ -18,7 +18,7 @@ from quantpress.errors import InvalidInputError
 from quantpress.kernels.attend.operands import ScalarOperands
 from quantpress.kernels.dequantize import decode_code_space, decode_pages, from_code_space, to_code_space
 from quantpress.kernels.encode import encode_pages
-from quantpress.kernels.layout import gather_rows, pack_pages, unpack_pages
+from quantpress.kernels.layout import PAGE_TOKENS, gather_rows, pack_pages, unpack_pages
 from quantpress.quantization.budget import ChannelGroup
 from quantpress.quantization.spec import CodecSpec
 from quantpress.quantization.transform import ChannelTransform
@@ -55,7 +55,8 @@ class ScalarPages(PageCodec):
 
     @property
     def bits_per_value(self) -> float:
-        return self.spec.bits_per_value
+        shared = 16 * self.spec.torch_scale_dtype.itemsize / PAGE_TOKENS if self.spec.page_keys else 0.0
+        return self.spec.bits_per_value + shared
 
     @property
     def in_one_dtype(self) -> "ScalarPages":
@@ -71,6 +72,11 @@ class ScalarPages(PageCodec):
         return decode_pages(planes, self.spec, transform, dtype)
 
     def gather(self, planes: Planes, tokens: Tensor) -> Planes:
+        if self.spec.page_keys:
+            raise InvalidInputError(
+                "tokens of pages with page_keys cannot be moved to pages with another mean; use a codec "
+                "without it where tokens are evicted or sorted"
+            )
         widths = {f"codes{i}": (group.bits, group.channels) for i, group in enumerate(self.spec.groups)}
         if self.spec.estimator == "prod":
             widths["sketch"] = (1, self.head_dim)
@@ -97,7 +103,7 @@ class ScalarPages(PageCodec):
         """Rotation and codebook; None with two channel groups or a sketch, which no kernel attends."""
         if self.spec.estimator != "mse" or len(self.spec.groups) > 1:
             return None
-        return ScalarOperands(self.spec.rotation_of(0), self.spec.codebook_of(0))
+        return ScalarOperands(self.spec.rotation_of(0), self.spec.codebook_of(0), self.spec.page_keys)
 
     def parts(self) -> Parts:
         """The spec's fields, and the digest of what follows from them."""

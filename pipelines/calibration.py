@@ -21,7 +21,8 @@ from quantpress.presses.models.attention import attention_modules, full_attentio
 from quantpress.presses.models.eligibility import PACKABLE, check
 from quantpress.presses.models.positions import position_count
 from quantpress.presses.packing.prefill_hook import plain_states, prefill_call
-from quantpress.presses.packing.queries import UnknownAttentionError, query_moment
+from quantpress.presses.packing.queries import UnknownAttentionError, check_keys, last_queries
+from quantpress.quantization.query_moments import QueryMoments
 from quantpress.quantization.running_moments import RunningMoments
 from quantpress.quantization.transform import ChannelTransform, moment_statistics
 
@@ -47,9 +48,10 @@ def calibrate(
 ) -> ModelProfile:
     """Measure the statistics of a model's keys.
 
-    The model reads pieces of the texts, spread evenly over each. Mean and weight are those of
-    `quantization.transform.key_statistics` over all tokens but the first few of each piece, which are kept in
-    16 bits. Sums are in float64; the keys of one piece at a time are in memory.
+    The model reads pieces of the texts, spread evenly over each. Mean and weight of keys are those of
+    `quantization.transform.key_statistics`; mean and variance of queries come with them. The first few tokens
+    of each piece, which are kept in 16 bits, do not count. Sums are in float64; the keys and queries of one
+    piece at a time are in memory.
 
     Args:
         model: decoder-only.
@@ -85,6 +87,7 @@ def calibrate(
     return ModelProfile(
         fingerprint=config_fingerprint(model.config),
         statistics={index: layers[index].statistics() for index in sorted(layers)},
+        queries={index: layers[index].query_moments() for index in sorted(layers) if layers[index].balanced},
         model=_name(model),
         text=", ".join(texts),
         tokens=counted,
@@ -117,7 +120,7 @@ class _LayerMoments:
     def __init__(self, keys: torch.Tensor) -> None:
         self.heads, dim = keys.shape[1], keys.shape[3]
         self.keys = RunningMoments(dim, self.heads)
-        self.queries = torch.zeros(self.heads, dim, dtype=torch.float64, device="cpu")
+        self.queries: RunningMoments | None = None
         self.balanced = True
 
     def add(self, call: Any, keys: torch.Tensor) -> None:
@@ -128,7 +131,8 @@ class _LayerMoments:
         self.keys.update(keys[0, :, DEFAULT_SINK_TOKENS:])
         try:
             where = call.module, call.hidden_states, call.position_embeddings
-            moment = query_moment(*where, self.heads, counted, keys)
+            check_keys(*where, keys)
+            queries = last_queries(*where, counted)[0]
         except UnknownAttentionError as reason:
             if self.balanced:
                 warnings.warn(
@@ -138,14 +142,22 @@ class _LayerMoments:
                 )
             self.balanced = False
             return
-        self.queries += moment[0].double().cpu() * counted
+        self.queries = self.queries or RunningMoments(queries.shape[2], queries.shape[0])
+        self.queries.update(queries)
 
     def statistics(self) -> ChannelTransform:
         """Mean and weight; the weight is 1 where queries are not known."""
         mean, energy = (one.float()[None] for one in (self.keys.mean, self.keys.variance))
-        moment = (self.queries / self.keys.count).float()[None] if self.balanced else None
-        found = moment_statistics(mean, energy, moment, groups=())
-        return found if self.balanced else ChannelTransform(mean, torch.ones_like(mean))
+        if not self.balanced or self.queries is None:
+            return ChannelTransform(mean, torch.ones_like(mean))
+        moment = self.queries.energy.unflatten(0, (self.heads, -1)).mean(1).float()[None]
+        return moment_statistics(mean, energy, moment, groups=())
+
+    def query_moments(self) -> QueryMoments:
+        """Mean and variance of the queries of each head; only where they are known."""
+        assert self.queries is not None
+        parts = (self.queries.mean, self.queries.variance)
+        return QueryMoments(*(part.unflatten(0, (self.heads, -1)).float() for part in parts))
 
 
 def _read(model: PreTrainedModel, pieces: list[list[int]], progress: bool | None) -> dict[int, _LayerMoments]:

@@ -52,6 +52,9 @@ class CodecSpec:
             whose scales float16 does not hold, see `quantpress.kernels.encode`. "float16": a scale of 65504
             or more is an error, and scales below 6e-5 lose precision. "bfloat16" and "float32" hold every
             length.
+        page_keys: each page of 128 tokens stores two keys in the dtype of the scales, its mean and its
+            likeliest sink, and the codes are of keys without the mean. For keys of a whole width with "mse".
+            Tokens of such pages stay in their page.
 
     Raises:
         UnsupportedBitsError: `bits` cannot be stored, or not with this estimator.
@@ -73,6 +76,7 @@ class CodecSpec:
     codebook: str = "int8"
     estimator: str = "mse"
     scale_dtype: str = "auto"
+    page_keys: bool = False
 
     def __post_init__(self) -> None:
         _check_choice("role", self.role, ROLES)
@@ -91,6 +95,11 @@ class CodecSpec:
             raise UnsupportedBitsError(
                 f"estimator='prod' stores {PROD_BITS} bits, got {self.bits!r}; "
                 "use one of them or estimator='mse'"
+            )
+        if self.page_keys and (self.role, self.estimator, len(self.groups)) != ("key", "mse", 1):
+            raise InvalidInputError(
+                f"page_keys is for keys of a whole width with estimator='mse', not for {self.role}s of "
+                f"{self.bits} bits with {self.estimator!r}; leave it out"
             )
 
     @property
@@ -116,7 +125,8 @@ class CodecSpec:
     def bits_per_value(self) -> float:
         """Stored bits per channel: codes, one scale per group, and for "prod" residual norm and sketch.
 
-        Where "auto" stores scales in float32, each takes 16 bits more.
+        Where "auto" stores scales in float32, each takes 16 bits more. What a page stores once does not
+        count.
         """
         codes = sum(group.channels * group.bits for group in self.groups)
         scalars = len(self.groups)

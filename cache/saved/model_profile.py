@@ -6,7 +6,7 @@ request. `quantpress calibrate` measures them once; every request is then packed
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ import torch
 from quantpress.cache.saved.config_fingerprint import config_fingerprint
 from quantpress.cache.saved.format import FileKind, read_file, write_file
 from quantpress.errors import CacheFileError, InvalidInputError, NonFiniteError
+from quantpress.quantization.query_moments import QueryMoments
 from quantpress.quantization.transform import ChannelTransform
 
 MODEL_PROFILE = FileKind(
@@ -25,6 +26,8 @@ MODEL_PROFILE = FileKind(
 )
 
 _PARTS = ("mean", "weight")
+_QUERY_PARTS = {"query_mean": "mean", "query_variance": "variance"}
+_QUERY_DTYPE = torch.bfloat16  # in the file: they only choose a key of each page
 _ABOUT = {"model": str, "text": str, "tokens": int, "piece_tokens": int, "fingerprint": dict}
 
 
@@ -36,6 +39,7 @@ class ModelProfile:
         fingerprint: which models it is for, from `config_fingerprint`.
         statistics: for each layer whose cache is packed, by layer index, the transform of its keys: mean and
             weight, each [1, Hkv, D] float32, no order. Layers may differ in Hkv and D.
+        queries: by layer index, the moments of its queries, where they are known.
         model: name of the model that was measured.
         text: name of the text that it read.
         tokens: how many tokens were counted.
@@ -53,11 +57,14 @@ class ModelProfile:
     text: str
     tokens: int
     piece_tokens: int
+    queries: Mapping[int, QueryMoments] = field(default_factory=dict)
     written_by: str | None = None
 
     def __post_init__(self) -> None:
         for index, transform in self.statistics.items():
             _check_statistics(index, transform)
+        for index, moments in self.queries.items():
+            _check_queries(index, moments, self.statistics.get(index))
 
     def transform(self, layer_index: int, heads: slice | None = None) -> ChannelTransform:
         """The transform of the keys of one layer.
@@ -91,6 +98,18 @@ class ModelProfile:
         if not range(count)[heads]:
             raise InvalidInputError(f"{heads} selects none of the {count} KV heads of layer {layer_index}")
         return transform.map(lambda part: part[:, heads].contiguous())
+
+    def query_moments(self, layer_index: int, heads: slice | None = None) -> QueryMoments | None:
+        """Moments of the queries of one layer, float32; None where they are not known.
+
+        Args:
+            layer_index: index of the layer in the model.
+            heads: the KV heads of this process, with their query heads; None: all.
+        """
+        moments = self.queries.get(layer_index)
+        if moments is None or heads is None:
+            return moments
+        return moments.map(lambda part: part[heads].contiguous())
 
     def check(self, config: Any) -> None:
         """Refuse a model of another architecture or shape.
@@ -130,6 +149,11 @@ class ModelProfile:
             for index, transform in self.statistics.items()
             for name, part in transform.tensors().items()
         }
+        tensors |= {
+            f"layer.{index}.{name}": getattr(moments, part).to(_QUERY_DTYPE)
+            for index, moments in self.queries.items()
+            for name, part in _QUERY_PARTS.items()
+        }
         return write_file(path, about, tensors, MODEL_PROFILE)
 
     @classmethod
@@ -145,10 +169,11 @@ class ModelProfile:
             for name, kind in _ABOUT.items():
                 if not isinstance(about.get(name), kind):
                     raise InvalidInputError(f"its {name} is {about.get(name)!r}")
-            statistics = _statistics(tensors)
+            layers = _parts_of_layers(tensors)
             return cls(
                 **{name: about[name] for name in _ABOUT},
-                statistics=statistics,
+                statistics=_statistics(layers),
+                queries=_queries(layers),
                 written_by=about.get("quantpress"),
             )
         except InvalidInputError as error:
@@ -157,16 +182,47 @@ class ModelProfile:
             ) from error
 
 
-def _statistics(tensors: Mapping[str, torch.Tensor]) -> dict[int, ChannelTransform]:
-    """The transforms from the tensors of a file, copied, so that the file may change."""
+def _parts_of_layers(tensors: Mapping[str, torch.Tensor]) -> dict[int, dict[str, torch.Tensor]]:
+    """The tensors of a file by layer and name, copied, so that the file may change."""
     layers: dict[int, dict[str, torch.Tensor]] = {}
     for name, tensor in tensors.items():
         start, _, rest = name.partition(".")
         index, _, part = rest.partition(".")
-        if start != "layer" or not index.isdecimal() or part not in _PARTS:
+        if start != "layer" or not index.isdecimal() or part not in (*_PARTS, *_QUERY_PARTS):
             raise InvalidInputError(f"it holds {name!r}")
-        layers.setdefault(int(index), {})[part] = tensor.clone()[None]
-    return {index: ChannelTransform(**parts) for index, parts in sorted(layers.items())}
+        layers.setdefault(int(index), {})[part] = tensor.clone()
+    return dict(sorted(layers.items()))
+
+
+def _statistics(layers: Mapping[int, dict[str, torch.Tensor]]) -> dict[int, ChannelTransform]:
+    return {
+        index: ChannelTransform(**{name: parts[name][None] for name in _PARTS if name in parts})
+        for index, parts in layers.items()
+    }
+
+
+def _queries(layers: Mapping[int, dict[str, torch.Tensor]]) -> dict[int, QueryMoments]:
+    queries = {}
+    for index, parts in layers.items():
+        there = {part: parts[name].float() for name, part in _QUERY_PARTS.items() if name in parts}
+        if len(there) == 1:
+            raise InvalidInputError(f"layer {index} has only the {next(iter(there))} of its queries")
+        if there:
+            queries[index] = QueryMoments(**there)
+    return queries
+
+
+def _check_queries(index: int, moments: QueryMoments, transform: ChannelTransform | None) -> None:
+    shape = None if transform is None or transform.mean is None else transform.mean.shape[1:]
+    if shape is None or moments.mean.shape[::2] != shape:
+        raise InvalidInputError(
+            f"the queries of layer {index} are {tuple(moments.mean.shape)}, not [Hkv, G, D] with Hkv and D of "
+            "its keys"
+        )
+    if not bool(moments.mean.isfinite().all() & moments.variance.isfinite().all()):
+        raise NonFiniteError(f"the queries of layer {index} hold NaN or infinity")
+    if not bool((moments.variance >= 0).all()):
+        raise InvalidInputError(f"a variance of the queries of layer {index} is negative")
 
 
 def _check_statistics(index: int, transform: ChannelTransform) -> None:

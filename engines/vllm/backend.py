@@ -239,7 +239,15 @@ class QuantpressImpl(AttentionImpl[QuantpressMetadata]):
         self.config = config
         self.scores = Scores(self.scale, logits_soft_cap or None)
         codecs = codecs_of(kv_cache_dtype, head_size, head_size, dtype)
-        settings = StoreSettings(codecs, self.num_kv_heads, dtype, DEFAULT_SINK_TOKENS, _capacity(config))
+        settings = StoreSettings(
+            codecs,
+            self.num_kv_heads,
+            dtype,
+            DEFAULT_SINK_TOKENS,
+            _capacity(config),
+            group=num_heads // self.num_kv_heads,
+            scaling=self.scale,
+        )
         self.store = LayerStore(settings, torch.device(current_platform.device_type))
         self._named = False
         _packing = (kv_cache_dtype, dtype)
@@ -279,7 +287,8 @@ class QuantpressImpl(AttentionImpl[QuantpressMetadata]):
         profile = None if getattr(layer, "is_draft_layer", False) else profile_of(self.config)
         if profile is not None:
             heads = _own_heads(self.config, self.num_kv_heads)
-            self.store.set_statistics(profile.transform(extract_layer_index(layer.layer_name), heads))
+            index = extract_layer_index(layer.layer_name)
+            self.store.set_statistics(profile.transform(index, heads), profile.query_moments(index, heads))
 
     def _freeze(self, plan: PrefillPlan, keys: Tensor, queries: Tensor, packed: bool) -> None:
         """Take the statistics from a long piece of a prompt, if the step has one."""

@@ -45,7 +45,7 @@ def codecs_of(name: str, head_dim: int, value_dim: int, dtype: torch.dtype) -> t
         return _OTHERS[name](head_dim, value_dim, dtype)
     keys, values = engine_widths(name)
     return (
-        ScalarPages(CodecSpec(head_dim, keys, "key", scale_dtype="float16")),
+        ScalarPages(CodecSpec(head_dim, keys, "key", scale_dtype="float16", page_keys=True)),
         ScalarPages(CodecSpec(value_dim, values, "value", scale_dtype="float16")),
     )
 

@@ -19,12 +19,13 @@ from quantpress.kernels.blocks import (
     put_tokens,
 )
 from quantpress.kernels.layout import PAGE_TOKENS
+from quantpress.quantization.query_moments import QueryMoments
 from quantpress.quantization.transform import ChannelTransform, key_statistics
 
 LARGEST = 1e30
 """Coordinates of keys that are packed again; what is larger was no key."""
 
-REPACKED_VALUES = 1 << 26
+REPACKED_VALUES = 1 << 24
 """Coordinates of blocks that are packed again at a time."""
 
 
@@ -38,6 +39,8 @@ class StoreSettings:
         dtype: of the model's keys and values.
         sinks: first tokens of a request that are kept in 16 bits.
         capacity: of the pools.
+        group: G, query heads for each KV head.
+        scaling: factor on q.k.
     """
 
     codecs: tuple[PageCodec, PageCodec]
@@ -45,6 +48,8 @@ class StoreSettings:
     dtype: torch.dtype
     sinks: int
     capacity: Capacity
+    group: int = 1
+    scaling: float = 1.0
 
     @property
     def layout(self) -> PageLayout:
@@ -62,7 +67,8 @@ class LayerStore:
         recent: keys and values [pages, Hkv, 128, D] of recent pages.
         sinks: keys and values [entries + 1, Hkv, sinks, D] of sink entries.
         mean, weight: [1, Hkv, D] float32, statistics of keys, the same for all requests.
-        ready: whether these statistics are final; before, they are 0 and 1.
+        queries: moments of queries times the scaling, which choose the sink of each block.
+        ready: whether these statistics are final; before, means are 0, weights and variances 1.
     """
 
     def __init__(self, settings: StoreSettings, device: torch.device) -> None:
@@ -81,6 +87,8 @@ class LayerStore:
         self.sinks = pools(capacity.entries + 1, settings.sinks)
         self.mean = torch.zeros(1, heads, dims[0], dtype=torch.float32, device=device)
         self.weight = torch.ones(1, heads, dims[0], dtype=torch.float32, device=device)
+        of_queries = torch.zeros(heads, settings.group, dims[0], dtype=torch.float32, device=device)
+        self.queries = QueryMoments(of_queries, torch.ones_like(of_queries))
 
     def bind(self, cache: Tensor) -> None:
         """Use this layer's part of vLLM's cache, [blocks, Hkv, 128, C] uint8.
@@ -104,7 +112,7 @@ class LayerStore:
         )
         keys, values = pages.by_head()
         self.blocks = (
-            BlockSide(key_codec, key_transform, keys),
+            BlockSide(key_codec, key_transform, keys, self.queries),
             BlockSide(value_codec, value_transform, values),
         )
         self._pages = pages
@@ -167,8 +175,17 @@ class LayerStore:
     def _pack_recent(self, pages: Tensor, blocks: Tensor) -> None:
         pack_blocks(*self.recent, pages, blocks, self.blocks)
 
-    def set_statistics(self, transform: ChannelTransform) -> None:
-        """Use the statistics of keys in a profile: mean and weight [1, Hkv, D], or None for 0 and 1."""
+    def set_statistics(self, transform: ChannelTransform, queries: QueryMoments | None = None) -> None:
+        """Use these statistics for all requests.
+
+        Args:
+            transform: of keys, mean and weight [1, Hkv, D], or None for 0 and 1.
+            queries: moments of the queries; None: a block's sink is its longest key.
+        """
+        if queries is not None:
+            scaled = queries.scaled(self.settings.scaling)
+            self.queries.mean.copy_(scaled.mean)
+            self.queries.variance.copy_(scaled.variance)
         if transform.mean is not None:
             self.mean.copy_(transform.mean)
         if transform.weight is not None:
@@ -184,12 +201,14 @@ class LayerStore:
             packed: whether blocks may have been packed before.
         """
         heads = self.settings.kv_heads
-        moment = queries.float().square().mean(0).view(heads, -1, queries.shape[-1]).mean(1)
+        own = queries.float().unflatten(1, (heads, -1))  # [m, Hkv, G, D]
+        moments = QueryMoments(own.mean(0), own.var(0, correction=0))
+        moment = own.square().mean((0, 2))
         states = keys.transpose(0, 1).unsqueeze(0)
         groups = self.settings.codecs[0].groups
         found = key_statistics(states, moment.unsqueeze(0), groups)
         old = ChannelTransform(self.mean.clone(), self.weight.clone())
-        self.set_statistics(found)
+        self.set_statistics(found, moments)
         if packed:
             self._pack_again(old)
 

@@ -24,7 +24,7 @@ class EnginePlan:
         request_bytes: recent tokens of one request in 16 bits.
         recent_bytes: recent tokens of all requests.
         sink_bytes: first tokens of prompts in 16 bits.
-        statistics_bytes: mean and weight of all channels.
+        statistics_bytes: statistics of keys and queries.
         tokens: how many tokens fit in blocks; None where the memory or the weights are unknown.
     """
 
@@ -87,7 +87,10 @@ def engine_plans(model: ModelOutline, dtypes: tuple[str, ...], asked: EngineAske
     """
     _check_model(model)
     itemsize = model.dtype.itemsize
-    layers = [EngineLayer(one.kv_heads, one.head_dim, one.value_dim, itemsize) for one in model.layers]
+    layers = [
+        EngineLayer(one.kv_heads, one.head_dim, one.value_dim, itemsize, one.query_heads)
+        for one in model.layers
+    ]
     if asked.available is not None and model.weights_bytes is None:
         raise InvalidInputError(
             f"how much fits depends on the weights, which {model.name!r} leaves open; add heads, hidden, "

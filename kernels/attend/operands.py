@@ -114,10 +114,13 @@ class ScalarOperands:
     Args:
         rotation: into code space, over all D channels.
         codebook: levels of the codes.
+        page_keys: the planes "mean0" and "sink0" have two keys of each page [D], transformed and not rotated:
+            the mean, without which the codes are, and that of the token whose scale is negative.
     """
 
     rotation: Rotation
     codebook: Codebook
+    page_keys: bool = False
 
     @property
     def head_dim(self) -> int:

@@ -41,6 +41,7 @@ from quantpress.kernels.attend.tiles import (
     sums_with_keys,
     weigh,
     weight_operand,
+    with_sink,
 )
 from quantpress.kernels.attend.words import (
     fetch_words,
@@ -161,6 +162,7 @@ def _step(
     start,
     factor,
     bias,
+    page_scores_ptr,
     tables,
     key_buffer,
     value_buffer,
@@ -191,6 +193,7 @@ def _step(
     STARTS: gl.constexpr,
     PAGED: gl.constexpr,
     CAPPED: gl.constexpr,
+    PAGE_KEYS: gl.constexpr,
     HALF: gl.constexpr,
     STAGED_K: gl.constexpr,
     STAGED_V: gl.constexpr,
@@ -199,9 +202,9 @@ def _step(
 
     step: counts pages, or halves of pages if HALVES is 2; pool_row: of the page; ka, kb, kc and va, vb, vc:
     words of keys and values; m, total, weight [R] and acc [R, DV]: the sums so far; q, start, factor, bias:
-    the queries; tables: `lookup_table` in shared memory; key_buffer, value_buffer: of `words_buffer`; the
-    pointers and strides: of this head; first, stride, count, lead: its pages, as `_page` has them; unused,
-    used: first token in use and one past the last.
+    the queries; page_scores_ptr: of this block of rows; tables: `lookup_table` in shared memory; key_buffer,
+    value_buffer: of `words_buffer`; the pointers and strides: of this head; first, stride, count, lead: its
+    pages, as `_page` has them; unused, used: first token in use and one past the last.
 
     MASKED: some of the tokens may not be in use. PAGED: pages go by the page table. Words of 3 bits hold both
     halves: they are loaded for the first and kept for the second, in shared memory if STAGED_K or STAGED_V,
@@ -215,6 +218,11 @@ def _step(
         va, vb, vc = value_words(v_ptr + pool_row * v_page, step, DV, V_BITS, HALVES)
     ks = load_scales(ks_ptr + pool_row * ks_page, step, HALVES)
     vs = load_scales(vs_ptr + pool_row * vs_page, step, HALVES)
+    if PAGE_KEYS:
+        at = _page(step // HALVES, first, stride, count, lead, STARTS) * (2 * R)
+        at += gl.arange(0, R, layout=m.type.layout)
+        mean_score = gl.load(page_scores_ptr + at)
+        sink_score = gl.load(page_scores_ptr + at + R)
     if STAGED_K:
         async_copy.wait_group(1 if STAGED_V else 0)
         k0, k1, k2, k3 = levels_of(*fetched_words(key_buffer, D // 32), step, tables, 0, D, K_BITS, HALVES)
@@ -237,7 +245,14 @@ def _step(
     s0, s1 = scaled(s0, ks0), scaled(s1, ks1)
     if HALVES == 1:
         s2, s3 = scaled(s2, ks2), scaled(s3, ks3)
+    if PAGE_KEYS:
+        sink_score = (sink_score - mean_score) / gl.maximum(factor, 1e-36)
+        s0, s1 = with_sink(s0, ks0, sink_score), with_sink(s1, ks1, sink_score)
+        if HALVES == 1:
+            s2, s3 = with_sink(s2, ks2, sink_score), with_sink(s3, ks3, sink_score)
     if CAPPED:
+        if PAGE_KEYS:
+            bias += mean_score
         s0 = capped(s0, factor[:, None], bias[:, None], softcap)
         s1 = capped(s1, factor[:, None], bias[:, None], softcap)
         if HALVES == 1:
@@ -278,6 +293,8 @@ def _step(
         p, w = p + p2 + p3, w + w2 + w3
         heaviest = gl.maximum(heaviest, gl.maximum(w2, w3))
     most = gl.maximum(gl.max(heaviest, 1), 1e-30)
+    if PAGE_KEYS and not CAPPED:  # every score of the page lacks it
+        top += mean_score
     new = gl.maximum(m, top)
     decay, gain = exp2(m - new), exp2(top - new)
     m = new
@@ -313,6 +330,7 @@ def split_mma_kernel(
     factor_ptr,
     start_ptr,
     bias_ptr,
+    page_scores_ptr,
     k_ptr,
     ks_ptr,
     v_ptr,
@@ -349,6 +367,7 @@ def split_mma_kernel(
     HEADS: gl.constexpr,
     SCHEDULED: gl.constexpr,
     CAPPED: gl.constexpr,
+    PAGE_KEYS: gl.constexpr,
     STAGED: gl.constexpr,
     CHAINED: gl.constexpr,
 ):
@@ -358,8 +377,9 @@ def split_mma_kernel(
     2R] int32, all of `prepare_kernel`, N = heads * blocks; k, v: pages of words, int32, and ks, vs: their
     scales in any float dtype, with the strides *_head and *_page, those of k and v in words; pages: P; used:
     [heads] int32, tokens in use, if USED; starts: [heads] int32, the first of them, if STARTS; rows: of a
-    head; softcap: in units of log 2, if CAPPED. Written: o [A, S, R, DV], only rows of the head, m and l [A,
-    R, S] float32, with S and A programs on the axes.
+    head; softcap: in units of log 2, if CAPPED; page_scores: [N, P, 2, R] float32, of `page_scores_kernel`,
+    if PAGE_KEYS. Written: o [A, S, R, DV], only rows of the head, m and l [A, R, S] float32, with S and A
+    programs on the axes.
 
     Where HEADS, a power of two of at least `heads`, is not 0, heads have page tables: page p of a head is row
     page_table[head, p] of a pool, page_table [heads, page_table_row] int32; axis 0 is divided among the heads
@@ -449,6 +469,8 @@ def split_mma_kernel(
     row = gl.arange(0, R, layout=by_row)
     factor = gl.load(factor_ptr + block * R + row)
     bias = gl.load(bias_ptr + block * R + row)
+    if PAGE_KEYS:
+        page_scores_ptr += block * pages * (2 * R)
     m = gl.full([R], -1e30, gl.float32, by_row)
     total = gl.full([R], 0.0, gl.float32, by_row)
     weight = gl.full([R], 0.0, gl.float32, by_row)
@@ -478,6 +500,7 @@ def split_mma_kernel(
                     start,
                     factor,
                     bias,
+                    page_scores_ptr,
                     tables,
                     key_buffer,
                     value_buffer,
@@ -508,6 +531,7 @@ def split_mma_kernel(
                     STARTS,
                     HEADS > 0,
                     CAPPED,
+                    PAGE_KEYS,
                     half if KEPT else -1,
                     STAGED_K,
                     STAGED_V,

@@ -19,6 +19,7 @@ def split_plain_kernel(
     q_ptr,
     factor_ptr,
     bias_ptr,
+    page_scores_ptr,
     k_ptr,
     ks_ptr,
     v_ptr,
@@ -55,6 +56,7 @@ def split_plain_kernel(
     STARTS: tl.constexpr,
     HEADS: tl.constexpr,
     SCHEDULED: tl.constexpr,
+    PAGE_KEYS: tl.constexpr,
 ):
     """Partial softmax sums of one split (axis 0) of one (batch, KV head, block of rows) (axis 1).
 
@@ -103,6 +105,7 @@ def split_plain_kernel(
         ks_ptr += head * ks_head
         vs_ptr += head * vs_head
     row, token = tl.arange(0, R), tl.arange(0, TILE)
+    kept = block % blocks * R + row < rows
     channel, value = tl.arange(0, D), tl.arange(0, DV)
     at = q_ptr + (block * 2 * R + row[None, :] // 8 * 16 + row[None, :] % 8) * D + channel[:, None]
     q = tl.load(at).to(tl.float32) * 256.0 + tl.load(at + 8 * D).to(tl.float32)
@@ -115,6 +118,11 @@ def split_plain_kernel(
         page = head * 0 + step // 4  # int64 like head
         inside = step % 4 * TILE + token
         at = page * PAGE_TOKENS + inside
+        added = bias
+        if PAGE_KEYS:
+            of_page = page_scores_ptr + (block * pages + page) * (2 * R) + row
+            added += tl.load(of_page, mask=kept, other=0.0)
+            sink = bias + tl.load(of_page + R, mask=kept, other=0.0)
         live = (at >= unused) & (at < used)
         if HEADS:
             page = tl.load(page_table_ptr + head * page_table_row + page).to(tl.int64)
@@ -129,7 +137,9 @@ def split_plain_kernel(
         )
         k = tl.load(k_levels_ptr + codes)
         ks = tl.load(ks_ptr + page * ks_page + inside, mask=live, other=0.0).to(tl.float32)
-        s = tl.dot(k, q, input_precision="ieee") * factor[None, :] * ks[:, None] + bias[None, :]
+        s = tl.dot(k, q, input_precision="ieee") * factor[None, :] * ks[:, None] + added[None, :]
+        if PAGE_KEYS:
+            s = tl.where(ks[:, None] < 0, sink[None, :], s)
         if softcap > 0:
             s = softcap * tanh(s / softcap)
         s = tl.where(live[:, None], s, float("-inf"))
@@ -150,7 +160,6 @@ def split_plain_kernel(
         v = tl.load(v_levels_ptr + codes)
         vs = tl.load(vs_ptr + page * vs_page + inside, mask=live, other=0.0).to(tl.float32)
         acc = tl.dot(v, p * vs[:, None], acc * decay[None, :], input_precision="ieee")
-    kept = block % blocks * R + row < rows
     tl.store(o_ptr + (slot * R + row[None, :]) * DV + value[:, None], acc, mask=kept[None, :])
     at = (tl.program_id(1).to(tl.int64) * R + row) * splits + split
     tl.store(m_ptr + at, m)

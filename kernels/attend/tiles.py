@@ -82,6 +82,13 @@ def scaled(x, scales):
 
 
 @gluon.jit
+def with_sink(x, scales, score):
+    """x [R, 32] with score [R] in the column whose scale is negative."""
+    columns = gl.convert_layout(scales, gl.SliceLayout(0, x.type.layout), assert_trivial=True)
+    return gl.where(columns[None, :] < 0, score[:, None], x)
+
+
+@gluon.jit
 def capped(s, factor, bias, softcap):
     """softcap * tanh(score / softcap)."""
     x = (s * factor + bias) / softcap

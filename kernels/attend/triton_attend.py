@@ -35,6 +35,9 @@ WIDTHS = (2, 3, 4)
 MOST_QUERIES = 128
 """Query tokens of one call. Rows are query heads of a group times query tokens; 8 or 16 rows share a pass."""
 
+PAGES_OF_SCORES = 32
+"""Pages whose mean and sink a program scores."""
+
 DENSE_TILE = 32
 """16-bit tokens per program."""
 
@@ -187,6 +190,7 @@ class _Call:
         self.padded = 0 if self.table is None else max(1 << (self.heads - 1).bit_length(), 2)
         self.scheduled_heads = 1 if self.table is None else self.heads  # heads on axis 0 of the grid
         self.schedule: PageSchedule | None = None
+        self.page_scores: torch.Tensor | None = None
         self.chained = not plain and chains(query.device)
         self.options = FUSED | ({"launch_pdl": True} if self.chained else {})
 
@@ -210,6 +214,7 @@ class _Call:
         dim, value_dim, transform = self.keys.head_dim, self.values.head_dim, self.packed.keys.transform
         turn = rotation_matrix(self.keys.rotation, self.query.device, inverse=True)
         count = self.heads * self.blocks
+        self.page_scores = self._page_scores() if self.keys.page_keys else None
         q = self._new(count, 2 * self.block, dim, dtype=torch.int8)
         factor, bias = (self._new(count, self.block) for _ in range(2))
         start = self._new(count, 2 * self.block, dtype=torch.int32)
@@ -273,6 +278,44 @@ class _Call:
         )
         return [q, factor, start, bias], sums
 
+    def _page_scores(self) -> torch.Tensor:
+        """[N, P, 2, R] float32: scores of the keys that pages store. Launched first: the others overlap."""
+        from quantpress.kernels.attend.page_scores import page_scores_kernel
+
+        keys, count = self.packed.keys, self.heads * self.blocks
+        means, sinks = keys.planes["mean0"], keys.planes["sink0"]
+        assert means.stride() == sinks.stride()
+        scores = self._new(count, self.pages, 2, self.block)
+        page_scores_kernel[(-(-self.pages // PAGES_OF_SCORES), count)](
+            self.query,
+            keys.transform.weight,
+            means,
+            sinks,
+            self.used,
+            self.starts,
+            self.table,
+            self.slots,
+            scores,
+            self.pages,
+            self.rows,
+            self.blocks,
+            self.kv_heads,
+            0 if self.table is None else self.table.stride(1),
+            *_strides(means),
+            self.scale,
+            D=self.keys.head_dim,
+            R=self.block,
+            SIZE=PAGES_OF_SCORES,
+            HAS_WEIGHT=keys.transform.weight is not None,
+            SHARED=self._is_shared(keys.transform),
+            SLOTS=self.slots is not None,
+            USED=self.used is not None,
+            STARTS=self.starts is not None,
+            PAGED=self.table is not None,
+            **FUSED,
+        )
+        return scores
+
     def _is_shared(self, transform: ChannelTransform) -> bool:
         """Whether the parts of a transform hold for every batch entry, and there may be more than one."""
         one = any(part.shape[0] == 1 for part in transform.tensors().values())
@@ -310,6 +353,7 @@ class _Call:
             "STARTS": self.starts is not None,
             "HEADS": self.padded if self.schedule is None else 1,
             "SCHEDULED": self.schedule is not None,
+            "PAGE_KEYS": self.page_scores is not None,
         }
         if self.plain:
             from quantpress.kernels.attend.split_plain import split_plain_kernel
@@ -319,6 +363,7 @@ class _Call:
                 q,
                 factor,
                 bias,
+                self.page_scores,
                 *planes,
                 *levels,
                 self.used,
@@ -339,6 +384,7 @@ class _Call:
                 factor,
                 start,
                 bias,
+                self.page_scores,
                 *planes,
                 self.used,
                 self.starts,

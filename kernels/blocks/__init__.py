@@ -137,8 +137,8 @@ def encode_blocks(x: Tensor, side: BlockSide) -> dict[str, Tensor]:
     if side.spec is None:
         return side.codec.encode(x, side.transform)
     if runs_triton(x.device):
-        from quantpress.kernels.encode.triton_encode import launch_encode, supports_encode
+        from quantpress.kernels.blocks.triton_blocks import encode_blocks_triton, supports_encode_blocks
 
-        if supports_encode(x, side.spec):
-            return launch_encode(x, side.spec, side.transform, direct=False)[0]
-    return encode_pages_reference(x, side.spec, side.transform)
+        if supports_encode_blocks(x, side.spec):
+            return encode_blocks_triton(x, side)
+    return encode_pages_reference(x, side.spec, side.transform, side.queries)

@@ -10,6 +10,7 @@ from torch import Tensor
 from quantpress.errors import InvalidInputError
 from quantpress.kernels.dequantize.reference import check_planes
 from quantpress.kernels.layout import PAGE_TOKENS
+from quantpress.quantization.query_moments import QueryMoments
 from quantpress.quantization.spec import CodecSpec
 from quantpress.quantization.transform import ChannelTransform
 
@@ -59,6 +60,8 @@ class BlockSide:
         transform: the channel transform of all blocks, parts [1, Hkv, D].
         planes: the codec's planes of single pages, [Hkv, blocks, ...] each, with any strides from head to
             head and from block to block; those of scalar codes with bytes and scales contiguous in a page.
+        queries: of keys with `page_keys`, the moments of scaled queries, by which the sink of each page is
+            chosen; None: the sink is the key furthest from the mean.
 
     Raises:
         InvalidInputError: the planes, or the dtype of the scales, are not the codec's; or the transform does
@@ -68,6 +71,7 @@ class BlockSide:
     codec: BlockCodec
     transform: ChannelTransform
     planes: dict[str, Tensor]
+    queries: QueryMoments | None = None
 
     def __post_init__(self) -> None:
         leads = {tuple(plane.shape[:2]) for plane in self.planes.values()}

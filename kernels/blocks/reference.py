@@ -43,7 +43,7 @@ def decode_blocks_reference(side: BlockSide, blocks: Tensor, dtype: torch.dtype)
 def _encoded(x: Tensor, side: BlockSide) -> dict[str, Tensor]:
     """Planes [F, Hkv, 1, ...] of pages [F, Hkv, 128, D]; scales that are too large are not refused."""
     if side.spec is not None:
-        return encode_pages_reference(x, side.spec, side.transform)
+        return encode_pages_reference(x, side.spec, side.transform, side.queries)
     return side.codec.encode(x, side.transform)
 
 

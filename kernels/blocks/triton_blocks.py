@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,8 +12,17 @@ from quantpress.kernels.available import FUSED
 from quantpress.kernels.blocks.operands import BlockSide, TokenTarget
 from quantpress.kernels.blocks.triton_kernel import MOST, pack_blocks_kernel, put_tokens_kernel
 from quantpress.kernels.dequantize.triton_dequantize import decode_table_triton, supports_decode
-from quantpress.kernels.encode.triton_encode import DTYPES, encode_arguments, encode_settings
+from quantpress.kernels.encode.reference import mark_sinks, page_keys
+from quantpress.kernels.encode.triton_encode import (
+    DTYPES,
+    encode_arguments,
+    encode_settings,
+    launch_encode,
+    supports_encode,
+)
 from quantpress.kernels.layout import PAGE_TOKENS
+from quantpress.quantization.spec import CodecSpec
+from quantpress.quantization.transform import ChannelTransform
 
 HEAD_DIMS = (64, 128, 256)
 WIDTHS = (2, 3, 4)
@@ -87,11 +97,16 @@ def pack_blocks_triton(
 ) -> None:
     """Encode pages into packed blocks; see `quantpress.kernels.blocks.pack_blocks`."""
     arguments = pack_arguments(keys, values, pages, blocks, sides, keys.is_cuda)
-    entries, heads = len(blocks), sides[0].heads
-    programs = max(1, min(entries, PROGRAMS // (2 * heads)), -(-entries // MOST.value))
+    programs, heads = pack_programs(len(blocks), sides[0].heads), sides[0].heads
     warps = 8 if max(arguments["K_C"], arguments["V_C"]) > 128 else 4
     with torch.cuda.device(keys.device) if keys.is_cuda else nullcontext():
         pack_blocks_kernel[(programs, heads, 2)](**arguments, num_warps=warps, **FUSED)
+
+
+def pack_programs(entries: int, heads: int) -> int:
+    """Programs of `pack_blocks_kernel` for each head and side."""
+    most: int = MOST.value
+    return max(1, min(entries, PROGRAMS // (2 * heads)), -(-entries // most))
 
 
 def pack_arguments(
@@ -104,8 +119,26 @@ def pack_arguments(
 ) -> dict[str, Any]:
     """The arguments of `pack_blocks_kernel` by name; `device`: for a GPU, not for the interpreter."""
     flag = torch.empty(1, dtype=torch.int32, device=keys.device)
-    arguments: dict[str, Any] = {"pages_ptr": pages.contiguous(), "blocks_ptr": blocks.contiguous()}
-    arguments |= {"flag_ptr": flag, "entries": len(blocks)}
+    side = sides[0]
+    page_keys, queries = "mean0" in side.planes, side.queries
+    means, sinks = (side.planes.get(name, side.planes["scale0"]) for name in ("mean0", "sink0"))
+    shape = (pack_programs(len(blocks), side.heads), side.heads, side.codec.head_dim)
+    arguments: dict[str, Any] = {
+        "pages_ptr": pages.contiguous(),
+        "blocks_ptr": blocks.contiguous(),
+        "entries": len(blocks),
+        "flag_ptr": flag,
+        "means_ptr": means,
+        "sinks_ptr": sinks,
+        "page_keys_head": means.stride(0),
+        "page_keys_block": means.stride(1),
+        "query_mean_ptr": flag if queries is None else queries.mean.contiguous(),
+        "query_variance_ptr": flag if queries is None else queries.variance.contiguous(),
+        "group": 0 if queries is None else queries.mean.shape[1],
+        "scratch_ptr": torch.empty(shape, dtype=torch.float32, device=keys.device),
+        "PAGE_KEYS": page_keys,
+        "QUERIES": queries is not None,
+    }
     for name, x, side in zip("kv", (keys, values), sides, strict=True):
         arguments |= _side_arguments(name, x, side, flag, device)
     return arguments
@@ -114,6 +147,7 @@ def pack_arguments(
 def _side_arguments(name: str, x: Tensor, side: BlockSide, flag: Tensor, device: bool) -> dict[str, Any]:
     spec = side.spec
     assert spec is not None  # by `supports_pack`
+    spec = _without_keys(spec)
     settings = encode_settings(x, spec, roomy=False)
     given = encode_arguments(
         x[:1], spec, side.transform, side.planes, flag, settings, device, direct=False
@@ -140,7 +174,7 @@ def _side_arguments(name: str, x: Tensor, side: BlockSide, flag: Tensor, device:
 
 def supports_blocks(side: BlockSide, dtype: torch.dtype) -> bool:
     """Whether the kernel decodes these blocks where they lie."""
-    return side.spec is not None and supports_decode(side.spec, dtype) and _in_words(side)
+    return side.spec is not None and supports_decode(_without_keys(side.spec), dtype) and _in_words(side)
 
 
 def decode_blocks_triton(side: BlockSide, blocks: Tensor, dtype: torch.dtype) -> Tensor:
@@ -149,9 +183,40 @@ def decode_blocks_triton(side: BlockSide, blocks: Tensor, dtype: torch.dtype) ->
     assert spec is not None  # by `supports_blocks`
     shape = (len(blocks) * PAGE_TOKENS, side.heads, spec.head_dim)
     out = torch.empty(shape, dtype=dtype, device=blocks.device)
-    planes = {name: plane.unsqueeze(0) for name, plane in side.planes.items()}
-    decode_table_triton(planes, spec, side.transform, blocks.contiguous(), out.transpose(0, 1).unsqueeze(0))
+    keys = ("mean0", "sink0")
+    planes = {name: plane.unsqueeze(0) for name, plane in side.planes.items() if name not in keys}
+    written, codes = out.transpose(0, 1).unsqueeze(0), _without_keys(spec)
+    decode_table_triton(planes, codes, side.transform, blocks.contiguous(), written)
+    if spec.page_keys:
+        mean, sink = (side.planes[name][:, blocks].unsqueeze(0) for name in keys)
+        mean, sink = replace(side.transform, mean=None).invert(mean), side.transform.invert(sink)
+        mean, sink = (one[0].transpose(0, 1).unsqueeze(1) for one in (mean, sink))  # [P, 1, Hkv, D]
+        place = (side.planes["scale0"][:, blocks] < 0).permute(1, 2, 0).unsqueeze(-1)  # [P, 128, Hkv, 1]
+        by_page = out.unflatten(0, (-1, PAGE_TOKENS))
+        torch.where(place, sink.to(dtype), by_page.add_(mean), out=by_page)
     return out
+
+
+def supports_encode_blocks(x: Tensor, spec: CodecSpec) -> bool:
+    """Whether the kernel takes what pages code."""
+    return supports_encode(x, _without_keys(spec))
+
+
+def encode_blocks_triton(x: Tensor, side: BlockSide) -> dict[str, Tensor]:
+    """Encode whole pages; see `quantpress.kernels.blocks.encode_blocks`."""
+    spec, transform = side.spec, side.transform
+    assert spec is not None  # by `supports_encode_blocks`
+    if not spec.page_keys:
+        return launch_encode(x, spec, transform, direct=False)[0]
+    pages = x.unflatten(2, (-1, PAGE_TOKENS))
+    keys, sinks, rest = page_keys(pages, transform.apply(pages), spec, transform, side.queries)
+    coded = launch_encode(rest.flatten(2, 3), _without_keys(spec), ChannelTransform(), direct=False)[0]
+    return keys | coded | {"scale0": mark_sinks(coded["scale0"], sinks)}
+
+
+def _without_keys(spec: CodecSpec) -> CodecSpec:
+    """The codec of the codes alone."""
+    return replace(spec, page_keys=False) if spec.page_keys else spec
 
 
 def _power(count: int) -> int:

@@ -6,6 +6,7 @@ import triton.language as tl
 
 from quantpress.kernels.encode.triton_kernel import CAREFUL, encode_page, held
 
+SINK_SCALE = tl.constexpr(-1.0)
 MOST = tl.constexpr(16)
 """Entries that a program of `pack_blocks_kernel` encodes at most."""
 
@@ -142,6 +143,57 @@ def put_tokens_kernel(
 
 
 @triton.jit
+def _store_page_keys(
+    x_ptr,
+    x_token,
+    mean_ptr,
+    weight_ptr,
+    query_mean_ptr,
+    query_variance_ptr,
+    group,
+    stored_mean_ptr,
+    stored_sink_ptr,
+    scratch_ptr,
+    C: tl.constexpr,
+    MEAN: tl.constexpr,
+    WEIGHT: tl.constexpr,
+    QUERIES: tl.constexpr,
+):
+    """Store the mean and the sink of a page's transformed keys; returns the sink's token.
+
+    x_ptr: the page's; mean, weight [C] and query_mean, query_variance [group, C]: of the head; stored_mean,
+    stored_sink: the page's, [C]; scratch: [C] float32, the mean as it is stored, before the transform.
+    """
+    channel, token = tl.arange(0, C), tl.arange(0, 128)
+    shift, weight = tl.zeros([C], tl.float32), tl.full([C], 1.0, tl.float32)
+    if MEAN:
+        shift = tl.load(mean_ptr + channel)
+    if WEIGHT:
+        weight = tl.load(weight_ptr + channel)
+    keys = tl.load(x_ptr + token[:, None] * x_token + channel[None, :]).to(tl.float32) - shift[None, :]
+    dtype = stored_mean_ptr.dtype.element_ty
+    largest = 65504.0 if dtype == tl.float16 else 3.3e38
+    stored = tl.clamp(tl.sum(keys, 0) * (1.0 / 128) * weight, -largest, largest).to(dtype)
+    tl.store(stored_mean_ptr + channel, stored)
+    tl.store(scratch_ptr + channel, shift + tl.div_rn(stored.to(tl.float32), weight))
+    likely = tl.zeros([128], tl.float32)
+    if QUERIES:
+        for head in range(group):
+            query = tl.load(query_mean_ptr + head * C + channel)
+            variance = tl.load(query_variance_ptr + head * C + channel)
+            score = tl.sum(keys * (query[None, :] + 0.5 * keys * variance[None, :]), 1)
+            share = tl.exp(score - tl.max(score, 0))
+            likely += share / tl.sum(share, 0)
+    else:
+        rest = keys * weight[None, :] - stored.to(tl.float32)[None, :]
+        likely = tl.sum(rest * rest, 1)
+    sink = tl.argmax(likely, 0)
+    key = (tl.load(x_ptr + sink * x_token + channel).to(tl.float32) - shift) * weight
+    tl.store(stored_sink_ptr + channel, tl.clamp(key, -largest, largest).to(dtype))
+    return sink
+
+
+@triton.jit
 def _encode(
     x_ptr,
     x_page,
@@ -161,6 +213,14 @@ def _encode(
     factor,
     pages_ptr,
     blocks,
+    means_ptr,
+    sinks_ptr,
+    page_keys_head,
+    page_keys_block,
+    query_mean_ptr,
+    query_variance_ptr,
+    group,
+    scratch_ptr,
     BOOK: tl.constexpr,
     ASM: tl.constexpr,
     SQUARES: tl.constexpr,
@@ -173,10 +233,12 @@ def _encode(
     VALUES: tl.constexpr,
     MEAN: tl.constexpr,
     WEIGHT: tl.constexpr,
+    PAGE_KEYS: tl.constexpr,
+    QUERIES: tl.constexpr,
 ):
     """Encode the entries of a program, of one head, into `blocks` [MOST], -1 where nothing is to be done.
 
-    The other arguments are one side's of `pack_blocks_kernel`.
+    means to scratch, PAGE_KEYS and QUERIES are those of `pack_blocks_kernel`; the others are of one side.
     """
     head = tl.program_id(1).to(tl.int64)
     high = held(matrix_ptr, 0, HALVES, BK, C)
@@ -185,10 +247,32 @@ def _encode(
         block = tl.max(tl.where(tl.arange(0, MOST) == turn, blocks, -1), 0).to(tl.int64)
         if block >= 0:
             page = tl.load(pages_ptr + tl.program_id(0) + turn * tl.num_programs(0)).to(tl.int64)
+            taken_off = mean_ptr + head * C
+            if PAGE_KEYS:
+                taken_off = scratch_ptr + (tl.program_id(0) * tl.num_programs(1) + head) * C
+                of_page = head * page_keys_head + block * page_keys_block
+                tl.debug_barrier()  # the page before has been encoded
+                sink = _store_page_keys(
+                    x_ptr + page * x_page + head * x_head,
+                    x_token,
+                    mean_ptr + head * C,
+                    weight_ptr + head * C,
+                    query_mean_ptr + head * group * C,
+                    query_variance_ptr + head * group * C,
+                    group,
+                    means_ptr + of_page,
+                    sinks_ptr + of_page,
+                    taken_off,
+                    C,
+                    MEAN,
+                    WEIGHT,
+                    QUERIES,
+                )
+                tl.debug_barrier()
             encode_page(
                 x_ptr + page * x_page + head * x_head,
                 x_token,
-                mean_ptr + head * C,
+                taken_off,
                 weight_ptr + head * C,
                 flag_ptr,
                 matrix_ptr,
@@ -214,18 +298,29 @@ def _encode(
                 RULE,
                 CAREFUL,
                 VALUES,
-                MEAN,
+                MEAN or PAGE_KEYS,
                 WEIGHT,
                 False,
             )
+            if PAGE_KEYS:
+                tl.debug_barrier()
+                tl.store(scale_ptr + head * scale_head + block * scale_block + sink, SINK_SCALE)
 
 
-@triton.jit(do_not_specialize=["entries"])
+@triton.jit(do_not_specialize=["entries", "group"])
 def pack_blocks_kernel(
     pages_ptr,
     blocks_ptr,
     entries,
     flag_ptr,
+    means_ptr,
+    sinks_ptr,
+    page_keys_head,
+    page_keys_block,
+    query_mean_ptr,
+    query_variance_ptr,
+    group,
+    scratch_ptr,
     k_ptr,
     k_page,
     k_head,
@@ -278,6 +373,8 @@ def pack_blocks_kernel(
     V_RULE: tl.constexpr,
     V_MEAN: tl.constexpr,
     V_WEIGHT: tl.constexpr,
+    PAGE_KEYS: tl.constexpr,
+    QUERIES: tl.constexpr,
 ):
     """Encode pages of one head (axis 1), keys (axis 2: 0) or values (1), into blocks.
 
@@ -289,6 +386,10 @@ def pack_blocks_kernel(
     contiguous; mean and weight [Hkv, C] float32, if MEAN and WEIGHT; matrix [HALVES, C, C], the rotation;
     words, int32, and scale, written, with strides *_head and *_block in words and scales; the other arguments
     are those of `encode_pages_kernel` for a group of C channels.
+
+    If PAGE_KEYS, keys are encoded without the mean of their page, which goes to means, and one of them to
+    sinks, both with the strides page_keys_head and page_keys_block, channels contiguous; scratch: [G, Hkv, C]
+    float32. If QUERIES, that one is chosen by query_mean and query_variance [Hkv, group, C] float32.
     """
     entry = tl.program_id(0) + tl.arange(0, MOST) * tl.num_programs(0)
     blocks = tl.load(blocks_ptr + entry, mask=entry < entries, other=-1)
@@ -314,6 +415,14 @@ def pack_blocks_kernel(
             k_factor,
             pages_ptr,
             blocks,
+            means_ptr,
+            sinks_ptr,
+            page_keys_head,
+            page_keys_block,
+            query_mean_ptr,
+            query_variance_ptr,
+            group,
+            scratch_ptr,
             K_BOOK,
             K_ASM,
             K_SQUARES,
@@ -326,6 +435,8 @@ def pack_blocks_kernel(
             False,
             K_MEAN,
             K_WEIGHT,
+            PAGE_KEYS,
+            QUERIES,
         )
     else:
         _encode(
@@ -347,6 +458,14 @@ def pack_blocks_kernel(
             v_factor,
             pages_ptr,
             blocks,
+            means_ptr,
+            sinks_ptr,
+            page_keys_head,
+            page_keys_block,
+            query_mean_ptr,
+            query_variance_ptr,
+            group,
+            scratch_ptr,
             V_BOOK,
             V_ASM,
             V_SQUARES,
@@ -359,4 +478,6 @@ def pack_blocks_kernel(
             True,
             V_MEAN,
             V_WEIGHT,
+            False,
+            False,
         )

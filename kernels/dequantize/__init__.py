@@ -33,8 +33,9 @@ def decode_code_space(planes: dict[str, Tensor], spec: CodecSpec) -> Tensor:
 
     Returns:
         [B, Hkv, T, D] float32, T = 128 * P: scale times level, groups side by side; for the "prod" estimator
-        plus sqrt(pi / 2) / D * residual norm * (sketch signs @ sketch_matrix). Keys are contiguous; values
-        are the transpose of a contiguous [B, Hkv, D, T], as in their pages.
+        plus sqrt(pi / 2) / D * residual norm * (sketch signs @ sketch_matrix); with `page_keys` plus the
+        rotated mean of the page, and the page's sink in its place. Keys are contiguous; values are the
+        transpose of a contiguous [B, Hkv, D, T], as in their pages.
 
     Raises:
         InvalidInputError: the planes are not those of this codec.

@@ -44,6 +44,11 @@ def decode_code_space_reference(planes: dict[str, Tensor], spec: CodecSpec) -> T
         _decode_plane(planes["sketch"], planes["residual"], sign_table(device), 1, spec.role, signs)
         sketched = exact_product(signs, spec.sketch_matrix(device, torch.float32))
         out += sketched.mul_(SQRT_HALF_PI / spec.head_dim)
+    if spec.page_keys:
+        turned = (spec.rotation_of(0).forward(planes[name].flatten(0, 1)) for name in ("mean0", "sink0"))
+        mean, sink = (keys.unsqueeze(-2) for keys in turned)  # [rows, P, 1, D]
+        out += mean
+        torch.where((planes["scale0"] < 0).flatten(0, 1).unsqueeze(-1), sink, out, out=out)
     return result
 
 
@@ -111,6 +116,8 @@ def check_planes(planes: dict[str, Tensor], spec: CodecSpec) -> tuple[int, int, 
         expected[f"scale{i}"] = PAGE_TOKENS
     if spec.estimator == "prod":
         expected |= {"sketch": page_bytes(1, spec.head_dim), "residual": PAGE_TOKENS}
+    if spec.page_keys:
+        expected |= dict.fromkeys(("mean0", "sink0"), spec.head_dim)
     if set(planes) != set(expected):
         raise InvalidInputError(f"planes {sorted(planes)} are not this codec's; it has {sorted(expected)}")
     lead = planes["codes0"].shape[:3]

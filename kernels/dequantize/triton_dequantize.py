@@ -22,9 +22,9 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def supports_decode(spec: CodecSpec, dtype: torch.dtype = torch.float32) -> bool:
-    """Whether the kernels take this codec and dtype: no sketch, groups of at most 256 channels."""
+    """Whether the kernels take this codec and dtype: groups of up to 256 channels, no sketch, no means."""
     fits = all(group.channels <= MAX_CHANNELS for group in spec.groups)
-    return spec.estimator == "mse" and fits and dtype in DTYPES
+    return spec.estimator == "mse" and not spec.page_keys and fits and dtype in DTYPES
 
 
 def decode_code_space_triton(planes: dict[str, Tensor], spec: CodecSpec) -> Tensor:

@@ -48,7 +48,10 @@ def encode_pages(x: Tensor, spec: CodecSpec, transform: ChannelTransform) -> dic
         For each channel group i, "codes{i}" [B, Hkv, P, page_bytes] uint8 and "scale{i}" [B, Hkv, P, 128] in
         the spec's scale dtype; for "auto" float16 where it holds the scales, else float32. The "prod"
         estimator adds "sketch" [B, Hkv, P, page_bytes(1, D)] uint8, with code 1 where sketch_matrix @ r >= 0
-        for the residual r = y - s * c, and "residual" [B, Hkv, P, 128], |r|. A zero vector has scale 0.
+        for the residual r = y - s * c, and "residual" [B, Hkv, P, 128], |r|. A zero vector has scale 0. With
+        `page_keys` there are "mean0" and "sink0" [B, Hkv, P, D] in the dtype of the scales: the mean of each
+        page's transformed vectors, without which the vectors above are, and the transformed vector furthest
+        from it, whose scale is -1.
 
     Raises:
         InvalidInputError: x has the wrong shape or dtype, or a scale is too large for the dtype that the spec

@@ -4,6 +4,7 @@ Vectors are divided by their largest coordinate first, so that no norm overflows
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
 from operator import itemgetter
 
 import torch
@@ -13,9 +14,13 @@ from quantpress.errors import InvalidInputError, NonFiniteError
 from quantpress.kernels.encode.nearest import nearest_level
 from quantpress.kernels.layout import PAGE_TOKENS, pack_pages
 from quantpress.quantization.numerics import exact_product
+from quantpress.quantization.query_moments import QueryMoments
 from quantpress.quantization.rotation import Rotation
 from quantpress.quantization.spec import CodecSpec
 from quantpress.quantization.transform import ChannelTransform
+
+SINK_SCALE = -1.0
+"""Stored in the place of the scale of a page's sink, whose key is not read from its codes."""
 
 WORKSPACE_VALUES = 1 << 20  # coordinates encoded at a time; about 24 bytes of workspace each
 
@@ -35,14 +40,24 @@ def check_vectors(x: Tensor, spec: CodecSpec, transform: ChannelTransform) -> No
 
 
 @torch.no_grad()
-def encode_pages_reference(x: Tensor, spec: CodecSpec, transform: ChannelTransform) -> dict[str, Tensor]:
-    """Quantize vectors and pack their codes into pages. See `quantpress.kernels.encode.encode_pages`."""
+def encode_pages_reference(
+    x: Tensor, spec: CodecSpec, transform: ChannelTransform, queries: QueryMoments | None = None
+) -> dict[str, Tensor]:
+    """Quantize vectors and pack their codes into pages. See `quantpress.kernels.encode.encode_pages`.
+
+    Args:
+        x: [B, Hkv, T, D].
+        spec: the codec.
+        transform: of each [B, Hkv].
+        queries: with `page_keys`, moments of scaled queries, by which the sink of each page is chosen; None:
+            the sink is the key furthest from the mean.
+    """
     batch, heads, tokens, dim = x.shape
     pages = x.reshape(batch, heads, tokens // PAGE_TOKENS, PAGE_TOKENS, dim)
     planes: dict[str, Tensor] = {}
     for rows, columns in _chunks(batch, heads, pages.shape[2], dim):
         local = transform.entries(itemgetter(rows))
-        part = _encode_chunk(pages[rows, :, columns], spec, local)
+        part = _encode_chunk(pages[rows, :, columns], spec, local, queries)
         for name, plane in part.items():
             if name not in planes:
                 planes[name] = plane.new_empty(*pages.shape[:3], plane.shape[-1])
@@ -60,11 +75,17 @@ def _chunks(batch: int, heads: int, pages: int, dim: int) -> Iterator[tuple[slic
             yield slice(row, row + tall), slice(column, column + wide)
 
 
-def _encode_chunk(x: Tensor, spec: CodecSpec, transform: ChannelTransform) -> dict[str, Tensor]:
+def _encode_chunk(
+    x: Tensor, spec: CodecSpec, transform: ChannelTransform, queries: QueryMoments | None
+) -> dict[str, Tensor]:
     """[B, Hkv, P, 128, D] -> planes."""
-    x = transform.apply(x)
+    raw, x = x, transform.apply(x)
     dtype = spec.torch_scale_dtype
     planes: dict[str, Tensor] = {}
+    sinks = None
+    if spec.page_keys:
+        keys, sinks, x = page_keys(raw, x, spec, transform, queries)
+        planes |= keys
     start = 0
     for i, group in enumerate(spec.groups):
         part = x[..., start : start + group.channels]
@@ -74,7 +95,7 @@ def _encode_chunk(x: Tensor, spec: CodecSpec, transform: ChannelTransform) -> di
         ratio = _scale_ratio(unit, levels, spec.scale_rule)
         scale = _saturate(norm * ratio, dtype)
         planes[f"codes{i}"] = pack_pages(codes, group.bits, spec.role)
-        planes[f"scale{i}"] = scale
+        planes[f"scale{i}"] = scale if sinks is None else mark_sinks(scale, sinks)
         if spec.estimator == "prod":
             stored = (scale.float() / norm.masked_fill(norm == 0, 1.0)).unsqueeze(-1)
             residual = unit - stored * levels
@@ -82,6 +103,42 @@ def _encode_chunk(x: Tensor, spec: CodecSpec, transform: ChannelTransform) -> di
             planes["sketch"] = pack_pages(sketch.to(torch.uint8), 1, spec.role)
             planes["residual"] = _saturate(norm * torch.linalg.vector_norm(residual, dim=-1), dtype)
     return planes
+
+
+def page_keys(
+    raw: Tensor, x: Tensor, spec: CodecSpec, transform: ChannelTransform, queries: QueryMoments | None
+) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+    """The keys that pages store beside their codes.
+
+    Args:
+        raw: keys [B, Hkv, P, 128, D].
+        x: the same, transformed.
+        spec: the codec.
+        transform: of each [B, Hkv].
+        queries: as for `encode_pages_reference`.
+
+    Returns:
+        The planes "mean0" and "sink0"; which token is the sink, [B, Hkv, P] int64; and x without the means.
+    """
+    dtype = spec.torch_scale_dtype
+    mean = _saturate_both(x.mean(dim=-2), dtype)
+    rest = x - mean.float().unsqueeze(-2)
+    if queries is None:
+        sinks = torch.linalg.vector_norm(rest, dim=-1).argmax(-1)
+    else:
+        sinks = queries.likeliest(replace(transform, weight=None, order=None).apply(raw))
+    chosen = x.take_along_dim(sinks[..., None, None], -2).squeeze(-2)
+    return {"mean0": mean, "sink0": _saturate_both(chosen, dtype)}, sinks, rest
+
+
+def mark_sinks(scales: Tensor, sinks: Tensor) -> Tensor:
+    """Scales [B, Hkv, P, 128] with that of the sinks [B, Hkv, P] as the mark of one."""
+    return scales.scatter(-1, sinks.unsqueeze(-1), SINK_SCALE)
+
+
+def _saturate_both(x: Tensor, dtype: torch.dtype) -> Tensor:
+    largest = torch.finfo(dtype).max
+    return x.clamp(-largest, largest).to(dtype)
 
 
 def _rotated_unit(x: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor]:

@@ -81,9 +81,9 @@ def is_roomy(device: torch.device) -> bool:
 
 
 def supports_encode(x: Tensor, spec: CodecSpec) -> bool:
-    """Whether the kernel takes this call: no sketch, groups of up to 128 channels, 16 or 32-bit vectors."""
+    """Whether the kernel takes this call: 16 or 32-bit vectors, groups of up to 128 channels, plain codes."""
     fits = all(group.channels <= MAX_CHANNELS for group in spec.groups)
-    return spec.estimator == "mse" and fits and x.dtype in DTYPES and x.dim() == 4
+    return spec.estimator == "mse" and not spec.page_keys and fits and x.dtype in DTYPES and x.dim() == 4
 
 
 def encode_pages_triton(x: Tensor, spec: CodecSpec, transform: ChannelTransform) -> dict[str, Tensor]:

@@ -46,7 +46,7 @@ def query_moment(
         UnknownAttentionError: it is not known how the class projects or rotates.
     """
     if last_keys is not None:
-        _check_keys(module, hidden_states, position_embeddings, last_keys[:, :, -_CHECKED_TOKENS:])
+        check_keys(module, hidden_states, position_embeddings, last_keys)
     queries = last_queries(module, hidden_states, position_embeddings, window).float()
     batch, _, tokens, dim = queries.shape
     grouped = queries.reshape(batch, kv_heads, -1, tokens, dim)  # [B, Hkv, G, W, D]
@@ -92,7 +92,7 @@ def _rotated(
     try:
         states = _projected(module, hidden_states[:, -window:], keys=keys)
         if position_embeddings is None:
-            return states  # attention without RoPE; `_check_keys` finds out where that is wrong
+            return states  # attention without RoPE; `check_keys` finds out where that is wrong
         cos, sin = (table[:, -window:] for table in position_embeddings)
         result = _rotate(rotate, states, cos, sin)
     except torch.OutOfMemoryError:
@@ -146,13 +146,24 @@ def _projected(module: nn.Module, hidden_states: torch.Tensor, *, keys: bool) ->
     return normed.transpose(1, 2)
 
 
-def _check_keys(
+def check_keys(
     module: nn.Module,
     hidden_states: torch.Tensor,
     position_embeddings: PositionEmbeddings | None,
-    actual: torch.Tensor,
+    keys: torch.Tensor,
 ) -> None:
-    """Compare with the keys in the cache, except channels that a press has set to zero (ThinK)."""
+    """Compare the last keys with those in the cache, except channels that a press has set to zero (ThinK).
+
+    Args:
+        module: attention module.
+        hidden_states: [B, N, hidden], its input.
+        position_embeddings: cos and sin, [B, N, rotary dim] each.
+        keys: [B, Hkv, <= N, D], those of the last tokens of the prefill.
+
+    Raises:
+        UnknownAttentionError: they differ, or cannot be computed.
+    """
+    actual = keys[:, :, -_CHECKED_TOKENS:]
     computed = _rotated(module, hidden_states, position_embeddings, actual.shape[2], keys=True)
     if computed.shape != actual.shape:
         raise UnknownAttentionError(f"its keys have shape {tuple(actual.shape)}, not {tuple(computed.shape)}")

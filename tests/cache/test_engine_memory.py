@@ -14,7 +14,7 @@ from quantpress.quantization.spec import CodecSpec
 @pytest.mark.parametrize(("keys", "values"), [(4, 4), (3, 3), (2, 2), (4, 2)])
 def test_a_page_is_what_the_codecs_store(head_dim: int, value_dim: int, keys: int, values: int) -> None:
     codecs = (
-        ScalarPages(CodecSpec(head_dim, keys, "key", scale_dtype="float16")),
+        ScalarPages(CodecSpec(head_dim, keys, "key", scale_dtype="float16", page_keys=True)),
         ScalarPages(CodecSpec(value_dim, values, "value", scale_dtype="float16")),
     )
     stored = sum(page_nbytes(codec) for codec in codecs)
@@ -29,7 +29,8 @@ def test_what_lies_beside_the_blocks() -> None:
         assert one.recent_bytes(64) == sum(part.nbytes for part in recent)
         sinks = [torch.empty(1025, 4, 8, dim, dtype=dtype, device="meta") for dim in (128, 64)]
         assert one.sink_bytes(sink_entries(64)) == sum(part.nbytes for part in sinks)
-    assert layer.statistics_bytes == 2 * torch.empty(8, 128).nbytes
+    assert layer.statistics_bytes == 4 * torch.empty(8, 128).nbytes
+    assert EngineLayer(8, 128, 64, query_heads=32).statistics_bytes == 10 * torch.empty(8, 128).nbytes
     assert 32 * EngineLayer(8, 128, 128).request_bytes == pytest.approx(33.5e6, rel=0.01)  # Llama-8B
 
 

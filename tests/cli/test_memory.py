@@ -154,7 +154,7 @@ def test_memory_in_an_engine() -> None:
     found = json.loads(invoke(*options, "--json").stdout)
     rows = found["kv_cache_dtypes"]
     assert [row["dtype"] for row in rows] == ["bfloat16", *(f"quantpress_{bits}bit" for bits in (4, 3, 2))]
-    assert rows[1]["token_bytes"] == 32 * 8 * 132 and rows[1]["block_ratio"] == 512 / 132
+    assert rows[1]["token_bytes"] == 32 * 8 * 136 and rows[1]["block_ratio"] == 512 / 136
     assert found["max_num_seqs"] == 64 and found["sink_entries"] == 1024
     shown = " ".join(invoke(*options).stdout.split())
     for row in rows:

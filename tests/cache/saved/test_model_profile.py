@@ -18,6 +18,7 @@ from quantpress.cache.saved.config_fingerprint import config_fingerprint
 from quantpress.cache.saved.format import read_file, write_file
 from quantpress.cache.saved.model_profile import MODEL_PROFILE, ModelProfile
 from quantpress.errors import CacheFileError, InvalidInputError, NonFiniteError
+from quantpress.quantization.query_moments import QueryMoments
 from quantpress.quantization.transform import ChannelTransform
 
 SHAPES = {1: (2, 32), 3: (8, 64)}
@@ -28,16 +29,23 @@ def profile(config: PreTrainedConfig | None = None, **changes: Any) -> ModelProf
         index: ChannelTransform(torch.randn(1, *shape), torch.rand(1, *shape) + 0.1)
         for index, shape in SHAPES.items()
     }
+    queries = {
+        3: QueryMoments(torch.randn(8, 4, 64).bfloat16().float(), torch.rand(8, 4, 64).bfloat16().float())
+    }
     fingerprint = config_fingerprint(config or LlamaConfig())
     about = {"model": "m", "text": "a novel", "tokens": 4088, "piece_tokens": 2048}
-    return ModelProfile(**{"fingerprint": fingerprint, "statistics": statistics, **about, **changes})
+    return ModelProfile(
+        **{"fingerprint": fingerprint, "statistics": statistics, "queries": queries, **about, **changes}
+    )
 
 
 def same(one: ModelProfile, other: ModelProfile) -> bool:
     pairs = [(one.statistics[index], other.statistics[index]) for index in one.statistics]
-    return one.statistics.keys() == other.statistics.keys() and all(
-        torch.equal(a.tensors()[name], b.tensors()[name]) for a, b in pairs for name in ("mean", "weight")
-    )
+    parts = [(a.tensors()[name], b.tensors()[name]) for a, b in pairs for name in ("mean", "weight")]
+    for index, moments in one.queries.items():
+        parts += zip(vars(moments).values(), vars(other.queries[index]).values(), strict=True)
+    layers = (one.statistics.keys(), one.queries.keys()), (other.statistics.keys(), other.queries.keys())
+    return layers[0] == layers[1] and all(torch.equal(a, b) for a, b in parts)
 
 
 @pytest.fixture
@@ -61,7 +69,7 @@ def test_what_was_saved_comes_back(tmp_path: Path) -> None:
 
 
 def test_an_empty_part_is_allowed(tmp_path: Path) -> None:
-    profile(statistics={}).save(tmp_path / "a")
+    profile(statistics={}, queries={}).save(tmp_path / "a")
     found = ModelProfile.load(tmp_path / "a")
     with pytest.raises(InvalidInputError, match=r"no statistics of layer 3 \(it has: none\).*calibrate"):
         found.transform(3)
@@ -75,6 +83,11 @@ def test_a_rank_gets_its_heads() -> None:
         for name, part in own.tensors().items():
             assert part.shape == (1, 2, 64) and part.is_contiguous()
             assert torch.equal(part, whole.tensors()[name][:, 2 * rank : 2 * rank + 2])
+        queries = made.query_moments(3, slice(2 * rank, 2 * rank + 2))
+        assert queries is not None and torch.equal(
+            queries.mean, made.queries[3].mean[2 * rank : 2 * rank + 2]
+        )
+    assert made.query_moments(1) is None
     with pytest.raises(InvalidInputError, match="none of the 8 KV heads"):
         made.transform(3, slice(8, 10))
     with pytest.raises(InvalidInputError, match=r"layer 2 \(it has: 1, 3\)"):
@@ -99,13 +112,30 @@ def test_wrong_parts_are_refused_and_a_file_with_them_too(
     ones = {"mean": torch.ones(1, 2, 4), "weight": torch.ones(1, 2, 4)}
     wrong = ChannelTransform(**{**ones, **part})
     with pytest.raises(error, match=reason):
-        profile(statistics={0: wrong})
+        profile(statistics={0: wrong}, queries={})
     path, made = tmp_path / "a", profile()
     about = {name: getattr(made, name) for name in ("fingerprint", "model", "text", "tokens", "piece_tokens")}
     held = {f"layer.0.{name}": tensor[0] for name, tensor in wrong.tensors().items()}
     write_file(path, about, held, MODEL_PROFILE)
     with pytest.raises(CacheFileError, match=rf"{path.name} is no usable model profile.*calibrate MODEL"):
         ModelProfile.load(path)
+
+
+def test_wrong_moments_of_queries_are_refused(tmp_path: Path) -> None:
+    def refused(moments: QueryMoments, reason: str, error: type[Exception] = InvalidInputError) -> None:
+        with pytest.raises(error, match=reason):
+            profile(queries={3: moments})
+
+    ones = torch.ones(8, 4, 64)
+    refused(QueryMoments(ones[:4], ones[:4]), r"are \(4, 4, 64\), not \[Hkv, G, D\]")
+    refused(QueryMoments(ones, -ones), "is negative")
+    refused(QueryMoments(ones * torch.inf, ones), "NaN or infinity", NonFiniteError)
+    made = profile()
+    about = {name: getattr(made, name) for name in ("fingerprint", "model", "text", "tokens", "piece_tokens")}
+    held = {"layer.3.mean": ones[:, 0], "layer.3.weight": ones[:, 0], "layer.3.query_mean": ones}
+    write_file(tmp_path / "a", about, held, MODEL_PROFILE)
+    with pytest.raises(CacheFileError, match="layer 3 has only the mean of its queries"):
+        ModelProfile.load(tmp_path / "a")
 
 
 @pytest.mark.parametrize(

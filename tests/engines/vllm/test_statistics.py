@@ -9,34 +9,46 @@ from quantpress.engines.vllm.block_state import BlockState, Capacity
 from quantpress.engines.vllm.dtypes import codecs_of
 from quantpress.engines.vllm.layer_store import LayerStore, StoreSettings
 from quantpress.engines.vllm.options import Options, options_of
-from quantpress.engines.vllm.step_plan import StepBatch, StepPlanner
+from quantpress.engines.vllm.step_plan import PrefillPlan, StepBatch, StepPlanner
 from quantpress.errors import InvalidInputError, NonFiniteError
 from quantpress.kernels.blocks import decode_blocks
+from quantpress.quantization.query_moments import QueryMoments
 from quantpress.quantization.transform import ChannelTransform
 
 DIM, HEADS, BLOCKS, TOKENS = 64, 2, 9, 4 * 128
 CPU = torch.device("cpu")
 
 
-def stored(name: str, keys: Tensor, values: Tensor, transform: ChannelTransform | None = None) -> LayerStore:
+def stored(
+    name: str,
+    keys: Tensor,
+    values: Tensor,
+    transform: ChannelTransform | None = None,
+    moments: QueryMoments | None = None,
+) -> LayerStore:
     """A store after a prompt of `TOKENS` tokens in blocks 1 to 4; in the others all floats are NaN."""
     settings = StoreSettings(
-        codecs_of(name, DIM, DIM, torch.float32), HEADS, torch.float32, 4, Capacity(2, 4)
+        codecs_of(name, DIM, DIM, torch.float32), HEADS, torch.float32, 4, Capacity(2, 4), 2, DIM**-0.5
     )
     store = LayerStore(settings, CPU)
     width = settings.layout.token_bytes
     cache = torch.full((HEADS, BLOCKS, 128, width), 0xFF, dtype=torch.uint8)
     store.bind(cache.transpose(0, 1))
     if transform is not None:
-        store.set_statistics(transform)
+        store.set_statistics(transform, moments)
+    store.write_prefills(keys, values, prefills_of())
+    return store
+
+
+def prefills_of() -> PrefillPlan:
+    """The plan of a step that reads the prompt."""
     planner = StepPlanner(BlockState(BLOCKS, Capacity(2, 4), 4, CPU), HEADS, 5)
     starts, lengths = torch.tensor([0, TOKENS], dtype=torch.int32), torch.tensor([TOKENS], dtype=torch.int32)
     table = torch.tensor([[1, 2, 3, 4, 0]], dtype=torch.int32)
     batch = StepBatch(starts, lengths, table, torch.tensor([0]), 0, 1, [0, TOKENS], [TOKENS], uniform=True)
     prefills = planner.plan(batch).prefills
     assert prefills is not None
-    store.write_prefills(keys, values, prefills)
-    return store
+    return prefills
 
 
 def decoded(store: LayerStore) -> Tensor:
@@ -64,13 +76,28 @@ def test_blocks_are_packed_again_by_the_new_statistics(monkeypatch: pytest.Monke
     store = stored("quantpress_4bit", keys, values)
     without, held = error(store, keys), bits(store, 1)
     store.freeze(keys, queries, packed=True)
-    fresh = stored("quantpress_4bit", keys, values, ChannelTransform(store.mean, store.weight))
+    transform = ChannelTransform(store.mean, store.weight)
+    fresh = stored("quantpress_4bit", keys, values, transform, store.queries.scaled(DIM**0.5))
     assert store.ready and torch.allclose(store.mean[0], keys.mean(0), atol=1e-4)
     assert not torch.equal(store.weight, torch.ones_like(store.weight))
     assert error(fresh, keys) < without < 0.15
     assert error(store, keys) < 2 * error(fresh, keys)
     for plane, before in zip(bits(store, 1), held, strict=True):
         assert torch.equal(plane, before), "values have no statistics"
+
+
+def test_blocks_keep_the_key_that_queries_look_for() -> None:
+    """In 16 bits, wherever it is, and chosen without looking at any query of the request."""
+    keys, values, queries = vectors()
+    queries = queries + 4 * torch.randn(2 * HEADS, DIM)  # most of them alike
+    places = [300, 450]  # of blocks 3 and 4
+    for place in places:
+        keys[place] += 6 * queries.mean(0).unflatten(0, (HEADS, 2)).mean(1) / DIM**0.5
+    store = stored("quantpress_2bit", keys, values)
+    store.freeze(keys, queries, packed=True)
+    store.write_prefills(keys, values, prefills_of())
+    off = (decoded(store) - keys).norm(dim=-1) / keys.norm(dim=-1)
+    assert float(off[places].max()) < 1e-3 < 0.1 < float(off.mean())
 
 
 def test_nothing_is_packed_again_where_nothing_was_packed() -> None:

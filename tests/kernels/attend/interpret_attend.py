@@ -29,7 +29,8 @@ def error(key_bits: int, value_bits: int, dim: int, queries: int, dtype: str, ex
     """Relative error of one call against float64 attention on the decoded tokens."""
     kind = getattr(torch, dtype)
     rotation = next((kind for kind in ("haar", "identity") if kind in extras), "hadamard")
-    sides = [packed(dim, dim, bits, rotation=rotation) for bits in (key_bits, value_bits)]
+    means = "page_keys" in extras
+    sides = [packed(dim, dim, bits, rotation=rotation, page_keys=means) for bits in (key_bits, value_bits)]
     keys = sides[0].keys
     if "one_transform" in extras:
         keys = replace(keys, transform=keys.transform.map(lambda part: part[:1]))

@@ -21,12 +21,19 @@ TOLERANCE = 2e-6  # float32 arithmetic over 400 tokens, relative to the output's
 
 
 def packed(
-    dim: int, value_dim: int, bits: float, estimator: str = "mse", rotation: str = "hadamard"
+    dim: int,
+    value_dim: int,
+    bits: float,
+    estimator: str = "mse",
+    rotation: str = "hadamard",
+    page_keys: bool = False,
 ) -> PackedSegment:
-    spec = CodecSpec(head_dim=dim, bits=bits, role="key", estimator=estimator, rotation=rotation)
+    spec = CodecSpec(dim, bits, "key", rotation, estimator=estimator, page_keys=page_keys)
     key_codec = ScalarPages(spec)
     value_codec = ScalarPages(CodecSpec(head_dim=value_dim, bits=bits, role="value", rotation=rotation))
     keys = torch.randn(BATCH, KV_HEADS, PAGES * 128, dim) * torch.rand(dim).exp() + 3 * torch.randn(dim)
+    if page_keys:
+        keys += torch.randn(BATCH, KV_HEADS, PAGES, dim).repeat_interleave(128, 2)
     values = torch.randn(BATCH, KV_HEADS, PAGES * 128, value_dim)
     moment = torch.rand(BATCH, KV_HEADS, dim) + 0.1
     key_transform = key_statistics(keys, moment, key_codec.groups)

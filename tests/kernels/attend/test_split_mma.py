@@ -90,6 +90,14 @@ def prepared(call: Any, scale: float) -> list[torch.Tensor]:
     q = parts.unflatten(2, (-1, 8)).transpose(1, 2).flatten(1, 3)
     sums = by_block(numbers.sum(-1, dtype=torch.int32) >> 1)
     start = torch.stack((torch.zeros_like(sums), sums), 1).unflatten(2, (-1, 8)).transpose(1, 2).flatten(1)
+    if call.keys.page_keys:
+        planes = call.packed.keys.planes
+        stored = torch.stack((planes["mean0"], planes["sink0"]), -2).double()  # [..., P, 2, D]
+        if call.table is not None:
+            stored = stored[call.table.long()]
+        turned = query / transform.weight.flatten(0, 1).unsqueeze(1)
+        scores = torch.einsum("hrd,hpkd->hrpk", turned, stored.flatten(0, 1)) * scale
+        call.page_scores = by_block(scores).permute(0, 2, 3, 1).float().contiguous()  # [N, P, 2, R]
     unit = call.keys.codebook.unit
     factor = by_block((2 * largest / MOST * scale * unit).squeeze(-1).float())
     assert q.shape == (count, 2 * block, dim) and start.shape == q.shape[:2]
@@ -232,6 +240,9 @@ def test_lengths_starts_and_tables(
     check(*run(replace(pages, lengths=lengths, starts=starts), 1))
     check(*run(replace(with_schedule(pooled(pages, lengths, 0 * starts)), starts=None), 1))
     check(*run(with_schedule(pooled(pages, lengths, starts)), 1))
+    means = replace(pages, keys=packed(dim, dim, key_bits, page_keys=True).keys)
+    check(*run(with_schedule(pooled(means, lengths, starts)), 1))
+    assert emulated.launches.pop()["PAGE_KEYS"]
     given = [tuple(launch[name] for name in ("STARTS", "HEADS", "SCHEDULED")) for launch in emulated.launches]
     padded = given[1][1]
     assert padded > 1 and given == [
@@ -294,6 +305,8 @@ def test_words_are_read_once(
 def test_softcap_and_one_page(emulated: Emulated) -> None:
     pages = packed(128, 128, 3)
     check(*run(pages, 1, softcap=3.0))
+    check(*run(packed(128, 128, 3, page_keys=True), 5, softcap=3.0))
+    emulated.launches.pop()
     (keys, values) = pages.narrow(0, 1)
     check(*run(PackedSegment(keys, values), 1))
     assert pages.pages == PAGES and emulated.launches[1]["pages"] == 1

@@ -20,6 +20,7 @@ from quantpress.kernels.attend.schedule import SCHEDULE_TILE, PageSchedule, page
 from quantpress.kernels.attend.triton_attend import (
     DENSE_TILE,
     MERGED,
+    PAGES_OF_SCORES,
     PROGRAMS,
     STAGED_BYTES,
     block_rows,
@@ -54,6 +55,9 @@ INTERPRETED = [
     [4, 3, 64, 4, "float32", "pool dense_tables shared sinks_in_pages one_transform side_by_side"],
     [2, 4, 64, 1, "float32", "pool dense_tables no_sinks right"],
     [4, 2, 64, 2, "bfloat16", "haar one_transform"],
+    [2, 3, 64, 7, "float32", "page_keys softcap"],
+    [3, 3, 64, 1, "float32", "page_keys pool right alone side_by_side"],
+    [4, 3, 64, 1, "float32", "page_keys pool dense_tables shared sinks_in_pages one_transform side_by_side"],
 ]
 
 
@@ -109,6 +113,8 @@ POINTERS = {
     **{f"{run}_table_ptr": "*i32" for run in ("first", "recent")},
     **{f"{name}_ptr": "*i32" for name in ("lookup", "page_table", "schedule", "programs", "heads")},
     "slots_ptr": "*i64",
+    "means_ptr": "*fp16",
+    "sinks_ptr": "*fp16",
     **{f"{run}_{side}_ptr": "*bf16" for run in ("first", "recent") for side in "kv"},
 }
 
@@ -173,6 +179,7 @@ def test_split_kernel_compiles_without_a_gpu(
         "HEADS": heads,
         "SCHEDULED": heads == 1,
         "STARTS": heads > 0,
+        "PAGE_KEYS": heads == 1,
     }
     kernel = compiled(split_mma_kernel, constants, capability, 1)
     assert "mma.sync.aligned.m16n8k32.row.col.satfinite.s32.s8.s8.s32" in kernel.asm["ptx"]
@@ -193,6 +200,7 @@ def test_split_kernel_compiles_without_a_gpu(
 def test_kernels_around_it_compile_without_a_gpu(capability: int, heads: int, dim: int) -> None:
     pytest.importorskip("triton")
     from quantpress.kernels.attend.merge import merge_kernel
+    from quantpress.kernels.attend.page_scores import page_scores_kernel
     from quantpress.kernels.attend.prepare import prepare_kernel
     from quantpress.kernels.attend.schedule_kernel import schedule_kernel
 
@@ -205,7 +213,15 @@ def test_kernels_around_it_compile_without_a_gpu(capability: int, heads: int, di
     merge = chained | {"HAS_SINKS": True, "SIZE": MERGED[heads > 0], "HEADS": heads, "STARTS": heads > 0}
     merge |= {"EACH": 4 if heads else 1, "SCHEDULED": heads == 32}
     schedule = {"HEADS": max(heads, 2), "SIZE": SCHEDULE_TILE, "STARTS": heads == 64}
-    for kernel, constants in ((prepare_kernel, first), (merge_kernel, merge), (schedule_kernel, schedule)):
+    means = {"D": dim, "R": 8, "SIZE": PAGES_OF_SCORES, "HAS_WEIGHT": True, "SHARED": heads == 32}
+    means |= {"SLOTS": heads == 64, "USED": True, "STARTS": heads > 0, "PAGED": heads > 0}
+    kernels = {
+        prepare_kernel: first,
+        merge_kernel: merge,
+        schedule_kernel: schedule,
+        page_scores_kernel: means,
+    }
+    for kernel, constants in kernels.items():
         binary = compiled(kernel, constants, capability, 8 if dim > 128 else 4)
         assert len(binary.asm["cubin"]) > 0
         assert binary.metadata.shared <= 99 * 1024  # of consumer GPUs
@@ -283,13 +299,16 @@ def on_device(
     bits: tuple[int, int],
     size: float = 1.0,
     rotation: str = "hadamard",
+    page_keys: bool = False,
 ) -> PackedSegment:
     """Random packed pages with a mean key, weights, and values of any size, encoded on the GPU."""
     codecs = [
-        ScalarPages(CodecSpec(head_dim=dim, bits=b, role=r, rotation=rotation))
+        ScalarPages(CodecSpec(dim, b, r, rotation, page_keys=page_keys and r == "key"))
         for b, r in zip(bits, ("key", "value"), strict=True)
     ]
     keys = torch.randn(batch, heads, tokens, dim, device="cuda") + 2 * torch.randn(dim, device="cuda")
+    if page_keys:
+        keys += torch.randn(batch, heads, tokens // 128, dim, device="cuda").repeat_interleave(128, 2)
     values = size * torch.randn(batch, heads, tokens, dim, device="cuda")
     values[:, :, 5] = 0
     transform = key_statistics(keys, torch.rand(batch, heads, dim, device="cuda") + 0.1, codecs[0].groups)
@@ -370,12 +389,13 @@ def unused(tokens: int, starts: torch.Tensor, lengths: torch.Tensor) -> torch.Te
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("page_keys", [False, True])
 @pytest.mark.parametrize("queries", [1, 7])
 @pytest.mark.parametrize("bits", [(4, 4), (3, 3), (2, 2), (4, 2)], ids=lambda b: f"{b[0]}_{b[1]}")
 @pytest.mark.parametrize("dim", [64, 128, 256])
-def test_pages_by_table_on_a_gpu(dim: int, bits: tuple[int, int], queries: int) -> None:
+def test_pages_by_table_on_a_gpu(dim: int, bits: tuple[int, int], queries: int, page_keys: bool) -> None:
     """Single pages anywhere in a pool, heads of very different lengths, tokens in use from any place on."""
-    pages = on_device(2, 3, 64 * 128, dim, bits)
+    pages = on_device(2, 3, 64 * 128, dim, bits, page_keys=page_keys)
     recent = torch.randn(2, 3, 200, dim, device="cuda", dtype=torch.float16)
     lengths = torch.tensor([[5000, 128, 0], [1, 8192, 3333]], dtype=torch.int32, device="cuda")
     begins = torch.tensor([[0, 77, 3], [150, 1, 193]], dtype=torch.int32, device="cuda")
@@ -419,6 +439,19 @@ def test_a_schedule_made_before_give_the_same_on_a_gpu(batch: int, queries: int)
         assert torch.equal(got, expected)
     with pytest.raises(InvalidInputError, match="the schedule to write is for"):
         page_schedule(lengths, found.table, None, PageSchedule.empty(1, 2, found.device))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("softcap", [None, 20.0])
+def test_keys_of_pages_on_a_gpu(softcap: float | None) -> None:
+    pages = on_device(2, 2, 40 * 128, 128, (3, 4), page_keys=True)
+    query = torch.randn(2, 8, 5, 128, device="cuda", dtype=torch.bfloat16)
+    recent = torch.randn(2, 2, 40, 128, device="cuda", dtype=torch.bfloat16)
+    segments: list[Segment] = [pages, DenseSegment(recent, recent)]
+    assert supports(query, segments, Visibility(5, 41 * 128 - 88))
+    got = attend(query, segments, Visibility(5, 41 * 128 - 88), scaling=0.1, softcap=softcap)
+    expected = double_attention(query, segments, 0.1, softcap=softcap)
+    assert float((got.double() - expected).norm() / expected.norm()) < 3e-3
 
 
 @pytest.mark.gpu

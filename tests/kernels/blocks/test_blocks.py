@@ -12,7 +12,9 @@ from quantpress.codecs.scalar import ScalarPages
 from quantpress.errors import InvalidInputError
 from quantpress.kernels.blocks import BlockSide, TokenTarget, decode_blocks, pack_blocks, put_tokens
 from quantpress.kernels.blocks.reference import pack_blocks_reference, put_tokens_reference
+from quantpress.kernels.encode.reference import encode_pages_reference
 from quantpress.kernels.layout import page_bytes
+from quantpress.quantization.query_moments import QueryMoments
 from quantpress.quantization.spec import CodecSpec
 from quantpress.quantization.transform import ChannelTransform
 from tests.kernels.interpreter import interpret
@@ -32,11 +34,13 @@ class Engine:
 
 
 def engine(dim: int, bits: tuple[float, float], device: str = "cpu") -> Engine:
+    """Pages of keys store two of them, but for a head_dim of 256; queries choose one, but for one of 64."""
     specs = [
-        CodecSpec(dim, b, role, scale_dtype="float16") for b, role in zip(bits, ("key", "value"), strict=True)
+        CodecSpec(dim, b, role, scale_dtype="float16", page_keys=role == "key" and dim < 256)
+        for b, role in zip(bits, ("key", "value"), strict=True)
     ]
     sizes = [page_bytes(group.bits, group.channels) for spec in specs for group in spec.groups]
-    total = sum(sizes) + 256 * len(sizes)
+    total = sum(sizes) + 256 * len(sizes) + 4 * dim
     memory = torch.full((BLOCKS, HEADS, total), EMPTY, dtype=torch.uint8, device=device)
     at, sides = 0, []
     for spec in specs:
@@ -46,12 +50,19 @@ def engine(dim: int, bits: tuple[float, float], device: str = "cpu") -> Engine:
             planes[f"codes{i}"] = memory[..., at : at + size].transpose(0, 1)
             planes[f"scale{i}"] = memory[..., at + size : at + size + 256].view(torch.float16).transpose(0, 1)
             at += size + 256
+        if spec.page_keys:
+            for name in ("mean0", "sink0"):
+                planes[name] = memory[..., at : at + 2 * dim].view(torch.float16).transpose(0, 1)
+                at += 2 * dim
         lead = (1, HEADS, dim)
         transform = ChannelTransform()
         if spec.role == "key":
             mean, weight = torch.randn(lead, device=device), torch.rand(lead, device=device) + 0.5
             transform = ChannelTransform(mean, weight)
-        sides.append(BlockSide(ScalarPages(spec), transform, planes))
+        queries = None
+        if spec.page_keys and dim > 64:
+            queries = QueryMoments(*(torch.rand(2, HEADS, 3, dim, device=device) / dim))
+        sides.append(BlockSide(ScalarPages(spec), transform, planes, queries))
     return Engine(memory, (sides[0], sides[1]))
 
 
@@ -184,7 +195,21 @@ def check_pack(dim: int, bits: tuple[int, int], dtype: torch.dtype, device: str)
     chosen, places = [172, 2, 67], [3, 1, 4]
     for x, side in zip((keys, values), made.sides, strict=True):
         assert side.spec is not None
-        expected = launch_encode(x[chosen], side.spec, side.transform, direct=False)[0]
+        spec, transform, expected = side.spec, side.transform, dict[str, Tensor]()
+        if spec.page_keys:  # as if what is stored were the mean of all keys
+            assert transform.mean is not None and transform.weight is not None
+            stored = side.planes["mean0"][:, places].transpose(0, 1)
+            means = transform.mean + stored.float() / transform.weight
+            plain = ChannelTransform(means, transform.weight.expand_as(means))
+            without = encode_pages_reference(x[chosen], spec, transform, side.queries)
+            assert torch.allclose(stored.float(), without["mean0"][:, :, 0].float(), rtol=2e-3, atol=1e-5)
+            sinks = (without["scale0"] < 0).transpose(2, 3)[..., 0]  # [3, Hkv, 128]
+            assert bool((sinks.sum(-1) == 1).all())
+            expected = {"mean0": stored.unsqueeze(2), "sink0": without["sink0"]}
+            spec, transform = replace(spec, page_keys=False), plain
+        expected |= launch_encode(x[chosen], spec, transform, direct=False)[0]
+        if "sink0" in expected:
+            expected["scale0"][:, :, 0][sinks] = -1
         for name, plane in side.planes.items():
             assert torch.equal(plane[:, places], expected[name][:, :, 0].transpose(0, 1)), (dim, bits, name)
     assert (made.memory[[0, 2]] == EMPTY).all()

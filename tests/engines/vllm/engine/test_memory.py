@@ -18,8 +18,8 @@ HEAD_DIM, LAYERS, HEADS = CONFIG["head_dim"], CONFIG["num_hidden_layers"], CONFI
     [("quantpress_4bit", (4, 4)), ("quantpress_3bit", (3, 3)), ("quantpress_k4v2", (4, 2))],
 )
 def test_as_many_tokens_fit_as_the_bits_promise(folder: Path, dtype: str, bits: tuple[int, int]) -> None:
-    """Codes, and a scale of two bytes for each vector."""
-    vector = sum(width * HEAD_DIM // 8 + 2 for width in bits)
+    """Codes, a scale of two bytes for each vector, and two keys of a page in 16 bits."""
+    vector = sum(width * HEAD_DIM // 8 + 2 for width in bits) + 2 * 2 * HEAD_DIM // BLOCK
     with engine(folder, kv_cache_dtype=dtype) as running:
         blocks = running.config.cache_config.num_gpu_blocks
         assert blocks == OPTIONS["kv_cache_memory_bytes"] // (LAYERS * HEADS * BLOCK * vector)
