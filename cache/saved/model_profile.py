@@ -216,8 +216,8 @@ def _check_queries(index: int, moments: QueryMoments, transform: ChannelTransfor
     shape = None if transform is None or transform.mean is None else transform.mean.shape[1:]
     if shape is None or moments.mean.shape[::2] != shape:
         raise InvalidInputError(
-            f"the queries of layer {index} are {tuple(moments.mean.shape)}, not [Hkv, G, D] with Hkv and D of "
-            "its keys"
+            f"moments of queries of layer {index} are {tuple(moments.mean.shape)}, not [Hkv, G, D] with Hkv "
+            "and D of its keys"
         )
     if not bool(moments.mean.isfinite().all() & moments.variance.isfinite().all()):
         raise NonFiniteError(f"the queries of layer {index} hold NaN or infinity")

@@ -19,7 +19,7 @@ def test_sums_of_an_eight_billion_model() -> None:
     token = 32 * 8 * 256 * 2
     assert four.recent_bytes == 17 * 256 * token and four.request_bytes == 256 * token
     assert four.sink_bytes == 1025 * 4 * token
-    assert four.statistics_bytes == 32 * 8 * 128 * 8
+    assert four.statistics_bytes == 32 * (8 + 32) * 128 * 8  # of keys and queries
     weights = outline("llama-3.1-8b").weights_bytes or 0
     for plan in (own, four, pair):
         left = 40 * 10**9 - weights - plan.fixed_bytes
