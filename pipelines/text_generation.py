@@ -23,10 +23,12 @@ from quantpress.pipelines.decoding import (
 from quantpress.pipelines.default_model import check_dtype
 from quantpress.pipelines.press_argument import as_press, enabled_press, hand_tokenizer
 from quantpress.pipelines.prompt import chat_form, check_positions, cut_to, token_ids, warn_of_positions
+from quantpress.pipelines.ranks import check_clocks, check_same, share_chance
 from quantpress.pipelines.reading.read_context import read_context
 from quantpress.pipelines.report import Report, Stopwatch
 from quantpress.pipelines.rollback import model_rollback
 from quantpress.presses.base_press import BasePress
+from quantpress.presses.traits import short_repr
 
 
 class TextGenerationPipeline(Pipeline):
@@ -155,6 +157,7 @@ class TextGenerationPipeline(Pipeline):
             how["press"] = enabled_press(self.model)
         form = {**self._preprocess_params, **reading}
         ids, after = self._prompt(context, form.get("max_context_length"), form.get("enable_thinking", False))
+        check_same(self.model, context=ids.tolist(), press=short_repr(how.get("press")))
         cache, ids = host.empty_cache(self.model), ids.to(self.device)
         with self.device_placement(), torch.no_grad(), model_rollback(self.model):
             position = read_context(self.model, ids, cache, **how)
@@ -220,6 +223,14 @@ class TextGenerationPipeline(Pipeline):
         if config.stop_strings is not None or "assistant_tokenizer" in generation:
             generation["tokenizer"] = self.tokenizer
         context_ids, questions = input_tensors["context_ids"], input_tensors["questions_ids"]
+        check_same(
+            self.model,
+            context=context_ids.tolist(),
+            questions=[one.tolist() for one in questions],
+            press=short_repr(press),
+            generation=config.to_diff_dict(),
+        )
+        check_clocks(self.model, config)
         warn_of_positions(self.model.config, context_ids, questions, config.max_new_tokens)
         watch = Stopwatch(self.model.device) if report else None
         how: dict[str, Any] = {"chunk_tokens": chunk_tokens, "progress": progress, "watch": watch}
@@ -231,6 +242,7 @@ class TextGenerationPipeline(Pipeline):
                 steps.enter_context(capturing_answers(self.model, kept, new_tokens, cuda_graph, compile))
             memory = cache_memory(kept) if report else None
             ids = []
+            share_chance(self.model, config)
             for question in questions:
                 with asking(self.model, kept, press, watch):
                     where = (self.model, kept, context_ids, question, position)

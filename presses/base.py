@@ -29,6 +29,7 @@ from quantpress.presses.guard import named_failure
 from quantpress.presses.models.filling import filled_caches
 from quantpress.presses.models.full_layers import as_kvpress_sees
 from quantpress.presses.models.lock import model_lock
+from quantpress.presses.ranks import own_heads
 from quantpress.presses.traits import TRAITS, Trait, describe
 
 if TYPE_CHECKING:
@@ -77,7 +78,12 @@ class PressMixin:
             UnsupportedModelError, InvalidInputError: see `filled_caches`.
         """
         upstream: Any = super()
-        with model_lock(model), filled_caches(model), upstream.__call__(as_kvpress_sees(model, self)):
+        press: Any = self
+        with ExitStack() as stack:
+            stack.enter_context(model_lock(model))
+            stack.enter_context(filled_caches(model))
+            stack.enter_context(own_heads(press, model))
+            stack.enter_context(upstream.__call__(as_kvpress_sees(model, self)))
             yield
 
     def __or__(self, other: Any) -> Any:

@@ -21,6 +21,7 @@ from quantpress.presses.models.filling import filled_caches
 from quantpress.presses.models.restore import left_as_found
 from quantpress.presses.packing.pack_layers import Packer
 from quantpress.presses.packing.prefill_hook import forget_attention_weights
+from quantpress.presses.ranks import own_heads
 from quantpress.presses.rules import why_not
 from quantpress.presses.traits import name_of, short_repr, traits_of, with_inner
 from quantpress.presses.turboquant import TurboQuant
@@ -186,6 +187,7 @@ class Compose(PressMixin, BasePress):
         if self.evictors:
             check(model, EVICTABLE)
         stack.enter_context(filled_caches(model, evicts=bool(self.evictors)))
+        stack.enter_context(own_heads(self, model))
         if packer is not None:
             stack.enter_context(packer.recording(model))
         for press in self.evictors:

@@ -21,6 +21,7 @@ from quantpress.presses.models.attention import attention_modules, decoder_of, h
 from quantpress.presses.models.full_layers import as_kvpress_sees
 from quantpress.presses.models.old_names import old_names
 from quantpress.presses.packing.prefill_hook import check_padding, is_padded, prefill_call
+from quantpress.presses.ranks import own_heads
 from quantpress.presses.traits import name_of, short_repr, traits_of, with_inner
 
 if TYPE_CHECKING:
@@ -57,7 +58,7 @@ def guarded(press: BasePress, model: "PreTrainedModel") -> Iterator[None]:
     modules = attention_modules(model)
     before = [set(module._forward_hooks) for module in modules]
     supported = isinstance(model, _supported_models() or object) and not _offloaded(modules)
-    with old_names(decoder_of(model), modules), press(_seen_by(press, model)):
+    with old_names(decoder_of(model), modules), own_heads(press, model), press(_seen_by(press, model)):
         for module, known in zip(modules, before, strict=True):
             for hook_id in set(module._forward_hooks) - known:
                 if is_sliding(module):
@@ -76,7 +77,8 @@ def named_context(press: BasePress, model: "PreTrainedModel") -> Iterator[None]:
     """Enter a press's own context, with errors of kvpress's presses at a prefill explained."""
     modules = attention_modules(model) if type(press).__module__.startswith("kvpress.") else []
     before = [set(module._forward_hooks) for module in modules]
-    with old_names(decoder_of(model), attention_modules(model)), press(_seen_by(press, model)):
+    names = old_names(decoder_of(model), attention_modules(model))
+    with names, own_heads(press, model), press(_seen_by(press, model)):
         for module, known in zip(modules, before, strict=True):
             for hook_id in set(module._forward_hooks) - known:
                 module._forward_hooks[hook_id] = named(press, module._forward_hooks[hook_id])

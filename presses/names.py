@@ -35,7 +35,7 @@ class Cap(EvictingPress, kvpress.CapPress):
     """Leverage of values, weighted by how queries so far align with the keys (CapKV)."""
 
 
-class Compactor(EvictingPress, kvpress.CompactorPress, whole_context=True):
+class Compactor(EvictingPress, kvpress.CompactorPress, whole_context=True, needs_all_heads=True):
     """Leverage scores blended with non-causal attention (Compactor)."""
 
 
@@ -49,6 +49,7 @@ class DuoAttention(
     ratio_name="head_compression_ratio",
     ratio_follows=True,
     masks_heads=True,
+    needs_all_heads=True,
 ):
     """Some heads, `head_compression_ratio` of them, see only sinks and recent tokens (DuoAttention)."""
 
@@ -57,11 +58,11 @@ class ExpectedAttention(EvictingPress, kvpress.ExpectedAttentionPress):
     """Attention that future queries are expected to pay."""
 
 
-class ExpectedAttentionStats(EvictingPress, kvpress.ExpectedAttentionStatsPress):
+class ExpectedAttentionStats(EvictingPress, kvpress.ExpectedAttentionStatsPress, needs_all_heads=True):
     """`ExpectedAttention` with query statistics from Hugging Face's hub, for some models."""
 
 
-class FastKVzip(EvictingPress, kvpress.FastKVzipPress, at_exit=True, masks_heads=True):
+class FastKVzip(EvictingPress, kvpress.FastKVzipPress, at_exit=True, masks_heads=True, needs_all_heads=True):
     """Gates trained to predict KVzip's scores, from Hugging Face's hub, for some models."""
 
 
@@ -74,16 +75,20 @@ class Knorm(EvictingPress, kvpress.KnormPress):
 
 
 class KVCompose(
-    EvictingPress, kvpress.KVComposePress, at_exit=True, masks_heads=lambda press: not press.structured
+    EvictingPress,
+    kvpress.KVComposePress,
+    at_exit=True,
+    masks_heads=lambda press: not press.structured,
+    needs_all_heads=True,
 ):
     """Composite tokens across heads, after reading the context twice (KVCompose)."""
 
 
-class KVzap(EvictingPress, kvpress.KVzapPress, whole_context=True):
+class KVzap(EvictingPress, kvpress.KVzapPress, whole_context=True, needs_all_heads=True):
     """A small trained model that predicts KVzip's scores, from Hugging Face's hub, for some models."""
 
 
-class KVzip(RereadingPress, kvpress.KVzipPress, at_exit=True, masks_heads=True):
+class KVzip(RereadingPress, kvpress.KVzipPress, at_exit=True, masks_heads=True, needs_all_heads=True):
     """Attention of the model repeating its context (KVzip); two to three times the prefill's cost."""
 
 
@@ -95,11 +100,11 @@ class LagKV(EvictingPress, kvpress.LagKVPress):
     """Keys and values compared with those of the partition that follows."""
 
 
-class LeverageScore(EvictingPress, kvpress.LeverageScorePress, whole_context=True):
+class LeverageScore(EvictingPress, kvpress.LeverageScorePress, whole_context=True, normalizes=True):
     """Approximate leverage scores of keys before RoPE."""
 
 
-class NonCausalAttn(EvictingPress, kvpress.NonCausalAttnPress, whole_context=True):
+class NonCausalAttn(EvictingPress, kvpress.NonCausalAttnPress, whole_context=True, normalizes=True):
     """Attention of all queries of a chunk to all its keys."""
 
 
@@ -115,7 +120,7 @@ class PyramidKV(EvictingPress, kvpress.PyramidKVPress):
     """SnapKV with more tokens in lower layers."""
 
 
-class QFilter(EvictingPress, kvpress.QFilterPress):
+class QFilter(EvictingPress, kvpress.QFilterPress, needs_all_heads=True):
     """Learned query directions, from Hugging Face's hub, for some models."""
 
 
@@ -128,7 +133,12 @@ class RestoreKV(RereadingPress, kvpress.RestoreKVPress, adds_tokens=True):
 
 
 class SimLayerKV(
-    EvictingPress, kvpress.SimLayerKVPress, ratio_name="lazy_threshold", ratio=0.9, ratio_follows=True
+    EvictingPress,
+    kvpress.SimLayerKVPress,
+    ratio_name="lazy_threshold",
+    ratio=0.9,
+    ratio_follows=True,
+    needs_all_heads=True,
 ):
     """Only sinks and recent tokens in layers whose attention to them is above `lazy_threshold`."""
 
@@ -144,18 +154,18 @@ class ThinK(EvictingPress, kvpress.ThinKPress, ratio_name="key_channel_compressi
     """Zeroes the key channels that recent queries use least; evicts no token, saves no memory by itself."""
 
 
-class TOVA(EvictingPress, kvpress.TOVAPress):
+class TOVA(EvictingPress, kvpress.TOVAPress, needs_all_heads=True):
     """Keeps what the last token attends to."""
 
 
 # Those that work through another press.
 
 
-class AdaKV(WrappingPress, kvpress.AdaKVPress, inner=SnapKV, masks_heads=True):
+class AdaKV(WrappingPress, kvpress.AdaKVPress, inner=SnapKV, masks_heads=True, compares_heads=True):
     """Shares the budget of a layer among its heads by score. Tokens are hidden; a quantizer frees them."""
 
 
-class Block(WrappingPress, kvpress.BlockPress, inner=KeyDiff, whole_context=True):
+class Block(WrappingPress, kvpress.BlockPress, inner=KeyDiff, whole_context=True, needs_all_heads=True):
     """Evicts block by block; with KeyDiff the method of the KeyDiff paper."""
 
 
@@ -163,11 +173,13 @@ class Chunk(WrappingPress, kvpress.ChunkPress, inner=SnapKV, whole_context=True)
     """Evicts the same fraction of every chunk."""
 
 
-class ChunkKV(WrappingPress, kvpress.ChunkKVPress, inner=SnapKV):
+class ChunkKV(WrappingPress, kvpress.ChunkKVPress, inner=SnapKV, compares_heads=True):
     """Keeps or evicts chunks as a whole."""
 
 
-class CriticalAdaKV(WrappingPress, kvpress.CriticalAdaKVPress, inner=SnapKV, masks_heads=True):
+class CriticalAdaKV(
+    WrappingPress, kvpress.CriticalAdaKVPress, inner=SnapKV, masks_heads=True, needs_all_heads=True
+):
     """AdaKV with CriticalKV's scores. Tokens are hidden; a quantizer frees them."""
 
 
@@ -195,6 +207,7 @@ class LUKV(
     kvpress.LUKVPress,
     inner=lambda: ExpectedAttention(epsilon=2e-2),
     masks_heads=True,
+    needs_all_heads=True,
 ):
     """Budgets per head from measured curves, for some models. Tokens are hidden; a quantizer frees them."""
 
@@ -219,7 +232,7 @@ describe(
 )
 
 CAM = kvpress.CAMPress
-describe(CAM, merges_while_decoding=True)
+describe(CAM, merges_while_decoding=True, needs_all_heads=True)
 
 CompressionRatioDecoding = kvpress.CompressionRatioDecodingPress
 describe(CompressionRatioDecoding)

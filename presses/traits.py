@@ -44,6 +44,10 @@ class Traits:
         demotes: chooses tokens that the quantizer behind it packs in fewer bits.
         needs_delimiter: looks for a token, `delimiter_token_id`, that stands between context and question.
         sink_tokens: how many of the first tokens it always keeps.
+        compares_heads: compares the scores that the press inside gives to different heads.
+        needs_all_heads: decides with other numbers of all heads of the model: their mean attention, budgets
+            for all heads and layers, or weights trained for them.
+        normalizes: its scores are relative to those of all heads of the layer.
     """
 
     at_exit: bool = False
@@ -62,6 +66,9 @@ class Traits:
     demotes: bool = False
     needs_delimiter: bool = False
     sink_tokens: int = 0
+    compares_heads: bool = False
+    needs_all_heads: bool = False
+    normalizes: bool = False
 
 
 TRAITS: dict[type, dict[str, Trait]] = {BasePress: {}, ScorerPress: {}}

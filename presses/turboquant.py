@@ -23,6 +23,7 @@ from quantpress.presses.models.restore import left_as_found
 from quantpress.presses.packing.filled_cache import pack_cache
 from quantpress.presses.packing.pack_layers import Packer
 from quantpress.presses.presets import PRESETS
+from quantpress.presses.ranks import own_heads
 from quantpress.quantization.spec import CodecSpec
 
 if TYPE_CHECKING:
@@ -229,7 +230,7 @@ class TurboQuant(PressMixin, BasePress, quantizes=True, keeps_tokens=True):
         """
         with left_as_found(model):
             self.prepare(model)
-            with filled_caches(model, evicts=False), Packer(self).packing(model):
+            with filled_caches(model, evicts=False), own_heads(self, model), Packer(self).packing(model):
                 yield
 
     def forward_hook(

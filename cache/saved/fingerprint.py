@@ -1,9 +1,9 @@
 """Fingerprints of models: only the model that computed keys and values can use them.
 
-A fingerprint consists of the fields of the text configuration that keys and values may depend on; SAMPLE
-evenly spaced numbers of every weight and every saved buffer; the frequencies of rotary embeddings; and the
-active adapters. Further training changes these. Changing single numbers by hand may not, and changes made by
-a hook or another `forward` are not seen.
+A fingerprint consists of the fields of the text configuration that keys and values may depend on; `SAMPLE`
+evenly spaced numbers of every weight and every saved buffer (`weight_samples.py`); the frequencies of rotary
+embeddings; and the active adapters. Further training changes these. Changing single numbers by hand may not,
+and changes made by a hook or another `forward` are not seen.
 """
 
 import hashlib
@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from quantpress.cache.saved.adapters import Adapters, plain_name, unwrapped
+from quantpress.cache.saved.weight_samples import samples
 from quantpress.errors import UnsupportedModelError
 
-SAMPLE = 64
 _SAME_FREQUENCY = 1e-4  # relative tolerance; devices round differently
 
 # Fields that say how a model is run, loaded or prompted; they do not change keys and values.
@@ -139,13 +139,17 @@ def _close(before: list[list[float]], now: list[list[float]]) -> bool:
 
 def _digest(model: nn.Module, tensors: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256()
-    for name, tensor in sorted(tensors.items(), key=lambda item: plain_name(item[0])):
-        for part, plain in _parts(plain_name(name), _in_memory(model, name, tensor)):
-            digest.update(f"{part} {tuple(plain.shape)} {plain.dtype}\n".encode())
-            flat = plain.detach().reshape(-1)
-            sample = flat[:: max(1, flat.numel() // SAMPLE)][:SAMPLE].cpu().contiguous()
-            digest.update(sample.view(torch.uint8).numpy().tobytes())
+    named = sorted((_first_name(plain_name(name)), name, tensor) for name, tensor in tensors.items())
+    plain = [pair for to, name, one in named for pair in _parts(to, _in_memory(model, name, one))]
+    for (part, one), (shape, sample) in zip(plain, samples(model, plain), strict=True):
+        digest.update(f"{part} {shape} {one.dtype}\n".encode())
+        digest.update(sample.numpy().tobytes())
     return digest.hexdigest()
+
+
+def _first_name(name: str) -> str:
+    """The name that a bias had before transformers' tensor parallelism moved it in the first forward."""
+    return f"{name.removesuffix('._bias')}.bias" if name.endswith("._bias") else name
 
 
 def _parts(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:

@@ -11,6 +11,7 @@ import torch
 from transformers import Cache, PreTrainedModel
 
 from quantpress.cache import CacheMemory, PackedLayer, cache_memory, host
+from quantpress.cache.ranks import Ranks, ranks_of
 from quantpress.cache.saved.fingerprint import difference, model_fingerprint
 from quantpress.errors import InvalidInputError
 from quantpress.pipelines.attention_masks import HiddenSlots, hidden_slots, hiding
@@ -46,6 +47,8 @@ class CachedContext:
         description: that press in words.
         masks: the slots that head-wise presses hide and the cache still holds: (batch, head, slot) indices by
             layer.
+        ranks: the processes that share the model, if there are several; each has the keys and values of its
+            own heads.
 
     Example:
         >>> # context = pipe.read(text, press="SnapKV(0.5) | TurboQuant(4)")
@@ -62,6 +65,7 @@ class CachedContext:
     press: BasePress | None = None
     description: str = "None"
     masks: HiddenSlots = field(default_factory=dict)
+    ranks: Ranks | None = None
 
     @classmethod
     def of(
@@ -95,7 +99,7 @@ class CachedContext:
         masks = {layer: tuple(slots) for layer, slots in hidden_slots(model).items()}
         known = model_fingerprint(model)
         described = "None" if press is None else short_repr(press)
-        return cls(cache, tokens_seen, token_ids, known, after, press, described, masks)
+        return cls(cache, tokens_seen, token_ids, known, after, press, described, masks, ranks_of(model))
 
     @property
     def memory(self) -> CacheMemory:
@@ -139,7 +143,8 @@ class CachedContext:
     def save(self, path: str | os.PathLike[str]) -> int:
         """Write the context to one safetensors file, which contains the prompt.
 
-        The file has mode 0600, and it is complete or not there at all.
+        The file has mode 0600, and it is complete or not there at all. Processes that share a model
+        (`tp_plan`) all call this, and the first writes one file with all heads.
 
         Args:
             path: the file; an older one of this name is replaced.
@@ -149,13 +154,14 @@ class CachedContext:
 
         Raises:
             CacheFileError: the file system refuses.
-            InvalidInputError: a layer or codec cannot be saved, or the press acts during decoding too.
+            InvalidInputError: a layer or codec cannot be saved, or the press acts during decoding too; or
+                several processes have heads that keep different numbers of tokens.
         """
         check_saved(self.press)
         saved = SavedContext(
             self.cache, self.tokens_seen, self.token_ids, self.after, self.description, self.masks
         )
-        return save_context(saved, self.model, path)
+        return save_context(saved, self.model, path, self.ranks)
 
     @classmethod
     def load(
@@ -168,7 +174,8 @@ class CachedContext:
         """Map a saved context into memory.
 
         On the CPU, pages are read from the file when attention first uses them. For a model on another device
-        they are moved there now. Do not change the file in place meanwhile; it may be replaced or deleted.
+        they are moved there now. Processes that share a model all call this, and each takes its own heads. Do
+        not change the file in place meanwhile; it may be replaced or deleted.
 
         Args:
             path: a file that `save` or `quantpress pack` wrote.
@@ -195,6 +202,7 @@ class CachedContext:
             saved.after,
             description=saved.press,
             masks=saved.masks,
+            ranks=ranks_of(model),
         )
         if context.masks:  # layers in 16 bits hide slots by kvpress's attention
             import_kvpress(f"{path}, read under a press that evicts head by head,")

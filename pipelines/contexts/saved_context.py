@@ -1,15 +1,18 @@
 """A `CachedContext` on disk: one file with the cache, the prompt's ids and the model's fingerprint."""
 
 import os
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from transformers import Cache, PreTrainedModel
 
 from quantpress.cache import PackedLayer, host
+from quantpress.cache.ranks import Ranks, kv_heads, ranks_of
 from quantpress.cache.saved.fingerprint import difference
 from quantpress.cache.saved.format import read_file, write_file
+from quantpress.cache.saved.head_parts import all_heads, all_slots, own_heads, own_slots
 from quantpress.cache.saved.layers import cache_of, cache_parts
 from quantpress.cache.settings import LayerSettings
 from quantpress.codecs.parts import Parts
@@ -35,8 +38,38 @@ class SavedContext:
     masks: HiddenSlots
 
 
-def save_context(context: SavedContext, model: dict[str, Any], path: str | os.PathLike[str]) -> int:
-    """Write a context that the model with this fingerprint has read; see `CachedContext.save`."""
+def save_context(
+    context: SavedContext, model: dict[str, Any], path: str | os.PathLike[str], ranks: Ranks | None = None
+) -> int:
+    """Write a context that the model with this fingerprint has read; see `CachedContext.save`.
+
+    Processes that share the model all call this, and the first of them writes.
+    """
+    cache = cache_parts(context.cache)
+    if ranks is None:
+        return _write(context, cache, model, path)
+    if ranks.split_heads:
+        layers: Any = context.cache.layers
+        masks = {
+            layer: all_slots(slots, layers[layer].keys.shape[1], ranks)
+            for layer, slots in _masks(context, ranks)
+        }
+        cache, context = all_heads(cache, ranks), replace(context, masks=masks)
+    written = 0
+    with ranks.together():
+        if ranks.first:
+            written = _write(context, cache, model, path)
+    return int(ranks.each(written)[0])
+
+
+def _masks(context: SavedContext, ranks: Ranks) -> list[tuple[int, Any]]:
+    """The slots that this process hides, by each layer in which one of the processes hides some."""
+    layers = sorted(set().union(*ranks.each(set(context.masks))))
+    none = (torch.empty(0, dtype=torch.int64),) * len(_INDICES)
+    return [(layer, context.masks.get(layer, none)) for layer in layers]
+
+
+def _write(context: SavedContext, cache: Parts, model: dict[str, Any], path: str | os.PathLike[str]) -> int:
     masks = {
         str(layer): Parts("masks", tensors=dict(zip(_INDICES, indices, strict=True)))
         for layer, indices in context.masks.items()
@@ -45,7 +78,7 @@ def save_context(context: SavedContext, model: dict[str, Any], path: str | os.Pa
         "context",
         {"tokens_seen": context.tokens_seen, "after": context.after, "press": context.press},
         {"token_ids": context.token_ids},
-        {"cache": cache_parts(context.cache), "masks": Parts("all_masks", inner=masks)},
+        {"cache": cache, "masks": Parts("all_masks", inner=masks)},
     )
     return write_file(path, {"model": model, "context": whole.outline()}, whole.flat())
 
@@ -64,15 +97,31 @@ def load_context(
     Raises:
         CacheFileError: another model has read the context, or the file is not usable; the message says why.
     """
+    ranks = ranks_of(model)
+    with nullcontext() if ranks is None else ranks.together():
+        return _load(path, model, known, verify, ranks)
+
+
+def _load(
+    path: str | os.PathLike[str],
+    model: PreTrainedModel,
+    known: dict[str, Any],
+    verify: bool,
+    ranks: Ranks | None,
+) -> SavedContext:
     about, tensors = read_file(path, verify)
     reason = difference(about.get("model") or {}, known)
     if reason is not None:
         raise CacheFileError(f"{path} was packed with another model: {reason}")
     try:
         whole = Parts.from_outline(about.get("context"), tensors)
-        masks = whole.inner["masks"].inner
+        cache, masks = whole.inner["cache"], whole.inner["masks"].inner
+        if ranks is not None and ranks.split_heads:
+            heads = kv_heads(model) // ranks.count
+            masks = {layer: _own_masks(part, heads, ranks.index) for layer, part in masks.items()}
+            cache = own_heads(cache, ranks)
         return SavedContext(
-            cache_of(_on_devices(whole.inner["cache"], model)),
+            cache_of(_on_devices(cache, model)),
             int(whole.about["tokens_seen"]),
             whole.tensors["token_ids"],
             str(whole.about["after"]),
@@ -81,6 +130,11 @@ def load_context(
         )
     except (QuantPressError, AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
         raise CacheFileError(f"{path} cannot be used: {error}") from error
+
+
+def _own_masks(part: Parts, heads: int, index: int) -> Parts:
+    slots = own_slots(tuple(part.tensors[name] for name in _INDICES), heads, index)
+    return replace(part, tensors=dict(zip(_INDICES, slots, strict=True)))
 
 
 def check_packed_by(press: BasePress, model: PreTrainedModel, cache: Cache, path: str) -> None:

@@ -25,6 +25,7 @@ from quantpress.pipelines.enabling.generate_call import (
 )
 from quantpress.pipelines.method_replacement import MethodReplacement
 from quantpress.pipelines.press_argument import ENABLED
+from quantpress.pipelines.ranks import check_clocks, share_chance
 from quantpress.presses import Compose
 from quantpress.presses.models.attention import attention_modules
 from quantpress.presses.models.filling import check_keeps
@@ -122,6 +123,8 @@ class Enabled:
         if call is not None:
             call.choose_steps(config, mode, self._replaced[0].original)
             call.assisted = mode == GenerationMode.ASSISTED_GENERATION
+            check_clocks(self.model, config)
+            share_chance(self.model, config)
         given = inputs.get(host.generate_cache())
         if config.use_cache is not False and (given is None or isinstance(given, TextCache)):
             check_keeps(self.model)

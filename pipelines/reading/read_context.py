@@ -9,6 +9,7 @@ from tqdm.auto import tqdm
 from transformers import Cache, PreTrainedModel
 
 from quantpress.cache import host
+from quantpress.cache.ranks import ranks_of
 from quantpress.errors import InvalidInputError
 from quantpress.pipelines.reading.chunk_sizes import chunk_length
 from quantpress.pipelines.reading.chunked_prefill import (
@@ -123,10 +124,11 @@ def layer_progress(model: PreTrainedModel, tokens: int, show: bool | None = None
     Args:
         model: the model about to read.
         tokens: how many tokens it will read.
-        show: True or False; None shows a bar in a terminal, for long contexts or slow machines.
+        show: True or False; None shows a bar in a terminal, for long contexts or slow machines. Of several
+            processes that share the model, only the first shows one.
     """
-    layers = decoder_layers(model)
-    if show is False or not layers:
+    layers, ranks = decoder_layers(model), ranks_of(model)
+    if show is False or not layers or (ranks is not None and not ranks.first):
         yield
         return
     at_once = show is True or tokens > LONG_CONTEXT

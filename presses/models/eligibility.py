@@ -11,9 +11,10 @@ from torch import nn
 from transformers.cache_utils import DynamicCache
 
 from quantpress.cache import host
+from quantpress.cache.ranks import kv_heads, ranks_of
 from quantpress.errors import UnsupportedModelError
 from quantpress.presses.models.attention import attention_modules, decoder_of, is_sliding
-from quantpress.rule import Rule, reasons
+from quantpress.rule import Found, Rule, reasons
 
 SUPPORTED_ATTENTION = ("eager", "flash_attention_2", "flash_attention_3", "sdpa")
 """Values of `attn_implementation` that packed layers work with."""
@@ -148,6 +149,21 @@ def _shares_attention(model: nn.Module) -> bool:
     return any(host.keeps_tokens(layer) and index not in own for index, layer in layers)
 
 
+def _split_within_heads(model: nn.Module) -> Found:
+    """The numbers of KV heads and ranks where some heads would lie on two ranks."""
+    ranks = ranks_of(model)
+    if ranks is None or not ranks.split_heads:
+        return None
+    heads = kv_heads(model)
+    fitting = ", ".join(str(count) for count in range(1, heads + 1) if heads % count == 0)
+    return heads % ranks.count > 0 and {"heads": heads, "ranks": ranks.count, "fitting": fitting}
+
+
+def _split_in_another_way(model: nn.Module) -> bool:
+    """Whether a weight is a DTensor, as newer versions of transformers have them under a `tp_plan`."""
+    return ranks_of(model) is not None and any(hasattr(one, "device_mesh") for one in model.parameters())
+
+
 def _encoder_decoder(model: nn.Module) -> bool:
     return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
 
@@ -176,6 +192,16 @@ LAYERED: Rules = (
         "{subject} keeps its state in a {found}, not in layers of a DynamicCache: it cannot be read into, "
         f"compressed or asked here; use model.generate without presses{_LATER}",
         _cache_of_its_own,
+    ),
+    Rule(
+        "{subject} has {heads} KV heads, which {ranks} processes cannot share (tp_plan); start as many as "
+        "divide the heads: torchrun --nproc-per-node with one of {fitting}",
+        _split_within_heads,
+    ),
+    Rule(
+        "{subject} is split by tensor parallelism into DTensors, in which single heads are not known here; "
+        "load it with transformers 5.2, or by device_map",
+        _split_in_another_way,
     ),
 )
 """The model can read into layers of a DynamicCache."""

@@ -13,7 +13,8 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import DynamicCache, PreTrainedModel
 
-from quantpress.cache.saved.fingerprint import SAMPLE, difference, model_fingerprint
+from quantpress.cache.saved.fingerprint import difference, model_fingerprint
+from quantpress.cache.saved.weight_samples import SAMPLE
 from quantpress.errors import CacheFileError, InvalidInputError
 from quantpress.pipelines.contexts.cached_context import CachedContext
 from quantpress.pipelines.text_generation import TextGenerationPipeline

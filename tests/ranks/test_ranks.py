@@ -1,0 +1,191 @@
+"""A model split over several processes by transformers' `tp_plan`: each packs its own heads, and answers stay.
+
+Processes talk by gloo on the CPU, or by NCCL where there is a GPU for each. One start runs all programs.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, Phi3Config, Qwen2Config
+
+from tests.limits import HANG
+from tests.ranks.programs import BY_CHANCE, PACKED, RAGGED, SAVED, Place, load, outcomes
+from tests.tiny_models import _COMMON
+
+pytestmark = [pytest.mark.ranks, pytest.mark.multi_gpu]
+
+GPUS = torch.cuda.device_count()
+COUNTS = [2, 4]
+LOSSLESS, LOSSY = 1e-3, 0.1
+"""Largest differences of a logit, of a size of about 10. Processes add up in another order, which may move single
+numbers of 3 or 4 bits to the next level, and with them tokens whose logits are this near."""
+
+_HEADS: dict[str, Any] = {**_COMMON, "head_dim": 64, "num_attention_heads": 8, "num_key_value_heads": 4}
+_OTHERS = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 4}
+CONFIGS = {
+    "llama": LlamaConfig(**_HEADS),
+    "three heads": LlamaConfig(
+        **{**_HEADS, "num_hidden_layers": 1, "num_attention_heads": 6, "num_key_value_heads": 3}
+    ),
+    "qwen2": Qwen2Config(**{**_COMMON, **_OTHERS}),
+    "phi3": Phi3Config(**{**_COMMON, **_OTHERS}),
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The models, and later everything that processes write."""
+    folder = tmp_path_factory.mktemp("ranks")
+    with torch.random.fork_rng():
+        for name, config in CONFIGS.items():
+            torch.manual_seed(3)
+            model = AutoModelForCausalLM.from_config(config)
+            for bias in (one for where, one in model.named_parameters() if where.endswith(".bias")):
+                torch.nn.init.normal_(bias, std=0.1)
+            model.save_pretrained(folder / name)
+    (folder / "path").mkdir()
+    for name in ("tests", "docs"):
+        (folder / "path" / name).symlink_to(Path(__file__).parents[2] / name)  # and not kernels/ beside them
+    return folder
+
+
+@pytest.fixture(scope="module")
+def alone(folder: Path) -> dict[str, Any]:
+    """What one process finds; it saves its contexts before the others start."""
+    models = {name: load(folder, name).to("cuda:0" if GPUS else "cpu") for name in CONFIGS}
+    place = Place(folder, models, None)
+    place.pipe().read(_text(), press=PACKED[RAGGED]()).save(place.context_file(RAGGED))
+    return outcomes(place)
+
+
+def _text() -> str:
+    from tests.pipelines.words import text
+
+    return text(500)
+
+
+@pytest.fixture(scope="module")
+def by_count(folder: Path, alone: dict[str, Any]) -> dict[int, list[dict[str, Any]]]:
+    """What each of several processes finds, by their number; those that come later load what was saved before."""
+    return {count: _started(folder, count) for count in COUNTS if not GPUS or count <= GPUS}
+
+
+def _started(folder: Path, count: int) -> list[dict[str, Any]]:
+    torchrun = ["-P", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
+    done = subprocess.run(
+        [sys.executable, *torchrun, str(Path(__file__).with_name("programs.py")), str(folder), *CONFIGS],
+        env=os.environ | {"PYTHONPATH": str(folder / "path"), "OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": "1"},
+        capture_output=True,
+        text=True,
+        timeout=HANG,
+        check=False,
+    )
+    assert not done.returncode, done.stderr[-6000:]
+    return [torch.load(folder / f"{index} of {count}.pt", weights_only=False) for index in range(count)]
+
+
+@pytest.fixture(params=COUNTS)
+def several(
+    request: pytest.FixtureRequest, by_count: dict[int, list[dict[str, Any]]]
+) -> list[dict[str, Any]]:
+    """What each process found; the test is skipped where there are fewer GPUs."""
+    if request.param not in by_count:
+        pytest.skip(f"{GPUS} GPUs, and {request.param} processes need one each")
+    return by_count[request.param]
+
+
+def assert_same(found: dict[str, Any], expected: dict[str, Any], tolerance: float) -> None:
+    """Tokens are equal up to the first whose logits are too near to tell, and so are logits up to there."""
+    pairs = zip(found["tokens"], expected["tokens"], strict=True)
+    same = next((step for step, (one, other) in enumerate(pairs) if one != other), len(expected["tokens"]))
+    assert (found["logits"][: same + 1] - expected["logits"][: same + 1]).abs().max() < tolerance
+
+
+@pytest.mark.parametrize("name", PACKED)
+def test_tokens_are_those_of_one_process(name: str, several: list[Any], alone: dict[str, Any]) -> None:
+    expected = alone["packed"][name]
+    lossy = "bits" in name or "small" in name
+    for one in several:
+        found = one["packed"][name]
+        assert_same(found, expected, LOSSY if lossy else LOSSLESS)
+        assert found["tokens"] == several[0]["packed"][name]["tokens"]
+        assert found["heads"] * len(several) == expected["heads"] == 4
+    held = sum(one["packed"][name]["bytes"] for one in several)
+    assert held == pytest.approx(expected["bytes"], rel=0.02)
+
+
+@pytest.mark.parametrize("name", ["qwen2", "phi3"])
+def test_other_plans(name: str, several: list[Any], alone: dict[str, Any]) -> None:
+    expected = alone["other_plans"][name]
+    for one in several:
+        assert_same(one["other_plans"][name], expected, LOSSY)
+        assert one["other_plans"][name]["heads"] == (4 if name == "phi3" else 4 // len(several))
+
+
+def test_every_press_answers_as_in_one_process_or_is_refused(
+    several: list[Any], alone: dict[str, Any]
+) -> None:
+    expected = {name: said for name, said in alone["every_press"].items() if name not in BY_CHANCE}
+    for one in several:
+        found = one["every_press"]
+        assert found == several[0]["every_press"]
+        assert {name: found[name] for name in expected} == expected
+    assert sum(said == "refused" for said in expected.values()) < len(expected) / 2
+
+
+def test_questions_samples_and_enable(several: list[Any], alone: dict[str, Any]) -> None:
+    """Processes that were seeded differently draw what the first one draws."""
+    assert alone["asked"]["left as it was"] and len(set(alone["asked"]["sampled"])) == 2
+    for one in several:
+        assert one["asked"] == alone["asked"]
+
+
+def test_contexts_saved_by_any_number_of_processes_load_in_any(
+    several: list[Any], alone: dict[str, Any]
+) -> None:
+    expected = {name: alone["saved"][f"{name}, before"] for name in SAVED}
+    for one in several:
+        loaded = {name: said for name, said in one["saved"].items() if " of " in name}
+        assert {f"{name} of {count}" for name in SAVED for count in (1, len(several))} <= loaded.keys()
+        for name, said in loaded.items():
+            known = name.rpartition(" of ")[0]
+            assert said == expected.get(known, alone["saved"][f"{RAGGED} of 1"]), name
+
+
+def test_one_process_loads_what_several_saved(
+    folder: Path, by_count: dict[int, Any], alone: dict[str, Any]
+) -> None:
+    from tests.ranks.programs import saved
+
+    found = saved(Place(folder, {"llama": load(folder, "llama").to("cuda:0" if GPUS else "cpu")}, None))
+    for name in SAVED:
+        for count in (1, *by_count):
+            assert found[f"{name} of {count}"] == alone["saved"][f"{name}, before"]
+
+
+REFUSED = {
+    "heads": r"UnsupportedModelError: LlamaForCausalLM has 3 KV heads, which \d processes cannot share.*one of 1, 3",
+    "heads, evicted": "UnsupportedModelError: LlamaForCausalLM has 3 KV heads",
+    "heads, enabled": "UnsupportedModelError: LlamaForCausalLM has 3 KV heads",
+    "ragged": "InvalidInputError: heads of this context keep different numbers.*save it in one process",
+    "no file": "CacheFileError: .*is not a file",
+    "no folder": "CacheFileError: .*cannot be written",
+    "context": r"InvalidInputError: context: different in the \d processes",
+    "press": r"InvalidInputError: press: different in the \d processes",
+    "clock": "InvalidInputError: max_time is 5.0, and the clocks of",
+    "clock, enabled": "InvalidInputError: max_time is 5.0, and the clocks of",
+    "captured": "the model is split by tensor parallelism",
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused_by_every_process(name: str, several: list[Any]) -> None:
+    import re
+
+    for one in several:
+        assert re.match(REFUSED[name], one["refused"][name]), one["refused"][name]
