@@ -25,7 +25,7 @@ export PYTHONSAFEPATH := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export NO_MKDOCS_2_WARNING := 1
 
-.PHONY: help demo test test-newest test-transformers test-triton test-vllm families test-gpu check format docs docs-serve clean
+.PHONY: help demo test test-newest test-transformers test-triton test-vllm test-ranks families test-gpu check format docs docs-serve clean
 .DEFAULT_GOAL := help
 
 help:
@@ -34,6 +34,7 @@ help:
 	@echo "make test-newest  the suites of cache, presses and pipelines on transformers $(NEWEST)"
 	@echo "make test-triton  the kernels' tests on triton $(NEWEST_TRITON), or VERSION=3.6.0"
 	@echo "make test-vllm    the tests of the plugin in the engine of vLLM on a CPU; needs Linux on x86_64 and Python 3.11"
+	@echo "make test-ranks   the tests of several processes that share a model"
 	@echo "make test-gpu  set up, run the tests that need a CUDA device"
 	@echo "make check     format, lint, strict types, then the tests"
 	@echo "make format    rewrite the sources in the project's format"
@@ -45,7 +46,7 @@ demo: $(VENV)/.ready
 	$(BIN)/python -m quantpress demo $(ARGS)
 
 test: $(VENV)/.ready-test
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not gpu" $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not gpu and not ranks" $(ARGS)
 
 # The same suites on another version of transformers, in an environment of its own over the pinned one.
 test-transformers: $(HOST)/.ready
@@ -67,6 +68,10 @@ test-triton: $(TRITON)/.ready
 # The engine of vLLM on a CPU, in an environment with pins of its own. One process: each test looks into the engine.
 test-vllm: $(VLLM)/.ready
 	OMP_NUM_THREADS=1 $(VLLM)/bin/python -m pytest -m "not gpu" tests/engines $(ARGS)
+
+# Two and four processes that share a model, on the CPU, or on GPUs where there is one for each.
+test-ranks: $(VENV)/.ready-test
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "ranks and not gpu" tests/ranks $(ARGS)
 
 test-gpu: $(VENV)/.ready-test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m gpu $(ARGS)

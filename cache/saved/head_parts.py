@@ -51,8 +51,8 @@ def all_heads(parts: Parts, ranks: Ranks) -> Parts:
     _check(parts)
     if "head_counts" in _kinds(parts):
         raise InvalidInputError(
-            "heads of this context keep different numbers of tokens, as under head-wise presses, and those of "
-            "several processes cannot be put together; read and save it in one process, load it in several"
+            "heads of this context keep different numbers of tokens, as under AdaKV, and those of several "
+            "processes cannot be put together; read and save it in one process, load it in several"
         )
     tensors: list[Tensor] = []
 

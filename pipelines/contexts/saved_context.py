@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import Cache, PreTrainedModel
 
 from quantpress.cache import PackedLayer, host
@@ -190,9 +191,21 @@ def _devices(model: PreTrainedModel) -> list[torch.device]:
     for part in parts:
         index = getattr(part, "layer_idx", None)
         if isinstance(index, int) and index not in found:
-            found[index] = next((weight.device for weight in part.parameters()), model.device)
+            found[index] = _device(part, model)
     layers = len(host.empty_cache(model).layers) or len(attention_modules(model))
     return [found.get(index, model.device) for index in range(layers)]
+
+
+def _device(part: nn.Module, model: PreTrainedModel) -> torch.device:
+    """Where a module computes: weights that accelerate offloads are on no device until it is called."""
+    device = next((weight.device for weight in part.parameters()), model.device)
+    if device.type != "meta":
+        return device
+    hooks = (getattr(one, "_hf_hook", None) for one in part.modules())
+    each = (one for hook in hooks for one in getattr(hook, "hooks", (hook,)))
+    places = (getattr(one, "execution_device", None) for one in each)
+    place = next((place for place in places if place is not None), model.device)
+    return torch.device("cuda", place) if isinstance(place, int) else torch.device(place)
 
 
 def _on_devices(parts: Parts, model: PreTrainedModel) -> Parts:

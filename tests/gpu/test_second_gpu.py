@@ -23,6 +23,7 @@ from tests.tiny_models import prompt
 
 pytestmark = [
     pytest.mark.gpu,
+    pytest.mark.multi_gpu,
     pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there is no second GPU"),
 ]
 NEW_TOKENS = 150

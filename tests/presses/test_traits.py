@@ -111,7 +111,8 @@ def test_subclasses_inherit_and_override() -> None:
     class Newest(Oldest, sink_tokens=0): ...
 
     assert traits_of(Newest()) == Traits(whole_context=True)
-    assert traits_of(names.KVgrad()) == traits_of(names.KVzip()) == Traits(at_exit=True, masks_heads=True)
+    kvzip = Traits(at_exit=True, masks_heads=True, needs_all_heads=True)
+    assert traits_of(names.KVgrad()) == traits_of(names.KVzip()) == kvzip
     assert traits_of(names.CAM(Knorm())).merges_while_decoding and traits_of(names.CAM(Knorm())).decodes
     assert not traits_of(Decoding(AdaKV())).moves_slots and traits_of(Decoding(Knorm())).moves_slots
 

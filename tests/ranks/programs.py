@@ -1,11 +1,13 @@
 """What is run in one process and in several, with the same results: a program for each test.
 
-Run as a script under torchrun, this loads a model split over the processes and writes the result of each program.
+Run as a script under torchrun, this loads models that the processes share, and writes the result of each
+program.
 """
 
 import os
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -119,7 +121,7 @@ def packed(place: Place) -> Any:
 
 
 def other_plans(place: Place) -> Any:
-    """Biases in split projections, norms of single heads, and a plan that leaves all heads to each process."""
+    """Biases in split projections, and a plan that leaves all heads to each process."""
     press = PACKED["SnapKV, 4 bits"]
     return {
         name: generated(model, press()) for name, model in place.models.items() if name in ("qwen2", "phi3")
@@ -136,10 +138,8 @@ def every_press(place: Place) -> Any:
         if any(traits_of(one).needs_all_heads for one in with_inner(press)):
             answers[name] = "refused" if place.count == 1 else _said(place, press)
             continue
-        try:
+        with suppress(CompositionError):
             press = Compose([press, lossless()])
-        except CompositionError:
-            pass
         question = "" if entry.one_token else QUESTION
         answers[name] = place.pipe()(CONTEXT, question=question, press=press, max_new_tokens=12)["answer"]
     return answers

@@ -1,9 +1,10 @@
-"""A model split over several processes by transformers' `tp_plan`: each packs its own heads, and answers stay.
+"""A model that processes share by transformers' `tp_plan`: each packs its own heads, and answers stay.
 
 Processes talk by gloo on the CPU, or by NCCL where there is a GPU for each. One start runs all programs.
 """
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,16 +15,17 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, Phi3Config, Qwen2Config
 
 from tests.limits import HANG
-from tests.ranks.programs import BY_CHANCE, PACKED, RAGGED, SAVED, Place, load, outcomes
+from tests.pipelines.words import text
+from tests.ranks.programs import BY_CHANCE, PACKED, RAGGED, SAVED, Place, load, outcomes, saved
 from tests.tiny_models import _COMMON
 
 pytestmark = [pytest.mark.ranks, pytest.mark.multi_gpu]
 
 GPUS = torch.cuda.device_count()
 COUNTS = [2, 4]
-LOSSLESS, LOSSY = 1e-3, 0.1
-"""Largest differences of a logit, of a size of about 10. Processes add up in another order, which may move single
-numbers of 3 or 4 bits to the next level, and with them tokens whose logits are this near."""
+LOSSLESS, LOSSY = 1e-3, 0.25
+"""Largest differences of a logit, where logits are of a size of 10. Processes add up in another order. That
+may move single numbers to the next level of their code, and with them tokens whose logits are this near."""
 
 _HEADS: dict[str, Any] = {**_COMMON, "head_dim": 64, "num_attention_heads": 8, "num_key_value_heads": 4}
 _OTHERS = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 4}
@@ -37,17 +39,22 @@ CONFIGS = {
 }
 
 
+def save_model(folder: Path, name: str) -> None:
+    """Save one of the models, with random weights and biases."""
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        model = AutoModelForCausalLM.from_config(CONFIGS[name])
+        for bias in (one for where, one in model.named_parameters() if where.endswith(".bias")):
+            torch.nn.init.normal_(bias, std=0.1)
+    model.save_pretrained(folder / name)
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The models, and later everything that processes write."""
     folder = tmp_path_factory.mktemp("ranks")
-    with torch.random.fork_rng():
-        for name, config in CONFIGS.items():
-            torch.manual_seed(3)
-            model = AutoModelForCausalLM.from_config(config)
-            for bias in (one for where, one in model.named_parameters() if where.endswith(".bias")):
-                torch.nn.init.normal_(bias, std=0.1)
-            model.save_pretrained(folder / name)
+    for name in CONFIGS:
+        save_model(folder, name)
     (folder / "path").mkdir()
     for name in ("tests", "docs"):
         (folder / "path" / name).symlink_to(Path(__file__).parents[2] / name)  # and not kernels/ beside them
@@ -59,19 +66,13 @@ def alone(folder: Path) -> dict[str, Any]:
     """What one process finds; it saves its contexts before the others start."""
     models = {name: load(folder, name).to("cuda:0" if GPUS else "cpu") for name in CONFIGS}
     place = Place(folder, models, None)
-    place.pipe().read(_text(), press=PACKED[RAGGED]()).save(place.context_file(RAGGED))
+    place.pipe().read(text(500), press=PACKED[RAGGED]()).save(place.context_file(RAGGED))
     return outcomes(place)
-
-
-def _text() -> str:
-    from tests.pipelines.words import text
-
-    return text(500)
 
 
 @pytest.fixture(scope="module")
 def by_count(folder: Path, alone: dict[str, Any]) -> dict[int, list[dict[str, Any]]]:
-    """What each of several processes finds, by their number; those that come later load what was saved before."""
+    """What each of several processes finds, by their number; later ones load what was saved before."""
     return {count: _started(folder, count) for count in COUNTS if not GPUS or count <= GPUS}
 
 
@@ -160,8 +161,6 @@ def test_contexts_saved_by_any_number_of_processes_load_in_any(
 def test_one_process_loads_what_several_saved(
     folder: Path, by_count: dict[int, Any], alone: dict[str, Any]
 ) -> None:
-    from tests.ranks.programs import saved
-
     found = saved(Place(folder, {"llama": load(folder, "llama").to("cuda:0" if GPUS else "cpu")}, None))
     for name in SAVED:
         for count in (1, *by_count):
@@ -169,7 +168,7 @@ def test_one_process_loads_what_several_saved(
 
 
 REFUSED = {
-    "heads": r"UnsupportedModelError: LlamaForCausalLM has 3 KV heads, which \d processes cannot share.*one of 1, 3",
+    "heads": r"UnsupportedModelError: .* has 3 KV heads, which \d processes cannot share.*one of 1, 3",
     "heads, evicted": "UnsupportedModelError: LlamaForCausalLM has 3 KV heads",
     "heads, enabled": "UnsupportedModelError: LlamaForCausalLM has 3 KV heads",
     "ragged": "InvalidInputError: heads of this context keep different numbers.*save it in one process",
@@ -185,7 +184,5 @@ REFUSED = {
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_refused_by_every_process(name: str, several: list[Any]) -> None:
-    import re
-
     for one in several:
         assert re.match(REFUSED[name], one["refused"][name]), one["refused"][name]
