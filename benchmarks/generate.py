@@ -3,6 +3,7 @@
     python benchmarks/generate.py             Llama-3.1-8B's shape, 131072 tokens of context, 3/3 bits
     python benchmarks/generate.py --tokens 32768 --bits 4 4 --new-tokens 128
     python benchmarks/generate.py --json out.json
+    torchrun --nproc-per-node 2 benchmarks/generate.py    the same model shared by two GPUs
 
 Both sides read the same random ids in the same way (`read_context`: one exact forward, feed-forwards in
 chunks), once without a press into a DynamicCache and once under TurboQuant. Time to first token runs from
@@ -10,16 +11,21 @@ there to the first id on the host, prefill, packing and the first forward of the
 `model.generate` decodes greedily; tokens a second count from the id after `--skip` to the last, peak memory
 is `torch.cuda.max_memory_allocated` over the whole decode phase, weights included. A short run of each side
 goes before, so that kernels are compiled. The weights are random: the text means nothing, the times do.
+
+Under torchrun both sides run under the same tensor parallelism of transformers. Bytes are those of the GPU
+that has most; times are those of the first process, which alone prints and writes.
 """
 
 import argparse
 import gc
 import json
+import os
 import platform
+import sys
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -30,6 +36,7 @@ from rich.table import Table
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from quantpress.cache import PackedLayer, cache_memory, continue_inputs
+from quantpress.cache.ranks import ranks_of
 from quantpress.evaluation.measuring import TokenClock
 from quantpress.pipelines.capture.captured import captured_decoding
 from quantpress.pipelines.reading.read_context import read_context
@@ -49,9 +56,9 @@ class Result:
         first_token_s: seconds from nothing to the first new id.
         tokens_per_s: after the first `skip` new ids.
         all_tokens_per_s: of all new ids after the first, capturing included.
-        decode_peak_bytes: most memory allocated while decoding.
+        decode_peak_bytes: most memory allocated while decoding, on one GPU.
         prefill_peak_bytes: most while reading.
-        cache_bytes: of the cache after reading.
+        cache_bytes: of the cache after reading, on one GPU.
         replays: decode steps that were one launch of a graph.
     """
 
@@ -66,7 +73,7 @@ class Result:
 
 
 def build(arguments: argparse.Namespace) -> PreTrainedModel:
-    """The model with random weights, made on the GPU."""
+    """The model with random weights, made on the GPU, or on those of all processes of torchrun."""
     config = LlamaConfig(
         vocab_size=arguments.vocab,
         hidden_size=arguments.hidden,
@@ -77,13 +84,21 @@ def build(arguments: argparse.Namespace) -> PreTrainedModel:
         head_dim=arguments.head_dim,
         max_position_embeddings=max(arguments.tokens, WARM_UP) + arguments.new_tokens + QUESTION,
     )
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.bfloat16)
-    try:
-        with torch.device("cuda"):
-            model = LlamaForCausalLM(config)
-    finally:
-        torch.set_default_dtype(before)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        sys.path.insert(
+            0, str(Path(__file__).parent)
+        )  # a Python with PYTHONSAFEPATH does not look beside a script
+        from random_shards import shared_model
+
+        model = shared_model(config, torch.bfloat16)
+    else:
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(torch.bfloat16)
+        try:
+            with torch.device("cuda"):
+                model = LlamaForCausalLM(config)
+        finally:
+            torch.set_default_dtype(before)
     model.generation_config.eos_token_id = None
     model.generation_config.pad_token_id = 0
     return model.eval()
@@ -120,7 +135,7 @@ def measure(
             **inputs, past_key_values=cache, max_new_tokens=new_tokens, do_sample=False, streamer=clock
         )
     (times,) = clock.times
-    return Result(
+    own = Result(
         name=name,
         first_token_s=times[0] - start,
         tokens_per_s=(len(times) - 1 - skip) / (times[-1] - times[skip]),
@@ -130,6 +145,12 @@ def measure(
         cache_bytes=cache_bytes,
         replays=0 if steps is None else steps.replays,
     )
+    ranks = ranks_of(model)
+    if ranks is None:
+        return own
+    sizes = ("decode_peak_bytes", "prefill_peak_bytes", "cache_bytes")
+    each = ranks.each({name: getattr(own, name) for name in sizes})
+    return replace(own, **{name: max(one[name] for one in each) for name in sizes})
 
 
 def _settle() -> None:
@@ -139,16 +160,17 @@ def _settle() -> None:
     torch.cuda.reset_peak_memory_stats()
 
 
-def show(arguments: argparse.Namespace, weights: int, results: Sequence[Result]) -> None:
+def show(arguments: argparse.Namespace, weights: int, results: Sequence[Result], gpus: int = 1) -> None:
     """Print the table."""
     plain = results[0]
+    of_each = f" of each of {gpus} GPUs" if gpus > 1 else ""
     device = torch.cuda.get_device_properties(0)
     table = Table(
         title=f"{arguments.tokens} tokens of context, {arguments.new_tokens} new; weights are random: "
         "the text means nothing",
         caption=f"{device.name}, Python {platform.python_version()}, torch {torch.__version__}, triton "
         f"{triton.__version__}, transformers {transformers.__version__}; weights {weights / GB:.2f} GB "
-        "(10^9 bytes)",
+        f"(10^9 bytes){of_each}",
     )
     names = (
         "cache",
@@ -173,7 +195,7 @@ def show(arguments: argparse.Namespace, weights: int, results: Sequence[Result])
             f"{one.first_token_s / plain.first_token_s:.3f}x",
             f"{one.decode_peak_bytes / GB:.2f}",
             f"{over / GB:.2f} = {over / plain.cache_bytes:.3f} x bf16 cache",
-            f"{one.cache_bytes / GB:.2f}",
+            f"{one.cache_bytes / GB:.2f} = 1/{plain.cache_bytes / one.cache_bytes:.2f}",
             str(one.replays),
         )
     Console(width=150).print(table)
@@ -206,8 +228,10 @@ def main() -> None:
         raise SystemExit("benchmarks/generate.py needs a CUDA device; there is none here")
     torch.manual_seed(0)
     model = build(arguments)
+    ranks = ranks_of(model)
+    first, gpus = (True, 1) if ranks is None else (ranks.first, ranks.count)
     weights = sum(parameter.nbytes for parameter in model.parameters())
-    ids = torch.randint(arguments.vocab, (1, arguments.tokens), device="cuda")
+    ids = torch.randint(arguments.vocab, (1, arguments.tokens), device=model.device)
     press = TurboQuant(key_bits=arguments.bits[0], value_bits=arguments.bits[1])
     packed = f"TurboQuant {arguments.bits[0]:g}/{arguments.bits[1]:g}"
     sides: list[tuple[str, TurboQuant | None, bool]] = [
@@ -220,14 +244,18 @@ def main() -> None:
     for name, one, compiled in sides:
         measure(name, model, ids[:, :WARM_UP], one, 12, 4, compiled)
         results.append(measure(name, model, ids, one, arguments.new_tokens, arguments.skip, compiled))
-        show(arguments, weights, results)
-    if arguments.json:
+        if first:
+            show(arguments, weights, results, gpus)
+    if arguments.json and first:
         rows = {
+            "gpus": gpus,
             "weights_bytes": weights,
             "arguments": vars(arguments),
             "results": [asdict(one) for one in results],
         }
         arguments.json.write_text(json.dumps(rows, indent=1, default=str))
+    if ranks is not None:
+        torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

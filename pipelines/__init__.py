@@ -11,6 +11,7 @@ attention_masks.py     masks for layers of different lengths, and slots that hea
 method_replacement.py  a method of one model replaced, and put back
 calibration.py         statistics of keys over texts, for engines that share pages
 press_argument.py      what `press=` may be, made into a press
+ranks.py               the same decisions in all processes that share a model
 reading/               how a context is read: one forward in chunks, with a progress bar
 capture/               decode steps as replays of one CUDA graph, and the rules against it
 contexts/              contexts that are read once, and their files

@@ -11,6 +11,7 @@ arguments.py      which arguments and values a press takes; presses given as cla
 base.py           the base classes with which names.py declares presses; what all presses of ours have
 traits.py         what a press is: the table of traits, and what is read from it
 rules.py          which presses may stand together, and every reason why not
+ranks.py          presses on a model that several processes share
 guard.py          a press's context, with errors that name the press and the remedy
 expression.py     a press written as text
 models/           what presses ask of a model, and how they leave it

@@ -4,8 +4,9 @@ Run as a script under torchrun, this loads models that the processes share, and 
 program.
 """
 
-import os
+import importlib.util
 import sys
+import traceback
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -36,6 +37,7 @@ STEPS = 24
 PACKED: dict[str, Callable[[], Any]] = {
     "nothing": lambda: None,
     "lossless": lossless,
+    "SnapKV, lossless": lambda: Compose([SnapKV(0.5), lossless()]),
     "4 bits": lambda: TurboQuant(4, recent_tokens=16),
     "small": lambda: TurboQuant.preset("small"),
     "SnapKV, 4 bits": lambda: Compose([SnapKV(0.5), TurboQuant(4, recent_tokens=16)]),
@@ -156,7 +158,7 @@ def _said(place: Place, press: Any) -> str:
 
 def asked(place: Place) -> Any:
     """Questions, sampled answers of processes with seeds of their own, and an enabled model."""
-    pipe, press = place.pipe(), PACKED["SnapKV, small"]()
+    pipe, press = place.pipe(), PACKED["SnapKV, lossless"]()
     questions = [text(5, seed=1), text(9, seed=2)]
     found = {"answers": pipe(text(500), questions=questions, press=press, max_new_tokens=12)["answers"]}
     torch.manual_seed(7 + place.index)
@@ -222,6 +224,21 @@ def refused(place: Place) -> Any:
     return {**said, "captured": " and ".join(why_not(model=place.model))}
 
 
+def made(place: Place) -> Any:
+    """A model of random shards is split as a loaded one, and processes answer alike."""
+    if place.ranks is None:
+        return None
+    path = Path(__file__).parents[2] / "benchmarks" / "random_shards.py"
+    spec: Any = importlib.util.spec_from_file_location("quantpress_benchmark_random_shards", path)
+    module: Any = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    model = module.shared_model(place.model.config, torch.float32)
+    own, loaded = (
+        {name: one.shape for name, one in each.named_parameters()} for each in (model, place.model)
+    )
+    return own == loaded, generated(model, lossless())["tokens"]
+
+
 def _raised(case: Callable[[], Any]) -> str:
     try:
         case()
@@ -230,7 +247,7 @@ def _raised(case: Callable[[], Any]) -> str:
     return "nothing"
 
 
-PROGRAMS = (packed, other_plans, every_press, asked, saved, refused)
+PROGRAMS = (packed, other_plans, every_press, asked, saved, refused, made)
 
 
 def outcomes(place: Place) -> dict[str, Any]:
@@ -251,6 +268,11 @@ if __name__ == "__main__":
     folder = Path(sys.argv[1])
     models = {name: load(folder, name, tp_plan="auto") for name in sys.argv[2:]}
     here = Place(folder, models, ranks_of(models["llama"]))
-    torch.save(outcomes(here), folder / f"{here.index} of {os.environ['WORLD_SIZE']}.pt")
+    name = f"{here.index} of {here.count}"
+    try:
+        torch.save(outcomes(here), folder / f"{name}.pt")
+    except BaseException:  # transformers silences all but one process on GPUs
+        (folder / f"{name}.error").write_text(traceback.format_exc())
+        raise
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()

@@ -1,4 +1,4 @@
-"""A model on the second GPU, and one spread over both by `device_map`; on a CPU, one that lies half on disk."""
+"""A model on the second GPU, and one spread over both by `device_map`; on a CPU, one that is half on disk."""
 
 from pathlib import Path
 from typing import Any
