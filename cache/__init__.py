@@ -11,6 +11,7 @@ from quantpress.cache.paged.memory import PagedMemory
 from quantpress.cache.paged.plan import PagedPlan
 from quantpress.cache.paged.pool import PagePool
 from quantpress.cache.saved.model_profile import ModelProfile
+from quantpress.cache.saved.width_plan import WidthPlan
 from quantpress.cache.settings import LayerSettings
 from quantpress.cache.text_cache import TextCache
 from quantpress.cache.tokens.packed_tokens import PackedTokens
@@ -30,6 +31,7 @@ __all__ = [
     "PagedPlan",
     "PoolSize",
     "TextCache",
+    "WidthPlan",
     "cache_memory",
     "continue_inputs",
     "install_packed_attention",

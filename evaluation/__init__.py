@@ -12,6 +12,7 @@ demo.py                 facts in a book, asked for over several caches
 measuring.py            token times, peak memory, the machine
 divergence/             continuations over a compressed cache against the uncompressed model
 tasks/                  questions about a context, of RULER's kinds, and what answers are worth
+fitting/                widths for each layer of a model, by what their errors cost
 results/                records, statistics, tables, figures
 sizing/                 what a model and its cache will weigh, before they are loaded
 adapters/               other projects' benchmarks over our presses

@@ -120,7 +120,12 @@ class Demote(WrappingPress, BasePress, inner=_snapkv, demotes=True, keeps_tokens
         """
         tokens = int(scores.shape[2] * self.press.compression_ratio)
         coarse = replace(
-            quantizer, bits=self.bits, key_bits=self.key_bits, value_bits=self.value_bits, layer_bits=None
+            quantizer,
+            bits=self.bits,
+            key_bits=self.key_bits,
+            value_bits=self.value_bits,
+            layer_bits=None,
+            plan=None,
         )
         settings = coarse.layer_settings(module, key_dim, value_dim, quantizer.sink_tokens)
         if settings is None or not tokens:

@@ -185,7 +185,7 @@ def short_repr(press: Any) -> str:
         value = getattr(press, field.name)
         default = field.default_factory() if field.default_factory is not MISSING else field.default
         shown = short_repr(value) if isinstance(value, BasePress) else repr(value)
-        if index == 0:
+        if index == 0 and value is not None:
             parts.append(shown)
         elif value != default:
             parts.append(f"{field.name}={shown}")

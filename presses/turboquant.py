@@ -1,14 +1,17 @@
 """`TurboQuant`: the press that keeps every token and stores it in a few bits a number."""
 
+import os
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from importlib import import_module
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import nn
 from transformers.cache_utils import Cache
 
+from quantpress.cache.saved.width_plan import WidthPlan
 from quantpress.cache.settings import LayerSettings
 from quantpress.codecs.protocol import PageCodec
 from quantpress.codecs.scalar import ScalarPages
@@ -35,6 +38,12 @@ LayerBits = Mapping[int, float | tuple[float, float]]
 UNPACKED_BITS = 16
 """In `layer_bits`: leave this layer as it is."""
 
+DEFAULT_BITS = 4
+"""Code width without `bits` and without a plan."""
+
+FITS = "quantpress.evaluation.fitting.fit"
+"""The module of the work of `TurboQuant.fit`, imported when it is called."""
+
 _REFERENCE_HEAD_DIM = 128
 
 
@@ -47,7 +56,8 @@ class TurboQuant(PressMixin, BasePress, quantizes=True, keeps_tokens=True):
     `torch.inference_mode()`: with autograd it works, but the graph keeps the unpacked keys and values alive.
 
     Args:
-        bits: code width of keys and values: 1, 2, 3, 4, 8 or a fraction between 1 and 4.
+        bits: code width of keys and values: 1, 2, 3, 4, 8 or a fraction between 1 and 4; left out, 4, unless
+            there is a plan.
         key_bits: code width of keys, if it differs.
         value_bits: code width of values, if it differs.
         sink_tokens: first tokens of the text kept in 16 bits.
@@ -75,10 +85,13 @@ class TurboQuant(PressMixin, BasePress, quantizes=True, keeps_tokens=True):
         boundary_bits: widths of those layers, as bits or (key bits, value bits); 16 leaves them unpacked.
         scale_dtype: dtype of the stored scales: "float16", "bfloat16", "float32", or "auto", which is float16
             except in layers that need float32; see `CodecSpec`.
+        plan: widths of every layer, from `quantpress fit`: the path of its file, or a `WidthPlan`. It
+            replaces `bits`, `key_bits`, `value_bits`, `layer_bits`, `boundary_layers` and `codec`.
 
     Raises:
         UnsupportedBitsError: a width cannot be stored.
         InvalidInputError: another argument has a value that cannot be used.
+        CacheFileError: `plan` is a file that is no plan.
 
     Source: TurboQuant, arXiv 2504.19874; mean key and balanced channels: `quantpress.quantization.transform`.
 
@@ -95,7 +108,7 @@ class TurboQuant(PressMixin, BasePress, quantizes=True, keeps_tokens=True):
         "SnapKV(compression_ratio=0.5) | TurboQuant(bits=4)",
     }
 
-    bits: float = 4
+    bits: float | None = None
     key_bits: float | None = None
     value_bits: float | None = None
     sink_tokens: int = 4
@@ -114,10 +127,12 @@ class TurboQuant(PressMixin, BasePress, quantizes=True, keeps_tokens=True):
     boundary_layers: int = 0
     boundary_bits: float | tuple[float, float] = UNPACKED_BITS
     scale_dtype: str = "auto"
+    plan: WidthPlan | str | os.PathLike[str] | None = None
 
     warned_of_short_context = False  # no field: presses that differ in it are equal
 
     def __post_init__(self) -> None:
+        self._take_plan()
         self._check_kinds()
         for index in (None, *(self.layer_bits or {})):
             if index is not None and not isinstance(index, int):
@@ -128,6 +143,25 @@ class TurboQuant(PressMixin, BasePress, quantizes=True, keeps_tokens=True):
             self._check_unpacked(self.codec)
         elif self.boundary_layers:
             replace(self, layer_bits={0: self.boundary_bits}, boundary_layers=0)  # checks them
+
+    def _take_plan(self) -> None:
+        """Read the plan, and refuse what it replaces; without one, give `bits` its default."""
+        if self.plan is None:
+            self.bits = DEFAULT_BITS if self.bits is None else self.bits
+            return
+        if isinstance(self.plan, (str, os.PathLike)):
+            self.plan = WidthPlan.load(self.plan)
+        if not isinstance(self.plan, WidthPlan):
+            raise InvalidInputError(
+                f"plan is {self.plan!r}; give the path of a file that `quantpress fit` wrote, or a WidthPlan"
+            )
+        for name in ("bits", "key_bits", "value_bits", "layer_bits", "boundary_layers", "codec"):
+            value = getattr(self, name)
+            if value is not None and value != 0:
+                raise InvalidInputError(
+                    f"{name}={value!r} was given beside plan={self.plan!r}, which has the widths of every "
+                    f"layer: leave {name} out, or the plan"
+                )
 
     def _check_kinds(self) -> None:
         for name in ("sink_tokens", "recent_tokens", "balance_window", "detect_sinks", "boundary_layers"):
@@ -165,7 +199,7 @@ class TurboQuant(PressMixin, BasePress, quantizes=True, keeps_tokens=True):
         The first three detect 8 sinks in each head and keep 64 recent tokens. This is closer to the
         uncompressed model, in fewer bytes, than the 128 recent tokens of `TurboQuant()`. Tokens are then not
         stored in the order of the text (see `detect_sinks`), unless `detect_sinks=0`. "paper" is TurboQuant
-        as published.
+        as published. With `plan=`, the widths are those of the plan and the rest is the preset's.
 
         Args:
             name: one of `PRESETS`.
@@ -176,7 +210,35 @@ class TurboQuant(PressMixin, BasePress, quantizes=True, keeps_tokens=True):
         """
         if not isinstance(name, str) or name not in PRESETS:
             raise InvalidInputError(f"there is no preset {name!r}; use one of {', '.join(sorted(PRESETS))}")
-        return cls(**{**PRESETS[name], **overrides})
+        preset = PRESETS[name]
+        if overrides.get("plan") is not None:
+            preset = {field: value for field, value in preset.items() if not field.endswith("bits")}
+        return cls(**{**preset, **overrides})
+
+    @classmethod
+    def fit(cls, model: "PreTrainedModel", bits: float, **options: Any) -> "TurboQuant":
+        """Measure which layers need more bits, and meet a budget with the widths that cost least.
+
+        Args:
+            model: decoder-only.
+            bits: most bits a value of the packed layers, in true bytes: codes, scales, statistics and
+                windows, at a context of `context` tokens.
+            **options: `context`, and the arguments of `quantpress.evaluation.fitting.fit.measure`: a
+                `tokenizer` (left out, it is loaded by the model's name), `texts`, `press`, `widths`, ...
+
+        Returns:
+            The press with its plan, which `press.plan.save("plan.json")` writes.
+
+        Raises:
+            UnsupportedModelError: the model cannot be packed.
+            InvalidInputError: the budget cannot be met, or an option cannot be used.
+
+        Example:
+            >>> # press = TurboQuant.fit(model, bits=2.5)
+            >>> # pipe(text, questions=["Who?"], press=press)
+        """
+        fitted: TurboQuant = import_module(FITS).fit(model, bits, **options)
+        return fitted
 
     @property
     def compression_ratio(self) -> float:
@@ -190,13 +252,14 @@ class TurboQuant(PressMixin, BasePress, quantizes=True, keeps_tokens=True):
     def bits_per_value(self, head_dim: int = _REFERENCE_HEAD_DIM) -> float:
         """True bits of a packed number with its share of the scales: the mean of keys and values.
 
-        `layer_bits` and `boundary_bits` do not count.
+        With a plan it is the mean over its layers. `layer_bits` and `boundary_bits` do not count.
 
         Args:
             head_dim: dimension D of keys and values.
         """
-        codecs = self._codecs(None, 0, head_dim, head_dim) or ()
-        return sum(codec.bits_per_value for codec in codecs) / 2
+        layers = [None] if self._fitted is None else list(self._fitted.widths)
+        pairs = [self._codecs(index, 0, head_dim, head_dim) or () for index in layers]
+        return sum(codec.bits_per_value for pair in pairs for codec in pair) / (2 * len(layers))
 
     def post_init_from_model(self, model: "PreTrainedModel") -> None:
         """Check that the cache of this model can be packed; called when a context is entered.
@@ -205,6 +268,7 @@ class TurboQuant(PressMixin, BasePress, quantizes=True, keeps_tokens=True):
             UnsupportedModelError: this model's cache cannot be packed.
             UnsupportedHeadDimError: its head_dim cannot be packed.
             InvalidInputError: `layer_bits` names a layer that the model does not have.
+            CacheFileError: the plan is for another model.
         """
         self.prepare(model)
         name_old_until_unhooked(attention_modules(model))
@@ -212,6 +276,8 @@ class TurboQuant(PressMixin, BasePress, quantizes=True, keeps_tokens=True):
     def prepare(self, model: "PreTrainedModel") -> None:
         """Check the model and let its attention read packed layers."""
         check(model, PACKABLE)
+        if self._fitted is not None:
+            self._fitted.check(model.config)
         layers = len(attention_modules(model))
         for index in self.layer_bits or {}:
             if not -layers <= index < layers:
@@ -227,6 +293,7 @@ class TurboQuant(PressMixin, BasePress, quantizes=True, keeps_tokens=True):
 
         Raises:
             UnsupportedModelError, UnsupportedHeadDimError: this model's cache cannot be packed.
+            CacheFileError: the plan is for another model.
         """
         with left_as_found(model):
             self.prepare(model)
@@ -296,7 +363,15 @@ class TurboQuant(PressMixin, BasePress, quantizes=True, keeps_tokens=True):
             ScalarPages(CodecSpec(value_dim, value_bits, "value", *rest, scale_dtype=self.scale_dtype)),
         )
 
+    @property
+    def _fitted(self) -> WidthPlan | None:
+        """The plan, which is no path any more."""
+        return self.plan if isinstance(self.plan, WidthPlan) else None
+
     def _widths(self, layer_idx: int | None, layers: int) -> tuple[float, float]:
+        if self._fitted is not None:
+            fitted = self._fitted
+            return fitted.layer(next(iter(fitted.widths)) if layer_idx is None else layer_idx)
         protected = self.layer_bits or {}
         for index in () if layer_idx is None else (layer_idx, layer_idx - layers):
             if index in protected:
@@ -304,9 +379,10 @@ class TurboQuant(PressMixin, BasePress, quantizes=True, keeps_tokens=True):
                 return _pair(bits)
         if layer_idx is not None and min(layer_idx, layers - 1 - layer_idx) < self.boundary_layers:
             return _pair(self.boundary_bits)
+        bits = DEFAULT_BITS if self.bits is None else self.bits
         return (
-            self.bits if self.key_bits is None else self.key_bits,
-            self.bits if self.value_bits is None else self.value_bits,
+            bits if self.key_bits is None else self.key_bits,
+            bits if self.value_bits is None else self.value_bits,
         )
 
 

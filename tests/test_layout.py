@@ -34,7 +34,7 @@ ARROWS = (
 HOSTS = {"engines": "cache"}  # imports itself, and from that folder on; no other folder imports it
 PACKAGED = (*ARROWS[1:], *HOSTS)
 ROOMS = {
-    "evaluation": ("adapters", "results", "sizing", "divergence", "tasks"),
+    "evaluation": ("adapters", "fitting", "results", "sizing", "divergence", "tasks"),
     "pipelines": ("enabling", "contexts", "capture", "reading", "patching", "default_model"),
     "engines": ("vllm",),
     "presses": ("packing", "models"),

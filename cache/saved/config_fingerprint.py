@@ -60,6 +60,21 @@ def config_fingerprint(config: Any) -> dict[str, Any]:
     return plain
 
 
+def changed_fields(fingerprint: Mapping[str, Any], config: Any) -> str:
+    """How a configuration differs from a fingerprint, in words; empty where it does not.
+
+    Args:
+        fingerprint: from `config_fingerprint`, or a part of it.
+        config: as for `config_fingerprint`.
+    """
+    here = config_fingerprint(config)
+    return ", ".join(
+        f"{name} was {value!r}, is {here.get(name)!r}"
+        for name, value in fingerprint.items()
+        if here.get(name) != value
+    )
+
+
 def _rope(parameters: Any) -> dict[str, Any] | None:
     """Rotary parameters without what versions add or rename; by type of layer where they are so."""
     if not isinstance(parameters, Mapping):

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from quantpress.cache.saved.config_fingerprint import config_fingerprint
+from quantpress.cache.saved.config_fingerprint import changed_fields
 from quantpress.cache.saved.format import FileKind, read_file, write_file
 from quantpress.errors import CacheFileError, InvalidInputError, NonFiniteError
 from quantpress.quantization.query_moments import QueryMoments
@@ -123,14 +123,10 @@ class ModelProfile:
         Raises:
             CacheFileError: it differs from the model that was measured; the message names the fields.
         """
-        here = config_fingerprint(config)
-        other = [name for name, value in self.fingerprint.items() if here.get(name) != value]
-        if other:
-            shown = ", ".join(
-                f"{name} was {self.fingerprint[name]!r}, is {here.get(name)!r}" for name in other
-            )
+        changed = changed_fields(self.fingerprint, config)
+        if changed:
             raise CacheFileError(
-                f"the profile was measured on another model, {self.model}: {shown}; {MODEL_PROFILE.again}, "
+                f"the profile was measured on another model, {self.model}: {changed}; {MODEL_PROFILE.again}, "
                 "for the model that is served"
             )
 
