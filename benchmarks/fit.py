@@ -35,7 +35,7 @@ from quantpress.cache.saved.width_plan import Errors, WidthPlan
 from quantpress.cli.loading import load_pipeline, model_name
 from quantpress.evaluation.divergence.documents import Document, Pieces, make_documents
 from quantpress.evaluation.divergence.probe import DivergenceProbe
-from quantpress.evaluation.fitting.fit import Measured, measure
+from quantpress.evaluation.fitting.fit import DEFAULT_WIDTHS, Measured, among, measure
 from quantpress.evaluation.measuring import machine
 from quantpress.evaluation.results.markdown import table
 from quantpress.evaluation.results.records import Records
@@ -49,9 +49,6 @@ BUDGETS = {2.0: (2, 2), 2.5: (3, 2), 3.0: (3, 3)}
 
 DISTORTION = {1: 0.360889, 2: 0.116000, 3: 0.033966, 4: 0.009315, 8: 0.00004}
 """Mean squared error of the codebooks at head_dim 128 (at 8 bits about): how errors grow."""
-
-FEW = (2, 3, 4)
-"""Widths that the kernels of a GPU read."""
 
 CONTINUATION = 129
 SIDES = ("keys", "values")
@@ -108,14 +105,6 @@ def extended(errors: Errors) -> Errors:
     return {index: (whole(dict(keys)), whole(dict(values))) for index, (keys, values) in errors.items()}
 
 
-def only(errors: Errors, widths: Sequence[int]) -> Errors:
-    """The errors of some widths."""
-    return {
-        index: tuple({bits: side[bits] for bits in widths} for side in sides)  # type: ignore[misc]
-        for index, sides in errors.items()
-    }
-
-
 def correlations(estimate: Errors, exact: Errors, widths: Sequence[int]) -> dict[str, dict[str, float]]:
     """Spearman's rank correlation over all layers and sides, and by side, for each measured width."""
     found: dict[str, dict[str, float]] = {}
@@ -134,10 +123,13 @@ def correlations(estimate: Errors, exact: Errors, widths: Sequence[int]) -> dict
 def plans(measured: Measured, exact: Errors | None, context: int) -> Plans:
     """Plans within the bytes of each mean width, by the name of what they come from."""
     budget = measured.budget(context)
-    sources = {"one pass, 1 to 8": measured.errors, "one pass, 2 to 4": only(measured.errors, FEW)}
+    sources = {
+        "one pass, 1 to 8": measured.errors,
+        "one pass, 2 to 4": among(measured.errors, DEFAULT_WIDTHS),
+    }
     if exact is not None:
         whole = extended(exact)
-        sources |= {"by layer, 1 to 8": whole, "by layer, 2 to 4": only(whole, FEW)}
+        sources |= {"by layer, 1 to 8": whole, "by layer, 2 to 4": among(whole, DEFAULT_WIDTHS)}
     found: Plans = {}
     for name, errors in sources.items():
         for mean, pair in BUDGETS.items():
@@ -147,15 +139,26 @@ def plans(measured: Measured, exact: Errors | None, context: int) -> Plans:
     return found
 
 
-def scores(scored: Scorer, measured: Measured, made: Plans, context: int) -> list[dict[str, Any]]:
+def scores(
+    scored: Scorer, measured: Measured, made: Plans, context: int, records: Records
+) -> list[dict[str, Any]]:
     """KL of one width and of the plans within its bytes, a line each."""
     budget, press, rows = measured.budget(context), TurboQuant.preset("small"), []
+
+    def kl_of(name: str, made: TurboQuant) -> list[list[float]]:
+        if not records.has("kl", name, ""):
+            records.add("kl", name, "", kl=scored.kl(made))
+        found: list[list[float]] = next(line["kl"] for line in records.of("kl", name))
+        return found
+
     for mean, (keys, values) in track(BUDGETS.items(), console=Console(stderr=True), description="plans"):
-        base = scored.kl(replace(press, bits=None, key_bits=keys, value_bits=values))
+        uniform = replace(press, bits=None, key_bits=keys, value_bits=values)
+        base = kl_of(f"{keys}/{values}", uniform)
         found = {f"one width, {keys}/{values}": (base, 8 * budget.uniform(keys, values) / budget.numbers)}
         for source, by_mean in made.items():
             plan = by_mean[mean]
-            found[source] = scored.kl(TurboQuant.preset("small", plan=plan)), plan.bits
+            name = json.dumps(sorted(plan.widths.items()))
+            found[source] = kl_of(name, replace(press, bits=None, plan=plan)), plan.bits
         means = {source: [float(np.mean(one)) for one in kl] for source, (kl, _) in found.items()}
         first = next(iter(means.values()))
         rows += [
@@ -201,6 +204,13 @@ def main() -> None:
         seconds["reference"] = round(time.perf_counter() - begin, 1)
     made = plans(measured, exact, args.context)
     documents = make_documents(pipe.tokenizer, texts["second half"], args.documents, *shape)
+    settings = {
+        "model": name,
+        "dtype": str(model.dtype),
+        "context": args.context,
+        "documents": args.documents,
+    }
+    records = Records(folder / "scores.jsonl", settings)
     report = {
         "date": date.today().isoformat(),
         "machine": machine(pipe),
@@ -209,7 +219,7 @@ def main() -> None:
         **{one: getattr(args, one) for one in ("context", "pieces", "reference_pieces", "documents")},
         "seconds": seconds,
         "correlation": {} if exact is None else correlations(measured.errors, exact, args.reference_widths),
-        "rows": scores(Scorer.of(model, documents), measured, made, args.context),
+        "rows": scores(Scorer.of(model, documents), measured, made, args.context, records),
         "plans": {
             source: {mean: {i: list(pair) for i, pair in plan.widths.items()} for mean, plan in one.items()}
             for source, one in made.items()

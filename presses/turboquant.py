@@ -223,8 +223,9 @@ class TurboQuant(PressMixin, BasePress, quantizes=True, keeps_tokens=True):
             model: decoder-only.
             bits: most bits a value of the packed layers, in true bytes: codes, scales, statistics and
                 windows, at a context of `context` tokens.
-            **options: `context`, and the arguments of `quantpress.evaluation.fitting.fit.measure`: a
-                `tokenizer` (left out, it is loaded by the model's name), `texts`, `press`, `widths`, ...
+            **options: `tokenizer` (left out, it is loaded by the model's name), `context` (32768), `widths`
+                to choose from (2, 3 and 4), and the arguments of `quantpress.evaluation.fitting.fit.measure`,
+                such as `texts` by name and the `press` whose windows are used.
 
         Returns:
             The press with its plan, which `press.plan.save("plan.json")` writes.

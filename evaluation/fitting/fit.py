@@ -35,8 +35,14 @@ BOOK = "Pride and Prejudice"
 DEFAULT_CONTEXT = 32768
 """Tokens of the context that the bytes are counted for."""
 
-DEFAULT_PIECES = Pieces(count=4, context=1024, continuation=129)
+CONTINUATION = 129
+"""Tokens behind each context; all but the first are predicted over it."""
+
+DEFAULT_PIECES = Pieces(count=4, context=1024, continuation=CONTINUATION)
 """What the model reads: pieces, tokens of each that are packed, tokens that are predicted behind them."""
+
+DEFAULT_WIDTHS = (2, 3, 4)
+"""Widths to choose from: those that fused kernels read. Plain PyTorch reads 1 and 8 bits."""
 
 _MEASURE = "sensitivity"
 
@@ -66,29 +72,32 @@ class Measured:
         layers = [layer for layer in self.outline.layers if layer.index in self.errors]
         return ByteBudget(layers, self.press, context, self.outline.dtype)
 
-    def plan(self, bits: float, context: int = DEFAULT_CONTEXT) -> WidthPlan:
+    def plan(
+        self, bits: float, context: int = DEFAULT_CONTEXT, widths: Sequence[int] = DEFAULT_WIDTHS
+    ) -> WidthPlan:
         """The plan of least divergence within a budget.
 
         Args:
             bits: most bits a value of the packed layers at this context, in true bytes: codes, scales,
                 statistics, and windows in 16 bits.
             context: tokens of the context.
+            widths: the widths to choose from.
 
         Raises:
-            InvalidInputError: the budget cannot be met.
+            InvalidInputError: the budget cannot be met, or a width was not measured.
         """
         if isinstance(bits, bool) or not isinstance(bits, (int, float)) or not 0 < bits < float("inf"):
             raise InvalidInputError(f"bits is {bits!r}; give the bits a value, such as 2.5")
         budget = self.budget(context)
-        widths = budget.widths(self.errors, int(bits * budget.numbers / 8))
+        chosen = budget.widths(among(self.errors, widths), int(bits * budget.numbers / 8))
         return WidthPlan(
             model=self.model,
             fingerprint=self.fingerprint,
-            widths=widths,
+            widths=chosen,
             text=self.text,
             press=short_repr(self.press),
             context=context,
-            bits=budget.bits(widths),
+            bits=budget.bits(chosen),
             errors=self.errors,
         )
 
@@ -99,6 +108,7 @@ def fit(
     tokenizer: PreTrainedTokenizerBase | None = None,
     *,
     context: int = DEFAULT_CONTEXT,
+    widths: Sequence[int] = DEFAULT_WIDTHS,
     **options: Any,
 ) -> TurboQuant:
     """The work of `TurboQuant.fit`.
@@ -115,7 +125,25 @@ def fit(
                 f"there is no tokenizer of the name {name!r} of this model; give tokenizer="
             ) from error
     measured = measure(model, tokenizer, **options)
-    return replace(measured.press, plan=measured.plan(bits, context), bits=None)
+    return replace(measured.press, plan=measured.plan(bits, context, widths), bits=None)
+
+
+def among(errors: Errors, widths: Sequence[int]) -> Errors:
+    """The errors of some widths.
+
+    Raises:
+        InvalidInputError: there is no width, or one was not measured.
+    """
+    known = {bits for sides in errors.values() for side in sides for bits in side}
+    if not widths or not known.issuperset(widths):
+        raise InvalidInputError(
+            f"widths are {', '.join(map(str, widths)) or 'none'}; choose from "
+            f"{', '.join(map(str, sorted(known)))}"
+        )
+    return {
+        index: ({bits: keys[bits] for bits in widths}, {bits: values[bits] for bits in widths})
+        for index, (keys, values) in errors.items()
+    }
 
 
 def measure(
@@ -123,7 +151,6 @@ def measure(
     tokenizer: PreTrainedTokenizerBase,
     texts: Mapping[str, str] | None = None,
     press: TurboQuant | None = None,
-    widths: Sequence[int] = WHOLE_BITS,
     pieces: Pieces = DEFAULT_PIECES,
     *,
     name: str | None = None,
@@ -137,7 +164,6 @@ def measure(
         tokenizer: the model's.
         texts: what to read, by name; None: pages of the book that no suite of the evaluation scores.
         press: windows, rotation and all else but the widths; None: those of the presets.
-        widths: the widths to choose from.
         pieces: what to read of all texts together.
         name: name of the model; None: its own.
         progress: True or False; None shows a bar in a terminal.
@@ -145,20 +171,16 @@ def measure(
 
     Raises:
         UnsupportedModelError: the model cannot be packed.
-        InvalidInputError: a text is too short, or the press or a width cannot be used.
+        InvalidInputError: a text is too short, or the press cannot be used.
     """
     check(model, PACKABLE)
     press = _without_widths(TurboQuant.preset("small") if press is None else press)
-    unknown = [bits for bits in widths if bits not in WHOLE_BITS]
-    if unknown or not widths:
-        raise InvalidInputError(f"widths is {tuple(widths)!r}; choose from {', '.join(map(str, WHOLE_BITS))}")
-    widths = tuple(sorted(set(widths)))
     documents = _documents(model, tokenizer, texts, pieces)
     fingerprint = config_fingerprint(model.config)
     name = name or Path(str(getattr(model, "name_or_path", ""))).name or type(model).__name__
     ids = hashlib.sha256(b"".join(document.ids.numpy().tobytes() for document in documents)).hexdigest()
     settings = {"model": name, "fingerprint": fingerprint, "press": short_repr(press), "ids": ids}
-    records = None if partial is None else Records(partial, {**settings, "widths": widths})
+    records = None if partial is None else Records(partial, settings)
     bar = tqdm(
         total=len(documents) * steps_of(),
         desc="measuring",
@@ -169,7 +191,7 @@ def measure(
     found = []
     with bar:
         for document in documents:
-            found.append(_of_document(model, document, press, widths, records, bar))
+            found.append(_of_document(model, document, press, records, bar))
     text = ", ".join(texts) if texts else BOOK
     return Measured(name, text, press, _mean(found), ModelOutline.of(name, model), fingerprint)
 
@@ -208,7 +230,6 @@ def _of_document(
     model: PreTrainedModel,
     document: Document,
     press: TurboQuant,
-    widths: tuple[int, ...],
     records: Records | None,
     bar: Any,
 ) -> dict[int, LayerErrors]:
@@ -220,7 +241,7 @@ def _of_document(
             int(index): tuple({int(bits): error for bits, error in side.items()} for side in sides)  # type: ignore[misc]
             for index, sides in line["errors"].items()
         }
-    found = sensitivities(model, document, press, widths, step=bar.update)
+    found = sensitivities(model, document, press, WHOLE_BITS, step=bar.update)
     if records is not None:
         records.add(_MEASURE, "", document.name, errors=found)
     return found

@@ -13,6 +13,7 @@ import torch
 
 from quantpress.cache.memory import CacheMemory, LayerMemory
 from quantpress.cache.memory_estimate import layer_estimate
+from quantpress.cache.saved.width_plan import WidthPlan
 from quantpress.cache.settings import LayerSettings
 from quantpress.errors import InvalidInputError, UnsupportedModelError
 from quantpress.evaluation.sizing.kept_tokens import described, parts, prefill_evictors, tokens_kept
@@ -99,6 +100,7 @@ class Planner:
         UnsupportedModelError: TurboQuant cannot pack the cache of this model.
         UnsupportedHeadDimError: TurboQuant cannot pack keys or values of this head_dim.
         InvalidInputError: how much the press evicts depends on the text.
+        CacheFileError: the press has a plan for another model.
     """
 
     def __init__(self, model: ModelOutline, press: BasePress | None) -> None:
@@ -110,6 +112,9 @@ class Planner:
         self._alone = bool(self._evictors) and not isinstance(press, Compose)
         if self._quantizer is not None and model.refusal is not None:
             raise UnsupportedModelError(model.refusal)
+        plan = None if self._quantizer is None else self._quantizer.plan
+        if isinstance(plan, WidthPlan) and model.layers:
+            plan.check(model.layers[0].module.config, without=("rope",))  # known models leave it out
         self._kinds = Counter(self._kind(layer) for layer in model.layers)
         self._order = [self._kind(layer) for layer in model.layers]
 

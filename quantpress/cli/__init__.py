@@ -15,7 +15,20 @@ from typing import Annotated, Any
 import typer
 
 import quantpress
-from quantpress.cli import bench, compare, demo, doctor, evaluate, inspect, memory, pack, run, serve, validate
+from quantpress.cli import (
+    bench,
+    compare,
+    demo,
+    doctor,
+    evaluate,
+    fit,
+    inspect,
+    memory,
+    pack,
+    run,
+    serve,
+    validate,
+)
 from quantpress.cli.engines import calibrate
 from quantpress.cli.output import with_json
 
@@ -71,6 +84,7 @@ COMMANDS: dict[str, tuple[Callable[..., Any], str]] = {
         'quantpress memory llama-3.1-8b --context 131072 -p "TurboQuant(bits=3)" --gpu 80GB',
     ),
     "bench": (bench.bench, 'quantpress bench --tokens 4096 -p "TurboQuant(bits=3)"'),
+    "fit": (fit.fit, "quantpress fit my-model-folder --bits 2.5 -o plan.json"),
     "calibrate": (calibrate.calibrate, "quantpress calibrate my-model-folder -o profile.safetensors"),
     "inspect": (inspect.inspect, "quantpress inspect my-model-folder --tokens 2048"),
     "validate": (validate.validate, "quantpress validate --bits 3 --head-dim 128"),

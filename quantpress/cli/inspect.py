@@ -12,6 +12,7 @@ from rich.text import Text
 
 from quantpress.cli.arguments import Device, Dtype, check_loading, read_text
 from quantpress.cli.engines.profile import Profile
+from quantpress.cli.fit import Fitted
 from quantpress.cli.output import Outcome, new_table, one_below_the_other, progress
 from quantpress.errors import InvalidInputError, QuantPressError
 
@@ -148,7 +149,8 @@ def inspect(
     model: Annotated[
         str | None,
         typer.Argument(
-            help="Id or folder of a model, or a file of `quantpress calibrate`; left out, the default model."
+            help="Id or folder of a model, or a file of `quantpress calibrate` or `quantpress fit`; left "
+            "out, the default model."
         ),
     ] = None,
     file: Annotated[
@@ -157,8 +159,12 @@ def inspect(
     tokens: Annotated[int, typer.Option(help="Most tokens to read.", min=LEAST_TOKENS)] = 1024,
     device: Device = None,
     dtype: Dtype = None,
-) -> Inspected | Profile:
+) -> Inspected | Profile | Fitted:
     """Look at a model: which layers will be packed, which not and why, its keys, a setting for it."""
+    if model is not None and Path(model).is_file() and model.endswith(".json"):
+        from quantpress.cache.saved.width_plan import WidthPlan
+
+        return Fitted(model, WidthPlan.load(model))
     if model is not None and (Path(model).is_file() or model.endswith(".safetensors")):
         from quantpress.cache.saved.model_profile import ModelProfile
 

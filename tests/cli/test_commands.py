@@ -98,6 +98,31 @@ def test_a_model_is_calibrated_and_its_profile_shown(model: str, tmp_path: Path)
     assert "num_hidden_layers 3" in words and "1,194 tokens" in words
 
 
+def test_a_model_is_fitted_and_the_plan_is_used(model: str, tmp_path: Path) -> None:
+    (tmp_path / "text").write_text(text(900), encoding="utf-8")
+    files = [str(tmp_path / name) for name in ("plan.json", "wide.json", "text")]
+    options = ["--text", files[2], "--pieces", "2", "--piece-tokens", "300", "--device", "cpu", "--json"]
+    size = ["--context", "4096", "--press", "TurboQuant(recent_tokens=16)"]
+    found = json.loads(invoke("fit", model, "-b", "3.6", "-o", files[0], *size, *options).stdout)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["plan.json", "text"]
+    assert (
+        found["use"] == f"TurboQuant(recent_tokens=16, plan={files[0]!r})"
+        and found["model"] == Path(model).name
+    )
+    assert 3 < found["bits"] <= 3.6 and {bits for pair in found["widths"].values() for bits in pair} <= {
+        2,
+        3,
+        4,
+    }
+    planned = json.loads(invoke("memory", model, "-c", "4096", "-p", found["use"], "--json").stdout)
+    assert planned["presses"][1]["cache"]["bits_per_value"] == pytest.approx(found["bits"])
+    again = ["--from", files[0], "-b", "2.9", "-c", "4096", "--widths", "1,2,3,4,8", "-o", files[1]]
+    shown = invoke("fit", model, *again).stdout
+    assert f"TurboQuant(recent_tokens=16, plan={files[1]!r})" in " ".join(shown.split())
+    assert json.loads(invoke("inspect", files[1], "--json").stdout)["bits"] <= 2.9
+    assert invoke("inspect", files[1]).stdout == shown
+
+
 def test_a_model_spread_over_all_devices_answers_the_same(
     model: str, context: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,0 +1,168 @@
+"""`quantpress fit`: which layers need more bits, and a plan that meets a budget."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Group
+from rich.text import Text
+
+from quantpress.cli.arguments import (
+    STDIN,
+    Device,
+    Dtype,
+    check_loading,
+    check_output_file,
+    read_text,
+)
+from quantpress.cli.output import Outcome
+from quantpress.errors import InvalidInputError
+
+if TYPE_CHECKING:
+    from quantpress.cache.saved.width_plan import WidthPlan
+    from quantpress.evaluation.fitting.fit import Measured
+
+PRESS = "TurboQuant.preset('small')"
+WIDTHS = ("1", "2", "3", "4", "8")
+ROW = 30  # layers in a line
+
+
+@dataclass(frozen=True)
+class Fitted(Outcome):
+    """A plan.
+
+    Args:
+        file: path of the file.
+        plan: what it holds.
+    """
+
+    file: str
+    plan: "WidthPlan"
+
+    @property
+    def press(self) -> str:
+        """The press with the plan, as it is written."""
+        from quantpress.presses.expression import parse_press
+        from quantpress.presses.traits import short_repr
+
+        made: Any = parse_press(self.plan.press or PRESS)
+        return short_repr(replace(made, bits=None, plan=self.plan))
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        plan = self.plan
+        about = {name: getattr(plan, name) for name in ("model", "text", "press", "context", "bits")}
+        widths = {str(index): list(pair) for index, pair in plan.widths.items()}
+        return {"file": self.file, "use": self.press, **about, "mean_bits": plan.mean_bits, "widths": widths}
+
+    def __rich__(self) -> Group:
+        plan, lines = self.plan, []
+        indices = sorted(plan.widths)
+        for start in range(0, len(indices), ROW):
+            row = indices[start : start + ROW]
+            cells = (row, [plan.widths[i][0] for i in row], [plan.widths[i][1] for i in row])
+            for name, one in zip(("layer", "keys", "values"), cells, strict=True):
+                lines.append(f"{name:7}" + "".join(f"{cell:3}" for cell in one))
+        size = f", {plan.bits:.2f} bits a value at {plan.context:,} tokens" if plan.context else ""
+        lines.append(f"{self.file}: {plan.model}, mean width {plan.mean_bits:.2f}{size}.")
+        if not {1, 8}.isdisjoint(bits for pair in plan.widths.values() for bits in pair):
+            lines.append("On a GPU, plain PyTorch reads layers of 1 or 8 bits, which is slower.")
+        return Group(*map(Text, lines), Text(f'Use it: --press "{self.press}"', "bold"))
+
+
+def fit(
+    model: Annotated[
+        str | None, typer.Argument(help="Id or folder of a model; left out, the default model.")
+    ] = None,
+    bits: Annotated[
+        float,
+        typer.Option("--bits", "-b", help="Most bits a value, scales and windows in 16 bits included."),
+    ] = 2.5,
+    output: Annotated[str, typer.Option("--output", "-o", help="File to write.")] = "plan.json",
+    context: Annotated[
+        int, typer.Option("--context", "-c", help="Tokens of the context whose bytes are counted.", min=1)
+    ] = 32768,
+    widths: Annotated[
+        str, typer.Option(help="Widths to choose from: of 1, 2, 3, 4 and 8, with commas.")
+    ] = "2,3,4",
+    press: Annotated[
+        str, typer.Option("--press", "-p", help="The press whose windows and rotation are used.")
+    ] = PRESS,
+    text: Annotated[
+        list[str] | None,
+        typer.Option("--text", help="Text to read, - for the standard input; may be repeated."),
+    ] = None,
+    pieces: Annotated[int, typer.Option(help="Pieces of text to read.", min=1)] = 4,
+    piece_tokens: Annotated[
+        int,
+        typer.Option(help="Tokens that are packed of each; 128 more are predicted.", min=256),
+    ] = 1024,
+    measured: Annotated[
+        str | None,
+        typer.Option("--from", help="A plan of the same model; its measurements are used again."),
+    ] = None,
+    device: Device = None,
+    dtype: Dtype = None,
+) -> Fitted:
+    """Give each layer's keys and values the widths that cost least, within a budget in bytes."""
+    texts = {"the standard input" if file == STDIN else file: read_text(file) for file in text or ()}
+    check_output_file(output)
+    for file in text or ():
+        if file != STDIN and Path(output).exists() and Path(output).samefile(file):
+            raise InvalidInputError(f"{output} is a text to read; give --output another name")
+    choice = _widths(widths)
+    if measured is not None:
+        found = _measured(model, measured)
+    else:
+        check_loading(model, device, dtype)
+        partial = Path(f"{output}.partial")
+        found = _measure(model, (device, dtype), texts, press, (pieces, piece_tokens), partial)
+    plan = found.plan(bits, context, choice)
+    plan.save(output)
+    if measured is None:
+        partial.unlink(missing_ok=True)
+    return Fitted(output, replace(plan, path=output))
+
+
+def _widths(text: str) -> tuple[int, ...]:
+    found = {one.strip() for one in text.split(",")}
+    if not found <= set(WIDTHS):
+        raise InvalidInputError(f"--widths is {text!r}; give some of {','.join(WIDTHS)}, such as 2,3,4")
+    return tuple(sorted(map(int, found)))
+
+
+def _measure(
+    model: str | None,
+    loading: tuple[str | None, str | None],
+    texts: dict[str, str],
+    press: str,
+    sizes: tuple[int, int],
+    partial: Path,
+) -> "Measured":
+    """Measure a model; pieces that an interrupted command has finished are not read again."""
+    from quantpress.cli.loading import load_pipeline, model_name
+    from quantpress.evaluation.divergence.documents import Pieces
+    from quantpress.evaluation.fitting.fit import CONTINUATION, measure
+    from quantpress.presses.expression import parse_press
+
+    made: Any = parse_press(press)
+    pipe = load_pipeline(model, *loading)
+    pieces, name = Pieces(*sizes, CONTINUATION), Path(model_name(pipe)).name
+    return measure(pipe.model, pipe.tokenizer, texts or None, made, pieces, name=name, partial=partial)
+
+
+def _measured(model: str | None, file: str) -> "Measured":
+    """The measurements in the file of a plan."""
+    from quantpress.cache.saved.width_plan import WidthPlan
+    from quantpress.evaluation.fitting.fit import Measured
+    from quantpress.evaluation.sizing.model_outline import outline
+    from quantpress.presses.expression import parse_press
+
+    plan, known = WidthPlan.load(file), outline(model)
+    if not plan.errors:
+        raise InvalidInputError(f"{file} has no errors; run `quantpress fit MODEL` without --from")
+    for layer in known.layers[:1]:
+        plan.check(layer.module.config)
+    made: Any = parse_press(plan.press)
+    return Measured(plan.model, plan.text, made, plan.errors, known, plan.fingerprint)

@@ -1,0 +1,139 @@
+"""Fitting: estimates are divergences, budgets are bytes, and the layer that matters gets the bits."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from quantpress.cache import cache_memory, host
+from quantpress.errors import EmptyContextError, InvalidInputError, UnsupportedModelError
+from quantpress.evaluation.divergence.documents import Document, Pieces, make_documents
+from quantpress.evaluation.divergence.probe import DivergenceProbe
+from quantpress.evaluation.fitting import fit as fitting
+from quantpress.evaluation.fitting.fit import Measured, measure
+from quantpress.evaluation.fitting.sensitivity import sensitivities
+from quantpress.pipelines.reading.read_context import read_context
+from quantpress.presses import TurboQuant
+from quantpress.quantization.budget import WHOLE_BITS
+from tests.pipelines.words import text, word_tokenizer
+from tests.tiny_models import HEAD_DIM, tiny_model
+
+WINDOWS = {"recent_tokens": 16, "detect_sinks": 3}
+PIECES = Pieces(2, 300, 33)
+
+
+def document() -> Document:
+    """A context of two pages and 33 tokens behind it."""
+    return make_documents(word_tokenizer(), text(500), 1, 300, 33)[0]
+
+
+def measured(model: PreTrainedModel, **options: Any) -> Measured:
+    """What is measured of a tiny model."""
+    press = TurboQuant(**WINDOWS)
+    return measure(model, word_tokenizer(), {"w": text(900)}, press, PIECES, progress=False, **options)
+
+
+@pytest.fixture(scope="module")
+def known() -> Measured:
+    """What is measured of the tiny Llama."""
+    return measured(tiny_model("llama"))
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma3"])
+def test_estimates_are_divergences_where_errors_are_small(family: str) -> None:
+    """At 8 bits the second order is all there is: the estimate is the KL, up to the noise of labels."""
+    model, one = tiny_model(family), document()
+    found = sensitivities(model, one, TurboQuant(**WINDOWS), (8,), samples=48)
+    probe = DivergenceProbe(model, [one])
+    for index, (keys, values) in found.items():
+        others = {other: 16 for other in found if other != index}
+        kl = probe.over(TurboQuant(8, layer_bits=others, **WINDOWS))[0].kl
+        assert keys[8] + values[8] == pytest.approx(sum(kl) / len(kl), rel=0.6)
+
+
+def test_the_layer_that_matters_gets_the_bits() -> None:
+    model = copy.deepcopy(tiny_model("llama"))
+    for index, layer in enumerate(model.model.layers):
+        layer.self_attn.o_proj.weight.data *= 1.0 if index == 1 else 1e-3
+    found = measured(model)
+    sums = {
+        index: [sum(by[bits] for by in sides) for bits in (1, 2, 4)] for index, sides in found.errors.items()
+    }
+    for others in (sums[0], sums[2]):
+        assert all(own > 10 * other for own, other in zip(sums[1], others, strict=True))
+    plan = found.plan(found.budget(4096).uniform(3, 3) * 8 / found.budget(4096).numbers, 4096)
+    assert min(plan.widths[1]) == 4 and plan.mean_bits <= 3
+
+
+@pytest.mark.parametrize("bits", [2.6, 3.4])
+def test_the_budget_is_the_bytes_of_the_cache(bits: float, known: Measured) -> None:
+    model, context = tiny_model("llama"), 1100
+    found, asked = known, bits + 32 * 99 / context  # with tokens in float32 beside the pages
+    plan = found.plan(asked, context, WHOLE_BITS)
+    cache = host.empty_cache(model)
+    with torch.no_grad():
+        ids = torch.randint(10, 200, (1, context))
+        read_context(model, ids, cache, TurboQuant(plan=plan, **WINDOWS), progress=False)
+    memory = cache_memory(cache)
+    assert memory.total_bytes == found.budget(context).total(dict(plan.widths))
+    assert plan.bits == pytest.approx(memory.bits_per_value)
+    step = 2 * (context - 23) // 128 * 128 * HEAD_DIM // 8  # one bit of the keys or values of a layer
+    assert 0 <= int(asked * memory.numbers / 8) - memory.total_bytes < 4 * step
+
+
+def test_a_run_that_was_interrupted_goes_on(
+    known: Measured, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_model("llama")
+    partial, work, calls = tmp_path / "plan.json.partial", fitting.sensitivities, []
+
+    def failing(*given: Any, **named: Any) -> Any:
+        calls.append(given[1].name)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return work(*given, **named)
+
+    monkeypatch.setattr(fitting, "sensitivities", failing)
+    with pytest.raises(KeyboardInterrupt):
+        measured(model, partial=partial)
+    resumed = measured(model, partial=partial)
+    assert len(calls) == 3 and len(set(calls)) == 2
+    assert resumed.errors == known.errors
+    with pytest.raises(InvalidInputError, match="holds results of other settings"):
+        measure(
+            tiny_model("llama"), word_tokenizer(), {"w": text(900, seed=2)}, pieces=PIECES, partial=partial
+        )
+
+
+def test_a_press_fits_itself(tmp_path: Path) -> None:
+    model, options = tiny_model("llama"), {"texts": {"w": text(900)}, "pieces": PIECES, "context": 4096}
+    press = TurboQuant.fit(model, 3.5, tokenizer=word_tokenizer(), press=TurboQuant(3, **WINDOWS), **options)
+    plan = press.plan
+    assert isinstance(plan, fitting.WidthPlan) and plan.bits <= 3.5 and plan.text == "w"
+    assert press == TurboQuant(plan=plan, **WINDOWS)  # type: ignore[arg-type]
+    assert {bits for pair in plan.widths.values() for bits in pair} <= {2, 3, 4}
+    with pytest.raises(InvalidInputError, match="there is no tokenizer of the name ''"):
+        TurboQuant.fit(model, 3.5)
+
+
+def test_what_cannot_be_fitted_says_why(known: Measured) -> None:
+    found, model, tokenizer = known, tiny_model("llama"), word_tokenizer()
+    with pytest.raises(
+        InvalidInputError, match=r"1\.50 bits a value are fewer than .* give [23]\.\d\d or more"
+    ):
+        found.plan(1.5, 32768)
+    with pytest.raises(InvalidInputError, match="bits is 0; give the bits"):
+        found.plan(0)
+    with pytest.raises(InvalidInputError, match="widths are 5; choose from 1, 2, 3, 4, 8"):
+        found.plan(3, widths=[5])
+    with pytest.raises(InvalidInputError, match="layer_bits decides widths, which are to be fitted"):
+        measure(model, tokenizer, {"w": text(900)}, TurboQuant(layer_bits={0: 16}), PIECES)
+    with pytest.raises(InvalidInputError, match="tokens packs no page; give pieces of at least 260"):
+        measure(model, tokenizer, {"w": text(900)}, TurboQuant(), Pieces(1, 200, 33))
+    with pytest.raises(EmptyContextError, match="no text"):
+        measure(model, tokenizer, {})
+    with pytest.raises(UnsupportedModelError, match="cannot be packed"):
+        measure(tiny_model("bloom", "eager"), tokenizer, {"w": text(900)}, pieces=PIECES)
