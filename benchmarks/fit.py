@@ -124,12 +124,15 @@ def plans(measured: Measured, exact: Errors | None, context: int) -> Plans:
     """Plans within the bytes of each mean width, by the name of what they come from."""
     budget = measured.budget(context)
     sources = {
-        "one pass, 1 to 8": measured.errors,
-        "one pass, 2 to 4": among(measured.errors, DEFAULT_WIDTHS),
+        "one pass, 1 to 8 bits": measured.errors,
+        "one pass, 2 to 4 bits": among(measured.errors, DEFAULT_WIDTHS),
     }
     if exact is not None:
         whole = extended(exact)
-        sources |= {"by layer, 1 to 8": whole, "by layer, 2 to 4": among(whole, DEFAULT_WIDTHS)}
+        sources |= {
+            "layer by layer, 1 to 8 bits": whole,
+            "layer by layer, 2 to 4 bits": among(whole, DEFAULT_WIDTHS),
+        }
     found: Plans = {}
     for name, errors in sources.items():
         for mean, pair in BUDGETS.items():
@@ -153,7 +156,8 @@ def scores(
 
     for mean, (keys, values) in track(BUDGETS.items(), console=Console(stderr=True), description="plans"):
         uniform = replace(press, bits=None, key_bits=keys, value_bits=values)
-        base = kl_of(f"{keys}/{values}", uniform)
+        same = [[layer.index, [keys, values]] for layer in budget.layers]
+        base = kl_of(json.dumps(same), uniform)
         found = {f"one width, {keys}/{values}": (base, 8 * budget.uniform(keys, values) / budget.numbers)}
         for source, by_mean in made.items():
             plan = by_mean[mean]

@@ -81,6 +81,13 @@ FIRST_ROWS = {
     "SnapKV(0.5) | preset small": '`SnapKV(0.5) | TurboQuant.preset("small")`',
     "as published 3/3": "TurboQuant as published, 3 bits",
 }
+PLANS = {
+    "mean width": "{mean:.1f}",
+    "widths": "{widths}",
+    "bits a value": "{bits_per_value:.2f}",
+    "KL, nats": "{kl:.5f}",
+    "ratio": "{ratio:.2f}",
+}
 MEMORY = {"cache": "{cache}", "131072 tokens": "{gib:.1f} GiB", "smaller": "{ratio:.1f}x"}
 
 
@@ -127,6 +134,13 @@ def first() -> str:
     arms = _arms()
     rows = [{**arms[arm], "cache": cache} for arm, cache in FIRST_ROWS.items()]
     return formatted(({**row, "percent": 100 * row["agreement"].value} for row in rows), FIRST)
+
+
+def plan_ranks() -> str:
+    """Rank correlation of the estimates with the reference, by width."""
+    found = results("plans")["correlation"]
+    columns = {"bits": "{bits}", "all": "{all:.2f}", "keys": "{keys:.2f}", "values": "{values:.2f}"}
+    return formatted(({"bits": bits, **row} for bits, row in found.items()), columns)
 
 
 def memory() -> str:
@@ -200,6 +214,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "peers": _rows("peers", PEERS),
     "capture-rules": capture_rules,
     "families": families,
+    "plans": _rows("plans", PLANS),
+    "plan-ranks": plan_ranks,
     "vllm-speed": vllm.speed,
     "vllm-quality": vllm.quality,
     **{

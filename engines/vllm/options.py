@@ -39,6 +39,11 @@ def options_of(additional_config: Any, requests: int) -> Options:
         InvalidInputError: an option is unknown, or its value makes no sense.
     """
     given = additional_config.get(KEY, {}) if isinstance(additional_config, dict) else {}
+    if isinstance(given, dict) and "plan" in given:
+        raise InvalidInputError(
+            f"plan is {given['plan']!r}, but vLLM does not say which layer's pages it sizes, so that every "
+            "layer has the widths of --kv-cache-dtype; leave plan out"
+        )
     names = [field.name for field in fields(Options)]
     if not isinstance(given, dict) or not set(given) <= set(names):
         raise InvalidInputError(f"additional_config[{KEY!r}] is {given!r}; give a dict with some of {names}")

@@ -81,12 +81,15 @@ def sensitivities(
     step()
     counted = 2 * samples * (ids.shape[1] - document.context - 1)
     found: dict[int, LayerErrors] = {index: ({}, {}) for index in layers.exact}
-    for gradients in _gradients(model, cache, ids, document.context, layers.exact, samples):
-        for index, bits, side, error in layers.errors():
-            products = (gradients[index][side].float() * error.float()).sum(dim=(2, 3))  # [1, Hkv]
-            by_width = found[index][side]
-            by_width[bits] = by_width.get(bits, 0.0) + float(products.square().sum()) / counted
+    gradients = []
+    for one in _gradients(model, cache, ids, document.context, layers.exact, samples):
+        gradients.append(one)
         step()
+    for index, bits, side, error in layers.errors():
+        products = [
+            (one[index][side].float() * error.float()).sum(dim=(2, 3)) for one in gradients
+        ]  # [1, Hkv]
+        found[index][side][bits] = float(torch.stack(products).square().sum()) / counted
     if not all(torch.tensor(list(one.values())).isfinite().all() for pair in found.values() for one in pair):
         raise NonFiniteError("the gradients are not finite; load the model in bfloat16 or float32")
     return found
