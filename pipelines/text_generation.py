@@ -24,6 +24,7 @@ from quantpress.pipelines.default_model import check_dtype
 from quantpress.pipelines.press_argument import as_press, enabled_press, hand_tokenizer
 from quantpress.pipelines.prompt import chat_form, check_positions, cut_to, token_ids, warn_of_positions
 from quantpress.pipelines.ranks import check_clocks, check_same, share_chance
+from quantpress.pipelines.reading.planned import Reading
 from quantpress.pipelines.reading.read_context import read_context
 from quantpress.pipelines.report import Report, Stopwatch
 from quantpress.pipelines.rollback import model_rollback
@@ -149,6 +150,10 @@ class TextGenerationPipeline(Pipeline):
             >>> # context.save("text.safetensors")
             >>> # pipe(context, questions=["Who?", "Where?"])["answers"]
         """
+        return self.read_planned(self.plan_reading(context, **options))
+
+    def plan_reading(self, context: str, **options: Any) -> Reading:
+        """What `read` would read, and how; nothing is read. The arguments and errors are those of `read`."""
         given.check_reading(options)
         reading, running, _ = self._sanitize_parameters(**options)
         how = {**self._forward_params, **running}
@@ -157,11 +162,20 @@ class TextGenerationPipeline(Pipeline):
             how["press"] = enabled_press(self.model)
         form = {**self._preprocess_params, **reading}
         ids, after = self._prompt(context, form.get("max_context_length"), form.get("enable_thinking", False))
-        check_same(self.model, context=ids.tolist(), press=short_repr(how.get("press")))
-        cache, ids = host.empty_cache(self.model), ids.to(self.device)
+        return Reading(ids, after, **how)
+
+    def read_planned(self, plan: Reading) -> CachedContext:
+        """Read what `plan_reading` returned."""
+        check_same(self.model, context=plan.ids.tolist(), press=short_repr(plan.press))
+        cache, ids = host.empty_cache(self.model), plan.ids.to(self.device)
+        how: dict[str, Any] = {
+            "press": plan.press,
+            "chunk_tokens": plan.chunk_tokens,
+            "progress": plan.progress,
+        }
         with self.device_placement(), torch.no_grad(), model_rollback(self.model):
             position = read_context(self.model, ids, cache, **how)
-            return CachedContext.of(self.model, cache, ids, position, how.get("press"), after)
+            return CachedContext.of(self.model, cache, ids, position, plan.press, plan.after)
 
     def preprocess(  # type: ignore[override]
         self,

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from quantpress.evaluation.attention_fidelity import attention_fidelity
     from quantpress.pipelines.capture.captured import captured_decoding
     from quantpress.pipelines.contexts.cached_context import CachedContext
+    from quantpress.pipelines.contexts.store import ContextStore
     from quantpress.pipelines.enabling.enable import disable, enable
     from quantpress.pipelines.patching.live_patch import patch_attention
     from quantpress.pipelines.text_generation import TextGenerationPipeline
@@ -49,6 +50,7 @@ __all__ = [
     "CachedContext",
     "Compose",
     "CompositionError",
+    "ContextStore",
     "ContextTooLongError",
     "EmptyContextError",
     "InvalidInputError",
@@ -79,6 +81,7 @@ _FOLDERS = frozenset({"cache", "codecs", "evaluation", "kernels", "pipelines", "
 _LAZY = {
     "CachedContext": "quantpress.pipelines.contexts.cached_context",
     "Compose": "quantpress.presses",
+    "ContextStore": "quantpress.pipelines.contexts.store",
     "PackedLayer": "quantpress.cache",
     "PagedAttention": "quantpress.cache",
     "TextGenerationPipeline": "quantpress.pipelines.text_generation",

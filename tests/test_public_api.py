@@ -13,6 +13,7 @@ PUBLIC = sorted(
         *ERRORS,
         "CachedContext",
         "Compose",
+        "ContextStore",
         "PackedLayer",
         "PagedAttention",
         "TextGenerationPipeline",

@@ -1,5 +1,7 @@
 """The file format: a safetensors file with checksums. A file that has changed is refused.
 
+Files lie on this machine or elsewhere; see `quantpress.cache.saved.places`.
+
 The header of the safetensors file holds a JSON text and its SHA-256. The text contains the version of the
 format, the description given by the writer, and dtype, shape and SHA-256 of every tensor. So a change of any
 byte is detected: in a tensor by its digest, in the table of tensors by comparison with the text, and in the
@@ -11,11 +13,8 @@ writes to the tensors stay in this process. Checking the digests reads the whole
 
 import hashlib
 import json
-import os
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,6 +22,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from quantpress.cache.saved.places import Place, for_reading, for_writing, read_bytes
 from quantpress.errors import CacheFileError
 from quantpress.version import __version__
 
@@ -31,6 +31,8 @@ FORMAT = 1
 page layout or names."""
 
 _DIGEST = "sha256"
+_LENGTH = 8  # bytes in front of the header, which say how long it is
+_LARGEST_HEADER = 100_000_000  # bytes; safetensors allows no more
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,11 @@ class FileKind:
     again: str
     mode: int
 
+    @property
+    def remedy(self) -> str:
+        """What to do where a file is none of this kind."""
+        return f"give one that {self.writers} wrote"
+
 
 SAVED_CACHE = FileKind(
     "quantpress", "saved cache", "CachedContext.save or `pack`", "pack it again", mode=0o600
@@ -58,7 +65,7 @@ SAVED_CACHE = FileKind(
 
 
 def write_file(
-    path: str | os.PathLike[str],
+    path: Place,
     about: Mapping[str, Any],
     tensors: Mapping[str, Tensor],
     kind: FileKind = SAVED_CACHE,
@@ -66,7 +73,7 @@ def write_file(
     """Write a file, completely or not at all.
 
     Args:
-        path: path of the file. An existing file is replaced once the new one is on the disk.
+        path: path or URL of the file. An existing file is replaced once the new one is complete.
         about: the description: plain values that JSON can hold.
         tensors: tensors by name, on any device; they are moved to the CPU one by one.
         kind: what the file holds.
@@ -76,33 +83,26 @@ def write_file(
 
     Raises:
         CacheFileError: the file cannot be written.
+        InvalidInputError, MissingPackageError: nothing here knows the URL's protocol.
     """
-    path = Path(path)
     held = _plain(tensors)
     table = {name: {**_shape(tensor), "sha256": _digest(tensor)} for name, tensor in held.items()}
     text = json.dumps({"format": FORMAT, "quantpress": __version__, **about, "tensors": table})
     header = {kind.entry: text, _DIGEST: hashlib.sha256(text.encode()).hexdigest()}
-    try:
-        # Only its owner can enter this folder, so that nobody sees an unfinished or readable file.
-        with tempfile.TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent) as scratch:
-            unfinished = Path(scratch) / path.name
-            save_file(held, unfinished, metadata=header)
-            unfinished.chmod(kind.mode)
-            _to_disk(unfinished)
-            os.replace(unfinished, path)
-        _to_disk(path.parent)
-    except OSError as error:
-        raise CacheFileError(f"{path} cannot be written: {error}") from error
-    return path.stat().st_size
+    with for_writing(path, kind.mode) as unfinished:
+        save_file(held, unfinished, metadata=header)
+        size = unfinished.stat().st_size
+    return size
 
 
 def read_file(
-    path: str | os.PathLike[str], verify: bool = True, kind: FileKind = SAVED_CACHE
+    path: Place, verify: bool = True, kind: FileKind = SAVED_CACHE
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Read a file written by `write_file`.
 
     Args:
-        path: path of the file. Do not change it in place while its tensors are in use; replacing it is safe.
+        path: path or URL of the file. Do not change a file of this machine in place while its tensors are in
+            use; replacing it is safe.
         verify: compare every tensor with its digest. If False, only the header is checked.
         kind: what the file must hold.
 
@@ -113,19 +113,17 @@ def read_file(
     Raises:
         CacheFileError: the file does not exist, is truncated, has changed, has another format or version.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise CacheFileError(f"{path} is not a file; give one that {kind.writers} wrote")
-    try:
-        with safe_open(path, framework="pt") as source:
-            about = _described(path, source.metadata() or {}, kind)
-            if set(source.keys()) != set(about["tensors"]):
-                raise CacheFileError(f"{path} is damaged: its table of tensors has changed; {kind.again}")
-            tensors = {name: source.get_tensor(name) for name in source.keys()}  # noqa: SIM118
-    except CacheFileError:
-        raise
-    except Exception as error:  # safetensors raises exceptions of many types
-        raise CacheFileError(f"{path} is damaged or cut short ({error}); {kind.again}") from error
+    with for_reading(path, kind.remedy) as here:
+        try:
+            with safe_open(here, framework="pt") as source:
+                about = _described(path, source.metadata() or {}, kind)
+                if set(source.keys()) != set(about["tensors"]):
+                    raise CacheFileError(f"{path} is damaged: its table of tensors has changed; {kind.again}")
+                tensors = {name: source.get_tensor(name) for name in source.keys()}  # noqa: SIM118
+        except CacheFileError:
+            raise
+        except Exception as error:  # safetensors raises exceptions of many types
+            raise CacheFileError(f"{path} is damaged or cut short ({error}); {kind.again}") from error
     for name, tensor in tensors.items():
         entry = about["tensors"][name]
         if _shape(tensor) != {"dtype": entry["dtype"], "shape": entry["shape"]}:
@@ -135,12 +133,27 @@ def read_file(
     return about, tensors
 
 
-def _described(path: Path, header: Mapping[str, str], kind: FileKind) -> dict[str, Any]:
+def read_description(path: Place, kind: FileKind = SAVED_CACHE) -> dict[str, Any]:
+    """The description alone, of a file that `read_file` reads; nothing after the header is read.
+
+    Raises:
+        CacheFileError: as for `read_file`, as far as the header tells.
+    """
+    size = int.from_bytes(read_bytes(path, 0, _LENGTH, kind.remedy), "little")
+    try:
+        if size > _LARGEST_HEADER:
+            raise ValueError(f"a header of {size} bytes")
+        header = json.loads(read_bytes(path, _LENGTH, _LENGTH + size, kind.remedy))
+        known = dict(header.get("__metadata__") or {})
+    except (AttributeError, RecursionError, TypeError, ValueError) as error:
+        raise CacheFileError(f"{path} is damaged or cut short ({error}); {kind.again}") from error
+    return _described(path, known, kind)
+
+
+def _described(path: Place, header: Mapping[str, str], kind: FileKind) -> dict[str, Any]:
     text = header.get(kind.entry)
     if text is None:
-        raise CacheFileError(
-            f"{path} is a safetensors file, but no {kind.name}; give one that {kind.writers} wrote"
-        )
+        raise CacheFileError(f"{path} is a safetensors file, but no {kind.name}; {kind.remedy}")
     if hashlib.sha256(text.encode()).hexdigest() != header.get(_DIGEST):
         raise CacheFileError(f"{path} is damaged: its description has changed; {kind.again}")
     about: dict[str, Any] = json.loads(text)
@@ -172,13 +185,3 @@ def _shape(tensor: Tensor) -> dict[str, Any]:
 def _digest(tensor: Tensor) -> str:
     flat = tensor.reshape(-1)
     return hashlib.sha256(flat.view(torch.uint8).numpy().data).hexdigest()
-
-
-def _to_disk(path: Path) -> None:
-    if os.name != "posix" and path.is_dir():
-        return  # only POSIX can open a folder
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -147,15 +147,18 @@ class CachedContext:
         (`tp_plan`) all call this, and the first writes one file with all heads.
 
         Args:
-            path: the file; an older one of this name is replaced.
+            path: the file; an older one of this name is replaced. A URL that fsspec knows, such as
+                s3://bucket/name, writes it there; who can read it is then the place's own matter.
 
         Returns:
             The number of bytes written.
 
         Raises:
             CacheFileError: the file system refuses.
-            InvalidInputError: a layer or codec cannot be saved, or the press acts during decoding too; or
-                several processes have heads that keep different numbers of tokens.
+            InvalidInputError: a layer or codec cannot be saved, the press acts during decoding too, several
+                processes have heads that keep different numbers of tokens, or the protocol of a URL is
+                unknown.
+            MissingPackageError: the package for a URL is not installed.
         """
         check_saved(self.press)
         saved = SavedContext(
@@ -178,7 +181,8 @@ class CachedContext:
         not change the file in place meanwhile; it may be replaced or deleted.
 
         Args:
-            path: a file that `save` or `quantpress pack` wrote.
+            path: a file that `save` or `quantpress pack` wrote, or its URL. A remote file is fetched through
+                the folder for temporary files, and mapped from there.
             model: the model that read the context.
             press: refuse a context that this press would have packed differently (widths, seed, ...). It is
                 given as to `TextGenerationPipeline`.
@@ -189,7 +193,8 @@ class CachedContext:
                 or press; the message says which.
             InvalidInputError, CompositionError: `press` is no press.
             UnsupportedModelError: a weight of the model was never loaded.
-            MissingPackageError: a head-wise press hides tokens of the context, and there is no kvpress.
+            MissingPackageError: a head-wise press hides tokens of the context, and there is no kvpress; or
+                the package for a URL is not installed.
         """
         wanted = as_press(press)
         known = model_fingerprint(model)

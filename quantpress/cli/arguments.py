@@ -78,12 +78,31 @@ def read_text(file: str) -> str:
     return text
 
 
+def is_url(place: str) -> bool:
+    """Whether this is a URL, such as s3://bucket/name, and no path."""
+    return "://" in place
+
+
+def check_url(url: str) -> None:
+    """Check that something here knows the protocol of a URL; nothing is fetched.
+
+    Raises:
+        InvalidInputError, MissingPackageError: as for `file_system`.
+    """
+    from quantpress.cache.saved.places import file_system
+
+    file_system(url)
+
+
 def check_packed(file: str) -> None:
-    """Check that a packed context can be opened.
+    """Check that a packed context can be opened; of a URL, that its protocol is known.
 
     Raises:
         InvalidInputError: there is no such file, or it may not be read.
+        MissingPackageError: the package for a URL is not installed.
     """
+    if is_url(file):
+        return check_url(file)
     if not Path(file).is_file():
         raise InvalidInputError(f"{file} is not a file; give one that `quantpress pack` wrote")
     if not os.access(file, os.R_OK):
@@ -91,11 +110,14 @@ def check_packed(file: str) -> None:
 
 
 def check_output_file(file: str) -> None:
-    """Check that a file can be written.
+    """Check that a file can be written; of a URL, that its protocol is known.
 
     Raises:
         InvalidInputError: it is a folder, or its own folder does not exist or may not be written.
+        MissingPackageError: the package for a URL is not installed.
     """
+    if is_url(file):
+        return check_url(file)
     path = Path(file)
     if path.is_dir():
         raise InvalidInputError(f"{file} is a folder; give the name of a file to write")

@@ -15,6 +15,7 @@ from quantpress.cli.arguments import (
     Press,
     check_loading,
     check_output_file,
+    is_url,
     read_text,
 )
 from quantpress.cli.output import Outcome
@@ -60,7 +61,8 @@ class Packed(Outcome):
 def pack(
     file: Annotated[str, typer.Argument(help="Text to read; - for the standard input.")],
     output: Annotated[
-        str | None, typer.Option("--output", "-o", help="File to write; left out, FILE.kv.safetensors.")
+        str | None,
+        typer.Option("--output", "-o", help="File or URL to write; left out, FILE.kv.safetensors."),
     ] = None,
     press: Press = "TurboQuant",
     model: Model = None,
@@ -73,7 +75,7 @@ def pack(
     target = f"{file}{SUFFIX}" if output is None else output
     text = read_text(file)
     check_output_file(target)
-    if file != STDIN and Path(target).exists() and Path(target).samefile(file):
+    if file != STDIN and not is_url(target) and Path(target).exists() and Path(target).samefile(file):
         raise InvalidInputError(f"{target} is the text itself; give --output another name")
     check_loading(model, device, dtype)
     from quantpress.cli.loading import load_pipeline, model_name

@@ -62,7 +62,8 @@ def run(
         typer.Option("--press", "-p", help='Such as "SnapKV(0.5) | TurboQuant(bits=3)"; else TurboQuant.'),
     ] = None,
     cache: Annotated[
-        str | None, typer.Option(help="A context that `quantpress pack` wrote, instead of a text.")
+        str | None,
+        typer.Option(help="A context that `quantpress pack` wrote, or its URL, instead of a text."),
     ] = None,
     model: Model = None,
     device: Device = None,
@@ -76,14 +77,14 @@ def run(
     if cache is not None:
         check_packed(cache)
     check_loading(model, device, dtype)
-    from quantpress.cache.saved.format import read_file
+    from quantpress.cache.saved.format import read_description
     from quantpress.cli.loading import load_pipeline, model_name
     from quantpress.pipelines.contexts.cached_context import CachedContext
     from quantpress.pipelines.press_argument import as_press
 
     as_press(press)  # a wrong one is refused before a model is loaded
     if cache is not None:
-        known = read_file(cache, verify=False)[0].get("model", {})
+        known = read_description(cache).get("model", {})
         model, dtype = model or known.get("name"), dtype or known.get("dtype")
         check_loading(model, None, dtype)
     pipe = load_pipeline(model, device, dtype)

@@ -73,6 +73,18 @@ def test_pack_then_run_answers_as_run_does_and_as_the_pipeline_does(
     assert found["press"] == packed["press"] and found["model"] == model
 
 
+def test_a_context_is_packed_and_asked_elsewhere(model: str, context: str) -> None:
+    url, options = "memory://bucket/packed", ["-m", model, "--device", "cpu"]
+    direct = invoke("run", context, *asked(), "-p", PRESS, *options, "--json")
+    packed = json.loads(invoke("pack", context, "-p", PRESS, "-o", url, *options, "--json").stdout)
+    assert packed["file"] == url
+    loaded = invoke("run", "--cache", url, *asked(), "--json")
+    assert answers(loaded) == answers(direct) and json.loads(loaded.stdout)["model"] == model
+    for command in (["pack", context, "-o", "s4://b/a"], ["run", "--cache", "s4://b/a"]):
+        with pytest.raises(InvalidInputError, match=r"Protocol not known: s4.*did you mean 's3'"):
+            invoke(*command, "-m", "a/model/that/is/not/there")
+
+
 def test_text_comes_from_the_standard_input(model: str, context: str, tmp_path: Path) -> None:
     piped = invoke("run", "-", "-q", "w1", "-m", model, "--device", "cpu", "--json", input=CONTEXT)
     named = invoke("run", context, "-q", "w1", "-m", model, "--device", "cpu", "--json")
