@@ -32,16 +32,25 @@ def context_key(plan: Reading, model: Mapping[str, Any]) -> str:
     Raises:
         InvalidInputError: a setting of the press has no lasting name, such as a function or a tensor.
     """
-    known = {name: value for name, value in model.items() if name not in ("name", "rotary")}
-    rotary = [[f"{number:.3g}" for number in one] for one in model.get("rotary") or ()]  # devices round
     about = {
         "versions": [FORMAT, __version__, _kvpress()],
         "ids": [list(plan.ids.shape), _digest(plan.ids)],
         "after": plan.after,
         "press": _settings(plan.press, "press"),
         "chunk_tokens": plan.chunk_tokens,
-        "model": {**known, "rotary": rotary},
+        "model": model_digest(model),
     }
+    return _sha256(about)
+
+
+def model_digest(model: Mapping[str, Any]) -> str:
+    """A fingerprint (`model_fingerprint`) as 64 hexadecimal digits; the model's name does not count."""
+    known = {name: value for name, value in model.items() if name not in ("name", "rotary")}
+    rotary = [[f"{number:.3g}" for number in one] for one in model.get("rotary") or ()]  # devices round
+    return _sha256({**known, "rotary": rotary})
+
+
+def _sha256(about: Any) -> str:
     return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
 
 

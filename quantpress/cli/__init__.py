@@ -29,6 +29,7 @@ from quantpress.cli import (
     serve,
     validate,
 )
+from quantpress.cli.batch import command
 from quantpress.cli.engines import calibrate
 from quantpress.cli.output import with_json
 
@@ -39,7 +40,7 @@ app = typer.Typer(
     help="Compress the KV cache of a transformer: evict with any press, then pack the rest in 2 to 4 bits.",
     epilog="A press is written as in Python: SnapKV(0.5), TurboQuant(bits=3), or both: "
     '"SnapKV(0.5) | TurboQuant(bits=3)"; one of your own with its module: "my_module:MyPress(0.5)". Exit '
-    "status: 0 done, 1 a bound failed, 2 wrong input.",
+    "status: 0 done, 1 a bound or a document failed, 2 wrong input.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
@@ -73,6 +74,10 @@ COMMANDS: dict[str, tuple[Callable[..., Any], str]] = {
         'quantpress run book.txt -q "Who is Ada?" -q "Where?" -p "SnapKV(0.5) | TurboQuant(bits=3)"',
     ),
     "pack": (pack.pack, 'quantpress pack book.txt -o book.safetensors -p "TurboQuant(bits=3)"'),
+    "batch": (
+        command.batch,
+        'quantpress batch documents --questions questions.txt --out answers.jsonl -p "TurboQuant(bits=3)"',
+    ),
     "serve": (serve.serve, "quantpress serve my-model-folder -p \"TurboQuant.preset('balanced')\""),
     "compare": (
         compare.compare,

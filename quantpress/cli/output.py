@@ -17,6 +17,8 @@ from rich.table import Table
 
 FILE_WIDTH = 120  # columns of a table that is not shown in a terminal
 
+_ERRORS = Console(stderr=True)
+
 Item = TypeVar("Item")
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of tables.")]
 
@@ -111,6 +113,11 @@ def one_below_the_other(press: str) -> str:
     return press.replace(" | ", "\n| ")
 
 
-def progress(items: Iterable[Item], what: str, total: int) -> Iterable[Item]:
-    """The items, with a progress bar on stderr, which is drawn in a terminal only."""
-    return track(items, what, total=total, console=Console(stderr=True), transient=True)
+def progress(items: Iterable[Item], what: str, total: int | None) -> Iterable[Item]:
+    """The items, with a progress bar on stderr, in a terminal only; `total` is None where it is unknown."""
+    return track(items, what, total=total, console=_ERRORS, transient=True)
+
+
+def note(line: str) -> None:
+    """Print a line on stderr, above a bar that is drawn there."""
+    _ERRORS.print(line, markup=False, highlight=False, soft_wrap=True)
