@@ -2,6 +2,7 @@
 
     python benchmarks/vllm_decode.py                       every cache and load, on this machine's GPU
     python benchmarks/vllm_decode.py --only quantpress_4bit --loads 131072x1,8192x8 --json out.json
+    python benchmarks/vllm_decode.py --ranks 2 --loads 131072x8           tensor parallelism over two GPUs
 
 A load is tokens x sequences; each sequence has a random prompt of its own. `fit` is how many tokens vLLM says
 its cache holds, beside the weights and what else each cache needs for 64 sequences. `first` is seconds until
@@ -29,6 +30,7 @@ import tempfile
 import time
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +38,7 @@ from rich.console import Console
 from rich.table import Table
 
 os.environ.update(
+    VLLM_WORKER_MULTIPROC_METHOD="spawn",  # CUDA is in use in this process
     VLLM_ENABLE_V1_MULTIPROCESSING="0",
     VLLM_NO_USAGE_STATS="1",
     VLLM_USE_DEEP_GEMM="0",
@@ -94,8 +97,8 @@ class Row:
         return self.tokens, self.sequences
 
 
-def start(cache: str, folder: Path, memory: float) -> Any:
-    """vLLM's `LLM`, in this process."""
+def start(cache: str, folder: Path, memory: float, ranks: int) -> Any:
+    """vLLM's `LLM`, in this process; with several ranks each has a process of its own."""
     from vllm import LLM
 
     dtype, backend = CACHES[cache]
@@ -115,6 +118,7 @@ def start(cache: str, folder: Path, memory: float) -> Any:
         max_num_seqs=max(SEQUENCES),
         max_num_batched_tokens=16384,
         gpu_memory_utilization=memory,
+        tensor_parallel_size=ranks,
         disable_log_stats=True,
         compilation_config={
             "mode": 0,
@@ -193,11 +197,14 @@ def add(path: Path, row: Row) -> None:
     """Put a row into the file, in the place of one of the same cache and load."""
     import torch
 
+    before = json.loads(path.read_text()) if path.exists() else {}
     rows = [one for one in saved(path) if (one.cache, one.load) != (row.cache, row.load)]
     rows = sorted([*rows, row], key=lambda one: (one.load, list(CACHES).index(one.cache)))
     versions = {name: importlib.metadata.version(name) for name in ("vllm", "torch", "triton")}
     found = {
         "command": "python benchmarks/vllm_decode.py",
+        **before,
+        "date": f"{date.today()}",
         "device": torch.cuda.get_device_name(0),
         "versions": versions,
         "rows": [asdict(one) for one in rows],
@@ -262,6 +269,7 @@ def main() -> None:
     parser.add_argument("--only", choices=CACHES, help="one cache, in this process")
     parser.add_argument("--loads", type=loads, default=loads(every), help=f"default: {every}")
     parser.add_argument("--read", type=loads, help="loads whose prompts are read; default: all")
+    parser.add_argument("--ranks", type=int, default=1, help="GPUs that share the model; reads all prompts")
     parser.add_argument("--memory", type=float, default=0.85, help="share of the GPU's memory; default 0.85")
     parser.add_argument("--json", type=Path, help="the file to add to")
     arguments = parser.parse_args()
@@ -273,10 +281,10 @@ def main() -> None:
         path = arguments.json or Path(temporary) / "rows.json"
         if arguments.only:
             random.seed(0)
-            llm = start(arguments.only, Path(temporary), arguments.memory)
+            llm = start(arguments.only, Path(temporary), arguments.memory, arguments.ranks)
             seconds(llm, [prompt(20000)], BEFORE + STEPS)  # kernels are compiled here
             for tokens, sequences in arguments.loads:
-                read = arguments.read is None or (tokens, sequences) in arguments.read
+                read = arguments.ranks > 1 or arguments.read is None or (tokens, sequences) in arguments.read
                 add(path, row := measure(llm, arguments.only, tokens, sequences, read))
                 print(row, flush=True)
             show(path)
@@ -290,6 +298,8 @@ def main() -> None:
                 wanted,
                 "--memory",
                 str(arguments.memory),
+                "--ranks",
+                str(arguments.ranks),
                 "--json",
                 str(path),
             ]

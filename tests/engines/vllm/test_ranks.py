@@ -60,7 +60,7 @@ def test_each_rank_packs_its_own_heads(tmp_path: Path) -> None:
     (tmp_path / "path" / "tests").symlink_to(Path(__file__).parents[2])  # and not kernels/ beside it
     prompts = [tokens(count) for count in LENGTHS]
     settings = target.ENVIRONMENT | {
-        "VLLM_WORKER_MULTIPROCESSING_METHOD": "spawn",
+        "VLLM_WORKER_MULTIPROC_METHOD": "spawn",  # CUDA may be in use already
         "HF_HUB_OFFLINE": "1",
         "PYTHONPATH": os.pathsep.join(
             [str(tmp_path / "path"), *filter(None, [os.environ.get("PYTHONPATH")])]
