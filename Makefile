@@ -15,6 +15,8 @@ HOST = $(VENV)/hosts/transformers-$(VERSION)
 TRITON = $(VENV)/hosts/triton-$(VERSION)
 VLLM := $(VENV)/hosts/vllm-0.33.0
 VLLM_SET := $(addprefix tests/engines/vllm/environment/,create.py requirements.txt vllm.txt)
+RAY := $(VENV)/hosts/ray
+RAY_SET := tests/cli/batch/ray.txt
 PYTHON311 ?= python3.11
 SUITES ?= tests/cache tests/presses tests/pipelines tests/conformance
 KERNELS ?= tests/kernels tests/cache/paged/test_steps.py
@@ -25,7 +27,7 @@ export PYTHONSAFEPATH := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export NO_MKDOCS_2_WARNING := 1
 
-.PHONY: help demo test test-newest test-transformers test-triton test-vllm test-ranks families test-gpu check format docs docs-serve clean
+.PHONY: help demo test test-newest test-transformers test-triton test-vllm test-ranks test-ray families test-gpu check format docs docs-serve clean
 .DEFAULT_GOAL := help
 
 help:
@@ -35,6 +37,7 @@ help:
 	@echo "make test-triton  the kernels' tests on triton $(NEWEST_TRITON), or VERSION=3.6.0"
 	@echo "make test-vllm    the tests of the plugin in the engine of vLLM on a CPU; needs Linux on x86_64 and Python 3.11"
 	@echo "make test-ranks   the tests of several processes that share a model"
+	@echo "make test-ray  the tests of \`quantpress batch\` on a Ray cluster of this machine"
 	@echo "make test-gpu  set up, run the tests that need a CUDA device"
 	@echo "make check     format, lint, strict types, then the tests"
 	@echo "make format    rewrite the sources in the project's format"
@@ -72,6 +75,10 @@ test-vllm: $(VLLM)/.ready
 # Two and four processes that share a model, on the CPU, or on GPUs where there is one for each.
 test-ranks: $(VENV)/.ready-test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "ranks and not gpu" tests/ranks $(ARGS)
+
+# One process: each test starts a cluster, with a worker on each of two cores.
+test-ray: $(RAY)/.ready
+	OMP_NUM_THREADS=1 $(RAY)/bin/python -m pytest tests/cli/batch $(ARGS)
 
 test-gpu: $(VENV)/.ready-test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m gpu $(ARGS)
@@ -123,6 +130,10 @@ $(VENV)/hosts/transformers-%/.ready: $(VENV)/.ready-test
 # The interpreter of triton 3.6 fails with numpy 2.4.
 $(VENV)/hosts/triton-%/.ready: $(VENV)/.ready-test
 	$(call overlay,triton==$* $(if $(filter 3.6.%,$*),'numpy<2.4'))
+	@touch $@
+
+$(RAY)/.ready: $(VENV)/.ready-test $(RAY_SET)
+	$(call overlay,--requirement $(RAY_SET))
 	@touch $@
 
 $(VLLM)/.ready: pyproject.toml $(VLLM_SET)

@@ -14,7 +14,7 @@ import quantpress
 from quantpress.cli.engines.vllm_here import vllm_lines
 from quantpress.cli.output import Outcome
 
-PACKAGES = ("torch", "transformers", "kvpress", "triton")
+PACKAGES = ("torch", "transformers", "kvpress", "triton", "ray")
 
 
 @dataclass(frozen=True)
@@ -118,6 +118,8 @@ def _version(package: str) -> str | None:
 def _missing(package: str) -> str:
     if package == "kvpress":
         return 'not installed: no eviction presses (pip install "quantpress[kvpress]")'
+    if package == "ray":
+        return 'not installed: `batch` answers in one process (pip install "quantpress[ray]")'
     return "not installed"
 
 

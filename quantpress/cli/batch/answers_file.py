@@ -39,7 +39,8 @@ class AnswersFile:
         self.path = path
         self.torn = False
         self._about = dict(about)
-        self._names = sqlite3.connect("")  # a temporary file, deleted when it is closed
+        self._names = sqlite3.connect("", isolation_level=None)  # a temporary file, gone when it is closed
+        self._names.execute("PRAGMA journal_mode = OFF")
         self._names.execute("CREATE TABLE names (digest BLOB PRIMARY KEY) WITHOUT ROWID")
         with ExitStack() as stack:
             stack.callback(self._names.close)

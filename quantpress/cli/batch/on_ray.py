@@ -5,6 +5,7 @@ one takes its place, and its document goes to the next worker that is free.
 """
 
 import os
+import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -156,9 +157,12 @@ def workers(job: Job, address: str, cores: int | None) -> Iterator[Workers]:
     if address == LOCAL:
         os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
         how |= {"include_dashboard": False, "object_store_memory": STORE_BYTES}
+    else:
+        os.environ.setdefault("RAY_gcs_server_port_wait_time_s", "3")  # tries; else minutes where nobody is
     try:
+        _reach(address)
         ray.init(**how)
-    except (ConnectionError, RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError) as error:
         raise InvalidInputError(
             f"there is no Ray cluster at --address {address} ({str(error).splitlines()[0]}); start one with "
             "`ray start --head`, or give --address local"
@@ -167,6 +171,17 @@ def workers(job: Job, address: str, cores: int | None) -> Iterator[Workers]:
         yield Workers(ray, _with_whole_paths(job), cores)
     finally:
         ray.shutdown()
+
+
+def _reach(address: str) -> None:
+    """Ray tries for minutes where nobody listens; this tries once.
+
+    Raises:
+        OSError: nobody listens at this host and port.
+    """
+    host, _, port = address.rpartition("://")[2].rpartition(":")
+    if host and port.isdecimal():
+        socket.create_connection((host, int(port)), timeout=10).close()
 
 
 def _with_whole_paths(job: Job) -> Job:

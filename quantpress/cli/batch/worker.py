@@ -75,7 +75,7 @@ class Worker:
         from quantpress.pipelines.contexts.context_key import model_digest
 
         pipe = self._loaded()
-        known = model_fingerprint(pipe.model)
+        known = {**model_fingerprint(pipe.model), "rotary": None}  # machines may round frequencies
         return {"weights": model_digest(known)[:16], "dtype": known["dtype"], "model": model_name(pipe)}
 
     def answer(self, document: Document) -> Result:
