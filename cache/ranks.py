@@ -42,6 +42,11 @@ class Ranks:
         """Whether this is the one that writes files and prints."""
         return self.index == 0
 
+    @property
+    def backend(self) -> str:
+        """What they talk by: "nccl", "gloo", ..."""
+        return str(dist.get_backend(self.group))
+
     def gathered(self, tensor: Tensor, dim: int) -> Tensor:
         """The tensors of all ranks, of one shape and any dtype, put together along `dim`."""
         flat = tensor.contiguous().flatten().view(torch.uint8)  # NCCL does not know every dtype

@@ -250,7 +250,8 @@ class TextGenerationPipeline(Pipeline):
         how: dict[str, Any] = {"chunk_tokens": chunk_tokens, "progress": progress, "watch": watch}
         with self._context(input_tensors, cache, press, how) as (kept, position), ExitStack() as steps:
             if cuda_graph or compile:
-                refuse(why_not(model=self.model, cache=kept), cuda_graph, compile)
+                ruled_out = why_not(model=self.model, cache=kept, shared=(self.model, kept))
+                refuse(ruled_out, cuda_graph, compile)
             if cuda_graph is not False and not reasons:
                 new_tokens = max(question.shape[1] for question in questions) + config.max_new_tokens
                 steps.enter_context(capturing_answers(self.model, kept, new_tokens, cuda_graph, compile))

@@ -160,6 +160,7 @@ THEN = {
     "mode": ("the call", SILENTLY),
     "model": ("the model", WARNING),
     "cache": ("the cache", f"{WARNING}, if a layer is packed"),
+    "shared": ("the model and the cache", WARNING),
     "changes": ("the cache", WARNING),
     "compiled_under": ("`compile=True`", "an error"),
     "mask": ("the step", THIS_STEP),

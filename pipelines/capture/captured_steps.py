@@ -116,7 +116,8 @@ class CapturedDecoding:
         if not self._hides_nothing(step.mask):
             return False
         self._changes += known and self._was_step
-        if reasons := why_not(changes=self._changes, model=self._model):
+        shared = self._model, step.cache
+        if reasons := why_not(changes=self._changes, model=self._model, shared=shared):
             self._give_up(reasons)
             return False
         self._fix(step.cache)

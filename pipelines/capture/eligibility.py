@@ -12,6 +12,8 @@ from transformers import Cache, PreTrainedModel
 from transformers.generation.configuration_utils import GenerationMode
 
 from quantpress.cache.fixed.fixable import CACHE_RULES
+from quantpress.cache.layer import PackedLayer
+from quantpress.cache.ranks import ranks_of
 from quantpress.cache.tokens.evicted_slots import named_to_hide
 from quantpress.errors import InvalidInputError
 from quantpress.presses.base_press import BasePress
@@ -25,6 +27,8 @@ TOKEN_BY_TOKEN = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
 
 OUTPUTS_OF_LAYERS = ("output_attentions", "output_hidden_states", "output_router_logits")
 """Options of a model's configuration by which its forward returns tensors of every layer."""
+
+_KNOWN_HOOKS = ("transformers.integrations.tensor_parallel", "transformers.utils.output_capturing")
 
 MOST_CHANGES = 3
 """Steps in a row that may find the cache changed since the step before."""
@@ -53,6 +57,18 @@ def _is_spread(model: PreTrainedModel) -> bool:
     return len(devices) > 1 or len(set((getattr(model, "hf_device_map", None) or {}).values())) > 1
 
 
+def _shared_without_nccl(model: PreTrainedModel) -> Found:
+    ranks = ranks_of(model)
+    return None if ranks is None or ranks.backend == "nccl" else {"backend": ranks.backend}
+
+
+def _uneven_heads(shared: tuple[PreTrainedModel, Cache]) -> bool:
+    """Whether heads of processes grow at different steps: all have to capture the same ones."""
+    ranks, layers = ranks_of(shared[0]), getattr(shared[1], "layers", ())
+    uneven = (isinstance(one, PackedLayer) and one.tokens and one.tokens.heads is not None for one in layers)
+    return ranks is not None and ranks.split_heads and any(uneven)
+
+
 def _unreadable(model: PreTrainedModel) -> Found:
     reason = unreadable(model)
     return None if reason is None else {"what keeps attention from reading packed layers": reason}
@@ -69,9 +85,13 @@ def _hooked(model: PreTrainedModel) -> Found:
 
 
 def _is_idle(hook: object) -> bool:
-    """Our hooks, and those that transformers leaves where hidden states of all layers were once asked for."""
+    """Our hooks, and those of transformers that a graph holds or that a single token does not need.
+
+    Those of tensor parallelism are collectives. Those of `output_capturing` are left where hidden states of
+    all layers were once asked for.
+    """
     module = str(getattr(hook, "__module__", ""))
-    return module.startswith("quantpress.") or module == "transformers.utils.output_capturing"
+    return module.startswith("quantpress.") or module in _KNOWN_HOOKS
 
 
 def _outputs_of_layers(model: PreTrainedModel) -> Found:
@@ -97,8 +117,8 @@ RULES: dict[str, tuple[Rule, ...]] = {
     "model": (
         Rule("the model is spread over several devices, or offloaded", _is_spread),
         Rule(
-            "the model is split by tensor parallelism",
-            lambda model: getattr(model, "_tp_size", None) not in (None, 1),
+            "processes share the model (tp_plan) over {backend}, and a graph holds collectives of NCCL only",
+            _shared_without_nccl,
         ),
         Rule("the model is in training mode", lambda model: model.training),
         Rule("{what keeps attention from reading packed layers}", _unreadable),
@@ -108,6 +128,13 @@ RULES: dict[str, tuple[Rule, ...]] = {
         Rule("a head-wise press masks tokens instead of removing them", _masks_slots),
     ),
     "cache": CACHE_RULES,
+    "shared": (
+        Rule(
+            "heads keep different numbers of tokens, and processes that share the model would capture "
+            "different steps",
+            _uneven_heads,
+        ),
+    ),
     "changes": (
         Rule(
             "the cache is changed between tokens, as beam search does",
@@ -141,6 +168,7 @@ def why_not(
     mode: GenerationMode | None = None,
     model: PreTrainedModel | None = None,
     cache: Cache | None = None,
+    shared: tuple[PreTrainedModel, Cache] | None = None,
     changes: int = 0,
     compiled_under: BasePress | None = None,
     mask: torch.Tensor | None = None,
@@ -156,6 +184,7 @@ def why_not(
         mode: the way of decoding; see `GenerationConfig.get_generation_mode`.
         model: the model, as it is now: its devices, attention and hooks.
         cache: the cache that the step reads and extends, as it is now.
+        shared: the model and the cache: what processes that share the model would do differently.
         changes: how many steps in a row found that the cache was changed since the step before.
         compiled_under: the press of an enabled model whose steps are to be compiled.
         mask: the step's attention mask, [B, T] of 0 and 1. Reading it waits for the device.
@@ -176,6 +205,7 @@ def why_not(
         "mode": mode,
         "model": model,
         "cache": cache,
+        "shared": shared,
         "changes": changes,
         "compiled_under": compiled_under,
         "mask": mask,

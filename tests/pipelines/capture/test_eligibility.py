@@ -1,6 +1,7 @@
 """Every rule about decode steps gives its reason, and gives it alone."""
 
 import copy
+import re
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -18,6 +19,7 @@ from quantpress.errors import InvalidInputError
 from quantpress.pipelines.capture.eligibility import MOST_CHANGES, RULES, check_choice, refuse, why_not
 from quantpress.presses import Compose, Decoding, Demote, KeyRerotation, Knorm, StreamingLLM, TurboQuant
 from tests.cache.caches import lossless
+from tests.presses.test_ranks import shared
 from tests.tiny_models import prompt, tiny_model
 
 
@@ -48,6 +50,18 @@ def short_cache() -> DynamicCache:
     return cache_with(lambda cache: cache.layers.append(layer))
 
 
+def uneven_cache() -> DynamicCache:
+    keys, hidden = torch.zeros(1, 2, 300, 32), torch.zeros(1, 2, 300, dtype=torch.bool)
+    hidden[:, 0, 50:60] = True
+    layer = PackedLayer.from_states(keys, keys, lossless(), hidden=hidden)
+    return cache_with(lambda cache: cache.layers.append(layer))
+
+
+@pytest.fixture(autouse=True)
+def talk_by_gloo(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.distributed.get_backend", lambda group: "gloo")
+
+
 def masked(model: Any) -> None:
     setattr(model.model.layers[1].self_attn, MASKS, [torch.zeros(1, dtype=torch.int64)] * 3)
 
@@ -71,10 +85,16 @@ CASES: dict[str, tuple[str, Callable[[], Any], str]] = {
         lambda: model_with(lambda model: setattr(model, "hf_device_map", {"model": 0, "lm_head": 1})),
         "the model is spread over several devices, or offloaded",
     ),
-    "the model is split": (
+    "processes share the model": (
         "model",
-        lambda: model_with(lambda model: setattr(model, "_tp_size", 2)),
-        "the model is split by tensor parallelism",
+        lambda: shared(2),
+        "processes share the model (tp_plan) over gloo, and a graph holds collectives of NCCL only",
+    ),
+    "heads keep different": (
+        "shared",
+        lambda: (shared(2), uneven_cache()),
+        "heads keep different numbers of tokens, and processes that share the model would capture different "
+        "steps",
     ),
     "the model is in training": (
         "model",
@@ -159,6 +179,7 @@ ALLOWED: dict[str, Callable[[], Any]] = {
     "cache": lambda: cache_with(lambda _: None),
     "changes": lambda: MOST_CHANGES - 1,
     "compiled_under": TurboQuant,
+    "shared": lambda: (tiny_model("llama"), uneven_cache()),
     "mask": lambda: torch.ones(2, 3),
     "gradients": lambda: False,
     "others_sample": lambda: False,
@@ -187,11 +208,11 @@ def test_what_breaks_no_rule_has_no_reason(name: str) -> None:
 def test_all_reasons_are_given_and_what_is_not_known_is_not_judged() -> None:
     assert why_not() == []
     given: dict[str, Any] = {"device": torch.device("cpu"), "mode": GenerationMode.BEAM_SEARCH}
-    model = model_with(lambda model: (model.train(), setattr(model, "_tp_size", 2)))
+    model = shared(2).train()
     reasons = why_not(**given, model=model)
     assert len(reasons) == 4
     with pytest.raises(
-        InvalidInputError, match=f"compile=True, but {', and '.join(reasons)}; leave compile out"
+        InvalidInputError, match=re.escape(f"compile=True, but {', and '.join(reasons)}; leave compile out")
     ):
         refuse(reasons, None, compile=True)
     refuse(reasons, None)
@@ -208,6 +229,18 @@ def test_hooks_of_ours_do_not_count() -> None:
     ours = SimpleNamespace(__module__="quantpress.presses.guard")
     model = model_with(lambda model: model.model.layers[0].register_forward_hook(ours))
     assert why_not(model=model) == []
+
+
+def test_collectives_over_nccl_do_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    parallel = pytest.importorskip("transformers.integrations.tensor_parallel")
+    monkeypatch.setattr("torch.distributed.get_backend", lambda group: "nccl")
+    model = shared(2)
+    assert not why_not(model=model) and not why_not(shared=(model, cache_with(lambda _: None)))
+    if hasattr(parallel, "distribute_module"):  # transformers 5.2
+        parallel.distribute_module(
+            model.model.layers[0].mlp.down_proj, None, lambda *_: None, lambda *_: None
+        )
+        assert not why_not(model=model)
 
 
 def test_hooks_that_transformers_leaves_are_idle() -> None:
