@@ -37,9 +37,11 @@ def test_steps_of_uneven_heads_are_not_captured(each: list[dict[str, Any]]) -> N
     for one in each:
         (ids, captures, _), (expected, *_) = one["head_wise"]
         assert ids == expected and not captures
-        assert ["heads keep different" in said for said in one["head_wise, said"]] == [True]
+        assert one["head_wise, said"] and all(
+            "heads keep different" in said for said in one["head_wise, said"]
+        )
 
 
-def test_an_enabled_model_samples_the_same_with_graphs(each: list[dict[str, Any]]) -> None:
-    for one in each:
-        assert one["enabled None"] == one["enabled False"] == each[0]["enabled False"]
+def test_an_enabled_model_captures_and_samples_the_same_in_both(each: list[dict[str, Any]]) -> None:
+    """`cuda_graph=True` is an error where nothing is captured."""
+    assert each[0]["enabled"] == each[1]["enabled"] and len(each[0]["enabled"]) == 740
