@@ -20,6 +20,8 @@ from quantpress.presses.models.attention import attention_modules
 from quantpress.presses.traits import name_of, traits_of, with_inner
 from quantpress.rule import Found, Rule, reasons
 
+_MISSING = object()
+
 
 def _needs_all_heads(press: BasePress) -> Found:
     needing = next((one for one in with_inner(press) if traits_of(one).needs_all_heads), None)
@@ -100,43 +102,53 @@ def _own_numbers(module: Any, ranks: int) -> Iterator[None]:
     for name, split in (("num_key_value_heads", True), ("num_attention_heads", splits_queries(module))):
         if split and getattr(whole, name, None) is not None:
             setattr(own, name, getattr(whole, name) // ranks)
-    module.config = own
-    try:
+    with _replaced(module, "config", own):
         yield
-    finally:
-        module.config = whole
 
 
 @contextmanager
 def _all_scores(press: Any, ranks: Ranks) -> Iterator[None]:
     """Let the press inside give scores of all heads, and keep of what is named the slots of own heads."""
     inner = press.press
-    if "score" in vars(inner):
+    score, compress, compress_inner = inner.score, press.compress, inner.compress
+    if getattr(score, "of_all_heads", False):
         yield
         return
-    score, compress, compress_inner = inner.score, press.compress, inner.compress
 
     def score_all(*args: Any, **kwargs: Any) -> Tensor:
         return ranks.gathered(score(*args, **kwargs), dim=1)
 
     def compress_alone(*args: Any, **kwargs: Any) -> Any:  # where a context is too short for the outer press
-        vars(inner)["score"] = score
-        try:
+        with _replaced(inner, "score", score):
             return compress_inner(*args, **kwargs)
-        finally:
-            vars(inner)["score"] = score_all
 
     def compress_own(module: nn.Module, hidden_states: Tensor, keys: Tensor, *rest: Any) -> Any:
         kept = compress(module, hidden_states, keys, *rest)
         _name_own(module, keys.shape[1], ranks.index)
         return kept
 
-    vars(inner).update(score=score_all, compress=compress_alone)
-    vars(press)["compress"] = compress_own
+    score_all.of_all_heads = True  # type: ignore[attr-defined]
+    with (
+        _replaced(inner, "score", score_all),
+        _replaced(inner, "compress", compress_alone),
+        _replaced(press, "compress", compress_own),
+    ):
+        yield
+
+
+@contextmanager
+def _replaced(owner: object, name: str, value: object) -> Iterator[None]:
+    """An attribute of an object, for a while."""
+    attributes = vars(owner)
+    before = attributes.get(name, _MISSING)
+    attributes[name] = value
     try:
         yield
     finally:
-        del vars(inner)["score"], vars(inner)["compress"], vars(press)["compress"]
+        if before is _MISSING:
+            del attributes[name]
+        else:
+            attributes[name] = before
 
 
 def _name_own(module: Any, heads: int, rank: int) -> None:

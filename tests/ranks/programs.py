@@ -94,10 +94,10 @@ def generated(model: PreTrainedModel, press: Any) -> dict[str, Any]:
     cache = DynamicCache(config=model.config)
     with torch.no_grad():
         if press is None:
-            model.model(input_ids=prompt(600).to(model.device), past_key_values=cache)
+            model.base_model(input_ids=prompt(600).to(model.device), past_key_values=cache)
         else:
             with press(model):
-                model.model(input_ids=prompt(600).to(model.device), past_key_values=cache)
+                model.base_model(input_ids=prompt(600).to(model.device), past_key_values=cache)
     held = cache_memory(cache).total_bytes
     keys: Any = cache.layers[1].keys
     output = model.generate(
@@ -124,11 +124,9 @@ def packed(place: Place) -> Any:
 
 
 def other_plans(place: Place) -> Any:
-    """Biases in split projections, and a plan that leaves all heads to each process."""
-    press = PACKED["SnapKV, 4 bits"]
-    return {
-        name: generated(model, press()) for name, model in place.models.items() if name in ("qwen2", "phi3")
-    }
+    """Biases, heads fused in one projection, and a plan that leaves all heads to each process."""
+    presses = {"qwen2": "SnapKV, 4 bits", "phi3": "SnapKV, 4 bits", "gpt_neox": "lossless"}
+    return {name: generated(place.models[name], PACKED[press]()) for name, press in presses.items()}
 
 
 def every_press(place: Place) -> Any:

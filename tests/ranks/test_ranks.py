@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, Phi3Config, Qwen2Config
+from transformers import AutoModelForCausalLM, GPTNeoXConfig, LlamaConfig, Phi3Config, Qwen2Config
 
 from tests.limits import HANG
 from tests.pipelines.words import text
@@ -37,6 +37,7 @@ CONFIGS = {
     ),
     "qwen2": Qwen2Config(**{**_COMMON, **_OTHERS}),
     "phi3": Phi3Config(**{**_COMMON, **_OTHERS}),
+    "gpt_neox": GPTNeoXConfig(**{**_COMMON, **_OTHERS}),
 }
 
 
@@ -139,7 +140,7 @@ def test_tokens_are_those_of_one_process(name: str, several: list[Any], alone: d
     assert held == pytest.approx(expected["bytes"], rel=0.02)
 
 
-@pytest.mark.parametrize("name", ["qwen2", "phi3"])
+@pytest.mark.parametrize("name", ["qwen2", "phi3", "gpt_neox"])
 def test_other_plans(name: str, several: list[Any], alone: dict[str, Any]) -> None:
     expected = alone["other_plans"][name]
     for one in several:
