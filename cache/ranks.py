@@ -82,6 +82,8 @@ def ranks_of(model: nn.Module) -> Ranks | None:
     count, mesh = getattr(model, "_tp_size", None), getattr(model, "_device_mesh", None)
     if mesh is None or count is None or count == 1:
         return None
+    if getattr(mesh, "ndim", 1) > 1:
+        mesh = mesh["tp"]
     return Ranks(count, mesh.get_local_rank(), mesh.get_group(), any(map(splits_keys, model.modules())))
 
 
