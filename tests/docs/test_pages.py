@@ -14,6 +14,8 @@ from typer.main import get_command
 from typer.testing import CliRunner
 
 from quantpress import cli
+from quantpress.cache import WidthPlan
+from quantpress.cache.saved.config_fingerprint import config_fingerprint
 from quantpress.evaluation.adapters import kvpress_evaluation, lm_eval_model
 from quantpress.evaluation.results import statistics
 from quantpress.presses import TurboQuant
@@ -37,7 +39,7 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def reader(tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder as the pages' readers have it: a README.md, a book.txt, a model and its config.json."""
+    """A folder as the pages' readers have it: README.md, book.txt, a model, its config.json and a plan."""
     for module in ("quantpress.cli.loading", "quantpress.pipelines.default_model.lazy"):
         monkeypatch.setattr(f"{module}.ensure_default_model", lambda *_: tiny_folder)
     monkeypatch.setattr(statistics, "RESAMPLES", 20)
@@ -46,6 +48,8 @@ def reader(tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     for name in ("my-model-folder", "MODEL"):
         (tmp_path / name).symlink_to(tiny_folder)
     (tmp_path / "config.json").symlink_to(tiny_folder / "config.json")
+    fingerprint = config_fingerprint(tiny_model("llama").config)
+    WidthPlan("my-model", fingerprint, {0: (4, 2), 1: (3, 2), 2: (2, 2)}).save(tmp_path / "plan.json")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
