@@ -6,6 +6,7 @@ pieces, so that it is never in memory beside its tensors.
 """
 
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -20,6 +21,8 @@ from fsspec.registry import available_protocols
 from quantpress.errors import CacheFileError, InvalidInputError, MissingPackageError, did_you_mean
 
 LOCAL = ("file", "local")
+PIECE = 16 * 2**20
+"""Bytes that are uploaded at a time."""
 
 Place = str | os.PathLike[str]
 
@@ -156,7 +159,9 @@ def _upload(files: Any, path: Path, inner: str) -> None:
     folder, _, name = inner.rpartition("/")
     unfinished = f"{folder}/.{name}-{uuid4().hex}"
     try:
-        files.put_file(str(path), unfinished)
+        # Some packages' put_file holds many pieces at once.
+        with path.open("rb") as source, files.open(unfinished, "wb", block_size=PIECE) as target:
+            shutil.copyfileobj(source, target, PIECE)
         files.mv(unfinished, inner)
     except Exception as error:  # each package has exceptions of its own
         with suppress(Exception):

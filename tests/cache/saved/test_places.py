@@ -11,9 +11,10 @@ from typing import Any
 import fsspec
 import pytest
 import torch
-from fsspec.implementations.memory import MemoryFileSystem
+from fsspec.implementations.memory import MemoryFile, MemoryFileSystem
 from safetensors.torch import load
 
+from quantpress.cache.saved import places
 from quantpress.cache.saved.format import read_description, read_file, write_file
 from quantpress.errors import CacheFileError, InvalidInputError, MissingPackageError
 
@@ -50,7 +51,7 @@ def test_a_path_of_this_machine_may_be_a_url(tmp_path: Path) -> None:
     assert torch.equal(read_file(tmp_path / "a")[1]["x"], read_file(f"local://{tmp_path}/a")[1]["x"])
 
 
-@pytest.mark.parametrize("step", ["put_file", "mv"])
+@pytest.mark.parametrize("step", ["open", "mv"])
 def test_a_failure_leaves_the_older_file_alone(
     files: Any, monkeypatch: pytest.MonkeyPatch, step: str, tmp_path: Path
 ) -> None:
@@ -61,9 +62,9 @@ def test_a_failure_leaves_the_older_file_alone(
     before = files.cat_file(URL)
     seen: list[list[str]] = []
 
-    def fail(self: Any, one: str, other: str, **_: Any) -> None:
-        if step == "put_file":
-            files.pipe_file(other, b"half of it")
+    def fail(self: Any, path: str, *_: Any, **__: Any) -> None:
+        if step == "open":
+            files.store[f"/{path.lstrip('/')}"] = MemoryFile(files, path, b"half of it")
         seen.append(names(files))
         raise RuntimeError("the bucket is closed")  # what packages raise is not always an OSError
 
@@ -79,6 +80,7 @@ def test_a_failure_leaves_the_older_file_alone(
 def test_a_file_passes_in_pieces_and_is_mapped(files: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """No read or write is as large as the file, and what was fetched is deleted, but stays mapped."""
     monkeypatch.setattr(MemoryFileSystem, "blocksize", 2**16)
+    monkeypatch.setattr(places, "PIECE", 2**16)
     sizes: list[int] = []
     kind: Any = type(files.open("memory://new", "wb"))
     write = kind.write

@@ -117,7 +117,7 @@ def processes_of(process: "subprocess.Popen[str]") -> list[psutil.Process]:
 
 
 def gone(processes: list[psutil.Process]) -> bool:
-    _, alive = psutil.wait_procs(processes, timeout=60)
+    _, alive = psutil.wait_procs(processes, timeout=240)
     return not [one for one in alive if one.is_running() and one.status() != psutil.STATUS_ZOMBIE]
 
 
@@ -129,9 +129,11 @@ def test_a_worker_is_killed_and_nothing_is_lost(
     process = start(out.name)
     wait_for_lines(process, out, 20)
     everyone = processes_of(process)
-    assert {one.environ().get("RAY_USAGE_STATS_ENABLED") for one in everyone} == {"0"}
-    workers = [one for one in everyone if "ray::Worker" in " ".join(one.cmdline())]
-    assert len(workers) >= 2
+    named = {one: " ".join(one.cmdline()) for one in everyone}
+    reporters = [one for one, words in named.items() if "dashboard.py" in words]  # sends usage statistics
+    assert all(one.environ()["RAY_USAGE_STATS_ENABLED"] == "0" for one in reporters)
+    workers = [one for one, words in named.items() if "ray::Worker" in words]
+    assert len(workers) == 2
     workers[0].kill()
     found, _ = finished(process)
     assert (found["answered"], found["failed"]) == (COUNT, 0)
@@ -149,11 +151,11 @@ def test_the_driver_is_killed_and_the_run_resumed(
     everyone = processes_of(process)
     process.kill()
     process.communicate(timeout=HANG)
-    assert gone(everyone)
     complete = out.read_bytes().count(b"\n")
     found, _ = finished(start(out.name, "--store", "contexts"))
     assert (found["answered"], found["answered_before"]) == (COUNT - complete, complete)
     assert answers(out) == expected and complete < COUNT
+    assert gone(everyone)  # Ray notices by itself that the first driver is gone
     again, _ = finished(start("again.jsonl", "--store", "contexts"))
     assert again["from_store"] == COUNT
     assert answers(folder / "again.jsonl") == expected
