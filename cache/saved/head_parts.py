@@ -49,7 +49,7 @@ def all_heads(parts: Parts, ranks: Ranks) -> Parts:
         InvalidInputError: heads keep different numbers of tokens, or a layer keeps more than tokens.
     """
     _check(parts)
-    if "head_counts" in _kinds(parts):
+    if any("head_counts" in kinds for kinds in ranks.each(_kinds(parts))):
         raise InvalidInputError(
             "heads of this context keep different numbers of tokens, as under AdaKV, and those of several "
             "processes cannot be put together; read and save it in one process, load it in several"
