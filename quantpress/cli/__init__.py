@@ -21,7 +21,6 @@ from quantpress.cli import (
     demo,
     doctor,
     evaluate,
-    fit,
     inspect,
     memory,
     pack,
@@ -31,6 +30,7 @@ from quantpress.cli import (
 )
 from quantpress.cli.batch import command
 from quantpress.cli.engines import calibrate
+from quantpress.cli.models import fit
 from quantpress.cli.output import with_json
 
 EXIT_WRONG_INPUT = 2

@@ -12,7 +12,7 @@ from rich.text import Text
 
 from quantpress.cli.arguments import Device, Dtype, check_loading, read_text
 from quantpress.cli.engines.profile import Profile
-from quantpress.cli.fit import Fitted
+from quantpress.cli.models.fit import Fitted
 from quantpress.cli.output import Outcome, new_table, one_below_the_other, progress
 from quantpress.errors import InvalidInputError, QuantPressError
 

@@ -1,0 +1,1 @@
+"""Parts of the command line that find out what a model needs."""
