@@ -1,0 +1,56 @@
+"""The benchmark of plans: it compares within equal bytes, and a run goes on where it stopped."""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from tests.pipelines.words import ours, text
+
+
+@pytest.fixture(scope="module")
+def fit() -> ModuleType:
+    """benchmarks/fit.py as a module."""
+    path = Path(__file__).parents[2] / "benchmarks" / "fit.py"
+    spec = importlib.util.spec_from_file_location("quantpress_benchmark_fit", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # its dataclasses look there
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_errors_at_other_widths_follow_from_the_nearest(fit: ModuleType) -> None:
+    found = fit.extended({0: ({2: 1.0, 4: 0.1}, {2: -0.5})})[0]
+    assert found[0][1] == pytest.approx(0.360889 / 0.116) and found[0][8] == pytest.approx(
+        0.1 * 0.00004 / 0.009315
+    )
+    assert set(found[1].values()) == {0.0}
+
+
+def test_plans_are_compared_within_the_bytes_of_one_width(
+    fit: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(fit, "load_pipeline", lambda *names: ours())
+    monkeypatch.setattr(fit, "book_text", lambda: text(3000))
+    words = ["--context", "300", "--pieces", "1", "--documents", "1", "--reference-pieces", "1"]
+    written = tmp_path / "fit.json"
+    monkeypatch.setattr(
+        sys, "argv", ["fit.py", *words, "--work", str(tmp_path / "work"), "--json", str(written)]
+    )
+    fit.main()
+    first = json.loads(written.read_text())
+    for mean in fit.BUDGETS:
+        base, *plans = [row for row in first["rows"] if row["mean"] == mean]
+        assert base["ratio"]["value"] == 1.0 and len(plans) == 4
+        assert all(plan["bits_per_value"] <= base["bits_per_value"] for plan in plans)
+    assert first["correlation"]["2"]["all"] > 0.5
+    for name in ("reference", "scores"):
+        assert (tmp_path / "work" / f"{name}.jsonl").stat().st_size
+    monkeypatch.delattr(fit.DivergenceProbe, "over")  # nothing is measured twice
+    fit.main()
+    again = json.loads(written.read_text())
+    assert {**again, "seconds": 0} == {**first, "seconds": 0}
