@@ -43,7 +43,7 @@ CONFIGS = {
 
 def save_model(folder: Path, name: str) -> None:
     """Save one of the models, with random weights and biases."""
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(3)
         model = AutoModelForCausalLM.from_config(CONFIGS[name])
         for bias in (one for where, one in model.named_parameters() if where.endswith(".bias")):
