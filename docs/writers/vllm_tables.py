@@ -11,6 +11,8 @@ from results import Nothing, Row, measured
 
 from quantpress.evaluation.results.markdown import table
 
+_CACHES = ("bf16", "fp8", "turboquant", "quantpress_4bit", "quantpress_3bit", "quantpress_2bit")
+
 SPEED = """
 ## Speed
 
@@ -78,13 +80,15 @@ def _load(row: Row) -> tuple[int, int]:
 
 def _loads(rows: list[Row], cell: Callable[[Row, Row | None], str]) -> str:
     """A line for each load, a column for each cache."""
-    caches = _unique(row["cache"] for row in rows)
+    caches = _caches(rows)
     by_load = {(row["tokens"], row["sequences"], row["cache"]): row for row in rows}
     lines = []
     for tokens, sequences in _unique(_load(row) for row in rows):
         those = [by_load.get((tokens, sequences, cache)) for cache in caches]
         base = by_load.get((tokens, sequences, "bf16"))
-        lines.append([f"{tokens} x {sequences}", *("" if row is None else cell(row, base) for row in those)])
+        lines.append(
+            [f"{tokens} x {sequences}", *("not run" if row is None else cell(row, base) for row in those)]
+        )
     return table(["tokens x sequences", *caches], lines) + "\n"
 
 
@@ -101,7 +105,7 @@ def _time(field: str) -> Callable[[Row, Row | None], str]:
 
 def _fits(rows: list[Row]) -> str:
     """One line; where a cache was measured in several runs, the fewest tokens."""
-    caches = _unique(row["cache"] for row in rows)
+    caches = _caches(rows)
     fits = {cache: min(row["fit"] for row in rows if row["cache"] == cache) for cache in caches}
     base = fits.get("bf16")
     cells = [f"{fit:,}" + (f" ({fit / base:.2f}x)" if base and fit != base else "") for fit in fits.values()]
@@ -136,6 +140,11 @@ def _cells(row: Row | None) -> list[str]:
 def _about(found: Row) -> Row:
     versions = ", ".join(f"{name} {re.sub('[+].*', '', one)}" for name, one in found["versions"].items())
     return {**found, "versions": versions}
+
+
+def _caches(rows: list[Row]) -> list[str]:
+    """The caches, most bits first."""
+    return sorted({row["cache"] for row in rows}, key=_CACHES.index)
 
 
 def _unique(some: Iterable[object]) -> list:

@@ -20,6 +20,7 @@ from quantpress.pipelines.contexts.saved_context import (
     check_packed_by,
     load_context,
     save_context,
+    steady_fingerprint,
 )
 from quantpress.pipelines.press_argument import AnyPress, as_press
 from quantpress.presses.base_press import BasePress
@@ -131,7 +132,7 @@ class CachedContext:
             >>> #     inputs = continue_inputs(cache, question_ids, tokens_seen=context.tokens_seen)
             >>> #     model.generate(**inputs, past_key_values=cache)
         """
-        reason = difference(self.model, model_fingerprint(model))
+        reason = difference(self.model, steady_fingerprint(model))
         if reason is not None:
             raise InvalidInputError(
                 f"this context was read by another model: {reason}; read it again with this one"
@@ -197,7 +198,7 @@ class CachedContext:
                 the package for a URL is not installed.
         """
         wanted = as_press(press)
-        known = model_fingerprint(model)
+        known = steady_fingerprint(model)
         saved = load_context(path, model, known, verify)
         context = cls(
             saved.cache,

@@ -11,7 +11,7 @@ from transformers import Cache, PreTrainedModel
 
 from quantpress.cache import PackedLayer, host
 from quantpress.cache.ranks import Ranks, kv_heads, ranks_of
-from quantpress.cache.saved.fingerprint import difference
+from quantpress.cache.saved.fingerprint import difference, model_fingerprint
 from quantpress.cache.saved.format import read_file, write_file
 from quantpress.cache.saved.head_parts import all_heads, all_slots, own_heads, own_slots
 from quantpress.cache.saved.layers import cache_of, cache_parts
@@ -21,6 +21,7 @@ from quantpress.errors import CacheFileError, InvalidInputError, QuantPressError
 from quantpress.pipelines.attention_masks import HiddenSlots
 from quantpress.presses.base_press import BasePress
 from quantpress.presses.models.attention import attention_modules, decoder_of, full_attention_modules
+from quantpress.presses.models.lock import model_lock
 from quantpress.presses.traits import members
 from quantpress.presses.turboquant import TurboQuant
 
@@ -111,6 +112,24 @@ def _load(
     ranks: Ranks | None,
 ) -> SavedContext:
     about, tensors = read_file(path, verify)
+    with model_lock(model):
+        return _put_together(path, about, tensors, model, known, ranks)
+
+
+def steady_fingerprint(model: PreTrainedModel) -> dict[str, Any]:
+    """The fingerprint of a model, once no other thread reads or answers with it, which changes it."""
+    with model_lock(model):
+        return model_fingerprint(model)
+
+
+def _put_together(
+    path: str | os.PathLike[str],
+    about: dict[str, Any],
+    tensors: dict[str, torch.Tensor],
+    model: PreTrainedModel,
+    known: dict[str, Any],
+    ranks: Ranks | None,
+) -> SavedContext:
     reason = difference(about.get("model") or {}, known)
     if reason is not None:
         raise CacheFileError(f"{path} was packed with another model: {reason}")
@@ -144,6 +163,11 @@ def check_packed_by(press: BasePress, model: PreTrainedModel, cache: Cache, path
     Raises:
         CacheFileError: codecs or settings differ; the message names them.
     """
+    with model_lock(model):
+        _check_layers(press, model, cache, path)
+
+
+def _check_layers(press: BasePress, model: PreTrainedModel, cache: Cache, path: str) -> None:
     quantizer = next((one for one in members(press) if isinstance(one, TurboQuant)), None)
     for module in full_attention_modules(model):
         index = int(module.layer_idx)  # type: ignore[arg-type]

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from quantpress.cache.saved.fingerprint import model_fingerprint
 from quantpress.cache.saved.places import Place, file_system, local_path
 from quantpress.errors import CacheFileError, InvalidInputError
 from quantpress.pipelines.contexts.cached_context import CachedContext, check_saved
 from quantpress.pipelines.contexts.context_key import context_key
+from quantpress.pipelines.contexts.saved_context import steady_fingerprint
 from quantpress.pipelines.reading.planned import Reading
 
 if TYPE_CHECKING:
@@ -103,7 +103,7 @@ class ContextStore:
     ) -> tuple[Reading, str]:
         plan = pipe.plan_reading(text, **options)
         check_saved(plan.press)
-        return plan, context_key(plan, model_fingerprint(pipe.model))
+        return plan, context_key(plan, steady_fingerprint(pipe.model))
 
     def _found(self, pipe: "TextGenerationPipeline", plan: Reading, key: str) -> CachedContext | None:
         if not self._is_there(key):

@@ -248,7 +248,7 @@ def test_many_writers_and_readers_at_once(tmp_path: Path) -> None:
         thread.join()
     done.set()
     watcher.join()
-    assert not wrong
+    assert not wrong, wrong
     assert 0 < ContextStore(folder).total_bytes <= bound
     assert not [one for one in folder.iterdir() if one.name.startswith(".")]
 
