@@ -198,7 +198,7 @@ def test_mutated_files_are_never_used(place: str) -> None:
     (wrong,) = kept(other)
     swapped = other._files.cat_file(other._inner(wrong + SUFFIX))
     read_again = 0
-    for trial in range(24):
+    for trial in range(16):
         changed = bytearray(whole)
         changed[random.randrange(len(whole))] ^= 1 << random.randrange(8)
         made = [bytes(changed), whole[: random.randrange(len(whole))], swapped, b""][trial % 4]
@@ -209,7 +209,7 @@ def test_mutated_files_are_never_used(place: str) -> None:
         read_again += any("the text is read again" in str(one.message) for one in caught)
         assert torch.equal(found.token_ids, context.token_ids) and found.memory == context.memory
         CachedContext.load(store._place(key), pipe.model, press=PRESS)
-    assert read_again > 20  # a changed space, or digit of the header's own, may mean the same
+    assert read_again > 12  # a changed space, or digit of the header's own, may mean the same
 
 
 def test_many_writers_and_readers_at_once(tmp_path: Path) -> None:
