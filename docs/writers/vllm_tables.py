@@ -86,9 +86,8 @@ def _loads(rows: list[Row], cell: Callable[[Row, Row | None], str]) -> str:
     for tokens, sequences in _unique(_load(row) for row in rows):
         those = [by_load.get((tokens, sequences, cache)) for cache in caches]
         base = by_load.get((tokens, sequences, "bf16"))
-        lines.append(
-            [f"{tokens} x {sequences}", *("not run" if row is None else cell(row, base) for row in those)]
-        )
+        cells = ["not run" if row is None else cell(row, base) for row in those]
+        lines.append([f"{tokens} x {sequences}", *cells])
     return table(["tokens x sequences", *caches], lines) + "\n"
 
 
