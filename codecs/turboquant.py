@@ -75,7 +75,7 @@ class TurboQuantCodec:
     """
 
     def __init__(self, head_dim: int, bits: float = 4, role: str = "key", **options: Any) -> None:
-        known = [field.name for field in fields(CodecSpec)]
+        known = [field.name for field in fields(CodecSpec) if field.name != "page_keys"]
         unknown = next((name for name in options if name not in known), None)
         if unknown is not None:
             hint = did_you_mean(unknown, known) or f"its arguments are {', '.join(known)}"

@@ -87,9 +87,9 @@ class _Share:
         """[SAMPLE, 8] uint8, the bytes of the numbers that this process has; 0 for those of the others."""
         found = torch.zeros(SAMPLE, _WIDEST, dtype=torch.uint8, device=self.weight.device)
         numel = torch.Size(self.shape).numel()
-        indices = torch.arange(0, numel, max(1, numel // SAMPLE))[:SAMPLE]
+        indices = torch.arange(0, numel, max(1, numel // SAMPLE), device="cpu")[:SAMPLE]
         places = list(torch.unravel_index(indices, self.shape))
-        mine = torch.full(indices.shape, ranks.first)
+        mine = torch.full(indices.shape, ranks.first, dtype=torch.int64, device="cpu")
         if self.dim is not None:
             per_part, held = self.total // self.parts, self.weight.shape[self.dim] // self.parts
             part, within = places[self.dim] // per_part, places[self.dim] % per_part

@@ -4,7 +4,6 @@ operands.py         segments of tokens, and which of them each query sees
 reference.py        plain PyTorch: the truth that the kernels are held to
 triton_attend.py    launches the kernels for packed and 16-bit tokens together
 prepare.py          their first launch: queries into code space, 16-bit tokens
-page_scores.py      before it, where pages store keys: their scores
 split_mma.py        their second, on int8 tensor cores: words.py, lookup.py, tiles.py
 split_plain.py      the same in float32, for Triton's interpreter
 merge.py            their last: partial sums become the output

@@ -280,7 +280,7 @@ class _Call:
 
     def _page_scores(self) -> torch.Tensor:
         """[N, P, 2, R] float32: scores of the keys that pages store. Launched first: the others overlap."""
-        from quantpress.kernels.attend.page_scores import page_scores_kernel
+        from quantpress.kernels.score.page_scores import page_scores_kernel
 
         keys, count = self.packed.keys, self.heads * self.blocks
         means, sinks = keys.planes["mean0"], keys.planes["sink0"]

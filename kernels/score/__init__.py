@@ -1,4 +1,7 @@
-"""Inner products of queries with packed vectors from their codes, without decoding a vector."""
+"""Inner products of queries with packed vectors from their codes, without decoding a vector.
+
+page_scores.py      the kernel that scores the keys that pages store beside their codes, for `kernels.attend`
+"""
 
 import torch
 from torch import Tensor
@@ -29,11 +32,16 @@ def inner_products(query: Tensor, planes: dict[str, Tensor], spec: CodecSpec) ->
         [B, Hkv, Q, 128 * P] float32.
 
     Raises:
-        InvalidInputError: the planes or the query do not fit the codec, or not each other.
+        InvalidInputError: the planes or the query do not fit the codec, or not each other; or pages store
+            keys beside their codes.
 
     Source: TurboQuant, arXiv 2504.19874, Algorithms 1 and 2; QJL, arXiv 2406.03482.
     """
     batch, heads, _ = check_planes(planes, spec)
+    if spec.page_keys:
+        raise InvalidInputError(
+            f"{spec} has keys beside its codes, which are not scored here; decode the pages"
+        )
     fits = query.dim() == 4 and query.shape[:2] == (batch, heads) and query.shape[-1] == spec.head_dim
     if not fits or query.dtype != torch.float32:
         raise InvalidInputError(

@@ -67,7 +67,7 @@ def save_context(
 def _masks(context: SavedContext, ranks: Ranks) -> list[tuple[int, Any]]:
     """The slots that this process hides, by each layer in which one of the processes hides some."""
     layers = sorted(set().union(*ranks.each(set(context.masks))))
-    none = (torch.empty(0, dtype=torch.int64),) * len(_INDICES)
+    none = (torch.empty(0, dtype=torch.int64, device="cpu"),) * len(_INDICES)
     return [(layer, context.masks.get(layer, none)) for layer in layers]
 
 

@@ -157,7 +157,10 @@ def test_options() -> None:
         ({"profil": "x"}, r"is \{'profil': 'x'\}; give a dict with some of \['profile', 'sink_entries'\]"),
         ("profile", "is 'profile'; give a dict"),
         ({"profile": 5}, r"profile is 5; give the path of a file of `quantpress calibrate`"),
-        ({"plan": "p.json"}, "plan is 'p.json', but in vLLM every layer .* --kv-cache-dtype: .*; leave plan out"),
+        (
+            {"plan": "p.json"},
+            "plan is 'p.json', but in vLLM every layer .* --kv-cache-dtype: .*; leave plan out",
+        ),
         ({"sink_entries": 4}, "sink_entries is 4; give a whole number above max_num_seqs, which is 4"),
         ({"sink_entries": "9"}, "sink_entries is '9'; give a whole number"),
         ({"sink_entries": True}, "sink_entries is True; give a whole number"),

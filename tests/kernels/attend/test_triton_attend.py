@@ -200,7 +200,7 @@ def test_split_kernel_compiles_without_a_gpu(
 def test_kernels_around_it_compile_without_a_gpu(capability: int, heads: int, dim: int) -> None:
     pytest.importorskip("triton")
     from quantpress.kernels.attend.merge import merge_kernel
-    from quantpress.kernels.attend.page_scores import page_scores_kernel
+    from quantpress.kernels.score.page_scores import page_scores_kernel
     from quantpress.kernels.attend.prepare import prepare_kernel
     from quantpress.kernels.attend.schedule_kernel import schedule_kernel
 
