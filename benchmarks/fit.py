@@ -1,17 +1,18 @@
-"""What widths by layer save: estimates from one pass against one forward a layer, and the plans of both.
+"""What widths by layer save: estimates from one pass, measurements layer by layer, and the plans of both.
 
     python benchmarks/fit.py --json fit.json                                the default model, 1024 tokens
     python benchmarks/fit.py --model FOLDER --device cuda --dtype bfloat16 --context 4096 --pieces 8 \
-        --documents 8 --reference-widths 1 2 3 4 --json fit.json
+        --documents 8 --json fit.json
 
-1. The estimate, which `quantpress fit` ships: gradients of one pass along the errors of the codes, at every
-   width (`evaluation/fitting/sensitivity.py`), on pieces of the first half of the shipped book.
-2. The reference, on --reference-pieces of the same half: KL of the model with the keys, or values, of one
-   layer at `--reference-widths` bits and all else at 8; widths that were not measured follow from the
-   distortion of the codebooks. Spearman's rank correlation of the estimate to it, by width.
+1. One pass: errors that are estimated from gradients, at every width (`evaluation/fitting/one_pass.py`), on
+   pieces of the first half of the shipped book.
+2. Layer by layer, on --reference-pieces of the same half: KL of the model with the keys, or values, of one
+   layer at each of --reference-widths and all else at 8 bits (`evaluation/fitting/layer_by_layer.py`), and
+   Spearman's rank correlation of the estimate to it, by width.
 3. Plans of both within the bytes of one width: 2/2 (mean 2), 3/2 (mean 2.5) and 3/3 (mean 3). KL to the
    uncompressed model in nats, on pieces of the second half of the book, with the windows of the presets.
-   `ratio` is the KL over that of one width, with a 95 % bootstrap interval over documents.
+   `ratio` is the KL over that of one width, with a 95 % bootstrap interval over documents. Plans use only
+   widths that were measured.
 
 A run that was interrupted goes on from the files in --work.
 """
@@ -31,27 +32,22 @@ from rich.console import Console
 from rich.progress import track
 from scipy.stats import spearmanr
 
-from quantpress.cache.saved.width_plan import Errors, WidthPlan
+from quantpress.cache.saved.width_plan import SIDES, Errors, WidthPlan
 from quantpress.cli.loading import load_pipeline, model_name
 from quantpress.evaluation.divergence.documents import Document, Pieces, make_documents
 from quantpress.evaluation.divergence.probe import DivergenceProbe
-from quantpress.evaluation.fitting.fit import DEFAULT_WIDTHS, Measured, among, measure
+from quantpress.evaluation.fitting.fit import LAYER_BY_LAYER, ONE_PASS, measure
+from quantpress.evaluation.fitting.measured import DEFAULT_WIDTHS, Measured, among
+from quantpress.evaluation.fitting.pieces import CONTINUATION
 from quantpress.evaluation.measuring import machine
 from quantpress.evaluation.results.markdown import table
 from quantpress.evaluation.results.records import Records
 from quantpress.evaluation.results.statistics import mean_by_document, paired_ratio
 from quantpress.evaluation.tasks.haystack import book_text
 from quantpress.presses import TurboQuant
-from quantpress.quantization.budget import WHOLE_BITS
 
 BUDGETS = {2.0: (2, 2), 2.5: (3, 2), 3.0: (3, 3)}
 """Mean width, and the widths of keys and values whose bytes it stands for."""
-
-DISTORTION = {1: 0.360889, 2: 0.116000, 3: 0.033966, 4: 0.009315, 8: 0.00004}
-"""Mean squared error of the codebooks at head_dim 128 (at 8 bits about): how errors grow."""
-
-CONTINUATION = 129
-SIDES = ("keys", "values")
 
 Plans = dict[str, dict[float, WidthPlan]]
 """Plans by the name of what they come from, and by mean width."""
@@ -77,34 +73,6 @@ class Scorer:
         return [list(probe.over(press)[0].kl) for probe in self.probes]
 
 
-def reference(
-    scorer: Scorer, press: TurboQuant, layers: Sequence[int], widths: Sequence[int], records: Records
-) -> dict[int, tuple[dict[int, float], dict[int, float]]]:
-    """KL with the keys, or values, of one layer at a width and all else at 8 bits, less that of 8 bits."""
-    jobs = [(index, side, bits) for bits in widths for index in layers for side in range(2)]
-    for job in track([None, *jobs], console=Console(stderr=True), description="reference"):
-        name = "8 bits" if job is None else f"layer {job[0]} {SIDES[job[1]]} {job[2]}"
-        if not records.has("kl", "", name):
-            pair = None if job is None else {job[0]: (job[2], 8) if job[1] == 0 else (8, job[2])}
-            kl = scorer.kl(replace(press, bits=8, layer_bits=pair))
-            records.add("kl", "", name, value=float(np.mean(kl)))
-    value = {line["case"]: line["value"] for line in records.of("kl")}
-    found: dict[int, tuple[dict[int, float], dict[int, float]]] = {index: ({}, {}) for index in layers}
-    for index, side, bits in jobs:
-        found[index][side][bits] = value[f"layer {index} {SIDES[side]} {bits}"] - value["8 bits"]
-    return found
-
-
-def extended(errors: Errors) -> Errors:
-    """Errors at every width; those that were not measured follow from the nearest, by distortion."""
-
-    def whole(side: dict[int, float]) -> dict[int, float]:
-        near = {bits: min(side, key=lambda one, bits=bits: abs(one - bits)) for bits in WHOLE_BITS}  # type: ignore[misc]
-        return {bits: max(side[one], 0.0) * DISTORTION[bits] / DISTORTION[one] for bits, one in near.items()}
-
-    return {index: (whole(dict(keys)), whole(dict(values))) for index, (keys, values) in errors.items()}
-
-
 def correlations(estimate: Errors, exact: Errors, widths: Sequence[int]) -> dict[str, dict[str, float]]:
     """Spearman's rank correlation over all layers and sides, and by side, for each measured width."""
     found: dict[str, dict[str, float]] = {}
@@ -120,25 +88,19 @@ def correlations(estimate: Errors, exact: Errors, widths: Sequence[int]) -> dict
     return found
 
 
-def plans(measured: Measured, exact: Errors | None, context: int) -> Plans:
+def plans(measured: Measured, exact: Measured | None, context: int) -> Plans:
     """Plans within the bytes of each mean width, by the name of what they come from."""
-    budget = measured.budget(context)
-    sources = {
-        "one pass, 1 to 8 bits": measured.errors,
-        "one pass, 2 to 4 bits": among(measured.errors, DEFAULT_WIDTHS),
-    }
-    if exact is not None:
-        whole = extended(exact)
-        sources |= {
-            "layer by layer, 1 to 8 bits": whole,
-            "layer by layer, 2 to 4 bits": among(whole, DEFAULT_WIDTHS),
-        }
-    found: Plans = {}
-    for name, errors in sources.items():
-        for mean, pair in BUDGETS.items():
-            widths = budget.widths(errors, budget.uniform(*pair))
-            plan = WidthPlan(measured.model, measured.fingerprint, widths, bits=budget.bits(widths))
-            found.setdefault(name, {})[mean] = plan
+    budget, found = measured.budget(context), Plans()
+    for source, by in (("one pass", measured), ("layer by layer", exact)):
+        known = sorted({bits for pair in by.errors.values() for bits in pair[0]}) if by else []
+        for widths in (tuple(known), DEFAULT_WIDTHS):
+            if by is None or not {*widths} <= {*known}:
+                continue
+            name, some = f"{source}, {widths[0]} to {widths[-1]} bits", among(by.errors, widths)
+            for mean, pair in BUDGETS.items():
+                chosen = budget.widths(some, budget.uniform(*pair))
+                plan = WidthPlan(by.model, by.fingerprint, chosen, bits=budget.bits(chosen))
+                found.setdefault(name, {})[mean] = plan
     return found
 
 
@@ -189,22 +151,17 @@ def main() -> None:
     texts = {"first half": text[: len(text) // 2], "second half": text[len(text) // 2 :]}
     shape = (args.context, CONTINUATION)
     begin = time.perf_counter()
-    measured = measure(
-        *(model, pipe.tokenizer, {"first half": texts["first half"]}, press),
-        pieces=Pieces(args.pieces, *shape),
-        name=name,
-        partial=folder / "estimate.jsonl",
-    )
+    given = model, pipe.tokenizer, {"first half": texts["first half"]}, press
+    partial = {one: folder / f"{one}.jsonl" for one in ("estimate", "reference")}
+    pieces = Pieces(args.pieces, *shape)
+    measured = measure(*given, pieces, method=ONE_PASS, name=name, partial=partial["estimate"])
     seconds = {"estimate": round(time.perf_counter() - begin, 1)}
     exact = None
     if args.reference_widths:
         begin = time.perf_counter()
-        read = make_documents(pipe.tokenizer, texts["first half"], args.reference_pieces, *shape)
-        named = {one: getattr(args, one) for one in ("context", "reference_pieces")}
-        settings = {"model": name, "dtype": str(model.dtype), **named}
-        records = Records(folder / "reference.jsonl", settings)
-        layers = sorted(measured.errors)
-        exact = reference(Scorer.of(model, read), press, layers, args.reference_widths, records)
+        pieces, widths = Pieces(args.reference_pieces, *shape), args.reference_widths
+        options = {"method": LAYER_BY_LAYER, "widths": widths, "name": name, "partial": partial["reference"]}
+        exact = measure(*given, pieces, **options)
         seconds["reference"] = round(time.perf_counter() - begin, 1)
     made = plans(measured, exact, args.context)
     documents = make_documents(pipe.tokenizer, texts["second half"], args.documents, *shape)
@@ -222,14 +179,19 @@ def main() -> None:
         "model": name,
         **{one: getattr(args, one) for one in ("context", "pieces", "reference_pieces", "documents")},
         "seconds": seconds,
-        "correlation": {} if exact is None else correlations(measured.errors, exact, args.reference_widths),
+        "correlation": {}
+        if exact is None
+        else correlations(measured.errors, exact.errors, args.reference_widths),
         "rows": scores(Scorer.of(model, documents), measured, made, args.context, records),
         "plans": {
-            source: {mean: {i: list(pair) for i, pair in plan.widths.items()} for mean, plan in one.items()}
+            source: {
+                mean: " ".join(f"{k}/{v}" for _, (k, v) in sorted(plan.widths.items()))
+                for mean, plan in one.items()
+            }
             for source, one in made.items()
         },
         "estimate": plain(measured.errors),
-        "reference": None if exact is None else plain(exact),
+        "reference": None if exact is None else plain(exact.errors),
     }
     show(report)
     if args.json:
@@ -278,7 +240,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--pieces", type=int, default=4, help="pieces that are measured")
     parser.add_argument("--reference-pieces", type=int, default=2, help="pieces of the reference")
     parser.add_argument("--documents", type=int, default=6, help="pieces that plans are scored on")
-    parser.add_argument("--reference-widths", type=int, nargs="*", default=[2], help="none: no reference")
+    parser.add_argument(
+        "--reference-widths", type=int, nargs="*", default=[1, 2, 3, 4], help="none: no reference"
+    )
     parser.add_argument("--work", type=Path, default=None, help="folder of partial results")
     parser.add_argument("--json", type=Path, default=None)
     return parser.parse_args()

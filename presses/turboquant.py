@@ -225,7 +225,8 @@ class TurboQuant(PressMixin, BasePress, quantizes=True, keeps_tokens=True):
                 windows, at a context of `context` tokens.
             **options: `tokenizer` (left out, it is loaded by the model's name), `context` (32768), `widths`
                 to choose from (2, 3 and 4), and the arguments of `quantpress.evaluation.fitting.fit.measure`,
-                such as `texts` by name and the `press` whose windows are used.
+                such as `texts` by name, the `press` whose windows are used, and `method`, "layer-by-layer" or
+                "one-pass".
 
         Returns:
             The press with its plan, which `press.plan.save("plan.json")` writes.

@@ -27,7 +27,14 @@ Widths = Mapping[int, tuple[int, int]]
 Errors = Mapping[int, tuple[Mapping[int, float], Mapping[int, float]]]
 
 _ABOUT: dict[str, Any] = {"model": str, "fingerprint": dict, "layers": dict}
-_OPTIONAL: dict[str, Any] = {"text": str, "press": str, "context": int, "bits": (int, float), "errors": dict}
+_OPTIONAL: dict[str, Any] = {
+    "text": str,
+    "press": str,
+    "method": str,
+    "context": int,
+    "bits": (int, float),
+    "errors": dict,
+}
 
 
 @dataclass(frozen=True, repr=False)
@@ -40,10 +47,11 @@ class WidthPlan:
         widths: (key bits, value bits) by layer index, each 1, 2, 3, 4 or 8, of every layer that is packed.
         text: name of the text that the model was measured on.
         press: the press that it was measured under, as it is written.
+        method: how it was measured: "layer-by-layer" or "one-pass".
         context: tokens of the context that the bytes were counted for; 0: not counted.
         bits: all bytes of the cache of such a context, in bits a value; 0: not counted.
-        errors: by layer index, for keys and for values, the estimated divergence in nats of the model when
-            they alone are packed, by width. Another budget can be met from them without the model.
+        errors: by layer index, for keys and for values, the divergence in nats of the model that they add,
+            by width. Another budget can be met from them without the model.
         path: file that it was read from.
 
     Raises:
@@ -59,6 +67,7 @@ class WidthPlan:
     widths: Widths
     text: str = ""
     press: str = ""
+    method: str = ""
     context: int = 0
     bits: float = 0.0
     errors: Errors = field(default_factory=dict)

@@ -1,105 +1,35 @@
 """Widths of keys and values for each layer of a model, by what their errors cost: a `WidthPlan`."""
 
 import hashlib
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from quantpress.cache.saved.config_fingerprint import config_fingerprint
-from quantpress.cache.saved.width_plan import Errors, WidthPlan
-from quantpress.errors import EmptyContextError, InvalidInputError
-from quantpress.evaluation.divergence.documents import (
-    Document,
-    Pieces,
-    make_documents,
-    make_unread_documents,
-)
-from quantpress.evaluation.fitting.byte_budget import ByteBudget
-from quantpress.evaluation.fitting.sensitivity import LayerErrors, sensitivities, steps_of
+from quantpress.errors import InvalidInputError
+from quantpress.evaluation.divergence.documents import Document, Pieces
+from quantpress.evaluation.fitting import layer_by_layer as layerwise
+from quantpress.evaluation.fitting import one_pass as gradients
+from quantpress.evaluation.fitting.measured import DEFAULT_CONTEXT, DEFAULT_WIDTHS, Measured
+from quantpress.evaluation.fitting.pieces import BOOK, CONTEXT, CONTINUATION, pieces_of
 from quantpress.evaluation.results.records import Records
 from quantpress.evaluation.sizing.model_outline import ModelOutline
-from quantpress.evaluation.suites import SUITES
-from quantpress.evaluation.tasks.haystack import book_text
 from quantpress.presses.models.eligibility import PACKABLE, check
-from quantpress.presses.models.positions import position_count
 from quantpress.presses.traits import short_repr
 from quantpress.presses.turboquant import TurboQuant
 from quantpress.quantization.budget import WHOLE_BITS
 
-BOOK = "Pride and Prejudice"
-DEFAULT_CONTEXT = 32768
-"""Tokens of the context that the bytes are counted for."""
+Method = Literal["layer-by-layer", "one-pass"]
+LAYER_BY_LAYER, ONE_PASS = get_args(Method)
+DEFAULT_METHOD: Method = "layer-by-layer"
+PIECES = {LAYER_BY_LAYER: 2, ONE_PASS: 4}
+"""Pieces that each method reads, unless told otherwise."""
 
-CONTINUATION = 129
-"""Tokens behind each context; all but the first are predicted over it."""
-
-DEFAULT_PIECES = Pieces(count=4, context=1024, continuation=CONTINUATION)
-"""What the model reads: pieces, tokens of each that are packed, tokens that are predicted behind them."""
-
-DEFAULT_WIDTHS = (2, 3, 4)
-"""Widths to choose from: those that fused kernels read. Plain PyTorch reads 1 and 8 bits."""
-
-_MEASURE = "sensitivity"
-
-
-@dataclass(frozen=True)
-class Measured:
-    """What is known of a model before a budget is given.
-
-    Args:
-        model: name of the model.
-        text: name of the text that it read.
-        press: windows, rotation and all else but the widths.
-        errors: as in `WidthPlan`.
-        outline: the model.
-        fingerprint: as in `WidthPlan`.
-    """
-
-    model: str
-    text: str
-    press: TurboQuant
-    errors: Errors
-    outline: ModelOutline
-    fingerprint: Mapping[str, Any]
-
-    def budget(self, context: int) -> ByteBudget:
-        """The bytes of the packed layers for a context."""
-        layers = [layer for layer in self.outline.layers if layer.index in self.errors]
-        return ByteBudget(layers, self.press, context, self.outline.dtype)
-
-    def plan(
-        self, bits: float, context: int = DEFAULT_CONTEXT, widths: Sequence[int] = DEFAULT_WIDTHS
-    ) -> WidthPlan:
-        """The plan of least divergence within a budget.
-
-        Args:
-            bits: most bits a value of the packed layers at this context, in true bytes: codes, scales,
-                statistics, and windows in 16 bits.
-            context: tokens of the context.
-            widths: the widths to choose from.
-
-        Raises:
-            InvalidInputError: the budget cannot be met, or a width was not measured.
-        """
-        if isinstance(bits, bool) or not isinstance(bits, (int, float)) or not 0 < bits < float("inf"):
-            raise InvalidInputError(f"bits is {bits!r}; give the bits a value, such as 2.5")
-        budget = self.budget(context)
-        chosen = budget.widths(among(self.errors, widths), int(bits * budget.numbers / 8))
-        return WidthPlan(
-            model=self.model,
-            fingerprint=self.fingerprint,
-            widths=chosen,
-            text=self.text,
-            press=short_repr(self.press),
-            context=context,
-            bits=budget.bits(chosen),
-            errors=self.errors,
-        )
+_MEASURE = "error"
 
 
 def fit(
@@ -124,26 +54,8 @@ def fit(
             raise InvalidInputError(
                 f"there is no tokenizer of the name {name!r} of this model; give tokenizer="
             ) from error
-    measured = measure(model, tokenizer, **options)
+    measured = measure(model, tokenizer, widths=widths, **options)
     return replace(measured.press, plan=measured.plan(bits, context, widths), bits=None)
-
-
-def among(errors: Errors, widths: Sequence[int]) -> Errors:
-    """The errors of some widths.
-
-    Raises:
-        InvalidInputError: there is no width, or one was not measured.
-    """
-    known = {bits for sides in errors.values() for side in sides for bits in side}
-    if not widths or not known.issuperset(widths):
-        raise InvalidInputError(
-            f"widths are {', '.join(map(str, widths)) or 'none'}; choose from "
-            f"{', '.join(map(str, sorted(known)))}"
-        )
-    return {
-        index: ({bits: keys[bits] for bits in widths}, {bits: values[bits] for bits in widths})
-        for index, (keys, values) in errors.items()
-    }
 
 
 def measure(
@@ -151,8 +63,10 @@ def measure(
     tokenizer: PreTrainedTokenizerBase,
     texts: Mapping[str, str] | None = None,
     press: TurboQuant | None = None,
-    pieces: Pieces = DEFAULT_PIECES,
+    pieces: Pieces | None = None,
     *,
+    method: Method = DEFAULT_METHOD,
+    widths: Sequence[int] = DEFAULT_WIDTHS,
     name: str | None = None,
     progress: bool | None = None,
     partial: Path | None = None,
@@ -164,36 +78,53 @@ def measure(
         tokenizer: the model's.
         texts: what to read, by name; None: pages of the book that no suite of the evaluation scores.
         press: windows, rotation and all else but the widths; None: those of the presets.
-        pieces: what to read of all texts together.
+        pieces: what to read of all texts together; None: 2 pieces of 1024 tokens layer by layer, 4 in one
+            pass, and 128 predictions behind each.
+        method: "layer-by-layer" reads each piece once for each layer, side and width, and measures the
+            divergence; "one-pass" estimates it from gradients, at every width, and reads each piece once.
+        widths: the widths that may be chosen, which are measured layer by layer; 8 is measured with them.
         name: name of the model; None: its own.
         progress: True or False; None shows a bar in a terminal.
-        partial: file that keeps the results of finished pieces; a call that was interrupted goes on from it.
+        partial: file that keeps what is finished; a call that was interrupted goes on from it.
 
     Raises:
-        UnsupportedModelError: the model cannot be packed.
-        InvalidInputError: a text is too short, or the press cannot be used.
+        UnsupportedModelError: the model cannot be packed; or, in one pass, layers keep states beside tokens.
+        InvalidInputError: a text is too short, or the press, the method or a width cannot be used.
     """
+    if method not in PIECES:
+        raise InvalidInputError(f"method is {method!r}; give one of {', '.join(PIECES)}")
+    if not widths or not {*widths} <= {*WHOLE_BITS}:
+        shown = ", ".join(map(str, widths)) or "none"
+        raise InvalidInputError(f"widths are {shown}; choose from {', '.join(map(str, WHOLE_BITS))}")
     check(model, PACKABLE)
     press = _without_widths(TurboQuant.preset("small") if press is None else press)
-    documents = _documents(model, tokenizer, texts, pieces)
+    pieces = pieces or Pieces(PIECES[method], CONTEXT, CONTINUATION)
+    documents = pieces_of(model, tokenizer, texts, pieces, press)
     fingerprint = config_fingerprint(model.config)
     name = name or Path(str(getattr(model, "name_or_path", ""))).name or type(model).__name__
+    outline = ModelOutline.of(name, model)
+    layers = [layer.index for layer in outline.layers if not layer.sliding]
     ids = hashlib.sha256(b"".join(document.ids.numpy().tobytes() for document in documents)).hexdigest()
     settings = {"model": name, "fingerprint": fingerprint, "press": short_repr(press), "ids": ids}
-    records = None if partial is None else Records(partial, settings)
-    bar = tqdm(
-        total=len(documents) * steps_of(),
+    records = None if partial is None else Records(partial, {**settings, "method": method})
+    steps = gradients.steps_of() if method == ONE_PASS else layerwise.steps_of(len(layers), widths)
+    found = []
+    with tqdm(
+        total=len(documents) * steps,
         desc="measuring",
         unit="step",
         leave=False,
         disable=None if progress is None else not progress,
-    )
-    found = []
-    with bar:
+    ) as bar:
         for document in documents:
-            found.append(_of_document(model, document, press, records, bar))
+            kept = _kept(records, document)
+            if method == ONE_PASS:
+                found.append(_in_one_pass(model, document, press, kept, bar))
+            else:
+                sizes = layers, widths, kept, bar.update
+                found.append(layerwise.layer_by_layer(model, document, press, *sizes))
     text = ", ".join(texts) if texts else BOOK
-    return Measured(name, text, press, _mean(found), ModelOutline.of(name, model), fingerprint)
+    return Measured(name, text, press, _mean(found), outline, fingerprint, method)
 
 
 def _without_widths(press: TurboQuant) -> TurboQuant:
@@ -206,52 +137,40 @@ def _without_widths(press: TurboQuant) -> TurboQuant:
     return replace(press, bits=None, key_bits=None, value_bits=None)
 
 
-def _documents(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    texts: Mapping[str, str] | None,
-    pieces: Pieces,
-) -> list[Document]:
-    positions = position_count(model.config)
-    if positions is not None and pieces.context + pieces.continuation > positions:
-        pieces = replace(pieces, context=positions - pieces.continuation)
-    if texts is None:
-        scored = [Pieces(one.documents, one.context, one.continuation) for one in SUITES.values()]
-        return make_unread_documents(tokenizer, book_text(), pieces, scored)
-    if not texts:
-        raise EmptyContextError("there is no text to read; give one")
-    count = -(-pieces.count // len(texts))
-    sizes = count, pieces.context, pieces.continuation
-    made = {name: make_documents(tokenizer, text, *sizes) for name, text in texts.items()}
-    return [replace(one, name=f"{name}, {one.name}") for name, several in made.items() for one in several]
+def _kept(records: Records | None, document: Document) -> layerwise.Kept:
+    """Results of a document by name, from the file where it has them already."""
+    if records is None:
+        return lambda name, work: work()
+    known = {line["case"]: line["value"] for line in records.of(_MEASURE, document.name)}
+
+    def kept(name: str, work: Any) -> Any:
+        if name not in known:
+            known[name] = work()
+            records.add(_MEASURE, document.name, name, value=known[name])
+        return known[name]
+
+    return kept
 
 
-def _of_document(
-    model: PreTrainedModel,
-    document: Document,
-    press: TurboQuant,
-    records: Records | None,
-    bar: Any,
-) -> dict[int, LayerErrors]:
-    """The errors of one document, from the file where it has them already."""
-    if records is not None and records.has(_MEASURE, "", document.name):
-        line = next(line for line in records.of(_MEASURE) if line["case"] == document.name)
-        bar.update(steps_of())
-        return {
-            int(index): tuple({int(bits): error for bits, error in side.items()} for side in sides)  # type: ignore[misc]
-            for index, sides in line["errors"].items()
-        }
-    found = sensitivities(model, document, press, WHOLE_BITS, step=bar.update)
-    if records is not None:
-        records.add(_MEASURE, "", document.name, errors=found)
-    return found
+def _in_one_pass(
+    model: PreTrainedModel, document: Document, press: TurboQuant, kept: layerwise.Kept, bar: Any
+) -> dict[int, gradients.LayerErrors]:
+    begun = bar.n
+    found = kept(
+        "every width", lambda: gradients.one_pass(model, document, press, WHOLE_BITS, step=bar.update)
+    )
+    bar.update(begun + gradients.steps_of() - bar.n)  # where nothing was left to do
+    return {
+        int(index): ({int(one): error for one, error in keys.items()}, {int(b): e for b, e in values.items()})
+        for index, (keys, values) in found.items()
+    }
 
 
-def _mean(found: Sequence[Mapping[int, LayerErrors]]) -> dict[int, LayerErrors]:
-    sums: dict[int, LayerErrors] = defaultdict(lambda: ({}, {}))
-    for one in found:
-        for index, sides in one.items():
-            for total, by_width in zip(sums[index], sides, strict=True):
-                for bits, error in by_width.items():
-                    total[bits] = total.get(bits, 0.0) + error / len(found)
-    return dict(sums)
+def _mean(found: Sequence[Mapping[int, gradients.LayerErrors]]) -> dict[int, gradients.LayerErrors]:
+    """Means over documents. A mean below 0 is noise of an error too small to be measured, and counts as 0."""
+
+    def mean(index: int, side: int) -> dict[int, float]:
+        every = [one[index][side] for one in found]
+        return {bits: max(0.0, sum(one[bits] for one in every) / len(every)) for bits in sorted(every[0])}
+
+    return {index: (mean(index, 0), mean(index, 1)) for index in found[0]}

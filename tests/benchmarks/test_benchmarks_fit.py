@@ -23,20 +23,13 @@ def fit() -> ModuleType:
     return module
 
 
-def test_errors_at_other_widths_follow_from_the_nearest(fit: ModuleType) -> None:
-    found = fit.extended({0: ({2: 1.0, 4: 0.1}, {2: -0.5})})[0]
-    assert found[0][1] == pytest.approx(0.360889 / 0.116) and found[0][8] == pytest.approx(
-        0.1 * 0.00004 / 0.009315
-    )
-    assert set(found[1].values()) == {0.0}
-
-
 def test_plans_are_compared_within_the_bytes_of_one_width(
     fit: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(fit, "load_pipeline", lambda *names: ours())
     monkeypatch.setattr(fit, "book_text", lambda: text(3000))
     words = ["--context", "300", "--pieces", "1", "--documents", "1", "--reference-pieces", "1"]
+    words += ["--reference-widths", "2", "3", "4"]
     written = tmp_path / "fit.json"
     monkeypatch.setattr(
         sys, "argv", ["fit.py", *words, "--work", str(tmp_path / "work"), "--json", str(written)]
@@ -48,7 +41,7 @@ def test_plans_are_compared_within_the_bytes_of_one_width(
         assert base["ratio"]["value"] == 1.0 and len(plans) == 4
         assert all(plan["bits_per_value"] <= base["bits_per_value"] for plan in plans)
     assert first["correlation"]["2"]["all"] > 0.5
-    for name in ("reference", "scores"):
+    for name in ("estimate", "reference", "scores"):
         assert (tmp_path / "work" / f"{name}.jsonl").stat().st_size
     monkeypatch.delattr(fit.DivergenceProbe, "over")  # nothing is measured twice
     fit.main()

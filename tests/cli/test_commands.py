@@ -128,11 +128,15 @@ def test_a_model_is_fitted_and_the_plan_is_used(model: str, tmp_path: Path) -> N
     }
     planned = json.loads(invoke("memory", model, "-c", "4096", "-p", found["use"], "--json").stdout)
     assert planned["presses"][1]["cache"]["bits_per_value"] == pytest.approx(found["bits"])
-    again = ["--from", files[0], "-b", "2.9", "-c", "4096", "--widths", "1,2,3,4,8", "-o", files[1]]
+    again = ["--from", files[0], "-b", "3.5", "-c", "4096", "--widths", "2,3,4,8", "-o", files[1]]
     shown = invoke("fit", model, *again).stdout
     assert f"TurboQuant(recent_tokens=16, plan={files[1]!r})" in " ".join(shown.split())
-    assert json.loads(invoke("inspect", files[1], "--json").stdout)["bits"] <= 2.9
+    assert json.loads(invoke("inspect", files[1], "--json").stdout)["bits"] <= 3.5
     assert invoke("inspect", files[1]).stdout == shown
+    found = json.loads(
+        invoke("fit", model, "--method", "one-pass", "-o", files[0], "-b", "3.6", *options).stdout
+    )
+    assert found["method"] == "one-pass"
 
 
 def test_a_model_spread_over_all_devices_answers_the_same(

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.console import Group
@@ -21,7 +21,7 @@ from quantpress.errors import InvalidInputError
 
 if TYPE_CHECKING:
     from quantpress.cache.saved.width_plan import WidthPlan
-    from quantpress.evaluation.fitting.fit import Measured
+    from quantpress.evaluation.fitting.measured import Measured
 
 PRESS = "TurboQuant.preset('small')"
 WIDTHS = ("1", "2", "3", "4", "8")
@@ -52,7 +52,9 @@ class Fitted(Outcome):
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
         plan = self.plan
-        about = {name: getattr(plan, name) for name in ("model", "text", "press", "context", "bits")}
+        about = {
+            name: getattr(plan, name) for name in ("model", "text", "press", "method", "context", "bits")
+        }
         widths = {str(index): list(pair) for index, pair in plan.widths.items()}
         return {"file": self.file, "use": self.press, **about, "mean_bits": plan.mean_bits, "widths": widths}
 
@@ -93,7 +95,20 @@ def fit(
         list[str] | None,
         typer.Option("--text", help="Text to read, - for the standard input; may be repeated."),
     ] = None,
-    pieces: Annotated[int, typer.Option(help="Pieces of text to read.", min=1)] = 4,
+    method: Annotated[
+        Literal["layer-by-layer", "one-pass"],
+        typer.Option(
+            help="Measure with two readings for each layer and width, or estimate from gradients of one pass."
+        ),
+    ] = "layer-by-layer",
+    pieces: Annotated[
+        int | None,
+        typer.Option(
+            help="Pieces of text to read; left out, 2 layer by layer and 4 in one pass.",
+            min=1,
+            show_default=False,
+        ),
+    ] = None,
     piece_tokens: Annotated[
         int,
         typer.Option(help="Tokens that are packed of each; 128 more are predicted.", min=256),
@@ -117,7 +132,8 @@ def fit(
     else:
         check_loading(model, device, dtype)
         partial = Path(f"{output}.partial")
-        found = _measure(model, (device, dtype), texts, press, (pieces, piece_tokens), partial)
+        options = {"method": method, "widths": choice, "partial": partial}
+        found = _measure(model, (device, dtype), texts, press, (pieces, piece_tokens), options)
     plan = found.plan(bits, context, choice)
     plan.save(output)
     if measured is None:
@@ -137,25 +153,28 @@ def _measure(
     loading: tuple[str | None, str | None],
     texts: dict[str, str],
     press: str,
-    sizes: tuple[int, int],
-    partial: Path,
+    sizes: tuple[int | None, int],
+    options: dict[str, Any],
 ) -> "Measured":
-    """Measure a model; pieces that an interrupted command has finished are not read again."""
+    """Measure a model; what an interrupted command has finished is not read again."""
     from quantpress.cli.loading import load_pipeline, model_name
     from quantpress.evaluation.divergence.documents import Pieces
-    from quantpress.evaluation.fitting.fit import CONTINUATION, measure
+    from quantpress.evaluation.fitting.fit import PIECES, measure
+    from quantpress.evaluation.fitting.pieces import CONTINUATION
     from quantpress.presses.expression import parse_press
 
     made: Any = parse_press(press)
     pipe = load_pipeline(model, *loading)
-    pieces, name = Pieces(*sizes, CONTINUATION), Path(model_name(pipe)).name
-    return measure(pipe.model, pipe.tokenizer, texts or None, made, pieces, name=name, partial=partial)
+    count, tokens = sizes
+    pieces = Pieces(count or PIECES[options["method"]], tokens, CONTINUATION)
+    name = Path(model_name(pipe)).name
+    return measure(pipe.model, pipe.tokenizer, texts or None, made, pieces, name=name, **options)
 
 
 def _measured(model: str | None, file: str) -> "Measured":
     """The measurements in the file of a plan."""
     from quantpress.cache.saved.width_plan import WidthPlan
-    from quantpress.evaluation.fitting.fit import Measured
+    from quantpress.evaluation.fitting.measured import Measured
     from quantpress.evaluation.sizing.model_outline import outline
     from quantpress.presses.expression import parse_press
 
@@ -165,4 +184,4 @@ def _measured(model: str | None, file: str) -> "Measured":
     for layer in known.layers[:1]:
         plan.check(layer.module.config)
     made: Any = parse_press(plan.press)
-    return Measured(plan.model, plan.text, made, plan.errors, known, plan.fingerprint)
+    return Measured(plan.model, plan.text, made, plan.errors, known, plan.fingerprint, plan.method)

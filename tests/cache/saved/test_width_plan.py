@@ -19,7 +19,14 @@ WIDTHS = {0: (4, 2), 1: (1, 8), 2: (3, 3)}
 def plan(**changes: Any) -> WidthPlan:
     """A plan for the tiny Llama."""
     errors = {index: ({2: 0.5, 3: 0.125}, {2: 0.25}) for index in WIDTHS}
-    about = {"text": "a novel", "press": "TurboQuant(4)", "context": 4096, "bits": 2.75, "errors": errors}
+    about = {
+        "text": "a novel",
+        "press": "TurboQuant(4)",
+        "method": "one-pass",
+        "context": 4096,
+        "bits": 2.75,
+        "errors": errors,
+    }
     fingerprint = config_fingerprint(tiny_model("llama").config)
     return WidthPlan("my-model", fingerprint, **{"widths": WIDTHS, **about, **changes})
 

@@ -8,13 +8,16 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from quantpress.cache import cache_memory, host
+from quantpress.cache import WidthPlan, cache_memory, host
+from quantpress.cache.saved.config_fingerprint import config_fingerprint
 from quantpress.errors import EmptyContextError, InvalidInputError, UnsupportedModelError
 from quantpress.evaluation.divergence.documents import Document, Pieces, make_documents
 from quantpress.evaluation.divergence.probe import DivergenceProbe
 from quantpress.evaluation.fitting import fit as fitting
-from quantpress.evaluation.fitting.fit import Measured, measure
-from quantpress.evaluation.fitting.sensitivity import sensitivities
+from quantpress.evaluation.fitting.fit import Method, measure
+from quantpress.evaluation.fitting.layer_by_layer import layer_by_layer
+from quantpress.evaluation.fitting.measured import Measured
+from quantpress.evaluation.fitting.one_pass import one_pass
 from quantpress.pipelines.reading.read_context import read_context
 from quantpress.presses import TurboQuant
 from quantpress.quantization.budget import WHOLE_BITS
@@ -30,10 +33,10 @@ def document() -> Document:
     return make_documents(word_tokenizer(), text(500), 1, 300, 33)[0]
 
 
-def measured(model: PreTrainedModel, **options: Any) -> Measured:
+def measured(model: PreTrainedModel, method: Method = "one-pass", **options: Any) -> Measured:
     """What is measured of a tiny model."""
-    press = TurboQuant(**WINDOWS)
-    return measure(model, word_tokenizer(), {"w": text(900)}, press, PIECES, progress=False, **options)
+    given = model, word_tokenizer(), {"w": text(900)}, TurboQuant(**WINDOWS), PIECES
+    return measure(*given, method=method, progress=False, **options)
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +49,7 @@ def known() -> Measured:
 def test_estimates_are_divergences_where_errors_are_small(family: str) -> None:
     """At 8 bits the second order is all there is: the estimate is the KL, up to the noise of labels."""
     model, one = tiny_model(family), document()
-    found = sensitivities(model, one, TurboQuant(**WINDOWS), (8,), samples=48)
+    found = one_pass(model, one, TurboQuant(**WINDOWS), (8,), samples=48)
     probe = DivergenceProbe(model, [one])
     for index, (keys, values) in found.items():
         others = {other: 16 for other in found if other != index}
@@ -54,18 +57,44 @@ def test_estimates_are_divergences_where_errors_are_small(family: str) -> None:
         assert keys[8] + values[8] == pytest.approx(sum(kl) / len(kl), rel=0.6)
 
 
-def test_the_layer_that_matters_gets_the_bits() -> None:
+def test_layer_by_layer_one_side_alone_has_the_width() -> None:
+    """As a plan with 8 bits for everything else, less a plan with 8 bits everywhere."""
+    model, one = tiny_model("llama"), document()
+    found = layer_by_layer(model, one, TurboQuant(**WINDOWS), [0, 1, 2], [3])
+    probe = DivergenceProbe(model, [one])
+
+    def kl(widths: dict[int, tuple[int, int]]) -> float:
+        plan = WidthPlan(
+            "tiny", config_fingerprint(model.config), {0: (8, 8), 1: (8, 8), 2: (8, 8), **widths}
+        )
+        tokens = probe.over(TurboQuant(plan=plan, **WINDOWS))[0].kl  # type: ignore[arg-type]
+        return sum(tokens) / len(tokens)
+
+    base = kl({})
+    for side, pair in enumerate([(3, 8), (8, 3)]):
+        assert found[1][side] == pytest.approx({8: 0.0, 3: kl({1: pair}) - base})
+
+
+def test_errors_below_the_noise_count_as_none() -> None:
+    side = {2: 0.5, 4: -0.25}
+    assert fitting._mean([{0: (side, side)}, {0: ({2: 0.3, 4: 0.05}, {2: 0.1, 4: 0.45})}]) == {
+        0: (pytest.approx({2: 0.4, 4: 0.0}), pytest.approx({2: 0.3, 4: 0.1}))
+    }
+
+
+@pytest.mark.parametrize("method", ["one-pass", "layer-by-layer"])
+def test_the_layer_that_matters_gets_the_bits(method: Method) -> None:
     model = copy.deepcopy(tiny_model("llama"))
     for index, layer in enumerate(model.model.layers):
         layer.self_attn.o_proj.weight.data *= 1.0 if index == 1 else 1e-3
-    found = measured(model)
+    found = measured(model, method, widths=WHOLE_BITS)
     sums = {
         index: [sum(by[bits] for by in sides) for bits in (1, 2, 4)] for index, sides in found.errors.items()
     }
     for others in (sums[0], sums[2]):
         assert all(own > 10 * other for own, other in zip(sums[1], others, strict=True))
     plan = found.plan(found.budget(4096).uniform(3, 3) * 8 / found.budget(4096).numbers, 4096)
-    assert min(plan.widths[1]) == 4 and plan.mean_bits <= 3
+    assert min(plan.widths[1]) == 4 and plan.mean_bits <= 3 and plan.method == method
 
 
 @pytest.mark.parametrize("bits", [2.6, 3.4])
@@ -84,35 +113,49 @@ def test_the_budget_is_the_bytes_of_the_cache(bits: float, known: Measured) -> N
     assert 0 <= int(asked * memory.numbers / 8) - memory.total_bytes < 4 * step
 
 
+@pytest.mark.parametrize(
+    "method, module, work, done, left",
+    [
+        ("one-pass", fitting.gradients, "one_pass", 1, 1),
+        ("layer-by-layer", DivergenceProbe, "over", 19, 19),  # 1 + 3 layers x 2 sides x 3 widths a piece
+    ],
+)
 def test_a_run_that_was_interrupted_goes_on(
-    known: Measured, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    known: Measured,
+    *,
+    method: Any,
+    module: Any,
+    work: str,
+    done: int,
+    left: int,
 ) -> None:
-    model = tiny_model("llama")
-    partial, work, calls = tmp_path / "plan.json.partial", fitting.sensitivities, []
+    model, calls, real = tiny_model("llama"), [], getattr(module, work)
+    partial = tmp_path / "plan.json.partial"
 
     def failing(*given: Any, **named: Any) -> Any:
-        calls.append(given[1].name)
-        if len(calls) == 2:
+        calls.append(given)
+        if len(calls) == done + 1:
             raise KeyboardInterrupt
-        return work(*given, **named)
+        return real(*given, **named)
 
-    monkeypatch.setattr(fitting, "sensitivities", failing)
+    monkeypatch.setattr(module, work, failing)
     with pytest.raises(KeyboardInterrupt):
-        measured(model, partial=partial)
-    resumed = measured(model, partial=partial)
-    assert len(calls) == 3 and len(set(calls)) == 2
-    assert resumed.errors == known.errors
+        measured(model, partial=partial, method=method)
+    resumed = measured(model, partial=partial, method=method)
+    assert len(calls) == done + 1 + left
+    assert resumed.errors == (known if method == "one-pass" else measured(model, method=method)).errors
+    other = {"method": method, "partial": partial}
     with pytest.raises(InvalidInputError, match="holds results of other settings"):
-        measure(
-            tiny_model("llama"), word_tokenizer(), {"w": text(900, seed=2)}, pieces=PIECES, partial=partial
-        )
+        measure(model, word_tokenizer(), {"w": text(900, seed=2)}, pieces=PIECES, **other)
 
 
 def test_a_press_fits_itself(tmp_path: Path) -> None:
     model, options = tiny_model("llama"), {"texts": {"w": text(900)}, "pieces": PIECES, "context": 4096}
     press = TurboQuant.fit(model, 3.5, tokenizer=word_tokenizer(), press=TurboQuant(3, **WINDOWS), **options)
     plan = press.plan
-    assert isinstance(plan, fitting.WidthPlan) and plan.bits <= 3.5 and plan.text == "w"
+    assert isinstance(plan, WidthPlan) and plan.bits <= 3.5 and plan.text == "w"
     assert press == TurboQuant(plan=plan, **WINDOWS)  # type: ignore[arg-type]
     assert {bits for pair in plan.widths.values() for bits in pair} <= {2, 3, 4}
     with pytest.raises(InvalidInputError, match="there is no tokenizer of the name ''"):
@@ -127,8 +170,14 @@ def test_what_cannot_be_fitted_says_why(known: Measured) -> None:
         found.plan(1.5, 32768)
     with pytest.raises(InvalidInputError, match="bits is 0; give the bits"):
         found.plan(0)
-    with pytest.raises(InvalidInputError, match="widths are 5; choose from 1, 2, 3, 4, 8"):
+    with pytest.raises(
+        InvalidInputError, match="widths are 5; choose from those that were measured, 1, 2, 3, 4, 8, or"
+    ):
         found.plan(3, widths=[5])
+    with pytest.raises(InvalidInputError, match="widths are 2, 5; choose from 1, 2, 3, 4, 8"):
+        measured(model, widths=(2, 5))
+    with pytest.raises(InvalidInputError, match="method is 'guess'; give one of layer-by-layer, one-pass"):
+        measured(model, "guess")  # type: ignore[arg-type]
     with pytest.raises(InvalidInputError, match="layer_bits decides widths, which are to be fitted"):
         measure(model, tokenizer, {"w": text(900)}, TurboQuant(layer_bits={0: 16}), PIECES)
     with pytest.raises(InvalidInputError, match="tokens packs no page; give pieces of at least 260"):

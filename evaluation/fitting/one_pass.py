@@ -21,10 +21,9 @@ from torch import nn
 from transformers import Cache, PreTrainedModel
 
 from quantpress.cache import LayerSettings, PackedLayer, host
-from quantpress.errors import InvalidInputError, NonFiniteError, UnsupportedModelError
+from quantpress.errors import NonFiniteError, UnsupportedModelError
 from quantpress.evaluation.divergence.documents import Document
 from quantpress.evaluation.divergence.teacher_forcing import float32_logits
-from quantpress.kernels.layout import PAGE_TOKENS
 from quantpress.pipelines.reading.chunked_prefill import backbone
 from quantpress.pipelines.rollback import model_rollback
 from quantpress.presses.models.attention import hooked
@@ -40,7 +39,7 @@ Sides = tuple[torch.Tensor, torch.Tensor]
 LayerErrors = tuple[dict[int, float], dict[int, float]]
 
 
-def sensitivities(
+def one_pass(
     model: PreTrainedModel,
     document: Document,
     press: TurboQuant,
@@ -62,16 +61,10 @@ def sensitivities(
         For each packed layer, the mean KL in nats a token when its keys alone have a width, and its values.
 
     Raises:
-        InvalidInputError: the context is too short for a page.
         UnsupportedModelError: layers keep states beside tokens, through which no gradient is taken.
         NonFiniteError: the gradients hold NaN or infinity.
     """
     ids = document.ids[None].to(model.device)
-    least = press.sink_tokens + press.detect_sinks + press.recent_tokens + PAGE_TOKENS
-    if document.context < least:
-        raise InvalidInputError(
-            f"a context of {document.context} tokens packs no page; give pieces of at least {least}"
-        )
     cache, layers = host.empty_cache(model), _EveryWidth(press, widths)
     with torch.no_grad(), model_rollback(model):
         press.prepare(model)
@@ -96,7 +89,7 @@ def sensitivities(
 
 
 def steps_of(samples: int = SAMPLES) -> int:
-    """How often `sensitivities` calls `step` for a document."""
+    """How often `one_pass` calls `step` for a document."""
     return 1 + samples
 
 
