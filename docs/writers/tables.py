@@ -137,10 +137,14 @@ def first() -> str:
 
 
 def plan_ranks() -> str:
-    """Rank correlation of the estimates with the reference, by width."""
-    found = results("plans")["correlation"]
-    columns = {"bits": "{bits}", "all": "{all:.2f}", "keys": "{keys:.2f}", "values": "{values:.2f}"}
-    return formatted(({"bits": bits, **row} for bits, row in found.items()), columns)
+    """Rank correlation of the estimates with what is measured layer by layer, by model and width."""
+    columns = {"model": "{model}", "bits": "{bits}"}
+    columns |= {"all": "{all:.2f}", "keys": "{keys:.2f}", "values": "{values:.2f}"}
+    every = (results(name) for name in ("plans", "plans_qwen"))
+    rows = (
+        {"model": one["model"], "bits": n, **row} for one in every for n, row in one["correlation"].items()
+    )
+    return formatted(rows, columns)
 
 
 def memory() -> str:
@@ -216,6 +220,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "capture-rules": capture_rules,
     "families": families,
     "plans": _rows("plans", PLANS),
+    "plans-qwen": _rows("plans_qwen", PLANS),
     "plan-ranks": plan_ranks,
     "vllm-speed": vllm.speed,
     "vllm-quality": vllm.quality,

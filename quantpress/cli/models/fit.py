@@ -98,7 +98,7 @@ def fit(
     method: Annotated[
         Literal["layer-by-layer", "one-pass"],
         typer.Option(
-            help="Measure with two readings for each layer and width, or estimate from gradients of one pass."
+            help="Measure, with two readings for each layer and width, or estimate from gradients of one pass."
         ),
     ] = "layer-by-layer",
     pieces: Annotated[
