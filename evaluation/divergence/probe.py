@@ -104,6 +104,19 @@ class DivergenceProbe:
         return [result for some in entries for result in self._over(press, some)]
 
     @torch.inference_mode()
+    def kl_over(self, cache: Cache) -> list[list[float]]:
+        """KL of each token of the continuations over a cache that holds all contexts, unevicted.
+
+        Args:
+            cache: it grows by the continuations.
+
+        Raises:
+            NonFiniteError: the logits over this cache hold NaN or infinity.
+        """
+        kl: list[list[float]] = self._scored(cache, self.context, self.ids, self.reference)[0]
+        return kl
+
+    @torch.inference_mode()
     def _over(self, press: BasePress | None, entries: slice) -> list[DocumentDivergence]:
         ids, context, reference = self.ids[entries], self.context, self.reference.of(entries)
         cache, begin = host.empty_cache(self.model), time.perf_counter()

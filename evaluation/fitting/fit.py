@@ -80,8 +80,8 @@ def measure(
         press: windows, rotation and all else but the widths; None: those of the presets.
         pieces: what to read of all texts together; None: 2 pieces of 1024 tokens layer by layer, 4 in one
             pass, and 128 predictions behind each.
-        method: "layer-by-layer" reads each piece once for each layer, side and width, and measures the
-            divergence; "one-pass" estimates it from gradients, at every width, and reads each piece once.
+        method: "layer-by-layer" measures the divergence, by predicting the text behind each piece once for
+            each layer, side and width; "one-pass" estimates it from gradients, at every width.
         widths: the widths that may be chosen, which are measured layer by layer; 8 is measured with them.
         name: name of the model; None: its own.
         progress: True or False; None shows a bar in a terminal.

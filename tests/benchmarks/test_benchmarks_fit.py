@@ -43,7 +43,8 @@ def test_plans_are_compared_within_the_bytes_of_one_width(
     assert first["correlation"]["2"]["all"] > 0.5
     for name in ("estimate", "reference", "scores"):
         assert (tmp_path / "work" / f"{name}.jsonl").stat().st_size
-    monkeypatch.delattr(fit.DivergenceProbe, "over")  # nothing is measured twice
+    for name in ("over", "kl_over"):
+        monkeypatch.delattr(fit.DivergenceProbe, name)  # nothing is measured twice
     fit.main()
     again = json.loads(written.read_text())
     assert {**again, "seconds": 0} == {**first, "seconds": 0}

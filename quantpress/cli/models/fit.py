@@ -98,7 +98,7 @@ def fit(
     method: Annotated[
         Literal["layer-by-layer", "one-pass"],
         typer.Option(
-            help="Measure, with two readings for each layer and width, or estimate from gradients of one pass."
+            help="Measure each layer and width, or estimate all from gradients of one pass, which is faster."
         ),
     ] = "layer-by-layer",
     pieces: Annotated[

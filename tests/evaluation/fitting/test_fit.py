@@ -117,7 +117,7 @@ def test_the_budget_is_the_bytes_of_the_cache(bits: float, known: Measured) -> N
     "method, module, work, done, left",
     [
         ("one-pass", fitting.gradients, "one_pass", 1, 1),
-        ("layer-by-layer", DivergenceProbe, "over", 19, 19),  # 1 + 3 layers x 2 sides x 3 widths a piece
+        ("layer-by-layer", DivergenceProbe, "kl_over", 19, 19),  # 1 + 3 layers x 2 sides x 3 widths a piece
     ],
 )
 def test_a_run_that_was_interrupted_goes_on(
