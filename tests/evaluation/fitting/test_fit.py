@@ -156,6 +156,7 @@ def test_a_press_fits_itself(tmp_path: Path) -> None:
     press = TurboQuant.fit(model, 3.5, tokenizer=word_tokenizer(), press=TurboQuant(3, **WINDOWS), **options)
     plan = press.plan
     assert isinstance(plan, WidthPlan) and plan.bits <= 3.5 and plan.text == "w"
+    assert plan.method == "layer-by-layer"
     assert press == TurboQuant(plan=plan, **WINDOWS)  # type: ignore[arg-type]
     assert {bits for pair in plan.widths.values() for bits in pair} <= {2, 3, 4}
     with pytest.raises(InvalidInputError, match="there is no tokenizer of the name ''"):
