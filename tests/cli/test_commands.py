@@ -136,7 +136,7 @@ def test_a_model_is_fitted_and_the_plan_is_used(model: str, tmp_path: Path) -> N
     found = json.loads(
         invoke("fit", model, "--method", "one-pass", "-o", files[0], "-b", "3.6", *options).stdout
     )
-    assert found["method"] == "one-pass" and "layer by layer" in " ".join(shown.split())
+    assert found["method"] == "one-pass" and "method layer-by-layer" in " ".join(shown.split())
 
 
 def test_a_model_spread_over_all_devices_answers_the_same(

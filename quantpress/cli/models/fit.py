@@ -67,7 +67,7 @@ class Fitted(Outcome):
             for name, one in zip(("layer", "keys", "values"), cells, strict=True):
                 lines.append(f"{name:7}" + "".join(f"{cell:3}" for cell in one))
         size = f", {plan.bits:.2f} bits a value at {plan.context:,} tokens" if plan.context else ""
-        how = f", errors {plan.method.replace('-', ' ')}" if plan.method else ""
+        how = f", method {plan.method}" if plan.method else ""
         lines.append(f"{self.file}: {plan.model}, mean width {plan.mean_bits:.2f}{size}{how}.")
         if not {1, 8}.isdisjoint(bits for pair in plan.widths.values() for bits in pair):
             lines.append("On a GPU, plain PyTorch reads layers of 1 or 8 bits, which is slower.")
