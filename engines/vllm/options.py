@@ -41,8 +41,8 @@ def options_of(additional_config: Any, requests: int) -> Options:
     given = additional_config.get(KEY, {}) if isinstance(additional_config, dict) else {}
     if isinstance(given, dict) and "plan" in given:
         raise InvalidInputError(
-            f"plan is {given['plan']!r}, but in vLLM every layer has the widths of --kv-cache-dtype: it keeps "
-            "pages of several sizes in a layout that the plugin does not read; leave plan out"
+            f"plan is {given['plan']!r}, but in vLLM every layer has the widths of --kv-cache-dtype: it "
+            "keeps pages of several sizes in a layout that the plugin does not read; leave plan out"
         )
     names = [field.name for field in fields(Options)]
     if not isinstance(given, dict) or not set(given) <= set(names):

@@ -14,6 +14,7 @@ every width, with the errors that its codes really have.
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from math import isfinite
 from typing import Any
 
 import torch
@@ -83,7 +84,7 @@ def one_pass(
             (one[index][side].float() * error.float()).sum(dim=(2, 3)) for one in gradients
         ]  # [1, Hkv]
         found[index][side][bits] = float(torch.stack(products).square().sum()) / counted
-    if not all(torch.tensor(list(one.values())).isfinite().all() for pair in found.values() for one in pair):
+    if not all(isfinite(error) for pair in found.values() for one in pair for error in one.values()):
         raise NonFiniteError("the gradients are not finite; load the model in bfloat16 or float32")
     return found
 

@@ -200,9 +200,9 @@ def test_split_kernel_compiles_without_a_gpu(
 def test_kernels_around_it_compile_without_a_gpu(capability: int, heads: int, dim: int) -> None:
     pytest.importorskip("triton")
     from quantpress.kernels.attend.merge import merge_kernel
-    from quantpress.kernels.score.page_scores import page_scores_kernel
     from quantpress.kernels.attend.prepare import prepare_kernel
     from quantpress.kernels.attend.schedule_kernel import schedule_kernel
+    from quantpress.kernels.score.page_scores import page_scores_kernel
 
     chained = {"CHAINED": capability >= 90, "R": 8, "DV": dim}
     first = chained | {"D": dim, "TILE": DENSE_TILE, "HAS_WEIGHT": True, "HAS_MEAN": True}
