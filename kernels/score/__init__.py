@@ -1,5 +1,6 @@
 """Inner products of queries with packed vectors from their codes, without decoding a vector.
 
+reference.py        plain PyTorch, a chunk of pages at a time
 page_scores.py      the kernel that scores the keys that pages store beside their codes, for `kernels.attend`
 """
 
