@@ -50,7 +50,7 @@ its own cache, and transformers with its uncompressed cache.
 - **first chunk**: statistics from the first prompt of the engine, another piece of the novel.
 - **prefix hit**: the same prompts again. They read packed blocks, and their recent pages are gone.
 - **of TurboQuant(b)**: KL divided by that of `TurboQuant(b)` in transformers, which keeps as many tokens in
-  16 bits but has statistics of each prompt.
+  16 bits and has statistics of each prompt, but no page keys.
 - **of the preset**: KL divided by that of the preset of as many bits, which also keeps 8 detected sinks.
 
 {table}"""
