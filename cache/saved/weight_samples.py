@@ -89,7 +89,7 @@ class _Share:
         numel = torch.Size(self.shape).numel()
         indices = torch.arange(0, numel, max(1, numel // SAMPLE), device="cpu")[:SAMPLE]
         places = list(torch.unravel_index(indices, self.shape))
-        mine = torch.full(indices.shape, ranks.first, dtype=torch.int64, device="cpu")
+        mine = torch.full(indices.shape, ranks.first, dtype=torch.bool, device="cpu")
         if self.dim is not None:
             per_part, held = self.total // self.parts, self.weight.shape[self.dim] // self.parts
             part, within = places[self.dim] // per_part, places[self.dim] % per_part
