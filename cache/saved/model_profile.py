@@ -99,17 +99,24 @@ class ModelProfile:
             raise InvalidInputError(f"{heads} selects none of the {count} KV heads of layer {layer_index}")
         return transform.map(lambda part: part[:, heads].contiguous())
 
-    def query_moments(self, layer_index: int, heads: slice | None = None) -> QueryMoments | None:
-        """Moments of the queries of one layer, float32; None where they are not known.
+    def query_moments(
+        self, layer_index: int, heads: slice | None = None, group: slice | None = None
+    ) -> QueryMoments | None:
+        """Moments of the queries of one layer; None where they are not known.
 
         Args:
             layer_index: index of the layer in the model.
-            heads: the KV heads of this process, with their query heads; None: all.
+            heads: the KV heads of this process, where several share the model; None: all.
+            group: the query heads of each of them that this process has; None: all.
+
+        Returns:
+            mean and variance, each [h, g, D] float32 on the CPU, contiguous.
         """
         moments = self.queries.get(layer_index)
-        if moments is None or heads is None:
+        if moments is None or (heads is None and group is None):
             return moments
-        return moments.map(lambda part: part[heads].contiguous())
+        own = heads or slice(None), group or slice(None)
+        return moments.map(lambda part: part[own].contiguous())
 
     def check(self, config: Any) -> None:
         """Refuse a model of another architecture or shape.

@@ -288,7 +288,9 @@ class QuantpressImpl(AttentionImpl[QuantpressMetadata]):
         if profile is not None:
             heads = _own_heads(self.config, self.num_kv_heads)
             index = extract_layer_index(layer.layer_name)
-            self.store.set_statistics(profile.transform(index, heads), profile.query_moments(index, heads))
+            group = _own_group(self.config, self.store.settings.group)
+            moments = profile.query_moments(index, heads, group)
+            self.store.set_statistics(profile.transform(index, heads), moments)
 
     def _freeze(self, plan: PrefillPlan, keys: Tensor, queries: Tensor, packed: bool) -> None:
         """Take the statistics from a long piece of a prompt, if the step has one."""
@@ -309,6 +311,13 @@ def _own_heads(config: VllmConfig, heads: int) -> slice:
     rank = get_tensor_model_parallel_rank()
     first = rank * heads if total >= ranks else rank * total // ranks
     return slice(first, first + heads)
+
+
+def _own_group(config: VllmConfig, group: int) -> slice:
+    """Query heads of this rank among those of its KV head, which several ranks may hold."""
+    total, ranks = config.model_config.get_total_num_kv_heads(), config.parallel_config.tensor_parallel_size
+    first = get_tensor_model_parallel_rank() % max(1, ranks // total) * group
+    return slice(first, first + group)
 
 
 def profile_of(config: VllmConfig) -> ModelProfile | None:

@@ -87,6 +87,8 @@ def test_a_rank_gets_its_heads() -> None:
         assert queries is not None and torch.equal(
             queries.mean, made.queries[3].mean[2 * rank : 2 * rank + 2]
         )
+    part = made.query_moments(3, slice(1, 2), slice(2, 4))  # a KV head that two ranks hold
+    assert part is not None and torch.equal(part.variance, made.queries[3].variance[1:2, 2:4])
     assert made.query_moments(1) is None
     with pytest.raises(InvalidInputError, match="none of the 8 KV heads"):
         made.transform(3, slice(8, 10))

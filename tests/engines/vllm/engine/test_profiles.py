@@ -17,6 +17,7 @@ from tests.engines.vllm.engine.running import Engine, engine
 from tests.engines.vllm.engine.tiny import Truth, save_model, tokens
 
 CLOSE = 0.15  # nats; other tokens in the cache give 0.9 or more
+QUERY_HEADS = 16
 PACKED = {"kv_cache_dtype": "quantpress_4bit"}
 
 
@@ -126,3 +127,7 @@ def test_heads_of_a_rank(total: int, ranks: int, own: list[range], monkeypatch: 
     for rank, heads in enumerate(own):
         monkeypatch.setattr(backend, "get_tensor_model_parallel_rank", lambda rank=rank: rank)
         assert range(total)[backend._own_heads(config, max(1, total // ranks))] == heads
+        whole, local = QUERY_HEADS // total, QUERY_HEADS // ranks // len(heads)  # query heads of a KV head
+        group = range(whole)[backend._own_group(config, local)]
+        queries = [head * whole + query for head in heads for query in group]
+        assert queries == list(range(QUERY_HEADS // ranks * rank, QUERY_HEADS // ranks * (rank + 1)))
