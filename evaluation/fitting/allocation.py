@@ -5,7 +5,7 @@
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 
@@ -70,3 +70,34 @@ def allocate(items: Sequence[Sequence[Choice]], budget: int) -> list[int]:
         found.append(int(chosen[row, left]))
         left -= steps[row][found[-1]]
     return found[::-1]
+
+
+def widened(items: Sequence[Sequence[Choice]], chosen: Sequence[int], budget: int) -> list[int]:
+    """Spend what a choice leaves of the budget: the lowest choice goes one up for as long as one fits.
+
+    Args:
+        items: the choices for each item, cheapest first.
+        chosen: the index of the choice for each item.
+        budget: most bytes of all items together.
+
+    Returns:
+        The index of the choice for each item.
+
+    >>> widened([[Choice(2, 0.0), Choice(4, 0.0)], [Choice(2, 9.0), Choice(4, 1.0)]], [0, 1], budget=9)
+    [1, 1]
+    """
+    found = list(chosen)
+    spare = budget - sum(item[index].cost for item, index in zip(items, found, strict=True))
+    for row in _lowest_first(items, found):
+        cost = items[row][found[row] + 1].cost - items[row][found[row]].cost
+        if cost <= spare:
+            found[row], spare = found[row] + 1, spare - cost
+    return found
+
+
+def _lowest_first(items: Sequence[Sequence[Choice]], found: Sequence[int]) -> Iterator[int]:
+    """Every item once for each step that it can still go up, those at lower choices before the others."""
+    for index in range(max(map(len, items))):
+        for row, item in enumerate(items):
+            if found[row] == index < len(item) - 1:
+                yield row

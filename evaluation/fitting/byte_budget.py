@@ -9,7 +9,7 @@ from quantpress.cache.memory_estimate import layer_estimate, page_nbytes
 from quantpress.cache.saved.width_plan import Errors
 from quantpress.cache.settings import LayerSettings
 from quantpress.errors import InvalidInputError
-from quantpress.evaluation.fitting.allocation import Choice, allocate
+from quantpress.evaluation.fitting.allocation import Choice, allocate, widened
 from quantpress.evaluation.sizing.model_outline import LayerOutline
 from quantpress.kernels.layout import PAGE_TOKENS
 from quantpress.presses.turboquant import TurboQuant
@@ -51,6 +51,9 @@ class ByteBudget:
     def widths(self, errors: Errors, budget: int) -> dict[int, tuple[int, int]]:
         """The widths whose errors add up to the least within a number of bytes.
 
+        What that leaves of the bytes goes to wider codes, the narrowest first: errors below the noise of a
+        measurement count as none, and a wider code has less.
+
         Args:
             errors: by layer index, for keys and for values, the error of each width to choose from.
             budget: most bytes of all layers.
@@ -77,6 +80,7 @@ class ByteBudget:
             )
         fixed = least - sum(min(choice.cost for choice in item) for item in choices)
         chosen = allocate(choices, budget - fixed)
+        chosen = widened(choices, chosen, budget - fixed)
         bits = [widths[index] for widths, index in zip(options, chosen, strict=True)]
         return {layer.index: (bits[2 * i], bits[2 * i + 1]) for i, layer in enumerate(self.layers)}
 

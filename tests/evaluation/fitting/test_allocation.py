@@ -7,7 +7,7 @@ import pytest
 
 from quantpress.errors import InvalidInputError
 from quantpress.evaluation.fitting import allocation
-from quantpress.evaluation.fitting.allocation import Choice, allocate
+from quantpress.evaluation.fitting.allocation import Choice, allocate, widened
 
 
 def items(chance: random.Random, step: int) -> list[list[Choice]]:
@@ -50,3 +50,16 @@ def test_large_budgets_are_met_in_steps(monkeypatch: pytest.MonkeyPatch) -> None
     least, _ = sums(choices, tuple(min(range(4), key=lambda i, item=item: item[i].cost) for item in choices))
     cheap = sums(choices, tuple(min(range(4), key=lambda i, item=item: item[i].cost) for item in choices))[1]
     assert least <= cost <= budget and error < cheap
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_what_is_left_goes_to_the_lowest_choices(seed: int) -> None:
+    chance = random.Random(seed)
+    choices = [[Choice(10 * bits, 0.0) for bits in (2, 3, 4)] for _ in range(6)]
+    budget = chance.randrange(120, 240)
+    found = widened(choices, allocate(choices, budget), budget)
+    cost, _ = sums(choices, tuple(found))
+    assert budget - 10 < cost <= budget and max(found) - min(found) <= 1
+    started = [chance.randrange(3) for _ in choices]
+    ended = widened(choices, started, 240)
+    assert ended == [2] * 6 and widened(choices, started, 0) == started
