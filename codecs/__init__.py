@@ -2,6 +2,7 @@
 
 protocol.py    `PageCodec`, what the cache and attention ask of a codec
 scalar.py      TurboQuant: rotation, scalar codes, one scale per vector
+trellis.py     the same with trellis codes
 raw.py         the vectors as they are
 uniform.py     plain integers and KIVI's scheme
 turboquant.py  TurboQuant as an object of its own, outside a cache
@@ -14,6 +15,7 @@ The codecs are imported here so that saved caches can name them.
 from quantpress.codecs.protocol import PageCodec, Planes, codec_of
 from quantpress.codecs.raw import RawPages
 from quantpress.codecs.scalar import ScalarPages
+from quantpress.codecs.trellis import TrellisPages
 from quantpress.codecs.uniform import UniformPages
 
-__all__ = ["PageCodec", "Planes", "RawPages", "ScalarPages", "UniformPages", "codec_of"]
+__all__ = ["PageCodec", "Planes", "RawPages", "ScalarPages", "TrellisPages", "UniformPages", "codec_of"]

@@ -23,7 +23,9 @@ from quantpress.quantization.budget import ChannelGroup
 from quantpress.quantization.spec import CodecSpec
 from quantpress.quantization.transform import ChannelTransform
 
-_DIGEST = "constants"
+CONSTANTS = "constants"
+"""Where the parts of a codec hold the digest."""
+
 _STEP = 2.0**-20  # rotations are made from sines and factorizations, whose last bits differ between machines
 
 
@@ -80,15 +82,7 @@ class ScalarPages(PageCodec):
         widths = {f"codes{i}": (group.bits, group.channels) for i, group in enumerate(self.spec.groups)}
         if self.spec.estimator == "prod":
             widths["sketch"] = (1, self.head_dim)
-        gathered = {}
-        for name, plane in planes.items():
-            if name in widths:
-                bits, channels = widths[name]
-                codes = gather_rows(unpack_pages(plane, bits, channels, self.spec.role), tokens)
-                gathered[name] = pack_pages(codes, bits, self.spec.role)
-            else:  # one number a token
-                gathered[name] = gather_rows(plane.unsqueeze(-1), tokens).squeeze(-1)
-        return gathered
+        return gather_codes(planes, tokens, widths, self.spec.role)
 
     def decode_code_space(self, planes: Planes) -> Tensor:
         return decode_code_space(planes, self.spec)
@@ -107,7 +101,7 @@ class ScalarPages(PageCodec):
 
     def parts(self) -> Parts:
         """The spec's fields, and the digest of what follows from them."""
-        return Parts(kind_of(self), {**self.spec.to_dict(), _DIGEST: constants_digest(self.spec)})
+        return Parts(kind_of(self), {**self.spec.to_dict(), CONSTANTS: constants_digest(self.spec)})
 
     @classmethod
     def from_parts(cls, parts: Parts) -> "ScalarPages":
@@ -117,28 +111,60 @@ class ScalarPages(PageCodec):
             InvalidInputError: the pages were packed with other rotations, codebooks or another sketch.
         """
         about = dict(parts.about)
-        noted = about.pop(_DIGEST, None)
+        noted = about.pop(CONSTANTS, None)
         spec = CodecSpec.from_dict(about)
-        if constants_digest(spec) != noted:
-            raise InvalidInputError(
-                f"the rotation of {spec} is not the one that the pages were packed with (another seed, or "
-                "another random stream); pack the context again"
-            )
+        check_constants(spec, constants_digest(spec), noted)
         return cls(spec)
+
+
+def gather_codes(planes: Planes, tokens: Tensor, widths: dict[str, tuple[int, int]], role: str) -> Planes:
+    """Make pages of some of the tokens, as `PageCodec.gather` does.
+
+    Args:
+        planes: planes of codes, and others that have one number a token.
+        tokens: as for `PageCodec.gather`.
+        widths: code width and channels of each plane of codes.
+        role: "key" or "value".
+    """
+    gathered = {}
+    for name, plane in planes.items():
+        if name in widths:
+            bits, channels = widths[name]
+            codes = gather_rows(unpack_pages(plane, bits, channels, role), tokens)
+            gathered[name] = pack_pages(codes, bits, role)
+        else:
+            gathered[name] = gather_rows(plane.unsqueeze(-1), tokens).squeeze(-1)
+    return gathered
 
 
 @lru_cache(maxsize=64)
 def constants_digest(spec: CodecSpec) -> str:
-    """SHA-256 of a codec's rotations, codebooks and sketch, to a precision that every machine reproduces."""
-    digest = hashlib.sha256()
+    """The digest of a codec's rotations, codebooks and sketch."""
+    constants = []
     for group in range(len(spec.groups)):
-        digest.update(_rounded(spec.rotation_of(group).matrix()))
         levels = torch.tensor(spec.codebook_of(group).levels, dtype=torch.float64, device="cpu")
-        digest.update(_rounded(levels))
+        constants += [spec.rotation_of(group).matrix(), levels]
     if spec.estimator == "prod":
-        digest.update(_rounded(spec.sketch_matrix()))
+        constants.append(spec.sketch_matrix())
+    return digest_of(*constants)
+
+
+def digest_of(*constants: Tensor) -> str:
+    """SHA-256 of numbers, to a precision that every machine reproduces."""
+    digest = hashlib.sha256()
+    for numbers in constants:
+        digest.update((numbers.double() / _STEP).round().to(torch.int64).numpy().tobytes())
     return digest.hexdigest()
 
 
-def _rounded(values: Tensor) -> bytes:
-    return (values.double() / _STEP).round().to(torch.int64).numpy().tobytes()
+def check_constants(what: object, found: str, noted: object) -> None:
+    """Refuse pages that were packed with other constants.
+
+    Raises:
+        InvalidInputError: the digests differ.
+    """
+    if found != noted:
+        raise InvalidInputError(
+            f"the rotation of {what} is not the one that the pages were packed with (another seed, or "
+            "another random stream); pack the context again"
+        )

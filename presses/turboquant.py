@@ -15,6 +15,7 @@ from quantpress.cache.saved.width_plan import WidthPlan
 from quantpress.cache.settings import LayerSettings
 from quantpress.codecs.protocol import PageCodec
 from quantpress.codecs.scalar import ScalarPages
+from quantpress.codecs.trellis import TrellisPages
 from quantpress.errors import InvalidInputError
 from quantpress.presses.base import PressMixin
 from quantpress.presses.base_press import BasePress
@@ -27,6 +28,7 @@ from quantpress.presses.packing.filled_cache import pack_cache
 from quantpress.presses.packing.pack_layers import Packer
 from quantpress.presses.presets import PRESETS
 from quantpress.presses.ranks import own_heads
+from quantpress.quantization.codebook import CODEBOOK_FORMS
 from quantpress.quantization.spec import CodecSpec
 
 if TYPE_CHECKING:
@@ -43,6 +45,12 @@ DEFAULT_BITS = 4
 
 FITS = "quantpress.evaluation.fitting.fit"
 """The module of the work of `TurboQuant.fit`, imported when it is called."""
+
+TRELLIS = "trellis"
+"""In `codebook`: trellis codes."""
+
+SCALAR_BITS = 8
+"""The width of which there are no trellis codes."""
 
 _REFERENCE_HEAD_DIM = 128
 
@@ -67,7 +75,8 @@ class TurboQuant(PressMixin, BasePress, quantizes=True, keeps_tokens=True):
         rotation: "hadamard", "haar" or "identity".
         seed: seed of the rotation.
         scale: the stored scale: "auto", "norm_corrected", "unbiased" or "norm"; see `CodecSpec`.
-        codebook: "int8" or "lloyd_max".
+        codebook: "int8", "lloyd_max", or "trellis": codes of whole vectors, with less error at the same
+            bytes, for widths of 1, 2, 3 and 4. They run in plain PyTorch only; 8 bits stay scalar.
         estimator: estimator of keys: "mse", or "prod" for the paper's 1-bit sketch of the residual. Values
             always use "mse".
         layer_bits: widths of single layers, by layer index, as bits or (key bits, value bits); 16 leaves a
@@ -171,6 +180,12 @@ class TurboQuant(PressMixin, BasePress, quantizes=True, keeps_tokens=True):
         for name in ("mean_key", "balance"):
             if not isinstance(getattr(self, name), bool):
                 raise InvalidInputError(f"{name} is {getattr(self, name)!r}; give True or False")
+        if self.codebook not in (forms := (*CODEBOOK_FORMS, TRELLIS)):
+            raise InvalidInputError(f"codebook is {self.codebook!r}; use one of {', '.join(forms)}")
+        if self.codebook == TRELLIS and self.estimator != "mse":
+            raise InvalidInputError(
+                f"estimator={self.estimator!r} is for scalar codes: leave it out, or codebook={TRELLIS!r}"
+            )
         if self.layer_bits is not None and not isinstance(self.layer_bits, Mapping):
             raise InvalidInputError(
                 f"layer_bits is {self.layer_bits!r}; give a dict from layer index to bits, such as {{0: 8}}"
@@ -359,11 +374,15 @@ class TurboQuant(PressMixin, BasePress, quantizes=True, keeps_tokens=True):
             return None
         if self.codec is not None:
             return self.codec(key_dim, "key", layer_idx or 0), self.codec(value_dim, "value", layer_idx or 0)
-        rest = (self.rotation, self.seed, self.scale, self.codebook)
-        return (
-            ScalarPages(CodecSpec(key_dim, key_bits, "key", *rest, self.estimator, self.scale_dtype)),
-            ScalarPages(CodecSpec(value_dim, value_bits, "value", *rest, scale_dtype=self.scale_dtype)),
-        )
+        return self._codec(key_dim, key_bits, "key"), self._codec(value_dim, value_bits, "value")
+
+    def _codec(self, head_dim: int, bits: float, role: str) -> PageCodec:
+        form, rest = self.codebook, (self.rotation, self.seed, self.scale)
+        if form == TRELLIS and bits != SCALAR_BITS:
+            return TrellisPages(head_dim, bits, role, *rest, self.scale_dtype)  # type: ignore[arg-type]  # checked
+        form = "lloyd_max" if form == TRELLIS else form
+        estimator = self.estimator if role == "key" else "mse"
+        return ScalarPages(CodecSpec(head_dim, bits, role, *rest, form, estimator, self.scale_dtype))
 
     @property
     def _fitted(self) -> WidthPlan | None:

@@ -5,6 +5,7 @@ A head's vector x is coded as
     y = transform(x)                 channels centred, balanced and ordered      transform.py
     y = R y / |R y|                  rotated per channel group, on a sphere      rotation.py
     code = nearest level per channel the density of its coordinates is known     codebook.py
+           or nearest path of levels                                             trellis
 
 A `CodecSpec` says with how many bits, and how the scale is stored. Definitions are exact to float64.
 """

@@ -224,14 +224,14 @@ def value_statistics(
         in_use: [B, Hkv, T] bool, the tokens that count; None: all.
 
     Returns:
-        With several groups order int16 [B, Hkv, D]; with one group the identity, and `values` are not read.
+        With several groups order int16 [B, Hkv, D]; else the identity, and `values` are not read.
 
     Raises:
         EmptyContextError: T is 0.
         NonFiniteError: values hold NaN or infinity.
         InvalidInputError: `values` is not [B, Hkv, T, D].
     """
-    if len(groups) == 1:
+    if len(groups) <= 1:
         return ChannelTransform()
     return ChannelTransform(order=channel_order(token_energy(values, None, "values", in_use)))
 

@@ -40,6 +40,7 @@ ROOMS = {
     "presses": ("packing", "models"),
     "cache": ("saved", "paged", "fixed", "attention", "tokens"),
     "kernels": ("steps", "attend", "combine", "score", "blocks", "dequantize", "encode"),
+    "quantization": ("trellis",),
 }  # the sub-folders of a folder; each imports only itself and later ones
 MODULE = re.compile(r"\w+(?:\.py|/)")
 MOST_FILES = 15  # in one folder, so that a reader sees what is there

@@ -61,7 +61,7 @@ def encode_pages(x: Tensor, spec: CodecSpec, transform: ChannelTransform) -> dic
     Source: TurboQuant, arXiv 2504.19874, Algorithms 1 and 2.
     """
     check_vectors(x, spec, transform)
-    return _in_range(lambda stored: _encode(x, stored, transform), spec)
+    return in_range(lambda stored: _encode(x, stored, transform), spec)
 
 
 def _encode(x: Tensor, spec: CodecSpec, transform: ChannelTransform) -> dict[str, Tensor]:
@@ -73,7 +73,7 @@ def _encode(x: Tensor, spec: CodecSpec, transform: ChannelTransform) -> dict[str
     return encode_pages_reference(x, spec, transform)
 
 
-def _in_range(encode: _Encode, spec: CodecSpec) -> dict[str, Tensor]:
+def in_range(encode: _Encode, spec: CodecSpec) -> dict[str, Tensor]:
     """Planes of `encode` for the spec, with scales in float32 where "auto" needs them."""
     planes = encode(spec)
     low, high = _range(planes)

@@ -90,10 +90,10 @@ def _encode_chunk(
     for i, group in enumerate(spec.groups):
         part = x[..., start : start + group.channels]
         start += group.channels
-        unit, norm = _rotated_unit(part, spec.rotation_of(i))
+        unit, norm = rotated_unit(part, spec.rotation_of(i))
         codes, levels = nearest_level(spec.codebook_of(i), x.device)(unit)
-        ratio = _scale_ratio(unit, levels, spec.scale_rule)
-        scale = _saturate(norm * ratio, dtype)
+        ratio = scale_ratio(unit, levels, spec.scale_rule)
+        scale = saturate(norm * ratio, dtype)
         planes[f"codes{i}"] = pack_pages(codes, group.bits, spec.role)
         planes[f"scale{i}"] = scale if sinks is None else mark_sinks(scale, sinks)
         if spec.estimator == "prod":
@@ -101,7 +101,7 @@ def _encode_chunk(
             residual = unit - stored * levels
             sketch = exact_product(residual, spec.sketch_matrix(x.device, torch.float32).T) >= 0
             planes["sketch"] = pack_pages(sketch.to(torch.uint8), 1, spec.role)
-            planes["residual"] = _saturate(norm * torch.linalg.vector_norm(residual, dim=-1), dtype)
+            planes["residual"] = saturate(norm * torch.linalg.vector_norm(residual, dim=-1), dtype)
     return planes
 
 
@@ -141,7 +141,7 @@ def _saturate_both(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x.clamp(-largest, largest).to(dtype)
 
 
-def _rotated_unit(x: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor]:
+def rotated_unit(x: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor]:
     """Unit vectors y / |y| [..., C] of y = rotate(x), and |y| [...]; zero for zero vectors."""
     largest = torch.linalg.vector_norm(x, ord=torch.inf, dim=-1, keepdim=True)
     if not bool(torch.isfinite(largest).all()):
@@ -152,7 +152,7 @@ def _rotated_unit(x: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor]:
     return y, (norm * largest).squeeze(-1).clamp_(max=torch.finfo(torch.float32).max)
 
 
-def _scale_ratio(unit: Tensor, levels: Tensor, rule: str) -> Tensor:
+def scale_ratio(unit: Tensor, levels: Tensor, rule: str) -> Tensor:
     """The scale of unit vectors [..., C] whose codes have levels [..., C]: [...]."""
     if rule == "norm":
         return torch.ones_like(unit[..., 0])
@@ -163,5 +163,6 @@ def _scale_ratio(unit: Tensor, levels: Tensor, rule: str) -> Tensor:
     return stretch.masked_fill(stretch == 0, 1.0).reciprocal()
 
 
-def _saturate(scale: Tensor, dtype: torch.dtype) -> Tensor:
+def saturate(scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """Scales in their dtype; one beyond it becomes the largest that it holds."""
     return scale.clamp(max=torch.finfo(dtype).max).to(dtype)

@@ -68,7 +68,7 @@ def raw_pages(head_dim: int, role: str, layer_idx: int) -> RawPages:
         ({"balance_window": 0}, InvalidInputError, "balance_window is 0"),
         ({"rotation": "dct"}, InvalidInputError, "rotation='dct'"),
         ({"scale": "max"}, InvalidInputError, "scale='max'"),
-        ({"codebook": "nf4"}, InvalidInputError, "codebook='nf4'"),
+        ({"codebook": "nf4"}, InvalidInputError, "codebook is 'nf4'; use one of int8, lloyd_max, trellis"),
         ({"estimator": "qjl"}, InvalidInputError, "estimator='qjl'"),
         ({"seed": -3}, InvalidInputError, "seed"),
     ],

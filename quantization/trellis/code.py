@@ -1,0 +1,90 @@
+"""`Trellis`: which level each code of a vector stands for."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import lru_cache
+from importlib import resources
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from quantpress.errors import UnsupportedBitsError
+
+BITS = (1, 2, 3, 4)
+STATE_BITS = 8
+STATES = 1 << STATE_BITS
+
+
+@dataclass(frozen=True)
+class Trellis:
+    """A trellis of 256 states, one level each.
+
+    The state at channel t is the last 8 bits of codes c_0 ... c_t, c_t lowest. Vectors are tail-biting: c_-1
+    is the last code of the vector, so that every sequence of codes has states, and b bits a channel are all
+    that is stored.
+
+    Args:
+        bits: code width b, 1 to 4.
+        scaled: the level of each state, 256 whole numbers from -127 to 127.
+        unit: a level is scaled * unit / sqrt(D) for unit vectors of dimension D.
+
+    Source: trellis coded quantization, Marcellin and Fischer 1990; states that are windows over the codes:
+    QTIP, arXiv 2406.11235.
+    """
+
+    bits: int
+    scaled: tuple[int, ...]
+    unit: float
+
+    @property
+    def reach(self) -> int:
+        """How many codes a state depends on, its own included: 8 / b, rounded up."""
+        return -(-STATE_BITS // self.bits)
+
+    def states(self, codes: Tensor) -> Tensor:
+        """States of codes: [..., D] uint8 -> [..., D] int32; D is at least `reach`."""
+        wide = codes.int()
+        state = wide
+        for back in range(1, self.reach):
+            state = state | wide.roll(back, -1) << self.bits * back
+        return state & STATES - 1
+
+    def level_tensor(self, head_dim: int, device: torch.device | str | None = None) -> Tensor:
+        """[256] float32 levels of unit vectors of this dimension, on the CPU when no device is given."""
+        scaled = torch.tensor(self.scaled, dtype=torch.float32, device="cpu" if device is None else device)
+        return scaled.mul_(self.unit * head_dim**-0.5)
+
+    def dequantize(self, codes: Tensor) -> Tensor:
+        """Levels of the codes of unit vectors: [..., D] uint8 -> [..., D] float32."""
+        levels = self.level_tensor(codes.shape[-1], codes.device)
+        return levels.index_select(0, self.states(codes).flatten()).view(codes.shape)
+
+
+@lru_cache(maxsize=len(BITS), typed=True)
+def trellis(bits: int) -> Trellis:
+    """The shipped trellis of a width.
+
+    Raises:
+        UnsupportedBitsError: `bits` is not 1, 2, 3 or 4.
+
+    >>> trellis(2).reach, len(trellis(2).scaled)
+    (4, 256)
+    """
+    if bits not in BITS or not isinstance(bits, int):
+        raise UnsupportedBitsError(
+            f"there are trellis codes of 1, 2, 3 and 4 bits, not of {bits!r}; give one of these, or another "
+            "codebook"
+        )
+    row = _shipped()[str(bits)]
+    return Trellis(bits, tuple(row["scaled"]), row["unit"])
+
+
+@lru_cache(maxsize=1)
+def _shipped() -> dict[str, Any]:
+    """Rows of levels.json by width (written by `levels.py`)."""
+    path = resources.files("quantpress.quantization.trellis") / "levels.json"
+    rows: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return rows
