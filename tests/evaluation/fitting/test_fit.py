@@ -57,17 +57,19 @@ def test_estimates_are_divergences_where_errors_are_small(family: str) -> None:
         assert keys[8] + values[8] == pytest.approx(sum(kl) / len(kl), rel=0.6)
 
 
-def test_layer_by_layer_one_side_alone_has_the_width() -> None:
+@pytest.mark.parametrize("codebook", ["int8", "trellis"])
+def test_layer_by_layer_one_side_alone_has_the_width(codebook: str) -> None:
     """As a plan with 8 bits for everything else, less a plan with 8 bits everywhere."""
     model, one = tiny_model("llama"), document()
-    found = layer_by_layer(model, one, TurboQuant(**WINDOWS), [0, 1, 2], [3])
+    found = layer_by_layer(model, one, TurboQuant(codebook=codebook, **WINDOWS), [0, 1, 2], [3])
     probe = DivergenceProbe(model, [one])
 
     def kl(widths: dict[int, tuple[int, int]]) -> float:
         plan = WidthPlan(
             "tiny", config_fingerprint(model.config), {0: (8, 8), 1: (8, 8), 2: (8, 8), **widths}
         )
-        tokens = probe.over(TurboQuant(plan=plan, **WINDOWS))[0].kl  # type: ignore[arg-type]
+        press = TurboQuant(plan=plan, codebook=codebook, **WINDOWS)  # type: ignore[arg-type]
+        tokens = probe.over(press)[0].kl
         return sum(tokens) / len(tokens)
 
     base = kl({})
