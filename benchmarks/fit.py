@@ -13,6 +13,8 @@
    uncompressed model in nats, on pieces of the second half of the book, with the windows of the presets.
    `ratio` is the KL over that of one width, with a 95 % bootstrap interval over documents. Plans use only
    widths that were measured.
+4. With --trellis, the same with trellis codes in place of scalar ones, in the same bytes: one width, and
+   plans of errors that were measured layer by layer with trellis codes. On a CPU this takes hours.
 
 A run that was interrupted goes on from the files in --work.
 """
@@ -48,6 +50,9 @@ from quantpress.presses import TurboQuant
 
 BUDGETS = {2.0: (2, 2), 2.5: (3, 2), 3.0: (3, 3)}
 """Mean width, and the widths of keys and values whose bytes it stands for."""
+
+TRELLIS = "trellis, "
+"""What the name of a line begins with where the codes are trellis codes."""
 
 Plans = dict[str, dict[float, WidthPlan]]
 """Plans by the name of what they come from, and by mean width."""
@@ -88,10 +93,11 @@ def correlations(estimate: Errors, exact: Errors, widths: Sequence[int]) -> dict
     return found
 
 
-def plans(measured: Measured, exact: Measured | None, context: int) -> Plans:
+def plans(measured: Measured, exact: Measured | None, trellis: Measured | None, context: int) -> Plans:
     """Plans within the bytes of each mean width, by the name of what they come from."""
     budget, found = measured.budget(context), Plans()
-    for source, by in (("one pass", measured), ("layer by layer", exact)):
+    sources = ("one pass", measured), ("layer by layer", exact), (f"{TRELLIS}layer by layer", trellis)
+    for source, by in sources:
         known = sorted({bits for pair in by.errors.values() for bits in pair[0]}) if by else []
         for widths in (tuple(known), DEFAULT_WIDTHS):
             if by is None or not {*widths} <= {*known}:
@@ -120,11 +126,16 @@ def scores(
         uniform = replace(press, bits=None, key_bits=keys, value_bits=values)
         same = [[layer.index, [keys, values]] for layer in budget.layers]
         base = kl_of(json.dumps(same), uniform)
-        found = {f"one width, {keys}/{values}": (base, 8 * budget.uniform(keys, values) / budget.numbers)}
+        bits = 8 * budget.uniform(keys, values) / budget.numbers
+        found = {f"one width, {keys}/{values}": (base, bits)}
+        if any(source.startswith(TRELLIS) for source in made):
+            kl = kl_of(TRELLIS + json.dumps(same), replace(uniform, codebook="trellis"))
+            found[f"{TRELLIS}one width, {keys}/{values}"] = kl, bits
         for source, by_mean in made.items():
-            plan = by_mean[mean]
-            name = json.dumps(sorted(plan.widths.items()))
-            found[source] = kl_of(name, replace(press, bits=None, plan=plan)), plan.bits
+            plan, kind = by_mean[mean], TRELLIS if source.startswith(TRELLIS) else ""
+            code = replace(press, codebook="trellis") if kind else press
+            name = kind + json.dumps(sorted(plan.widths.items()))
+            found[source] = kl_of(name, replace(code, bits=None, plan=plan)), plan.bits
         means = {source: [float(np.mean(one)) for one in kl] for source, (kl, _) in found.items()}
         first = next(iter(means.values()))
         rows += [
@@ -152,18 +163,23 @@ def main() -> None:
     shape = (args.context, CONTINUATION)
     begin = time.perf_counter()
     given = model, pipe.tokenizer, {"first half": texts["first half"]}, press
-    partial = {one: folder / f"{one}.jsonl" for one in ("estimate", "reference")}
+    partial = {one: folder / f"{one}.jsonl" for one in ("estimate", "reference", "trellis")}
     pieces = Pieces(args.pieces, *shape)
     measured = measure(*given, pieces, method=ONE_PASS, name=name, partial=partial["estimate"])
     seconds = {"estimate": round(time.perf_counter() - begin, 1)}
-    exact = None
-    if args.reference_widths:
+    exact = trellis = None
+    pieces, widths = Pieces(args.reference_pieces, *shape), args.reference_widths
+    options = {"method": LAYER_BY_LAYER, "widths": widths, "name": name}
+    if widths:
         begin = time.perf_counter()
-        pieces, widths = Pieces(args.reference_pieces, *shape), args.reference_widths
-        options = {"method": LAYER_BY_LAYER, "widths": widths, "name": name, "partial": partial["reference"]}
-        exact = measure(*given, pieces, **options)
+        exact = measure(*given, pieces, **options, partial=partial["reference"])
         seconds["reference"] = round(time.perf_counter() - begin, 1)
-    made = plans(measured, exact, args.context)
+    if widths and args.trellis:
+        begin = time.perf_counter()
+        given = *given[:3], replace(press, codebook="trellis")
+        trellis = measure(*given, pieces, **options, partial=partial["trellis"])
+        seconds["trellis"] = round(time.perf_counter() - begin, 1)
+    made = plans(measured, exact, trellis, args.context)
     documents = make_documents(pipe.tokenizer, texts["second half"], args.documents, *shape)
     settings = {
         "model": name,
@@ -192,6 +208,7 @@ def main() -> None:
         },
         "estimate": plain(measured.errors),
         "reference": None if exact is None else plain(exact.errors),
+        "trellis": None if trellis is None else plain(trellis.errors),
     }
     show(report)
     if args.json:
@@ -243,9 +260,13 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--reference-widths", type=int, nargs="*", default=[1, 2, 3, 4], help="none: no reference"
     )
+    parser.add_argument("--trellis", action="store_true", help="measure and score trellis codes, too")
     parser.add_argument("--work", type=Path, default=None, help="folder of partial results")
     parser.add_argument("--json", type=Path, default=None)
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.trellis and not args.reference_widths:
+        parser.error("--trellis measures layer by layer: leave --reference-widths out, or name widths")
+    return args
 
 
 if __name__ == "__main__":
