@@ -142,7 +142,7 @@ class TrellisPages(PageCodec):
     def _levels(self, codes: Tensor) -> Tensor:
         """Levels of the codes of unit vectors: [..., D] uint8 -> [..., D] float32."""
         levels = _level_tensor(self.bits, self.head_dim, codes.device)
-        return levels.index_select(0, self.trellis.states(codes).flatten()).view(codes.shape)
+        return levels.index_select(0, self.trellis.states(codes).int().flatten()).view(codes.shape)
 
 
 @lru_cache(maxsize=64)

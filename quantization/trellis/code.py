@@ -45,12 +45,12 @@ class Trellis:
         return -(-STATE_BITS // self.bits)
 
     def states(self, codes: Tensor) -> Tensor:
-        """States of codes: [..., D] uint8 -> [..., D] int32; D is at least `reach`."""
-        wide = codes.int()
-        state = wide
-        for back in range(1, self.reach):
-            state = state | wide.roll(back, -1) << self.bits * back
-        return state & STATES - 1
+        """States of codes: [..., D] uint8 -> [..., D] uint8; D is at least `reach`."""
+        state, known, back = codes, self.bits, 1
+        while known < STATE_BITS:  # the bits that a state has already; what is beyond 8 bits falls off a byte
+            state = state.roll(back, -1).bitwise_left_shift_(known).bitwise_or_(state)
+            known, back = 2 * known, 2 * back
+        return state
 
     def level_tensor(self, head_dim: int, device: torch.device | str | None = None) -> Tensor:
         """[256] float32 levels of unit vectors of this dimension, on the CPU when no device is given."""
@@ -60,7 +60,7 @@ class Trellis:
     def dequantize(self, codes: Tensor) -> Tensor:
         """Levels of the codes of unit vectors: [..., D] uint8 -> [..., D] float32."""
         levels = self.level_tensor(codes.shape[-1], codes.device)
-        return levels.index_select(0, self.states(codes).flatten()).view(codes.shape)
+        return levels.index_select(0, self.states(codes).int().flatten()).view(codes.shape)
 
 
 @lru_cache(maxsize=len(BITS), typed=True)

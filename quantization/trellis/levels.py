@@ -48,7 +48,7 @@ def fitted(levels: Tensor, bits: int, steps: int, vectors: int, seed: int) -> tu
         unit = x / torch.linalg.vector_norm(x, dim=-1, keepdim=True)
         # levels need not be whole numbers here
         trellis = Trellis(bits, tuple(levels.tolist()), 1.0)
-        states = trellis.states(nearest_path(unit, trellis)).flatten()
+        states = trellis.states(nearest_path(unit, trellis)).int().flatten()
         coordinates = unit.flatten() * HEAD_DIM**0.5
         errors.append(float((levels[states] - coordinates).square().mean()))
         sums = torch.zeros_like(levels).index_add_(0, states, coordinates)
