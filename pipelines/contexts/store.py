@@ -85,25 +85,53 @@ class ContextStore:
             UserWarning: a stored file is damaged, and is replaced; or the context alone is larger than
                 `max_bytes`, and is not stored.
         """
-        plan, key = self._planned(pipe, text, options)
-        return self._found(pipe, plan, key) or self._read(pipe, plan, key)
+        plan = pipe.plan_reading(text, **options)
+        context = self.get_planned(pipe, plan)
+        if context is None:
+            context = pipe.read_planned(plan)
+            self.put(plan, context)
+        return context
 
     def get(self, pipe: "TextGenerationPipeline", text: str, **options: Any) -> CachedContext | None:
         """The context of a text if it is in the store, else None; arguments as for `get_or_read`."""
-        plan, key = self._planned(pipe, text, options)
-        return self._found(pipe, plan, key)
+        return self.get_planned(pipe, pipe.plan_reading(text, **options))
+
+    def get_planned(self, pipe: "TextGenerationPipeline", *plans: Reading) -> CachedContext | None:
+        """The context of the first of several plans (`pipe.plan_reading`) that is in the store, else None.
+
+        Raises:
+            InvalidInputError: as for `get_or_read`.
+            CacheFileError: the store cannot be used.
+
+        Warns:
+            UserWarning: a stored file is damaged.
+        """
+        for plan in plans:
+            check_saved(plan.press)
+        model = steady_fingerprint(pipe.model)
+        found = (self._found(pipe, plan, context_key(plan, model)) for plan in plans)
+        return next((context for context in found if context is not None), None)
+
+    def put(self, plan: Reading, context: CachedContext) -> None:
+        """Store what `pipe.read_planned(plan)` returned; errors and warnings are those of `get_or_read`."""
+        key = context_key(plan, context.model)
+        size = context.memory.total_bytes
+        if self.max_bytes is not None and size > self.max_bytes:
+            warnings.warn(
+                f"a context of {size:,} bytes is larger than the whole store ({self.max_bytes:,}) and is not "
+                "stored; give a larger max_bytes",
+                stacklevel=3,
+            )
+            return
+        context.save(self._place(key))
+        self._mark(key)
+        with self._usable():
+            self._keep_the_bound()
 
     @property
     def total_bytes(self) -> int:
         """The bytes of all stored contexts now."""
         return sum(size for _, size in self._contexts())
-
-    def _planned(
-        self, pipe: "TextGenerationPipeline", text: str, options: dict[str, Any]
-    ) -> tuple[Reading, str]:
-        plan = pipe.plan_reading(text, **options)
-        check_saved(plan.press)
-        return plan, context_key(plan, steady_fingerprint(pipe.model))
 
     def _found(self, pipe: "TextGenerationPipeline", plan: Reading, key: str) -> CachedContext | None:
         if not self._is_there(key):
@@ -117,22 +145,6 @@ class ContextStore:
                 warnings.warn(f"{error}; the text is read again", stacklevel=3)
             return None
         self._mark(key)
-        return context
-
-    def _read(self, pipe: "TextGenerationPipeline", plan: Reading, key: str) -> CachedContext:
-        context = pipe.read_planned(plan)
-        size = context.memory.total_bytes
-        if self.max_bytes is not None and size > self.max_bytes:
-            warnings.warn(
-                f"a context of {size:,} bytes is larger than the whole store ({self.max_bytes:,}) and is not "
-                "stored; give a larger max_bytes",
-                stacklevel=3,
-            )
-            return context
-        context.save(self._place(key))
-        self._mark(key)
-        with self._usable():
-            self._keep_the_bound()
         return context
 
     def _place(self, key: str) -> str:
@@ -150,8 +162,9 @@ class ContextStore:
             raise CacheFileError(f"{self.path} cannot be used as a store: {error}") from error
 
     def _is_there(self, key: str) -> bool:
-        self._files.invalidate_cache()
-        return bool(self._files.exists(self._inner(key + SUFFIX)))
+        with self._usable():
+            self._files.invalidate_cache()
+            return bool(self._files.exists(self._inner(key + SUFFIX)))
 
     def _mark(self, key: str) -> None:
         """Note that a context was used now; the time is that of an empty file beside it."""

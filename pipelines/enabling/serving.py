@@ -17,9 +17,11 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, TextIteratorStreamer
 
+from quantpress.cache import host
 from quantpress.cache.memory import CacheMemory, cache_memory
 from quantpress.errors import ContextTooLongError, InvalidInputError, QuantPressError
 from quantpress.pipelines.enabling.generate_call import token_count
+from quantpress.pipelines.enabling.served_contexts import ServedContexts
 from quantpress.pipelines.method_replacement import MethodReplacement
 from quantpress.pipelines.reading.chunked_prefill import chunked_prefill
 from quantpress.presses.models.positions import position_count
@@ -42,25 +44,29 @@ class Answer:
         prompt_tokens: tokens of the prompt.
         new_tokens: tokens of the answer.
         memory: bytes of the cache at the end, which is freed then.
+        stored_tokens: tokens of the prompt that came from a store of contexts and were not read.
     """
 
     prompt_tokens: int
     new_tokens: int
     memory: CacheMemory
+    stored_tokens: int = 0
 
 
 class ModelServer:
     """transformers' server over a model that is loaded already, and over no other.
 
-    Every request reads its whole conversation: no cache is kept from one request to the next. Prompts are
-    read in chunks (`chunked_prefill`). An error is answered with status 400, or with 500 if the request is
-    not to blame; within a stream, where the status is sent already, it is the last event.
+    Every request reads its whole conversation, unless its beginning is in a store of contexts; no other cache
+    is kept from one request to the next. Prompts are read in chunks (`chunked_prefill`). An error is answered
+    with status 400, or with 500 if the request is not to blame; within a stream, where the status is sent
+    already, it is the last event.
 
     Args:
         model: decoder-only, as `enable` leaves it. It gets at least `NEW_TOKENS` for its answers.
         tokenizer: its tokenizer, with a chat template.
         name: what clients call the model.
         note: called after each answer, in the thread that made it.
+        contexts: keeps the contexts of conversations; None reads every prompt whole.
 
     Attributes:
         server: a `uvicorn.Server` that has not started. `server.run(sockets=[...])` serves until Ctrl-C or
@@ -72,9 +78,14 @@ class ModelServer:
     """
 
     def __init__(
-        self, model: PreTrainedModel, tokenizer: Any, name: str, note: Callable[[Answer], None]
+        self,
+        model: PreTrainedModel,
+        tokenizer: Any,
+        name: str,
+        note: Callable[[Answer], None],
+        contexts: ServedContexts | None = None,
     ) -> None:
-        self.model, self.tokenizer, self.note = model, tokenizer, note
+        self.model, self.tokenizer, self.note, self.contexts = model, tokenizer, note, contexts
         made: Any = _unstarted()
         loader = getattr(made, "_model_manager", made)
         if not (hasattr(loader, "load_model_and_processor") and hasattr(loader, "force_model")):
@@ -118,6 +129,9 @@ class ModelServer:
                 raise ContextTooLongError(
                     f"the prompt has {tokens} tokens, the model has {positions} positions; shorten it"
                 )
+            known = None if self.contexts is None else self.contexts.of(prompt)
+            if known is not None:
+                kwargs[host.generate_cache()] = known.cache
             output = generate(*args, **kwargs, stopping_criteria=[self._go_on])
         except Exception as error:
             logger.error("%s: %s", type(error).__name__, error)
@@ -126,7 +140,8 @@ class ModelServer:
             streamer.text_queue.put(_Failure(error))  # the request waits for text, in another thread
             return SimpleNamespace(past_key_values=None)  # all that this one looks at
         memory = cache_memory(output.past_key_values)
-        self.note(Answer(tokens, output.sequences.shape[1] - tokens, memory))
+        stored = 0 if known is None else known.stored_tokens
+        self.note(Answer(tokens, output.sequences.shape[1] - tokens, memory, stored))
         output.past_key_values = None  # transformers up to 5.4 would keep it
         return output if whole else output.sequences
 

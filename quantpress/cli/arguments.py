@@ -33,6 +33,8 @@ Presses = Annotated[
     list[str] | None,
     typer.Option("--press", "-p", help=f"What compresses the cache, {SYNTAX}; may be repeated."),
 ]
+Store = Annotated[str | None, typer.Option(help="Folder or URL of a context store.")]
+StoreBytes = Annotated[str | None, typer.Option(help="Most bytes of the store, such as 20GB.")]
 Questions = Annotated[
     list[str] | None, typer.Option("--question", "-q", help="Asked after the text; may be repeated.")
 ]
@@ -92,6 +94,25 @@ def check_url(url: str) -> None:
     from quantpress.cache.saved.places import file_system
 
     file_system(url)
+
+
+def store_bound(store: str | None, store_bytes: str | None) -> int | None:
+    """The most bytes of a context store; None: no bound. Checks the store's place, as far as it is a URL.
+
+    Raises:
+        InvalidInputError: there is a bound and no store, or as for `byte_count` and `check_url`.
+        MissingPackageError: as for `check_url`.
+    """
+    if store is not None and is_url(store):
+        check_url(store)
+    if store_bytes is None:
+        return None
+    bound = byte_count(store_bytes)
+    if store is None:
+        raise InvalidInputError(
+            f"--store-bytes {store_bytes} bounds a store; give its place, --store PATH, too"
+        )
+    return bound
 
 
 def check_packed(file: str) -> None:

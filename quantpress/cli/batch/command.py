@@ -14,12 +14,13 @@ from quantpress.cli.arguments import (
     Dtype,
     Model,
     Press,
-    byte_count,
+    Store,
+    StoreBytes,
     check_loading,
     check_output_file,
-    check_url,
     is_url,
     read_text,
+    store_bound,
 )
 from quantpress.cli.batch.answers_file import AnswersFile
 from quantpress.cli.batch.documents import Document, files_of, read_questions
@@ -96,8 +97,8 @@ def batch(
         int | None,
         typer.Option(help="With Ray and no GPU: cores for each model; left out, all of a machine.", min=1),
     ] = None,
-    store: Annotated[str | None, typer.Option(help="Folder or URL of a context store.")] = None,
-    store_bytes: Annotated[str | None, typer.Option(help="Most bytes of the store, such as 20GB.")] = None,
+    store: Store = None,
+    store_bytes: StoreBytes = None,
     model: Model = None,
     device: Device = None,
     dtype: Dtype = None,
@@ -106,7 +107,7 @@ def batch(
     """Ask the same questions about every document of a folder, on many GPUs with Ray; can be resumed."""
     folder = _checked_folder(documents, out, store)
     asked = read_questions(questions, read_text(questions))
-    bound = None if store_bytes is None else byte_count(store_bytes)
+    bound = store_bound(store, store_bytes)
     check_loading(model, None if address else device, dtype)
     if address is not None:
         import_ray()
@@ -134,8 +135,6 @@ def _checked_folder(documents: str, out: str, store: str | None) -> Path:
     if is_url(out):
         raise InvalidInputError(f"{out} cannot be appended to; give --out a file of this machine")
     check_output_file(out)
-    if store is not None and is_url(store):
-        check_url(store)
     for name, place in (("--out", out), ("--store", store)):
         inside = place is not None and not is_url(place)
         if inside and Path(str(place)).resolve().is_relative_to(folder.resolve()):

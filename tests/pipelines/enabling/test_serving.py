@@ -1,24 +1,21 @@
 """An enabled model behind transformers' server, over HTTP, and as the server up to 5.4 calls it."""
 
-import socket
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from copy import deepcopy
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from transformers import GenerationConfig, TextIteratorStreamer
-from transformers.utils import logging
 
 from quantpress.cache import PackedLayer
 from quantpress.errors import InvalidInputError
 from quantpress.pipelines.enabling.enable import enable
-from quantpress.pipelines.enabling.serving import Answer, ModelServer
+from quantpress.pipelines.enabling.serving import ModelServer
 from quantpress.presses import Compose, SnapKV, TurboQuant
 from tests.docs.markdown import ROOT, blocks
-from tests.limits import HANG
+from tests.pipelines.enabling.served import ask, said, server
 from tests.pipelines.words import text, word_tokenizer
 from tests.presses.reading import lossless
 from tests.tiny_models import tiny_model
@@ -79,36 +76,8 @@ def test_a_conversation_with_the_calls_of_the_server() -> None:
 
 @pytest.fixture(scope="module")
 def served() -> Iterator[SimpleNamespace]:
-    """A server over a model that no other test has, a client of it, and the answers that it noted."""
-    for needed in ("fastapi", "openai", "uvicorn"):
-        pytest.importorskip(needed)
-    import openai
-
-    verbosity = logging.get_verbosity()
-    model, notes = tiny_model("llama", seed=1), list[Answer]()
-    plain = deepcopy(model)
-    own = ModelServer(model, word_tokenizer(chat=True), "tiny", notes.append)
-    with socket.create_server(("127.0.0.1", 0)) as listening:
-        thread = threading.Thread(target=own.server.run, kwargs={"sockets": [listening]})
-        thread.start()
-        url = f"http://127.0.0.1:{listening.getsockname()[1]}/v1"
-        with openai.OpenAI(base_url=url, api_key="none", max_retries=0, timeout=HANG) as client:
-            yield SimpleNamespace(model=model, plain=plain, client=client, notes=notes, url=url)
-        own.server.should_exit = True
-        thread.join()
-    own.close()
-    logging.set_verbosity(verbosity)
-
-
-def ask(served: SimpleNamespace, content: str, **options: Any) -> Any:
-    messages = [{"role": "user", "content": content}]
-    return served.client.chat.completions.create(
-        **{"model": "tiny", "messages": messages, "max_tokens": 6, **options}
-    )
-
-
-def said(served: SimpleNamespace, content: str, **options: Any) -> str:
-    return str(ask(served, content, **options).choices[0].message.content)
+    with server() as running:
+        yield running
 
 
 def generated(model: Any, content: str) -> str:
@@ -133,7 +102,7 @@ def test_every_request_is_answered_as_generate_does_from_a_packed_cache(
     served.notes.clear()
     with enable(served.model, press), ThreadPoolExecutor(2) as pool:
         at_once = list(pool.map(lambda one: said(served, one), texts))
-        streamed = "".join(part.choices[0].delta.content or "" for part in ask(served, texts[0], stream=True))
+        streamed = said(served, texts[0], stream=True)
     assert len(served.notes) == 3
     for note in served.notes:
         assert (note.prompt_tokens, note.new_tokens) == (303, 6)
