@@ -68,7 +68,7 @@ class TextCache(DynamicCache):
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Tokens read."""
         length: int = super().get_seq_length(layer_idx)
-        return length + self.evicted.get(layer_idx, 0)
+        return length + self.evicted.get(self._counted(layer_idx), 0)
 
     def get_mask_sizes(self, query: Any, layer_idx: int) -> tuple[int, int]:
         """Sizes for the attention mask.
@@ -82,7 +82,13 @@ class TextCache(DynamicCache):
             slot if the slots were the newest tokens.
         """
         length, offset = super().get_mask_sizes(query, layer_idx)
-        return length, offset + self.evicted.get(layer_idx, 0)
+        return length, offset + self.evicted.get(self._counted(layer_idx), 0)
+
+    def _counted(self, layer_idx: int) -> int:
+        """The layer that transformers looks at: for a first layer of states, the first that keeps tokens."""
+        if layer_idx:
+            return layer_idx
+        return next((index for index, layer in enumerate(self.layers) if host.keeps_tokens(layer)), 0)
 
     def crop(self, max_length: int) -> None:
         """Go back to the first `max_length` tokens of the text; a negative value drops that many.

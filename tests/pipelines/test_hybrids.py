@@ -145,7 +145,9 @@ def test_eviction(family: str) -> None:
         changed |= expected != plain
         assert pipe(text(300), press=Compose([press, lossless()]), **asked) == expected
         with enable(model, press):
-            generated = model.generate(IDS, **GREEDY)
+            turn = model.generate(IDS, **GREEDY, return_dict_in_generate=True)
+        generated = turn.sequences
+        assert turn.past_key_values.get_seq_length() == generated.shape[1] - 1, "the next turn goes on there"
         with enable(model, Compose([press, lossless()])):
             assert torch.equal(model.generate(IDS, **GREEDY), generated)
         if isinstance(press, NamedPress):
