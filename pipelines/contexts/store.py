@@ -97,7 +97,11 @@ class ContextStore:
         return self.get_planned(pipe, pipe.plan_reading(text, **options))
 
     def get_planned(self, pipe: "TextGenerationPipeline", *plans: Reading) -> CachedContext | None:
-        """The context of the first of several plans (`pipe.plan_reading`) that is in the store, else None.
+        """The first context that is in the store, of those that several plans would read; else None.
+
+        Args:
+            pipe: the pipeline that would read, and that will be asked.
+            *plans: what `pipe.plan_reading` returned, or a `Reading` of token ids.
 
         Raises:
             InvalidInputError: as for `get_or_read`.
@@ -113,7 +117,18 @@ class ContextStore:
         return next((context for context in found if context is not None), None)
 
     def put(self, plan: Reading, context: CachedContext) -> None:
-        """Store what `pipe.read_planned(plan)` returned; errors and warnings are those of `get_or_read`."""
+        """Store a context that was read.
+
+        Args:
+            plan: what was read, and how.
+            context: what `pipe.read_planned(plan)` returned.
+
+        Raises:
+            InvalidInputError, CacheFileError: as for `get_or_read`.
+
+        Warns:
+            UserWarning: the context alone is larger than `max_bytes`, and is not stored.
+        """
         key = context_key(plan, context.model)
         size = context.memory.total_bytes
         if self.max_bytes is not None and size > self.max_bytes:
