@@ -10,9 +10,11 @@ step_plan.py     what one step writes and reads, for all layers
 layer_store.py   the tokens of one layer: packed blocks, recent pages, sink entries
 attention.py     attention over them while decoding
 prompts.py       attention of pieces of prompts; a whole step of a layer
-backend.py       the classes that vLLM asks for
+backend.py       the backend and the implementation of a layer that vLLM asks for
+builder.py       the plan of each step, from what vLLM tells of its requests
 cpu.py           how they come into vLLM's CPU platform
 options.py       what a user may set
+model_files.py   the profile and the plan that a user names, checked against the model
 checks.py        what is refused when the engine starts, and why
 """
 

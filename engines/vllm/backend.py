@@ -1,41 +1,29 @@
 """The classes that vLLM asks an attention backend for."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from functools import lru_cache
-from itertools import pairwise
+from dataclasses import replace
+from functools import cache
 from typing import Any, ClassVar
 
-import numpy as np
 import torch
 from torch import Tensor
 from vllm.config import VllmConfig, get_current_vllm_config, get_current_vllm_config_or_none
 from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.model_executor.models.utils import extract_layer_index
 from vllm.platforms import current_platform
-from vllm.v1.attention.backend import (
-    AttentionBackend,
-    AttentionCGSupport,
-    AttentionImpl,
-    AttentionMetadata,
-    AttentionMetadataBuilder,
-    CommonAttentionMetadata,
-)
-from vllm.v1.attention.backends.utils import split_decodes_and_prefills
+from vllm.v1.attention.backend import AttentionBackend, AttentionImpl
 from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheLayout
 
-from quantpress.cache.saved.model_profile import ModelProfile
 from quantpress.cache.settings import DEFAULT_SINK_TOKENS
 from quantpress.engines.vllm import BACKEND
 from quantpress.engines.vllm.attention import Scores
-from quantpress.engines.vllm.block_state import BlockState, Capacity
+from quantpress.engines.vllm.builder import QuantpressBuilder, QuantpressMetadata, capacity_of
 from quantpress.engines.vllm.checks import check_engine, check_layer, warn_of_recent_pages
 from quantpress.engines.vllm.dtypes import codecs_of, dtype_names
 from quantpress.engines.vllm.layer_store import LayerStore, StoreSettings
-from quantpress.engines.vllm.options import options_of
+from quantpress.engines.vllm.model_files import plan_of, profile_of
 from quantpress.engines.vllm.page_layout import PageLayout
 from quantpress.engines.vllm.prompts import run_step
-from quantpress.engines.vllm.step_plan import PrefillPlan, StepBatch, StepPlan, StepPlanner
+from quantpress.engines.vllm.step_plan import PrefillPlan
 from quantpress.errors import InvalidInputError, NonFiniteError
 from quantpress.kernels.layout import PAGE_TOKENS
 
@@ -51,6 +39,8 @@ class QuantpressBackend(AttentionBackend):
 
     supported_dtypes: ClassVar[list[torch.dtype]] = [torch.bfloat16, torch.float16, torch.float32]
     forward_includes_kv_cache_update = True
+    widths: ClassVar[tuple[int, int] | None] = None
+    """Bits of keys and of values of the layers with this backend; None: those of the KV-cache dtype."""
 
     @staticmethod
     def get_name() -> str:
@@ -82,7 +72,7 @@ class QuantpressBackend(AttentionBackend):
 
     @classmethod
     def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
-        return (KVCacheLayout.LHBNC,)
+        return KVCacheLayout.LHBNC, KVCacheLayout.LBHNC  # vLLM takes the first that all layers fit in
 
     @classmethod
     def customize_spec(cls, spec: AttentionSpec) -> AttentionSpec:
@@ -90,118 +80,15 @@ class QuantpressBackend(AttentionBackend):
         known = _packing if config is None else (config.cache_config.cache_dtype, config.model_config.dtype)
         if known is None or known[0] not in dtype_names() or spec.dtype != torch.uint8:
             return spec
-        layout = PageLayout(codecs_of(known[0], spec.head_size, spec.head_size_v, known[1]), known[1])
-        return replace(spec, state_content_bytes=layout.token_bytes)
+        codecs = codecs_of(known[0], spec.head_size, spec.head_size_v, known[1], cls.widths)
+        return replace(spec, state_content_bytes=PageLayout(codecs, known[1]).token_bytes)
 
-
-@dataclass
-class QuantpressMetadata(AttentionMetadata):
-    """What the layers of a step need.
-
-    Args:
-        plan: what is written and read.
-        tokens: of the batch, without padding behind prefills.
-    """
-
-    plan: StepPlan
-    tokens: int
-
-
-class QuantpressBuilder(AttentionMetadataBuilder[QuantpressMetadata]):
-    """Makes the plan of each step, for the layers of one group."""
-
-    _cudagraph_support = AttentionCGSupport.UNIFORM_BATCH
-
-    def __init__(
-        self,
-        kv_cache_spec: AttentionSpec,
-        layer_names: list[str],
-        vllm_config: VllmConfig,
-        device: torch.device,
-    ) -> None:
-        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
-        check_engine(vllm_config, device.type != "cpu")
-        profile_of(vllm_config)
-        self._init_reorder_batch_threshold(1, supports_spec_as_decode=True)
-        self._planner: StepPlanner | None = None
-
-    def _plan(self, batch: StepBatch) -> StepPlan:
-        if self._planner is None:
-            capacity = _capacity(self.vllm_config)
-            blocks = self.vllm_config.cache_config.num_gpu_blocks
-            state = BlockState(blocks, capacity, DEFAULT_SINK_TOKENS, self.device)
-            pages = batch.block_table.shape[1]
-            self._planner = StepPlanner(state, self.kv_cache_spec.num_kv_heads, pages)
-        return self._planner.plan(batch)
-
-    def build(
-        self,
-        common_prefix_len: int,
-        common_attn_metadata: CommonAttentionMetadata,
-        fast_build: bool = False,
-    ) -> QuantpressMetadata:
-        c = common_attn_metadata
-        threshold = self.reorder_batch_threshold or 1
-        decodes, prefills, tokens, _ = split_decodes_and_prefills(c, decode_threshold=threshold)
-        starts = c.query_start_loc_cpu[: c.num_reqs + 1].tolist()
-        counts = [end - start for start, end in pairwise(starts)][:decodes]
-        queries = max(counts, default=1) or 1
-        if not prefills and tokens > starts[-1]:  # a graph's padding: its requests have as many tokens each
-            queries = tokens // decodes
-        lengths = c.seq_lens_cpu_upper_bound
-        if lengths is None or self.device.type == "cpu" or (c.req_idx is None and c.max_query_len > 1):
-            lengths = c.seq_lens  # the bound is not kept where a draft model reads a prompt
-        batch = StepBatch(
-            starts=c.query_start_loc[: c.num_reqs + 1],
-            lengths=c.seq_lens[: c.num_reqs],
-            block_table=c.block_table_tensor[: c.num_reqs],
-            slots=self._slots_in(c),
-            decodes=decodes,
-            queries=queries,
-            host_starts=starts,
-            host_lengths=_padded(lengths.tolist(), c.num_reqs),
-            uniform=_uniform(counts, queries),
-        )
-        return QuantpressMetadata(self._plan(batch), c.num_actual_tokens)
-
-    def _slots_in(self, c: CommonAttentionMetadata) -> Tensor | None:
-        """The row of each request among vLLM's running requests; padding gets a row of its own."""
-        nobody = self.vllm_config.scheduler_config.max_num_seqs
-        if c.req_idx is not None:
-            rows = np.full(c.num_reqs, nobody, dtype=np.int64)
-            given = c.req_idx[: c.num_reqs]
-            rows[: len(given)] = np.where(given < 0, nobody, given)
-            _slots.rows = rows
-        elif self.device.type == "cpu":
-            return None
-        else:  # a step of the draft model, for the requests of the step before it
-            rows = np.array(_padded(_slots.rows.tolist(), c.num_reqs, nobody), dtype=np.int64)
-        return torch.from_numpy(rows).pin_memory().to(self.device, non_blocking=True)
-
-
-@dataclass
-class _Slots:
-    """Rows of the requests of the last step that said so."""
-
-    rows: np.ndarray[Any, Any]
-
-
-_slots = _Slots(np.empty(0, dtype=np.int64))
-
-
-def _padded(numbers: Sequence[int], count: int, fill: int = 0) -> list[int]:
-    return [*numbers[:count], *[fill] * (count - len(numbers))]
-
-
-def _uniform(counts: list[int], queries: int) -> bool:
-    """Whether all requests have so many tokens, but for some at the end that are padding and have none."""
-    real = sum(count > 0 for count in counts)
-    return all(count == queries for count in counts[:real])
-
-
-def _capacity(config: VllmConfig) -> Capacity:
-    requests = config.scheduler_config.max_num_seqs
-    return Capacity(requests, options_of(config.additional_config, requests).entries(requests))
+    @classmethod
+    @cache
+    def with_widths(cls, keys: int, values: int) -> type["QuantpressBackend"]:
+        """The backend of layers with these widths: vLLM asks a layer's backend how large its pages are."""
+        name = f"{QuantpressBackend.__name__}K{keys}V{values}"
+        return type(name, (QuantpressBackend,), {"widths": (keys, values), "__module__": __name__})
 
 
 class QuantpressImpl(AttentionImpl[QuantpressMetadata]):
@@ -236,7 +123,7 @@ class QuantpressImpl(AttentionImpl[QuantpressMetadata]):
         )
         self.num_heads, self.head_size, self.scale = num_heads, head_size, float(scale)
         self.num_kv_heads, self.kv_cache_dtype = num_kv_heads or num_heads, kv_cache_dtype
-        self.config = config
+        self.config, self.plan = config, plan_of(config)
         self.scores = Scores(self.scale, logits_soft_cap or None)
         codecs = codecs_of(kv_cache_dtype, head_size, head_size, dtype)
         settings = StoreSettings(
@@ -244,7 +131,7 @@ class QuantpressImpl(AttentionImpl[QuantpressMetadata]):
             self.num_kv_heads,
             dtype,
             DEFAULT_SINK_TOKENS,
-            _capacity(config),
+            capacity_of(config),
             group=num_heads // self.num_kv_heads,
             scaling=self.scale,
         )
@@ -253,6 +140,21 @@ class QuantpressImpl(AttentionImpl[QuantpressMetadata]):
         _packing = (kv_cache_dtype, dtype)
         if on_gpu:
             warn_of_recent_pages(config, self.store)
+
+    def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
+        """Take this layer's widths from the plan, if there is one: vLLM has named all layers now.
+
+        A layer that the plan does not have is not the model's, but one of a draft inside it.
+        """
+        if self.plan is None:
+            return
+        layers = self.config.compilation_config.static_forward_context.items()
+        for name, layer in (one for one in layers if getattr(one[1], "impl", None) is self):
+            widths = self.plan.widths.get(extract_layer_index(name))
+            if widths is not None:
+                size, dtype = self.head_size, self.store.settings.dtype
+                self.store.use(codecs_of(self.kv_cache_dtype, size, size, dtype, widths))
+                layer.attn_backend = QuantpressBackend.with_widths(*widths)
 
     def forward(
         self,
@@ -318,23 +220,3 @@ def _own_group(config: VllmConfig, group: int) -> slice:
     total, ranks = config.model_config.get_total_num_kv_heads(), config.parallel_config.tensor_parallel_size
     first = get_tensor_model_parallel_rank() % max(1, ranks // total) * group
     return slice(first, first + group)
-
-
-def profile_of(config: VllmConfig) -> ModelProfile | None:
-    """The model's profile that the user names, or None.
-
-    Raises:
-        CacheFileError: the file is no profile, or one of another model.
-        InvalidInputError: an option is unknown, or its value makes no sense.
-    """
-    options = options_of(config.additional_config, config.scheduler_config.max_num_seqs)
-    if options.profile is None:
-        return None
-    profile = _loaded(options.profile)
-    profile.check(config.model_config.hf_text_config)
-    return profile
-
-
-@lru_cache(maxsize=2)
-def _loaded(path: str) -> ModelProfile:
-    return ModelProfile.load(path)

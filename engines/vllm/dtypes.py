@@ -29,7 +29,9 @@ def is_ours(name: str) -> bool:
     return name in dtype_names()
 
 
-def codecs_of(name: str, head_dim: int, value_dim: int, dtype: torch.dtype) -> tuple[PageCodec, PageCodec]:
+def codecs_of(
+    name: str, head_dim: int, value_dim: int, dtype: torch.dtype, widths: tuple[int, int] | None = None
+) -> tuple[PageCodec, PageCodec]:
     """The codecs of keys and of values.
 
     Args:
@@ -37,13 +39,14 @@ def codecs_of(name: str, head_dim: int, value_dim: int, dtype: torch.dtype) -> t
         head_dim: dimension of the keys.
         value_dim: dimension of the values.
         dtype: of the model.
+        widths: bits of keys and of values that a plan has for the layer; None: those of the name.
 
     Raises:
         InvalidInputError: the name is not one of `dtype_names`.
     """
     if name in _OTHERS:
         return _OTHERS[name](head_dim, value_dim, dtype)
-    keys, values = engine_widths(name)
+    keys, values = widths or engine_widths(name)
     return (
         ScalarPages(CodecSpec(head_dim, keys, "key", scale_dtype="float16", page_keys=True)),
         ScalarPages(CodecSpec(value_dim, values, "value", scale_dtype="float16")),

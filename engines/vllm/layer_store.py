@@ -1,6 +1,6 @@
 """The tokens of one layer: packed blocks in vLLM's cache, and the recent pages and sink entries beside it."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -89,6 +89,10 @@ class LayerStore:
         self.weight = torch.ones(1, heads, dims[0], dtype=torch.float32, device=device)
         of_queries = torch.zeros(heads, settings.group, dims[0], dtype=torch.float32, device=device)
         self.queries = QueryMoments(of_queries, torch.ones_like(of_queries))
+
+    def use(self, codecs: tuple[PageCodec, PageCodec]) -> None:
+        """Store pages of these codecs, of the same dimensions; before `bind`."""
+        self.settings = replace(self.settings, codecs=codecs)
 
     def bind(self, cache: Tensor) -> None:
         """Use this layer's part of vLLM's cache, [blocks, Hkv, 128, C] uint8.

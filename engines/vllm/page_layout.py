@@ -1,8 +1,7 @@
 """Where codes and scales lie in a block of vLLM's cache.
 
 vLLM hands each layer one tensor of bytes, [blocks, Hkv, 128, C] logically. The 128 * C bytes of a block and
-KV
-head are one page of ours: the planes of the keys and of the values, one after the other.
+KV head are one page of ours: the planes of the keys and of the values, one after the other.
 """
 
 from collections.abc import Iterator
@@ -16,6 +15,17 @@ from quantpress.errors import InvalidInputError
 from quantpress.kernels.layout import PAGE_TOKENS
 
 _ALIGNMENT = 16  # bytes; the kernels load 16 at a time
+
+
+def row_steps(compact: bool, blocks: int, kv_heads: int) -> tuple[int, int]:
+    """Rows of a layer's pool of pages from block to block, and from head to head.
+
+    Args:
+        compact: whether all heads of a block lie together (LBHNC), or all blocks of a head do (LHBNC).
+        blocks: of vLLM's cache.
+        kv_heads: Hkv.
+    """
+    return (kv_heads, 1) if compact else (1, blocks)
 
 
 @dataclass(frozen=True)
@@ -80,7 +90,7 @@ class BlockPages:
             raise InvalidInputError(
                 f"vLLM's cache is {list(self.cache.shape)} with strides {list(steps)}, but a page of "
                 f"{PAGE_TOKENS} tokens of {self.layout.token_bytes} bytes must lie in one piece; leave "
-                "vLLM's block size and its layout of the cache (LHBNC) as the plugin sets them"
+                "vLLM's block size and its layout of the cache (LHBNC, LBHNC) as the plugin sets them"
             )
 
     @property

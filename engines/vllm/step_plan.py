@@ -178,11 +178,12 @@ class StepPlanner:
         state: of the blocks; changed by every step.
         kv_heads: Hkv.
         pages: P, the width of vLLM's block table.
+        steps: rows of each layer's pool of pages from block to block, and from head to head.
     """
 
-    def __init__(self, state: BlockState, kv_heads: int, pages: int) -> None:
-        self.state, self.kv_heads, self.sinks = state, kv_heads, state.maps.sinks
-        self._buffers = StepBuffers(state.capacity.requests, kv_heads, pages, state.device)
+    def __init__(self, state: BlockState, kv_heads: int, pages: int, steps: tuple[int, int]) -> None:
+        self.state, self.kv_heads, self.sinks, self.steps = state, kv_heads, state.maps.sinks, steps
+        self._buffers = StepBuffers(state.capacity.requests, kv_heads, pages, state.device, steps)
         self._schedules: dict[int, PageSchedule | None] = {}
         self._packed = False
 
@@ -339,14 +340,15 @@ class StepPlanner:
         before = batch.before(row)
         packed = before // PAGE_TOKENS * PAGE_TOKENS
         sinks = (entry >= 0).to(torch.int32) * (self.sinks if packed else 0)
-        of_head = torch.arange(self.kv_heads, dtype=torch.int32, device=entry.device) * self.state.maps.blocks
+        of_block, of_head = self.steps
+        first = torch.arange(self.kv_heads, dtype=torch.int32, device=entry.device) * of_head
         lengths = sinks.view(1, 1).expand(1, self.kv_heads).contiguous()
         return PrefillRequest(
             begin=batch.host_starts[row],
             tokens=batch.host_starts[row + 1] - batch.host_starts[row],
             before=before,
             blocks=(blocks := batch.block_table[row, : packed // PAGE_TOKENS]),
-            table=(blocks + of_head.unsqueeze(1)).unsqueeze(0),
+            table=(blocks * of_block + first.unsqueeze(1)).unsqueeze(0),
             packed_starts=lengths,
             packed_lengths=packed - lengths,
             sink_table=entry.clamp(min=0).to(torch.int32).view(1, 1),

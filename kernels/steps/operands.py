@@ -93,9 +93,10 @@ class StepBuffers:
         kv_heads: Hkv.
         pages: P.
         device: of all tensors.
+        steps: rows of the pool of pages from block to block, and from head to head.
 
     Attributes:
-        table: [R, Hkv, P] int32, rows of a pool of pages, head * blocks + block.
+        table: [R, Hkv, P] int32, rows of the pool, block * steps[0] + head * steps[1].
         packed_starts, packed_lengths: [R, Hkv] int32, tokens read from packed pages.
         sink_table: [R, 1] int32, sink entry; sink_lengths: [R, Hkv] int32, tokens read from it.
         recent_table: [R, 2] int32, recent pages; recent_lengths: [R, Hkv] int32, tokens read from them.
@@ -103,11 +104,13 @@ class StepBuffers:
         written: [R, 2] int64.
     """
 
-    def __init__(self, requests: int, kv_heads: int, pages: int, device: torch.device) -> None:
+    def __init__(
+        self, requests: int, kv_heads: int, pages: int, device: torch.device, steps: tuple[int, int]
+    ) -> None:
         def numbers(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
             return torch.zeros(shape, dtype=dtype, device=device)
 
-        self.kv_heads = kv_heads
+        self.kv_heads, self.steps = kv_heads, steps
         self.table = numbers(requests, kv_heads, pages)
         self.packed_starts, self.packed_lengths = numbers(requests, kv_heads), numbers(requests, kv_heads)
         self.sink_lengths, self.recent_lengths = numbers(requests, kv_heads), numbers(requests, kv_heads)

@@ -73,8 +73,10 @@ def plan_decodes_reference(
     fills = (length // PAGE_TOKENS > before // PAGE_TOKENS) & (page >= 0)
     out.full_pages[:rows] = page.where(fills, -1)
     out.full_blocks[:rows] = table.gather(1, filled.unsqueeze(1)).squeeze(1).where(fills, -1)
-    of_head = torch.arange(out.kv_heads, dtype=torch.int32, device=table.device) * maps.blocks
-    torch.add(table.unsqueeze(1), of_head.view(1, -1, 1), out=out.table[:rows, :, : table.shape[1]])
+    of_block, of_head = out.steps
+    first = torch.arange(out.kv_heads, dtype=torch.int32, device=table.device) * of_head
+    pool_rows = out.table[:rows, :, : table.shape[1]]
+    torch.add(first.view(1, -1, 1), table.unsqueeze(1), alpha=of_block, out=pool_rows)
 
     position = length.unsqueeze(1) + torch.arange(q, device=table.device) - q  # of row i of a request
     which = (position // PAGE_TOKENS - last.unsqueeze(1) + NEWEST - 1).clamp(0, NEWEST - 1)

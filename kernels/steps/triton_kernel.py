@@ -16,7 +16,7 @@ def _newest(length, count, table_ptr, row, stride, live, back: tl.constexpr):
     return number, block, written
 
 
-_NUMBERS = ["requests", "decodes", "queries", "step", "stride", "pages", "width", "blocks", "sinks"]
+_NUMBERS = ["requests", "decodes", "queries", "step", "stride", "pages", "width", "of_head", "sinks"]
 
 
 @triton.jit(do_not_specialize=_NUMBERS)
@@ -49,9 +49,10 @@ def plan_decodes_kernel(
     stride,
     pages,
     width,
-    blocks,
+    of_head,
     sinks,
     RECENT: tl.constexpr,
+    OF_BLOCK: tl.constexpr,
     HEADS: tl.constexpr,
     ROWS: tl.constexpr,
     PAGES: tl.constexpr,
@@ -60,8 +61,8 @@ def plan_decodes_kernel(
 
     The pointers are the tensors of `BlockMaps`, `StepRequests` and `StepBuffers`, of these dtypes and
     contiguous but for the rows of block_table, `stride` apart; pages: of a row that are copied; width: of a
-    row of `table`; blocks: of the pool, for each head; RECENT: tokens read in 16 bits; ROWS: a power of two,
-    at least `requests`; PAGES: copied at a time.
+    row of `table`; of_head, OF_BLOCK: rows of the pool from head to head and from block to block; RECENT:
+    tokens read in 16 bits; ROWS: a power of two, at least `requests`; PAGES: copied at a time.
     """
     program = tl.program_id(0)
     if program > 0:
@@ -71,7 +72,8 @@ def plan_decodes_kernel(
             there = page < pages
             block = tl.load(block_table_ptr + row * stride + page, mask=there, other=0)
             for head in tl.static_range(HEADS):
-                tl.store(table_ptr + (row * HEADS + head) * width + page, block + head * blocks, mask=there)
+                at = table_ptr + (row * HEADS + head) * width + page
+                tl.store(at, block * OF_BLOCK + head * of_head, mask=there)
         return
     row = tl.arange(0, ROWS)
     live = row < requests

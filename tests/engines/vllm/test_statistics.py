@@ -42,7 +42,7 @@ def stored(
 
 def prefills_of() -> PrefillPlan:
     """The plan of a step that reads the prompt."""
-    planner = StepPlanner(BlockState(BLOCKS, Capacity(2, 4), 4, CPU), HEADS, 5)
+    planner = StepPlanner(BlockState(BLOCKS, Capacity(2, 4), 4, CPU), HEADS, 5, (1, BLOCKS))
     starts, lengths = torch.tensor([0, TOKENS], dtype=torch.int32), torch.tensor([TOKENS], dtype=torch.int32)
     table = torch.tensor([[1, 2, 3, 4, 0]], dtype=torch.int32)
     batch = StepBatch(starts, lengths, table, torch.tensor([0]), 0, 1, [0, TOKENS], [TOKENS], uniform=True)
@@ -132,7 +132,7 @@ def test_keys_too_large_for_their_scale_are_packed_again() -> None:
 
 def test_the_plan_knows_of_blocks_that_graphs_have_packed() -> None:
     """Layers that a graph replays run no Python: only the plan of each step sees every step."""
-    planner = StepPlanner(BlockState(BLOCKS, Capacity(2, 4), 4, CPU), HEADS, 5)
+    planner = StepPlanner(BlockState(BLOCKS, Capacity(2, 4), 4, CPU), HEADS, 5, (1, BLOCKS))
     table = torch.tensor([[1, 2, 0, 0, 0]], dtype=torch.int32)
     known = []
     for length, count in ((126, 126), (127, 1), (128, 1), (129, 1)):
@@ -154,13 +154,13 @@ def test_options() -> None:
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"profil": "x"}, r"is \{'profil': 'x'\}; give a dict with some of \['profile', 'sink_entries'\]"),
+        (
+            {"profil": "x"},
+            r"is \{'profil': 'x'\}; give a dict with some of \['profile', 'sink_entries', 'plan'\]",
+        ),
         ("profile", "is 'profile'; give a dict"),
         ({"profile": 5}, r"profile is 5; give the path of a file of `quantpress calibrate`"),
-        (
-            {"plan": "p.json"},
-            "plan is 'p.json', but in vLLM every layer .* --kv-cache-dtype: .*; leave plan out",
-        ),
+        ({"plan": 5}, "plan is 5; give the path of a file of `quantpress fit`"),
         ({"sink_entries": 4}, "sink_entries is 4; give a whole number above max_num_seqs, which is 4"),
         ({"sink_entries": "9"}, "sink_entries is '9'; give a whole number"),
         ({"sink_entries": True}, "sink_entries is True; give a whole number"),

@@ -89,16 +89,22 @@ def moved(one: Any, device: str) -> Any:
     return type(one)(**{k: v.to(device, copy=True) if isinstance(v, Tensor) else v for k, v in parts.items()})
 
 
-def check(decodes: int, queries: int, prefills: int, heads: int, device: str) -> None:
+def check(decodes: int, queries: int, prefills: int, heads: int, device: str, compact: bool) -> None:
     """The kernel leaves the maps, and writes the buffers, exactly as plain PyTorch does."""
     from quantpress.kernels.steps.triton_steps import plan_decodes_triton, supports_plan
 
     of = requests(decodes, queries, prefills)
     expected = maps(of)
     got, on_device = moved(expected, device), moved(of, device)
-    buffers = [StepBuffers(decodes + 2, heads, PAGES + 1, torch.device(place)) for place in ("cpu", device)]
+    steps = (heads, 1) if compact else (1, expected.blocks)
+    buffers = [
+        StepBuffers(decodes + 2, heads, PAGES + 1, torch.device(place), steps) for place in ("cpu", device)
+    ]
     written = begin_blocks(expected, of)
     plan_decodes_reference(expected, of, buffers[0], written)
+    for row, head in ((0, 0), (decodes - 1, heads - 1)):
+        wanted = of.block_table[row] * steps[0] + head * steps[1]
+        assert torch.equal(buffers[0].table[row, head, :PAGES], wanted)
     assert supports_plan(on_device)
     if device == "cpu":
         assert torch.equal(plan_decodes_triton(got, on_device, buffers[1]), written)
@@ -137,12 +143,12 @@ def test_interpreted() -> None:
 
 
 @pytest.mark.parametrize("capability", [80, 90, 100])
-@pytest.mark.parametrize("rows", [16, 1024])
-def test_compiles(rows: int, capability: int) -> None:
+@pytest.mark.parametrize(("rows", "of_block"), [(16, 1), (1024, 8)])
+def test_compiles(rows: int, of_block: int, capability: int) -> None:
     pytest.importorskip("triton")
     from quantpress.kernels.steps.triton_kernel import plan_decodes_kernel
 
-    numbers: dict[str, Any] = {"RECENT": 128, "HEADS": 8, "ROWS": rows, "PAGES": 1024}
+    numbers: dict[str, Any] = {"RECENT": 128, "OF_BLOCK": of_block, "HEADS": 8, "ROWS": rows, "PAGES": 1024}
     for name in plan_decodes_kernel.arg_names:
         wide = name in ("slots_ptr", "written_ptr")
         empty = torch.empty(1, dtype=torch.int64 if wide else torch.int32)
@@ -154,12 +160,13 @@ def test_compiles(rows: int, capability: int) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("case", [*CASES, (300, 1, 5), (1000, 4, 0), (1024, 1, 0)], ids=str)
 def test_on_a_gpu(case: tuple[int, int, int]) -> None:
-    check(*case, heads=8, device="cuda")
+    check(*case, heads=8, device="cuda", compact=case[1] > 1)
 
 
 if __name__ == "__main__":
     random.seed(0)
     for case in CASES:
         for heads in (1, 3):
-            check(*case, heads=heads, device="cpu")
+            check(*case, heads=heads, device="cpu", compact=False)
+        check(*case, heads=3, device="cpu", compact=True)
         print(case)
