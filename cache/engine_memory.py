@@ -6,11 +6,16 @@ are allocated beside them.
 """
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 
+from quantpress.cache.saved.width_plan import WidthPlan
 from quantpress.cache.settings import DEFAULT_SINK_TOKENS
 from quantpress.errors import InvalidInputError
 from quantpress.kernels.layout import PAGE_TOKENS, page_bytes
+
+WIDTHS = (2, 3, 4)
+"""Bits of a code in an engine's blocks."""
 
 RECENT_PAGES = 2
 """Pages of 128 tokens that a request has in 16 bits: the one that is being filled, and the one before."""
@@ -42,6 +47,30 @@ def engine_widths(name: str) -> tuple[int, int]:
         )
     both, keys, values = found.groups()
     return int(both or keys), int(both or values)
+
+
+def planned_widths(plan: WidthPlan, layers: Iterable[int]) -> list[tuple[int, int]]:
+    """Bits of keys and of values that a plan has for the layers of a model in an engine.
+
+    Args:
+        plan: of that model.
+        layers: indices of its layers.
+
+    Raises:
+        InvalidInputError: the plan lacks a layer, or has a width that an engine's blocks cannot have; the
+            message names the layer.
+    """
+    found = []
+    for index in layers:
+        keys, values = plan.layer(index)
+        if not {keys, values} <= set(WIDTHS):
+            raise InvalidInputError(
+                f"{plan.path or 'the plan'} has {keys} bits for the keys and {values} bits for the values of "
+                f"layer {index}, but codes in vLLM have {', '.join(map(str, WIDTHS))} bits; make a plan of "
+                "these with `quantpress fit --widths 2,3,4`"
+            )
+        found.append((keys, values))
+    return found
 
 
 def engine_page_bytes(head_dim: int, value_dim: int, key_bits: int, value_bits: int) -> int:

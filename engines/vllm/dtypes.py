@@ -4,13 +4,10 @@ from collections.abc import Callable
 
 import torch
 
-from quantpress.cache.engine_memory import engine_widths
+from quantpress.cache.engine_memory import WIDTHS, engine_widths
 from quantpress.codecs.protocol import PageCodec
 from quantpress.codecs.scalar import ScalarPages
 from quantpress.quantization.spec import CodecSpec
-
-WIDTHS = (2, 3, 4)
-"""Bits of a code that the attention kernels read."""
 
 MakeCodecs = Callable[[int, int, torch.dtype], tuple[PageCodec, PageCodec]]
 """(head_dim of keys, of values, dtype of the model) -> codecs of keys and of values."""

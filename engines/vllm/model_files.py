@@ -4,11 +4,10 @@ from functools import lru_cache
 
 from vllm.config import VllmConfig
 
+from quantpress.cache.engine_memory import planned_widths
 from quantpress.cache.saved.model_profile import ModelProfile
 from quantpress.cache.saved.width_plan import WidthPlan
-from quantpress.engines.vllm.dtypes import WIDTHS
 from quantpress.engines.vllm.options import Options, options_of
-from quantpress.errors import InvalidInputError
 
 
 def profile_of(config: VllmConfig) -> ModelProfile | None:
@@ -39,14 +38,7 @@ def plan_of(config: VllmConfig) -> WidthPlan | None:
         return None
     plan = WidthPlan.load(path)
     plan.check(model.hf_text_config)
-    for index in range(model.get_total_num_hidden_layers()):
-        keys, values = plan.layer(index)
-        if not {keys, values} <= set(WIDTHS):
-            raise InvalidInputError(
-                f"the plan {path} has {keys} bits for the keys and {values} bits for the values of layer "
-                f"{index}, but in vLLM codes have {', '.join(map(str, WIDTHS))} bits; make another plan with "
-                "`quantpress fit --widths 2,3,4`"
-            )
+    planned_widths(plan, range(model.get_total_num_hidden_layers()))
     return plan
 
 

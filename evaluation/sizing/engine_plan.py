@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 from typing import Any
 
-from quantpress.cache.engine_memory import EngineLayer, engine_widths, sink_entries
+from quantpress.cache.engine_memory import EngineLayer, engine_widths, planned_widths, sink_entries
+from quantpress.cache.saved.width_plan import WidthPlan
 from quantpress.errors import InvalidInputError, UnsupportedModelError
 from quantpress.evaluation.sizing.model_outline import EXAMPLE_SHAPE, ModelOutline
 from quantpress.kernels.attend.triton_attend import HEAD_DIMS
@@ -18,7 +19,7 @@ class EnginePlan:
     """The cache of one KV-cache dtype, all layers together.
 
     Args:
-        dtype: as `--kv-cache-dtype` has it, or the model's own.
+        dtype: as `--kv-cache-dtype` has it, or the model's own; or the file of a plan of widths.
         block_bytes: bytes of a block of 128 tokens.
         pages_bytes: bytes of the blocks of the sequences that were asked about.
         request_bytes: recent tokens of one request in 16 bits.
@@ -70,7 +71,9 @@ class EngineAsked:
     available: int | None = None
 
 
-def engine_plans(model: ModelOutline, dtypes: tuple[str, ...], asked: EngineAsked) -> tuple[EnginePlan, ...]:
+def engine_plans(
+    model: ModelOutline, dtypes: tuple[str, ...], asked: EngineAsked, widths: WidthPlan | None = None
+) -> tuple[EnginePlan, ...]:
     """Plan the cache of vLLM: first in the model's own dtype, then in each of the plugin's.
 
     Activations and CUDA graphs are not counted.
@@ -79,11 +82,13 @@ def engine_plans(model: ModelOutline, dtypes: tuple[str, ...], asked: EngineAske
         model: outline of the model.
         dtypes: names such as "quantpress_4bit".
         asked: what is planned for.
+        widths: widths of each layer, planned behind the dtypes; None: not asked.
 
     Raises:
         UnsupportedModelError: the plugin refuses such a model.
-        InvalidInputError: a dtype is unknown; or memory is given, and the weights are unknown or do not leave
-            any for the cache.
+        CacheFileError: `widths` are for another model.
+        InvalidInputError: a dtype is unknown; `widths` lack a layer or have one of 1 or 8 bits; or memory is
+            given, and the weights are unknown or do not leave any for the cache.
     """
     _check_model(model)
     itemsize = model.dtype.itemsize
@@ -104,8 +109,12 @@ def engine_plans(model: ModelOutline, dtypes: tuple[str, ...], asked: EngineAske
         sum(one.sink_bytes(sink_entries(asked.requests)) for one in layers),
         sum(one.statistics_bytes for one in layers),
     )
-    for name in dtypes:
-        block = sum(one.block_bytes(*engine_widths(name)) for one in layers)
+    planned = {name: [engine_widths(name)] * len(layers) for name in dtypes}
+    if widths is not None:
+        widths.check(model.layers[0].module.config, without=("rope",))  # known models leave it out
+        planned[widths.path or "plan"] = planned_widths(widths, (one.index for one in model.layers))
+    for name, pairs in planned.items():
+        block = sum(one.block_bytes(*pair) for one, pair in zip(layers, pairs, strict=True))
         plans.append(_plan(name, block, beside, model, asked))
     return tuple(plans)
 

@@ -206,6 +206,10 @@ def memory(
     max_num_seqs: Annotated[
         int, typer.Option(help="With --engine: most sequences at a time, as vLLM is told.", min=1)
     ] = 64,
+    plan: Annotated[
+        str | None,
+        typer.Option(help="With --engine: a file of `quantpress fit`, with the widths of each layer."),
+    ] = None,
     names: Annotated[
         bool, typer.Option("--list", help="List the models that are known by name, without the hub.")
     ] = False,
@@ -217,6 +221,10 @@ def memory(
         return Known(tuple(known_models().values()))
     if engine is None and kv_cache_dtype:
         raise InvalidInputError("--kv-cache-dtype is for --engine vllm; without an engine give --press")
+    if engine is None and plan:
+        raise InvalidInputError(
+            f"--plan is for --engine vllm; without an engine give --press \"TurboQuant(plan='{plan}')\""
+        )
     if engine is not None and press:
         raise InvalidInputError(f"{engine} evicts nothing, so it takes no --press; give --kv-cache-dtype")
     available, own_weights = (None if one is None else byte_count(one) for one in (gpu, weights))
@@ -230,11 +238,13 @@ def memory(
     if own_weights is not None:
         known = replace(known, weights_bytes=own_weights, quantized=False)
     if engine is not None:
+        from quantpress.cache.saved.width_plan import WidthPlan
         from quantpress.evaluation.sizing.engine_plan import DEFAULT_DTYPES, EngineAsked, engine_plans
 
         asked = EngineAsked(context, batch, max_num_seqs, available)
         dtypes = tuple(kv_cache_dtype or DEFAULT_DTYPES)
-        return EngineSized(known, asked, engine_plans(known, dtypes, asked))
+        widths = None if plan is None else WidthPlan.load(plan)
+        return EngineSized(known, asked, engine_plans(known, dtypes, asked, widths))
     planners = [Planner(known, one) for one in (None, *(one for one in made if one is not None))]
     plans = tuple(planner.plan(context, batch) for planner in planners)
     capacities = (

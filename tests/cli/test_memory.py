@@ -13,7 +13,7 @@ from rich.table import Table
 from typer.testing import CliRunner
 
 from quantpress import cli
-from quantpress.cache import host
+from quantpress.cache import WidthPlan, host
 from quantpress.cli import memory
 from quantpress.cli.arguments import byte_count
 from quantpress.errors import InvalidInputError
@@ -148,7 +148,7 @@ def test_bytes_without_a_unit_are_refused() -> None:
         byte_count("24")
 
 
-def test_memory_in_an_engine() -> None:
+def test_memory_in_an_engine(tmp_path: Path) -> None:
     """The same figures in the table and in JSON; what is for an engine alone is refused elsewhere."""
     options = ["llama-3.1-8b", "--engine", "vllm", "--gpu", "80GB"]
     found = json.loads(invoke(*options, "--json").stdout)
@@ -160,6 +160,12 @@ def test_memory_in_an_engine() -> None:
     for row in rows:
         assert f"{row['token_bytes']:,.0f}" in shown and f"{row['tokens']:,}" in shown
     assert "--max-num-seqs 64" in shown and "1,024 prompts" in shown
+    WidthPlan("of llama", {}, dict.fromkeys(range(32), (3, 2))).save(tmp_path / "plan.json")
+    options += ["--plan", str(tmp_path / "plan.json"), "--kv-cache-dtype", "quantpress_k3v2"]
+    pair, planned = json.loads(invoke(*options, "--json").stdout)["kv_cache_dtypes"][1:]
+    assert planned == pair | {"dtype": str(tmp_path / "plan.json")}
+    with pytest.raises(InvalidInputError, match=r"--plan is for --engine vllm; .* --press"):
+        memory.memory("llama-3.1-8b", plan="plan.json")
     with pytest.raises(InvalidInputError, match="--kv-cache-dtype is for --engine"):
         memory.memory("llama-3.1-8b", kv_cache_dtype=["quantpress_4bit"])
     with pytest.raises(InvalidInputError, match="takes no --press"):

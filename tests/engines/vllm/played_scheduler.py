@@ -72,7 +72,7 @@ class PlayedScheduler:
         for pool in (*self.store.recent, *self.store.sinks):
             pool.fill_(float("nan"))
         self.state = BlockState(BLOCKS, capacity, SINKS, CPU)
-        self.planner = StepPlanner(self.state, KV_HEADS, PAGES)
+        self.planner = StepPlanner(self.state, KV_HEADS, PAGES, (1, BLOCKS))
         self.running: list[Request] = []
         self.waiting: list[list[int]] = []
         self.free: OrderedDict[int, None] = OrderedDict.fromkeys(range(1, BLOCKS))

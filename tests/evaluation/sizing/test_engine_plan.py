@@ -2,7 +2,8 @@
 
 import pytest
 
-from quantpress.errors import InvalidInputError, UnsupportedModelError
+from quantpress.cache import WidthPlan
+from quantpress.errors import CacheFileError, InvalidInputError, UnsupportedModelError
 from quantpress.evaluation.sizing.engine_plan import EngineAsked, engine_plans
 from quantpress.evaluation.sizing.model_outline import EXAMPLE_SHAPE, ModelOutline, outline
 from tests.tiny_models import tiny_model
@@ -34,6 +35,18 @@ def test_without_memory_or_weights() -> None:
         engine_plans(shape, DTYPES, EngineAsked(128, 1, available=10**9))
     full = engine_plans(outline(EXAMPLE_SHAPE), DTYPES, EngineAsked(128, 1, available=10**9))
     assert [plan.tokens for plan in full] == [0, 0, 0]
+
+
+def test_layers_with_the_widths_of_a_plan() -> None:
+    shape, asked = outline("layers=2,kv_heads=2,head_dim=64"), EngineAsked(128, 1)
+    found = engine_plans(shape, DTYPES[:1], asked, WidthPlan("tiny", {}, {0: (4, 4), 1: (3, 2)}))
+    assert [plan.dtype for plan in found[1:]] == ["quantpress_4bit", "plan"]
+    assert [plan.token_bytes for plan in found[1:]] == [2 * 2 * 70, 2 * (70 + 46)]
+    for given, message in (({0: (4, 4)}, "no widths of layer 1"), ({0: (2, 8), 1: (2, 2)}, "--widths 2,3,4")):
+        with pytest.raises(InvalidInputError, match=message):
+            engine_plans(shape, DTYPES, asked, WidthPlan("tiny", {}, given))
+    with pytest.raises(CacheFileError, match="num_hidden_layers was 3, is 2"):
+        engine_plans(shape, DTYPES, asked, WidthPlan("other", {"num_hidden_layers": 3}, {0: (4, 4)}))
 
 
 @pytest.mark.parametrize(

@@ -4,13 +4,28 @@ from __future__ import annotations
 
 import random
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from torch import Tensor
+from transformers import AutoConfig
 
-from tests.engines.vllm.engine.running import BLOCK, OPTIONS, engine
-from tests.engines.vllm.engine.tiny import CONFIG, Truth, tokens
+from quantpress.cache import WidthPlan
+from quantpress.cache.saved.config_fingerprint import config_fingerprint
+from quantpress.codecs.raw import RawPages
+from quantpress.quantization.transform import ChannelTransform
+from tests.engines.vllm.engine.poison import layers
+from tests.engines.vllm.engine.running import BLOCK, OPTIONS, Engine, engine
+from tests.engines.vllm.engine.tiny import CONFIG, Truth, save_model, tokens
 
 HEAD_DIM, LAYERS, HEADS = CONFIG["head_dim"], CONFIG["num_hidden_layers"], CONFIG["num_key_value_heads"]
+MEMORY = OPTIONS["kv_cache_memory_bytes"]
+
+
+def block_bytes(keys: int, values: int) -> int:
+    """Of one layer: codes, a scale of two bytes for each vector, and two keys of a page in 16 bits."""
+    return HEADS * (BLOCK * ((keys + values) * HEAD_DIM // 8 + 4) + 2 * 2 * HEAD_DIM)
 
 
 @pytest.mark.parametrize(
@@ -18,11 +33,9 @@ HEAD_DIM, LAYERS, HEADS = CONFIG["head_dim"], CONFIG["num_hidden_layers"], CONFI
     [("quantpress_4bit", (4, 4)), ("quantpress_3bit", (3, 3)), ("quantpress_k4v2", (4, 2))],
 )
 def test_as_many_tokens_fit_as_the_bits_promise(folder: Path, dtype: str, bits: tuple[int, int]) -> None:
-    """Codes, a scale of two bytes for each vector, and two keys of a page in 16 bits."""
-    vector = sum(width * HEAD_DIM // 8 + 2 for width in bits) + 2 * 2 * HEAD_DIM // BLOCK
     with engine(folder, kv_cache_dtype=dtype) as running:
         blocks = running.config.cache_config.num_gpu_blocks
-        assert blocks == OPTIONS["kv_cache_memory_bytes"] // (LAYERS * HEADS * BLOCK * vector)
+        assert blocks == MEMORY // (LAYERS * block_bytes(*bits))
         prompts = [tokens(300), tokens(500)]
         for answer in running.generate(*prompts, new=40):
             assert len(set(answer.outputs[0].token_ids)) > 5
@@ -34,3 +47,83 @@ def test_requests_that_lost_their_blocks_begin_again(folder: Path, truth: Truth)
         for prompt, answer in zip(prompts, running.generate(*prompts, new=200), strict=True):
             truth.check(prompt, answer.outputs[0])
         assert running.preempted
+
+
+def with_plan(folder: Path, home: Path, widths: dict[int, tuple[int, int]]) -> dict[str, Any]:
+    """Options of an engine, with a plan of the model in `folder`."""
+    fingerprint = config_fingerprint(AutoConfig.from_pretrained(folder))
+    WidthPlan("tiny", fingerprint, widths).save(home / "plan.json")
+    return {"additional_config": {"quantpress": {"plan": str(home / "plan.json")}}}
+
+
+def key_error(running: Engine, layer: int, keys: Tensor, blocks: list[int]) -> float:
+    """Of the packed keys of some blocks of a layer, relative to its keys [Hkv, T, D]."""
+    side = layers(running.config)[layer].impl.store.blocks[0]
+    planes = {name: plane[:, blocks].unsqueeze(0) for name, plane in side.planes.items()}
+    packed = side.codec.decode(planes, side.transform, torch.float32)[0]
+    keys = keys[:, : packed.shape[1]]
+    return float((packed - keys).norm() / keys.norm())
+
+
+def test_each_layer_has_the_widths_of_a_plan(tmp_path: Path) -> None:
+    """As many bytes as they promise, and packed keys as precise as their widths allow."""
+    widths = {0: (2, 4), 1: (4, 4), 2: (3, 2)}
+    folder = save_model(tmp_path / "model", seed=2, num_hidden_layers=3, initializer_range=0.05)
+    with engine(folder, kv_cache_dtype="quantpress_2bit", **with_plan(folder, tmp_path, widths)) as running:
+        sizes = [layer.kv_cache[0].nbytes for layer in layers(running.config)]
+        assert sizes == [block_bytes(*pair) for pair in widths.values()]
+        assert running.config.cache_config.num_gpu_blocks == MEMORY // sum(sizes)
+        prompt = tokens(300)
+        first, again = (running.generate(prompt)[0] for _ in range(2))
+        (blocks,) = running.steps[0].scheduled_new_reqs[0].block_ids
+        cache = Truth(folder).model(torch.tensor([prompt])).past_key_values
+        errors = [key_error(running, i, cache.layers[i].keys[0], blocks[:2]) for i in range(3)]
+        assert 0.05 < errors[1] < 0.13 < errors[2] < 0.24 < errors[0] < 0.5, errors
+        assert again.num_cached_tokens == 256
+        logprobs = [
+            torch.tensor(
+                [one[token].logprob for one, token in zip(made.logprobs, made.token_ids, strict=True)]
+            )
+            for made in (first.outputs[0], again.outputs[0])
+        ]
+        assert (logprobs[0] - logprobs[1]).abs().mean() < 0.1
+
+
+class DoublePages(RawPages):
+    """The same numbers in pages twice as large."""
+
+    def encode(self, x: Tensor, transform: ChannelTransform) -> dict[str, Tensor]:
+        return {"raw": super().encode(x, transform)["raw"].double()}
+
+
+def lossless(
+    name: str, head_dim: int, value_dim: int, dtype: torch.dtype, widths: tuple[int, int] = (2, 2)
+) -> list[RawPages]:
+    """Codecs of keys and of values: float64 where a plan has 4 bits, else float32."""
+    kinds = [DoublePages if bits == 4 else RawPages for bits in widths]
+    return [kind(dim, 32) for kind, dim in zip(kinds, (head_dim, value_dim), strict=True)]
+
+
+def test_nothing_is_lost_where_layers_have_pages_of_their_own_size(
+    folder: Path, truth: Truth, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Prefixes, preemption, more requests than slots, prompts and decodes in one step."""
+    monkeypatch.setattr("quantpress.engines.vllm.backend.codecs_of", lossless)
+    options = with_plan(folder, tmp_path, {0: (4, 2), 1: (2, 2)})
+    with engine(folder, num_gpu_blocks_override=9, **options) as running:
+        sizes = [layer.kv_cache[0].nbytes for layer in layers(running.config)]
+        assert sizes == [HEADS * BLOCK * HEAD_DIM * of_vectors for of_vectors in (8 + 4, 4 + 4)]
+        first = tokens(300)
+        prompts = [first, *(tokens(random.randrange(200, 255)) for _ in range(4)), first[:256] + tokens(30)]
+        for prompt, answer in zip(prompts, running.generate(*prompts, new=150), strict=True):
+            truth.check(prompt, answer.outputs[0])
+        assert running.preempted
+        assert any(min(step) == 1 and max(step) > 1 for step in running.work()), "no step was mixed"
+        for prompt in (first, first[:256] + tokens(60)):
+            (answer,) = running.generate(prompt)
+            truth.check(prompt, answer.outputs[0])
+        assert answer.num_cached_tokens == 256
+        core = running.llm.llm_engine.engine_core.engine_core
+        (groups,) = core.model_executor.driver_worker.worker.model_runner.attn_groups
+        planners = [group.get_metadata_builder()._planner for group in groups]
+        assert len(planners) == 2 and planners[0] is planners[1], "a step is planned once"

@@ -19,19 +19,21 @@ from tests.engines.vllm.engine.running import BLOCK
 DIM, HEADS, KV_HEADS, BLOCKS, PAGES, MOST = 64, 4, 2, 12, 5, 6
 DRAFTS = 3
 NAN = float("nan")
+SPEC: Any = SimpleNamespace(num_kv_heads=KV_HEADS)
 
 
-@pytest.fixture(params=[0, DRAFTS], ids=["one_token", "drafts"])
+@pytest.fixture(params=[(0, "LHBNC"), (DRAFTS, "LHBNC"), (DRAFTS, "LBHNC")], ids=str)
 def config(request: pytest.FixtureRequest, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """`VllmConfig` of an engine with or without speculation."""
+    """`VllmConfig` of an engine with or without speculation, and with a layout of its cache."""
     from vllm.config import set_current_vllm_config
     from vllm.engine.arg_utils import EngineArgs
 
     register_lossless()
     monkeypatch.setattr(Tensor, "pin_memory", lambda states: states)  # there is no GPU to pin it for
     options: dict[str, Any] = {}
-    if request.param:
-        speculation = {"method": "ngram", "num_speculative_tokens": request.param, "prompt_lookup_max": 3}
+    drafts, layout = request.param
+    if drafts:
+        speculation = {"method": "ngram", "num_speculative_tokens": drafts, "prompt_lookup_max": 3}
         options["speculative_config"] = speculation
     made = EngineArgs(
         str(folder),
@@ -42,7 +44,7 @@ def config(request: pytest.FixtureRequest, folder: Path, monkeypatch: pytest.Mon
         enforce_eager=True,
         **options,
     ).create_engine_config()
-    made.cache_config.num_gpu_blocks = BLOCKS
+    made.cache_config.num_gpu_blocks, made.cache_config.kv_cache_layout = BLOCKS, layout
     with set_current_vllm_config(made):
         yield made
 
@@ -51,14 +53,16 @@ class Layer:
     """A layer of vLLM and the builder of its metadata, and the raw tokens of each running request."""
 
     def __init__(self, config: Any) -> None:
-        from quantpress.engines.vllm.backend import QuantpressBuilder, QuantpressImpl
+        from quantpress.engines.vllm.backend import QuantpressImpl
+        from quantpress.engines.vllm.builder import QuantpressBuilder
 
         self.q = 1 + (config.speculative_config.num_speculative_tokens if config.speculative_config else 0)
         self.impl = QuantpressImpl(HEADS, DIM, DIM**-0.5, KV_HEADS, kv_cache_dtype=DTYPE)
-        spec = SimpleNamespace(num_kv_heads=KV_HEADS)
-        self.builder = QuantpressBuilder(spec, ["layer"], config, torch.device("cpu"))
+        self.builder = QuantpressBuilder(SPEC, ["layer"], config, torch.device("cpu"))
         width = self.impl.store.settings.layout.token_bytes
-        self.cache = torch.zeros(KV_HEADS, BLOCKS, BLOCK, width, dtype=torch.uint8).transpose(0, 1)
+        lead = (KV_HEADS, BLOCKS) if config.cache_config.kv_cache_layout == "LHBNC" else (BLOCKS, KV_HEADS)
+        self.cache = torch.zeros(*lead, BLOCK, width, dtype=torch.uint8)
+        self.cache = self.cache if lead[0] == BLOCKS else self.cache.transpose(0, 1)
         self.raw: dict[int, list[Tensor]] = {}
 
     def step(self, rows: list[tuple[int, list[int], int]], padded: int, capture: bool = False) -> Tensor:
@@ -67,6 +71,17 @@ class Layer:
         Returns:
             Output [T, HEADS, DIM], padding included.
         """
+        common, states = self.asked(rows, padded, capture)
+        builder = self.builder
+        metadata = builder.build_for_cudagraph_capture(common) if capture else builder.build(0, common)
+        query, key, value = states.split([HEADS, KV_HEADS, KV_HEADS], 1)
+        layer = SimpleNamespace(layer_name="model.layers.0.self_attn.attn")
+        output = torch.full_like(query, NAN)
+        self.impl.forward(layer, query, key, value, self.cache, metadata, output)
+        return output
+
+    def asked(self, rows: list[tuple[int, list[int], int]], padded: int, capture: bool) -> tuple[Any, Tensor]:
+        """`CommonAttentionMetadata` of a step, and its states [T, HEADS + 2 * KV_HEADS, DIM]."""
         from vllm.v1.attention.backend import CommonAttentionMetadata
 
         counts = [count for _, _, count in rows]
@@ -93,13 +108,7 @@ class Layer:
             slot_mapping=torch.full((tokens,), -1),
             req_idx=np.array([request for request, _, _ in rows], dtype=np.int32),
         )
-        builder = self.builder
-        metadata = builder.build_for_cudagraph_capture(common) if capture else builder.build(0, common)
-        query, key, value = states.split([HEADS, KV_HEADS, KV_HEADS], 1)
-        layer = SimpleNamespace(layer_name="model.layers.0.self_attn.attn")
-        output = torch.full_like(query, NAN)
-        self.impl.forward(layer, query, key, value, self.cache, metadata, output)
-        return output
+        return common, states
 
     def expected(self, request: int, count: int) -> Tensor:
         """Attention of the last `count` tokens of a request from its raw tokens."""
@@ -178,3 +187,21 @@ def test_a_capture_writes_nothing(config: Any) -> None:
     for row, (request, _, count) in enumerate(work):
         found = outputs[row * layer.q : (row + 1) * layer.q]
         torch.testing.assert_close(found, layer.expected(request, count))
+
+
+def test_builders_of_a_step_share_its_plan(config: Any) -> None:
+    """Once: vLLM changes what it asked for in place, and asks again, where it drafts."""
+    from quantpress.engines.vllm.builder import QuantpressBuilder
+
+    layer = begun(config)
+    other = QuantpressBuilder(SPEC, ["other"], config, torch.device("cpu"))
+    common, _ = layer.asked([(*FIRST, layer.q)], padded=1, capture=False)
+    made = layer.builder.build(0, common)
+    assert other.build(0, common) is made
+    again = other.build(0, common)
+    assert again is not made and other._planner is layer.builder._planner
+    assert layer.builder.build(0, common) is again
+    wider = QuantpressBuilder(
+        SimpleNamespace(num_kv_heads=2 * KV_HEADS), ["draft"], config, torch.device("cpu")
+    )
+    assert wider.build(0, common) is not again and wider._planner is not other._planner

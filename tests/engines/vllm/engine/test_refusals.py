@@ -13,6 +13,8 @@ from transformers import (
     PreTrainedConfig,
 )
 
+from quantpress.cache import WidthPlan
+from quantpress.cache.saved.config_fingerprint import config_fingerprint
 from quantpress.errors import QuantPressError, UnsupportedModelError
 from tests.engines.vllm.engine.running import engine
 from tests.engines.vllm.engine.tiny import CONFIG
@@ -65,6 +67,33 @@ REFUSED: dict[str, tuple[PreTrainedConfig, dict[str, Any], str]] = {
     "offloading": (llama(), {"kv_offloading_size": 1.0}, "KV connector.*kv-offloading-size"),
     "an unknown option": (llama(), {"additional_config": {"quantpress": {"profil": "x"}}}, "profil.*profile"),
 }
+
+
+PLANS: dict[str, tuple[PreTrainedConfig, dict[int, tuple[int, int]], str]] = {
+    "of another model": (
+        llama(num_hidden_layers=3),
+        {0: (3, 3)},
+        "num_hidden_layers was 3, is 2.*quantpress fit",
+    ),
+    "8 bits": (
+        llama(),
+        {0: (3, 2), 1: (8, 4)},
+        "8 bits for the keys.*of layer 1.*quantpress fit --widths 2,3,4",
+    ),
+    "1 bit": (llama(), {0: (3, 1), 1: (8, 4)}, "1 bits for the values of layer 0.*--widths 2,3,4"),
+    "without a layer": (llama(), {0: (3, 2)}, r"no widths of layer 1 \(it has 0\).*quantpress fit"),
+}
+
+
+@pytest.mark.parametrize("case", PLANS)
+def test_a_plan_that_is_refused(case: str, tmp_path: Path) -> None:
+    """Before weights are loaded."""
+    of_model, widths, message = PLANS[case]
+    llama().save_pretrained(tmp_path)
+    WidthPlan("tiny", config_fingerprint(of_model), widths).save(tmp_path / "plan.json")
+    options = {"additional_config": {"quantpress": {"plan": str(tmp_path / "plan.json")}}}
+    with pytest.raises(QuantPressError, match=f"(?s){message}"), engine(tmp_path, **options):
+        pass
 
 
 @pytest.mark.parametrize("case", REFUSED)
