@@ -12,9 +12,8 @@ from rich.table import Table
 from rich.text import Text
 
 from quantpress.cli.arguments import Presses, byte_count
-from quantpress.cli.engines.memory import EngineSized
+from quantpress.cli.engines.memory import EngineSized, check_options
 from quantpress.cli.output import Outcome
-from quantpress.errors import InvalidInputError
 
 if TYPE_CHECKING:
     from quantpress.evaluation.sizing.known_models import KnownModel
@@ -219,14 +218,7 @@ def memory(
 
     if names:
         return Known(tuple(known_models().values()))
-    if engine is None and kv_cache_dtype:
-        raise InvalidInputError("--kv-cache-dtype is for --engine vllm; without an engine give --press")
-    if engine is None and plan:
-        raise InvalidInputError(
-            f"--plan is for --engine vllm; without an engine give --press \"TurboQuant(plan='{plan}')\""
-        )
-    if engine is not None and press:
-        raise InvalidInputError(f"{engine} evicts nothing, so it takes no --press; give --kv-cache-dtype")
+    check_options(engine, press, kv_cache_dtype, plan)
     available, own_weights = (None if one is None else byte_count(one) for one in (gpu, weights))
     _import_quickly()
     from quantpress.evaluation.sizing.memory_plan import Planner
@@ -238,13 +230,11 @@ def memory(
     if own_weights is not None:
         known = replace(known, weights_bytes=own_weights, quantized=False)
     if engine is not None:
-        from quantpress.cache.saved.width_plan import WidthPlan
-        from quantpress.evaluation.sizing.engine_plan import DEFAULT_DTYPES, EngineAsked, engine_plans
+        from quantpress.evaluation.sizing.engine_plan import EngineAsked
 
-        asked = EngineAsked(context, batch, max_num_seqs, available)
-        dtypes = tuple(kv_cache_dtype or DEFAULT_DTYPES)
-        widths = None if plan is None else WidthPlan.load(plan)
-        return EngineSized(known, asked, engine_plans(known, dtypes, asked, widths))
+        return EngineSized.of(
+            known, EngineAsked(context, batch, max_num_seqs, available), kv_cache_dtype, plan
+        )
     planners = [Planner(known, one) for one in (None, *(one for one in made if one is not None))]
     plans = tuple(planner.plan(context, batch) for planner in planners)
     capacities = (

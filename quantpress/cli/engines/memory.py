@@ -7,10 +7,25 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 
 from quantpress.cli.output import Outcome, new_table
+from quantpress.errors import InvalidInputError
 
 if TYPE_CHECKING:
     from quantpress.evaluation.sizing.engine_plan import EngineAsked, EnginePlan
     from quantpress.evaluation.sizing.model_outline import ModelOutline
+
+
+def check_options(
+    engine: str | None, press: list[str] | None, dtypes: list[str] | None, plan: str | None
+) -> None:
+    """Refuse options of an engine without one, and presses with one."""
+    if engine is None and dtypes:
+        raise InvalidInputError("--kv-cache-dtype is for --engine vllm; without an engine give --press")
+    if engine is None and plan:
+        raise InvalidInputError(
+            f"--plan is for --engine vllm; without an engine give --press \"TurboQuant(plan='{plan}')\""
+        )
+    if engine is not None and press:
+        raise InvalidInputError(f"{engine} evicts nothing, so it takes no --press; give --kv-cache-dtype")
 
 
 @dataclass(frozen=True)
@@ -26,6 +41,17 @@ class EngineSized(Outcome):
     model: "ModelOutline"
     asked: "EngineAsked"
     plans: "tuple[EnginePlan, ...]"
+
+    @classmethod
+    def of(
+        cls, model: "ModelOutline", asked: "EngineAsked", dtypes: list[str] | None, plan: str | None
+    ) -> "EngineSized":
+        """Plan for these KV-cache dtypes, or 4, 3 and 2 bits, and for a file of `quantpress fit`."""
+        from quantpress.cache.saved.width_plan import WidthPlan
+        from quantpress.evaluation.sizing.engine_plan import DEFAULT_DTYPES, engine_plans
+
+        widths = None if plan is None else WidthPlan.load(plan)
+        return cls(model, asked, engine_plans(model, tuple(dtypes or DEFAULT_DTYPES), asked, widths))
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
