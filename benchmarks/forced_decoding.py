@@ -36,6 +36,7 @@ class Job:
         context: T, tokens of each text that are the prompt.
         outputs: files to write: logits [n, N - 1, V] float32 of the first round, and of the round that finds
             its prompts in the prefix cache.
+        plan: file of `quantpress fit`, or None.
     """
 
     model: str
@@ -45,6 +46,7 @@ class Job:
     texts: str
     context: int
     outputs: list[str]
+    plan: str | None = None
 
 
 def processor(rows: dict[int, list[torch.Tensor]]) -> type:
@@ -79,7 +81,8 @@ def engine(job: Job, forced: type) -> Any:
 
         register()
         ours["attention_backend"] = "QUANTPRESS"
-        ours["additional_config"] = {"quantpress": {"profile": job.profile} if job.profile else {}}
+        files = {"profile": job.profile, "plan": job.plan}
+        ours["additional_config"] = {"quantpress": {name: file for name, file in files.items() if file}}
     return LLM(
         job.model,
         skip_tokenizer_init=True,
