@@ -9,7 +9,6 @@ have read none of the texts that are scored. `ratio` is KL over that of the firs
 """
 
 import argparse
-import json
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
