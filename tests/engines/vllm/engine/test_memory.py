@@ -97,10 +97,10 @@ class DoublePages(RawPages):
 
 
 def lossless(
-    name: str, head_dim: int, value_dim: int, dtype: torch.dtype, widths: tuple[int, int] = (2, 2)
+    name: str, head_dim: int, value_dim: int, dtype: torch.dtype, widths: tuple[int, int] | None = None
 ) -> list[RawPages]:
     """Codecs of keys and of values: float64 where a plan has 4 bits, else float32."""
-    kinds = [DoublePages if bits == 4 else RawPages for bits in widths]
+    kinds = [DoublePages if bits == 4 else RawPages for bits in widths or (2, 2)]
     return [kind(dim, 32) for kind, dim in zip(kinds, (head_dim, value_dim), strict=True)]
 
 
