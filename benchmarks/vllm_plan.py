@@ -1,11 +1,11 @@
-"""What a plan of widths saves in quality inside vLLM, against one width of as many bytes.
+"""What plans of widths save in quality inside vLLM, each against one width of as many bytes.
 
-    quantpress fit --dtype float32 --bits 2.9 -o plan.json      in an environment with kvpress
-    python benchmarks/vllm_plan.py plan.json                    in one with vLLM
-    python benchmarks/vllm_plan.py plan.json --against quantpress_k3v2 quantpress_3bit --json rows.json
+    quantpress fit --method one-pass --bits 2.81 -o plan.json    in an environment with kvpress
+    python benchmarks/vllm_plan.py plan.json quantpress_k3v2     in one with vLLM
+    python benchmarks/vllm_plan.py plan.json quantpress_k3v2 other.json quantpress_3bit --json rows.json
 
-Texts, the profile of keys, the forced tokens and KL are those of `vllm_quality.py`. Plans of `quantpress fit`
-have read none of the texts that are scored. `ratio` is KL over that of the first dtype.
+Texts, the profile of keys, the forced tokens and KL are those of `vllm_quality.py`, in float32. `quantpress
+fit` reads none of the texts that are scored. `ratio` is KL over that of the dtype beside the plan.
 """
 
 import argparse
@@ -54,39 +54,40 @@ def arms(folder: Path, arguments: argparse.Namespace) -> Iterator[dict[str, Any]
     }
     outputs = [str(folder / "logits")]
     own = quality.forced(folder, Job(**job, cache_dtype="auto", profile=None, outputs=outputs))[0]
-    wanted = {name: (name, None, [engine_widths(name)] * layers) for name in arguments.against}
-    for file in arguments.plans:
-        plan = WidthPlan.load(file)
-        name = f"plan, {plan.method}, mean {plan.mean_bits:.3f}"
-        pairs = [plan.layer(index) for index in range(layers)]
-        wanted[name] = arguments.against[0], str(Path(file).resolve()), pairs
-    first: list[float] = []
-    for name, (dtype, plan, pairs) in wanted.items():
-        given = Job(**job, cache_dtype=dtype, profile=str(profile), outputs=outputs, plan=plan)
-        kl = quality.divergences(own, quality.forced(folder, given)[0])
-        means = [sum(one) / len(one) for one in kl]
-        first = first or means
-        yield {
-            "arm": name,
-            "bytes_a_token": token_bytes(config, pairs),
-            "widths": " ".join(f"{keys}/{values}" for keys, values in pairs),
-            "kl": mean_by_document(kl),
-            "ratio": paired_ratio(first, means),
-            "by_document": means,
-        }
+    for file, dtype in zip(arguments.pairs[::2], arguments.pairs[1::2], strict=True):
+        plan, base = WidthPlan.load(file), None
+        planned = [plan.layer(index) for index in range(layers)]
+        arm = f"plan, {plan.method}, mean {plan.mean_bits:.3f}"
+        uniform = [engine_widths(dtype)] * layers
+        for name, path, pairs in ((dtype, None, uniform), (arm, str(Path(file).resolve()), planned)):
+            given = Job(**job, cache_dtype=dtype, profile=str(profile), outputs=outputs, plan=path)
+            kl = quality.divergences(own, quality.forced(folder, given)[0])
+            means = [sum(one) / len(one) for one in kl]
+            base = base or means
+            yield {
+                "arm": name,
+                "bytes_a_token": token_bytes(config, pairs),
+                "widths": " ".join(f"{keys}/{values}" for keys, values in pairs),
+                "kl": mean_by_document(kl),
+                "ratio": paired_ratio(base, means),
+                "by_document": means,
+            }
 
 
 def main(words: Sequence[str]) -> None:
     """Measure, and print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("plans", nargs="+", help="files of quantpress fit, for the default model")
-    parser.add_argument("--against", nargs="+", default=["quantpress_k3v2"], metavar="DTYPE")
+    parser.add_argument(
+        "pairs", nargs="+", help="files of quantpress fit for the default model, a dtype behind each"
+    )
     parser.add_argument("--documents", type=int, default=quality.DOCUMENTS)
     parser.add_argument("--json", type=Path, help="write the rows here, too")
     arguments = parser.parse_args(words)
     arguments.words, arguments.context = words, quality.CONTEXT
     if not 1 <= arguments.documents <= REQUESTS:
         parser.error(f"--documents are 1 to {REQUESTS}")
+    if len(arguments.pairs) % 2:
+        parser.error("give a KV-cache dtype behind each plan")
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
         for row in arms(Path(folder), arguments):

@@ -13,8 +13,12 @@ from tests.pipelines.words import ours
 @pytest.fixture(scope="module")
 def quality() -> ModuleType:
     """benchmarks/vllm_quality.py as a module."""
-    path = Path(__file__).parents[2] / "benchmarks" / "vllm_quality.py"
-    spec = importlib.util.spec_from_file_location("quantpress_benchmark_vllm_quality", path)
+    return module_of("vllm_quality")
+
+
+def module_of(name: str) -> ModuleType:
+    path = Path(__file__).parents[2] / "benchmarks" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(f"quantpress_benchmark_{name}", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -43,3 +47,10 @@ def test_an_engine_is_compared_with_its_own_width(quality: ModuleType) -> None:
     assert (row["bits"], row["kl"].value) == (3, 7.5)
     assert (row["ratio"].value, row["to_preset"].value) == (1.5, 3.0)
     assert "| 7.50000 [6.00000, 9.00000] | 1.50 [1.20, 1.80] |" in quality.shown([row])
+
+
+def test_a_plan_is_compared_with_one_width_of_as_many_bytes() -> None:
+    config = ours().model.config
+    half = [(4, 4), (2, 2)] * (config.num_hidden_layers // 2 + 1)
+    size = module_of("vllm_plan").token_bytes
+    assert size(config, half) == size(config, [(3, 3)] * len(half)) > 0
