@@ -46,14 +46,6 @@ def with_profile(path: str) -> dict[str, Any]:
     return PACKED | {"additional_config": {"quantpress": {"profile": path}}}
 
 
-def error(truth: Truth, prompt: list[int], answer: Any) -> float:
-    """Mean error in nats of the log-probabilities of a greedy answer."""
-    made = list(answer.outputs[0].token_ids)
-    rows = truth.log_probabilities(prompt, made)[range(len(made)), made]
-    theirs = [answer.outputs[0].logprobs[i][token].logprob for i, token in enumerate(made)]
-    return float((rows - torch.tensor(theirs)).abs().mean())
-
-
 def stores(running: Engine) -> list[Any]:
     return [layer.impl.store for layer in layers(running.config)]
 
@@ -64,7 +56,7 @@ def test_each_layer_has_the_statistics_of_the_profile(folder: Path, truth: Truth
     with engine(folder, **with_profile(path), max_num_batched_tokens=2048, max_model_len=2048) as running:
         for prompt in (tokens(300), tokens(1400)):  # the second would give statistics of its own
             (answer,) = running.generate(prompt, new=20)
-            assert error(truth, prompt, answer) < CLOSE
+            assert truth.error(prompt, answer) < CLOSE
         for index, store in enumerate(stores(running)):
             expected = profile.transform(index)
             assert store.ready
@@ -81,10 +73,10 @@ def test_without_a_profile_a_long_piece_gives_them(folder: Path, truth: Truth) -
         (answer,) = running.generate(long)
         assert all(store.ready and store.mean.any() for store in stores(running))
         means = [store.mean.clone() for store in stores(running)]
-        assert error(truth, long, answer) < CLOSE
+        assert truth.error(long, answer) < CLOSE
         for prompt, reused in [(short, 384), (long, 1408), (tokens(1500), 0)]:
             (answer,) = running.generate(prompt, new=20)
-            assert error(truth, prompt, answer) < CLOSE and answer.num_cached_tokens == reused
+            assert truth.error(prompt, answer) < CLOSE and answer.num_cached_tokens == reused
         assert all(torch.equal(store.mean, mean) for store, mean in zip(stores(running), means, strict=True))
 
 

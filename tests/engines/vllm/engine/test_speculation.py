@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM
 
+from tests.engines.vllm.engine.lossless import codecs_by_width
 from tests.engines.vllm.engine.running import BLOCK, Engine, engine
-from tests.engines.vllm.engine.test_memory import lossless, with_plan
-from tests.engines.vllm.engine.tiny import Truth, save_model, save_tokenizer, tokens
+from tests.engines.vllm.engine.tiny import CONFIG, Truth, save_tokenizer, tokens, with_plan
 
 DRAFTS, WORDS = 4, 12
 NEW = 60
@@ -29,6 +29,19 @@ def changed(folder: Path, home: Path, *, noise: float = 0.0) -> Path:
     return home
 
 
+def wider(folder: Path, home: Path) -> Path:
+    """The same model with each KV head twice."""
+    heads = CONFIG["num_key_value_heads"]
+    model = LlamaForCausalLM(LlamaConfig(**CONFIG | {"num_key_value_heads": 2 * heads}))
+    states = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).state_dict()
+    for name, weight in states.items():
+        if "k_proj" in name or "v_proj" in name:
+            states[name] = weight.unflatten(0, (heads, -1)).repeat_interleave(2, 0).flatten(0, 1)
+    model.load_state_dict(states)
+    model.save_pretrained(home)
+    return home
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["ngram", "draft_model", "draft_model of another shape"])
 def test_drafts(folder: Path, tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -41,9 +54,9 @@ def test_drafts(folder: Path, tmp_path: Path, kind: str, monkeypatch: pytest.Mon
     elif kind == method:
         speculation |= {"model": str(changed(folder, tmp_path / "draft", noise=0.1))}
     else:
-        other = save_model(tmp_path / "other", seed=0, num_key_value_heads=1, num_hidden_layers=1)
-        speculation |= {"model": str(changed(other, tmp_path / "draft"))}
-        monkeypatch.setattr("quantpress.engines.vllm.backend.codecs_of", lossless)
+        draft = changed(wider(folder, tmp_path / "wider"), tmp_path / "draft", noise=0.1)
+        speculation |= {"model": str(draft)}
+        monkeypatch.setattr("quantpress.engines.vllm.backend.codecs_of", codecs_by_width)
         options = with_plan(model, tmp_path, {0: (4, 2), 1: (2, 2)})
     truth = Truth(model)
     with engine(model, speculative_config=speculation, **options) as running:

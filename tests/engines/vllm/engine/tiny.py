@@ -8,7 +8,10 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from quantpress.cache import WidthPlan
+from quantpress.cache.saved.config_fingerprint import config_fingerprint
 
 VOCABULARY = 512
 TOLERANCE = 5e-4
@@ -44,6 +47,13 @@ def save_tokenizer(folder: Path) -> None:
     PreTrainedTokenizerFast(
         tokenizer_object=words, unk_token="t0", bos_token="t1", eos_token="t2"
     ).save_pretrained(folder)
+
+
+def with_plan(folder: Path, home: Path, widths: dict[int, tuple[int, int]]) -> dict[str, Any]:
+    """Options of an engine, with a plan of the model in `folder`."""
+    fingerprint = config_fingerprint(AutoConfig.from_pretrained(folder))
+    WidthPlan("tiny", fingerprint, widths).save(home / "plan.json")
+    return {"additional_config": {"quantpress": {"plan": str(home / "plan.json")}}}
 
 
 def tokens(count: int) -> list[int]:
@@ -83,3 +93,10 @@ class Truth:
         assert off.max() < TOLERANCE, f"prompt of {len(prompt)}: off by {off.tolist()}"
         if greedy:
             assert (rows.amax(-1) - ours).max() < TOLERANCE, f"prompt of {len(prompt)}: not the likeliest"
+
+    def error(self, prompt: list[int], answer: Any) -> float:
+        """Mean error in nats of the log-probabilities of a greedy answer; `answer` is a `RequestOutput`."""
+        made = list(answer.outputs[0].token_ids)
+        rows = self.log_probabilities(prompt, made)[range(len(made)), made]
+        theirs = [answer.outputs[0].logprobs[i][token].logprob for i, token in enumerate(made)]
+        return float((rows - torch.tensor(theirs)).abs().mean())
