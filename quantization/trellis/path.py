@@ -15,7 +15,7 @@ from quantpress.quantization.trellis.code import STATE_BITS, STATES, Trellis
 VECTORS = {"cpu": 512}
 """Vectors searched at a time, so that their errors stay in a core's cache."""
 MANY_VECTORS = 1 << 15
-"""The same on other devices: 100 MB of workspace at D = 128 and 2 bits."""
+"""The same on other devices: some 400 MB of workspace at D = 128 and 2 bits."""
 
 
 @torch.no_grad()
