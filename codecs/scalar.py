@@ -165,6 +165,6 @@ def check_constants(what: object, found: str, noted: object) -> None:
     """
     if found != noted:
         raise InvalidInputError(
-            f"the rotation of {what} is not the one that the pages were packed with (another seed, or "
-            "another random stream); pack the context again"
+            f"the rotation or the levels of {what} are not those that the pages were packed with (another "
+            "seed, random stream or codebook); pack the context again"
         )

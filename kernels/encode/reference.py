@@ -3,7 +3,7 @@
 Vectors are divided by their largest coordinate first, so that no norm overflows or vanishes.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from operator import itemgetter
 
@@ -23,6 +23,8 @@ SINK_SCALE = -1.0
 """Stored in the place of the scale of a page's sink, whose key is not read from its codes."""
 
 WORKSPACE_VALUES = 1 << 20  # coordinates encoded at a time; about 24 bytes of workspace each
+
+EncodeChunk = Callable[[Tensor, ChannelTransform], dict[str, Tensor]]
 
 
 def check_vectors(x: Tensor, spec: CodecSpec, transform: ChannelTransform) -> None:
@@ -52,12 +54,28 @@ def encode_pages_reference(
         queries: with `page_keys`, moments of scaled queries, by which the sink of each page is chosen; None:
             the sink is the key furthest from the mean.
     """
+    return in_chunks(x, transform, lambda part, local: _encode_chunk(part, spec, local, queries))
+
+
+def in_chunks(
+    x: Tensor, transform: ChannelTransform, encode: EncodeChunk, values: int = WORKSPACE_VALUES
+) -> dict[str, Tensor]:
+    """Encode pages a workspace at a time.
+
+    Args:
+        x: [B, Hkv, T, D], T a multiple of `PAGE_TOKENS`.
+        transform: of each [B, Hkv].
+        encode: makes planes [b, Hkv, p, ...] of pages [b, Hkv, p, 128, D] and the transform of these b.
+        values: coordinates at a time; at least one page of all heads is.
+
+    Returns:
+        The planes [B, Hkv, P, ...] of all pages.
+    """
     batch, heads, tokens, dim = x.shape
     pages = x.reshape(batch, heads, tokens // PAGE_TOKENS, PAGE_TOKENS, dim)
     planes: dict[str, Tensor] = {}
-    for rows, columns in _chunks(batch, heads, pages.shape[2], dim):
-        local = transform.entries(itemgetter(rows))
-        part = _encode_chunk(pages[rows, :, columns], spec, local, queries)
+    for rows, columns in _chunks(batch, heads, pages.shape[2], dim, values):
+        part = encode(pages[rows, :, columns], transform.entries(itemgetter(rows)))
         for name, plane in part.items():
             if name not in planes:
                 planes[name] = plane.new_empty(*pages.shape[:3], plane.shape[-1])
@@ -65,9 +83,9 @@ def encode_pages_reference(
     return planes
 
 
-def _chunks(batch: int, heads: int, pages: int, dim: int) -> Iterator[tuple[slice, slice]]:
+def _chunks(batch: int, heads: int, pages: int, dim: int, values: int) -> Iterator[tuple[slice, slice]]:
     """Slices of the batch and of the pages, chunks of which fit the workspace; an empty one for no pages."""
-    budget = max(1, WORKSPACE_VALUES // max(1, heads * PAGE_TOKENS * dim))  # (sequence, page) pairs at a time
+    budget = max(1, values // max(1, heads * PAGE_TOKENS * dim))  # (sequence, page) pairs at a time
     wide = min(max(1, pages), budget)
     tall = max(1, budget // wide) if wide == max(1, pages) else 1
     for row in range(0, max(1, batch), tall):

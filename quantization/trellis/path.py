@@ -30,7 +30,7 @@ def nearest_path(unit: Tensor, trellis: Trellis) -> Tensor:
         [N, D] uint8, each below 2**bits.
     """
     x = unit * unit.shape[-1] ** 0.5
-    levels = torch.tensor(trellis.scaled, dtype=torch.float32, device=x.device) * trellis.unit
+    levels = trellis.level_tensor(1, x.device)
     codes = torch.empty(x.shape, dtype=torch.uint8, device=x.device)
     chunk = VECTORS.get(x.device.type, MANY_VECTORS)
     for part, out in zip(x.split(chunk), codes.split(chunk), strict=True):
