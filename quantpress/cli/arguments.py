@@ -130,6 +130,22 @@ def check_packed(file: str) -> None:
         raise InvalidInputError(f"{file} cannot be read; check its permissions")
 
 
+def texts_and_output(files: list[str] | None, output: str) -> dict[str, str]:
+    """Read the texts of a command, by name, and check the file that it will write.
+
+    Raises:
+        InvalidInputError: a text cannot be read, the file cannot be written, or it is one of the texts.
+        EmptyContextError: a text is empty.
+    """
+    files = files or []
+    texts = {"the standard input" if file == STDIN else file: read_text(file) for file in files}
+    check_output_file(output)
+    for file in files:
+        if file != STDIN and Path(output).exists() and Path(output).samefile(file):
+            raise InvalidInputError(f"{output} is a text to read; give --output another name")
+    return texts
+
+
 def check_output_file(file: str) -> None:
     """Check that a file can be written; of a URL, that its protocol is known.
 

@@ -1,6 +1,5 @@
 """Benchmarks that run without a GPU: they measure what they say."""
 
-import importlib.util
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -12,18 +11,14 @@ from quantpress.evaluation.sizing.model_outline import outline
 from quantpress.evaluation.suites import QUICK
 from quantpress.presses import TurboQuant
 from quantpress.presses.expression import parse_press
+from tests.benchmarks.loading import benchmark
 from tests.pipelines.words import ours, text
 
 
 @pytest.fixture(scope="module")
 def defaults() -> ModuleType:
     """benchmarks/defaults.py as a module."""
-    path = Path(__file__).parents[2] / "benchmarks" / "defaults.py"
-    spec = importlib.util.spec_from_file_location("quantpress_benchmark_defaults", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return benchmark("defaults")
 
 
 def test_settings_are_presses_and_differ(defaults: ModuleType) -> None:

@@ -1,6 +1,5 @@
 """The benchmark of plans: it compares within equal bytes, and a run goes on where it stopped."""
 
-import importlib.util
 import json
 import sys
 from pathlib import Path
@@ -8,19 +7,14 @@ from types import ModuleType
 
 import pytest
 
+from tests.benchmarks.loading import benchmark
 from tests.pipelines.words import ours, text
 
 
 @pytest.fixture(scope="module")
 def fit() -> ModuleType:
     """benchmarks/fit.py as a module."""
-    path = Path(__file__).parents[2] / "benchmarks" / "fit.py"
-    spec = importlib.util.spec_from_file_location("quantpress_benchmark_fit", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # its dataclasses look there
-    spec.loader.exec_module(module)
-    return module
+    return benchmark("fit")
 
 
 def test_plans_are_compared_within_the_bytes_of_one_width(

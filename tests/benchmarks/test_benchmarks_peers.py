@@ -1,7 +1,6 @@
 """The benchmark of the alternatives, as far as it goes without a GPU and without the alternatives."""
 
 import argparse
-import importlib.util
 import io
 import json
 import re
@@ -15,20 +14,15 @@ from typing import Any
 import pytest
 import torch
 
+from tests.benchmarks.loading import benchmark
 from tests.limits import HANG
-
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 
 @pytest.fixture(scope="module")
 def peers() -> Iterator[ModuleType]:
     """benchmarks/peers.py as a module; the search path is put back."""
     path = list(sys.path)
-    spec = importlib.util.spec_from_file_location("quantpress_benchmark_peers", BENCHMARKS / "peers.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    yield module
+    yield benchmark("peers")
     sys.path[:] = path
 
 

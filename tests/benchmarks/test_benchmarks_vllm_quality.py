@@ -1,28 +1,18 @@
 """The benchmark of quality inside vLLM, without vLLM: what it compares, and with what."""
 
-import importlib.util
-from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
 
+from tests.benchmarks.loading import benchmark
 from tests.pipelines.words import ours
 
 
 @pytest.fixture(scope="module")
 def quality() -> ModuleType:
     """benchmarks/vllm_quality.py as a module."""
-    return module_of("vllm_quality")
-
-
-def module_of(name: str) -> ModuleType:
-    path = Path(__file__).parents[2] / "benchmarks" / f"{name}.py"
-    spec = importlib.util.spec_from_file_location(f"quantpress_benchmark_{name}", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return benchmark("vllm_quality")
 
 
 def test_texts_are_decoded_as_the_model_reads_them_and_packing_costs_by_width(quality: ModuleType) -> None:
@@ -52,5 +42,5 @@ def test_an_engine_is_compared_with_its_own_width(quality: ModuleType) -> None:
 def test_a_plan_is_compared_with_one_width_of_as_many_bytes() -> None:
     config = ours().model.config
     half = [(4, 4), (2, 2)] * (config.num_hidden_layers // 2 + 1)
-    size = module_of("vllm_plan").token_bytes
+    size = benchmark("vllm_plan").token_bytes
     assert size(config, half) == size(config, [(3, 3)] * len(half)) > 0

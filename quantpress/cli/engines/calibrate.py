@@ -1,15 +1,13 @@
 """`quantpress calibrate`: measure what an engine has to know about a model, and save it."""
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.text import Text
 
-from quantpress.cli.arguments import STDIN, Device, Dtype, check_loading, check_output_file, read_text
+from quantpress.cli.arguments import Device, Dtype, check_loading, texts_and_output
 from quantpress.cli.output import Outcome
-from quantpress.errors import InvalidInputError
 
 BOOK = "Pride and Prejudice"
 
@@ -61,11 +59,7 @@ def calibrate(
     dtype: Dtype = None,
 ) -> Calibrated:
     """Measure the statistics of a model's keys once, for engines that share pages between requests."""
-    texts = {"the standard input" if file == STDIN else file: read_text(file) for file in text or ()}
-    check_output_file(output)
-    for file in text or ():
-        if file != STDIN and Path(output).exists() and Path(output).samefile(file):
-            raise InvalidInputError(f"{output} is a text to read; give --output another name")
+    texts = texts_and_output(text, output)
     check_loading(model, device, dtype)
     from quantpress.cli.loading import load_pipeline
     from quantpress.evaluation.tasks.haystack import book_text

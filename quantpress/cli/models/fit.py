@@ -9,12 +9,10 @@ from rich.console import Group
 from rich.text import Text
 
 from quantpress.cli.arguments import (
-    STDIN,
     Device,
     Dtype,
     check_loading,
-    check_output_file,
-    read_text,
+    texts_and_output,
 )
 from quantpress.cli.output import Outcome
 from quantpress.errors import InvalidInputError
@@ -122,11 +120,7 @@ def fit(
     dtype: Dtype = None,
 ) -> Fitted:
     """Give each layer's keys and values the widths that cost least, within a budget in bytes."""
-    texts = {"the standard input" if file == STDIN else file: read_text(file) for file in text or ()}
-    check_output_file(output)
-    for file in text or ():
-        if file != STDIN and Path(output).exists() and Path(output).samefile(file):
-            raise InvalidInputError(f"{output} is a text to read; give --output another name")
+    texts = texts_and_output(text, output)
     choice = _widths(widths)
     if measured is not None:
         found = _measured(model, measured)
