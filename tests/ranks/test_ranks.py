@@ -91,10 +91,11 @@ def by_count(folder: Path, alone: dict[str, Any]) -> dict[int, list[dict[str, An
 
 def started(folder: Path, count: int, program: Path, *arguments: str) -> None:
     """Run a program in several processes."""
+    path = os.pathsep.join([str(folder / "path"), *filter(None, [os.environ.get("PYTHONPATH")])])
     torchrun = ["-P", "-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1"]
     done = subprocess.run(
         [sys.executable, *torchrun, f"--nproc-per-node={count}", str(program), str(folder), *arguments],
-        env=os.environ | {"PYTHONPATH": str(folder / "path"), "OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": "1"},
+        env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": "1"},
         capture_output=True,
         text=True,
         timeout=HANG,

@@ -1,7 +1,7 @@
 """Tests with vLLM's engine in this process, on the CPU: `make test-vllm` sets up and runs them.
 
 Where vLLM is not installed none of them is collected. Where it runs on a GPU, `pytest -m gpu tests/engines`
-runs those in the files of `GPU` and those marked gpu; the others need no GPU.
+runs those that `GPU` names and those marked gpu; the others need no GPU.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ import pytest
 from tests.engines.vllm.engine.target import ENVIRONMENT, ON_GPU
 from tests.engines.vllm.engine.tiny import Truth, save_model
 
-GPU = {"test_schedule.py"}
+GPU = {"test_schedule.py", "test_nothing_is_lost_where_layers_have_pages_of_their_own_size"}
+"""Files and tests."""
 
 if find_spec("vllm") is None:
     collect_ignore_glob = ["*.py"]
@@ -31,7 +32,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if item.path.parent == Path(__file__).parent:
             item.add_marker(pytest.mark.filterwarnings("ignore"))
             item.add_marker(pytest.mark.filterwarnings(r"error:::quantpress\."))
-            if ON_GPU and item.path.name in GPU:
+            if ON_GPU and not GPU.isdisjoint((item.path.name, item.name)):
                 item.add_marker(pytest.mark.gpu)
             elif ON_GPU and item.get_closest_marker("gpu") is None:
                 item.add_marker(pytest.mark.skip(reason="for vLLM on a CPU"))
