@@ -59,6 +59,14 @@ READING = {
     "work space": "{work_gb} GB",
     "seconds": "{seconds}",
 }
+GENERATION_SHARED = {
+    "GPUs": "{gpus}",
+    "cache": "{cache}",
+    "tokens/s": "{tokens_per_s:.1f} ({times:.1f}x)",
+    "time to first token": "{first_token_s:.2f} s",
+    "cache of one GPU": "{cache_gb:.2f} GB",
+    "most on one GPU while decoding": "{peak_gb:.2f} GB, weights {weights_gb:.2f}",
+}
 SINKS = {"kept in 16 bits in each head": "{kept}", "2 bits": "{2 bits}", "3 bits": "{3 bits}"}
 SETTINGS = {
     "setting": "{setting}",
@@ -110,6 +118,18 @@ def generation() -> str:
         share = row["decode_peak_gb"] / plain["cache_gb"]
         rows.append({**row, "faster": f" ({row['times']}x)", "share": f" ({share:.2f}x the bf16 cache)"})
     return formatted(rows, GENERATION)
+
+
+def generation_shared() -> str:
+    """The same on one GPU and on two that share the model, bytes of one GPU each."""
+    rows = []
+    for row in results("generation_two_gpus")["rows"]:
+        if row["cache"].startswith("DynamicCache"):
+            plain = row
+        sizes = {"cache_gb": "cache_bytes", "peak_gb": "decode_peak_bytes", "weights_gb": "weights_bytes"}
+        in_gb = {name: row[field] / 1e9 for name, field in sizes.items()}
+        rows.append({**row, **in_gb, "times": row["tokens_per_s"] / plain["tokens_per_s"]})
+    return formatted(rows, GENERATION_SHARED)
 
 
 def changed_settings(context: int) -> str:
@@ -203,6 +223,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "memory": memory,
     "attention-short": lambda: attention(short=True),
     "generation": generation,
+    "generation-two-gpus": generation_shared,
     "reading": _rows("generation", READING, "reading"),
     "settings": settings,
     "changed-1024": lambda: changed_settings(1024),
@@ -223,6 +244,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "plans-qwen": _rows("plans_qwen", PLANS),
     "plan-ranks": plan_ranks,
     "vllm-speed": vllm.speed,
+    "vllm-two-gpus": vllm.two_gpus,
     "vllm-quality": vllm.quality,
     **{
         f"{short}-{name}": functools.partial(evaluation.evictors, f"evaluation_{long}", budget)

@@ -7,7 +7,7 @@ and the source that every file of docs/results/ has.
 import re
 from collections.abc import Callable, Iterable
 
-from results import Nothing, Row, measured
+from results import Nothing, Row, measured, results
 
 from quantpress.evaluation.results.markdown import table
 
@@ -72,6 +72,23 @@ def speed() -> str:
         firsts=_loads(firsts, _time("first_s")),
         fits=_fits(rows),
     )
+
+
+def two_gpus() -> str:
+    """One load under tensor parallelism: a line for each cache."""
+    rows = results("vllm_decode_two_gpus")["rows"]
+    plain = rows[0]
+    cells = [
+        [
+            row["cache"],
+            _time("step_ms")(row, plain),
+            f"{row['sequences'] / row['step_ms'] * 1e3:.0f}",
+            _time("first_s")(row, plain),
+            f"{row['fit']:,} ({row['fit'] / plain['fit']:.2f}x)",
+        ]
+        for row in rows
+    ]
+    return table(["cache", "a step, ms", "tokens/s", "first tokens, s", "tokens that fit"], cells) + "\n"
 
 
 def _load(row: Row) -> tuple[int, int]:
