@@ -1,7 +1,8 @@
 """Pages of trellis codes: TurboQuant's rotation and scales, with codes that are chosen for a whole vector.
 
 The planes are those of `ScalarPages` with the same width and take the same bytes. At 2 bits the squared error
-is two thirds of a scalar code's. Plain PyTorch encodes and decodes; no kernel reads these pages yet.
+is two thirds of a scalar code's. On a GPU a kernel searches the codes. Plain PyTorch does the rest of encoding
+and all of decoding: no kernel reads these pages yet.
 """
 
 from dataclasses import dataclass, replace
@@ -24,12 +25,15 @@ from quantpress.kernels.encode.reference import (
     scale_ratio,
 )
 from quantpress.kernels.layout import pack_pages, unpack_pages
+from quantpress.kernels.trellis import nearest_path
 from quantpress.quantization.numerics import in_named_dtypes
 from quantpress.quantization.spec import CodecSpec
 from quantpress.quantization.transform import ChannelTransform
-from quantpress.quantization.trellis import Trellis, nearest_path, trellis
+from quantpress.quantization.trellis import Trellis, trellis
 
 WORKSPACE_VALUES = 1 << 22  # coordinates encoded at a time
+GPU_WORKSPACE_VALUES = 1 << 24
+"""The same on a GPU, which so many keep busy: about 16 bytes of workspace each, 270 MB in all."""
 
 
 @portable("trellis_codec")
@@ -101,7 +105,8 @@ class TrellisPages(PageCodec):
             NonFiniteError: x holds NaN or infinity.
         """
         check_vectors(x, self.spec, transform)
-        planes = in_chunks(x, transform, self._encode_chunk, WORKSPACE_VALUES)
+        values = GPU_WORKSPACE_VALUES if x.is_cuda else WORKSPACE_VALUES
+        planes = in_chunks(x, transform, self._encode_chunk, values)
 
         def stored(spec: CodecSpec) -> Planes:
             return planes | {"scale0": saturate(planes["scale0"], spec.torch_scale_dtype)}
@@ -113,7 +118,7 @@ class TrellisPages(PageCodec):
         unit, norm = rotated_unit(transform.apply(pages), self.spec.rotation_of(0))
         codes = nearest_path(unit.flatten(0, -2), self.trellis).view(unit.shape)
         ratio = scale_ratio(unit, self.trellis.dequantize(codes), self.spec.scale_rule)
-        return {"codes0": pack_pages(codes, self.bits, self.role), "scale0": norm * ratio}
+        return {"codes0": pack_pages(codes, self.bits, self.role, checked=True), "scale0": norm * ratio}
 
     @in_named_dtypes
     def decode_code_space(self, planes: Planes) -> Tensor:

@@ -12,8 +12,10 @@ TESTED = {"torch": ("2.11", "2.13"), "triton": ("3.6", "3.9")}
 """The oldest and the newest release of each that the tests run on."""
 
 FUSED = {"enable_fp_fusion": True}
-"""Options of every launch: products and sums become one instruction. Triton 3.9 warns where a launch does not
-say so, and announces the opposite default for 3.10."""
+"""Options of a launch: products and sums become one instruction. Triton 3.9 warns where a launch does not say
+whether they do, and announces the opposite default for 3.10."""
+ROUNDED = {"enable_fp_fusion": False}
+"""Options of a launch that rounds products and sums one by one, as PyTorch does."""
 
 
 @lru_cache(maxsize=16)

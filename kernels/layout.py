@@ -65,13 +65,14 @@ def page_bytes(bits: int, channels: int) -> int:
     return PAGE_TOKENS // 8 * bits * channels
 
 
-def pack_pages(codes: Tensor, bits: int, role: str) -> Tensor:
+def pack_pages(codes: Tensor, bits: int, role: str, *, checked: bool = False) -> Tensor:
     """Pack codes into pages.
 
     Args:
         codes: [..., P, 128, C] uint8, each below 2**bits.
         bits: code width, one of 1, 2, 3, 4, 8.
         role: "key" or "value".
+        checked: the codes are known to fit, so that nobody needs to wait for the device to see it.
 
     Returns:
         [..., P, page_bytes(bits, C)] uint8.
@@ -87,7 +88,7 @@ def pack_pages(codes: Tensor, bits: int, role: str) -> Tensor:
     size = _checked_size(bits, channels, role)
     if not codes.numel():
         return codes.new_empty(*lead, size)
-    if int(codes.max()) >= 1 << bits:
+    if not checked and int(codes.max()) >= 1 << bits:
         raise InvalidInputError(f"code {int(codes.max())} does not fit into {bits} bits")
     rows = codes if role == "key" else codes.transpose(-1, -2)
     words = rows.contiguous().view(torch.int32)  # four lanes, one code a byte

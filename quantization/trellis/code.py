@@ -59,7 +59,7 @@ class Trellis:
 
     def dequantize(self, codes: Tensor) -> Tensor:
         """Levels of the codes of unit vectors: [..., D] uint8 -> [..., D] float32."""
-        levels = _levels(self, codes.shape[-1], codes.device)
+        levels = shared_levels(self, codes.shape[-1], codes.device)
         return levels.index_select(0, self.states(codes).int().flatten()).view(codes.shape)
 
 
@@ -83,7 +83,7 @@ def trellis(bits: int) -> Trellis:
 
 
 @lru_cache(maxsize=64)
-def _levels(code: Trellis, head_dim: int, device: torch.device) -> Tensor:
+def shared_levels(code: Trellis, head_dim: int, device: torch.device) -> Tensor:
     """`Trellis.level_tensor`, cached and shared: do not write to it."""
     with torch.inference_mode(False), torch.no_grad():  # kept: must stay usable outside inference mode
         return code.level_tensor(head_dim, device)

@@ -57,7 +57,12 @@ def case_specs(role: str) -> list[CodecSpec]:
 
 
 def compile_only(
-    kernel: Any, arguments: dict[str, Any], capability: int, warps: int, registers: int | None = None
+    kernel: Any,
+    arguments: dict[str, Any],
+    capability: int,
+    warps: int,
+    registers: int | None = None,
+    rounding: dict[str, bool] = FUSED,
 ) -> Any:
     """Compile a kernel for an NVIDIA GPU that need not be here, as these arguments would."""
     import triton
@@ -84,7 +89,7 @@ def compile_only(
             if value % 16 == 0:
                 attributes[(i,)] = [["tt.divisibility", 16]]
     source = source_type(kernel, signature, values, attributes)
-    options = {"num_warps": warps, "maxnreg": registers} | FUSED
+    options = {"num_warps": warps, "maxnreg": registers} | rounding
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 
 

@@ -97,7 +97,7 @@ class Language:
         return torch.full(shape, value, dtype=dtype).as_subclass(Tile)
 
     def where(self, condition: Any, a: Any, b: Any) -> Any:
-        return torch.where(condition, torch.as_tensor(a), torch.as_tensor(b))
+        return torch.where(*map(torch.as_tensor, (condition, a, b)))
 
     def minimum(self, a: Any, b: Any) -> Any:
         return torch.minimum(*_tiles(a, b))
@@ -110,6 +110,15 @@ class Language:
 
     def sum(self, x: Any, axis: int) -> Any:
         return x.sum(axis).to(x.dtype)
+
+    def reduce(self, x: Any, axis: int, combine: Any) -> Any:
+        """Of one tensor, or of several of one shape."""
+        several = isinstance(x, tuple)
+        found, *others = zip(*(one.unbind(axis) for one in (x if several else (x,))), strict=True)
+        for other in others:
+            found = combine(*found, *other)
+            found = found if several else (found,)
+        return found if several else found[0]
 
     def associative_scan(self, x: Any, axis: int, add: Any) -> Any:
         return x.cumsum(axis).to(x.dtype)
