@@ -1,8 +1,8 @@
 """Pages of trellis codes: TurboQuant's rotation and scales, with codes that are chosen for a whole vector.
 
 The planes are those of `ScalarPages` with the same width and take the same bytes. At 2 bits the squared error
-is two thirds of a scalar code's. On a GPU a kernel searches the codes. Plain PyTorch does the rest of encoding
-and all of decoding: no kernel reads these pages yet.
+is two thirds of a scalar code's. On a GPU a kernel searches the codes. Plain PyTorch does the rest of
+encoding and all of decoding: no kernel reads these pages yet.
 """
 
 from dataclasses import dataclass, replace

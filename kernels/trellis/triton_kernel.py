@@ -13,8 +13,8 @@ K it was takes b bits, and those of a lane at most a byte. The bytes of four cha
 buffer `kept`, from which a lane for each vector follows its path back.
 
 Errors are not negative, so that their bits are in order as integers, of which Hopper compares three at a
-time. Products and sums are rounded one by one, as in `quantpress.quantization.trellis.path`: the codes are the
-same to the last one.
+time. Products and sums are rounded one by one, as in `quantpress.quantization.trellis.path`: the codes are
+the same to the last one.
 """
 
 from triton.experimental import gluon
@@ -148,7 +148,8 @@ def _forward(
             least = found.to(gl.float32, bitcast=True)
         if KEEP:
             word = gl.sum(gl.reshape(kept, [V, LANES, G // LANES]), 2)
-            to = _index(0, V, 2, word.type.layout) * LANES + _index(1, LANES, 2, word.type.layout)
+            words: gl.constexpr = word.type.layout
+            to = _index(0, V, 2, words) * LANES + _index(1, LANES, 2, words)
             gl.store(kept_ptr + chunk * (V * LANES) + to, word)
     return least, index
 
@@ -214,7 +215,8 @@ def search_kernel(
             turn = (1 - search) * (CHUNKS // 2)  # the first search is over vectors turned by half, ...
             kept_from = (1 - search) * (CHUNKS // 2 - 1)  # ... which is followed back to their middle
             begin = gl.expand_dims(gl.convert_layout(ends & (G - 1), gl.SliceLayout(1, groups)), 1)
-            least = gl.where((begin == group) | (search == 0), 0.0, float("inf"))
+            never = gl.full([V, G], float("inf"), gl.float32, groups)
+            least = gl.where((begin == group) | (search == 0), 0.0, never)
             least, _ = _forward(least, x_ptr, factor, levels, kept_ptr, turn, 0, kept_from, False, D, V, BITS)
             least, index = _forward(
                 least, x_ptr, factor, levels, kept_ptr, turn, kept_from, CHUNKS, True, D, V, BITS

@@ -1,5 +1,6 @@
 """Launches the kernel that searches trellis codes: which vectors it takes, its settings and its workspace."""
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,13 +13,26 @@ from quantpress.quantization.trellis import Trellis
 from quantpress.quantization.trellis.code import shared_levels
 
 WARPS = 1
-VECTORS = 4
-"""Vectors that a program searches at a time, two in each half of its warp."""
-REGISTERS = 128
-PROGRAMS = 16
-"""Programs of a multiprocessor: as many as its registers hold."""
 CHANNELS = 8
-"""The head dimension is a multiple of it: halves of a vector are whole words of codes."""
+"""The head dimension is a multiple of it, so that half of a vector is whole words of codes."""
+
+
+@dataclass(frozen=True)
+class SearchSettings:
+    """How the kernel is launched.
+
+    Args:
+        vectors: vectors that a program searches at a time, two in each register; a power of two from 2 to 32.
+        programs: most programs of a multiprocessor.
+        registers: most registers per thread; 65536 / 32 of them are for all programs of a multiprocessor.
+    """
+
+    vectors: int = 4
+    programs: int = 16
+    registers: int = 128
+
+
+SETTINGS = SearchSettings()
 
 
 def supports_search(unit: Tensor) -> bool:
@@ -27,34 +41,37 @@ def supports_search(unit: Tensor) -> bool:
 
 
 @torch.no_grad()
-def nearest_path_triton(unit: Tensor, trellis: Trellis) -> Tensor:
+def nearest_path_triton(unit: Tensor, trellis: Trellis, settings: SearchSettings = SETTINGS) -> Tensor:
     """As `quantpress.kernels.trellis.nearest_path`, for vectors that `supports_search` takes.
 
-    The workspace is 64 * D bytes for each of up to 16 programs a multiprocessor: 17 MB on an H200 at D = 128,
-    for any number of vectors.
+    The workspace is 16 * D bytes for each vector that is searched at the same time: 17 MB on an H200 at
+    D = 128, for any number of vectors.
     """
     properties: Any = torch.cuda.get_device_properties(unit.device)
-    programs = min(triton.cdiv(len(unit), VECTORS), properties.multi_processor_count * PROGRAMS)
-    codes, arguments = search_arguments(unit, trellis, programs)
+    most = properties.multi_processor_count * settings.programs
+    programs = min(triton.cdiv(len(unit), settings.vectors), most)
+    codes, arguments = search_arguments(unit, trellis, programs, settings)
     with torch.cuda.device(unit.device):
-        search_kernel[(programs,)](**arguments, num_warps=WARPS, maxnreg=REGISTERS, **ROUNDED)
+        search_kernel[(programs,)](**arguments, num_warps=WARPS, maxnreg=settings.registers, **ROUNDED)
     return codes
 
 
-def search_arguments(unit: Tensor, trellis: Trellis, programs: int) -> tuple[Tensor, dict[str, Any]]:
+def search_arguments(
+    unit: Tensor, trellis: Trellis, programs: int, settings: SearchSettings = SETTINGS
+) -> tuple[Tensor, dict[str, Any]]:
     """The codes [N, D] uint8, which the kernel writes, and its arguments by name."""
-    vectors, dim = unit.shape
-    codes = unit.new_empty(vectors, dim, dtype=torch.uint8)
-    kept = unit.new_empty(programs * (dim // 4) * VECTORS * LANES.value, dtype=torch.int32)
+    count, dim = unit.shape
+    codes = unit.new_empty(count, dim, dtype=torch.uint8)
+    kept = unit.new_empty(programs * (dim // 4) * settings.vectors * LANES.value, dtype=torch.int32)
     arguments = {
         "unit_ptr": unit.contiguous(),
         "levels_ptr": shared_levels(trellis, 1, unit.device),
         "kept_ptr": kept,
         "codes_ptr": codes.view(torch.int32),
-        "vectors": vectors,
+        "vectors": count,
         "factor": dim**0.5,
         "D": dim,
-        "V": VECTORS,
+        "V": settings.vectors,
         "BITS": trellis.bits,
     }
     return codes, arguments

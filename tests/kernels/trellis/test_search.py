@@ -44,13 +44,13 @@ def test_emulated(bits: int, dim: int) -> None:
 def test_compiles(bits: int, dim: int, capability: int) -> None:
     """As many programs as are launched fit into a multiprocessor; what the loops need stays in registers."""
     from quantpress.kernels.trellis.triton_kernel import search_kernel
-    from quantpress.kernels.trellis.triton_search import PROGRAMS, REGISTERS, WARPS, search_arguments
+    from quantpress.kernels.trellis.triton_search import SETTINGS, WARPS, search_arguments
 
     _, arguments = search_arguments(torch.empty(16, dim), trellis(bits), programs=1)
-    compiled = compile_only(search_kernel, arguments, capability, WARPS, REGISTERS, ROUNDED)
+    compiled = compile_only(search_kernel, arguments, capability, WARPS, SETTINGS.registers, ROUNDED)
     taken = resources(compiled)
-    assert taken["REG"] <= 65536 // (32 * PROGRAMS) and taken["STACK"] <= 96
-    assert compiled.metadata.shared <= 100 * 1024 // PROGRAMS - 1024
+    assert taken["REG"] <= 65536 // (32 * SETTINGS.programs) and taken["STACK"] <= 96
+    assert compiled.metadata.shared <= 100 * 1024 // SETTINGS.programs - 1024
 
 
 @pytest.mark.parametrize(("unit", "taken"), [((4, 80), True), ((4, 36), False), ((0, 64), False)], ids=str)
