@@ -17,12 +17,12 @@ LANES = 32
 
 
 @lru_cache(maxsize=64)
-def lookup_table(keys: Codebook, values: Codebook, device: torch.device) -> torch.Tensor:
+def lookup_table(keys: Codebook | None, values: Codebook | None, device: torch.device) -> torch.Tensor:
     """The registers in which the assembly below looks levels up.
 
     Args:
-        keys: the int8 codebook of keys, of 2, 3 or 4 bits.
-        values: the int8 codebook of values.
+        keys: the int8 codebook of keys, of 2, 3 or 4 bits; None: bit planes, which need no lookup.
+        values: that of values.
         device: device of the table.
 
     Returns:
@@ -32,8 +32,8 @@ def lookup_table(keys: Codebook, values: Codebook, device: torch.device) -> torc
     rows = []
     with torch.inference_mode(False):  # kept: must stay usable outside inference mode
         for book in (keys, values):
-            levels = [int(level) for level in book.scaled]
-            if book.bits == 4:  # magnitudes only
+            levels = [] if book is None else [int(level) for level in book.scaled]
+            if len(levels) == 16:  # magnitudes only
                 levels = levels[len(levels) // 2 :]
             held = [(level - 1) // 2 & 0xFF for level in levels] + [0] * (8 - len(levels))
             rows += [sum(byte << (8 * i) for i, byte in enumerate(held[at : at + 4])) for at in (0, 4)]
@@ -116,9 +116,39 @@ prmt.b32 $3, $16, $20, s; }""")
 """3 bits: the words of three planes, the table and a shift, 0 or 16, in; the even or the odd parts out."""
 
 
+SIGNS = tl.constexpr("""{ .reg .b32 t;
+prmt.b32 $0, $8, $8, 0xba98;
+shl.b32 t, $8, 1;
+prmt.b32 $1, t, t, 0xba98;
+shl.b32 t, $8, 2;
+prmt.b32 $2, t, t, 0xba98;
+shl.b32 t, $8, 3;
+prmt.b32 $3, t, t, 0xba98;
+shl.b32 t, $8, 4;
+prmt.b32 $4, t, t, 0xba98;
+shl.b32 t, $8, 5;
+prmt.b32 $5, t, t, 0xba98;
+shl.b32 t, $8, 6;
+prmt.b32 $6, t, t, 0xba98;
+shl.b32 t, $8, 7;
+prmt.b32 $7, t, t, 0xba98; }""")
+"""A bit plane: one word in, parts 0 to 7 out, a byte of -1 where a bit is set and of 0 elsewhere."""
+
+SIGNS_HALF = tl.constexpr("""{ .reg .b32 t;
+shl.b32 t, $4, $8;
+prmt.b32 $0, t, t, 0xba98;
+shl.b32 t, t, 2;
+prmt.b32 $1, t, t, 0xba98;
+shl.b32 t, t, 2;
+prmt.b32 $2, t, t, 0xba98;
+shl.b32 t, t, 2;
+prmt.b32 $3, t, t, 0xba98; }""")
+"""A bit plane: one word and a shift, 0 or 1, in; the even or the odd parts out."""
+
+
 @triton.jit
 def code_at(page_ptr, token, channel, C: tl.constexpr, BITS: tl.constexpr, VALUES: tl.constexpr, mask):
-    """Codes of 2, 3 or 4 bits of a page, one by one: the definition of the layout in plain loads.
+    """Codes of 1 to 4 bits of a page, one by one: the definition of the layout in plain loads.
 
     page_ptr: uint8 pointer to the start of a page, or a tile of pointers; token, channel: int32 tiles that
     broadcast; C: channels; VALUES: a page of values, not of keys; mask: which codes to load.
@@ -148,6 +178,9 @@ def code_at(page_ptr, token, channel, C: tl.constexpr, BITS: tl.constexpr, VALUE
         third = tl.load(at + 32 * C, mask=mask, other=0).to(tl.int32) >> (4 * (lane % 2) + 3)
         spare = (first & 1) + 2 * (second & 1) + 4 * (third & 1)
         code = tl.where(part < 6, nibble & 7, spare)
+    elif BITS == 1:
+        byte = tl.load(page_ptr + word + lane, mask=mask, other=0).to(tl.int32)
+        code = 1 - ((byte >> (7 - part)) & 1)
     else:
         byte = tl.load(page_ptr + word + 2 * (part // 2) + lane // 2, mask=mask, other=0).to(tl.int32)
         code = (byte >> (4 * (lane % 2) + 2 * (part % 2))) & 3

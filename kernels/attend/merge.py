@@ -24,12 +24,18 @@ def _load(
     DV: tl.constexpr,
     R: tl.constexpr,
     SIZE: tl.constexpr,
+    PLANES: tl.constexpr,
 ):
-    """Partial sums `start` to `end` of the `count` of a row, at most SIZE: o [SIZE, DV], m and l [SIZE]."""
+    """Partial sums `start` to `end` of the `count` of a row, at most SIZE: o [SIZE, DV], m and l [SIZE].
+
+    o has PLANES sums of DV channels for each row, of which o_ptr points to one.
+    """
     split = start + tl.arange(0, SIZE)
     live = split < end
     slot = (block * count + split) * R + local
-    o = tl.load(o_ptr + slot[:, None] * DV + tl.arange(0, DV)[None, :], mask=live[:, None], other=0.0)
+    o = tl.load(
+        o_ptr + slot[:, None] * (PLANES * DV) + tl.arange(0, DV)[None, :], mask=live[:, None], other=0.0
+    )
     at = (block * R + local) * count + split
     m = tl.load(m_ptr + at, mask=live, other=-1e30)
     return o, m, tl.load(l_ptr + at, mask=live, other=0.0)
@@ -56,6 +62,7 @@ def merge_kernel(
     dense_m_ptr,
     dense_l_ptr,
     sinks_ptr,
+    filters_ptr,
     rotation_ptr,
     out_ptr,
     used_ptr,
@@ -73,6 +80,8 @@ def merge_kernel(
     unit,
     DV: tl.constexpr,
     R: tl.constexpr,
+    PLANES: tl.constexpr,
+    LAGS: tl.constexpr,
     HAS_SINKS: tl.constexpr,
     SIZE: tl.constexpr,
     HEADS: tl.constexpr,
@@ -86,7 +95,8 @@ def merge_kernel(
     o: [N, splits, R, DV], m and l: [N, R, splits], sums over packed tokens in code space, N = heads * blocks;
     dense_o, dense_m, dense_l: the same over 16-bit tokens, with `tiles` in place of `splits`; sinks: [Hkv *
     group] logits, if HAS_SINKS; rotation: [DV, DV] float32, out of code space but for the factor `unit`; out:
-    [BH, rows, DV], written; SIZE: partial sums joined at a time.
+    [BH, rows, DV], written; SIZE: partial sums joined at a time. Where PLANES is not 0, values are bit planes, o
+    is [N, splits, R, PLANES, DV], and filters [PLANES, LAGS] float32 make one vector in code space of the planes.
     Where HEADS, a power of two of at least `heads`, is not 0, heads have page tables: o, m and l are [blocks,
     splits, ...], and the splits belong to heads as `chunks_of_heads` says, of used and starts [heads] int32
     and pages, or, if SCHEDULED, as schedule [BH, 2] int32 says. CHAINED: started before the split kernel has
@@ -112,22 +122,36 @@ def merge_kernel(
         holder = block
         if HEADS:
             holder = head * 0 + row // R
-        m = tl.full([1], -1e30, tl.float32)
-        total = tl.zeros([1], tl.float32)
-        y = tl.zeros([DV], tl.float32)
-        o, ms, ls = _load(o_ptr, m_ptr, l_ptr, begin, end, splits, holder, local, DV, R, SIZE)
-        dense_o, dense_ms, dense_ls = _load(
-            dense_o_ptr, dense_m_ptr, dense_l_ptr, 0, tiles, tiles, block, local, DV, R, TILES
-        )
-        m, total, y = _join(m, total, y, o, ms, ls)
-        for start in range(begin + SIZE, end, SIZE):
-            o, ms, ls = _load(o_ptr, m_ptr, l_ptr, start, end, splits, holder, local, DV, R, SIZE)
+        COUNT: tl.constexpr = PLANES if PLANES else 1
+        sums = tl.zeros([DV], tl.float32)
+        for plane in tl.static_range(COUNT):
+            m = tl.full([1], -1e30, tl.float32)
+            total = tl.zeros([1], tl.float32)
+            y = tl.zeros([DV], tl.float32)
+            o, ms, ls = _load(
+                o_ptr + plane * DV, m_ptr, l_ptr, begin, end, splits, holder, local, DV, R, SIZE, COUNT
+            )
+            if plane == 0:
+                dense_o, dense_ms, dense_ls = _load(
+                    dense_o_ptr, dense_m_ptr, dense_l_ptr, 0, tiles, tiles, block, local, DV, R, TILES, 1
+                )
             m, total, y = _join(m, total, y, o, ms, ls)
-        turned = tl.sum(turn * (y * unit)[:, None], 0)
+            for start in range(begin + SIZE, end, SIZE):
+                o, ms, ls = _load(
+                    o_ptr + plane * DV, m_ptr, l_ptr, start, end, splits, holder, local, DV, R, SIZE, COUNT
+                )
+                m, total, y = _join(m, total, y, o, ms, ls)
+            if PLANES:
+                for lag in tl.static_range(LAGS):
+                    tap = tl.load(filters_ptr + plane * LAGS + lag)
+                    sums += tap * tl.gather(y, (value + (DV - lag)) % DV, 0)
+            else:
+                sums = y
+        turned = tl.sum(turn * (sums * unit)[:, None], 0)
         m, total, turned = _join(m, total, turned, dense_o, dense_ms, dense_ls)
         for start in range(TILES, tiles, TILES):
             dense_o, dense_ms, dense_ls = _load(
-                dense_o_ptr, dense_m_ptr, dense_l_ptr, start, tiles, tiles, block, local, DV, R, TILES
+                dense_o_ptr, dense_m_ptr, dense_l_ptr, start, tiles, tiles, block, local, DV, R, TILES, 1
             )
             m, total, turned = _join(m, total, turned, dense_o, dense_ms, dense_ls)
         if HAS_SINKS:

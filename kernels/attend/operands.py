@@ -5,7 +5,7 @@ values.
 """
 
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 
@@ -104,6 +104,9 @@ class DenseSegment:
         return self.keys.device
 
 
+Filters = tuple[tuple[float, ...], ...]
+
+
 @dataclass(frozen=True)
 class ScalarOperands:
     """How kernels read pages of scalar codes: each channel of a vector in code space is scale * level[code].
@@ -121,10 +124,53 @@ class ScalarOperands:
     rotation: Rotation
     codebook: Codebook
     page_keys: bool = False
+    filters: ClassVar[Filters] = ()
 
     @property
     def head_dim(self) -> int:
         return self.rotation.dim
+
+    @property
+    def bits(self) -> int:
+        return self.codebook.bits
+
+    @property
+    def unit(self) -> float:
+        return self.codebook.unit
+
+
+@dataclass(frozen=True)
+class SignOperands:
+    """How kernels read pages of bit planes, in which a vector in code space is linear in the bits of its codes.
+
+    Channel t of it is scale * D**-0.5 * sum_k sum_j filters[k][j] * s_k[(t - j) % D], with s_k = 1 where bit k of
+    a code is set and -1 elsewhere. The plane "codes0" has a page of single bits for each k, one after the
+    other, in the layout of `quantpress.kernels.layout`; the scales are the plane "scale0".
+
+    Args:
+        rotation: into code space, over all D channels.
+        filters: taps by bit plane and lag, [b][lags].
+    """
+
+    rotation: Rotation
+    filters: Filters
+    codebook: ClassVar[None] = None
+    page_keys: ClassVar[bool] = False
+
+    @property
+    def head_dim(self) -> int:
+        return self.rotation.dim
+
+    @property
+    def bits(self) -> int:
+        return len(self.filters)
+
+    @property
+    def unit(self) -> float:
+        return self.head_dim**-0.5
+
+
+KernelOperands = ScalarOperands | SignOperands
 
 
 class PageReader(Protocol):
@@ -139,7 +185,7 @@ class PageReader(Protocol):
         self, planes: dict[str, torch.Tensor], transform: ChannelTransform, dtype: torch.dtype
     ) -> torch.Tensor: ...
     def gather(self, planes: dict[str, torch.Tensor], tokens: torch.Tensor) -> dict[str, torch.Tensor]: ...
-    def kernel_operands(self) -> ScalarOperands | None: ...
+    def kernel_operands(self) -> KernelOperands | None: ...
 
 
 @dataclass(frozen=True)

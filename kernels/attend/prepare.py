@@ -22,11 +22,26 @@ def _rotation(halves_ptr, C: tl.constexpr, HALVES: tl.constexpr):
 
 
 @triton.jit
+def _filtered(y0, y1, y2, y3, filters_ptr, plane, LAGS: tl.constexpr):
+    """A query of a bit plane: its filter, from the last tap on, over y[t + lag] for lags 0 to LAGS - 1."""
+    filters_ptr += plane * LAGS
+    z = y0 * tl.load(filters_ptr)
+    if LAGS > 1:
+        z += y1 * tl.load(filters_ptr + 1)
+    if LAGS > 2:
+        z += y2 * tl.load(filters_ptr + 2)
+    if LAGS > 3:
+        z += y3 * tl.load(filters_ptr + 3)
+    return z
+
+
+@triton.jit
 def _prepare(
     query_ptr,
     weight_ptr,
     mean_ptr,
     halves_ptr,
+    filters_ptr,
     q_ptr,
     factor_ptr,
     start_ptr,
@@ -43,6 +58,8 @@ def _prepare(
     D: tl.constexpr,
     R: tl.constexpr,
     HALVES: tl.constexpr,
+    PLANES: tl.constexpr,
+    LAGS: tl.constexpr,
     HAS_WEIGHT: tl.constexpr,
     HAS_MEAN: tl.constexpr,
     CHAINED: tl.constexpr,
@@ -66,16 +83,35 @@ def _prepare(
     if HAS_WEIGHT:
         weighed = weighed / weight
     y = tl.sum(turn * weighed[None, :], 1)
-    largest = tl.maximum(tl.max(tl.abs(y), 0), 1e-30)
+    largest, y1, y2, y3 = 1e-30, y, y, y
+    if PLANES:
+        if LAGS > 1:
+            y1 = tl.gather(y, (channel + 1) % D, 0)
+        if LAGS > 2:
+            y2 = tl.gather(y, (channel + 2) % D, 0)
+        if LAGS > 3:
+            y3 = tl.gather(y, (channel + 3) % D, 0)
+        for plane in tl.static_range(PLANES):
+            z = _filtered(y, y1, y2, y3, filters_ptr, plane, LAGS)
+            largest = tl.maximum(largest, tl.max(tl.abs(z), 0))
+    else:
+        largest = tl.maximum(tl.max(tl.abs(y), 0), 1e-30)
     if CHAINED:
         gdc_launch_dependents()
-    n = tl.floor(y * (MOST / largest) + 0.5).to(tl.int32)
-    high = (n + 128) >> 8
-    at = block * 2 * R + local // 8 * 16 + local % 8
-    tl.store(q_ptr + at * D + channel, high.to(tl.int8))
-    tl.store(q_ptr + (at + 8) * D + channel, (n - 256 * high).to(tl.int8))
-    tl.store(start_ptr + at, 0)
-    tl.store(start_ptr + at + 8, tl.sum(n, 0) >> 1)  # a level is 2 * b + 1
+    at = local // 8 * 16 + local % 8
+    total = 0
+    for plane in tl.static_range(PLANES if PLANES else 1):
+        z = y
+        if PLANES:
+            z = _filtered(y, y1, y2, y3, filters_ptr, plane, LAGS)
+        n = tl.floor(z * (MOST / largest) + 0.5).to(tl.int32)
+        high = (n + 128) >> 8
+        to = q_ptr + ((block * (PLANES if PLANES else 1) + plane) * (2 * R) + at) * D + channel
+        tl.store(to, high.to(tl.int8))
+        tl.store(to + 8 * D, (n - 256 * high).to(tl.int8))
+        total += tl.sum(n, 0)
+    tl.store(start_ptr + block * 2 * R + at, 0)
+    tl.store(start_ptr + block * 2 * R + at + 8, total >> 1)  # a level is 2 * b + 1
     tl.store(factor_ptr + block * R + local, 2.0 * largest / MOST * scale * unit)
     bias = 0.0
     if HAS_MEAN:
@@ -105,6 +141,7 @@ def prepare_kernel(
     weight_ptr,
     mean_ptr,
     halves_ptr,
+    filters_ptr,
     q_ptr,
     factor_ptr,
     start_ptr,
@@ -151,6 +188,8 @@ def prepare_kernel(
     R: tl.constexpr,
     TILE: tl.constexpr,
     HALVES: tl.constexpr,
+    PLANES: tl.constexpr,
+    LAGS: tl.constexpr,
     HAS_WEIGHT: tl.constexpr,
     HAS_MEAN: tl.constexpr,
     FIRST_USED: tl.constexpr,
@@ -170,8 +209,8 @@ def prepare_kernel(
 
     Read for the queries: query [BH, rows, D]; weight and mean [BH, D] of the channel transform, if HAS_WEIGHT
     and HAS_MEAN; halves [HALVES, D, D] float16, the rotation without turn_factor; scale, the factor on q.k in
-    units of log 2; unit, of the key codebook.
-    Written: q [N, 2R, D] int8, the high part of row r at 16 * (r // 8) + r % 8 and the low part 8 rows later;
+    units of log 2; unit, of the key codebook; filters [PLANES, LAGS] float32, of keys in bit planes.
+    Written: q [N, 2R, D] int8, or [N, PLANES, 2R, D] where PLANES is not 0, the high part of row r at 16 * (r // 8) + r % 8 and the low part 8 rows later;
     factor [N, R], which undoes the scaling of q and the levels' unit; start [N, 2R] int32, what a sum over
     bytes b lacks for levels 2 * b + 1; bias [N, R], q . mean.
 
@@ -203,6 +242,7 @@ def prepare_kernel(
                 weight_ptr,
                 mean_ptr,
                 halves_ptr,
+                filters_ptr,
                 q_ptr,
                 factor_ptr,
                 start_ptr,
@@ -219,6 +259,8 @@ def prepare_kernel(
                 D,
                 R,
                 HALVES,
+                PLANES,
+                LAGS,
                 HAS_WEIGHT,
                 HAS_MEAN,
                 CHAINED,

@@ -27,7 +27,7 @@ second product. A tile is 32 tokens, two groups x of 16.
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
+from triton.experimental.gluon.language.nvidia.ampere import async_copy
 
 from quantpress.kernels.attend.tiles import (
     MOST,
@@ -39,8 +39,10 @@ from quantpress.kernels.attend.tiles import (
     scales_of_tiles,
     seen_or,
     sums_with_keys,
+    sums_with_signs,
     weigh,
     weight_operand,
+    weighted_sums,
     with_sink,
 )
 from quantpress.kernels.attend.words import (
@@ -49,8 +51,8 @@ from quantpress.kernels.attend.words import (
     key_offsets,
     key_words,
     levels_of,
+    signs_of,
     value_offsets,
-    value_operand,
     value_words,
     words_buffer,
 )
@@ -157,8 +159,12 @@ def _step(
     m,
     total,
     weight,
-    acc,
-    q,
+    acc0,
+    acc1,
+    acc2,
+    q0,
+    q1,
+    q2,
     start,
     factor,
     bias,
@@ -188,6 +194,8 @@ def _step(
     R: gl.constexpr,
     K_BITS: gl.constexpr,
     V_BITS: gl.constexpr,
+    K_SIGNS: gl.constexpr,
+    V_SIGNS: gl.constexpr,
     HALVES: gl.constexpr,
     MASKED: gl.constexpr,
     STARTS: gl.constexpr,
@@ -201,21 +209,25 @@ def _step(
     """Add a page, or half of it, to the sums; its keys are loaded already, and the next ones are fetched.
 
     step: counts pages, or halves of pages if HALVES is 2; pool_row: of the page; ka, kb, kc and va, vb, vc:
-    words of keys and values; m, total, weight [R] and acc [R, DV]: the sums so far; q, start, factor, bias:
-    the queries; page_scores_ptr: of this block of rows; tables: `lookup_table` in shared memory; key_buffer,
+    words of keys and values; m, total, weight [R] and acc0, acc1, acc2 [R, DV]: the sums so far, acc1 and acc2
+    over bit planes only; q0, q1, q2, start, factor, bias: the queries, q1 and q2 for bit planes only; page_scores_ptr: of this block of rows; tables: `lookup_table` in shared memory; key_buffer,
     value_buffer: of `words_buffer`; the pointers and strides: of this head; first, stride, count, lead: its
     pages, as `_page` has them; unused, used: first token in use and one past the last.
 
-    MASKED: some of the tokens may not be in use. PAGED: pages go by the page table. Words of 3 bits hold both
-    halves: they are loaded for the first and kept for the second, in shared memory if STAGED_K or STAGED_V,
+    MASKED: some of the tokens may not be in use. PAGED: pages go by the page table. Words of 3 bits, and of bit
+    planes, hold both halves: they are loaded for the first and kept for the second, in shared memory if STAGED_K or STAGED_V,
     else in ka, kb, kc, va, vb, vc; HALF is then which half it is, and -1 where nothing is kept.
     """
+    WHOLE_K: gl.constexpr = K_BITS == 3 or K_SIGNS
+    WHOLE_V: gl.constexpr = V_BITS == 3 or V_SIGNS
     ahead = gl.minimum(step + 1, HALVES * count - 1)
     next_row = _pool_row(page_table_ptr, _page(ahead // HALVES, first, stride, count, lead, STARTS), PAGED)
     if STAGED_V:
-        fetch_words(value_buffer, v_ptr + pool_row * v_page, value_offsets(0, DV // 32, DV), step, 4 * DV)
-    elif HALF != 1 or V_BITS != 3:
-        va, vb, vc = value_words(v_ptr + pool_row * v_page, step, DV, V_BITS, HALVES)
+        fetch_words(
+            value_buffer, v_ptr + pool_row * v_page, value_offsets(0, DV // 32, DV), step, 4 * DV, V_BITS
+        )
+    elif HALF != 1 or not WHOLE_V:
+        va, vb, vc = value_words(v_ptr + pool_row * v_page, step, DV, V_BITS, V_SIGNS, HALVES)
     ks = load_scales(ks_ptr + pool_row * ks_page, step, HALVES)
     vs = load_scales(vs_ptr + pool_row * vs_page, step, HALVES)
     if PAGE_KEYS:
@@ -225,20 +237,35 @@ def _step(
         sink_score = gl.load(page_scores_ptr + at + R)
     if STAGED_K:
         async_copy.wait_group(1 if STAGED_V else 0)
-        k0, k1, k2, k3 = levels_of(*fetched_words(key_buffer, D // 32), step, tables, 0, D, K_BITS, HALVES)
+        a, b, c = fetched_words(key_buffer, D // 32)
     else:
         _order(step)
-        k0, k1, k2, k3 = levels_of(ka, kb, kc, step, tables, 0, D, K_BITS, HALVES)
-    s0 = sums_with_keys(q, k0, start, R, D, mma)
-    s1 = sums_with_keys(q, k1, start, R, D, mma)
-    if HALVES == 1:
-        s2 = sums_with_keys(q, k2, start, R, D, mma)
-        s3 = sums_with_keys(q, k3, start, R, D, mma)
+        a, b, c = ka, kb, kc
+    if K_SIGNS:
+        k0, k1, k2, k3 = signs_of(a, step, D, HALVES)
+        l0, l1, l2, l3 = signs_of(b, step, D, HALVES)
+        n0, n1, n2, n3 = l0, l1, l2, l3
+        if K_BITS == 3:
+            n0, n1, n2, n3 = signs_of(c, step, D, HALVES)
+        s0 = sums_with_signs(q0, q1, q2, k0, l0, n0, start, R, D, mma, K_BITS)
+        s1 = sums_with_signs(q0, q1, q2, k1, l1, n1, start, R, D, mma, K_BITS)
+        if HALVES == 1:
+            s2 = sums_with_signs(q0, q1, q2, k2, l2, n2, start, R, D, mma, K_BITS)
+            s3 = sums_with_signs(q0, q1, q2, k3, l3, n3, start, R, D, mma, K_BITS)
+    else:
+        k0, k1, k2, k3 = levels_of(a, b, c, step, tables, 0, D, K_BITS, HALVES)
+        s0 = sums_with_keys(q0, k0, start, R, D, mma)
+        s1 = sums_with_keys(q0, k1, start, R, D, mma)
+        if HALVES == 1:
+            s2 = sums_with_keys(q0, k2, start, R, D, mma)
+            s3 = sums_with_keys(q0, k3, start, R, D, mma)
     pool_row = next_row
     if STAGED_K:
-        fetch_words(key_buffer, k_ptr + pool_row * k_page, key_offsets(0, D // 32, D, 16), ahead, 4 * D)
-    elif HALF != 0 or K_BITS != 3:
-        ka, kb, kc = key_words(k_ptr + pool_row * k_page, ahead, D, K_BITS, HALVES)
+        fetch_words(
+            key_buffer, k_ptr + pool_row * k_page, key_offsets(0, D // 32, D, 16), ahead, 4 * D, K_BITS
+        )
+    elif HALF != 0 or not WHOLE_K:
+        ka, kb, kc = key_words(k_ptr + pool_row * k_page, ahead, D, K_BITS, K_SIGNS, HALVES)
     _order(step)
 
     ks0, ks1, ks2, ks3 = scales_of_tiles(ks, HALVES)
@@ -304,23 +331,34 @@ def _step(
     units = (MOST / most)[:, None]
     if STAGED_V:
         async_copy.wait_group(1 if STAGED_K else 0)
-        v0, v1, v2, v3 = levels_of(
-            *fetched_words(value_buffer, DV // 32), step, tables, 1, DV, V_BITS, HALVES
-        )
+        a, b, c = fetched_words(value_buffer, DV // 32)
     else:
-        v0, v1, v2, v3 = levels_of(va, vb, vc, step, tables, 1, DV, V_BITS, HALVES)
-    o = gl.full([2 * R, DV], 0, gl.int32, mma)
-    o = mma_v2(weight_operand(w0, units, R, mma), value_operand(v0, DV, mma), o)
-    o = mma_v2(weight_operand(w1, units, R, mma), value_operand(v1, DV, mma), o)
+        a, b, c = va, vb, vc
+    n0, n1 = weight_operand(w0, units, R, mma), weight_operand(w1, units, R, mma)
+    n2, n3 = n0, n1
     if HALVES == 1:
-        o = mma_v2(weight_operand(w2, units, R, mma), value_operand(v2, DV, mma), o)
-        o = mma_v2(weight_operand(w3, units, R, mma), value_operand(v3, DV, mma), o)
-    high, low = high_and_low(o, R, DV)
-    part = (high * 256 + low).to(gl.float32)
-    fade = gl.convert_layout(decay, gl.SliceLayout(1, acc.type.layout))[:, None]
-    grow = gl.convert_layout(gain * most * (1.0 / MOST), gl.SliceLayout(1, acc.type.layout))[:, None]
-    acc = acc * fade + part * grow
-    return pool_row, ka, kb, kc, va, vb, vc, m, total, weight, acc
+        n2, n3 = weight_operand(w2, units, R, mma), weight_operand(w3, units, R, mma)
+    fade = gl.convert_layout(decay, gl.SliceLayout(1, acc0.type.layout))[:, None]
+    grow = gl.convert_layout(gain * most * (1.0 / MOST), gl.SliceLayout(1, acc0.type.layout))[:, None]
+    if V_SIGNS:
+        v0, v1, v2, v3 = signs_of(a, step, DV, HALVES)
+        acc0 = acc0 * fade + weighted_sums(n0, n1, n2, n3, v0, v1, v2, v3, R, DV, mma, HALVES) * grow
+        v0, v1, v2, v3 = signs_of(b, step, DV, HALVES)
+        acc1 = acc1 * fade + weighted_sums(n0, n1, n2, n3, v0, v1, v2, v3, R, DV, mma, HALVES) * grow
+        if V_BITS == 3:
+            v0, v1, v2, v3 = signs_of(c, step, DV, HALVES)
+            acc2 = acc2 * fade + weighted_sums(n0, n1, n2, n3, v0, v1, v2, v3, R, DV, mma, HALVES) * grow
+    else:
+        v0, v1, v2, v3 = levels_of(a, b, c, step, tables, 1, DV, V_BITS, HALVES)
+        acc0 = acc0 * fade + weighted_sums(n0, n1, n2, n3, v0, v1, v2, v3, R, DV, mma, HALVES) * grow
+    return pool_row, ka, kb, kc, va, vb, vc, m, total, weight, acc0, acc1, acc2
+
+
+@gluon.jit
+def _in_order(x, R: gl.constexpr, DV: gl.constexpr, layout: gl.constexpr):
+    """Sums [R, DV] with the channels of `value_operand` in their order, in another layout."""
+    x = x.reshape([R, DV // 32, 4, 4, 2]).permute([0, 1, 3, 4, 2]).reshape([R, DV])  # c u t e -> c t e u
+    return gl.convert_layout(x, layout)
 
 
 @gluon.jit(do_not_specialize=["pages", "heads", "blocks", "page_table_row", "rows"])
@@ -361,6 +399,8 @@ def split_mma_kernel(
     R: gl.constexpr,
     K_BITS: gl.constexpr,
     V_BITS: gl.constexpr,
+    K_SIGNS: gl.constexpr,
+    V_SIGNS: gl.constexpr,
     HALVES: gl.constexpr,
     USED: gl.constexpr,
     STARTS: gl.constexpr,
@@ -386,8 +426,11 @@ def split_mma_kernel(
     by the pages that each has in use, and axis 1 counts blocks of rows of a head. If SCHEDULED, schedule [S,
     4] int32 of `PageSchedule` says how, and HEADS need only not be 0.
 
+    K_SIGNS, V_SIGNS: keys, or values, are bit planes, K_BITS or V_BITS of them, of `SignOperands`. Then q is
+    [N, K_BITS, 2R, D], and o [A, S, R, V_BITS, DV], a sum for each plane.
+
     HALVES is 2 to take a page in two steps, groups of tokens 0, 2, 4, 6 before 1, 3, 5, 7. STAGED: words of 3
-    bits wait for the second step in shared memory. CHAINED: started before `prepare_kernel` has ended.
+    bits, or of bit planes, are read from shared memory. CHAINED: started before `prepare_kernel` has ended.
     """
     mma: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [1, 1], [16, 8])
     left: gl.constexpr = gl.DotOperandLayout(0, mma, 4)
@@ -439,14 +482,16 @@ def split_mma_kernel(
         pool_row = _pool_row(
             page_table_ptr, gl.minimum(_page(0, first, stride, count, lead, STARTS), pages - 1), HEADS > 0
         )
-    STAGED_K: gl.constexpr = STAGED and K_BITS == 3
-    STAGED_V: gl.constexpr = STAGED and V_BITS == 3
+    K_PLANES: gl.constexpr = K_BITS if K_SIGNS else 1
+    V_PLANES: gl.constexpr = V_BITS if V_SIGNS else 1
+    STAGED_K: gl.constexpr = STAGED and (K_BITS == 3 or K_SIGNS)
+    STAGED_V: gl.constexpr = STAGED and (V_BITS == 3 or V_SIGNS)
     key_buffer, value_buffer = words_buffer(4 * D, STAGED_K), words_buffer(4 * DV, STAGED_V)
     if STAGED_K:
         ka, kb, kc = first, first, first
-        fetch_words(key_buffer, k_ptr + pool_row * k_page, key_offsets(0, D // 32, D, 16), 0, 4 * D)
+        fetch_words(key_buffer, k_ptr + pool_row * k_page, key_offsets(0, D // 32, D, 16), 0, 4 * D, K_BITS)
     else:
-        ka, kb, kc = key_words(k_ptr + pool_row * k_page, 0, D, K_BITS, HALVES)
+        ka, kb, kc = key_words(k_ptr + pool_row * k_page, 0, D, K_BITS, K_SIGNS, HALVES)
     tables = gl.allocate_shared_memory(gl.int32, [4, 32], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     table = lookup_ptr + gl.arange(0, 32, layout=gl.BlockedLayout([1], [32], [1], [0]))
     low_k, high_k = gl.load(table), gl.load(table + 32)
@@ -460,7 +505,14 @@ def split_mma_kernel(
     at = gl.arange(0, D, layout=gl.SliceLayout(0, left))
     channel = at // 64 * 64 + at // 4 % 4 * 16 + at // 16 % 4 * 4 + at % 4
     q_row = gl.arange(0, 2 * R, layout=gl.SliceLayout(1, left))
-    q = gl.load(q_ptr + (block * (2 * R) + q_row[:, None]) * D + channel[None, :])
+    q_ptr += (block * (K_PLANES * 2 * R) + q_row[:, None]) * D + channel[None, :]
+    q0 = gl.load(q_ptr)
+    q1, q2 = q0, q0
+    if K_SIGNS:
+        q1 = gl.load(q_ptr + 2 * R * D)
+        q2 = q1
+        if K_BITS == 3:
+            q2 = gl.load(q_ptr + 4 * R * D)
     s_row = gl.arange(0, 2 * R, layout=gl.SliceLayout(1, mma))
     start = gl.load(start_ptr + block * (2 * R) + s_row)[:, None] + gl.full([2 * R, 32], 0, gl.int32, mma)
     blank, _ = high_and_low(gl.full([2 * R, 32], 0.0, gl.float32, mma), R, 32)
@@ -474,16 +526,22 @@ def split_mma_kernel(
     m = gl.full([R], -1e30, gl.float32, by_row)
     total = gl.full([R], 0.0, gl.float32, by_row)
     weight = gl.full([R], 0.0, gl.float32, by_row)
-    acc, _ = high_and_low(gl.full([2 * R, DV], 0.0, gl.float32, mma), R, DV)
-    summed: gl.constexpr = gl.SliceLayout(1, acc.type.layout)
-    KEPT: gl.constexpr = HALVES == 2 and (K_BITS == 3 or V_BITS == 3) and max(D, DV) <= 128
+    acc0, _ = high_and_low(gl.full([2 * R, DV], 0.0, gl.float32, mma), R, DV)
+    acc1, acc2 = first, first  # no sums
+    if V_SIGNS:
+        acc1 = acc0
+        if V_BITS == 3:
+            acc2 = acc0
+    summed: gl.constexpr = gl.SliceLayout(1, acc0.type.layout)
+    WHOLE: gl.constexpr = K_BITS == 3 or V_BITS == 3 or K_SIGNS or V_SIGNS
+    KEPT: gl.constexpr = HALVES == 2 and WHOLE and max(D, DV) <= 128
     STEPS: gl.constexpr = 2 if KEPT else 1  # words of 3 bits stay in registers for both
     begin = 0
     for part in gl.static_range(2 if USED or STARTS else 1):  # the second: pages with tokens not in use
         for turns in range(begin // STEPS, clean // STEPS):
             va, vb, vc = ka, kb, kc  # in the place of values, which are loaded first
             for half in gl.static_range(STEPS):
-                pool_row, ka, kb, kc, va, vb, vc, m, total, weight, acc = _step(
+                pool_row, ka, kb, kc, va, vb, vc, m, total, weight, acc0, acc1, acc2 = _step(
                     STEPS * turns + half,
                     pool_row,
                     ka,
@@ -495,8 +553,12 @@ def split_mma_kernel(
                     m,
                     total,
                     weight,
-                    acc,
-                    q,
+                    acc0,
+                    acc1,
+                    acc2,
+                    q0,
+                    q1,
+                    q2,
                     start,
                     factor,
                     bias,
@@ -526,6 +588,8 @@ def split_mma_kernel(
                     R,
                     K_BITS,
                     V_BITS,
+                    K_SIGNS,
+                    V_SIGNS,
                     HALVES,
                     part == 1,
                     STARTS,
@@ -542,16 +606,19 @@ def split_mma_kernel(
         async_copy.wait_group(0)
     if not CAPPED:
         m += bias
-    out = 2.0 * acc + gl.convert_layout(weight, summed)[:, None]
-    out = out.reshape([R, DV // 32, 4, 4, 2]).permute([0, 1, 3, 4, 2]).reshape([R, DV])  # c u t e -> c t e u
     written: gl.constexpr = gl.BlockedLayout(
         [1, 4], [32 * 4 // DV, DV // 4] if DV < 128 else [1, 32], [1, 1], [1, 0]
     )
-    out = gl.convert_layout(out, written)
     o_row = gl.arange(0, R, layout=gl.SliceLayout(1, written))
     value = gl.arange(0, DV, layout=gl.SliceLayout(0, written))
     kept = block % blocks * R + o_row < rows
-    gl.store(o_ptr + (slot * R + o_row[:, None]) * DV + value[None, :], out, mask=kept[:, None])
+    o_ptr += (slot * R + o_row[:, None]) * (V_PLANES * DV) + value[None, :]
+    lacking = gl.convert_layout(weight, summed)[:, None]
+    gl.store(o_ptr, _in_order(2.0 * acc0 + lacking, R, DV, written), mask=kept[:, None])
+    if V_SIGNS:
+        gl.store(o_ptr + DV, _in_order(2.0 * acc1 + lacking, R, DV, written), mask=kept[:, None])
+        if V_BITS == 3:
+            gl.store(o_ptr + 2 * DV, _in_order(2.0 * acc2 + lacking, R, DV, written), mask=kept[:, None])
     at = (gl.program_id(1).to(gl.int64) * R + row) * splits + split
     gl.store(m_ptr + at, m)
     gl.store(l_ptr + at, total)

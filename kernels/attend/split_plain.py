@@ -52,6 +52,8 @@ def split_plain_kernel(
     R: tl.constexpr,
     K_BITS: tl.constexpr,
     V_BITS: tl.constexpr,
+    K_SIGNS: tl.constexpr,
+    V_SIGNS: tl.constexpr,
     USED: tl.constexpr,
     STARTS: tl.constexpr,
     HEADS: tl.constexpr,
@@ -104,63 +106,71 @@ def split_plain_kernel(
         v_ptr += head * v_head
         ks_ptr += head * ks_head
         vs_ptr += head * vs_head
+    K_PLANES: tl.constexpr = K_BITS if K_SIGNS else 1
+    V_PLANES: tl.constexpr = V_BITS if V_SIGNS else 1
     row, token = tl.arange(0, R), tl.arange(0, TILE)
     kept = block % blocks * R + row < rows
     channel, value = tl.arange(0, D), tl.arange(0, DV)
-    at = q_ptr + (block * 2 * R + row[None, :] // 8 * 16 + row[None, :] % 8) * D + channel[:, None]
-    q = tl.load(at).to(tl.float32) * 256.0 + tl.load(at + 8 * D).to(tl.float32)
+    q_ptr += (block * K_PLANES * 2 * R + row[None, :] // 8 * 16 + row[None, :] % 8) * D + channel[:, None]
     factor = tl.load(factor_ptr + block * R + row) * 0.5  # levels are 2 * b + 1 here, b there
     bias = tl.load(bias_ptr + block * R + row)
-    m = tl.full([R], -1e30, tl.float32)
-    total = tl.zeros([R], tl.float32)
-    acc = tl.zeros([DV, R], tl.float32)
-    for step in range(first * 4, last * 4):
-        page = head * 0 + step // 4  # int64 like head
-        inside = step % 4 * TILE + token
-        at = page * PAGE_TOKENS + inside
-        added = bias
-        if PAGE_KEYS:
-            of_page = page_scores_ptr + (block * pages + page) * (2 * R) + row
-            added += tl.load(of_page, mask=kept, other=0.0)
-            sink = bias + tl.load(of_page + R, mask=kept, other=0.0)
-        live = (at >= unused) & (at < used)
-        if HEADS:
-            page = tl.load(page_table_ptr + head * page_table_row + page).to(tl.int64)
-        codes = code_at(
-            k_ptr + page * k_page,
-            inside[:, None],
-            channel[None, :],
-            D,
-            K_BITS,
-            False,
-            live[:, None],
-        )
-        k = tl.load(k_levels_ptr + codes)
-        ks = tl.load(ks_ptr + page * ks_page + inside, mask=live, other=0.0).to(tl.float32)
-        s = tl.dot(k, q, input_precision="ieee") * factor[None, :] * ks[:, None] + added[None, :]
-        if PAGE_KEYS:
-            s = tl.where(ks[:, None] < 0, sink[None, :], s)
-        if softcap > 0:
-            s = softcap * tanh(s / softcap)
-        s = tl.where(live[:, None], s, float("-inf"))
-        new = tl.maximum(m, tl.max(s, 0))
-        p = tl.exp2(s - new[None, :])
-        decay = tl.exp2(m - new)
-        m = new
-        total = total * decay + tl.sum(p, 0)
-        codes = code_at(
-            v_ptr + page * v_page,
-            inside[None, :],
-            value[:, None],
-            DV,
-            V_BITS,
-            True,
-            live[None, :],
-        )
-        v = tl.load(v_levels_ptr + codes)
-        vs = tl.load(vs_ptr + page * vs_page + inside, mask=live, other=0.0).to(tl.float32)
-        acc = tl.dot(v, p * vs[:, None], acc * decay[None, :], input_precision="ieee")
-    tl.store(o_ptr + (slot * R + row[None, :]) * DV + value[:, None], acc, mask=kept[None, :])
+    for plane in tl.static_range(V_PLANES):  # a sum of each plane of values, in a pass of its own
+        m = tl.full([R], -1e30, tl.float32)
+        total = tl.zeros([R], tl.float32)
+        acc = tl.zeros([DV, R], tl.float32)
+        for step in range(first * 4, last * 4):
+            page = head * 0 + step // 4  # int64 like head
+            inside = step % 4 * TILE + token
+            at = page * PAGE_TOKENS + inside
+            added = bias
+            if PAGE_KEYS:
+                of_page = page_scores_ptr + (block * pages + page) * (2 * R) + row
+                added += tl.load(of_page, mask=kept, other=0.0)
+                sink = bias + tl.load(of_page + R, mask=kept, other=0.0)
+            live = (at >= unused) & (at < used)
+            if HEADS:
+                page = tl.load(page_table_ptr + head * page_table_row + page).to(tl.int64)
+            s = tl.zeros([TILE, R], tl.float32)
+            for part in tl.static_range(K_PLANES):
+                codes = code_at(
+                    k_ptr + page * k_page + part * (16 * D),
+                    inside[:, None],
+                    channel[None, :],
+                    D,
+                    1 if K_SIGNS else K_BITS,
+                    False,
+                    live[:, None],
+                )
+                k = tl.load(k_levels_ptr + codes)
+                of_part = q_ptr + part * (2 * R * D)
+                q = tl.load(of_part).to(tl.float32) * 256.0 + tl.load(of_part + 8 * D).to(tl.float32)
+                s = tl.dot(k, q, s, input_precision="ieee")
+            ks = tl.load(ks_ptr + page * ks_page + inside, mask=live, other=0.0).to(tl.float32)
+            s = s * factor[None, :] * ks[:, None] + added[None, :]
+            if PAGE_KEYS:
+                s = tl.where(ks[:, None] < 0, sink[None, :], s)
+            if softcap > 0:
+                s = softcap * tanh(s / softcap)
+            s = tl.where(live[:, None], s, float("-inf"))
+            new = tl.maximum(m, tl.max(s, 0))
+            p = tl.exp2(s - new[None, :])
+            decay = tl.exp2(m - new)
+            m = new
+            total = total * decay + tl.sum(p, 0)
+            codes = code_at(
+                v_ptr + page * v_page + plane * (16 * DV),
+                inside[None, :],
+                value[:, None],
+                DV,
+                1 if V_SIGNS else V_BITS,
+                True,
+                live[None, :],
+            )
+            v = tl.load(v_levels_ptr + codes)
+            vs = tl.load(vs_ptr + page * vs_page + inside, mask=live, other=0.0).to(tl.float32)
+            acc = tl.dot(v, p * vs[:, None], acc * decay[None, :], input_precision="ieee")
+        to = o_ptr + ((slot * R + row[None, :]) * V_PLANES + plane) * DV + value[:, None]
+        tl.store(to, acc, mask=kept[None, :])
     at = (tl.program_id(1).to(tl.int64) * R + row) * splits + split
     tl.store(m_ptr + at, m)
     tl.store(l_ptr + at, total)

@@ -4,7 +4,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 
-from quantpress.kernels.attend.words import key_operand
+from quantpress.kernels.attend.words import key_operand, value_operand
 
 MOST = gl.constexpr(32512.0)
 """Weights are whole numbers, in units of the largest weight over this: their high byte stays below 128."""
@@ -72,6 +72,55 @@ def high_and_low(x, R: gl.constexpr, N: gl.constexpr):
 def sums_with_keys(q, k, start, R: gl.constexpr, D: gl.constexpr, mma: gl.constexpr):
     """sum_c (b + 1 / 2) q, [R, 32] float32, of queries q [2 R, D] and bytes k; start: half the sum of q."""
     high, low = high_and_low(mma_v2(q, key_operand(k, D, mma), start), R, 32)
+    return (high * 256 + low).to(gl.float32)
+
+
+@gluon.jit
+def sums_with_signs(
+    q0,
+    q1,
+    q2,
+    k0,
+    k1,
+    k2,
+    start,
+    R: gl.constexpr,
+    D: gl.constexpr,
+    mma: gl.constexpr,
+    PLANES: gl.constexpr,
+):
+    """The same over PLANES bit planes, 2 or 3, with queries and bytes of their own each."""
+    x = mma_v2(q0, key_operand(k0, D, mma), start)
+    x = mma_v2(q1, key_operand(k1, D, mma), x)
+    if PLANES == 3:
+        x = mma_v2(q2, key_operand(k2, D, mma), x)
+    high, low = high_and_low(x, R, 32)
+    return (high * 256 + low).to(gl.float32)
+
+
+@gluon.jit
+def weighted_sums(
+    w0,
+    w1,
+    w2,
+    w3,
+    v0,
+    v1,
+    v2,
+    v3,
+    R: gl.constexpr,
+    DV: gl.constexpr,
+    mma: gl.constexpr,
+    HALVES: gl.constexpr,
+):
+    """sum_t n b, [R, DV] float32, of weights as operands, n whole numbers, and bytes b of tiles."""
+    o = gl.full([2 * R, DV], 0, gl.int32, mma)
+    o = mma_v2(w0, value_operand(v0, DV, mma), o)
+    o = mma_v2(w1, value_operand(v1, DV, mma), o)
+    if HALVES == 1:
+        o = mma_v2(w2, value_operand(v2, DV, mma), o)
+        o = mma_v2(w3, value_operand(v3, DV, mma), o)
+    high, low = high_and_low(o, R, DV)
     return (high * 256 + low).to(gl.float32)
 
 

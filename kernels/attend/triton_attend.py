@@ -14,10 +14,12 @@ import torch
 
 from quantpress.kernels.attend.operands import (
     DenseSegment,
+    Filters,
+    KernelOperands,
     PackedSegment,
     PackedSide,
-    ScalarOperands,
     Segment,
+    SignOperands,
     Visibility,
 )
 from quantpress.kernels.attend.schedule import (
@@ -32,6 +34,9 @@ from quantpress.quantization.transform import ChannelTransform
 
 HEAD_DIMS = (64, 128, 256)
 WIDTHS = (2, 3, 4)
+SIGN_HEAD_DIMS, SIGN_WIDTHS = (64, 128), (2, 3)
+"""The same of bit planes."""
+
 MOST_QUERIES = 128
 """Query tokens of one call. Rows are query heads of a group times query tokens; 8 or 16 rows share a pass."""
 
@@ -63,7 +68,8 @@ LOG2_E = math.log2(math.e)
 
 
 def supports(query: torch.Tensor, segments: Sequence[Segment], visibility: Visibility) -> bool:
-    """Whether the kernels cover this call: few queries, one packed segment, plain codes of 2 to 4 bits.
+    """Whether the kernels cover this call: few queries, one packed segment, plain codes of 2 to 4 bits, or bit
+    planes of 2 or 3.
 
     Where the last segment has lengths, the tokens of several queries must be among its tokens in use.
     """
@@ -95,13 +101,11 @@ def _reachable(query: torch.Tensor, dense: list[DenseSegment]) -> bool:
 
 def _readable(side: PackedSide) -> bool:
     operands = side.codec.kernel_operands()
-    return (
-        operands is not None
-        and side.transform.order is None
-        and operands.codebook.bits in WIDTHS
-        and operands.codebook.form == "int8"
-        and operands.head_dim in HEAD_DIMS
-    )
+    if operands is None or side.transform.order is not None:
+        return False
+    if isinstance(operands, SignOperands):
+        return operands.bits in SIGN_WIDTHS and operands.head_dim in SIGN_HEAD_DIMS
+    return operands.bits in WIDTHS and operands.codebook.form == "int8" and operands.head_dim in HEAD_DIMS
 
 
 def attend_triton(
@@ -197,11 +201,11 @@ class _Call:
     def _new(self, *shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device=self.query.device)
 
-    def _sums(self, count: int, parts: int, value_dim: int) -> list[torch.Tensor]:
+    def _sums(self, count: int, parts: int, channels: int) -> list[torch.Tensor]:
         """Buffers for weighted sums, largest scores and totals of `parts` programs for each of `count`."""
         rows = self.block
         return [
-            self._new(count, parts, rows, value_dim),
+            self._new(count, parts, rows, channels),
             *(self._new(count, rows, parts) for _ in range(2)),
         ]
 
@@ -215,7 +219,8 @@ class _Call:
         turn = rotation_matrix(self.keys.rotation, self.query.device, inverse=True)
         count = self.heads * self.blocks
         self.page_scores = self._page_scores() if self.keys.page_keys else None
-        q = self._new(count, 2 * self.block, dim, dtype=torch.int8)
+        filters = self.keys.filters
+        q = self._new(count, max(len(filters), 1), 2 * self.block, dim, dtype=torch.int8)
         factor, bias = (self._new(count, self.block) for _ in range(2))
         start = self._new(count, 2 * self.block, dtype=torch.int32)
         ends = (before, after)
@@ -232,6 +237,7 @@ class _Call:
             transform.weight,
             transform.mean,
             turn.halves,
+            _taps(filters, q.device),
             q,
             factor,
             start,
@@ -243,7 +249,7 @@ class _Call:
             self.slots,
             *sums,
             self.scale,
-            self.keys.codebook.unit,
+            self.keys.unit,
             turn.factor,
             self.rows,
             self.queries,
@@ -261,6 +267,8 @@ class _Call:
             R=self.block,
             TILE=DENSE_TILE,
             HALVES=len(turn.halves),
+            PLANES=len(filters),
+            LAGS=lags(filters),
             HAS_WEIGHT=transform.weight is not None,
             HAS_MEAN=transform.mean is not None,
             FIRST_USED=lengths[0] is not None,
@@ -329,14 +337,13 @@ class _Call:
         codes = [side.planes["codes0"] for side in sides]
         scales = [side.planes["scale0"] for side in sides]
         count, value_dim = self.heads * self.blocks, self.values.head_dim
-        dim = max(self.keys.head_dim, value_dim)
         if self.table is None:
             grid = (split_count(self.pages, count, self._programs()), count)
         else:
             grid = (scheduled_programs(self.pages, self.heads, self._programs() // self.blocks), self.blocks)
             if self.packed.schedule is not None and self.packed.schedule.programs.shape[0] == grid[0]:
                 self.schedule = self.packed.schedule
-        sums = self._sums(grid[1], grid[0], value_dim)
+        sums = self._sums(grid[1], grid[0], value_dim * max(len(self.values.filters), 1))
         if not self.plain:
             codes = [plane.view(torch.int32) for plane in codes]
         planes = [codes[0], scales[0], codes[1], scales[1]]
@@ -347,8 +354,10 @@ class _Call:
             "D": self.keys.head_dim,
             "DV": value_dim,
             "R": self.block,
-            "K_BITS": books[0].bits,
-            "V_BITS": books[1].bits,
+            "K_BITS": self.keys.bits,
+            "V_BITS": self.values.bits,
+            "K_SIGNS": bool(self.keys.filters),
+            "V_SIGNS": bool(self.values.filters),
             "USED": self.used is not None,
             "STARTS": self.starts is not None,
             "HEADS": self.padded if self.schedule is None else 1,
@@ -358,7 +367,10 @@ class _Call:
         if self.plain:
             from quantpress.kernels.attend.split_plain import split_plain_kernel
 
-            levels = [torch.tensor(book.scaled, dtype=torch.float32, device=q.device) for book in books]
+            levels = [
+                torch.tensor(book.scaled if book else (-1, 1), dtype=torch.float32, device=q.device)
+                for book in books
+            ]
             split_plain_kernel[grid](
                 q,
                 factor,
@@ -392,8 +404,8 @@ class _Call:
                 None if self.schedule is None else self.schedule.programs,
                 *numbers,
                 **constants,
-                HALVES=steps_of_page(books[0].bits, books[1].bits, dim, self.block),
-                STAGED=stages_words(books[0].bits, books[1].bits, dim, q.device),
+                HALVES=steps_of_page(self.keys, self.values, self.block),
+                STAGED=stages_words(self.keys, self.values, q.device),
                 CAPPED=self.softcap > 0,
                 CHAINED=self.chained,
                 num_warps=1,
@@ -435,6 +447,7 @@ class _Call:
             *sums,
             *dense,
             sinks,
+            _taps(self.values.filters, out.device),
             self.values.rotation.matrix(out.device, torch.float32),
             out,
             self.used,
@@ -449,9 +462,11 @@ class _Call:
             self.blocks,
             self.heads,
             self.pages,
-            self.values.codebook.unit,
+            self.values.unit,
             DV=value_dim,
             R=self.block,
+            PLANES=len(self.values.filters),
+            LAGS=lags(self.values.filters),
             HAS_SINKS=sinks is not None,
             SIZE=MERGED[sums[0].shape[1] > MERGED[0] * self.scheduled_heads],
             HEADS=self.padded if self.schedule is None else 1,
@@ -470,17 +485,33 @@ def block_rows(rows: int, head_dim: int) -> int:
     return 8 if rows <= 8 or head_dim > 128 else 16
 
 
-def steps_of_page(key_bits: int, value_bits: int, head_dim: int, rows: int) -> int:
+def steps_of_page(keys: KernelOperands, values: KernelOperands, rows: int) -> int:
     """Steps in which a page is read: two where a whole page would not fit into registers."""
-    return 2 if 4 in (key_bits, value_bits) or head_dim > 128 or rows > 8 else 1
+    wide = max(keys.head_dim, values.head_dim) > 128
+    return 2 if 4 in (keys.bits, values.bits) or wide or rows > 8 else 1
 
 
-def stages_words(key_bits: int, value_bits: int, head_dim: int, device: torch.device) -> bool:
+def stages_words(keys: KernelOperands, values: KernelOperands, device: torch.device) -> bool:
     """Whether words of 3 bits, which both steps of a page read, wait for the second step in shared memory.
 
     With a head_dim of 256 there are too many for registers, and loading them twice takes half as long again.
     """
-    return 3 in (key_bits, value_bits) and head_dim > 128 and shared_memory(device) >= PROGRAMS * STAGED_BYTES
+    wide = max(keys.head_dim, values.head_dim) > 128
+    return 3 in (keys.bits, values.bits) and wide and shared_memory(device) >= PROGRAMS * STAGED_BYTES
+
+
+def lags(filters: Filters) -> int:
+    """Taps of a filter; 0 where there are none."""
+    return len(filters[0]) if filters else 0
+
+
+@lru_cache(maxsize=16)
+def _taps(filters: Filters, device: torch.device) -> torch.Tensor | None:
+    """[planes, lags] float32. Cached and shared: do not write to it."""
+    if not filters:
+        return None
+    with torch.inference_mode(False):  # kept: must stay usable outside inference mode
+        return torch.tensor(filters, dtype=torch.float32, device=device)
 
 
 def split_count(pages: int, blocks: int, programs: int) -> int:
@@ -554,7 +585,7 @@ def _strides(plane: torch.Tensor) -> tuple[int, int]:
     return (plane.stride(1) if plane.dim() == 4 else 0), plane.stride(-2)
 
 
-def _operands(side: PackedSide) -> ScalarOperands:
+def _operands(side: PackedSide) -> KernelOperands:
     operands = side.codec.kernel_operands()
     assert operands is not None  # by `supports`
     return operands

@@ -8,7 +8,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 
-from quantpress.kernels.attend.lookup import LOOKUP_2, LOOKUP_3, LOOKUP_3_HALF, LOOKUP_4
+from quantpress.kernels.attend.lookup import LOOKUP_2, LOOKUP_3, LOOKUP_3_HALF, LOOKUP_4, SIGNS, SIGNS_HALF
 from quantpress.kernels.gluon_copy import async_load
 
 READ_ONCE = gl.constexpr("evict_first")
@@ -58,22 +58,22 @@ def _load(ptr, offsets):
 
 @gluon.jit
 def words_buffer(WORDS: gl.constexpr, STAGED: gl.constexpr):
-    """Shared memory for the three planes of WORDS words of a page of 3 bits; next to none if not STAGED."""
+    """Shared memory for up to three planes of WORDS words of a page; next to none if not STAGED."""
     plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [2, 1, 0])
     shape: gl.constexpr = [3, WORDS // 128, 32, 4] if STAGED else [3, 1, 1, 4]
     return gl.allocate_shared_memory(gl.int32, shape, plain)
 
 
 @gluon.jit
-def fetch_words(buffer, ptr, offsets, step, PART: gl.constexpr):
-    """Copy the words of a page of 3 bits to shared memory before its first step; nothing before its second.
+def fetch_words(buffer, ptr, offsets, step, PART: gl.constexpr, PARTS: gl.constexpr):
+    """Copy a page of PARTS planes of words to shared memory before its first step; nothing before its second.
 
     buffer: of `words_buffer`; ptr: the page; offsets: of the lane's words in each plane; PART: words of a
     plane. Each lane copies the words that it reads itself. There is no L2::evict_first: `cp.async` has none
     in Triton.
     """
     if step % 2 == 0:
-        for part in gl.static_range(3):
+        for part in gl.static_range(PARTS):
             async_load(buffer.index(part), ptr + part * PART + offsets)
     async_copy.commit_group()
 
@@ -86,16 +86,18 @@ def fetched_words(buffer, VECTORS: gl.constexpr):
 
 
 @gluon.jit
-def key_words(ptr, step, D: gl.constexpr, BITS: gl.constexpr, HALVES: gl.constexpr):
+def key_words(ptr, step, D: gl.constexpr, BITS: gl.constexpr, SIGNS: gl.constexpr, HALVES: gl.constexpr):
     """Words of the keys of a page, or of one half of it: three tensors, of which `levels_of` uses some.
 
-    ptr: the page; step: odd for the second half, if HALVES is 2.
+    ptr: the page; step: odd for the second half, if HALVES is 2; SIGNS: the page has BITS bit planes.
     """
     half = step % 2 * (16 * 16)
-    if BITS == 3:  # both halves lie in each word
+    if BITS == 3 or SIGNS:  # both halves lie in each word
         a = _load(ptr, key_offsets(0, D // 32, D, 16))
         b = _load(ptr + 4 * D, key_offsets(0, D // 32, D, 16))
-        c = _load(ptr + 8 * D, key_offsets(0, D // 32, D, 16))
+        c = b
+        if BITS == 3:
+            c = _load(ptr + 8 * D, key_offsets(0, D // 32, D, 16))
     elif HALVES == 2:
         if BITS == 4:
             a = _load(ptr + half, key_offsets(32, D // 16, D, 64))
@@ -113,13 +115,15 @@ def key_words(ptr, step, D: gl.constexpr, BITS: gl.constexpr, HALVES: gl.constex
 
 
 @gluon.jit
-def value_words(ptr, step, C: gl.constexpr, BITS: gl.constexpr, HALVES: gl.constexpr):
+def value_words(ptr, step, C: gl.constexpr, BITS: gl.constexpr, SIGNS: gl.constexpr, HALVES: gl.constexpr):
     """Words of the values of a page, as `key_words` returns those of keys."""
     half = step % 2 * (4 * C)
-    if BITS == 3:
+    if BITS == 3 or SIGNS:
         a = _load(ptr, value_offsets(0, C // 32, C))
         b = _load(ptr + 4 * C, value_offsets(0, C // 32, C))
-        c = _load(ptr + 8 * C, value_offsets(0, C // 32, C))
+        c = b
+        if BITS == 3:
+            c = _load(ptr + 8 * C, value_offsets(0, C // 32, C))
     elif HALVES == 2:
         if BITS == 4:
             a = _load(ptr + half, value_offsets(8, C // 16, C))
@@ -223,6 +227,34 @@ def levels_of(
             w = _pair(w, x, N)
             x = _pair(y, z, N)
             y, z = w, x
+    return w, x, y, z
+
+
+@gluon.jit
+def signs_of(words, step, D: gl.constexpr, HALVES: gl.constexpr):
+    """int8 tiles of a bit plane as `levels_of` returns them: -1 where a bit of its words is set, else 0."""
+    N: gl.constexpr = D // 32
+    if HALVES == 2:
+        w0, w1, x0, x1 = gl.inline_asm_elementwise(
+            SIGNS_HALF,
+            "=&r,=&r,=&r,=&r,r,r,r,r,r,r,r,r",
+            [_repeat(words, N), step % 2],
+            dtype=(gl.int8, gl.int8, gl.int8, gl.int8),
+            is_pure=True,
+            pack=4,
+        )
+        w, x = _pair(w0, w1, N), _pair(x0, x1, N)
+        y, z = w, x
+    else:
+        w0, w1, x0, x1, y0, y1, z0, z1 = gl.inline_asm_elementwise(
+            SIGNS,
+            "=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,r,r,r,r",
+            [_repeat(words, N)],
+            dtype=(gl.int8, gl.int8, gl.int8, gl.int8, gl.int8, gl.int8, gl.int8, gl.int8),
+            is_pure=True,
+            pack=4,
+        )
+        w, x, y, z = _pair(w0, w1, N), _pair(x0, x1, N), _pair(y0, y1, N), _pair(z0, z1, N)
     return w, x, y, z
 
 

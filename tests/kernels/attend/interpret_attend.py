@@ -30,7 +30,8 @@ def error(key_bits: int, value_bits: int, dim: int, queries: int, dtype: str, ex
     kind = getattr(torch, dtype)
     rotation = next((kind for kind in ("haar", "identity") if kind in extras), "hadamard")
     means = "page_keys" in extras
-    sides = [packed(dim, dim, bits, rotation=rotation, page_keys=means) for bits in (key_bits, value_bits)]
+    options = {"rotation": rotation, "page_keys": means, "planes": "planes" in extras}
+    sides = [packed(dim, dim, bits, **options) for bits in (key_bits, value_bits)]
     keys = sides[0].keys
     if "one_transform" in extras:
         keys = replace(keys, transform=keys.transform.map(lambda part: part[:1]))

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import quantpress.kernels.attend.reference as reference
+from quantpress.codecs.protocol import PageCodec
 from quantpress.codecs.raw import RawPages
 from quantpress.codecs.scalar import ScalarPages
 from quantpress.errors import InvalidInputError
@@ -15,6 +16,7 @@ from quantpress.kernels.attend.schedule import PageSchedule
 from quantpress.quantization.spec import CodecSpec
 from quantpress.quantization.transform import ChannelTransform, key_statistics, value_statistics
 from tests.grids import covering
+from tests.kernels.attend.bit_planes import BitPlanes
 
 BATCH, KV_HEADS, GROUP, PAGES = 2, 2, 3, 3
 TOLERANCE = 2e-6  # float32 arithmetic over 400 tokens, relative to the output's norm
@@ -27,10 +29,13 @@ def packed(
     estimator: str = "mse",
     rotation: str = "hadamard",
     page_keys: bool = False,
+    planes: bool = False,
 ) -> PackedSegment:
     spec = CodecSpec(dim, bits, "key", rotation, estimator=estimator, page_keys=page_keys)
-    key_codec = ScalarPages(spec)
-    value_codec = ScalarPages(CodecSpec(head_dim=value_dim, bits=bits, role="value", rotation=rotation))
+    key_codec: PageCodec = ScalarPages(spec)
+    value_codec: PageCodec = ScalarPages(CodecSpec(value_dim, bits, "value", rotation))
+    if planes:
+        key_codec, value_codec = BitPlanes(dim, int(bits), "key"), BitPlanes(value_dim, int(bits), "value")
     keys = torch.randn(BATCH, KV_HEADS, PAGES * 128, dim) * torch.rand(dim).exp() + 3 * torch.randn(dim)
     if page_keys:
         keys += torch.randn(BATCH, KV_HEADS, PAGES, dim).repeat_interleave(128, 2)

@@ -76,9 +76,14 @@ def prepared(call: Any, scale: float) -> list[torch.Tensor]:
     query = call.query.double()  # [BH, rows, D]
     bias = (query * transform.mean.flatten(0, 1).unsqueeze(1)).sum(-1) * scale
     y = call.keys.rotation.forward(query / transform.weight.flatten(0, 1).unsqueeze(1))
-    largest = y.abs().amax(-1, keepdim=True)
+    y = y.unsqueeze(-2)  # [BH, rows, planes, D]
+    if call.keys.filters:
+        taps = [[tap * y.roll(-lag, -1) for lag, tap in enumerate(one)] for one in call.keys.filters]
+        y = torch.cat([sum(one) for one in taps], -2)
+    largest = y.abs().amax((-2, -1), keepdim=True)
     numbers = (y * (MOST / largest)).round().int()
     high = (numbers + 128) >> 8
+    largest = largest.squeeze(-1)
     count, block, blocks = call.heads * call.blocks, call.block, call.blocks
 
     def by_block(x: torch.Tensor) -> torch.Tensor:
@@ -86,9 +91,9 @@ def prepared(call: Any, scale: float) -> list[torch.Tensor]:
         padded[:, :rows] = x
         return padded.view(count, block, *x.shape[2:])
 
-    parts = torch.stack((by_block(high), by_block(numbers - 256 * high)), 1)  # [N, high or low, R, D]
-    q = parts.unflatten(2, (-1, 8)).transpose(1, 2).flatten(1, 3)
-    sums = by_block(numbers.sum(-1, dtype=torch.int32) >> 1)
+    parts = torch.stack((by_block(high), by_block(numbers - 256 * high)), 1)  # [N, high or low, R, planes, D]
+    q = parts.unflatten(2, (-1, 8)).transpose(1, 2).flatten(1, 3).transpose(1, 2).contiguous()
+    sums = by_block(numbers.sum((-2, -1), dtype=torch.int32) >> 1)
     start = torch.stack((torch.zeros_like(sums), sums), 1).unflatten(2, (-1, 8)).transpose(1, 2).flatten(1)
     if call.keys.page_keys:
         planes = call.packed.keys.planes
@@ -98,9 +103,9 @@ def prepared(call: Any, scale: float) -> list[torch.Tensor]:
         turned = query / transform.weight.flatten(0, 1).unsqueeze(1)
         scores = torch.einsum("hrd,hpkd->hrpk", turned, stored.flatten(0, 1)) * scale
         call.page_scores = by_block(scores).permute(0, 2, 3, 1).float().contiguous()  # [N, P, 2, R]
-    unit = call.keys.codebook.unit
-    factor = by_block((2 * largest / MOST * scale * unit).squeeze(-1).float())
-    assert q.shape == (count, 2 * block, dim) and start.shape == q.shape[:2]
+    factor = by_block((2 * largest / MOST * scale * call.keys.unit).squeeze(-1).float())
+    assert q.shape == (count, max(len(call.keys.filters), 1), 2 * block, dim)
+    assert start.shape == (count, 2 * block)
     return [q.to(torch.int8), factor, start, by_block(bias.float())]
 
 
@@ -123,7 +128,11 @@ def joined(call: Any, sums: list[torch.Tensor]) -> torch.Tensor:
             whole = (weights * total).sum()
             if whole > 0:
                 out[head, row] = (weights.unsqueeze(-1) * parts).sum(0) / whole
-    out = call.values.rotation.inverse(out * call.values.codebook.unit)
+    if call.values.filters:
+        planes = out.unflatten(-1, (len(call.values.filters), -1)).unbind(-2)
+        of_plane = zip(planes, call.values.filters, strict=True)
+        out = sum(tap * one.roll(lag, -1) for one, taps in of_plane for lag, tap in enumerate(taps))
+    out = call.values.rotation.inverse(out * call.values.unit)
     return out.view(call.batch, call.query_heads, call.queries, -1)
 
 
@@ -174,9 +183,9 @@ def run(
     return got, expected
 
 
-def check(got: torch.Tensor, expected: torch.Tensor) -> None:
+def check(got: torch.Tensor, expected: torch.Tensor, tolerance: float = 2e-4) -> None:
     assert got.shape == expected.shape
-    assert float((got - expected).norm() / expected.norm()) < 2e-4
+    assert float((got - expected).norm() / expected.norm()) < tolerance
 
 
 @pytest.mark.parametrize(
@@ -197,6 +206,29 @@ def test_widths_and_head_dims(
     keys, values = packed(dim, dim, key_bits), packed(dim, dim, value_bits)
     check(*run(PackedSegment(keys.keys, values.values), queries))
     assert len(emulated.launches) == 1
+
+
+@pytest.mark.parametrize(
+    ("key_bits", "value_bits", "planes", "dim", "queries"),
+    [
+        (2, 2, "keys values", 128, 1),
+        (3, 3, "keys values", 128, 1),
+        (2, 3, "keys values", 64, 5),
+        (3, 2, "keys values", 128, 5),
+        (4, 2, "values", 128, 1),
+        (3, 3, "keys", 64, 1),
+    ],
+)
+def test_bit_planes(
+    key_bits: int, value_bits: int, planes: str, dim: int, queries: int, emulated: Emulated
+) -> None:
+    keys = packed(dim, dim, key_bits, planes="keys" in planes)
+    values = packed(dim, dim, value_bits, planes="values" in planes)
+    pages = PackedSegment(keys.keys, values.values)
+    check(*run(pages, queries), 5e-4)
+    lengths = some_lengths(pages.tokens)
+    starts = (torch.rand(lengths.shape) * (pages.tokens - lengths + 1)).int()
+    check(*run(with_schedule(pooled(pages, lengths, starts)), queries), 5e-4)
 
 
 def test_scales_beyond_float16(emulated: Emulated) -> None:

@@ -25,7 +25,6 @@ from quantpress.kernels.attend.triton_attend import (
     STAGED_BYTES,
     block_rows,
     split_count,
-    steps_of_page,
     supports,
 )
 from quantpress.kernels.available import FUSED
@@ -55,6 +54,8 @@ INTERPRETED = [
     [4, 3, 64, 4, "float32", "pool dense_tables shared sinks_in_pages one_transform side_by_side"],
     [2, 4, 64, 1, "float32", "pool dense_tables no_sinks right"],
     [4, 2, 64, 2, "bfloat16", "haar one_transform"],
+    [2, 3, 64, 3, "float32", "planes lengths"],
+    [3, 2, 64, 1, "bfloat16", "planes pool"],
     [2, 3, 64, 7, "float32", "page_keys softcap"],
     [3, 3, 64, 1, "float32", "page_keys pool right alone side_by_side"],
     [4, 3, 64, 1, "float32", "page_keys pool dense_tables shared sinks_in_pages one_transform side_by_side"],
@@ -160,18 +161,25 @@ def compiled(kernel: Any, constants: dict[str, Any], capability: int, warps: int
         (3, 3, 256, 8, 80, 0),
         (3, 3, 256, 8, 90, 64),
         (4, 3, 256, 8, 100, 0),
+        (-2, -2, 128, 8, 80, 0),
+        (-3, -3, 128, 8, 90, 1),
+        (4, -2, 64, 16, 100, 64),
     ],
 )
 def test_split_kernel_compiles_without_a_gpu(
     heads: int, capability: int, key_bits: int, value_bits: int, dim: int, rows: int
 ) -> None:
-    """On int8 tensor cores; codes go from memory to registers, 3 bits at head_dim 256 by shared memory."""
+    """On int8 tensor cores; codes go from memory to registers, 3 bits at head_dim 256 by shared memory.
+
+    Negative bits are bit planes.
+    """
     pytest.importorskip("triton")
     from quantpress.kernels.attend.split_mma import split_mma_kernel
 
     staged = dim == 256 and 3 in (key_bits, value_bits) and capability >= 90
-    constants = {"D": dim, "DV": dim, "R": rows, "K_BITS": key_bits, "V_BITS": value_bits}
-    constants |= {"HALVES": steps_of_page(key_bits, value_bits, dim, rows), "USED": heads > 0}
+    constants = {"D": dim, "DV": dim, "R": rows, "K_BITS": abs(key_bits), "V_BITS": abs(value_bits)}
+    constants |= {"K_SIGNS": key_bits < 0, "V_SIGNS": value_bits < 0, "USED": heads > 0}
+    constants |= {"HALVES": 2 if 4 in (key_bits, value_bits) or dim > 128 or rows > 8 else 1}
     constants |= {
         "CAPPED": capability == 80,
         "CHAINED": capability >= 90,
@@ -207,11 +215,11 @@ def test_kernels_around_it_compile_without_a_gpu(capability: int, heads: int, di
     chained = {"CHAINED": capability >= 90, "R": 8, "DV": dim}
     first = chained | {"D": dim, "TILE": DENSE_TILE, "HAS_WEIGHT": True, "HAS_MEAN": True}
     first |= {"FIRST_USED": True, "RECENT_USED": True, "PLAIN": False}
-    first |= {"HALVES": 2 if dim == 64 else 1}
+    first |= {"HALVES": 2 if dim == 64 else 1, "PLANES": heads and 2, "LAGS": heads and 4}
     first |= {"FIRST_STARTS": heads == 0, "RECENT_STARTS": True, "SLOTS": heads == 64, "SHARED": heads == 32}
     first |= {"FIRST_PAGE": 4 if heads < 64 else 0, "RECENT_PAGE": 128 if heads < 64 else 0}
     merge = chained | {"HAS_SINKS": True, "SIZE": MERGED[heads > 0], "HEADS": heads, "STARTS": heads > 0}
-    merge |= {"EACH": 4 if heads else 1, "SCHEDULED": heads == 32}
+    merge |= {"EACH": 4 if heads else 1, "SCHEDULED": heads == 32, "PLANES": heads and 3, "LAGS": heads and 3}
     schedule = {"HEADS": max(heads, 2), "SIZE": SCHEDULE_TILE, "STARTS": heads == 64}
     means = {"D": dim, "R": 8, "SIZE": PAGES_OF_SCORES, "HAS_WEIGHT": True, "SHARED": heads == 32}
     means |= {"SLOTS": heads == 64, "USED": True, "STARTS": heads > 0, "PAGED": heads > 0}
@@ -239,6 +247,8 @@ def test_the_next_kernel_starts_behind_the_loads(page: int) -> None:
         "R": 8,
         "TILE": DENSE_TILE,
         "HALVES": 1,
+        "PLANES": 0,
+        "LAGS": 0,
         "PLAIN": False,
         "CHAINED": True,
     }
