@@ -33,7 +33,7 @@ class BitPlanes(PageCodec):
 
     def encode(self, x: Tensor, transform: ChannelTransform) -> Planes:
         shape = (*x.shape[:2], -1, 128, self.head_dim)
-        codes = torch.randint(1 << self.bits, x.shape, dtype=torch.uint8).view(shape)
+        codes = torch.randint(1 << self.bits, x.shape, dtype=torch.uint8, device=x.device).view(shape)
         planes = [pack_pages(codes >> k & 1, 1, self.role) for k in range(self.bits)]
         scale = transform.apply(x).float().norm(dim=-1).view(shape[:-1])
         return {"codes0": torch.cat(planes, -1), "scale0": scale.to(torch.float16)}
