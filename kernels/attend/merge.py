@@ -42,12 +42,27 @@ def _load(
 
 
 @triton.jit
-def _join(m, total, y, part_o, part_m, part_l):
-    """Add partial sums part_o [N, DV], part_m and part_l [N] to m, total [1] and y [DV]."""
+def _weights(m, total, part_m, part_l):
+    """Join partial sums part_m and part_l [N] to m and total [1]; the factors of the old and the new ones."""
     new = tl.maximum(m, tl.max(part_m, 0))
     decay, weight = tl.exp2(m - new), tl.exp2(part_m - new)
-    y = y * decay + tl.sum(part_o * weight[:, None], 0)
-    return new, total * decay + tl.sum(part_l * weight, 0), y
+    return new, total * decay + tl.sum(part_l * weight, 0), decay, weight
+
+
+@triton.jit
+def _join(m, total, y, part_o, part_m, part_l):
+    """Add partial sums part_o [N, DV], part_m and part_l [N] to m, total [1] and y [DV]."""
+    m, total, decay, weight = _weights(m, total, part_m, part_l)
+    return m, total, y * decay + tl.sum(part_o * weight[:, None], 0)
+
+
+@triton.jit
+def _of_lag(y0, y1, y2, lag: tl.constexpr, PLANES: tl.constexpr, LAGS: tl.constexpr, FILTERS: tl.constexpr):
+    """What the taps of one lag make of the sums of all bit planes."""
+    z = y0 * FILTERS[lag] + y1 * FILTERS[LAGS + lag]
+    if PLANES == 3:
+        z += y2 * FILTERS[2 * LAGS + lag]
+    return z
 
 
 _NUMBERS = ["splits", "tiles", "rows", "queries", "group", "kv_heads", "blocks", "heads", "pages"]
@@ -62,7 +77,6 @@ def merge_kernel(
     dense_m_ptr,
     dense_l_ptr,
     sinks_ptr,
-    filters_ptr,
     rotation_ptr,
     out_ptr,
     used_ptr,
@@ -81,7 +95,7 @@ def merge_kernel(
     DV: tl.constexpr,
     R: tl.constexpr,
     PLANES: tl.constexpr,
-    LAGS: tl.constexpr,
+    FILTERS: tl.constexpr,
     HAS_SINKS: tl.constexpr,
     SIZE: tl.constexpr,
     HEADS: tl.constexpr,
@@ -95,8 +109,8 @@ def merge_kernel(
     o: [N, splits, R, DV], m and l: [N, R, splits], sums over packed tokens in code space, N = heads * blocks;
     dense_o, dense_m, dense_l: the same over 16-bit tokens, with `tiles` in place of `splits`; sinks: [Hkv *
     group] logits, if HAS_SINKS; rotation: [DV, DV] float32, out of code space but for the factor `unit`; out:
-    [BH, rows, DV], written; SIZE: partial sums joined at a time. Where PLANES is not 0, values are bit planes, o
-    is [N, splits, R, PLANES, DV], and filters [PLANES, LAGS] float32 make one vector in code space of the planes.
+    [BH, rows, DV], written; SIZE: partial sums joined at a time. Where PLANES is 2 or 3, values are so many
+    bit planes, o is [N, splits, R, PLANES, DV], and taps FILTERS, plane by plane, make one vector of them.
     Where HEADS, a power of two of at least `heads`, is not 0, heads have page tables: o, m and l are [blocks,
     splits, ...], and the splits belong to heads as `chunks_of_heads` says, of used and starts [heads] int32
     and pages, or, if SCHEDULED, as schedule [BH, 2] int32 says. CHAINED: started before the split kernel has
@@ -113,6 +127,7 @@ def merge_kernel(
         begin = tl.sum(tl.where(index < head, chunks, 0), 0)
         end = begin + tl.sum(tl.where(index == head, chunks, 0), 0)
     value = tl.arange(0, DV)
+    COUNT: tl.constexpr = PLANES if PLANES else 1
     turn = tl.load(rotation_ptr + value[:, None] * DV + value[None, :])  # float32: to convert it takes 0.5 us
     if CHAINED:
         gdc_wait()
@@ -122,32 +137,45 @@ def merge_kernel(
         holder = block
         if HEADS:
             holder = head * 0 + row // R
-        COUNT: tl.constexpr = PLANES if PLANES else 1
-        sums = tl.zeros([DV], tl.float32)
-        for plane in tl.static_range(COUNT):
-            m = tl.full([1], -1e30, tl.float32)
-            total = tl.zeros([1], tl.float32)
-            y = tl.zeros([DV], tl.float32)
-            o, ms, ls = _load(
-                o_ptr + plane * DV, m_ptr, l_ptr, begin, end, splits, holder, local, DV, R, SIZE, COUNT
+        m = tl.full([1], -1e30, tl.float32)
+        total = tl.zeros([1], tl.float32)
+        y = tl.zeros([DV], tl.float32)
+        o, ms, ls = _load(o_ptr, m_ptr, l_ptr, begin, end, splits, holder, local, DV, R, SIZE, COUNT)
+        if PLANES:
+            o1, ms, ls = _load(
+                o_ptr + DV, m_ptr, l_ptr, begin, end, splits, holder, local, DV, R, SIZE, COUNT
             )
-            if plane == 0:
-                dense_o, dense_ms, dense_ls = _load(
-                    dense_o_ptr, dense_m_ptr, dense_l_ptr, 0, tiles, tiles, block, local, DV, R, TILES, 1
-                )
+            last = o_ptr + (PLANES - 1) * DV
+            o2, ms, ls = _load(last, m_ptr, l_ptr, begin, end, splits, holder, local, DV, R, SIZE, COUNT)
+        dense_o, dense_ms, dense_ls = _load(
+            dense_o_ptr, dense_m_ptr, dense_l_ptr, 0, tiles, tiles, block, local, DV, R, TILES, 1
+        )
+        if PLANES:
+            m, total, decay, weight = _weights(m, total, ms, ls)
+            y = tl.sum(o * weight[:, None], 0)
+            y1 = tl.sum(o1 * weight[:, None], 0)
+            y2 = tl.sum(o2 * weight[:, None], 0)
+        else:
             m, total, y = _join(m, total, y, o, ms, ls)
-            for start in range(begin + SIZE, end, SIZE):
-                o, ms, ls = _load(
-                    o_ptr + plane * DV, m_ptr, l_ptr, start, end, splits, holder, local, DV, R, SIZE, COUNT
-                )
-                m, total, y = _join(m, total, y, o, ms, ls)
+        for start in range(begin + SIZE, end, SIZE):
+            o, ms, ls = _load(o_ptr, m_ptr, l_ptr, start, end, splits, holder, local, DV, R, SIZE, COUNT)
             if PLANES:
-                for lag in tl.static_range(LAGS):
-                    tap = tl.load(filters_ptr + plane * LAGS + lag)
-                    sums += tap * tl.gather(y, (value + (DV - lag)) % DV, 0)
+                o1, ms, ls = _load(one, m_ptr, l_ptr, start, end, splits, holder, local, DV, R, SIZE, COUNT)
+                o2, ms, ls = _load(last, m_ptr, l_ptr, start, end, splits, holder, local, DV, R, SIZE, COUNT)
+                m, total, decay, weight = _weights(m, total, ms, ls)
+                y = y * decay + tl.sum(o * weight[:, None], 0)
+                y1 = y1 * decay + tl.sum(o1 * weight[:, None], 0)
+                y2 = y2 * decay + tl.sum(o2 * weight[:, None], 0)
             else:
-                sums = y
-        turned = tl.sum(turn * (sums * unit)[:, None], 0)
+                m, total, y = _join(m, total, y, o, ms, ls)
+        if PLANES:
+            LAGS: tl.constexpr = len(FILTERS) // PLANES
+            of_planes = y
+            y = _of_lag(of_planes, y1, y2, 0, PLANES, LAGS, FILTERS)
+            for lag in tl.static_range(1, LAGS):
+                later = _of_lag(of_planes, y1, y2, lag, PLANES, LAGS, FILTERS)
+                y += tl.gather(later, (value + (DV - lag)) % DV, 0)
+        turned = tl.sum(turn * (y * unit)[:, None], 0)
         m, total, turned = _join(m, total, turned, dense_o, dense_ms, dense_ls)
         for start in range(TILES, tiles, TILES):
             dense_o, dense_ms, dense_ls = _load(

@@ -141,10 +141,10 @@ class ScalarOperands:
 
 @dataclass(frozen=True)
 class SignOperands:
-    """How kernels read pages of bit planes, in which a vector in code space is linear in the bits of its codes.
+    """How kernels read pages of bit planes: a vector in code space is linear in the bits of its codes.
 
-    Channel t of it is scale * D**-0.5 * sum_k sum_j filters[k][j] * s_k[(t - j) % D], with s_k = 1 where bit k of
-    a code is set and -1 elsewhere. The plane "codes0" has a page of single bits for each k, one after the
+    Its channel t is scale * D**-0.5 * sum_k sum_j filters[k][j] * s_k[(t - j) % D], with s_k = 1 where bit k
+    of a code is set and -1 elsewhere. The plane "codes0" has a page of single bits for each k, one after the
     other, in the layout of `quantpress.kernels.layout`; the scales are the plane "scale0".
 
     Args:
@@ -167,7 +167,7 @@ class SignOperands:
 
     @property
     def unit(self) -> float:
-        return self.head_dim**-0.5
+        return float(self.head_dim**-0.5)
 
 
 KernelOperands = ScalarOperands | SignOperands

@@ -22,16 +22,15 @@ def _rotation(halves_ptr, C: tl.constexpr, HALVES: tl.constexpr):
 
 
 @triton.jit
-def _filtered(y0, y1, y2, y3, filters_ptr, plane, LAGS: tl.constexpr):
-    """A query of a bit plane: its filter, from the last tap on, over y[t + lag] for lags 0 to LAGS - 1."""
-    filters_ptr += plane * LAGS
-    z = y0 * tl.load(filters_ptr)
+def _of_plane(y0, y1, y2, y3, plane: tl.constexpr, LAGS: tl.constexpr, FILTERS: tl.constexpr):
+    """The query of a bit plane: sum over lags of its taps times y[t + lag]."""
+    z = y0 * FILTERS[plane * LAGS]
     if LAGS > 1:
-        z += y1 * tl.load(filters_ptr + 1)
+        z += y1 * FILTERS[plane * LAGS + 1]
     if LAGS > 2:
-        z += y2 * tl.load(filters_ptr + 2)
+        z += y2 * FILTERS[plane * LAGS + 2]
     if LAGS > 3:
-        z += y3 * tl.load(filters_ptr + 3)
+        z += y3 * FILTERS[plane * LAGS + 3]
     return z
 
 
@@ -41,7 +40,6 @@ def _prepare(
     weight_ptr,
     mean_ptr,
     halves_ptr,
-    filters_ptr,
     q_ptr,
     factor_ptr,
     start_ptr,
@@ -59,7 +57,7 @@ def _prepare(
     R: tl.constexpr,
     HALVES: tl.constexpr,
     PLANES: tl.constexpr,
-    LAGS: tl.constexpr,
+    FILTERS: tl.constexpr,
     HAS_WEIGHT: tl.constexpr,
     HAS_MEAN: tl.constexpr,
     CHAINED: tl.constexpr,
@@ -85,6 +83,7 @@ def _prepare(
     y = tl.sum(turn * weighed[None, :], 1)
     largest, y1, y2, y3 = 1e-30, y, y, y
     if PLANES:
+        LAGS: tl.constexpr = len(FILTERS) // PLANES
         if LAGS > 1:
             y1 = tl.gather(y, (channel + 1) % D, 0)
         if LAGS > 2:
@@ -92,7 +91,7 @@ def _prepare(
         if LAGS > 3:
             y3 = tl.gather(y, (channel + 3) % D, 0)
         for plane in tl.static_range(PLANES):
-            z = _filtered(y, y1, y2, y3, filters_ptr, plane, LAGS)
+            z = _of_plane(y, y1, y2, y3, plane, LAGS, FILTERS)
             largest = tl.maximum(largest, tl.max(tl.abs(z), 0))
     else:
         largest = tl.maximum(tl.max(tl.abs(y), 0), 1e-30)
@@ -103,7 +102,7 @@ def _prepare(
     for plane in tl.static_range(PLANES if PLANES else 1):
         z = y
         if PLANES:
-            z = _filtered(y, y1, y2, y3, filters_ptr, plane, LAGS)
+            z = _of_plane(y, y1, y2, y3, plane, LAGS, FILTERS)
         n = tl.floor(z * (MOST / largest) + 0.5).to(tl.int32)
         high = (n + 128) >> 8
         to = q_ptr + ((block * (PLANES if PLANES else 1) + plane) * (2 * R) + at) * D + channel
@@ -141,7 +140,6 @@ def prepare_kernel(
     weight_ptr,
     mean_ptr,
     halves_ptr,
-    filters_ptr,
     q_ptr,
     factor_ptr,
     start_ptr,
@@ -189,7 +187,7 @@ def prepare_kernel(
     TILE: tl.constexpr,
     HALVES: tl.constexpr,
     PLANES: tl.constexpr,
-    LAGS: tl.constexpr,
+    FILTERS: tl.constexpr,
     HAS_WEIGHT: tl.constexpr,
     HAS_MEAN: tl.constexpr,
     FIRST_USED: tl.constexpr,
@@ -209,10 +207,11 @@ def prepare_kernel(
 
     Read for the queries: query [BH, rows, D]; weight and mean [BH, D] of the channel transform, if HAS_WEIGHT
     and HAS_MEAN; halves [HALVES, D, D] float16, the rotation without turn_factor; scale, the factor on q.k in
-    units of log 2; unit, of the key codebook; filters [PLANES, LAGS] float32, of keys in bit planes.
-    Written: q [N, 2R, D] int8, or [N, PLANES, 2R, D] where PLANES is not 0, the high part of row r at 16 * (r // 8) + r % 8 and the low part 8 rows later;
-    factor [N, R], which undoes the scaling of q and the levels' unit; start [N, 2R] int32, what a sum over
-    bytes b lacks for levels 2 * b + 1; bias [N, R], q . mean.
+    units of log 2; unit, of the key codebook; FILTERS, the taps of keys in PLANES bit planes, plane by plane.
+    Written: q [N, 2R, D] int8, or [N, PLANES, 2R, D] where PLANES is not 0, the high part of row r at
+    16 * (r // 8) + r % 8 and the low part 8 rows later; factor [N, R], which undoes the scaling of q and the
+    levels' unit; start [N, 2R] int32, what a sum over bytes b lacks for levels 2 * b + 1; bias [N, R], q .
+    mean.
 
     Read for the 16-bit tokens: first and recent keys [BH, tokens, D] and values [BH, tokens, DV], contiguous,
     before and after the packed tokens; used [BH] int32, tokens in use, and starts [BH] int32, the first of
@@ -242,7 +241,6 @@ def prepare_kernel(
                 weight_ptr,
                 mean_ptr,
                 halves_ptr,
-                filters_ptr,
                 q_ptr,
                 factor_ptr,
                 start_ptr,
@@ -260,7 +258,7 @@ def prepare_kernel(
                 R,
                 HALVES,
                 PLANES,
-                LAGS,
+                FILTERS,
                 HAS_WEIGHT,
                 HAS_MEAN,
                 CHAINED,

@@ -1,8 +1,9 @@
 """Attention straight from packed codes, on int8 tensor cores (Gluon), for NVIDIA GPUs from Ampere on.
 
 One program is one warp; it reads the packed tokens of one split of one KV head, a page at a time, and keeps
-everything in registers but words of 3 bits at a head_dim of 256. For token t and row r (a query head of the
-group and a query token), in units of log 2, with b the signed bytes of a codebook's odd levels:
+everything in registers but words of 3 bits at a head_dim of 256, and of three bit planes. For token t and row
+r (a query head of the group and a query token), in units of log 2, with b the signed bytes of a codebook's
+odd levels:
 
     s[t, r] = k_scale[t] factor[r] sum_c (2 b[t, c] + 1) q[c, r],    p[t, r] = exp2(s[t, r] - m[r])
     o[r] += sum_t p[t, r] v_scale[t] (2 b[t, :] + 1),                l[r] += sum_t p[t, r]
@@ -11,6 +12,9 @@ Queries (by `prepare_kernel`) and weights p * v_scale (here, relative to the lar
 numbers of 16 bits, split into a high and a low byte: rows r and r + 8 of one `mma.m16n8k32`, which one thread
 holds and adds up. Products of bytes are exact, so the only loss is 2 ** -16 of the largest query coordinate,
 or weight.
+
+Over bit planes (K_SIGNS, V_SIGNS) a byte is 0 or -1, and a vector has a level for each plane: the scores are
+a sum over planes, each with queries of its own, and every plane of the values has its own sum o.
 
 A packed word goes from memory to the tensor core without leaving its thread (`words`): `prmt` makes bytes of
 its codes (`lookup`), and the rows and columns of the products are numbered so that each thread loads 16 bytes
@@ -209,14 +213,16 @@ def _step(
     """Add a page, or half of it, to the sums; its keys are loaded already, and the next ones are fetched.
 
     step: counts pages, or halves of pages if HALVES is 2; pool_row: of the page; ka, kb, kc and va, vb, vc:
-    words of keys and values; m, total, weight [R] and acc0, acc1, acc2 [R, DV]: the sums so far, acc1 and acc2
-    over bit planes only; q0, q1, q2, start, factor, bias: the queries, q1 and q2 for bit planes only; page_scores_ptr: of this block of rows; tables: `lookup_table` in shared memory; key_buffer,
-    value_buffer: of `words_buffer`; the pointers and strides: of this head; first, stride, count, lead: its
-    pages, as `_page` has them; unused, used: first token in use and one past the last.
+    words of keys and values; m, total, weight [R] and acc0, acc1, acc2 [R, DV]: the sums so far; q0, q1, q2,
+    start, factor, bias: the queries; acc1, acc2, q1, q2: for more bit planes than one; page_scores_ptr: of
+    this block of rows; tables: `lookup_table` in shared memory; key_buffer, value_buffer: of `words_buffer`;
+    the pointers and strides: of this head; first, stride, count, lead: its pages, as `_page` has them;
+    unused, used: first token in use and one past the last.
 
-    MASKED: some of the tokens may not be in use. PAGED: pages go by the page table. Words of 3 bits, and of bit
-    planes, hold both halves: they are loaded for the first and kept for the second, in shared memory if STAGED_K or STAGED_V,
-    else in ka, kb, kc, va, vb, vc; HALF is then which half it is, and -1 where nothing is kept.
+    MASKED: some of the tokens may not be in use. PAGED: pages go by the page table. Words of 3 bits, and of
+    bit planes, hold both halves: they are loaded for the first and kept for the second, in shared memory if
+    STAGED_K or STAGED_V, else in ka, kb, kc, va, vb, vc; HALF is then which half it is, and -1 where nothing
+    is kept.
     """
     WHOLE_K: gl.constexpr = K_BITS == 3 or K_SIGNS
     WHOLE_V: gl.constexpr = V_BITS == 3 or V_SIGNS

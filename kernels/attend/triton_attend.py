@@ -14,7 +14,6 @@ import torch
 
 from quantpress.kernels.attend.operands import (
     DenseSegment,
-    Filters,
     KernelOperands,
     PackedSegment,
     PackedSide,
@@ -68,9 +67,9 @@ LOG2_E = math.log2(math.e)
 
 
 def supports(query: torch.Tensor, segments: Sequence[Segment], visibility: Visibility) -> bool:
-    """Whether the kernels cover this call: few queries, one packed segment, plain codes of 2 to 4 bits, or bit
-    planes of 2 or 3.
+    """Whether the kernels cover this call: few queries, one packed segment, codes that they read.
 
+    These are plain codes of 2 to 4 bits, and 2 or 3 bit planes.
     Where the last segment has lengths, the tokens of several queries must be among its tokens in use.
     """
     packed = [index for index, segment in enumerate(segments) if isinstance(segment, PackedSegment)]
@@ -237,7 +236,6 @@ class _Call:
             transform.weight,
             transform.mean,
             turn.halves,
-            _taps(filters, q.device),
             q,
             factor,
             start,
@@ -268,7 +266,7 @@ class _Call:
             TILE=DENSE_TILE,
             HALVES=len(turn.halves),
             PLANES=len(filters),
-            LAGS=lags(filters),
+            FILTERS=sum(filters, ()),
             HAS_WEIGHT=transform.weight is not None,
             HAS_MEAN=transform.mean is not None,
             FIRST_USED=lengths[0] is not None,
@@ -447,7 +445,6 @@ class _Call:
             *sums,
             *dense,
             sinks,
-            _taps(self.values.filters, out.device),
             self.values.rotation.matrix(out.device, torch.float32),
             out,
             self.used,
@@ -466,7 +463,7 @@ class _Call:
             DV=value_dim,
             R=self.block,
             PLANES=len(self.values.filters),
-            LAGS=lags(self.values.filters),
+            FILTERS=sum(self.values.filters, ()),
             HAS_SINKS=sinks is not None,
             SIZE=MERGED[sums[0].shape[1] > MERGED[0] * self.scheduled_heads],
             HEADS=self.padded if self.schedule is None else 1,
@@ -492,26 +489,15 @@ def steps_of_page(keys: KernelOperands, values: KernelOperands, rows: int) -> in
 
 
 def stages_words(keys: KernelOperands, values: KernelOperands, device: torch.device) -> bool:
-    """Whether words of 3 bits, which both steps of a page read, wait for the second step in shared memory.
+    """Whether words of 3 bits, and of bit planes, wait in shared memory until they are read.
 
-    With a head_dim of 256 there are too many for registers, and loading them twice takes half as long again.
+    With a head_dim of 256 there are too many for registers, and loading them for both steps of a page takes
+    half as long again. Three bit planes need the registers for queries and sums.
     """
     wide = max(keys.head_dim, values.head_dim) > 128
-    return 3 in (keys.bits, values.bits) and wide and shared_memory(device) >= PROGRAMS * STAGED_BYTES
-
-
-def lags(filters: Filters) -> int:
-    """Taps of a filter; 0 where there are none."""
-    return len(filters[0]) if filters else 0
-
-
-@lru_cache(maxsize=16)
-def _taps(filters: Filters, device: torch.device) -> torch.Tensor | None:
-    """[planes, lags] float32. Cached and shared: do not write to it."""
-    if not filters:
-        return None
-    with torch.inference_mode(False):  # kept: must stay usable outside inference mode
-        return torch.tensor(filters, dtype=torch.float32, device=device)
+    planes = max(len(keys.filters), len(values.filters)) == 3
+    many = (3 in (keys.bits, values.bits) and wide) or planes
+    return many and shared_memory(device) >= PROGRAMS * STAGED_BYTES
 
 
 def split_count(pages: int, blocks: int, programs: int) -> int:

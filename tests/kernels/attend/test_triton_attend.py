@@ -30,6 +30,7 @@ from quantpress.kernels.attend.triton_attend import (
 from quantpress.kernels.available import FUSED
 from quantpress.quantization.spec import CodecSpec
 from quantpress.quantization.transform import ChannelTransform, key_statistics
+from tests.kernels.attend.bit_planes import FILTERS
 from tests.kernels.attend.test_attend import (
     KV_HEADS,
     causal_limit,
@@ -204,6 +205,10 @@ def test_split_kernel_compiles_without_a_gpu(
     assert len(kernel.asm["cubin"]) > 0
 
 
+def taps(planes: int) -> tuple[float, ...]:
+    return sum(FILTERS[planes], ()) if planes else ()
+
+
 @pytest.mark.parametrize(("capability", "heads", "dim"), [(80, 0, 64), (90, 64, 256), (100, 32, 128)])
 def test_kernels_around_it_compile_without_a_gpu(capability: int, heads: int, dim: int) -> None:
     pytest.importorskip("triton")
@@ -215,11 +220,12 @@ def test_kernels_around_it_compile_without_a_gpu(capability: int, heads: int, di
     chained = {"CHAINED": capability >= 90, "R": 8, "DV": dim}
     first = chained | {"D": dim, "TILE": DENSE_TILE, "HAS_WEIGHT": True, "HAS_MEAN": True}
     first |= {"FIRST_USED": True, "RECENT_USED": True, "PLAIN": False}
-    first |= {"HALVES": 2 if dim == 64 else 1, "PLANES": heads and 2, "LAGS": heads and 4}
+    first |= {"HALVES": 2 if dim == 64 else 1, "PLANES": heads and 2, "FILTERS": taps(heads and 2)}
     first |= {"FIRST_STARTS": heads == 0, "RECENT_STARTS": True, "SLOTS": heads == 64, "SHARED": heads == 32}
     first |= {"FIRST_PAGE": 4 if heads < 64 else 0, "RECENT_PAGE": 128 if heads < 64 else 0}
     merge = chained | {"HAS_SINKS": True, "SIZE": MERGED[heads > 0], "HEADS": heads, "STARTS": heads > 0}
-    merge |= {"EACH": 4 if heads else 1, "SCHEDULED": heads == 32, "PLANES": heads and 3, "LAGS": heads and 3}
+    merge |= {"EACH": 4 if heads else 1, "SCHEDULED": heads == 32, "PLANES": heads and 3}
+    merge |= {"FILTERS": taps(heads and 3)}
     schedule = {"HEADS": max(heads, 2), "SIZE": SCHEDULE_TILE, "STARTS": heads == 64}
     means = {"D": dim, "R": 8, "SIZE": PAGES_OF_SCORES, "HAS_WEIGHT": True, "SHARED": heads == 32}
     means |= {"SLOTS": heads == 64, "USED": True, "STARTS": heads > 0, "PAGED": heads > 0}
@@ -248,7 +254,7 @@ def test_the_next_kernel_starts_behind_the_loads(page: int) -> None:
         "TILE": DENSE_TILE,
         "HALVES": 1,
         "PLANES": 0,
-        "LAGS": 0,
+        "FILTERS": (),
         "PLAIN": False,
         "CHAINED": True,
     }
