@@ -142,10 +142,8 @@ def merge_kernel(
         y = tl.zeros([DV], tl.float32)
         o, ms, ls = _load(o_ptr, m_ptr, l_ptr, begin, end, splits, holder, local, DV, R, SIZE, COUNT)
         if PLANES:
-            o1, ms, ls = _load(
-                o_ptr + DV, m_ptr, l_ptr, begin, end, splits, holder, local, DV, R, SIZE, COUNT
-            )
-            last = o_ptr + (PLANES - 1) * DV
+            one, last = o_ptr + DV, o_ptr + (PLANES - 1) * DV
+            o1, ms, ls = _load(one, m_ptr, l_ptr, begin, end, splits, holder, local, DV, R, SIZE, COUNT)
             o2, ms, ls = _load(last, m_ptr, l_ptr, begin, end, splits, holder, local, DV, R, SIZE, COUNT)
         dense_o, dense_ms, dense_ls = _load(
             dense_o_ptr, dense_m_ptr, dense_l_ptr, 0, tiles, tiles, block, local, DV, R, TILES, 1
