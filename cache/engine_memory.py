@@ -57,12 +57,18 @@ def planned_widths(plan: WidthPlan, layers: Iterable[int]) -> list[tuple[int, in
         layers: indices of its layers.
 
     Raises:
-        InvalidInputError: the plan lacks a layer, or has a width that an engine's blocks cannot have; the
-            message names the layer.
+        InvalidInputError: the plan lacks a layer, or has widths that an engine's blocks cannot have: by head,
+            or of 1 or 8 bits; the message names the layer.
     """
     found = []
     for index in layers:
         keys, values = plan.layer(index)
+        if isinstance(keys, tuple) or isinstance(values, tuple):
+            raise InvalidInputError(
+                f"{plan.path or 'the plan'} has widths by head, {keys} for the keys and {values} for the "
+                f"values of layer {index}, but all heads of a layer in vLLM have the same; make a plan with "
+                "`quantpress fit --by layer --widths 2,3,4`"
+            )
         if not {keys, values} <= set(WIDTHS):
             raise InvalidInputError(
                 f"{plan.path or 'the plan'} has {keys} bits for the keys and {values} bits for the values of "

@@ -37,7 +37,8 @@ def layer_estimate(
         dtype: dtype of the keys and values that the model computes.
 
     Raises:
-        InvalidInputError: `tokens` is negative, or another number is below 1.
+        InvalidInputError: `tokens` is negative, another number is below 1, or the codecs are for another
+            number of heads.
     """
     value_dim = head_dim if value_dim is None else value_dim
     counts = {"kv_heads": kv_heads, "head_dim": head_dim, "value_dim": value_dim, "batch": batch}
@@ -51,11 +52,11 @@ def layer_estimate(
         return LayerMemory(tokens, 0, 0, whole, 0, whole, token_bytes, numbers)
     pages = max(0, tokens - settings.sink_tokens - settings.recent_tokens) // PAGE_TOKENS
     dense = tokens - pages * PAGE_TOKENS
-    page = page_nbytes(settings.key_codec, dtype) + page_nbytes(settings.value_codec, dtype)
+    page = sum(page_nbytes(codec, dtype, kv_heads) for codec in (settings.key_codec, settings.value_codec))
     return LayerMemory(
         tokens=tokens,
         packed_tokens=pages * PAGE_TOKENS,
-        packed_bytes=heads * pages * page,
+        packed_bytes=batch * pages * page,
         dense_bytes=heads * dense * width * dtype.itemsize,
         metadata_bytes=heads * _statistics(settings, pages > 0, balanced),
         uncompressed_bytes=whole,
@@ -90,9 +91,19 @@ def head_wise_bytes(
     return heads * head_bytes + int(plan.pages_in_use.sum()) * page
 
 
-def page_nbytes(codec: PageCodec, dtype: torch.dtype = torch.bfloat16) -> int:
-    """Bytes of a page of one head, scales included, found by encoding a page of zeros."""
-    return sum(plane.nbytes for plane in one_page(codec, dtype).values())
+def page_nbytes(codec: PageCodec, dtype: torch.dtype = torch.bfloat16, kv_heads: int = 1) -> int:
+    """Bytes of a page of some heads, scales included, found by encoding a page of zeros.
+
+    Raises:
+        InvalidInputError: the codec is for another number of heads.
+    """
+    if codec.kv_heads not in (None, kv_heads):
+        raise InvalidInputError(
+            f"the widths are for {codec.kv_heads} KV heads, but the layer has {kv_heads}; give one for each "
+            "head of a layer"
+        )
+    page = sum(plane.nbytes for plane in one_page(codec, dtype).values())
+    return page * kv_heads if codec.kv_heads is None else page
 
 
 def _statistics(settings: LayerSettings, packed: bool, balanced: bool) -> int:

@@ -29,7 +29,8 @@ class LayerSettings:
         balance: weight the key channels of each head before encoding, if the queries are known.
 
     Raises:
-        InvalidInputError: `sink_tokens` or `recent_tokens` is negative.
+        InvalidInputError: `sink_tokens` or `recent_tokens` is negative, or keys and values have different
+            groups of heads.
     """
 
     key_codec: PageCodec
@@ -43,6 +44,26 @@ class LayerSettings:
         for name in ("sink_tokens", "recent_tokens"):
             if getattr(self, name) < 0:
                 raise InvalidInputError(f"{name} is {getattr(self, name)}; give 0 or more")
+        if self.key_codec.heads != self.value_codec.heads:
+            raise InvalidInputError(
+                f"the codec of the keys has heads {self.key_codec.heads}, that of the values "
+                f"{self.value_codec.heads}; give both the same groups (quantpress.codecs.head_groups.by_head)"
+            )
+
+    def check_heads_alike(self, what: str) -> None:
+        """Refuse codecs of their own for groups of heads, where there is no memory for them.
+
+        Args:
+            what: what needs all heads alike, as the subject of the message.
+
+        Raises:
+            InvalidInputError: the codecs have groups of heads.
+        """
+        if self.key_codec.heads:
+            raise InvalidInputError(
+                f"{what} needs one width for all KV heads of a layer, but heads {self.key_codec.heads} have "
+                "widths of their own; use a plan by layer (`quantpress fit --by layer`), or one width"
+            )
 
     @property
     def in_one_dtype(self) -> "LayerSettings":

@@ -3,6 +3,7 @@
 protocol.py    `PageCodec`, what the cache and attention ask of a codec
 scalar.py      TurboQuant: rotation, scalar codes, one scale per vector
 trellis.py     the same with trellis codes
+head_groups.py a codec for each group of KV heads; heads.py   some heads of a tensor
 raw.py         the vectors as they are
 uniform.py     plain integers and KIVI's scheme
 turboquant.py  TurboQuant as an object of its own, outside a cache
@@ -12,10 +13,20 @@ parts.py       what a codec or a cache is made of, as it is saved
 The codecs are imported here so that saved caches can name them.
 """
 
+from quantpress.codecs.head_groups import HeadGroups
 from quantpress.codecs.protocol import PageCodec, Planes, codec_of
 from quantpress.codecs.raw import RawPages
 from quantpress.codecs.scalar import ScalarPages
 from quantpress.codecs.trellis import TrellisPages
 from quantpress.codecs.uniform import UniformPages
 
-__all__ = ["PageCodec", "Planes", "RawPages", "ScalarPages", "TrellisPages", "UniformPages", "codec_of"]
+__all__ = [
+    "HeadGroups",
+    "PageCodec",
+    "Planes",
+    "RawPages",
+    "ScalarPages",
+    "TrellisPages",
+    "UniformPages",
+    "codec_of",
+]

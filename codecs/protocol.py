@@ -2,7 +2,8 @@
 
 A codec turns whole pages of keys or values into *planes*: named tensors whose first three dimensions are
 [B, Hkv, P] (batch, KV heads, pages). The cache never looks inside a plane; it appends, crops, indexes and
-moves planes, so it works with any codec.
+moves planes, so it works with any codec. Where groups of heads have codecs of their own (`HeadGroups`), a
+plane has the heads of its group.
 
 Attention works in *code space*, where decoding is cheapest. For any vector x and query q,
 
@@ -30,6 +31,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from quantpress.codecs.heads import Heads, take_heads, transform_of
 from quantpress.codecs.parts import Parts, kind_of, rebuild
 from quantpress.errors import InvalidInputError
 from quantpress.kernels.attend.operands import ScalarOperands
@@ -49,11 +51,19 @@ class PageCodec(ABC):
             channel order; none means that the codec asks for no order.
         wants_statistics: whether the cache takes a mean and channel weights from its tokens before the first
             `encode`. Without, `transform` is the identity everywhere.
+        heads: the KV heads of each group, where groups have codecs of their own; none: every head has this
+            codec.
     """
 
     head_dim: int
     groups: tuple[ChannelGroup, ...] = ()
     wants_statistics: bool = False
+    heads: tuple[Heads, ...] = ()
+
+    @property
+    def kv_heads(self) -> int | None:
+        """The number of KV heads that it packs; None: any."""
+        return sum(map(len, self.heads)) or None
 
     @abstractmethod
     def encode(self, x: Tensor, transform: ChannelTransform) -> Planes:
@@ -74,6 +84,22 @@ class PageCodec(ABC):
     def decode(self, planes: Planes, transform: ChannelTransform, dtype: torch.dtype) -> Tensor:
         """Bring planes back to [B, Hkv, T, D] in `dtype`."""
         return transform.invert(self.from_code_space(self.decode_code_space(planes))).to(dtype)
+
+    def of_heads(
+        self, planes: Planes, transform: ChannelTransform, heads: Heads
+    ) -> tuple["PageCodec", Planes, ChannelTransform]:
+        """How the pages of some heads are read.
+
+        Args:
+            planes: [B, Hkv, P, ...].
+            transform: that of all heads.
+            heads: which; where the codec has `heads`, one of these groups.
+
+        Returns:
+            Codec, planes [B, len(heads), P, ...] and transform of these heads.
+        """
+        own = {name: take_heads(plane, heads) for name, plane in planes.items()}
+        return self, own, transform_of(transform, heads)
 
     def gather(self, planes: Planes, tokens: Tensor) -> Planes:
         """Make pages of some of the tokens, with the codes that they have; eviction while decoding needs it.
@@ -97,7 +123,7 @@ class PageCodec(ABC):
     def bits_per_value(self) -> float:
         """Stored bits per coordinate, scales included; by default counted from the planes of one page."""
         stored = sum(plane.nbytes for plane in one_page(self, torch.bfloat16).values())
-        return 8 * stored / (PAGE_TOKENS * self.head_dim)
+        return 8 * stored / (PAGE_TOKENS * self.head_dim * (self.kv_heads or 1))
 
     @property
     def in_one_dtype(self) -> "PageCodec":
@@ -143,12 +169,15 @@ def codec_of(parts: Parts) -> PageCodec:
 def one_page(codec: PageCodec, dtype: torch.dtype) -> Planes:
     """The planes of a page of zeros: every page has these names, dtypes and trailing shapes.
 
+    The page is of one head, or of all heads where the codec has a fixed number of them.
+
     Args:
         codec: packs the page.
         dtype: of the vectors.
 
     Returns:
-        Planes [1, 1, 1, ...] on the CPU. Cached and shared: do not write to them.
+        Planes [1, 1, 1, ...], or [1, heads of the group, 1, ...], on the CPU. Cached and shared: do not
+        write to them.
     """
-    zeros = torch.zeros(1, 1, PAGE_TOKENS, codec.head_dim, dtype=dtype, device="cpu")
+    zeros = torch.zeros(1, codec.kv_heads or 1, PAGE_TOKENS, codec.head_dim, dtype=dtype, device="cpu")
     return codec.encode(zeros, ChannelTransform())

@@ -35,7 +35,17 @@ def _normalized(press: BasePress) -> Found:
     return {"press": name_of(comparing), "inner": name_of(comparing.press)}
 
 
+def _widths_by_head(press: BasePress) -> Found:
+    packing = next((one for one in with_inner(press) if traits_of(one).widths_by_head), None)
+    return None if packing is None else {"press": name_of(packing)}
+
+
 RULES: tuple[Rule, ...] = (
+    Rule(
+        "{press} has a plan of widths by head, and each process of a model split by tensor parallelism has "
+        "some of the heads; use a plan by layer (`quantpress fit --by layer`), or one process",
+        _widths_by_head,
+    ),
     Rule(
         "{press} decides with numbers of all heads, and each process of a model split by tensor parallelism "
         "has those of its own heads; use a press that treats each head by itself (SnapKV, ExpectedAttention, "

@@ -154,6 +154,12 @@ RULES: tuple[Rule, ...] = (
         lambda stack: _pair(_with("merges_while_decoding", stack.inner), stack.quantizers),
     ),
     Rule(
+        "{press} evicts other tokens from each head, and {other} has a plan of widths by head, whose pages "
+        "need as many tokens in every head; use a plan by layer (`quantpress fit --by layer`), or a press "
+        "that evicts as many in each head, such as SnapKV",
+        lambda stack: _pair(_with("masks_heads", stack.inner), _with("widths_by_head", stack.quantizers)),
+    ),
+    Rule(
         "{press} moves tokens of the cache, and {other} goes by their slots while decoding; use one of "
         "the two",
         lambda stack: _pair(_with("demotes", stack.inner), _with("decodes", stack.inner)),

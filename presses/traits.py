@@ -41,6 +41,7 @@ class Traits:
         ratio_follows: its compression_ratio follows from other settings, often from the text, and cannot be
             set.
         quantizes: packs the cache.
+        widths_by_head: packs heads of a layer in widths of their own.
         demotes: chooses tokens that the quantizer behind it packs in fewer bits.
         needs_delimiter: looks for a token, `delimiter_token_id`, that stands between context and question.
         sink_tokens: how many of the first tokens it always keeps.
@@ -63,6 +64,7 @@ class Traits:
     keeps_scores: bool = False
     ratio_follows: bool = False
     quantizes: bool = False
+    widths_by_head: bool = False
     demotes: bool = False
     needs_delimiter: bool = False
     sink_tokens: int = 0

@@ -13,6 +13,7 @@ from transformers.cache_utils import Cache
 
 from quantpress.cache.saved.width_plan import WidthPlan
 from quantpress.cache.settings import LayerSettings
+from quantpress.codecs.head_groups import by_head
 from quantpress.codecs.protocol import PageCodec
 from quantpress.codecs.scalar import ScalarPages
 from quantpress.codecs.trellis import TrellisPages
@@ -56,7 +57,13 @@ _REFERENCE_HEAD_DIM = 128
 
 
 @dataclass
-class TurboQuant(PressMixin, BasePress, quantizes=True, keeps_tokens=True):
+class TurboQuant(
+    PressMixin,
+    BasePress,
+    quantizes=True,
+    keeps_tokens=True,
+    widths_by_head=lambda press: press.widths_by_head,
+):
     """Packs the KV cache at the end of the prefill: random rotation, scalar codes, one scale per vector.
 
     Use it alone, last in `Compose`, or last in kvpress's `ComposedPress`. Later tokens are packed too, page
@@ -94,8 +101,9 @@ class TurboQuant(PressMixin, BasePress, quantizes=True, keeps_tokens=True):
         boundary_bits: widths of those layers, as bits or (key bits, value bits); 16 leaves them unpacked.
         scale_dtype: dtype of the stored scales: "float16", "bfloat16", "float32", or "auto", which is float16
             except in layers that need float32; see `CodecSpec`.
-        plan: widths of every layer, from `quantpress fit`: the path of its file, or a `WidthPlan`. It
-            replaces `bits`, `key_bits`, `value_bits`, `layer_bits`, `boundary_layers` and `codec`.
+        plan: widths of every layer, or of every KV head, from `quantpress fit`: the path of its file, or a
+            `WidthPlan`. It replaces `bits`, `key_bits`, `value_bits`, `layer_bits`, `boundary_layers` and
+            `codec`.
 
     Raises:
         UnsupportedBitsError: a width cannot be stored.
@@ -232,7 +240,7 @@ class TurboQuant(PressMixin, BasePress, quantizes=True, keeps_tokens=True):
 
     @classmethod
     def fit(cls, model: "PreTrainedModel", bits: float, **options: Any) -> "TurboQuant":
-        """Measure which layers need more bits, and meet a budget with the widths that cost least.
+        """Measure which layers, or heads, need more bits, and meet a budget with the widths that cost least.
 
         Args:
             model: decoder-only.
@@ -240,8 +248,8 @@ class TurboQuant(PressMixin, BasePress, quantizes=True, keeps_tokens=True):
                 windows, at a context of `context` tokens.
             **options: `tokenizer` (left out, it is loaded by the model's name), `context` (32768), `widths`
                 to choose from (2, 3 and 4), and the arguments of `quantpress.evaluation.fitting.fit.measure`,
-                such as `texts` by name, the `press` whose windows are used, and `method`, "layer-by-layer" or
-                "one-pass".
+                such as `texts` by name, the `press` whose windows are used, `method`, "layer-by-layer" or
+                "one-pass", and `by`, "layer" or "head".
 
         Returns:
             The press with its plan, which `press.plan.save("plan.json")` writes.
@@ -274,7 +282,7 @@ class TurboQuant(PressMixin, BasePress, quantizes=True, keeps_tokens=True):
         Args:
             head_dim: dimension D of keys and values.
         """
-        layers = [None] if self._fitted is None else list(self._fitted.widths)
+        layers: list[int | None] = [None] if self._fitted is None else list(self._fitted.widths)
         pairs = [self._codecs(index, 0, head_dim, head_dim) or () for index in layers]
         return sum(codec.bits_per_value for pair in pairs for codec in pair) / (2 * len(layers))
 
@@ -374,7 +382,12 @@ class TurboQuant(PressMixin, BasePress, quantizes=True, keeps_tokens=True):
             return None
         if self.codec is not None:
             return self.codec(key_dim, "key", layer_idx or 0), self.codec(value_dim, "value", layer_idx or 0)
-        return self._codec(key_dim, key_bits, "key"), self._codec(value_dim, value_bits, "value")
+        heads = next((len(bits) for bits in (key_bits, value_bits) if isinstance(bits, tuple)), 1)
+        keys, values = (
+            [self._codec(dim, one, role) for one in (bits if isinstance(bits, tuple) else (bits,) * heads)]
+            for dim, bits, role in ((key_dim, key_bits, "key"), (value_dim, value_bits, "value"))
+        )
+        return by_head(keys, values)
 
     def _codec(self, head_dim: int, bits: float, role: str) -> PageCodec:
         form, rest = self.codebook, (self.rotation, self.seed, self.scale)
@@ -385,11 +398,19 @@ class TurboQuant(PressMixin, BasePress, quantizes=True, keeps_tokens=True):
         return ScalarPages(CodecSpec(head_dim, bits, role, *rest, form, estimator, self.scale_dtype))
 
     @property
+    def widths_by_head(self) -> bool:
+        """Whether heads of a layer have widths of their own, from the plan."""
+        return self._fitted is not None and self._fitted.by_head
+
+    @property
     def _fitted(self) -> WidthPlan | None:
         """The plan, which is no path any more."""
         return self.plan if isinstance(self.plan, WidthPlan) else None
 
-    def _widths(self, layer_idx: int | None, layers: int) -> tuple[float, float]:
+    def _widths(
+        self, layer_idx: int | None, layers: int
+    ) -> tuple[float | tuple[int, ...], float | tuple[int, ...]]:
+        """Widths of keys and of values of a layer; a tuple has those of each KV head."""
         if self._fitted is not None:
             fitted = self._fitted
             return fitted.layer(next(iter(fitted.widths)) if layer_idx is None else layer_idx)

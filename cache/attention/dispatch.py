@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from quantpress.cache.attention import step
+from quantpress.cache.attention.by_heads import attend
 from quantpress.cache.attention.functions import (
     TORCH_ATTENTION,
     AttentionFunction,
@@ -24,7 +25,7 @@ from quantpress.cache.attention.states import PackedStates
 from quantpress.cache.attention.visibility import visibility, visibility_of_stored, whole_mask
 from quantpress.cache.tokens.evicted_slots import MASKS, named_to_hide
 from quantpress.cache.tokens.view import PackedView
-from quantpress.kernels.attend import Segment, attend
+from quantpress.kernels.attend import Segment
 
 IGNORES_SOFTCAP = ("sdpa",)
 """Implementations that leave out a model's softcap (Gemma 2); packed layers then leave it out too."""

@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 
-from quantpress.kernels.attend import Segment, Visibility, attend
+from quantpress.cache.attention.by_heads import attend
+from quantpress.kernels.attend import Segment, Visibility
 
 stepping = False
 """Whether a step runs in any thread; torch.compile guards on it."""

@@ -62,11 +62,15 @@ class PoolStorage:
         keys: the tensors of the keys.
         values: the tensors of the values.
         window_tokens: capacity of a window, sink_tokens + recent_tokens + 128.
+
+    Raises:
+        InvalidInputError: heads have widths of their own.
     """
 
     def __init__(
         self, settings: LayerSettings, size: PoolSize, dtype: torch.dtype, device: torch.device
     ) -> None:
+        settings.check_heads_alike("paged attention")
         settings = settings.in_one_dtype
         self.settings, self.size, self.dtype, self.device = settings, size, dtype, device
         self.window_tokens = settings.sink_tokens + settings.recent_tokens + PAGE_TOKENS

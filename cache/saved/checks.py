@@ -22,6 +22,8 @@ def check_tokens(tokens: PackedTokens) -> None:
     """
     keys, values = tokens.sinks.keys, tokens.sinks.values
     heads = keys.shape[:2]
+    uneven = isinstance(tokens.pages, RaggedPages)
+    _check(not (uneven and tokens.settings.key_codec.heads), "the pages of heads with widths of their own")
     for side, dense, recent in (
         ("keys", keys, tokens.recent.keys),
         ("values", values, tokens.recent.values),
@@ -37,13 +39,12 @@ def check_tokens(tokens: PackedTokens) -> None:
                 f"the {side} kept in 16 bits",
             )
         store = tokens.key_pages if side == "keys" else tokens.value_pages
-        ragged = isinstance(tokens.pages, RaggedPages)
         transform = tokens.key_transform if side == "keys" else tokens.value_transform
         _check(transform is not None or not store.pages, f"the transform of the {side}")
         if transform is not None:
             _check_transform(transform, (*heads, codec.head_dim), side)
         if store.pages:
-            leading = (1, 1) if ragged else tuple(heads)
+            leading = (1, 1) if uneven else tuple(heads)
             check_planes(codec, store.planes, keys.dtype, (*leading, store.pages))
     _check(tokens.key_pages.pages == tokens.value_pages.pages, "the number of pages of keys and values")
     _check(tokens.sinks.tokens == values.shape[2], "the number of sinks")
@@ -92,18 +93,24 @@ def check_planes(
         codec: whose pages they should be.
         planes: by name.
         dtype: of the vectors that were packed.
-        leading: their leading dimensions, such as (B, Hkv, P).
+        leading: their leading dimensions, such as (B, Hkv, P), all heads included.
 
     Raises:
         InvalidInputError: names, dtypes or shapes are wrong.
     """
     page = one_page(codec, dtype)
-    wanted = {name: (plane.dtype, (*leading, *plane.shape[3:])) for name, plane in page.items()}
+    _check(codec.kv_heads in (None, leading[1]), f"{leading[1]} heads and {codec}")
+
+    def shape(plane: Tensor) -> tuple[int, ...]:
+        heads = leading[1] if codec.kv_heads is None else plane.shape[1]
+        return (leading[0], heads, *leading[2:], *plane.shape[3:])
+
+    wanted = {name: (plane.dtype, shape(plane)) for name, plane in page.items()}
     found = {name: (plane.dtype, tuple(plane.shape)) for name, plane in planes.items()}
-    if codec.in_one_dtype != codec:  # scales may have become wider
+    if codec.in_one_dtype != codec:  # scales may have become wider, those of each group of heads for itself
         wide = {torch.float16: torch.float32}
         wider = {name: (wide.get(dtype, dtype), shape) for name, (dtype, shape) in wanted.items()}
-        wanted = wider if found == wider else wanted
+        wanted = {name: wider[name] if found.get(name) == wider[name] else wanted[name] for name in wanted}
     _check(found == wanted, f"the pages {found} of {codec}")
 
 

@@ -134,6 +134,11 @@ def own_slots(indices: Indices, heads: int, index: int) -> Indices:
 
 
 def _check(parts: Parts) -> None:
+    if "head_groups" in _kinds(parts):
+        raise InvalidInputError(
+            f"heads of this context have widths of their own, which cannot be divided among processes; "
+            f"{_SAVED_ALONE}, or use a plan by layer (`quantpress fit --by layer`)"
+        )
     unknown = sorted(
         {one.kind for one in parts.inner.values()} - {"packed_layer", "dynamic_layer", "sliding_window_layer"}
     )

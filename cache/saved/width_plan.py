@@ -1,4 +1,4 @@
-"""A plan: how many bits the keys and the values of each layer of one model get.
+"""A plan: how many bits the keys and the values of each layer of one model get, or of each KV head in it.
 
 `quantpress fit` writes it, as JSON that people can read and edit, and `TurboQuant(plan=...)` packs with it.
 """
@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from quantpress.cache.saved.config_fingerprint import changed_fields
 from quantpress.errors import CacheFileError, InvalidInputError
@@ -23,8 +23,16 @@ FORMAT = 1
 SIDES = ("keys", "values")
 AGAIN = "run `quantpress fit MODEL` for this model"
 
-Widths = Mapping[int, tuple[int, int]]
-Errors = Mapping[int, tuple[Mapping[int, float], Mapping[int, float]]]
+Number = TypeVar("Number", int, float)
+
+Width = int | tuple[int, ...]
+"""Bits of the keys, or of the values, of a layer: of all heads, or of each KV head."""
+
+Error = float | tuple[float, ...]
+"""Divergence that a width adds: of a layer, or of each of its KV heads."""
+
+Widths = Mapping[int, tuple[Width, Width]]
+Errors = Mapping[int, tuple[Mapping[int, Error], Mapping[int, Error]]]
 
 _ABOUT: dict[str, Any] = {"model": str, "fingerprint": dict, "layers": dict}
 _OPTIONAL: dict[str, Any] = {
@@ -39,26 +47,29 @@ _OPTIONAL: dict[str, Any] = {
 
 @dataclass(frozen=True, repr=False)
 class WidthPlan:
-    """Code widths of keys and values, layer by layer, for one model.
+    """Code widths of keys and values, layer by layer or head by head, for one model.
 
     Args:
         model: name of the model.
         fingerprint: which models it is for, from `config_fingerprint`.
-        widths: (key bits, value bits) by layer index, each 1, 2, 3, 4 or 8, of every layer that is packed.
+        widths: (key bits, value bits) by layer index, each 1, 2, 3, 4 or 8, of every layer that is packed. In
+            place of a number, a tuple has the bits of each KV head.
         text: name of the text that the model was measured on.
         press: the press that it was measured under, as it is written.
         method: how it was measured: "layer-by-layer" or "one-pass".
         context: tokens of the context that the bytes were counted for; 0: not counted.
         bits: all bytes of the cache of such a context, in bits a value; 0: not counted.
         errors: by layer index, for keys and for values, the divergence in nats of the model that they add,
-            by width. Another budget can be met from them without the model.
+            by width; or a tuple with those of each KV head. Another budget can be met from them without the
+            model.
         path: file that it was read from.
 
     Raises:
-        InvalidInputError: there is no layer, or a width is none of these.
+        InvalidInputError: there is no layer, a width is none of these, or keys and values of a layer have
+            widths of different numbers of heads.
 
     Example:
-        >>> WidthPlan("my-model", {}, {0: (4, 2), 1: (2, 2)}).mean_bits
+        >>> WidthPlan("my-model", {}, {0: (4, 2), 1: ((3, 1), 2)}).mean_bits
         2.5
     """
 
@@ -78,7 +89,15 @@ class WidthPlan:
             raise InvalidInputError(f"layers is {dict(self.widths)!r}; give the widths of each packed layer")
         for index, pair in self.widths.items():
             for side, bits in zip(SIDES, pair, strict=True):
-                _check_width(f'layers["{index}"]["{side}"]', bits)
+                where = f'layers["{index}"]["{side}"]'
+                for one in heads_of(bits) or (bits,):
+                    _check_width(where, one)
+            heads = [len(bits) for bits in pair if isinstance(bits, tuple)]
+            if len({*heads}) > 1:
+                raise InvalidInputError(
+                    f'layers["{index}"] has widths of {heads[0]} heads for the keys and of {heads[1]} for '
+                    "the values; give one for each KV head, or one number for all"
+                )
 
     def __repr__(self) -> str:
         """The file that it was read from, as `TurboQuant(plan=...)` takes it; otherwise what it is."""
@@ -89,9 +108,15 @@ class WidthPlan:
     @property
     def mean_bits(self) -> float:
         """Mean code width of keys and values over the layers, without scales and windows."""
-        return sum(map(sum, self.widths.values())) / (2 * len(self.widths))
+        every = [heads_of(bits) for pair in self.widths.values() for bits in pair]
+        return sum(sum(bits) / len(bits) for bits in every) / len(every)
 
-    def layer(self, index: int) -> tuple[int, int]:
+    @property
+    def by_head(self) -> bool:
+        """Whether heads of a layer have widths of their own."""
+        return any(isinstance(bits, tuple) for pair in self.widths.values() for bits in pair)
+
+    def layer(self, index: int) -> tuple[Width, Width]:
         """Key bits and value bits of a layer.
 
         Raises:
@@ -145,7 +170,7 @@ class WidthPlan:
         names = [name for name in (*_ABOUT, *_OPTIONAL) if name not in ("layers", "errors")]
         errors = {
             str(index): {
-                side: {str(bits): float(f"{error:.4g}") for bits, error in one.items()}
+                side: {str(bits): _rounded(error) for bits, error in one.items()}
                 for side, one in zip(SIDES, pair, strict=True)
             }
             for index, pair in sorted(self.errors.items())
@@ -178,6 +203,11 @@ class WidthPlan:
             return cls(**_parsed(plain), path=str(path))
         except InvalidInputError as error:
             raise CacheFileError(f"{path} is no usable plan: {error}") from error
+
+
+def heads_of(one: Number | tuple[Number, ...]) -> tuple[Number, ...]:
+    """The width, or error, of each head, or the one of all."""
+    return one if isinstance(one, tuple) else (one,)
 
 
 def write_json(path: str | os.PathLike[str], text: str) -> int:
@@ -216,7 +246,7 @@ def _parsed(plain: Any) -> dict[str, Any]:
             raise InvalidInputError(f"{name} is {value!r}, not a {words}; {AGAIN}")
         about[name] = value
     layers = about.pop("layers")
-    about["widths"] = {_index(key): _sides(f'layers["{key}"]', one) for key, one in layers.items()}
+    about["widths"] = {_index(key): _widths(f'layers["{key}"]', one) for key, one in layers.items()}
     errors = about.pop("errors", {})
     about["errors"] = {_index(key): _errors(f'errors["{key}"]', one) for key, one in errors.items()}
     return about
@@ -226,6 +256,16 @@ def _index(key: str) -> int:
     if not key.isdecimal():
         raise InvalidInputError(f'layers["{key}"] names no layer; give the index of a layer, such as "0"')
     return int(key)
+
+
+def _widths(where: str, one: Any) -> tuple[Any, ...]:
+    return tuple(tuple(bits) if isinstance(bits, list) else bits for bits in _sides(where, one))
+
+
+def _rounded(error: Error) -> float | list[float]:
+    if isinstance(error, tuple):
+        return [float(f"{one:.4g}") for one in error]
+    return float(f"{error:.4g}")
 
 
 def _sides(where: str, one: Any) -> tuple[Any, Any]:
@@ -242,11 +282,16 @@ def _errors(where: str, one: Any) -> Any:
             raise InvalidInputError(f"{here} is {by_width!r}, not an error for each width; {AGAIN}")
         for bits, error in by_width.items():
             _check_width(here, int(bits) if bits.isdecimal() else bits)
-            plain = isinstance(error, (int, float)) and not isinstance(error, bool)
-            if not plain or not math.isfinite(error) or error < 0:
-                raise InvalidInputError(f'{here}["{bits}"] is {error!r}, not a divergence; {AGAIN}')
-        found.append({int(bits): float(error) for bits, error in by_width.items()})
+            for part in error if isinstance(error, list) and error else [error]:
+                plain = isinstance(part, (int, float)) and not isinstance(part, bool)
+                if not plain or not math.isfinite(part) or part < 0:
+                    raise InvalidInputError(f'{here}["{bits}"] is {error!r}, not a divergence; {AGAIN}')
+        found.append({int(bits): _error(error) for bits, error in by_width.items()})
     return tuple(found)
+
+
+def _error(error: Any) -> Error:
+    return tuple(map(float, error)) if isinstance(error, list) else float(error)
 
 
 def _check_width(where: str, bits: Any) -> None:

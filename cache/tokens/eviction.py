@@ -20,6 +20,8 @@ from quantpress.errors import InvalidInputError
 from quantpress.kernels.attend import DenseSegment
 from quantpress.kernels.layout import PAGE_TOKENS
 
+UNEVEN = "evicting different numbers of tokens from the heads of a layer"
+
 
 @dataclass(frozen=True)
 class EvictionPlan:
@@ -109,9 +111,10 @@ def pack_by_head(
         query_moment: as for `PackedLayer.from_states`.
 
     Raises:
-        InvalidInputError: `hidden` has another shape or dtype.
+        InvalidInputError: `hidden` has another shape or dtype, or heads have widths of their own.
         NonFiniteError: keys or values contain NaN or infinity.
     """
+    settings.check_heads_alike(UNEVEN)
     check_hidden(hidden, tuple(keys.shape[:3]))
     plan = EvictionPlan.of_prefill(settings, hidden)
     tokens = PackedTokens(settings, keys[:, :, :0], values[:, :, :0])
@@ -147,9 +150,10 @@ def evict(tokens: PackedTokens, hidden: torch.Tensor, slots: int | None = None) 
         slots: number of slots that the layer counts from now on; None: as many as before.
 
     Raises:
-        InvalidInputError: some tokens are in pages of fewer bits.
+        InvalidInputError: some tokens are in pages of fewer bits, or heads have widths of their own.
     """
     _check_one_width(tokens)
+    tokens.settings.check_heads_alike(UNEVEN)
     kept = _in_use(tokens) & ~_by_storage_index(tokens, hidden)
     sinks, packed = tokens.sinks.tokens, tokens.packed
     recent = int(kept[..., sinks + packed :].sum(-1).amax())

@@ -13,6 +13,7 @@ from vllm.platforms import current_platform
 from vllm.v1.attention.backend import AttentionBackend, AttentionImpl
 from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheLayout
 
+from quantpress.cache.engine_memory import planned_widths
 from quantpress.cache.settings import DEFAULT_SINK_TOKENS
 from quantpress.engines.vllm import BACKEND
 from quantpress.engines.vllm.attention import Scores
@@ -150,8 +151,9 @@ class QuantpressImpl(AttentionImpl[QuantpressMetadata]):
             return
         layers = self.config.compilation_config.static_forward_context.items()
         for name, layer in (one for one in layers if getattr(one[1], "impl", None) is self):
-            widths = self.plan.widths.get(extract_layer_index(name))
-            if widths is not None:
+            index = extract_layer_index(name)
+            if index in self.plan.widths:
+                (widths,) = planned_widths(self.plan, [index])
                 size, dtype = self.head_size, self.store.settings.dtype
                 self.store.use(codecs_of(self.kv_cache_dtype, size, size, dtype, widths))
                 layer.attn_backend = QuantpressBackend.with_widths(*widths)

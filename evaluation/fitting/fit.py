@@ -1,4 +1,4 @@
-"""Widths of keys and values for each layer of a model, by what their errors cost: a `WidthPlan`."""
+"""Widths of keys and values for each layer or head of a model, by what their errors cost: a `WidthPlan`."""
 
 import hashlib
 from collections.abc import Mapping, Sequence
@@ -10,11 +10,20 @@ from tqdm.auto import tqdm
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from quantpress.cache.saved.config_fingerprint import config_fingerprint
+from quantpress.cache.saved.width_plan import Error, heads_of
 from quantpress.errors import InvalidInputError
 from quantpress.evaluation.divergence.documents import Document, Pieces
 from quantpress.evaluation.fitting import layer_by_layer as layerwise
 from quantpress.evaluation.fitting import one_pass as gradients
-from quantpress.evaluation.fitting.measured import DEFAULT_CONTEXT, DEFAULT_WIDTHS, Measured
+from quantpress.evaluation.fitting.measured import (
+    DEFAULT_CONTEXT,
+    DEFAULT_WIDTHS,
+    LAYER,
+    By,
+    Measured,
+    check_by,
+    sums,
+)
 from quantpress.evaluation.fitting.pieces import BOOK, CONTEXT, CONTINUATION, pieces_of
 from quantpress.evaluation.results.records import Records
 from quantpress.evaluation.sizing.model_outline import ModelOutline
@@ -39,6 +48,7 @@ def fit(
     *,
     context: int = DEFAULT_CONTEXT,
     widths: Sequence[int] = DEFAULT_WIDTHS,
+    by: By = LAYER,
     **options: Any,
 ) -> TurboQuant:
     """The work of `TurboQuant.fit`.
@@ -54,8 +64,8 @@ def fit(
             raise InvalidInputError(
                 f"there is no tokenizer of the name {name!r} of this model; give tokenizer="
             ) from error
-    measured = measure(model, tokenizer, widths=widths, **options)
-    return replace(measured.press, plan=measured.plan(bits, context, widths), bits=None)
+    measured = measure(model, tokenizer, widths=widths, by=by, **options)
+    return replace(measured.press, plan=measured.plan(bits, context, widths, by), bits=None)
 
 
 def measure(
@@ -67,6 +77,7 @@ def measure(
     *,
     method: Method = DEFAULT_METHOD,
     widths: Sequence[int] = DEFAULT_WIDTHS,
+    by: By = LAYER,
     name: str | None = None,
     progress: bool | None = None,
     partial: Path | None = None,
@@ -83,14 +94,17 @@ def measure(
         method: "layer-by-layer" measures the divergence, by predicting the text behind each piece once for
             each layer, side and width; "one-pass" estimates it from gradients, at every width.
         widths: the widths that may be chosen, which are measured layer by layer; 8 is measured with them.
+        by: "layer" for one error of all KV heads of a layer, "head" for an error of each. Layer by layer,
+            the text is then predicted once for each head.
         name: name of the model; None: its own.
         progress: True or False; None shows a bar in a terminal.
         partial: file that keeps what is finished; a call that was interrupted goes on from it.
 
     Raises:
         UnsupportedModelError: the model cannot be packed; or, in one pass, layers keep states beside tokens.
-        InvalidInputError: a text is too short, or the press, the method or a width cannot be used.
+        InvalidInputError: a text is too short, or the press, the method, a width or `by` cannot be used.
     """
+    check_by(by)
     if method not in PIECES:
         raise InvalidInputError(f"method is {method!r}; give one of {', '.join(PIECES)}")
     if not widths or not {*widths} <= {*WHOLE_BITS}:
@@ -103,11 +117,12 @@ def measure(
     fingerprint = config_fingerprint(model.config)
     name = name or Path(str(getattr(model, "name_or_path", ""))).name or type(model).__name__
     outline = ModelOutline.of(name, model)
-    layers = [layer.index for layer in outline.layers if not layer.sliding]
+    heads = {layer.index: layer.kv_heads for layer in outline.layers if not layer.sliding}
+    parts = len(heads) if by == LAYER else sum(heads.values())
     ids = hashlib.sha256(b"".join(document.ids.numpy().tobytes() for document in documents)).hexdigest()
     settings = {"model": name, "fingerprint": fingerprint, "press": short_repr(press), "ids": ids}
     records = None if partial is None else Records(partial, {**settings, "method": method})
-    steps = gradients.steps_of() if method == ONE_PASS else layerwise.steps_of(len(layers), widths)
+    steps = gradients.steps_of() if method == ONE_PASS else layerwise.steps_of(parts, widths)
     found = []
     with tqdm(
         total=len(documents) * steps,
@@ -121,10 +136,11 @@ def measure(
             if method == ONE_PASS:
                 found.append(_in_one_pass(model, document, press, kept, bar))
             else:
-                sizes = layers, widths, kept, bar.update
+                sizes = list(heads), widths, kept, bar.update, None if by == LAYER else heads
                 found.append(layerwise.layer_by_layer(model, document, press, *sizes))
     text = ", ".join(texts) if texts else BOOK
-    return Measured(name, text, press, _mean(found), outline, fingerprint, method)
+    errors = sums(_mean(found)) if by == LAYER else _mean(found)
+    return Measured(name, text, press, errors, outline, fingerprint, method)
 
 
 def _without_widths(press: TurboQuant) -> TurboQuant:
@@ -157,20 +173,27 @@ def _in_one_pass(
 ) -> dict[int, gradients.LayerErrors]:
     begun = bar.n
     found = kept(
-        "every width", lambda: gradients.one_pass(model, document, press, WHOLE_BITS, step=bar.update)
+        "every width by head",
+        lambda: gradients.one_pass(model, document, press, WHOLE_BITS, step=bar.update),
     )
     bar.update(begun + gradients.steps_of() - bar.n)  # where nothing was left to do
-    return {
-        int(index): ({int(one): error for one, error in keys.items()}, {int(b): e for b, e in values.items()})
-        for index, (keys, values) in found.items()
-    }
+
+    def side(by_width: Mapping[Any, Sequence[float]]) -> dict[int, Error]:
+        return {int(bits): tuple(heads) for bits, heads in by_width.items()}
+
+    return {int(index): (side(keys), side(values)) for index, (keys, values) in found.items()}
 
 
 def _mean(found: Sequence[Mapping[int, gradients.LayerErrors]]) -> dict[int, gradients.LayerErrors]:
     """Means over documents. A mean below 0 is noise of an error too small to be measured, and counts as 0."""
 
-    def mean(index: int, side: int) -> dict[int, float]:
+    def mean(index: int, side: int) -> dict[int, Error]:
         every = [one[index][side] for one in found]
-        return {bits: max(0.0, sum(one[bits] for one in every) / len(every)) for bits in sorted(every[0])}
+        means: dict[int, Error] = {}
+        for bits, like in sorted(every[0].items()):
+            heads = zip(*(heads_of(one[bits]) for one in every), strict=True)
+            clipped = tuple(max(0.0, sum(one) / len(every)) for one in heads)
+            means[bits] = clipped if isinstance(like, tuple) else clipped[0]
+        return means
 
     return {index: (mean(index, 0), mean(index, 1)) for index in found[0]}

@@ -1,14 +1,15 @@
 """How much packing the keys, or the values, of each layer changes a model's predictions: measured.
 
 The text that follows a context is predicted once for each layer, side and width, over a cache with this side
-of this layer at this width and all else at 8 bits. The error is how much the divergence of the predictions
-exceeds that of 8 bits everywhere. So 8 bits have an error of 0, and every other width is measured.
+of this layer, or of one of its KV heads, at this width and all else at 8 bits. The error is how much the
+divergence of the predictions exceeds that of 8 bits everywhere. So 8 bits have an error of 0, and every other
+width is measured.
 
 Tokens of a context attend to one another before they are packed, so what a layer holds does not depend on the
-widths of others. A context is therefore read once for each side and width, not for each layer.
+widths of others. A context is therefore read once for each side and width, and head, not for each layer.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -18,7 +19,7 @@ import torch
 from transformers import Cache, PreTrainedModel
 
 from quantpress.cache import host
-from quantpress.cache.saved.width_plan import SIDES
+from quantpress.cache.saved.width_plan import SIDES, Error, WidthPlan, heads_of
 from quantpress.evaluation.divergence.documents import Document
 from quantpress.evaluation.divergence.probe import DivergenceProbe
 from quantpress.pipelines.reading.read_context import read_context
@@ -40,7 +41,8 @@ def layer_by_layer(
     widths: Sequence[int],
     kept: Kept = lambda name, work: work(),
     step: Callable[[], Any] = lambda: None,
-) -> dict[int, tuple[dict[int, float], dict[int, float]]]:
+    heads: Mapping[int, int] | None = None,
+) -> dict[int, tuple[dict[int, Error], dict[int, Error]]]:
     """Measure the divergence that each layer's keys, and its values, add at each width.
 
     Args:
@@ -51,34 +53,53 @@ def layer_by_layer(
         widths: the widths to try, each 1, 2, 3, 4 or 8.
         kept: gives results of an earlier run instead of measuring again.
         step: called `steps_of` times, as the work goes on.
+        heads: numbers of KV heads by layer index, to measure each head alone; None: all heads of a layer
+            together.
 
     Returns:
         For each layer, the mean KL in nats a token above that of 8 bits everywhere, when its keys alone have
-        a width, and its values. An error below the rounding of the model's dtype may come out negative.
+        a width, and its values; with `heads`, one number for each head. An error below the rounding of the
+        model's dtype may come out negative.
 
     Raises:
         NonFiniteError: the logits hold NaN or infinity.
     """
     context = _Context(model, document, press)
-    found: dict[int, tuple[dict[int, float], dict[int, float]]] = {
-        index: ({WIDEST: 0.0}, {WIDEST: 0.0}) for index in layers
+    zeros: dict[int, Error] = {index: 0.0 if heads is None else (0.0,) * heads[index] for index in layers}
+    found: dict[int, tuple[dict[int, Error], dict[int, Error]]] = {
+        index: ({WIDEST: zero}, {WIDEST: zero}) for index, zero in zeros.items()
     }
     with torch.inference_mode(), model_rollback(model):
         base = kept(f"{WIDEST} bits", context.kl)
         step()
         for bits in sorted({*widths} - {WIDEST}):
             for side, name in enumerate(SIDES):
-                other = _Reading(context, *((WIDEST, bits) if side else (bits, WIDEST)))
-                for index in layers:
-                    value = kept(f"layer {index} {name} {bits}", lambda at=index, of=other: of.kl(at))  # type: ignore[misc]
-                    found[index][side][bits] = value - base
-                    step()
+                for head, members in _parts(layers, heads):
+                    other = _Reading(context, side, bits, head, heads or {})
+                    for index in members:
+                        what = f"layer {index} {name} {bits}" + ("" if head is None else f" head {head}")
+                        error = kept(what, lambda at=index, of=other: of.kl(at)) - base  # type: ignore[misc]
+                        by_width = found[index][side]
+                        by_width[bits] = error if head is None else (*heads_of(by_width.get(bits, ())), error)
+                        step()
     return found
 
 
-def steps_of(layers: int, widths: Sequence[int]) -> int:
-    """How often `layer_by_layer` calls `step` for a document: once for each time it predicts the text."""
-    return 1 + 2 * layers * len({*widths} - {WIDEST})
+def _parts(layers: Sequence[int], heads: Mapping[int, int] | None) -> list[tuple[int | None, Sequence[int]]]:
+    """What is at another width at a time: a head, or None for all, and the layers that have it."""
+    if heads is None:
+        return [(None, layers)]
+    return [(head, [index for index in layers if head < heads[index]]) for head in range(max(heads.values()))]
+
+
+def steps_of(parts: int, widths: Sequence[int]) -> int:
+    """How often `layer_by_layer` calls `step` for a document: once for each time it predicts the text.
+
+    Args:
+        parts: layers, or heads of all layers.
+        widths: the widths to try.
+    """
+    return 1 + 2 * parts * len({*widths} - {WIDEST})
 
 
 @dataclass(frozen=True)
@@ -95,12 +116,11 @@ class _Context:
 
     @cached_property
     def cache(self) -> Cache:
-        return self.read(WIDEST, WIDEST)
+        return self.read(replace(self.press, bits=WIDEST))
 
-    def read(self, keys: int, values: int) -> Cache:
-        """The context with the same widths in every layer."""
+    def read(self, press: TurboQuant) -> Cache:
+        """The context under a press."""
         cache = host.empty_cache(self.model)
-        press = replace(self.press, bits=None, key_bits=keys, value_bits=values)
         read_context(self.model, self.probe.ids[:, : self.document.context], cache, press, progress=False)
         return cache
 
@@ -114,15 +134,27 @@ class _Context:
 
 @dataclass(frozen=True)
 class _Reading:
-    """The same context with other widths, of which one layer at a time is used."""
+    """The same context with one side of every layer at another width, of which one layer at a time is used.
+
+    With a head, only this head has the other width, in layers that have it among their KV heads.
+    """
 
     context: _Context
-    keys: int
-    values: int
+    side: int
+    bits: int
+    head: int | None
+    heads: Mapping[int, int]
 
     @cached_property
     def cache(self) -> Cache:
-        return self.context.read(self.keys, self.values)
+        press, sides = self.context.press, ("key_bits", "value_bits")
+        if self.head is None:
+            return self.context.read(replace(press, bits=WIDEST, **{sides[self.side]: self.bits}))  # type: ignore[arg-type]
+        widths = {}
+        for index, count in self.heads.items():
+            own = tuple(self.bits if head == self.head else WIDEST for head in range(count))
+            widths[index] = (WIDEST, own) if self.side else (own, WIDEST)
+        return self.context.read(replace(press, bits=None, plan=WidthPlan("", {}, widths)))
 
     def kl(self, index: int) -> float:
         return self.context.kl(index, self.cache.layers[index])

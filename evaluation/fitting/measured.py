@@ -2,9 +2,9 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, get_args
 
-from quantpress.cache.saved.width_plan import Errors, WidthPlan
+from quantpress.cache.saved.width_plan import Errors, WidthPlan, heads_of
 from quantpress.errors import InvalidInputError
 from quantpress.evaluation.fitting.byte_budget import ByteBudget
 from quantpress.evaluation.sizing.model_outline import ModelOutline
@@ -16,6 +16,9 @@ DEFAULT_CONTEXT = 32768
 
 DEFAULT_WIDTHS = (2, 3, 4)
 """Widths to choose from: those that fused kernels read. Plain PyTorch reads 1 and 8 bits."""
+
+By = Literal["layer", "head"]
+LAYER, HEAD = get_args(By)
 
 
 @dataclass(frozen=True)
@@ -45,8 +48,29 @@ class Measured:
         layers = [layer for layer in self.outline.layers if layer.index in self.errors]
         return ByteBudget(layers, self.press, context, self.outline.dtype)
 
+    def errors_by(self, by: By) -> Errors:
+        """The errors of layers or of heads.
+
+        Raises:
+            InvalidInputError: those of heads were not measured.
+        """
+        check_by(by)
+        if by == LAYER:
+            return sums(self.errors)
+        known = [error for pair in self.errors.values() for side in pair for error in side.values()]
+        if not all(isinstance(error, tuple) for error in known):
+            raise InvalidInputError(
+                "the errors were measured by layer, but widths by head need those of each head; measure them "
+                'with by="head" (`quantpress fit --by head` without --from)'
+            )
+        return self.errors
+
     def plan(
-        self, bits: float, context: int = DEFAULT_CONTEXT, widths: Sequence[int] = DEFAULT_WIDTHS
+        self,
+        bits: float,
+        context: int = DEFAULT_CONTEXT,
+        widths: Sequence[int] = DEFAULT_WIDTHS,
+        by: By = LAYER,
     ) -> WidthPlan:
         """The plan of least divergence within a budget.
 
@@ -55,14 +79,15 @@ class Measured:
                 statistics, and windows in 16 bits.
             context: tokens of the context.
             widths: the widths to choose from.
+            by: what has widths of its own, "layer" or "head". Errors of heads add up to those of layers.
 
         Raises:
-            InvalidInputError: the budget cannot be met, or a width was not measured.
+            InvalidInputError: the budget cannot be met, or a width, or the heads, were not measured.
         """
         if isinstance(bits, bool) or not isinstance(bits, (int, float)) or not 0 < bits < float("inf"):
             raise InvalidInputError(f"bits is {bits!r}; give the bits a value, such as 2.5")
         budget = self.budget(context)
-        chosen = budget.widths(among(self.errors, widths), int(bits * budget.numbers / 8))
+        chosen = budget.widths(among(self.errors_by(by), widths), int(bits * budget.numbers / 8))
         return WidthPlan(
             model=self.model,
             fingerprint=self.fingerprint,
@@ -74,6 +99,27 @@ class Measured:
             bits=budget.bits(chosen),
             errors=self.errors,
         )
+
+
+def check_by(by: str) -> None:
+    """Refuse what is no unit of widths.
+
+    Raises:
+        InvalidInputError: it is neither "layer" nor "head".
+    """
+    if by not in get_args(By):
+        raise InvalidInputError(f"by is {by!r}; give one of {', '.join(get_args(By))}")
+
+
+def sums(errors: Errors) -> Errors:
+    """The errors of layers, where those of heads are added up."""
+    return {
+        index: (
+            {bits: sum(heads_of(error)) for bits, error in keys.items()},
+            {bits: sum(heads_of(error)) for bits, error in values.items()},
+        )
+        for index, (keys, values) in errors.items()
+    }
 
 
 def among(errors: Errors, widths: Sequence[int]) -> Errors:

@@ -22,6 +22,7 @@ from torch import nn
 from transformers import Cache, PreTrainedModel
 
 from quantpress.cache import LayerSettings, PackedLayer, host
+from quantpress.cache.saved.width_plan import Error
 from quantpress.errors import NonFiniteError, UnsupportedModelError
 from quantpress.evaluation.divergence.documents import Document
 from quantpress.evaluation.divergence.teacher_forcing import float32_logits
@@ -37,7 +38,7 @@ SAMPLES = 8
 """Labels that are drawn for each token, each of which takes a backward pass over the continuation."""
 
 Sides = tuple[torch.Tensor, torch.Tensor]
-LayerErrors = tuple[dict[int, float], dict[int, float]]
+LayerErrors = tuple[dict[int, Error], dict[int, Error]]
 
 
 def one_pass(
@@ -59,7 +60,8 @@ def one_pass(
         step: called `steps_of` times, as the work goes on.
 
     Returns:
-        For each packed layer, the mean KL in nats a token when its keys alone have a width, and its values.
+        For each packed layer, the mean KL in nats a token when its keys alone have a width, and its values;
+        by width, one number for each KV head, whose sum is that of the layer.
 
     Raises:
         UnsupportedModelError: layers keep states beside tokens, through which no gradient is taken.
@@ -81,11 +83,12 @@ def one_pass(
         step()
     for index, bits, side, error in layers.errors():
         products = [
-            (one[index][side].float() * error.float()).sum(dim=(2, 3)) for one in gradients
-        ]  # [1, Hkv]
-        found[index][side][bits] = float(torch.stack(products).square().sum()) / counted
-    if not all(isfinite(error) for pair in found.values() for one in pair for error in one.values()):
-        raise NonFiniteError("the gradients are not finite; load the model in bfloat16 or float32")
+            (one[index][side].float() * error.float()).sum(dim=(0, 2, 3)) for one in gradients
+        ]  # [Hkv]
+        heads = (torch.stack(products).square().sum(0) / counted).tolist()
+        if not all(map(isfinite, heads)):
+            raise NonFiniteError("the gradients are not finite; load the model in bfloat16 or float32")
+        found[index][side][bits] = tuple(heads)
     return found
 
 

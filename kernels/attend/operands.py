@@ -178,6 +178,10 @@ class PageReader(Protocol):
 
     @property
     def head_dim(self) -> int: ...
+    @property
+    def heads(self) -> tuple[tuple[int, ...], ...]: ...
+    @property
+    def kv_heads(self) -> int | None: ...
     def to_code_space(self, x: torch.Tensor) -> torch.Tensor: ...
     def from_code_space(self, y: torch.Tensor) -> torch.Tensor: ...
     def decode_code_space(self, planes: dict[str, torch.Tensor]) -> torch.Tensor: ...
@@ -185,6 +189,9 @@ class PageReader(Protocol):
         self, planes: dict[str, torch.Tensor], transform: ChannelTransform, dtype: torch.dtype
     ) -> torch.Tensor: ...
     def gather(self, planes: dict[str, torch.Tensor], tokens: torch.Tensor) -> dict[str, torch.Tensor]: ...
+    def of_heads(
+        self, planes: dict[str, torch.Tensor], transform: ChannelTransform, heads: tuple[int, ...]
+    ) -> tuple["PageReader", dict[str, torch.Tensor], ChannelTransform]: ...
     def kernel_operands(self) -> KernelOperands | None: ...
 
 
@@ -194,8 +201,8 @@ class PackedSide:
 
     Args:
         codec: reads the planes.
-        planes: the codec's tensors [B, Hkv, P, ...]; where the segment has a table, a pool [N, ...] of pages
-            of single heads.
+        planes: the codec's tensors [B, Hkv, P, ...]; where it has groups of heads, each of the heads of its
+            group; where the segment has a table, a pool [N, ...] of pages of single heads.
         transform: the channel transform of these planes, for each [B, Hkv], or [1, Hkv] for all.
     """
 
@@ -257,7 +264,7 @@ class PackedSegment:
 
     @property
     def kv_heads(self) -> int:
-        return self._shape[1]
+        return self.keys.codec.kv_heads or self._shape[1]
 
     @property
     def device(self) -> torch.device:

@@ -199,12 +199,18 @@ def _fields(settings: LayerSettings | None) -> dict[str, Any]:
     fields: dict[str, Any] = {"packed": True}
     for name, value in vars(settings).items():
         if name.endswith("_codec"):
-            part = value.parts()
-            fields[name] = part.kind
-            fields |= {f"{name[:-6]} {field}": one for field, one in part.about.items()}
-            fields.pop(f"{name[:-6]} constants", None)
+            fields |= _codec_fields(name[:-6], value.parts())
         else:
             fields[name] = value
+    return fields
+
+
+def _codec_fields(side: str, part: Parts) -> dict[str, Any]:
+    """The fields of a codec, and of those of its groups of heads."""
+    fields = {f"{side}_codec": part.kind}
+    fields |= {f"{side} {field}": one for field, one in part.about.items() if field != "constants"}
+    for name, inner in part.inner.items():
+        fields |= _codec_fields(f"{side} group {name}", inner)
     return fields
 
 

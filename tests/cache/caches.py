@@ -13,6 +13,7 @@ from quantpress.cache.attention.dispatch import PACKED_ATTENTION
 from quantpress.cache.attention.functions import TORCH_ATTENTION
 from quantpress.cache.layer import PackedLayer
 from quantpress.cache.settings import LayerSettings
+from quantpress.codecs.head_groups import by_head
 from quantpress.codecs.raw import RawPages
 from quantpress.codecs.scalar import ScalarPages
 from quantpress.quantization.spec import CodecSpec
@@ -29,6 +30,15 @@ def scalar(head_dim: int = 32, bits: float = 4, **options: Any) -> LayerSettings
         ScalarPages(CodecSpec(head_dim=head_dim, bits=bits, role=role)) for role in ("key", "value")
     )
     return LayerSettings(keys, values, **options)
+
+
+def grouped(head_dim: int = 32, **options: Any) -> LayerSettings:
+    """TurboQuant pages of other widths in each of two heads: keys 2 and 3 bits, values 4 and 1."""
+    keys, values = (
+        [ScalarPages(CodecSpec(head_dim, bits, role)) for bits in widths]
+        for role, widths in (("key", (2, 3)), ("value", (4, 1)))
+    )
+    return LayerSettings(*by_head(keys, values), **options)
 
 
 def packed_cache(model: PreTrainedModel, settings: LayerSettings) -> DynamicCache:

@@ -3,7 +3,14 @@
 import pytest
 import torch
 
-from quantpress.cache.engine_memory import EngineLayer, engine_page_bytes, engine_widths, sink_entries
+from quantpress.cache import WidthPlan
+from quantpress.cache.engine_memory import (
+    EngineLayer,
+    engine_page_bytes,
+    engine_widths,
+    planned_widths,
+    sink_entries,
+)
 from quantpress.cache.memory_estimate import page_nbytes
 from quantpress.codecs.scalar import ScalarPages
 from quantpress.errors import InvalidInputError
@@ -32,6 +39,13 @@ def test_what_lies_beside_the_blocks() -> None:
     assert layer.statistics_bytes == 4 * torch.empty(8, 128).nbytes
     assert EngineLayer(8, 128, 64, query_heads=32).statistics_bytes == 10 * torch.empty(8, 128).nbytes
     assert 32 * EngineLayer(8, 128, 128).request_bytes == pytest.approx(33.5e6, rel=0.01)  # Llama-8B
+
+
+def test_widths_by_head_are_refused() -> None:
+    plan = WidthPlan("", {}, {0: (3, 2), 1: ((2, 3), 2)})
+    assert planned_widths(plan, [0]) == [(3, 2)]
+    with pytest.raises(InvalidInputError, match=r"by head, \(2, 3\) for the keys .* layer 1.* --by layer"):
+        planned_widths(plan, [0, 1])
 
 
 @pytest.mark.parametrize("name", ["quantpress_5bit", "quantpress_k4", "quantpress_4bits", "fp8", ""])

@@ -12,6 +12,7 @@ from quantpress.codecs.raw import RawPages
 from quantpress.codecs.scalar import ScalarPages
 from quantpress.errors import InvalidInputError
 from quantpress.quantization.spec import CodecSpec
+from tests.cache.caches import grouped
 
 PAIRS: dict[str, Any] = {
     "4/4": (4, 4, {}),
@@ -61,6 +62,16 @@ def test_the_estimate_of_ragged_heads_is_the_measurement(
     moment = None if raw else torch.rand(1, 3, 64) + 0.1
     cache.layers = [PackedLayer.from_states(*states, settings, query_moment=moment, hidden=hidden)]
     assert head_wise_bytes(settings, hidden, dtype=dtype) == cache_memory(cache).total_bytes
+
+
+def test_the_estimate_of_widths_by_head_is_the_measurement() -> None:
+    settings, cache = grouped(64, recent_tokens=16), DynamicCache()
+    states = torch.randn(2, 3, 2, 700, 64)
+    cache.layers = [PackedLayer.from_states(*states, settings)]
+    (measured,) = cache_memory(cache).layers
+    assert layer_estimate(settings, 700, 2, 64, batch=3, balanced=False, dtype=torch.float32) == measured
+    with pytest.raises(InvalidInputError, match="are for 2 KV heads, but the layer has 3; give one for"):
+        layer_estimate(settings, 700, 3, 64)
 
 
 def test_layers_that_are_not_packed_and_other_codecs() -> None:

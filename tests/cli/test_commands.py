@@ -133,9 +133,11 @@ def test_a_model_is_fitted_and_the_plan_is_used(model: str, tmp_path: Path) -> N
     assert f"TurboQuant(recent_tokens=16, plan={files[1]!r})" in " ".join(shown.split())
     assert json.loads(invoke("inspect", files[1], "--json").stdout)["bits"] <= 3.5
     assert invoke("inspect", files[1]).stdout == shown
-    found = json.loads(
-        invoke("fit", model, "--method", "one-pass", "-o", files[0], "-b", "3.6", *options).stdout
-    )
+    one_pass = ["--method", "one-pass", "--by", "head", "-o", files[0], "-b", "3.6"]
+    found = json.loads(invoke("fit", model, *one_pass, *options).stdout)
+    assert any(isinstance(bits, list) for pair in found["widths"].values() for bits in pair)
+    words = invoke("inspect", files[0]).stdout
+    assert "keys 1" in words and "values 0" in words
     assert found["method"] == "one-pass" and "method layer-by-layer" in " ".join(shown.split())
 
 

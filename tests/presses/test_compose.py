@@ -6,6 +6,7 @@ from typing import Any
 import kvpress
 import pytest
 
+from quantpress.cache import WidthPlan
 from quantpress.errors import CompositionError, InvalidInputError
 from quantpress.presses import (
     CAM,
@@ -94,6 +95,10 @@ REFUSED = {
     ),
     "whole context inside": (lambda: [Knorm(), AdaKV(kvpress.KVzapPress())], "KVzapPress scores each key"),
     "blocks": (lambda: [Knorm(), Block()], "Block scores each key"),
+    "head-wise, widths by head": (
+        lambda: [AdaKV(), TurboQuant(plan=WidthPlan("", {}, {0: ((2, 3), 2)}))],
+        "AdaKV evicts other tokens from each head, and TurboQuant has a plan of widths by head.*--by layer",
+    ),
     "two head-wise": (lambda: [AdaKV(), DuoAttention()], "AdaKV names slots of the cache, and DuoAttention"),
 }
 

@@ -5,21 +5,24 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from quantpress import enable
 from quantpress.cache import WidthPlan, cache_memory
 from quantpress.cache.saved.config_fingerprint import config_fingerprint
+from quantpress.codecs.head_groups import HeadGroups
 from quantpress.codecs.raw import RawPages
 from quantpress.errors import CacheFileError, InvalidInputError
 from quantpress.evaluation.sizing.memory_plan import Planner
 from quantpress.evaluation.sizing.model_outline import ModelOutline
 from quantpress.pipelines.contexts.cached_context import CachedContext
-from quantpress.presses import Compose, Demote, Knorm, TurboQuant
+from quantpress.presses import AdaKV, Compose, Demote, Knorm, TurboQuant
 from quantpress.presses.expression import parse_press
 from tests.pipelines.words import ours, text
-from tests.tiny_models import tiny_model
+from tests.tiny_models import prompt, tiny_model
 
 WIDTHS = {0: (4, 2), 1: (1, 8), 2: (3, 2)}
+BY_HEAD: dict[int, Any] = {0: ((4, 2), 2), 1: ((1, 1), (8, 2)), 2: (3, 2)}
 
 
 @pytest.fixture
@@ -29,7 +32,7 @@ def file(tmp_path: Path) -> str:
     return str(path)
 
 
-def plan(widths: dict[int, tuple[int, int]], family: str = "llama") -> WidthPlan:
+def plan(widths: dict[int, Any], family: str = "llama") -> WidthPlan:
     """A plan for a tiny model."""
     return WidthPlan(family, config_fingerprint(tiny_model(family).config), widths)
 
@@ -53,6 +56,46 @@ def test_each_layer_has_its_widths_wherever_the_press_is_given(file: str) -> Non
     outline = ModelOutline.of("tiny", tiny_model("llama"))
     planned = Planner(outline, made).plan(context.token_ids.shape[1]).cache
     assert planned == cache_memory(context.cache)
+
+
+def test_heads_have_their_widths_wherever_the_press_is_given(tmp_path: Path) -> None:
+    """In the pipeline, under `enable`, in planned bytes, and in a file, which another plan does not load."""
+    pipe, model, path = ours(), tiny_model("llama"), tmp_path / "context"
+    press = TurboQuant(plan=plan(BY_HEAD), recent_tokens=16)
+    context = pipe.read(text(400), press=press)
+    keys, values = context.cache.layers[0].settings.key_codec, context.cache.layers[1].settings.value_codec
+    assert keys.heads == ((0,), (1,)) and [one.spec.bits for one in keys.codecs] == [4, 2]
+    assert [one.spec.bits for one in values.codecs] == [8, 2]
+    planned = Planner(ModelOutline.of("tiny", model), press).plan(context.token_ids.shape[1]).cache
+    assert planned == cache_memory(context.cache)
+    context.save(path)
+    again = CachedContext.load(path, model, press=press)
+    assert pipe(again, question="w1")["answer"] == pipe(context, question="w1")["answer"]
+    other = replace(press, plan=plan({**BY_HEAD, 0: ((4, 3), 2)}))
+    with pytest.raises(CacheFileError, match=r"layer 0: .*key group 1 bits was 2, is 3"):
+        CachedContext.load(path, model, press=other)
+    ids = prompt(400)
+    with enable(model, press):
+        enabled = model.generate(ids, max_new_tokens=8, return_dict_in_generate=True)
+    assert cache_memory(enabled.past_key_values).ratio > 1
+    assert TurboQuant(plan=plan(BY_HEAD)).bits_per_value(64) == pytest.approx((2.5 + 3 + 2.5) / 3 + 1 / 4)
+
+
+def test_groups_without_loss_give_the_tokens_of_an_uncompressed_cache() -> None:
+    """The pipeline, and `generate` with beams, over pages of two heads in groups of their own."""
+
+    def codec(head_dim: int, role: str, layer: int) -> HeadGroups:
+        return HeadGroups(((1,), (0,)), (RawPages(head_dim, 32), RawPages(head_dim)))
+
+    press, pipe, model = TurboQuant(codec=codec, recent_tokens=16), ours(), tiny_model("llama")
+    answers = [pipe(text(400), questions=["w1 w2", "w3"], press=one)["answers"] for one in (None, press)]
+    assert answers[0] == answers[1]
+    ids, options = prompt(300, batch=2), {"max_new_tokens": 150, "num_beams": 2, "do_sample": False}
+    plain = model.generate(ids, **options)
+    with enable(model, press):
+        assert torch.equal(model.generate(ids, **options), plain)
+    with pytest.raises(InvalidInputError, match="evicting different numbers of tokens"):
+        pipe(text(400), question="w1", press=Compose([AdaKV(Knorm(0.5)), press]))
 
 
 def test_bits_are_those_of_the_plan(file: str) -> None:

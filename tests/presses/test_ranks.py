@@ -10,6 +10,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
+from quantpress.cache import WidthPlan
 from quantpress.cache.ranks import kv_heads, ranks_of
 from quantpress.errors import UnsupportedModelError
 from quantpress.presses import AdaKV, ChunkKV, Compose, Decoding, KVzip, LeverageScore, SnapKV, TurboQuant
@@ -21,6 +22,7 @@ from tests.tiny_models import tiny_model
 
 CASES: dict[str, Callable[[], Any]] = {
     "{press} decides": lambda: Compose([KVzip(), TurboQuant()]),
+    "{press} has a plan of widths by head": lambda: TurboQuant(plan=WidthPlan("", {}, {0: ((2, 3), 2)})),
     "{press} compares heads": lambda: AdaKV(LeverageScore(0.5)),
 }
 

@@ -134,4 +134,4 @@ def test_every_reason_is_given() -> None:
     reasons = why_not([TurboQuant(detect_sinks=1), AdaKV(), names.KVzip(), Oldest()])
     assert [reason.split(" ")[0] for reason in reasons] == ["TurboQuant", "KVzip", "Oldest", "KVzip", "AdaKV"]
     assert why_not([]) == ["Compose got an empty list; give at least one press, or press=None for none"]
-    assert why_not([SnapKV(), Demote(), TurboQuant()]) == [] and len(RULES) == 16
+    assert why_not([SnapKV(), Demote(), TurboQuant()]) == [] and len(RULES) == 17

@@ -1,5 +1,6 @@
-"""`quantpress fit`: which layers need more bits, and a plan that meets a budget."""
+"""`quantpress fit`: which layers, or heads, need more bits, and a plan that meets a budget."""
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -18,7 +19,7 @@ from quantpress.cli.output import Outcome
 from quantpress.errors import InvalidInputError
 
 if TYPE_CHECKING:
-    from quantpress.cache.saved.width_plan import WidthPlan
+    from quantpress.cache.saved.width_plan import Width, WidthPlan
     from quantpress.evaluation.fitting.measured import Measured
 
 PRESS = "TurboQuant.preset('small')"
@@ -57,19 +58,33 @@ class Fitted(Outcome):
         return {"file": self.file, "use": self.press, **about, "mean_bits": plan.mean_bits, "widths": widths}
 
     def __rich__(self) -> Group:
-        plan, lines = self.plan, []
+        from quantpress.cache.saved.width_plan import heads_of
+
+        plan, lines = self.plan, list[str]()
         indices = sorted(plan.widths)
         for start in range(0, len(indices), ROW):
             row = indices[start : start + ROW]
-            cells = (row, [plan.widths[i][0] for i in row], [plan.widths[i][1] for i in row])
-            for name, one in zip(("layer", "keys", "values"), cells, strict=True):
-                lines.append(f"{name:7}" + "".join(f"{cell:3}" for cell in one))
+            for name, cells in (("layer", row), *_sides([plan.widths[index] for index in row])):
+                lines.append(f"{name:10}" + "".join(f"{cell:>3}" for cell in cells))
         size = f", {plan.bits:.2f} bits a value at {plan.context:,} tokens" if plan.context else ""
         how = f", method {plan.method}" if plan.method else ""
         lines.append(f"{self.file}: {plan.model}, mean width {plan.mean_bits:.2f}{size}{how}.")
-        if not {1, 8}.isdisjoint(bits for pair in plan.widths.values() for bits in pair):
+        every = {bits for pair in plan.widths.values() for side in pair for bits in heads_of(side)}
+        if not {1, 8}.isdisjoint(every):
             lines.append("On a GPU, plain PyTorch reads layers of 1 or 8 bits, which is slower.")
         return Group(*map(Text, lines), Text(f'Use it: --press "{self.press}"', "bold"))
+
+
+def _sides(pairs: Sequence[tuple["Width", "Width"]]) -> Iterator[tuple[str, list[Any]]]:
+    """Names and widths of the rows of some layers: one for each side, or for each head of it."""
+    from quantpress.cache.saved.width_plan import SIDES, heads_of
+
+    most = max(len(heads_of(bits)) for pair in pairs for bits in pair)
+    for side, name in enumerate(SIDES):
+        every = [heads_of(pair[side]) * (most if len(heads_of(pair[side])) == 1 else 1) for pair in pairs]
+        for head in range(most):
+            own = [heads[head] if head < len(heads) else "" for heads in every]
+            yield (name if most == 1 else f"{name} {head}"), own
 
 
 def fit(
@@ -100,6 +115,10 @@ def fit(
             help="Measure each layer and width, or estimate all from gradients of one pass, which is faster."
         ),
     ] = "layer-by-layer",
+    by: Annotated[
+        Literal["layer", "head"],
+        typer.Option(help="What has widths of its own: each layer, or each KV head, which saves more."),
+    ] = "layer",
     pieces: Annotated[
         int | None,
         typer.Option(
@@ -119,7 +138,7 @@ def fit(
     device: Device = None,
     dtype: Dtype = None,
 ) -> Fitted:
-    """Give each layer's keys and values the widths that cost least, within a budget in bytes."""
+    """Give each layer, or each head, the widths that cost least, within a budget in bytes."""
     texts = texts_and_output(text, output)
     choice = _widths(widths)
     if measured is not None:
@@ -127,9 +146,9 @@ def fit(
     else:
         check_loading(model, device, dtype)
         partial = Path(f"{output}.partial")
-        options = {"method": method, "widths": choice, "partial": partial}
+        options = {"method": method, "widths": choice, "by": by, "partial": partial}
         found = _measure(model, (device, dtype), texts, press, (pieces, piece_tokens), options)
-    plan = found.plan(bits, context, choice)
+    plan = found.plan(bits, context, choice, by)
     plan.save(output)
     if measured is None:
         partial.unlink(missing_ok=True)

@@ -15,16 +15,17 @@ from quantpress.cache.fixed.fixable import unfixable
 from quantpress.cache.settings import LayerSettings
 from quantpress.errors import InvalidInputError, NonFiniteError
 from quantpress.kernels.attend import Visibility, attend
-from tests.cache.caches import lossless, scalar
+from tests.cache.caches import grouped, lossless, scalar
 from tests.cache.test_layer import states
 from tests.cache.tokens.test_ragged import patterns
 
 SETTINGS = {"lossless": lossless(recent_tokens=16), "three_bits": scalar(bits=3, recent_tokens=16)}
+EVERY = {**SETTINGS, "by_head": grouped(recent_tokens=16)}
 
 
 @pytest.fixture(params=SETTINGS)
 def settings(request: pytest.FixtureRequest) -> LayerSettings:
-    return SETTINGS[request.param]
+    return EVERY[request.param]
 
 
 def filled(settings: LayerSettings, lengths: tuple[int, ...] = (300, 700), batch: int = 2) -> DynamicCache:
@@ -65,6 +66,7 @@ def grow(cache: DynamicCache, count: int) -> None:
             layer.update(*added)
 
 
+@pytest.mark.parametrize("settings", EVERY, indirect=True)
 @pytest.mark.parametrize("count", [1, 120, 300])
 def test_steps_are_updates(settings: LayerSettings, count: int) -> None:
     cache, other = filled(settings), filled(settings)

@@ -67,6 +67,16 @@ EDITS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     ),
     "fraction": (lambda f: f["layers"]["1"].update(values=2.5), r'layers["1"]["values"] is 2.5'),
     "truth": (lambda f: f["layers"]["0"].update(values=True), r'layers["0"]["values"] is True'),
+    "head": (lambda f: f["layers"]["1"].update(keys=[2, 5]), r'layers["1"]["keys"] is 5; give one of'),
+    "no head": (lambda f: f["layers"]["1"].update(keys=[]), r'layers["1"]["keys"] is ()'),
+    "heads": (
+        lambda f: f["layers"]["1"].update(keys=[2, 3], values=[2, 3, 4]),
+        r'layers["1"] has widths of 2 heads for the keys and of 3 for the values',
+    ),
+    "error of a head": (
+        lambda f: f["errors"]["0"]["keys"].update({"2": [1, "a"]}),
+        r"""errors["0"]["keys"]["2"] is [1, 'a'], not a divergence""",
+    ),
     "side": (lambda f: f["layers"]["0"].pop("values"), r"""layers["0"] is {'keys': 4}; give both widths"""),
     "index": (lambda f: f["layers"].update(first={}), r'layers["first"] names no layer'),
     "none": (lambda f: f["layers"].clear(), "layers is {}; give the widths"),
@@ -89,6 +99,17 @@ def test_a_broken_file_is_named_with_key_and_value(name: str, file: Path) -> Non
     with pytest.raises(CacheFileError, match=re.escape(reason)) as error:
         WidthPlan.load(file)
     assert str(error.value).startswith(str(file))
+
+
+def test_a_plan_by_head_comes_back_from_its_file(tmp_path: Path) -> None:
+    errors = {0: ({2: (0.5, 0.25)}, {2: (0.125, 0.0)})}
+    widths: Any = {0: ((4, 2), (2, 1)), 1: ((3, 2), 2), 2: (2, 2)}
+    made = plan(widths=widths, errors=errors)
+    made.save(tmp_path / "plan.json")
+    assert json.loads((tmp_path / "plan.json").read_text())["layers"]["1"] == {"keys": [3, 2], "values": 2}
+    found = WidthPlan.load(tmp_path / "plan.json")
+    assert found == made and found.widths == widths and found.by_head and not plan().by_head
+    assert found.mean_bits == (3 + 1.5 + 2.5 + 2 + 2 + 2) / 6
 
 
 def test_only_the_widths_and_the_model_are_needed(file: Path) -> None:

@@ -1,6 +1,7 @@
 """Fitting: estimates are divergences, budgets are bytes, and the layer that matters gets the bits."""
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -41,8 +42,8 @@ def measured(model: PreTrainedModel, method: Method = "one-pass", **options: Any
 
 @pytest.fixture(scope="module")
 def known() -> Measured:
-    """What is measured of the tiny Llama."""
-    return measured(tiny_model("llama"))
+    """What is measured of the heads of the tiny Llama in one pass."""
+    return measured(tiny_model("llama"), by="head")
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gemma3"])
@@ -54,7 +55,7 @@ def test_estimates_are_divergences_where_errors_are_small(family: str) -> None:
     for index, (keys, values) in found.items():
         others = {other: 16 for other in found if other != index}
         kl = probe.over(TurboQuant(8, layer_bits=others, **WINDOWS))[0].kl
-        assert keys[8] + values[8] == pytest.approx(sum(kl) / len(kl), rel=0.6)
+        assert sum(keys[8] + values[8]) == pytest.approx(sum(kl) / len(kl), rel=0.6)
 
 
 @pytest.mark.parametrize("codebook", ["int8", "trellis"])
@@ -99,11 +100,49 @@ def test_the_layer_that_matters_gets_the_bits(method: Method) -> None:
     assert min(plan.widths[1]) == 4 and plan.mean_bits <= 3 and plan.method == method
 
 
-@pytest.mark.parametrize("bits", [2.6, 3.4])
-def test_the_budget_is_the_bytes_of_the_cache(bits: float, known: Measured) -> None:
+@pytest.mark.parametrize("method", ["one-pass", "layer-by-layer"])
+def test_the_head_that_matters_gets_the_bits(method: Method) -> None:
+    """Queries of head 0 reach the output, in layer 1 alone; its KV head is 0 of 2."""
+    model = copy.deepcopy(tiny_model("llama"))
+    for index, layer in enumerate(model.model.layers):
+        layer.self_attn.o_proj.weight.data[:, HEAD_DIM * 2 * (index == 1) :] *= 1e-3
+    found = measured(model, method, widths=(2, 4), by="head")
+    for by_width in found.errors[1]:
+        assert isinstance(by_width[2], tuple) and by_width[2][0] > 10 * by_width[2][1]
+    sums = {index: sum(map(sum, (keys[2], values[2]))) for index, (keys, values) in found.errors.items()}  # type: ignore[arg-type]
+    assert sums[1] > 10 * max(sums[0], sums[2])
+    budget = found.budget(4096)
+    bytes_of = budget.total({index: (2, 2) if index != 1 else ((4, 2), (4, 2)) for index in range(3)})
+    plan = found.plan(8 * bytes_of / budget.numbers + 1e-6, 4096, (2, 4), by="head")
+    assert plan.widths == {0: (2, 2), 1: ((4, 2), (4, 2)), 2: (2, 2)}
+    by_layer = found.plan(plan.bits, 4096, (2, 4))
+    assert not by_layer.by_head and by_layer.errors == plan.errors == found.errors
+
+
+def test_layer_by_layer_a_head_alone_has_the_width() -> None:
+    """As a plan with 8 bits for every other head, less a plan with 8 bits everywhere."""
+    model, one = tiny_model("llama"), document()
+    heads = {0: 2, 1: 2, 2: 2}
+    found = layer_by_layer(model, one, TurboQuant(**WINDOWS), [0, 1, 2], [3], heads=heads)
+    probe = DivergenceProbe(model, [one])
+
+    def kl(widths: dict[int, Any]) -> float:
+        plan = WidthPlan("", {}, {0: (8, 8), 1: (8, 8), 2: (8, 8), **widths})
+        tokens = probe.over(TurboQuant(plan=plan, **WINDOWS))[0].kl  # type: ignore[arg-type]
+        return sum(tokens) / len(tokens)
+
+    base = kl({})
+    for side, pairs in enumerate([(((3, 8), 8), ((8, 3), 8)), ((8, (3, 8)), (8, (8, 3)))]):
+        assert found[1][side][8] == (0.0, 0.0)
+        assert found[1][side][3] == pytest.approx([kl({1: pair}) - base for pair in pairs])
+
+
+@pytest.mark.parametrize("bits, by", [(2.6, "layer"), (3.4, "layer"), (3.4, "head")])
+def test_the_budget_is_the_bytes_of_the_cache(bits: float, by: Any, known: Measured) -> None:
     model, context = tiny_model("llama"), 1100
     found, asked = known, bits + 32 * 99 / context  # with tokens in float32 beside the pages
-    plan = found.plan(asked, context, WHOLE_BITS)
+    plan = found.plan(asked, context, WHOLE_BITS, by)
+    assert plan.by_head == (by == "head")
     cache = host.empty_cache(model)
     with torch.no_grad():
         ids = torch.randint(10, 200, (1, context))
@@ -147,7 +186,8 @@ def test_a_run_that_was_interrupted_goes_on(
         measured(model, partial=partial, method=method)
     resumed = measured(model, partial=partial, method=method)
     assert len(calls) == done + 1 + left
-    assert resumed.errors == (known if method == "one-pass" else measured(model, method=method)).errors
+    whole = known.errors_by("layer") if method == "one-pass" else measured(model, method=method).errors
+    assert resumed.errors == whole
     other = {"method": method, "partial": partial}
     with pytest.raises(InvalidInputError, match="holds results of other settings"):
         measure(model, word_tokenizer(), {"w": text(900, seed=2)}, pieces=PIECES, **other)
@@ -171,6 +211,10 @@ def test_what_cannot_be_fitted_says_why(known: Measured) -> None:
         InvalidInputError, match=r"1\.50 bits a value are fewer than .* give [23]\.\d\d or more"
     ):
         found.plan(1.5, 32768)
+    with pytest.raises(InvalidInputError, match="by is 'token'; give one of layer, head"):
+        measured(model, by="token")
+    with pytest.raises(InvalidInputError, match=r"measured by layer, but .* --by head` without --from"):
+        replace(found, errors=found.errors_by("layer")).plan(3, by="head")
     with pytest.raises(InvalidInputError, match="bits is 0; give the bits"):
         found.plan(0)
     with pytest.raises(
