@@ -1,4 +1,4 @@
-"""What widths by layer save: estimates from one pass, measurements layer by layer, and the plans of both.
+"""What widths by layer or by head save: estimates from one pass, measurements layer by layer, plans of both.
 
     python benchmarks/fit.py --json fit.json                                the default model, 1024 tokens
     python benchmarks/fit.py --model FOLDER --device cuda --dtype bfloat16 --context 4096 --pieces 8 \
@@ -15,11 +15,14 @@
    widths that were measured.
 4. With --trellis, the same with trellis codes in place of scalar ones, in the same bytes: one width, and
    plans of errors that were measured layer by layer with trellis codes. On a CPU this takes hours.
+5. With --by head, errors of each KV head are measured. Beside plans by layer, made of their sums, there are
+   plans in the same bytes in which each head has its own widths. `over_layers`: their KL over that by layer.
 
 A run that was interrupted goes on from the files in --work.
 """
 
 import argparse
+import itertools
 import json
 import time
 from collections.abc import Iterable, Sequence
@@ -34,12 +37,12 @@ from rich.console import Console
 from rich.progress import track
 from scipy.stats import spearmanr
 
-from quantpress.cache.saved.width_plan import SIDES, Errors, WidthPlan
+from quantpress.cache.saved.width_plan import SIDES, Error, Errors, Width, WidthPlan, heads_of
 from quantpress.cli.loading import load_pipeline, model_name
 from quantpress.evaluation.divergence.documents import Document, Pieces, make_documents
 from quantpress.evaluation.divergence.probe import DivergenceProbe
 from quantpress.evaluation.fitting.fit import LAYER_BY_LAYER, ONE_PASS, measure
-from quantpress.evaluation.fitting.measured import DEFAULT_WIDTHS, Measured, among
+from quantpress.evaluation.fitting.measured import DEFAULT_WIDTHS, HEAD, LAYER, By, Measured, among
 from quantpress.evaluation.fitting.pieces import CONTINUATION
 from quantpress.evaluation.measuring import machine
 from quantpress.evaluation.results.markdown import table
@@ -53,6 +56,9 @@ BUDGETS = {2.0: (2, 2), 2.5: (3, 2), 3.0: (3, 3)}
 
 TRELLIS = "trellis, "
 """What the name of a line begins with where the codes are trellis codes."""
+
+BY_HEAD = " by head"
+"""What stands in the name of a line where heads have widths of their own."""
 
 Plans = dict[str, dict[float, WidthPlan]]
 """Plans by the name of what they come from, and by mean width."""
@@ -93,19 +99,25 @@ def correlations(estimate: Errors, exact: Errors, widths: Sequence[int]) -> dict
     return found
 
 
-def plans(measured: Measured, exact: Measured | None, trellis: Measured | None, context: int) -> Plans:
+def plans(
+    measured: Measured, exact: Measured | None, trellis: Measured | None, context: int, by: By
+) -> Plans:
     """Plans within the bytes of each mean width, by the name of what they come from."""
     budget, found = measured.budget(context), Plans()
     sources = ("one pass", measured), ("layer by layer", exact), (f"{TRELLIS}layer by layer", trellis)
-    for source, by in sources:
-        known = sorted({bits for pair in by.errors.values() for bits in pair[0]}) if by else []
+    for (source, of), unit in itertools.product(sources, (LAYER,) if by == LAYER else (LAYER, HEAD)):
+        if of is None:
+            continue
+        errors = of.errors_by(unit)
+        known = sorted({bits for pair in errors.values() for bits in pair[0]})
         for widths in (tuple(known), DEFAULT_WIDTHS):
-            if by is None or not {*widths} <= {*known}:
+            if not {*widths} <= {*known}:
                 continue
-            name, some = f"{source}, {widths[0]} to {widths[-1]} bits", among(by.errors, widths)
+            kind = source if unit == LAYER else f"{source}{BY_HEAD}"
+            name, some = f"{kind}, {widths[0]} to {widths[-1]} bits", among(errors, widths)
             for mean, pair in BUDGETS.items():
                 chosen = budget.widths(some, budget.uniform(*pair))
-                plan = WidthPlan(by.model, by.fingerprint, chosen, bits=budget.bits(chosen))
+                plan = WidthPlan(of.model, of.fingerprint, chosen, bits=budget.bits(chosen))
                 found.setdefault(name, {})[mean] = plan
     return found
 
@@ -145,6 +157,11 @@ def scores(
                 "bits_per_value": round(bits, 4),
                 "kl": vars(mean_by_document(kl)),
                 "ratio": vars(paired_ratio(first, means[source])),
+                **(
+                    {"over_layers": vars(paired_ratio(means[source.replace(BY_HEAD, "")], means[source]))}
+                    if BY_HEAD in source
+                    else {}
+                ),
             }
             for source, (kl, bits) in found.items()
         ]
@@ -165,11 +182,12 @@ def main() -> None:
     given = model, pipe.tokenizer, {"first half": texts["first half"]}, press
     partial = {one: folder / f"{one}.jsonl" for one in ("estimate", "reference", "trellis")}
     pieces = Pieces(args.pieces, *shape)
-    measured = measure(*given, pieces, method=ONE_PASS, name=name, partial=partial["estimate"])
+    options = {"name": name, "by": args.by}
+    measured = measure(*given, pieces, method=ONE_PASS, **options, partial=partial["estimate"])
     seconds = {"estimate": round(time.perf_counter() - begin, 1)}
     exact = trellis = None
     pieces, widths = Pieces(args.reference_pieces, *shape), args.reference_widths
-    options = {"method": LAYER_BY_LAYER, "widths": widths, "name": name}
+    options |= {"method": LAYER_BY_LAYER, "widths": widths}
     if widths:
         begin = time.perf_counter()
         exact = measure(*given, pieces, **options, partial=partial["reference"])
@@ -179,7 +197,7 @@ def main() -> None:
         given = *given[:3], replace(press, codebook="trellis")
         trellis = measure(*given, pieces, **options, partial=partial["trellis"])
         seconds["trellis"] = round(time.perf_counter() - begin, 1)
-    made = plans(measured, exact, trellis, args.context)
+    made = plans(measured, exact, trellis, args.context, args.by)
     documents = make_documents(pipe.tokenizer, texts["second half"], args.documents, *shape)
     settings = {
         "model": name,
@@ -193,15 +211,15 @@ def main() -> None:
         "machine": machine(pipe),
         "source": "benchmarks/fit.py",
         "model": name,
-        **{one: getattr(args, one) for one in ("context", "pieces", "reference_pieces", "documents")},
+        **{one: getattr(args, one) for one in ("context", "pieces", "reference_pieces", "documents", "by")},
         "seconds": seconds,
         "correlation": {}
         if exact is None
-        else correlations(measured.errors, exact.errors, args.reference_widths),
+        else correlations(measured.errors_by(LAYER), exact.errors_by(LAYER), args.reference_widths),
         "rows": scores(Scorer.of(model, documents), measured, made, args.context, records),
         "plans": {
             source: {
-                mean: " ".join(f"{k}/{v}" for _, (k, v) in sorted(plan.widths.items()))
+                mean: " ".join("/".join(map(shown, pair)) for _, pair in sorted(plan.widths.items()))
                 for mean, plan in one.items()
             }
             for source, one in made.items()
@@ -219,11 +237,21 @@ def plain(errors: Errors) -> dict[str, Any]:
     """Errors for JSON."""
     return {
         str(index): {
-            side: {str(bits): float(f"{error:.4g}") for bits, error in one.items()}
+            side: {str(bits): _rounded(error) for bits, error in one.items()}
             for side, one in zip(SIDES, pair, strict=True)
         }
         for index, pair in errors.items()
     }
+
+
+def _rounded(error: Error) -> float | list[float]:
+    heads = [float(f"{one:.4g}") for one in heads_of(error)]
+    return heads if isinstance(error, tuple) else heads[0]
+
+
+def shown(bits: Width) -> str:
+    """A width, or those of heads."""
+    return ",".join(map(str, heads_of(bits)))
 
 
 def show(report: dict[str, Any]) -> None:
@@ -239,11 +267,11 @@ def show(report: dict[str, Any]) -> None:
     lines = []
     for one in report["rows"]:
         kl, ratio = one["kl"], one["ratio"]
-        shown = f"{ratio['value']:.2f}"
+        interval = f"{ratio['value']:.2f}"
         if ratio["low"] is not None:
-            shown += f" [{ratio['low']:.2f}, {ratio['high']:.2f}]"
+            interval += f" [{ratio['low']:.2f}, {ratio['high']:.2f}]"
         bits = f"{one['bits_per_value']:.3f}"
-        lines.append((f"{one['mean']}", one["widths"], bits, f"{kl['value']:.5f}", shown))
+        lines.append((f"{one['mean']}", one["widths"], bits, f"{kl['value']:.5f}", interval))
     print(table(("mean", "widths", "bits a value", "KL, nats", "ratio"), lines))
 
 
@@ -260,6 +288,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--reference-widths", type=int, nargs="*", default=[1, 2, 3, 4], help="none: no reference"
     )
+    parser.add_argument("--by", choices=(LAYER, HEAD), default=LAYER, help="what has widths of its own")
     parser.add_argument("--trellis", action="store_true", help="measure and score trellis codes, too")
     parser.add_argument("--work", type=Path, default=None, help="folder of partial results")
     parser.add_argument("--json", type=Path, default=None)

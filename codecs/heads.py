@@ -22,6 +22,13 @@ def take_heads(x: Tensor, heads: Heads) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
 
+def take_planes(plane: Tensor, heads: Heads) -> Tensor:
+    """The heads of a plane [B, H, P, ...], equally far apart over the whole batch, as kernels read it."""
+    own = take_heads(plane, heads)
+    even = own.shape[0] == 1 or own.stride(0) == own.shape[1] * own.stride(1)
+    return own if even else own.contiguous()
+
+
 def transform_of(transform: ChannelTransform, heads: Heads) -> ChannelTransform:
     """The channel transform of some heads, contiguous as kernels read it."""
     return transform.map(lambda part: take_heads(part, heads).contiguous())

@@ -31,7 +31,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from quantpress.codecs.heads import Heads, take_heads, transform_of
+from quantpress.codecs.heads import Heads, take_planes, transform_of
 from quantpress.codecs.parts import Parts, kind_of, rebuild
 from quantpress.errors import InvalidInputError
 from quantpress.kernels.attend.operands import ScalarOperands
@@ -98,7 +98,7 @@ class PageCodec(ABC):
         Returns:
             Codec, planes [B, len(heads), P, ...] and transform of these heads.
         """
-        own = {name: take_heads(plane, heads) for name, plane in planes.items()}
+        own = {name: take_planes(plane, heads) for name, plane in planes.items()}
         return self, own, transform_of(transform, heads)
 
     def gather(self, planes: Planes, tokens: Tensor) -> Planes:

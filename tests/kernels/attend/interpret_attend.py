@@ -3,13 +3,26 @@
 import json
 import sys
 from dataclasses import replace
+from functools import partial
+from unittest.mock import patch
 
 import torch
 
-from quantpress.kernels.attend import DenseSegment, PackedSegment, Segment, Visibility, triton_attend
+from quantpress.cache.attention import by_heads
+from quantpress.codecs.head_groups import HeadGroups
+from quantpress.kernels import attend as kernels
+from quantpress.kernels.attend import (
+    DenseSegment,
+    PackedSegment,
+    PackedSide,
+    Segment,
+    Visibility,
+    triton_attend,
+)
 from quantpress.kernels.attend.reference import attend_reference
 from quantpress.kernels.attend.schedule import PageSchedule, launch_schedule, scheduled_programs
 from quantpress.kernels.attend.triton_attend import attend_triton, supports
+from quantpress.quantization.transform import ChannelTransform
 from tests.kernels.attend.test_attend import (
     GROUP,
     KV_HEADS,
@@ -36,6 +49,8 @@ def error(key_bits: int, value_bits: int, dim: int, queries: int, dtype: str, ex
     if "one_transform" in extras:
         keys = replace(keys, transform=keys.transform.map(lambda part: part[:1]))
     pages = PackedSegment(keys, sides[1].values)
+    if "by_head" in extras:
+        pages = grouped(pages, packed(dim, dim, 4))
     segments: list[Segment] = [pages]
     if "alone" not in extras:
         tail = dense(37, dim, dim, kind)
@@ -56,6 +71,11 @@ def error(key_bits: int, value_bits: int, dim: int, queries: int, dtype: str, ex
         "sinks": torch.randn(KV_HEADS * GROUP) if "sinks" in extras else None,
     }
     visibility = Visibility(queries, tokens)
+    if "by_head" in extras:
+        with patch.object(kernels, "attend", partial(attend_triton, plain=True)):
+            got = by_heads.attend(query, segments, visibility, **options)
+        expected = exact(query, clean, limit_in_use(segments, queries), **options)
+        return float((got - expected).norm() / expected.norm())
     assert supports(query, segments, visibility), "not covered"
     out = torch.full((*query.shape[:3], dim), torch.nan) if "out" in extras else None
     got = attend_triton(query, segments, visibility, plain=True, out=out, **options)
@@ -63,6 +83,27 @@ def error(key_bits: int, value_bits: int, dim: int, queries: int, dtype: str, ex
     expected = exact(query, clean, limit_in_use(segments, queries), **options)
     assert got.shape == expected.shape
     return float((got - expected).norm() / expected.norm())
+
+
+def grouped(first: PackedSegment, second: PackedSegment) -> PackedSegment:
+    """The first head of one segment, and the second of another."""
+
+    def side(one: PackedSide, other: PackedSide) -> PackedSide:
+        codec = HeadGroups(((0,), (1,)), (one.codec, other.codec))  # type: ignore[arg-type]
+        sides = ((0, one), (1, other))
+        planes = {f"{n}.{name}": own for n, some in sides for name, own in _own_planes(some, n).items()}
+        rest = other.transform.tensors()
+        parts = {
+            name: torch.cat([part[:, :1], rest[name][:, 1:]], 1)
+            for name, part in one.transform.tensors().items()
+        }
+        return PackedSide(codec, planes, ChannelTransform(**parts))
+
+    return PackedSegment(side(first.keys, second.keys), side(first.values, second.values))
+
+
+def _own_planes(side: PackedSide, head: int) -> dict[str, torch.Tensor]:
+    return side.codec.of_heads(side.planes, side.transform, (head,))[1]
 
 
 def pool_error(segments: list[Segment], query: torch.Tensor, extras: str) -> float:

@@ -48,6 +48,7 @@ INTERPRETED = [
     [4, 4, 64, 7, "float32", ""],  # 21 rows: two blocks
     [3, 2, 64, 3, "bfloat16", "lengths sinks out"],
     [2, 2, 64, 1, "float32", "lengths alone identity out"],
+    [2, 3, 64, 3, "float32", "sinks softcap by_head"],
     [2, 3, 64, 1, "float32", "pool right alone few side_by_side"],
     [4, 3, 64, 7, "float32", "pool few"],
     [3, 3, 64, 1, "float32", "pool shared"],
