@@ -167,6 +167,14 @@ def plan_ranks() -> str:
     return formatted(rows, columns)
 
 
+def plans_by_head() -> str:
+    """Plans by layer and by head; those by head beside those by layer of the same widths to choose from."""
+    rows = results("plans_by_head")["rows"]
+    over = (f"{row['over_layers']:.2f}" if "over_layers" in row else "" for row in rows)
+    columns = {**PLANS, "of the KL by layer": "{over}"}
+    return formatted(({**row, "over": one} for row, one in zip(rows, over, strict=True)), columns)
+
+
 def memory() -> str:
     """Bytes of a long context under several presses."""
     whole, *_ = rows = results("memory")["rows"]
@@ -242,6 +250,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "families": families,
     "plans": _rows("plans", PLANS),
     "plans-qwen": _rows("plans_qwen", PLANS),
+    "plans-by-head": plans_by_head,
     "plan-ranks": plan_ranks,
     "vllm-speed": vllm.speed,
     "vllm-two-gpus": vllm.two_gpus,

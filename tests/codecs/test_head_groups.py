@@ -4,10 +4,13 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import DynamicCache
 
 from quantpress.cache.attention.by_heads import attend
+from quantpress.cache.fixed.cache import FixedCache
 from quantpress.cache.layer import PackedLayer
 from quantpress.cache.settings import LayerSettings
+from quantpress.cache.tokens.demotion import Demotion
 from quantpress.codecs.head_groups import HeadGroups, by_head
 from quantpress.codecs.heads import join_heads, take_heads
 from quantpress.codecs.protocol import PageCodec, codec_of
@@ -114,6 +117,25 @@ def test_attention_reads_group_by_group(case: str) -> None:
         )
         assert torch.equal(found[:, own], wanted)
     torch.testing.assert_close(kernels.attend(query, segments, seen, sinks=sinks, **options), found)
+
+
+def test_steps_at_fixed_addresses_and_demoted_tokens_are_read_too() -> None:
+    """As plain PyTorch reads the same segments with all heads at once."""
+    query = torch.randn(2, KV_HEADS * SHARED, 1, DIM)
+    (whole, _), cache = layers(440), DynamicCache()
+    cache.layers = [whole]
+    fixed = FixedCache(cache)
+    fixed.enter(new_tokens=1)
+    with fixed.step():
+        whole.update(*states(1))
+        assert whole.fixed is not None
+        segments = list(whole.fixed.step_segments())
+    demotion = Demotion(torch.rand(2, KV_HEADS, 440), 128, scalar(1, "key"), scalar(1, "value"))
+    demoted = PackedLayer.from_states(*states(440), settings(), demotion=demotion).view().segments()
+    for some in (segments, demoted):
+        seen = Visibility(1, sum(one.tokens for one in some))
+        found = attend(query, some, seen, scaling=0.3)
+        torch.testing.assert_close(found, kernels.attend(query, some, seen, scaling=0.3))
 
 
 def test_bytes_are_those_of_each_head() -> None:

@@ -13,7 +13,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, PreTrainedModel
 
-from quantpress.cache import continue_inputs
+from quantpress.cache import WidthPlan, continue_inputs
 from quantpress.codecs.raw import RawPages
 from quantpress.pipelines.capture.captured import captured_decoding
 from quantpress.pipelines.capture.captured_steps import WARM_STEPS, CapturedDecoding
@@ -79,6 +79,7 @@ PRESSES: dict[str, Callable[[], Any]] = {
     "evicted": lambda: Compose([SnapKV(0.5), TurboQuant(bits=2)]),
     "head_wise": lambda: Compose([AdaKV(SnapKV(0.5)), TurboQuant(bits=3)]),
     "unequal": lambda: Compose([PyramidKV(0.3), TurboQuant(bits=4)]),
+    "by_head": lambda: TurboQuant(plan=WidthPlan("", {}, dict.fromkeys(range(4), ((4, 2), (3, 2))))),
     "lossless": lambda: TurboQuant(codec=lossless),
 }
 

@@ -12,7 +12,9 @@ from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingW
 from quantpress.cache import LayerSettings, PackedLayer, cache_memory, host
 from quantpress.cache.fixed.layers import FixedPackedLayer
 from quantpress.cache.fixed.step_counters import StepCounters
+from quantpress.cache.ranks import Ranks
 from quantpress.cache.saved.format import read_file
+from quantpress.cache.saved.head_parts import own_heads
 from quantpress.cache.saved.layers import cache_of, cache_parts
 from quantpress.codecs.parts import Parts, rebuild
 from quantpress.codecs.protocol import codec_of
@@ -214,6 +216,14 @@ def test_other_layers_and_codecs_are_refused() -> None:
 
 
 # What does not fit
+
+
+def test_widths_by_head_are_not_divided_among_processes() -> None:
+    parts = cache_parts(cache_with(packed(grouped(), 300)))
+    with pytest.raises(
+        InvalidInputError, match="widths of their own, which cannot be divided among"
+    ):
+        own_heads(parts, Ranks(2, 0, None, split_heads=True))
 
 
 def test_another_seed_behind_the_same_digest_is_refused() -> None:
