@@ -55,7 +55,7 @@ def allocate(items: Sequence[Sequence[Choice]], budget: int) -> list[int]:
         unit = -(-spare // MOST_UNITS)
     units = spare // unit
     best = np.zeros(units + 1)  # least error with at most so many units
-    chosen = np.empty((len(items), units + 1), dtype=np.int8)
+    chosen = np.empty((len(items), units + 1), dtype=np.int16)
     steps = [[-(-cost // unit) for cost in item] for item in extra]
     for row, (item, costs) in enumerate(zip(items, steps, strict=True)):
         sums = np.full((len(item), units + 1), np.inf)

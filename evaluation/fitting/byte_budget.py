@@ -1,8 +1,8 @@
 """Widths of all layers, or heads, within a number of true bytes: codes, scales, statistics and windows."""
 
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 
 import torch
 
@@ -11,12 +11,13 @@ from quantpress.cache.saved.width_plan import Error, Errors, Width, WidthPlan, h
 from quantpress.cache.settings import LayerSettings
 from quantpress.errors import InvalidInputError
 from quantpress.evaluation.fitting.allocation import Choice, allocate, widened
+from quantpress.evaluation.fitting.head_choices import Pair, head_choices, pair_errors
 from quantpress.evaluation.sizing.model_outline import LayerOutline
 from quantpress.kernels.layout import PAGE_TOKENS
 from quantpress.presses.turboquant import TurboQuant
 
-Item = tuple[LayerOutline, int, dict[int, float]]
-"""A layer, a side (0: keys, 1: values), and errors by width: of all heads, or of one."""
+Option = tuple[Choice, dict[tuple[int, int], Width]]
+"""A choice, and the widths that it means, by index of the layer and side (0: keys, 1: values)."""
 
 
 @dataclass(frozen=True)
@@ -60,47 +61,42 @@ class ByteBudget:
 
         Args:
             errors: by layer index, for keys and for values, the error of each width to choose from; or those
-                of each KV head, which then have widths of their own.
+                of each KV head, which then have widths of their own, in at most two groups in a layer.
             budget: most bytes of all layers.
 
         Raises:
             InvalidInputError: not even the smallest widths fit.
         """
-        items = [
-            (layer, side, by_width)
-            for layer in self.layers
-            for side, every in enumerate(errors[layer.index])
-            for by_width in _of_each(every)
-        ]
-        options = [sorted(by_width) for _, _, by_width in items]
-        smallest = self._put_together(items, [min(option) for option in options])
-        least = self.total(smallest)
+        items = [item for layer in self.layers for item in self._items(layer, *errors[layer.index])]
+        least = self.total(_widths(item[0] for item in items))
         if budget < least:
             raise InvalidInputError(
                 f"{8 * budget / self.numbers:.2f} bits a value are fewer than the smallest widths take at "
                 f"{self.context:,} tokens, scales and windows included; give {8 * least / self.numbers:.2f} "
                 "or more, a longer context, or smaller widths"
             )
-        sizes = Counter((layer.index, side) for layer, side, _ in items)
-        choices = [
-            [
-                Choice(self._page_bytes(layer, side, bits) // sizes[layer.index, side], error)
-                for bits, error in sorted(by_width.items())
-            ]
-            for layer, side, by_width in items
-        ]
-        fixed = least - sum(min(choice.cost for choice in item) for item in choices)
-        chosen = allocate(choices, budget - fixed)
-        chosen = widened(choices, chosen, budget - fixed)
-        return self._put_together(items, [some[at] for some, at in zip(options, chosen, strict=True)])
+        choices = [[choice for choice, _ in item] for item in items]
+        left = budget - least + sum(item[0].cost for item in choices)
+        chosen = widened(choices, allocate(choices, left), left)
+        return _widths(item[at] for item, at in zip(items, chosen, strict=True))
 
-    def _put_together(self, items: Sequence[Item], bits: Sequence[int]) -> dict[int, tuple[Width, Width]]:
-        """The widths of layers from those of items, in their order."""
-        heads: dict[tuple[int, int], list[int]] = {}
-        for (layer, side, _), one in zip(items, bits, strict=True):
-            heads.setdefault((layer.index, side), []).append(one)
-        sides = {at: own[0] if len({*own}) == 1 else tuple(own) for at, own in heads.items()}
-        return {layer.index: (sides[layer.index, 0], sides[layer.index, 1]) for layer in self.layers}
+    def _items(self, layer: LayerOutline, *errors: Mapping[int, Error]) -> list[list[Option]]:
+        """What can be chosen for a layer: widths of each side, or those of all heads together."""
+        costs = [
+            {bits: self._page_bytes(layer, side, bits) for bits in sorted(by_width)}
+            for side, by_width in enumerate(errors)
+        ]
+        keys, values = ({bits: heads_of(one) for bits, one in by_width.items()} for by_width in errors)
+        if not any(isinstance(error, tuple) for by_width in errors for error in by_width.values()):
+            return [
+                [(Choice(cost, by_width[bits][0]), {(layer.index, side): bits}) for bits, cost in own.items()]
+                for side, (by_width, own) in enumerate(zip((keys, values), costs, strict=True))
+            ]
+        of_head = {
+            (k, v): (costs[0][k] + costs[1][v]) // layer.kv_heads for k, v in product(costs[0], costs[1])
+        }
+        every = head_choices(pair_errors(keys, values), of_head)
+        return [[(one, _sides(layer.index, pairs)) for one, pairs in every]]
 
     def _page_bytes(self, layer: LayerOutline, side: int, bits: int) -> int:
         """Bytes of the pages of keys (side 0) or values (1) of a layer."""
@@ -124,7 +120,13 @@ class ByteBudget:
         return settings
 
 
-def _of_each(errors: Mapping[int, Error]) -> list[dict[int, float]]:
-    """The errors by width of a layer as a whole, or of each of its heads."""
-    by_width = {bits: heads_of(error) for bits, error in errors.items()}
-    return [dict(zip(by_width, one, strict=True)) for one in zip(*by_width.values(), strict=True)]
+def _sides(index: int, pairs: Sequence[Pair]) -> dict[tuple[int, int], Width]:
+    """The widths of both sides of a layer from the pair of each head; one number where heads are alike."""
+    sides = zip(*pairs, strict=True)
+    return {(index, side): own[0] if len({*own}) == 1 else own for side, own in enumerate(sides)}
+
+
+def _widths(options: Iterable[Option]) -> dict[int, tuple[Width, Width]]:
+    """The widths of layers from what was chosen."""
+    sides = {at: bits for _, part in options for at, bits in part.items()}
+    return {index: (sides[index, 0], sides[index, 1]) for index, _ in sides}

@@ -220,9 +220,7 @@ def test_other_layers_and_codecs_are_refused() -> None:
 
 def test_widths_by_head_are_not_divided_among_processes() -> None:
     parts = cache_parts(cache_with(packed(grouped(), 300)))
-    with pytest.raises(
-        InvalidInputError, match="widths of their own, which cannot be divided among"
-    ):
+    with pytest.raises(InvalidInputError, match="widths of their own, which cannot be divided among"):
         own_heads(parts, Ranks(2, 0, None, split_heads=True))
 
 
