@@ -1,4 +1,4 @@
-"""The choices of a layer by head are exact within two groups: nothing in as many bytes has a smaller error."""
+"""The choices of a layer by head are exact within two groups: nothing of equal bytes has a smaller error."""
 
 import itertools
 import random
