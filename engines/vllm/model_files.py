@@ -30,8 +30,8 @@ def plan_of(config: VllmConfig) -> WidthPlan | None:
 
     Raises:
         CacheFileError: the file is no plan, or one of another model.
-        InvalidInputError: an option is unknown, its value makes no sense, or the plan lacks a layer or has a
-            width that the kernels do not read.
+        InvalidInputError: an option is unknown, its value makes no sense, or the plan lacks a layer, or has
+            widths by head or one that the kernels do not read.
     """
     path, model = _options(config).plan, config.model_config
     if path is None or model.runner_type == "draft":

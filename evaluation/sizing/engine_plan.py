@@ -87,8 +87,8 @@ def engine_plans(
     Raises:
         UnsupportedModelError: the plugin refuses such a model.
         CacheFileError: `widths` are for another model.
-        InvalidInputError: a dtype is unknown; `widths` lack a layer or have one of 1 or 8 bits; or memory is
-            given, and the weights are unknown or do not leave any for the cache.
+        InvalidInputError: a dtype is unknown; `widths` lack a layer, are by head, or have one of 1 or 8
+            bits; or memory is given, and the weights are unknown or do not leave any for the cache.
     """
     _check_model(model)
     itemsize = model.dtype.itemsize

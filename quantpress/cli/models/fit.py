@@ -117,7 +117,10 @@ def fit(
     ] = "layer-by-layer",
     by: Annotated[
         Literal["layer", "head"],
-        typer.Option(help="What has widths of its own: each layer, or each KV head, which saves more."),
+        typer.Option(
+            help="What has widths of its own: each layer, or each KV head, which saves more. A layer then "
+            "has two groups of heads at most."
+        ),
     ] = "layer",
     pieces: Annotated[
         int | None,

@@ -158,7 +158,7 @@ def test_the_budget_is_the_bytes_of_the_cache(bits: float, by: Any, known: Measu
     "method, module, work, done, left",
     [
         ("one-pass", fitting.gradients, "one_pass", 1, 1),
-        ("layer-by-layer", DivergenceProbe, "kl_over", 19, 19),  # 1 + 3 layers x 2 sides x 3 widths a piece
+        ("layer-by-layer", DivergenceProbe, "kl_over", 13, 13),  # 1 + 3 layers x 2 heads x 2 sides a piece
     ],
 )
 def test_a_run_that_was_interrupted_goes_on(
@@ -174,6 +174,7 @@ def test_a_run_that_was_interrupted_goes_on(
 ) -> None:
     model, calls, real = tiny_model("llama"), [], getattr(module, work)
     partial = tmp_path / "plan.json.partial"
+    options: dict[str, Any] = {"method": method, "by": "head", "widths": (2,)}
 
     def failing(*given: Any, **named: Any) -> Any:
         calls.append(given)
@@ -183,24 +184,28 @@ def test_a_run_that_was_interrupted_goes_on(
 
     monkeypatch.setattr(module, work, failing)
     with pytest.raises(KeyboardInterrupt):
-        measured(model, partial=partial, method=method)
-    resumed = measured(model, partial=partial, method=method)
+        measured(model, partial=partial, **options)
+    resumed = measured(model, partial=partial, **options)
     assert len(calls) == done + 1 + left
-    whole = known.errors_by("layer") if method == "one-pass" else measured(model, method=method).errors
-    assert resumed.errors == whole
-    other = {"method": method, "partial": partial}
+    assert resumed.errors == (known if method == "one-pass" else measured(model, **options)).errors
+    other = {**options, "partial": partial}
     with pytest.raises(InvalidInputError, match="holds results of other settings"):
         measure(model, word_tokenizer(), {"w": text(900, seed=2)}, pieces=PIECES, **other)
 
 
 def test_a_press_fits_itself(tmp_path: Path) -> None:
-    model, options = tiny_model("llama"), {"texts": {"w": text(900)}, "pieces": PIECES, "context": 4096}
+    model = tiny_model("llama")
+    options: dict[str, Any] = {"texts": {"w": text(900)}, "pieces": PIECES, "context": 4096}
     press = TurboQuant.fit(model, 3.5, tokenizer=word_tokenizer(), press=TurboQuant(3, **WINDOWS), **options)
     plan = press.plan
     assert isinstance(plan, WidthPlan) and plan.bits <= 3.5 and plan.text == "w"
     assert plan.method == "layer-by-layer"
     assert press == TurboQuant(plan=plan, **WINDOWS)  # type: ignore[arg-type]
     assert {bits for pair in plan.widths.values() for bits in pair} <= {2, 3, 4}
+    options |= {"method": "one-pass", "by": "head"}
+    windows = TurboQuant(3, **WINDOWS)
+    heads: Any = TurboQuant.fit(model, 3.6, tokenizer=word_tokenizer(), press=windows, **options)
+    assert isinstance(heads.plan.errors[0][0][2], tuple) and heads.plan.bits <= 3.6
     with pytest.raises(InvalidInputError, match="there is no tokenizer of the name ''"):
         TurboQuant.fit(model, 3.5)
 
