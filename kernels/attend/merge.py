@@ -142,9 +142,11 @@ def merge_kernel(
         y = tl.zeros([DV], tl.float32)
         o, ms, ls = _load(o_ptr, m_ptr, l_ptr, begin, end, splits, holder, local, DV, R, SIZE, COUNT)
         if PLANES:
-            one, last = o_ptr + DV, o_ptr + (PLANES - 1) * DV
+            one, two = o_ptr + DV, o_ptr + 2 * DV
             o1, ms, ls = _load(one, m_ptr, l_ptr, begin, end, splits, holder, local, DV, R, SIZE, COUNT)
-            o2, ms, ls = _load(last, m_ptr, l_ptr, begin, end, splits, holder, local, DV, R, SIZE, COUNT)
+            o2 = o1
+            if PLANES == 3:
+                o2, ms, ls = _load(two, m_ptr, l_ptr, begin, end, splits, holder, local, DV, R, SIZE, COUNT)
         dense_o, dense_ms, dense_ls = _load(
             dense_o_ptr, dense_m_ptr, dense_l_ptr, 0, tiles, tiles, block, local, DV, R, TILES, 1
         )
@@ -159,7 +161,11 @@ def merge_kernel(
             o, ms, ls = _load(o_ptr, m_ptr, l_ptr, start, end, splits, holder, local, DV, R, SIZE, COUNT)
             if PLANES:
                 o1, ms, ls = _load(one, m_ptr, l_ptr, start, end, splits, holder, local, DV, R, SIZE, COUNT)
-                o2, ms, ls = _load(last, m_ptr, l_ptr, start, end, splits, holder, local, DV, R, SIZE, COUNT)
+                o2 = o1
+                if PLANES == 3:
+                    o2, ms, ls = _load(
+                        two, m_ptr, l_ptr, start, end, splits, holder, local, DV, R, SIZE, COUNT
+                    )
                 m, total, decay, weight = _weights(m, total, ms, ls)
                 y = y * decay + tl.sum(o * weight[:, None], 0)
                 y1 = y1 * decay + tl.sum(o1 * weight[:, None], 0)
