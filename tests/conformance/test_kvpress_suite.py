@@ -84,11 +84,12 @@ def run(suite: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         "HF_HOME": str(suite / "hf"),
         "HF_HUB_CACHE": str(suite / "hf" / "hub"),
         "HF_HUB_OFFLINE": "1",
+        "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",  # of ours, kvpress's tests use none
         "PYTHONPATH": os.pathsep.join(map(str, (suite, HERE))),
     }
     clean = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST")}
     command = [sys.executable, str(HERE / "both_ways.py"), *map(str, results)]
-    command += ["-q", "-p", "no:cacheprovider", "-p", "wrapped_presses", "-p", "no:xdist", "--tb=no"]
+    command += ["-q", "-p", "no:cacheprovider", "-p", "wrapped_presses", "--tb=no"]
     command += [f"--ignore={path}" for path in LEFT_OUT]
     command += ["--", "tests", "-k", "not CAMPress and not cam_"]  # which is refused in front of a quantizer
     done = subprocess.run(

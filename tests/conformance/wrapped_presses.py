@@ -7,6 +7,7 @@ It runs in a process of its own and imports nothing of our tests. "plain" only w
 hold 8 tokens instead of 128, so that the short contexts of those tests fill some.
 """
 
+import gc
 import json
 import os
 import random
@@ -39,6 +40,12 @@ def pytest_configure(config: pytest.Config) -> None:
         for press_class in _subclasses(kvpress.BasePress):
             if "__call__" in vars(press_class):
                 press_class.__call__ = _wrapped(press_class.__call__)
+
+
+def pytest_collection_finish() -> None:
+    """What was imported stays: the garbage collector need not look at it again."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
