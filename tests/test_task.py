@@ -1,19 +1,13 @@
 """`transformers.pipeline("kv-press-text-generation")` is ours once quantpress is imported, in any order."""
 
 import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
 from quantpress import pipelines, task
-from tests.limits import HANG
+from tests.forked import run_forked
 
-ROOT = Path(__file__).parents[1]
 START = """
-import sys
-sys.path.insert(0, FOLDER)
 from tests.pipelines.words import word_tokenizer
 from tests.tiny_models import tiny_model
 def ask():
@@ -40,31 +34,16 @@ ORDERS = {
     "quantpress alone, then kvpress again": ["import quantpress", ALONE, START, "ask()", AGAIN, "ask()"],
     "the pipeline class first": ["from quantpress import TextGenerationPipeline", START, "ask()"],
 }
-# What every order imports anyway is imported once, before it forks; transformers.pipelines is not among it.
-EACH = """
-import os, sys
-import pandas, torch, transformers.modeling_utils
-assert not {"kvpress", "quantpress", "transformers.pipelines"} & set(sys.modules)
-for steps in ORDERS:
-    child = os.fork()
-    if not child:
-        sys.stderr = sys.stdout
-        exec(steps, {})
-        sys.stdout.flush()
-        os._exit(0)
-    print("ended", os.waitpid(child, 0)[1], flush=True)
-"""
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="it forks")
-def test_the_task_is_ours() -> None:
-    orders = ["\n".join(steps).replace("FOLDER", repr(str(ROOT))) for steps in ORDERS.values()]
-    code = EACH.replace("ORDERS", repr(orders))
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=HANG)
+@pytest.mark.parametrize("order", ORDERS)
+def test_the_task_is_ours(order: str) -> None:
+    steps = ORDERS[order]
+    done = run_forked("\n".join(steps))
     assert done.returncode == 0, done.stderr
     assert "already registered" not in done.stdout + done.stderr
-    expected = ["True\n" * steps.count("ask()") + "ended 0\n" for steps in ORDERS.values()]
-    assert done.stdout == "".join(expected), done.stdout + done.stderr
+    assert done.stdout == "True\n" * steps.count("ask()"), done.stdout + done.stderr
 
 
 def test_the_name_is_that_of_the_pipelines() -> None:

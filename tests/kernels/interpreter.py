@@ -56,7 +56,7 @@ def _process() -> Any:
 
 
 def _patch_once_a_launch() -> None:
-    """A launch replaces Triton's functions; so does every call of a function inside the kernel, again, for nothing.
+    """A launch replaces Triton's functions; so does every call inside the kernel, again, for nothing.
 
     A third of the time goes there. What a launch does, and undoes at its end, stays as it is.
     """

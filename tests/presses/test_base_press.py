@@ -1,7 +1,6 @@
 """Our own base of a press: kvpress's presses meet it, and a press can be written without kvpress."""
 
-import subprocess
-import sys
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +13,7 @@ from quantpress import presses
 from quantpress.cache import host
 from quantpress.errors import CompositionError, InvalidInputError
 from quantpress.presses import BasePress, Compose, ScorerPress, TurboQuant, names
-from tests.limits import HANG
+from tests.forked import run_forked
 from tests.tiny_models import prompt, tiny_model
 from tests.versions import kvpress_names
 
@@ -88,7 +87,6 @@ class Hidden(importlib.abc.MetaPathFinder):
         if name.partition(".")[0] == "kvpress":
             raise ModuleNotFoundError("No module named 'kvpress'", name="kvpress")
 sys.meta_path.insert(0, Hidden())
-sys.path.insert(0, FOLDER)
 import torch, quantpress
 from quantpress import CachedContext, Compose, PagedAttention, TurboQuant, disable, enable, patch_attention
 from quantpress.presses.expression import parse_press
@@ -124,10 +122,9 @@ print(sorted(name for name in sys.modules if name.startswith("kvpress")))
 """
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="it forks")
 def test_the_core_needs_no_kvpress(tmp_path: Path) -> None:
-    root = repr(str(Path(__file__).parents[2]))
-    code = WITHOUT_KVPRESS.replace("FOLDER", root).replace("FILE", repr(str(tmp_path / "text.safetensors")))
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=HANG)
+    done = run_forked(WITHOUT_KVPRESS.replace("FILE", repr(str(tmp_path / "text.safetensors"))))
     assert done.returncode == 0, done.stderr
     *errors, modules = done.stdout.splitlines()
     assert modules == "[]"
@@ -138,8 +135,6 @@ def test_the_core_needs_no_kvpress(tmp_path: Path) -> None:
 
 
 KVPRESS_LATER = """
-import sys
-sys.path.insert(0, FOLDER)
 import torch
 from quantpress import Compose, TurboQuant
 from transformers import DynamicCache
@@ -161,8 +156,8 @@ print(bool((step - masked).norm() < 0.5 * (step - full).norm()))
 """
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="it forks")
 def test_kvpress_may_come_after_our_attention() -> None:
-    code = KVPRESS_LATER.replace("FOLDER", repr(str(Path(__file__).parents[2])))
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=HANG)
+    done = run_forked(KVPRESS_LATER)
     assert done.returncode == 0, done.stderr
     assert done.stdout == "True\n"

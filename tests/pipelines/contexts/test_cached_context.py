@@ -4,8 +4,6 @@ import copy
 import json
 import os
 import random
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,7 +21,7 @@ from quantpress.errors import CacheFileError, EmptyContextError, InvalidInputErr
 from quantpress.pipelines.contexts.cached_context import CachedContext
 from quantpress.presses import Compose, PyramidKV, SnapKV, StreamingLLM, TurboQuant
 from quantpress.presses.models.attention import attention_modules
-from tests.limits import HANG
+from tests.forked import run_forked
 from tests.pipelines.cases import LONG_CONTEXT, QUESTIONS, SNAP
 from tests.pipelines.words import ours
 from tests.tiny_models import tiny_model
@@ -167,6 +165,7 @@ print(json.dumps(pipe(context, questions=json.loads(sys.argv[3]), max_new_tokens
 """
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="it forks")
 def test_another_process_answers_with_the_same_tokens(file: Path, tmp_path: Path) -> None:
     """The model loaded from disk, under the press with the most state: masks, sinks, mixed widths."""
     model = tiny_model("llama")
@@ -176,15 +175,7 @@ def test_another_process_answers_with_the_same_tokens(file: Path, tmp_path: Path
     press = Compose([kvpress.AdaKVPress(kvpress.SnapKVPress(0.5, **SNAP)), quantizer])
     expected = pipe(LONG_CONTEXT, questions=QUESTIONS, press=press, **TOKENS)["answers"]
     pipe.read(LONG_CONTEXT, press=press).save(file)
-    command = [sys.executable, "-c", ANOTHER_PROCESS, str(tmp_path / "model"), str(file)]
-    done = subprocess.run(
-        [*command, json.dumps(QUESTIONS)],
-        capture_output=True,
-        text=True,
-        timeout=HANG,
-        cwd=Path(__file__).parents[3],
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[3])},
-    )
+    done = run_forked(ANOTHER_PROCESS, str(tmp_path / "model"), str(file), json.dumps(QUESTIONS))
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout.splitlines()[-1]) == expected
 

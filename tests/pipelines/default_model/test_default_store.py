@@ -7,7 +7,6 @@ import json
 import os
 import pickle
 import shutil
-import subprocess
 import sys
 import zipfile
 from collections.abc import Callable
@@ -27,7 +26,7 @@ from quantpress.pipelines.default_model import (
     lazy,
     store,
 )
-from tests.limits import HANG
+from tests.forked import run_forked
 from tests.pipelines.words import text, word_tokenizer
 from tests.tiny_models import tiny_model
 
@@ -150,9 +149,7 @@ def test_a_copied_folder_is_taken_as_it_is(built: list[Path], tmp_path: Path) ->
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="it forks")
 def test_two_processes_build_it_once(tmp_path: Path) -> None:
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-    command = [sys.executable, "-c", BUILDER, str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=HANG)
+    done = run_forked(BUILDER, str(tmp_path))
     folder = tmp_path / DEFAULT_MODEL_NAME
     assert done.stdout == f"{folder}\n" * 2, done.stderr
     assert done.returncode == 0, done.stderr
