@@ -93,7 +93,7 @@ def shared_names() -> dict[str, Any]:
 def _parse(document: Document) -> Iterator[Region]:
     for region in FENCES(document):
         code = region.lexemes["source"]
-        shorter = code.replace("max_new_tokens=500", "max_new_tokens=50")
+        shorter = code.replace("max_new_tokens=500", "max_new_tokens=20")
         region.parsed = Lexeme(shorter, code.offset, code.line_offset)
         region.evaluator = EVALUATORS.get(region.lexemes["language"], _unknown)
         yield region

@@ -18,6 +18,7 @@ from quantpress.cache import WidthPlan
 from quantpress.cache.saved.config_fingerprint import config_fingerprint
 from quantpress.evaluation.adapters import kvpress_evaluation, lm_eval_model
 from quantpress.evaluation.results import statistics
+from quantpress.pipelines import arguments
 from quantpress.presses import TurboQuant
 from quantpress.presses.expression import parse_press
 from tests.docs import commands
@@ -43,6 +44,7 @@ def reader(tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     for module in ("quantpress.cli.loading", "quantpress.pipelines.default_model.lazy"):
         monkeypatch.setattr(f"{module}.ensure_default_model", lambda *_: tiny_folder)
     monkeypatch.setattr(statistics, "RESAMPLES", 20)
+    monkeypatch.setattr(arguments, "DEFAULT_NEW_TOKENS", 8)  # of a model whose answers never end
     for name in ("README.md", "book.txt"):
         (tmp_path / name).write_text(text(600), encoding="utf-8")
     for name in ("my-model-folder", "MODEL"):

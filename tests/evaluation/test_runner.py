@@ -1,5 +1,6 @@
 """A run computes what is missing, once, and goes on after an interruption."""
 
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -43,8 +44,8 @@ def without_seconds(records):
     return [{name: value for name, value in line.items() if name != "seconds"} for line in records.lines]
 
 
-def test_every_arm_meets_every_case(tmp_path):
-    records = run(tmp_path / "results.jsonl")
+def test_every_arm_meets_every_case(whole):
+    records = whole
     assert [(line["arm"], line["case"]) for line in records.of("fidelity")] == [
         (arm.name, f"piece {i}") for i in (1, 2, 3) for arm in ARMS
     ]
@@ -54,9 +55,14 @@ def test_every_arm_meets_every_case(tmp_path):
     assert all(line["attention"]["output"] for line in records.of("fidelity"))
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The records of a run that nothing interrupted."""
+    return run(tmp_path_factory.mktemp("whole") / "whole.jsonl")
+
+
 @pytest.mark.parametrize("after", [1, 4, 7])
-def test_an_interrupted_run_goes_on(tmp_path, monkeypatch, after):
-    whole = run(tmp_path / "whole.jsonl")
+def test_an_interrupted_run_goes_on(whole, tmp_path, monkeypatch, after):
     add, calls = Records.add, []
 
     def interrupted(self, *args, **kwargs):
@@ -79,11 +85,11 @@ def test_an_interrupted_run_goes_on(tmp_path, monkeypatch, after):
     )
 
 
-def test_what_is_done_is_not_done_again(tmp_path, monkeypatch):
-    first = run(tmp_path / "results.jsonl")
+def test_what_is_done_is_not_done_again(whole, tmp_path, monkeypatch):
+    shutil.copy(whole.path, tmp_path / "results.jsonl")
     for name in ("DivergenceProbe", "ask"):
         monkeypatch.setattr(module, name, lambda *args, **kwargs: pytest.fail("computed again"))
-    assert run(tmp_path / "results.jsonl").lines == first.lines
+    assert run(tmp_path / "results.jsonl").lines == whole.lines
 
 
 def test_a_new_arm_joins_an_old_run(tmp_path):

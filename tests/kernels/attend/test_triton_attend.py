@@ -45,12 +45,12 @@ from tests.kernels.interpreter import interpret
 INTERPRETED = [
     [2, 3, 64, 1, "float16", "softcap lengths"],
     [3, 4, 128, 3, "bfloat16", "sinks softcap"],
-    [4, 4, 64, 7, "float32", ""],  # 21 rows: two blocks
+    [4, 4, 64, 6, "float32", ""],  # 18 rows: two blocks
     [3, 2, 64, 3, "bfloat16", "lengths sinks out"],
     [2, 2, 64, 1, "float32", "lengths alone identity out"],
     [2, 3, 64, 3, "float32", "sinks softcap by_head"],
     [2, 3, 64, 1, "float32", "pool right alone few side_by_side"],
-    [4, 3, 64, 7, "float32", "pool few"],
+    [4, 3, 64, 6, "float32", "pool few"],
     [3, 3, 64, 1, "float32", "pool shared"],
     [3, 3, 64, 1, "float32", "pool shared sinks_in_pages few"],
     [4, 3, 64, 4, "float32", "pool dense_tables shared sinks_in_pages one_transform side_by_side"],
@@ -58,7 +58,7 @@ INTERPRETED = [
     [4, 2, 64, 2, "bfloat16", "haar one_transform"],
     [2, 3, 64, 3, "float32", "planes lengths"],
     [3, 2, 64, 1, "bfloat16", "planes pool"],
-    [2, 3, 64, 7, "float32", "page_keys softcap"],
+    [2, 3, 64, 6, "float32", "page_keys softcap"],
     [3, 3, 64, 1, "float32", "page_keys pool right alone side_by_side"],
     [4, 3, 64, 1, "float32", "page_keys pool dense_tables shared sinks_in_pages one_transform side_by_side"],
 ]
