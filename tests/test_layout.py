@@ -1,6 +1,7 @@
 """The arrows between folders and their sub-folders, the links, and what importing quantpress brings along."""
 
 import ast
+import functools
 import inspect
 import os
 import re
@@ -54,12 +55,13 @@ WITHOUT_KVPRESS = (
 FREE_FOR_ALL = {"errors", "rule", "version"}
 
 
-def imports_of(source: str) -> Iterator[str]:
+@functools.cache
+def imports_of(source: str, types: bool = True) -> tuple[str, ...]:
     """The full name of everything a source text imports, by statement or by `import_module("...")`."""
-    yield from _imports(ast.parse(source))
+    return tuple(_imports(ast.parse(source), types))
 
 
-def _imports(node: ast.AST, types: bool = True) -> Iterator[str]:
+def _imports(node: ast.AST, types: bool) -> Iterator[str]:
     if isinstance(node, ast.Import):
         yield from (alias.name for alias in node.names)
     elif isinstance(node, ast.ImportFrom):
@@ -148,7 +150,7 @@ def import_graph(by_room: bool = False) -> dict[str, set[str]]:
         name_of = {name: ".".join(name.split(".")[:3]) if name.count(".") >= 2 else name for name in paths}
     graph: dict[str, set[str]] = {name: set() for name in name_of.values()}
     for name, path in paths.items():
-        for full in _imports(ast.parse(path.read_text(encoding="utf-8")), types=False):
+        for full in imports_of(path.read_text(encoding="utf-8"), types=False):
             target = full if full in paths else full.rpartition(".")[0]
             if target in paths and name_of[target] != name_of[name]:
                 graph[name_of[name]].add(name_of[target])

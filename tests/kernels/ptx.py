@@ -67,11 +67,12 @@ def _table(wanted: int, a: Words, b: Words, c: Words) -> Words:
 
 def _permuted(a: Words, b: Words, selector: Words) -> Words:
     """Byte k of the result is the one that nibble k selects; where its upper bit is set, that one's sign."""
-    both = np.stack([_byte(word, k) for word in np.broadcast_arrays(a, b) for k in range(4)])
+    both = a.astype(np.uint64) | b.astype(np.uint64) << np.uint64(32)
     out = np.zeros_like(selector)
     for k in range(4):
         nibble = selector >> np.uint32(4 * k) & np.uint32(15)
-        byte = np.take_along_axis(both, (nibble & 7).astype(np.int64)[None], 0)[0]
-        byte = np.where(nibble & 8, np.where(byte & 128, np.uint32(255), np.uint32(0)), byte)
+        byte = (both >> ((nibble & 7) * 8).astype(np.uint64)).astype(np.uint32) & 255
+        if (nibble & 8).any():
+            byte = np.where(nibble & 8, np.where(byte & 128, np.uint32(255), np.uint32(0)), byte)
         out = out | byte << np.uint32(8 * k)
     return out

@@ -15,6 +15,17 @@ class Tile(torch.Tensor):
 
     type: Any = SimpleNamespace(layout=None)
 
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """As torch has it, without what is for other subclasses: tensors that come out are tiles."""
+        with torch._C.DisableTorchFunctionSubclass():
+            found = func(*args, **(kwargs or {}))
+        if isinstance(found, torch.Tensor):
+            return found.as_subclass(cls)
+        if type(found) in (tuple, list):
+            return type(found)(x.as_subclass(cls) if isinstance(x, torch.Tensor) else x for x in found)
+        return found
+
     def to(self, dtype: torch.dtype, bitcast: bool = False) -> Any:
         return self.view(dtype) if bitcast else super().to(dtype)
 
