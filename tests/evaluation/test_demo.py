@@ -91,7 +91,7 @@ def test_every_depth_is_asked_for_over_every_press():
 def one_depth(monkeypatch):
     """A shorter text, half-way: `test_haystack.py` has the model find what lies elsewhere."""
     monkeypatch.setattr(command, "DEPTHS", 1)
-    monkeypatch.setattr(command, "FAST_TOKENS", 640)
+    monkeypatch.setattr(command, "FAST_TOKENS", 512)
 
 
 @pytest.mark.slow
