@@ -301,13 +301,16 @@ def main() -> None:
     parser.add_argument("--batch", type=int, help="only this batch size")
     parser.add_argument("--head-dim", type=int, help="only this head_dim")
     parser.add_argument(
+        "--kv-heads", type=int, default=8, help="KV heads of four query heads each; default 8"
+    )
+    parser.add_argument(
         "--json", type=Path, help="write each row here as it is measured; rows there are kept"
     )
     parser.add_argument("--results", type=Path, help="write docs/results/attention.json, for docs/build.py")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         raise SystemExit("benchmarks/attention.py needs a CUDA device; there is none here")
-    shapes = [Shape(1, 8, 4, tokens, 128) for tokens in (8192, 32768, 131072)]
+    shapes = [Shape(1, arguments.kv_heads, 4, tokens, 128) for tokens in (8192, 32768, 131072)]
     if arguments.full:
         every = itertools.product((1, 8), (1, 4, 8), (8192, 32768, 131072), (64, 128, 256))
         shapes = [Shape(batch, 8, group, tokens, dim) for batch, group, tokens, dim in every]

@@ -48,8 +48,11 @@ DENSE_TILE = 32
 STAGED_BYTES = 28 * 1024
 """Most shared memory of a program that stages keys and values of 3 bits: words, tables, the system's part."""
 
-MOST_SPLITS = 128
-"""Programs per block of rows; more would cost more in the merge than they save."""
+MOST_SPLITS = (128, 256)
+"""Programs per block of rows: for any length, and where each has at least `PAGES_OF_SPLIT` pages. More would cost
+more in the merge than they save."""
+
+PAGES_OF_SPLIT = 3
 
 MERGED = (16, 64)
 """Partial sums that the merge joins at a time, where a head has at most 16 and where it may have more."""
@@ -508,7 +511,9 @@ def split_count(pages: int, blocks: int, programs: int) -> int:
         blocks: B * Hkv * blocks of rows.
         programs: programs that the GPU runs at a time.
     """
-    return max(1, min(pages, programs // blocks, MOST_SPLITS))
+    few, many = MOST_SPLITS
+    splits = max(1, min(pages, programs // blocks, max(few, min(many, pages // PAGES_OF_SPLIT))))
+    return splits if splits < few else splits // MERGED[1] * MERGED[1]
 
 
 def shared_memory(device: torch.device) -> int:
