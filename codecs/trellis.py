@@ -1,8 +1,10 @@
 """Pages of trellis codes: TurboQuant's rotation and scales, with codes that are chosen for a whole vector.
 
-The planes are those of `ScalarPages` with the same width and take the same bytes. At 2 bits the squared error
-is two thirds of a scalar code's. On a GPU a kernel searches the codes. Plain PyTorch does the rest of
-encoding and all of decoding: no kernel reads these pages yet.
+The planes take the bytes of those of `ScalarPages` with the same width. Plane "codes0" is uint8
+[B, Hkv, P, bits * 16 * D]: a page of 1 bit for each bit of the codes, as in
+`quantpress.kernels.trellis.bit_planes`. At 2 bits the squared error is two thirds of a scalar code's. On a
+GPU a kernel searches the codes. Plain PyTorch does the rest of encoding and all of decoding: no kernel reads
+these pages yet.
 """
 
 from dataclasses import dataclass, replace
@@ -13,7 +15,7 @@ from torch import Tensor
 
 from quantpress.codecs.parts import Parts, kind_of, portable
 from quantpress.codecs.protocol import PageCodec, Planes
-from quantpress.codecs.scalar import CONSTANTS, check_constants, digest_of, gather_codes
+from quantpress.codecs.scalar import CONSTANTS, check_constants, digest_of
 from quantpress.kernels.dequantize import from_code_space, to_code_space
 from quantpress.kernels.dequantize.reference import check_planes
 from quantpress.kernels.encode import in_range
@@ -24,8 +26,9 @@ from quantpress.kernels.encode.reference import (
     saturate,
     scale_ratio,
 )
-from quantpress.kernels.layout import pack_pages, unpack_pages
+from quantpress.kernels.layout import gather_rows
 from quantpress.kernels.trellis import nearest_path
+from quantpress.kernels.trellis.bit_planes import pack_bit_planes, unpack_bit_planes
 from quantpress.quantization.numerics import in_named_dtypes
 from quantpress.quantization.spec import CodecSpec
 from quantpress.quantization.transform import ChannelTransform
@@ -118,12 +121,12 @@ class TrellisPages(PageCodec):
         unit, norm = rotated_unit(transform.apply(pages), self.spec.rotation_of(0))
         codes = nearest_path(unit.flatten(0, -2), self.trellis).view(unit.shape)
         ratio = scale_ratio(unit, self.trellis.dequantize(codes), self.spec.scale_rule)
-        return {"codes0": pack_pages(codes, self.bits, self.role, checked=True), "scale0": norm * ratio}
+        return {"codes0": pack_bit_planes(codes, self.bits, self.role), "scale0": norm * ratio}
 
     @in_named_dtypes
     def decode_code_space(self, planes: Planes) -> Tensor:
         check_planes(planes, self.spec)
-        codes = unpack_pages(planes["codes0"], self.bits, self.head_dim, self.role)
+        codes = unpack_bit_planes(planes["codes0"], self.bits, self.head_dim, self.role)
         scale = planes["scale0"].float().unsqueeze(-1)
         return self.trellis.dequantize(codes).mul_(scale).flatten(2, 3)
 
@@ -134,7 +137,10 @@ class TrellisPages(PageCodec):
         return from_code_space(y, self.spec)
 
     def gather(self, planes: Planes, tokens: Tensor) -> Planes:
-        return gather_codes(planes, tokens, {"codes0": (self.bits, self.head_dim)}, self.role)
+        codes = unpack_bit_planes(planes["codes0"], self.bits, self.head_dim, self.role)
+        packed = pack_bit_planes(gather_rows(codes, tokens), self.bits, self.role)
+        scale = gather_rows(planes["scale0"].unsqueeze(-1), tokens).squeeze(-1)
+        return {"codes0": packed, "scale0": scale}
 
     def parts(self) -> Parts:
         """The fields, and a digest of the rotation and the levels."""

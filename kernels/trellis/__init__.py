@@ -1,6 +1,7 @@
 """Codes of trellis codes: `nearest_path`, which chooses between the kernel and plain PyTorch.
 
 reference.py        plain PyTorch: `quantpress.quantization.trellis.path`
+bit_planes.py       pages of single bits, in which codes are stored
 triton_kernel.py    Viterbi's algorithm, a vector in half a warp
 triton_search.py    launches it: which vectors it takes, its settings and its workspace
 """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib import resources
@@ -16,28 +17,41 @@ from quantpress.errors import UnsupportedBitsError
 BITS = (1, 2, 3, 4)
 STATE_BITS = 8
 STATES = 1 << STATE_BITS
+Filters = tuple[tuple[float, ...], ...]
 
 
 @dataclass(frozen=True)
 class Trellis:
     """A trellis of 256 states, one level each.
 
-    The state at channel t is the last 8 bits of codes c_0 ... c_t, c_t lowest. Vectors are tail-biting: c_-1
-    is the last code of the vector, so that every sequence of codes has states, and b bits a channel are all
-    that is stored.
+    The state at channel t is the last 8 bits of codes c_0 ... c_t, c_t lowest: its bit i is bit i % b of the
+    code i // b channels back. Vectors are tail-biting: c_-1 is the last code of the vector, so that every
+    sequence of codes has states, and b bits a channel are all that is stored.
 
     Args:
         bits: code width b, 1 to 4.
-        scaled: the level of each state, 256 whole numbers from -127 to 127.
-        unit: a level is scaled * unit / sqrt(D) for unit vectors of dimension D.
+        levels: the level of each state, 256 numbers, for coordinates of unit variance.
+        taps: 8 numbers, where the levels are linear in the bits of the state; see `linear`. Else None.
 
     Source: trellis coded quantization, Marcellin and Fischer 1990; states that are windows over the codes:
     QTIP, arXiv 2406.11235.
     """
 
     bits: int
-    scaled: tuple[int, ...]
-    unit: float
+    levels: tuple[float, ...]
+    taps: tuple[float, ...] | None = None
+
+    @classmethod
+    def linear(cls, bits: int, taps: Sequence[float]) -> Trellis:
+        """A trellis whose levels are sums of one tap for each bit: level = sum_i taps[i] * (2 * bit_i - 1).
+
+        >>> Trellis.linear(2, [0.5, 0.25, 0, 0, 0, 0, 0, 0]).levels[:4]
+        (-0.75, 0.25, -0.25, 0.75)
+        """
+        levels = (
+            sum(tap if state >> i & 1 else -tap for i, tap in enumerate(taps)) for state in range(STATES)
+        )
+        return cls(bits, tuple(levels), tuple(taps))
 
     @property
     def reach(self) -> int:
@@ -52,10 +66,26 @@ class Trellis:
             known, back = 2 * known, 2 * back
         return state
 
+    @property
+    def filters(self) -> Filters:
+        """Taps by bit and lag, [b][reach], which decode vectors without a lookup; () where levels are free.
+
+        With s_k = 2 * (bit k of the codes) - 1, coordinates of unit variance are sums over bits k and lags j:
+
+            x_t = sum_kj filters[k][j] * s_k[(t - j) mod D]
+
+        >>> Trellis.linear(3, [1, 2, 3, 4, 5, 6, 7, 8]).filters
+        ((1, 4, 7), (2, 5, 8), (3, 6, 0.0))
+        """
+        if self.taps is None:
+            return ()
+        padded = *self.taps, *[0.0] * (self.bits * self.reach - STATE_BITS)
+        return tuple(padded[k :: self.bits] for k in range(self.bits))
+
     def level_tensor(self, head_dim: int, device: torch.device | str | None = None) -> Tensor:
         """[256] float32 levels of unit vectors of this dimension, on the CPU when no device is given."""
-        scaled = torch.tensor(self.scaled, dtype=torch.float32, device="cpu" if device is None else device)
-        return scaled.mul_(self.unit * head_dim**-0.5)
+        levels = torch.tensor(self.levels, dtype=torch.float32, device="cpu" if device is None else device)
+        return levels.mul_(head_dim**-0.5)
 
     def dequantize(self, codes: Tensor) -> Tensor:
         """Levels of the codes of unit vectors: [..., D] uint8 -> [..., D] float32."""
@@ -65,13 +95,13 @@ class Trellis:
 
 @lru_cache(maxsize=len(BITS), typed=True)
 def trellis(bits: int) -> Trellis:
-    """The shipped trellis of a width.
+    """The shipped trellis of a width: free levels at 1 bit, taps at 2, 3 and 4.
 
     Raises:
         UnsupportedBitsError: `bits` is not 1, 2, 3 or 4.
 
-    >>> trellis(2).reach, len(trellis(2).scaled)
-    (4, 256)
+    >>> trellis(2).reach, len(trellis(2).levels), len(trellis(2).filters)
+    (4, 256, 2)
     """
     if bits not in BITS or not isinstance(bits, int):
         raise UnsupportedBitsError(
@@ -79,7 +109,7 @@ def trellis(bits: int) -> Trellis:
             "codebook"
         )
     row = _shipped()[str(bits)]
-    return Trellis(bits, tuple(row["scaled"]), row["unit"])
+    return Trellis.linear(bits, row["taps"]) if "taps" in row else Trellis(bits, tuple(row["levels"]))
 
 
 @lru_cache(maxsize=64)

@@ -1,86 +1,104 @@
 """Writes levels.json, the shipped levels: `python -m quantpress.quantization.trellis.levels`.
 
-Lloyd's iteration: random unit vectors are coded, and each level moves to the mean of the coordinates that it
-stands for. It begins from quantiles of the normal distribution in random order, and what it finds depends on
-the order; the best of several beginnings goes on with more vectors. The levels are then rounded to whole
-numbers of a byte, which 8-bit integer tensor cores multiply without error. Takes some minutes.
+Lloyd's iteration: random unit vectors are coded, and the levels move to where they are nearest to the
+coordinates that they stand for. Free levels move to the means of these, and taps are found by least squares.
+What is found depends on the beginning, so there are many, and the best go on with more vectors. Takes some
+minutes on two cores.
 """
 
 from __future__ import annotations
 
 import json
 import sys
-from itertools import count, islice
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from quantpress.quantization.trellis.code import BITS, STATES, Trellis
+from quantpress.quantization.trellis.code import BITS, STATE_BITS, STATES, Trellis
 from quantpress.quantization.trellis.path import nearest_path
 
 HEAD_DIM = 64
-LARGEST = 127
-BEGINNINGS = 8
-STEPS = (30, 40)
-"""Iterations of each beginning, and of the best one."""
-VECTORS = (1024, 8192)
-"""Random vectors of one iteration, in the same order."""
+FREE_BITS = (1,)
+"""Widths at which levels that are linear in the bits of codes are hardly better than scalar codes."""
+STAGES = ((192, 6, 128), (32, 12, 512), (6, 16, 2048), (1, 12, 8192))
+"""Of each stage: trellises that are improved, iterations, and random vectors of an iteration."""
+DIGITS = 5
+"""Decimals of the numbers that are written."""
 
 
-def fitted(levels: Tensor, bits: int, steps: int, vectors: int, seed: int) -> tuple[Tensor, float]:
+def fitted(trellis: Trellis, steps: int, vectors: int, seed: int) -> tuple[Trellis, float]:
     """Improve levels by Lloyd's iteration.
 
     Args:
-        levels: [256] float32, for coordinates of unit variance.
-        bits: code width.
+        trellis: where to begin.
         steps: number of iterations.
         vectors: number of random vectors of each; each iteration has its own.
         seed: of the random vectors.
 
     Returns:
-        The levels, and the mean squared error of a coordinate over the last fifth of the iterations.
+        The trellis, and the mean squared error of a coordinate over the last fifth of the iterations.
     """
     generator = torch.Generator().manual_seed(seed)
     errors = []
     for _ in range(steps):
         x = torch.randn(vectors, HEAD_DIM, generator=generator, dtype=torch.float32, device="cpu")
         unit = x / torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-        # levels need not be whole numbers here
-        trellis = Trellis(bits, tuple(levels.tolist()), 1.0)
         states = trellis.states(nearest_path(unit, trellis)).int().flatten()
-        coordinates = unit.flatten() * HEAD_DIM**0.5
+        coordinates = unit.flatten().double() * HEAD_DIM**0.5
+        levels = torch.tensor(trellis.levels, dtype=torch.float64, device="cpu")
         errors.append(float((levels[states] - coordinates).square().mean()))
-        sums = torch.zeros_like(levels).index_add_(0, states, coordinates)
-        counts = torch.bincount(states, minlength=STATES)
-        levels = torch.where(counts > 0, sums / counts.clamp(min=1), levels)
+        trellis = _moved(trellis, levels, states, coordinates)
     last = errors[-max(1, steps // 5) :]
-    return levels, sum(last) / len(last)
+    return trellis, sum(last) / len(last)
 
 
-def beginning(seed: int) -> Tensor:
-    """[256] quantiles of the normal distribution in random order."""
-    middles = (torch.arange(STATES, dtype=torch.float64, device="cpu") + 0.5) / STATES
+def _moved(trellis: Trellis, levels: Tensor, states: Tensor, coordinates: Tensor) -> Trellis:
+    """The trellis of least squared error for coordinates in these states."""
+    sums = torch.zeros_like(levels).index_add_(0, states, coordinates)
+    counts = torch.bincount(states, minlength=STATES)
+    if trellis.taps is None:
+        means = torch.where(counts > 0, sums / counts.clamp(min=1), levels)
+        return Trellis(trellis.bits, tuple(means.tolist()))
+    bit = torch.arange(STATES, device="cpu").unsqueeze(-1) >> torch.arange(STATE_BITS, device="cpu") & 1
+    signs = 2.0 * bit.double() - 1.0  # [256, 8]
+    normal = signs.t() @ (counts.unsqueeze(-1) * signs)
+    taps = torch.linalg.lstsq(normal, (signs.t() @ sums).unsqueeze(-1)).solution
+    return Trellis.linear(trellis.bits, taps.flatten().tolist())
+
+
+def beginning(bits: int, seed: int) -> Trellis:
+    """A trellis of unit variance: free levels are quantiles of the normal distribution in random order."""
     generator = torch.Generator().manual_seed(seed)
+    if bits not in FREE_BITS:
+        taps = torch.randn(STATE_BITS, generator=generator, dtype=torch.float64, device="cpu")
+        return Trellis.linear(bits, (taps / torch.linalg.vector_norm(taps)).tolist())
+    middles = (torch.arange(STATES, dtype=torch.float64, device="cpu") + 0.5) / STATES
     order = torch.randperm(STATES, generator=generator, dtype=torch.int64, device="cpu")
     quantiles: Tensor = torch.special.ndtri(middles)
-    return quantiles[order].float()
+    return Trellis(bits, tuple(quantiles[order].tolist()))
 
 
-def build(bits: int, beginnings: int = BEGINNINGS) -> Trellis:
-    """A trellis of a width."""
-    first = (fitted(beginning(seed), bits, STEPS[0], VECTORS[0], seed) for seed in count())
-    levels = min(islice(first, beginnings), key=lambda found: found[1])[0]
-    levels, _ = fitted(levels, bits, STEPS[1], VECTORS[1], beginnings)
-    unit = float(levels.abs().max()) / LARGEST
-    return Trellis(bits, tuple(int(level) for level in (levels / unit).round()), unit)
+def build(bits: int) -> Trellis:
+    """A trellis of a width, by the stages."""
+    found = [beginning(bits, seed) for seed in range(STAGES[0][0])]
+    seed = 0
+    for count, steps, vectors in STAGES:
+        improved = [fitted(one, steps, vectors, seed + i) for i, one in enumerate(found[:count])]
+        found = [one for one, _ in sorted(improved, key=lambda pair: pair[1])]
+        seed += count
+    return found[0]
 
 
 def main() -> None:
     """Write levels.json beside this file."""
     path = Path(__file__).with_name("levels.json")
-    made = [build(bits) for bits in BITS]
-    rows = [f'"{one.bits}": {json.dumps({"unit": one.unit, "scaled": list(one.scaled)})}' for one in made]
+    rows = []
+    with ProcessPoolExecutor(initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        for made in pool.map(build, BITS):
+            name, numbers = ("levels", made.levels) if made.taps is None else ("taps", made.taps)
+            rows.append(f'"{made.bits}": {json.dumps({name: [round(number, DIGITS) for number in numbers]})}')
     path.write_text("{\n" + ",\n".join(rows) + "\n}\n", encoding="utf-8")
     sys.stdout.write(f"{len(rows)} trellises written to {path.name}\n")
 
