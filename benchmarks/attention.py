@@ -300,9 +300,7 @@ def main() -> None:
     parser.add_argument("--paged", action="store_true", help="pages in a row against pages by table")
     parser.add_argument("--batch", type=int, help="only this batch size")
     parser.add_argument("--head-dim", type=int, help="only this head_dim")
-    parser.add_argument(
-        "--kv-heads", type=int, default=8, help="KV heads of four query heads each; default 8"
-    )
+    parser.add_argument("--kv-heads", type=int, default=8, help="KV heads, of four query heads; default 8")
     parser.add_argument(
         "--json", type=Path, help="write each row here as it is measured; rows there are kept"
     )

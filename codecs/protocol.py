@@ -34,7 +34,7 @@ from torch import Tensor
 from quantpress.codecs.heads import Heads, take_planes, transform_of
 from quantpress.codecs.parts import Parts, kind_of, rebuild
 from quantpress.errors import InvalidInputError
-from quantpress.kernels.attend.operands import ScalarOperands
+from quantpress.kernels.attend.operands import KernelOperands
 from quantpress.kernels.layout import PAGE_TOKENS
 from quantpress.quantization.budget import ChannelGroup
 from quantpress.quantization.transform import ChannelTransform
@@ -133,7 +133,7 @@ class PageCodec(ABC):
         """
         return self
 
-    def kernel_operands(self) -> ScalarOperands | None:
+    def kernel_operands(self) -> KernelOperands | None:
         """What the fast attention kernels need to read the planes; None: attention decodes page by page."""
         return None
 

@@ -3,8 +3,7 @@
 The planes take the bytes of those of `ScalarPages` with the same width. Plane "codes0" is uint8
 [B, Hkv, P, bits * 16 * D]: a page of 1 bit for each bit of the codes, as in
 `quantpress.kernels.trellis.bit_planes`. At 2 bits the squared error is two thirds of a scalar code's. On a
-GPU a kernel searches the codes. Plain PyTorch does the rest of encoding and all of decoding: no kernel reads
-these pages yet.
+GPU a kernel searches the codes, and attention reads 2 and 3 bits straight from the pages.
 """
 
 from dataclasses import dataclass, replace
@@ -16,6 +15,7 @@ from torch import Tensor
 from quantpress.codecs.parts import Parts, kind_of, portable
 from quantpress.codecs.protocol import PageCodec, Planes
 from quantpress.codecs.scalar import CONSTANTS, check_constants, digest_of
+from quantpress.kernels.attend.operands import SignOperands
 from quantpress.kernels.dequantize import from_code_space, to_code_space
 from quantpress.kernels.dequantize.reference import check_planes
 from quantpress.kernels.encode import in_range
@@ -129,6 +129,11 @@ class TrellisPages(PageCodec):
         codes = unpack_bit_planes(planes["codes0"], self.bits, self.head_dim, self.role)
         scale = planes["scale0"].float().unsqueeze(-1)
         return self.trellis.dequantize(codes).mul_(scale).flatten(2, 3)
+
+    def kernel_operands(self) -> SignOperands | None:
+        """Rotation and filters of the bit planes; None at 1 bit, whose levels are free."""
+        filters = self.trellis.filters
+        return SignOperands(self.spec.rotation_of(0), filters) if filters else None
 
     def to_code_space(self, x: Tensor) -> Tensor:
         return to_code_space(x, self.spec)

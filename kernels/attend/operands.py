@@ -15,6 +15,7 @@ from quantpress.kernels.layout import PAGE_TOKENS
 from quantpress.quantization.codebook import Codebook
 from quantpress.quantization.rotation import Rotation
 from quantpress.quantization.transform import ChannelTransform
+from quantpress.quantization.trellis.code import Filters
 
 
 @dataclass(frozen=True)
@@ -102,9 +103,6 @@ class DenseSegment:
     @property
     def device(self) -> torch.device:
         return self.keys.device
-
-
-Filters = tuple[tuple[float, ...], ...]
 
 
 @dataclass(frozen=True)

@@ -49,8 +49,8 @@ STAGED_BYTES = 28 * 1024
 """Most shared memory of a program that stages keys and values of 3 bits: words, tables, the system's part."""
 
 MOST_SPLITS = (128, 256)
-"""Programs per block of rows: for any length, and where each has at least `PAGES_OF_SPLIT` pages. More would cost
-more in the merge than they save."""
+"""Programs per block of rows: for any length, and where each has at least `PAGES_OF_SPLIT` pages. More would
+cost more in the merge than they save."""
 
 PAGES_OF_SPLIT = 3
 

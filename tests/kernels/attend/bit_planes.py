@@ -6,11 +6,12 @@ import torch
 from torch import Tensor
 
 from quantpress.codecs.protocol import PageCodec, Planes
-from quantpress.kernels.attend.operands import Filters, SignOperands
+from quantpress.kernels.attend.operands import SignOperands
 from quantpress.kernels.dequantize import from_code_space, to_code_space
 from quantpress.kernels.layout import pack_pages, page_bytes, unpack_pages
 from quantpress.quantization.spec import CodecSpec
 from quantpress.quantization.transform import ChannelTransform
+from quantpress.quantization.trellis.code import Filters
 
 FILTERS: dict[int, Filters] = {
     2: ((0.45, 0.25, -0.26, 0.47), (-0.46, 0.25, 0.27, 0.46)),
