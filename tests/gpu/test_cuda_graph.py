@@ -80,6 +80,7 @@ PRESSES: dict[str, Callable[[], Any]] = {
     "head_wise": lambda: Compose([AdaKV(SnapKV(0.5)), TurboQuant(bits=3)]),
     "unequal": lambda: Compose([PyramidKV(0.3), TurboQuant(bits=4)]),
     "by_head": lambda: TurboQuant(plan=WidthPlan("", {}, dict.fromkeys(range(4), ((4, 2), (3, 2))))),
+    "trellis": lambda: TurboQuant(key_bits=3, value_bits=2, codebook="trellis"),
     "lossless": lambda: TurboQuant(codec=lossless),
 }
 
