@@ -230,7 +230,13 @@ def _step(
     next_row = _pool_row(page_table_ptr, _page(ahead // HALVES, first, stride, count, lead, STARTS), PAGED)
     if STAGED_V:
         fetch_words(
-            value_buffer, v_ptr + pool_row * v_page, value_offsets(0, DV // 32, DV), step, 4 * DV, V_BITS
+            value_buffer,
+            v_ptr + pool_row * v_page,
+            value_offsets(0, DV // 32, DV),
+            step,
+            4 * DV,
+            V_BITS,
+            HALVES,
         )
     elif HALF != 1 or not WHOLE_V:
         va, vb, vc = value_words(v_ptr + pool_row * v_page, step, DV, V_BITS, V_SIGNS, HALVES)
@@ -268,7 +274,13 @@ def _step(
     pool_row = next_row
     if STAGED_K:
         fetch_words(
-            key_buffer, k_ptr + pool_row * k_page, key_offsets(0, D // 32, D, 16), ahead, 4 * D, K_BITS
+            key_buffer,
+            k_ptr + pool_row * k_page,
+            key_offsets(0, D // 32, D, 16),
+            ahead,
+            4 * D,
+            K_BITS,
+            HALVES,
         )
     elif HALF != 0 or not WHOLE_K:
         ka, kb, kc = key_words(k_ptr + pool_row * k_page, ahead, D, K_BITS, K_SIGNS, HALVES)
@@ -495,7 +507,9 @@ def split_mma_kernel(
     key_buffer, value_buffer = words_buffer(4 * D, STAGED_K), words_buffer(4 * DV, STAGED_V)
     if STAGED_K:
         ka, kb, kc = first, first, first
-        fetch_words(key_buffer, k_ptr + pool_row * k_page, key_offsets(0, D // 32, D, 16), 0, 4 * D, K_BITS)
+        fetch_words(
+            key_buffer, k_ptr + pool_row * k_page, key_offsets(0, D // 32, D, 16), 0, 4 * D, K_BITS, HALVES
+        )
     else:
         ka, kb, kc = key_words(k_ptr + pool_row * k_page, 0, D, K_BITS, K_SIGNS, HALVES)
     tables = gl.allocate_shared_memory(gl.int32, [4, 32], gl.SwizzledSharedLayout(1, 1, 1, [0]))

@@ -487,8 +487,12 @@ def block_rows(rows: int, head_dim: int) -> int:
 
 def steps_of_page(keys: KernelOperands, values: KernelOperands, rows: int) -> int:
     """Steps in which a page is read: two where a whole page would not fit into registers."""
-    wide = max(keys.head_dim, values.head_dim) > 128
-    return 2 if 4 in (keys.bits, values.bits) or wide or rows > 8 else 1
+    many = (
+        4 in (keys.bits, values.bits)
+        or max(keys.head_dim, values.head_dim) > 128
+        or three_planes(keys, values)
+    )
+    return 2 if many or rows > 8 else 1
 
 
 def stages_words(keys: KernelOperands, values: KernelOperands, device: torch.device) -> bool:
@@ -497,10 +501,14 @@ def stages_words(keys: KernelOperands, values: KernelOperands, device: torch.dev
     With a head_dim of 256 there are too many for registers, and loading them for both steps of a page takes
     half as long again. Three bit planes need the registers for queries and sums.
     """
-    wide = max(keys.head_dim, values.head_dim) > 128
-    planes = max(len(keys.filters), len(values.filters)) == 3
-    many = (3 in (keys.bits, values.bits) and wide) or planes
+    wide = 3 in (keys.bits, values.bits) and max(keys.head_dim, values.head_dim) > 128
+    many = wide or three_planes(keys, values)
     return many and shared_memory(device) >= PROGRAMS * STAGED_BYTES
+
+
+def three_planes(keys: KernelOperands, values: KernelOperands) -> bool:
+    """Whether keys or values are three bit planes."""
+    return max(len(keys.filters), len(values.filters)) == 3
 
 
 def split_count(pages: int, blocks: int, programs: int) -> int:

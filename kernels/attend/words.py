@@ -65,14 +65,14 @@ def words_buffer(WORDS: gl.constexpr, STAGED: gl.constexpr):
 
 
 @gluon.jit
-def fetch_words(buffer, ptr, offsets, step, PART: gl.constexpr, PARTS: gl.constexpr):
+def fetch_words(buffer, ptr, offsets, step, PART: gl.constexpr, PARTS: gl.constexpr, HALVES: gl.constexpr):
     """Copy a page of PARTS planes of words to shared memory before its first step; nothing before its second.
 
     buffer: of `words_buffer`; ptr: the page; offsets: of the lane's words in each plane; PART: words of a
     plane. Each lane copies the words that it reads itself. There is no L2::evict_first: `cp.async` has none
     in Triton.
     """
-    if step % 2 == 0:
+    if HALVES == 1 or step % 2 == 0:
         for part in gl.static_range(PARTS):
             async_load(buffer.index(part), ptr + part * PART + offsets)
     async_copy.commit_group()

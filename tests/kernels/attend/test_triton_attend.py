@@ -27,6 +27,7 @@ from quantpress.kernels.attend.triton_attend import (
     STAGED_BYTES,
     block_rows,
     split_count,
+    steps_of_page,
     supports,
 )
 from quantpress.kernels.available import FUSED
@@ -180,10 +181,16 @@ def test_split_kernel_compiles_without_a_gpu(
     pytest.importorskip("triton")
     from quantpress.kernels.attend.split_mma import split_mma_kernel
 
-    staged = dim == 256 and 3 in (key_bits, value_bits) and capability >= 90
+    keys, values = (
+        ScalarPages(CodecSpec(dim, bits, role)) if bits > 0 else TrellisPages(dim, -bits, role)
+        for bits, role in ((key_bits, "key"), (value_bits, "value"))
+    )
+    halves = steps_of_page(*(codec.kernel_operands() for codec in (keys, values)), rows)
+    staged = (dim == 256 and 3 in (key_bits, value_bits)) or -3 in (key_bits, value_bits)
+    staged = staged and capability >= 90
     constants = {"D": dim, "DV": dim, "R": rows, "K_BITS": abs(key_bits), "V_BITS": abs(value_bits)}
     constants |= {"K_SIGNS": key_bits < 0, "V_SIGNS": value_bits < 0, "USED": heads > 0}
-    constants |= {"HALVES": 2 if 4 in (key_bits, value_bits) or dim > 128 or rows > 8 else 1}
+    constants |= {"HALVES": halves}
     constants |= {
         "CAPPED": capability == 80,
         "CHAINED": capability >= 90,
