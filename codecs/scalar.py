@@ -15,7 +15,7 @@ from torch import Tensor
 from quantpress.codecs.parts import Parts, kind_of, portable
 from quantpress.codecs.protocol import PageCodec, Planes
 from quantpress.errors import InvalidInputError
-from quantpress.kernels.attend.operands import ScalarOperands
+from quantpress.kernels.attend.operands import KernelOperands, ScalarOperands, SignOperands
 from quantpress.kernels.dequantize import decode_code_space, decode_pages, from_code_space, to_code_space
 from quantpress.kernels.encode import encode_pages
 from quantpress.kernels.layout import PAGE_TOKENS, gather_rows, pack_pages, unpack_pages
@@ -93,11 +93,14 @@ class ScalarPages(PageCodec):
     def from_code_space(self, y: Tensor) -> Tensor:
         return from_code_space(y, self.spec)
 
-    def kernel_operands(self) -> ScalarOperands | None:
-        """Rotation and codebook; None with two channel groups or a sketch, which no kernel attends."""
+    def kernel_operands(self) -> KernelOperands | None:
+        """Rotation and levels; None with two channel groups or a sketch, which no kernel attends."""
         if self.spec.estimator != "mse" or len(self.spec.groups) > 1:
             return None
-        return ScalarOperands(self.spec.rotation_of(0), self.spec.codebook_of(0), self.spec.page_keys)
+        rotation, book = self.spec.rotation_of(0), self.spec.codebook_of(0)
+        if book.bits == 1 and not self.spec.page_keys:
+            return SignOperands(rotation, float(book.scaled[-1]) * book.unit)
+        return ScalarOperands(rotation, book, self.spec.page_keys)
 
     def parts(self) -> Parts:
         """The spec's fields, and the digest of what follows from them."""

@@ -133,7 +133,7 @@ class TrellisPages(PageCodec):
     def kernel_operands(self) -> SignOperands | None:
         """Rotation and filters of the bit planes; None at 1 bit, whose levels are free."""
         filters = self.trellis.filters
-        return SignOperands(self.spec.rotation_of(0), filters) if filters else None
+        return SignOperands(self.spec.rotation_of(0), self.head_dim**-0.5, filters) if filters else None
 
     def to_code_space(self, x: Tensor) -> Tensor:
         return to_code_space(x, self.spec)

@@ -15,7 +15,7 @@ DEFAULT_CONTEXT = 32768
 """Tokens of the context that the bytes are counted for."""
 
 DEFAULT_WIDTHS = (2, 3, 4)
-"""Widths to choose from: those that fused kernels read. Plain PyTorch reads 1 and 8 bits."""
+"""Widths to choose from: those that fused kernels read at every head_dim, and that vLLM has."""
 
 By = Literal["layer", "head"]
 LAYER, HEAD = get_args(By)

@@ -141,17 +141,20 @@ class ScalarOperands:
 class SignOperands:
     """How kernels read pages of bit planes: a vector in code space is linear in the bits of its codes.
 
-    Its channel t is scale * D**-0.5 * sum_k sum_j filters[k][j] * s_k[(t - j) % D], with s_k = 1 where bit k
-    of a code is set and -1 elsewhere. The plane "codes0" has a page of single bits for each k, one after the
-    other, in the layout of `quantpress.kernels.layout`; the scales are the plane "scale0".
+    Its channel t is scale * unit * sum_k sum_j filters[k][j] * s_k[(t - j) % D], with s_k = 1 where bit k of
+    a code is set and -1 elsewhere; or scale * unit * s_0[t], for codes of one bit. The plane "codes0" has a
+    page of single bits for each k, one after the other, in the layout of `quantpress.kernels.layout`; the
+    scales are the plane "scale0".
 
     Args:
         rotation: into code space, over all D channels.
-        filters: taps by bit plane and lag, [b][lags].
+        unit: factor on all levels.
+        filters: taps by bit plane and lag, [b][lags]; none: codes of one bit.
     """
 
     rotation: Rotation
-    filters: Filters
+    unit: float
+    filters: Filters = ()
     codebook: ClassVar[None] = None
     page_keys: ClassVar[bool] = False
 
@@ -161,11 +164,7 @@ class SignOperands:
 
     @property
     def bits(self) -> int:
-        return len(self.filters)
-
-    @property
-    def unit(self) -> float:
-        return float(self.head_dim**-0.5)
+        return max(len(self.filters), 1)
 
 
 KernelOperands = ScalarOperands | SignOperands

@@ -255,9 +255,11 @@ def _step(
         a, b, c = ka, kb, kc
     if K_SIGNS:
         k0, k1, k2, k3 = signs_of(a, step, D, HALVES)
-        l0, l1, l2, l3 = signs_of(b, step, D, HALVES)
-        n0, n1, n2, n3 = l0, l1, l2, l3
-        if K_BITS == 3:
+        l0, l1, l2, l3 = k0, k1, k2, k3
+        n0, n1, n2, n3 = k0, k1, k2, k3
+        if K_BITS > 1:
+            l0, l1, l2, l3 = signs_of(b, step, D, HALVES)
+        if K_BITS > 2:
             n0, n1, n2, n3 = signs_of(c, step, D, HALVES)
         s0 = sums_with_signs(q0, q1, q2, k0, l0, n0, start, R, D, mma, K_BITS)
         s1 = sums_with_signs(q0, q1, q2, k1, l1, n1, start, R, D, mma, K_BITS)
@@ -361,9 +363,10 @@ def _step(
     if V_SIGNS:
         v0, v1, v2, v3 = signs_of(a, step, DV, HALVES)
         acc0 = acc0 * fade + weighted_sums(n0, n1, n2, n3, v0, v1, v2, v3, R, DV, mma, HALVES) * grow
-        v0, v1, v2, v3 = signs_of(b, step, DV, HALVES)
-        acc1 = acc1 * fade + weighted_sums(n0, n1, n2, n3, v0, v1, v2, v3, R, DV, mma, HALVES) * grow
-        if V_BITS == 3:
+        if V_BITS > 1:
+            v0, v1, v2, v3 = signs_of(b, step, DV, HALVES)
+            acc1 = acc1 * fade + weighted_sums(n0, n1, n2, n3, v0, v1, v2, v3, R, DV, mma, HALVES) * grow
+        if V_BITS > 2:
             v0, v1, v2, v3 = signs_of(c, step, DV, HALVES)
             acc2 = acc2 * fade + weighted_sums(n0, n1, n2, n3, v0, v1, v2, v3, R, DV, mma, HALVES) * grow
     else:
@@ -528,11 +531,11 @@ def split_mma_kernel(
     q_ptr += (block * (K_PLANES * 2 * R) + q_row[:, None]) * D + channel[None, :]
     q0 = gl.load(q_ptr)
     q1, q2 = q0, q0
-    if K_SIGNS:
+    if K_PLANES > 1:
         q1 = gl.load(q_ptr + 2 * R * D)
         q2 = q1
-        if K_BITS == 3:
-            q2 = gl.load(q_ptr + 4 * R * D)
+    if K_PLANES > 2:
+        q2 = gl.load(q_ptr + 4 * R * D)
     s_row = gl.arange(0, 2 * R, layout=gl.SliceLayout(1, mma))
     start = gl.load(start_ptr + block * (2 * R) + s_row)[:, None] + gl.full([2 * R, 32], 0, gl.int32, mma)
     blank, _ = high_and_low(gl.full([2 * R, 32], 0.0, gl.float32, mma), R, 32)
@@ -548,10 +551,10 @@ def split_mma_kernel(
     weight = gl.full([R], 0.0, gl.float32, by_row)
     acc0, _ = high_and_low(gl.full([2 * R, DV], 0.0, gl.float32, mma), R, DV)
     acc1, acc2 = first, first  # no sums
-    if V_SIGNS:
+    if V_PLANES > 1:
         acc1 = acc0
-        if V_BITS == 3:
-            acc2 = acc0
+    if V_PLANES > 2:
+        acc2 = acc0
     summed: gl.constexpr = gl.SliceLayout(1, acc0.type.layout)
     WHOLE: gl.constexpr = K_BITS == 3 or V_BITS == 3 or K_SIGNS or V_SIGNS
     KEPT: gl.constexpr = HALVES == 2 and WHOLE and max(D, DV) <= 128
@@ -635,10 +638,10 @@ def split_mma_kernel(
     o_ptr += (slot * R + o_row[:, None]) * (V_PLANES * DV) + value[None, :]
     lacking = gl.convert_layout(weight, summed)[:, None]
     gl.store(o_ptr, _in_order(2.0 * acc0 + lacking, R, DV, written), mask=kept[:, None])
-    if V_SIGNS:
+    if V_PLANES > 1:
         gl.store(o_ptr + DV, _in_order(2.0 * acc1 + lacking, R, DV, written), mask=kept[:, None])
-        if V_BITS == 3:
-            gl.store(o_ptr + 2 * DV, _in_order(2.0 * acc2 + lacking, R, DV, written), mask=kept[:, None])
+    if V_PLANES > 2:
+        gl.store(o_ptr + 2 * DV, _in_order(2.0 * acc2 + lacking, R, DV, written), mask=kept[:, None])
     at = (gl.program_id(1).to(gl.int64) * R + row) * splits + split
     gl.store(m_ptr + at, m)
     gl.store(l_ptr + at, total)

@@ -89,10 +89,11 @@ def sums_with_signs(
     mma: gl.constexpr,
     PLANES: gl.constexpr,
 ):
-    """The same over PLANES bit planes, 2 or 3, with queries and bytes of their own each."""
+    """The same over PLANES bit planes, 1 to 3, with queries and bytes of their own each."""
     x = mma_v2(q0, key_operand(k0, D, mma), start)
-    x = mma_v2(q1, key_operand(k1, D, mma), x)
-    if PLANES == 3:
+    if PLANES > 1:
+        x = mma_v2(q1, key_operand(k1, D, mma), x)
+    if PLANES > 2:
         x = mma_v2(q2, key_operand(k2, D, mma), x)
     high, low = high_and_low(x, R, 32)
     return (high * 256 + low).to(gl.float32)

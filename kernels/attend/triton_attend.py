@@ -33,7 +33,7 @@ from quantpress.quantization.transform import ChannelTransform
 
 HEAD_DIMS = (64, 128, 256)
 WIDTHS = (2, 3, 4)
-SIGN_HEAD_DIMS, SIGN_WIDTHS = (64, 128), (2, 3)
+SIGN_HEAD_DIMS, SIGN_WIDTHS = (64, 128), (1, 2, 3)
 """The same of bit planes."""
 
 MOST_QUERIES = 128
@@ -72,7 +72,7 @@ LOG2_E = math.log2(math.e)
 def supports(query: torch.Tensor, segments: Sequence[Segment], visibility: Visibility) -> bool:
     """Whether the kernels cover this call: few queries, one packed segment, codes that they read.
 
-    These are plain codes of 2 to 4 bits, and 2 or 3 bit planes.
+    These are plain codes of 1 to 4 bits, and 2 or 3 bit planes.
     Where the last segment has lengths, the tokens of several queries must be among its tokens in use.
     """
     packed = [index for index, segment in enumerate(segments) if isinstance(segment, PackedSegment)]
@@ -357,8 +357,8 @@ class _Call:
             "R": self.block,
             "K_BITS": self.keys.bits,
             "V_BITS": self.values.bits,
-            "K_SIGNS": bool(self.keys.filters),
-            "V_SIGNS": bool(self.values.filters),
+            "K_SIGNS": isinstance(self.keys, SignOperands),
+            "V_SIGNS": isinstance(self.values, SignOperands),
             "USED": self.used is not None,
             "STARTS": self.starts is not None,
             "HEADS": self.padded if self.schedule is None else 1,

@@ -94,9 +94,10 @@ def key_words(ptr, step, D: gl.constexpr, BITS: gl.constexpr, SIGNS: gl.constexp
     half = step % 2 * (16 * 16)
     if BITS == 3 or SIGNS:  # both halves lie in each word
         a = _load(ptr, key_offsets(0, D // 32, D, 16))
-        b = _load(ptr + 4 * D, key_offsets(0, D // 32, D, 16))
-        c = b
-        if BITS == 3:
+        b, c = a, a
+        if BITS > 1:
+            b = _load(ptr + 4 * D, key_offsets(0, D // 32, D, 16))
+        if BITS > 2:
             c = _load(ptr + 8 * D, key_offsets(0, D // 32, D, 16))
     elif HALVES == 2:
         if BITS == 4:
@@ -120,9 +121,10 @@ def value_words(ptr, step, C: gl.constexpr, BITS: gl.constexpr, SIGNS: gl.conste
     half = step % 2 * (4 * C)
     if BITS == 3 or SIGNS:
         a = _load(ptr, value_offsets(0, C // 32, C))
-        b = _load(ptr + 4 * C, value_offsets(0, C // 32, C))
-        c = b
-        if BITS == 3:
+        b, c = a, a
+        if BITS > 1:
+            b = _load(ptr + 4 * C, value_offsets(0, C // 32, C))
+        if BITS > 2:
             c = _load(ptr + 8 * C, value_offsets(0, C // 32, C))
     elif HALVES == 2:
         if BITS == 4:

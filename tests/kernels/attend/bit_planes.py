@@ -54,4 +54,4 @@ class BitPlanes(PageCodec):
         return from_code_space(y, self.spec)
 
     def kernel_operands(self) -> SignOperands:
-        return SignOperands(self.spec.rotation_of(0), FILTERS[self.bits])
+        return SignOperands(self.spec.rotation_of(0), self.head_dim**-0.5, FILTERS[self.bits])

@@ -194,6 +194,9 @@ def check(got: torch.Tensor, expected: torch.Tensor, tolerance: float = 2e-4) ->
         *((key, value, 128, 1) for key in (2, 3, 4) for value in (2, 3, 4)),
         (3, 3, 64, 1),
         (4, 4, 64, 1),
+        (1, 1, 128, 1),
+        (1, 3, 64, 5),
+        (4, 1, 128, 1),
         *((bits, bits, 256, 1) for bits in (2, 3, 4)),
         (3, 3, 128, 5),
         (3, 2, 64, 12),
@@ -204,7 +207,9 @@ def test_widths_and_head_dims(
     key_bits: int, value_bits: int, dim: int, queries: int, emulated: Emulated
 ) -> None:
     keys, values = packed(dim, dim, key_bits), packed(dim, dim, value_bits)
-    check(*run(PackedSegment(keys.keys, values.values), queries))
+    check(
+        *run(PackedSegment(keys.keys, values.values), queries), 1e-3 if 1 in (key_bits, value_bits) else 2e-4
+    )
     assert len(emulated.launches) == 1
 
 
@@ -225,10 +230,10 @@ def test_bit_planes(
     keys = packed(dim, dim, key_bits, planes="keys" in planes)
     values = packed(dim, dim, value_bits, planes="values" in planes)
     pages = PackedSegment(keys.keys, values.values)
-    check(*run(pages, queries), 5e-4)
+    check(*run(pages, queries), 1e-3)
     lengths = some_lengths(pages.tokens)
     starts = (torch.rand(lengths.shape) * (pages.tokens - lengths + 1)).int()
-    check(*run(with_schedule(pooled(pages, lengths, starts)), queries), 5e-4)
+    check(*run(with_schedule(pooled(pages, lengths, starts)), queries), 1e-3)
 
 
 def test_scales_beyond_float16(emulated: Emulated) -> None:

@@ -61,6 +61,7 @@ INTERPRETED = [
     [4, 2, 64, 2, "bfloat16", "haar one_transform"],
     [2, 3, 64, 3, "float32", "planes lengths"],
     [3, 2, 64, 1, "bfloat16", "planes pool"],
+    [1, 1, 64, 3, "float32", "lengths softcap"],
     [2, 3, 64, 6, "float32", "page_keys softcap"],
     [3, 3, 64, 1, "float32", "page_keys pool right alone side_by_side"],
     [4, 3, 64, 1, "float32", "page_keys pool dense_tables shared sinks_in_pages one_transform side_by_side"],
@@ -169,6 +170,7 @@ def compiled(kernel: Any, constants: dict[str, Any], capability: int, warps: int
         (-2, -2, 128, 8, 80, 0),
         (-3, -3, 128, 8, 90, 1),
         (4, -2, 64, 16, 100, 64),
+        (1, 3, 128, 8, 90, 1),
     ],
 )
 def test_split_kernel_compiles_without_a_gpu(
@@ -189,7 +191,7 @@ def test_split_kernel_compiles_without_a_gpu(
     staged = (dim == 256 and 3 in (key_bits, value_bits)) or -3 in (key_bits, value_bits)
     staged = staged and capability >= 90
     constants = {"D": dim, "DV": dim, "R": rows, "K_BITS": abs(key_bits), "V_BITS": abs(value_bits)}
-    constants |= {"K_SIGNS": key_bits < 0, "V_SIGNS": value_bits < 0, "USED": heads > 0}
+    constants |= {"K_SIGNS": key_bits < 2, "V_SIGNS": value_bits < 2, "USED": heads > 0}
     constants |= {"HALVES": halves}
     constants |= {
         "CAPPED": capability == 80,
@@ -402,10 +404,10 @@ def test_error_on_a_gpu(dim: int, bits: tuple[int, int], tokens: int) -> None:
 @pytest.mark.parametrize("queries", [1, 7])
 @pytest.mark.parametrize("tokens", [128, 384, 8192, 131072])
 @pytest.mark.parametrize(
-    "bits", [(-2, -2), (-3, -3), (-3, -2), (4, -2), (-3, 3)], ids=lambda b: f"{b[0]}_{b[1]}"
+    "bits", [(-2, -2), (-3, -3), (-3, -2), (4, -2), (-3, 3), (1, 1), (3, 1)], ids=lambda b: f"{b[0]}_{b[1]}"
 )
 @pytest.mark.parametrize("dim", [64, 128])
-def test_trellis_codes_on_a_gpu(dim: int, bits: tuple[int, int], tokens: int, queries: int) -> None:
+def test_bit_planes_on_a_gpu(dim: int, bits: tuple[int, int], tokens: int, queries: int) -> None:
     pages = on_device(1, 2, tokens, dim, bits)
     query = 2 * torch.randn(1, 8, queries, dim, device="cuda")
     recent = torch.randn(1, 2, 130, dim, device="cuda")
