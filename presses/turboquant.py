@@ -83,7 +83,7 @@ class TurboQuant(
         seed: seed of the rotation.
         scale: the stored scale: "auto", "norm_corrected", "unbiased" or "norm"; see `CodecSpec`.
         codebook: "int8", "lloyd_max", or "trellis": codes of whole vectors, with less error at the same
-            bytes, for widths of 1, 2, 3 and 4. Plain PyTorch reads them; 8 bits stay scalar.
+            bytes, for widths of 1, 2, 3 and 4; 8 bits stay scalar. Packing takes long.
         estimator: estimator of keys: "mse", or "prod" for the paper's 1-bit sketch of the residual. Values
             always use "mse".
         layer_bits: widths of single layers, by layer index, as bits or (key bits, value bits); 16 leaves a
