@@ -28,6 +28,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from quantpress.kernels.gluon_copy import async_load
+from quantpress.kernels.gluon_index import index_along
 
 MOST_SQUARE = gl.constexpr(2.0**120)  # squared norm of a vector as it leaves the product
 STEP = gl.constexpr(32)
@@ -46,25 +47,6 @@ def _gathered_layout():
     lane = [[n if k == dim else 0 for k in range(6)] for dim, n in ((5, 1), (5, 2), (4, 1), (4, 2), (1, 1))]
     warp = [[n if k == dim else 0 for k in range(6)] for dim, n in ((0, 1), (0, 2))]
     return gl.DistributedLinearLayout(unit, lane, warp, [], [4, 2, 4, 2, 4, 4])
-
-
-@gluon.constexpr_function
-def _only(dim, rank, layout):
-    """The layout of the indices of one dimension."""
-    for k in reversed(range(rank)):
-        if k != dim:
-            layout = gl.SliceLayout(k, layout)
-    return layout
-
-
-@gluon.jit
-def _index(dim: gl.constexpr, n: gl.constexpr, rank: gl.constexpr, layout: gl.constexpr):
-    """0 to n - 1 along dimension `dim` of `rank` dimensions, the others of length 1."""
-    x = gl.arange(0, n, layout=_only(dim, rank, layout))
-    for k in gl.static_range(rank):
-        if k != dim:
-            x = gl.expand_dims(x, k)
-    return x
 
 
 @gluon.jit
@@ -160,7 +142,7 @@ def _store_scales(scale_ptr, flag_ptr, scale0, scale1, good, left, start, BITS: 
     left: pages from this one on; start: of `_tile_start`.
     """
     layout: gl.constexpr = scale0.type.layout
-    token = _token_of(16 * _index(0, 4, 2, layout) + _index(1, 8, 2, layout), BITS) + start
+    token = _token_of(16 * index_along(0, 4, 2, layout) + index_along(1, 8, 2, layout), BITS) + start
     part: gl.constexpr = 16 if BITS == 3 else 64
     there = token // 128 < left
     gl.store(flag_ptr + 0 * token, 2, mask=there & (good == 0))
@@ -187,10 +169,10 @@ def _value_words(octets, left, GATHER: gl.constexpr, GATHER_REGISTERS: gl.conste
     )
     words = gl.reshape(gl.join(gl.join(a, c), gl.join(b, d)), [4, 2, 2, 4, 4, 4])
     flat: gl.constexpr = words.type.layout
-    w = _index(0, 4, 6, flat)
-    row = 2 * w + _index(1, 2, 6, flat)
-    tile = 4 * _index(2, 2, 6, flat) + _index(3, 4, 6, flat)
-    channel = 16 * tile + 4 * _index(4, 4, 6, flat) + _index(5, 4, 6, flat)
+    w = index_along(0, 4, 6, flat)
+    row = 2 * w + index_along(1, 2, 6, flat)
+    tile = 4 * index_along(2, 2, 6, flat) + index_along(3, 4, 6, flat)
+    channel = 16 * tile + 4 * index_along(4, 4, 6, flat) + index_along(5, 4, 6, flat)
     if BITS == 3:  # noqa: SIM108
         at = w // 2 * (128 * 12) + row % 4 * 128 + channel
     else:
@@ -203,10 +185,10 @@ def _key_words(octets, left, BITS: gl.constexpr):
     """[w, g, o, t] -> [w, g, block, t, word], offsets, whether their page is there."""
     words = gl.permute(gl.reshape(octets, [4, 8, 2, 4, 4]), [0, 1, 2, 4, 3])
     flat: gl.constexpr = words.type.layout
-    w = _index(0, 4, 5, flat)
-    row = 8 * w + _index(1, 8, 5, flat)
-    block = _index(2, 2, 5, flat)
-    word = 4 * _index(3, 4, 5, flat) + _index(4, 4, 5, flat)
+    w = index_along(0, 4, 5, flat)
+    row = 8 * w + index_along(1, 8, 5, flat)
+    block = index_along(2, 2, 5, flat)
+    word = 4 * index_along(3, 4, 5, flat) + index_along(4, 4, 5, flat)
     if BITS == 3:
         at = w // 2 * (128 * 12) + block * 256 + row % 16 * 16 + word
     else:
@@ -317,7 +299,7 @@ def encode_hopper_kernel(
     kept = _octets(gl.full([64, 128], 0, gl.int32, _product_layout()))[0]  # the first tile's, at 2 bits
     spread = _words(kept, pages, GATHER, GATHER_REGISTERS, BITS, VALUES)[0]  # and at 3 bits
     lanes: gl.constexpr = kept.type.layout
-    t = _index(3, 4, 4, lanes)
+    t = index_along(3, 4, 4, lanes)
     low = gl.load(table_ptr + t)
     high = gl.load(table_ptr + 4 + t)
     first = gl.load(table_ptr + 8 + t).to(gl.float32, bitcast=True)

@@ -20,6 +20,8 @@ the same to the last one.
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
+from quantpress.kernels.gluon_index import index_along, layout_along
+
 STATES = gl.constexpr(256)
 LANES = gl.constexpr(16)
 """Lanes of one vector."""
@@ -51,25 +53,6 @@ def _channels_layout(V):
     return gl.DistributedLinearLayout(unit, [[0, 0]] * 4 + [[1, 0]], [], [], [V, 4])
 
 
-@gluon.constexpr_function
-def _only(dim, rank, layout):
-    """The layout of the indices of one dimension."""
-    for k in reversed(range(rank)):
-        if k != dim:
-            layout = gl.SliceLayout(k, layout)
-    return layout
-
-
-@gluon.jit
-def _index(dim: gl.constexpr, n: gl.constexpr, rank: gl.constexpr, layout: gl.constexpr):
-    """0 to n - 1 along dimension `dim` of `rank` dimensions, the others of length 1."""
-    x = gl.arange(0, n, layout=_only(dim, rank, layout))
-    for k in gl.static_range(rank):
-        if k != dim:
-            x = gl.expand_dims(x, k)
-    return x
-
-
 @gluon.jit
 def _lesser(a, b):
     return gl.minimum(a, b)
@@ -97,7 +80,7 @@ def _errors(least, x, levels, V: gl.constexpr, BITS: gl.constexpr):
     G: gl.constexpr = STATES >> BITS
     layout: gl.constexpr = _states_layout(V, BITS)
     past = gl.convert_layout(gl.reshape(least, [V, K, G // K]), gl.SliceLayout(3, layout))
-    x = gl.convert_layout(x, _only(0, 4, layout), assert_trivial=True)
+    x = gl.convert_layout(x, layout_along(0, 4, layout), assert_trivial=True)
     away = gl.expand_dims(gl.expand_dims(gl.expand_dims(x, 1), 2), 3) - levels
     errors = gl.reshape(away * away + gl.expand_dims(past, 3), [V, K, G])
     return gl.convert_layout(errors, _groups_layout(V, BITS), assert_trivial=True).to(gl.int32, bitcast=True)
@@ -127,8 +110,8 @@ def _forward(
     G: gl.constexpr = STATES >> BITS
     layout: gl.constexpr = _groups_layout(V, BITS)
     groups: gl.constexpr = gl.SliceLayout(1, layout)
-    which = gl.full([V, K, G], 0, gl.int32, layout) + _index(1, K, 3, layout)
-    shift = _index(1, G, 2, groups) % (G // LANES) * BITS
+    which = gl.full([V, K, G], 0, gl.int32, layout) + index_along(1, K, 3, layout)
+    shift = index_along(1, G, 2, groups) % (G // LANES) * BITS
     index = gl.full([V, G], 0, gl.int32, groups)
     ahead = gl.load(x_ptr + (first + turn) % (D // 4) * 4)
     for chunk in range(first, last):
@@ -149,7 +132,7 @@ def _forward(
         if KEEP:
             word = gl.sum(gl.reshape(kept, [V, LANES, G // LANES]), 2)
             words: gl.constexpr = word.type.layout
-            to = _index(0, V, 2, words) * LANES + _index(1, LANES, 2, words)
+            to = index_along(0, V, 2, words) * LANES + index_along(1, LANES, 2, words)
             gl.store(kept_ptr + chunk * (V * LANES) + to, word)
     return least, index
 
@@ -160,7 +143,7 @@ def _nearest_end(least, index, V: gl.constexpr, BITS: gl.constexpr):
     G: gl.constexpr = STATES >> BITS
     errors = least.to(gl.int32, bitcast=True)
     best = gl.expand_dims(gl.reduce(errors, 1, _lesser), 1)
-    ends = index * G + _index(1, G, 2, gl.SliceLayout(1, _groups_layout(V, BITS)))
+    ends = index * G + index_along(1, G, 2, gl.SliceLayout(1, _groups_layout(V, BITS)))
     return gl.reduce(gl.where(errors == best, ends, STATES), 1, _lesser)
 
 
@@ -200,14 +183,14 @@ def search_kernel(
     groups: gl.constexpr = gl.SliceLayout(1, _groups_layout(V, BITS))
     channels: gl.constexpr = _channels_layout(V)
     alone: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
-    group = _index(1, K, 4, states) * (G // K) + _index(2, G // K, 4, states)
-    levels = gl.load(levels_ptr + group * K + _index(3, K, 4, states))
-    group = _index(1, G, 2, groups)
+    group = index_along(1, K, 4, states) * (G // K) + index_along(2, G // K, 4, states)
+    levels = gl.load(levels_ptr + group * K + index_along(3, K, 4, states))
+    group = index_along(1, G, 2, groups)
     own = gl.arange(0, V, layout=alone)
     kept_ptr += gl.program_id(0) * (CHUNKS * V * LANES)
     for tile in range(gl.program_id(0), (vectors + V - 1) // V, gl.num_programs(0)):
-        row = gl.minimum(tile * V + _index(0, V, 2, channels), vectors - 1).to(gl.int64)
-        x_ptr = unit_ptr + row * D + _index(1, 4, 2, channels)
+        row = gl.minimum(tile * V + index_along(0, V, 2, channels), vectors - 1).to(gl.int64)
+        x_ptr = unit_ptr + row * D + index_along(1, 4, 2, channels)
         to = (tile * V + own).to(gl.int64) * CHUNKS
         there = tile * V + own < vectors
         ends = gl.full([V], 0, gl.int32, alone)
