@@ -44,8 +44,9 @@ SINKS, RECENT = 4, 128
 COLD = 4
 """The caches read in turn are together this many times as large as the L2 cache."""
 
-ENCODED = 64
-"""Pages of each head that get their own random numbers; they are repeated to fill the rest."""
+ENCODED = 61
+"""Pages of each head that get their own random numbers; they are repeated to fill the rest. Programs step by
+multiples of 64 pages, so a prime shows one that reads the wrong page."""
 
 
 @dataclass(frozen=True)
