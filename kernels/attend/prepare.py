@@ -97,7 +97,7 @@ def _prepare(
         largest = tl.maximum(tl.max(tl.abs(y), 0), 1e-30)
     if CHAINED:
         gdc_launch_dependents()
-    at = local // 8 * 16 + local % 8
+    at = 2 * local
     total = 0
     for plane in tl.static_range(PLANES if PLANES else 1):
         z = y
@@ -107,10 +107,10 @@ def _prepare(
         high = (n + 128) >> 8
         to = q_ptr + ((block * (PLANES if PLANES else 1) + plane) * (2 * R) + at) * D + channel
         tl.store(to, high.to(tl.int8))
-        tl.store(to + 8 * D, (n - 256 * high).to(tl.int8))
+        tl.store(to + D, (n - 256 * high).to(tl.int8))
         total += tl.sum(n, 0)
     tl.store(start_ptr + block * 2 * R + at, 0)
-    tl.store(start_ptr + block * 2 * R + at + 8, total >> 1)  # a level is 2 * b + 1
+    tl.store(start_ptr + block * 2 * R + at + 1, total >> 1)  # a level is 2 * b + 1
     tl.store(factor_ptr + block * R + local, 2.0 * largest / MOST * scale * unit)
     bias = 0.0
     if HAS_MEAN:
@@ -209,7 +209,7 @@ def prepare_kernel(
     and HAS_MEAN; halves [HALVES, D, D] float16, the rotation without turn_factor; scale, the factor on q.k in
     units of log 2; unit, of the key codebook; FILTERS, the taps of keys in PLANES bit planes, plane by plane.
     Written: q [N, 2R, D] int8, or [N, PLANES, 2R, D] where PLANES is not 0, the high part of row r at
-    16 * (r // 8) + r % 8 and the low part 8 rows later; factor [N, R], which undoes the scaling of q and the
+    2 r and the low part at 2 r + 1; factor [N, R], which undoes the scaling of q and the
     levels' unit; start [N, 2R] int32, what a sum over bytes b lacks for levels 2 * b + 1; bias [N, R], q .
     mean.
 

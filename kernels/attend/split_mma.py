@@ -39,9 +39,11 @@ from quantpress.kernels.attend.tiles import (
     exp2,
     high_and_low,
     load_scales,
-    scaled,
+    of_rows,
+    of_tokens,
     scales_of_tiles,
     seen_or,
+    sums_of_lanes,
     sums_with_keys,
     sums_with_signs,
     weigh,
@@ -196,6 +198,7 @@ def _step(
     D: gl.constexpr,
     DV: gl.constexpr,
     R: gl.constexpr,
+    ROWS: gl.constexpr,
     K_BITS: gl.constexpr,
     V_BITS: gl.constexpr,
     K_SIGNS: gl.constexpr,
@@ -244,7 +247,7 @@ def _step(
     vs = load_scales(vs_ptr + pool_row * vs_page, step, HALVES)
     if PAGE_KEYS:
         at = _page(step // HALVES, first, stride, count, lead, STARTS) * (2 * R)
-        at += gl.arange(0, R, layout=m.type.layout)
+        at += gl.arange(0, ROWS, layout=m.type.layout)
         mean_score = gl.load(page_scores_ptr + at)
         sink_score = gl.load(page_scores_ptr + at + R)
     if STAGED_K:
@@ -261,18 +264,18 @@ def _step(
             l0, l1, l2, l3 = signs_of(b, step, D, HALVES)
         if K_BITS > 2:
             n0, n1, n2, n3 = signs_of(c, step, D, HALVES)
-        s0 = sums_with_signs(q0, q1, q2, k0, l0, n0, start, R, D, mma, K_BITS)
-        s1 = sums_with_signs(q0, q1, q2, k1, l1, n1, start, R, D, mma, K_BITS)
+        s0 = sums_with_signs(q0, q1, q2, k0, l0, n0, start, ROWS, D, mma, K_BITS)
+        s1 = sums_with_signs(q0, q1, q2, k1, l1, n1, start, ROWS, D, mma, K_BITS)
         if HALVES == 1:
-            s2 = sums_with_signs(q0, q1, q2, k2, l2, n2, start, R, D, mma, K_BITS)
-            s3 = sums_with_signs(q0, q1, q2, k3, l3, n3, start, R, D, mma, K_BITS)
+            s2 = sums_with_signs(q0, q1, q2, k2, l2, n2, start, ROWS, D, mma, K_BITS)
+            s3 = sums_with_signs(q0, q1, q2, k3, l3, n3, start, ROWS, D, mma, K_BITS)
     else:
         k0, k1, k2, k3 = levels_of(a, b, c, step, tables, 0, D, K_BITS, HALVES)
-        s0 = sums_with_keys(q0, k0, start, R, D, mma)
-        s1 = sums_with_keys(q0, k1, start, R, D, mma)
+        s0 = sums_with_keys(q0, k0, start, ROWS, D, mma)
+        s1 = sums_with_keys(q0, k1, start, ROWS, D, mma)
         if HALVES == 1:
-            s2 = sums_with_keys(q0, k2, start, R, D, mma)
-            s3 = sums_with_keys(q0, k3, start, R, D, mma)
+            s2 = sums_with_keys(q0, k2, start, ROWS, D, mma)
+            s3 = sums_with_keys(q0, k3, start, ROWS, D, mma)
     pool_row = next_row
     if STAGED_K:
         fetch_words(
@@ -289,9 +292,9 @@ def _step(
     _order(step)
 
     ks0, ks1, ks2, ks3 = scales_of_tiles(ks, HALVES)
-    s0, s1 = scaled(s0, ks0), scaled(s1, ks1)
+    s0, s1 = s0 * of_tokens(ks0, s0), s1 * of_tokens(ks1, s1)
     if HALVES == 1:
-        s2, s3 = scaled(s2, ks2), scaled(s3, ks3)
+        s2, s3 = s2 * of_tokens(ks2, s2), s3 * of_tokens(ks3, s3)
     if PAGE_KEYS:
         sink_score = (sink_score - mean_score) / gl.maximum(factor, 1e-36)
         s0, s1 = with_sink(s0, ks0, sink_score), with_sink(s1, ks1, sink_score)
@@ -300,18 +303,18 @@ def _step(
     if CAPPED:
         if PAGE_KEYS:
             bias += mean_score
-        s0 = capped(s0, factor[:, None], bias[:, None], softcap)
-        s1 = capped(s1, factor[:, None], bias[:, None], softcap)
+        s0 = capped(s0, factor[None, :], bias[None, :], softcap)
+        s1 = capped(s1, factor[None, :], bias[None, :], softcap)
         if HALVES == 1:
-            s2 = capped(s2, factor[:, None], bias[:, None], softcap)
-            s3 = capped(s3, factor[:, None], bias[:, None], softcap)
-        scale = gl.full([R], 1.0, gl.float32, m.type.layout)
+            s2 = capped(s2, factor[None, :], bias[None, :], softcap)
+            s3 = capped(s3, factor[None, :], bias[None, :], softcap)
+        scale = gl.full([ROWS], 1.0, gl.float32, m.type.layout)
     else:
         scale = factor
     if MASKED:
-        column = gl.arange(0, 32, layout=gl.SliceLayout(0, s0.type.layout))
+        row = gl.arange(0, 32, layout=gl.SliceLayout(1, s0.type.layout))
         token = _page(step // HALVES, first, stride, count, lead, STARTS) * PAGE_TOKENS
-        token += column // 16 * (16 * HALVES) + column % 8 // 2 * 4 + column // 8 % 2 * 2 + column % 2
+        token += row // 16 * (16 * HALVES) + row % 8 // 2 * 4 + row // 8 % 2 * 2 + row % 2
         if HALVES == 2:
             token += step % 2 * 16
         s0 = seen_or(s0, token, unused, used, float("-inf"))
@@ -323,62 +326,61 @@ def _step(
     largest = gl.maximum(s0, s1)
     if HALVES == 1:
         largest = gl.maximum(largest, gl.maximum(s2, s3))
-    top = gl.maximum(gl.max(largest, 1) * scale, -1e30)
+    top = gl.maximum(gl.max(largest, 0) * scale, -1e30)
     vs0, vs1, vs2, vs3 = scales_of_tiles(vs, HALVES)
-    p0, w0 = weigh(s0, scale[:, None], top[:, None], vs0)
-    p1, w1 = weigh(s1, scale[:, None], top[:, None], vs1)
+    p0, w0 = weigh(s0, scale[None, :], top[None, :], vs0)
+    p1, w1 = weigh(s1, scale[None, :], top[None, :], vs1)
     if MASKED:  # a value scale may be NaN
         w0 = seen_or(w0, token, unused, used, 0.0)
         w1 = seen_or(w1, token + 32 * HALVES, unused, used, 0.0)
     p, w, heaviest = p0 + p1, w0 + w1, gl.maximum(w0, w1)
     if HALVES == 1:
-        p2, w2 = weigh(s2, scale[:, None], top[:, None], vs2)
-        p3, w3 = weigh(s3, scale[:, None], top[:, None], vs3)
+        p2, w2 = weigh(s2, scale[None, :], top[None, :], vs2)
+        p3, w3 = weigh(s3, scale[None, :], top[None, :], vs3)
         if MASKED:
             w2 = seen_or(w2, token + 64, unused, used, 0.0)
             w3 = seen_or(w3, token + 96, unused, used, 0.0)
         p, w = p + p2 + p3, w + w2 + w3
         heaviest = gl.maximum(heaviest, gl.maximum(w2, w3))
-    most = gl.maximum(gl.max(heaviest, 1), 1e-30)
+    most = gl.maximum(gl.max(heaviest, 0), 1e-30)
     if PAGE_KEYS and not CAPPED:  # every score of the page lacks it
         top += mean_score
     new = gl.maximum(m, top)
     decay, gain = exp2(m - new), exp2(top - new)
     m = new
-    total = total * decay + gl.sum(p, 1) * gain
-    weight = weight * decay + gl.sum(w, 1) * gain
+    total = total * of_rows(decay, total) + sums_of_lanes(p, ROWS) * of_rows(gain, total)
+    weight = weight * of_rows(decay, total) + sums_of_lanes(w, ROWS) * of_rows(gain, total)
 
-    units = (MOST / most)[:, None]
+    units = (MOST / most)[None, :]
     if STAGED_V:
         async_copy.wait_group(1 if STAGED_K else 0)
         a, b, c = fetched_words(value_buffer, DV // 32)
     else:
         a, b, c = va, vb, vc
-    n0, n1 = weight_operand(w0, units, R, mma), weight_operand(w1, units, R, mma)
+    n0, n1 = weight_operand(w0 * units, ROWS, mma), weight_operand(w1 * units, ROWS, mma)
     n2, n3 = n0, n1
     if HALVES == 1:
-        n2, n3 = weight_operand(w2, units, R, mma), weight_operand(w3, units, R, mma)
-    fade = gl.convert_layout(decay, gl.SliceLayout(1, acc0.type.layout))[:, None]
-    grow = gl.convert_layout(gain * most * (1.0 / MOST), gl.SliceLayout(1, acc0.type.layout))[:, None]
+        n2, n3 = weight_operand(w2 * units, ROWS, mma), weight_operand(w3 * units, ROWS, mma)
+    fade, grow = of_rows(decay, acc0), of_rows(gain * most * (1.0 / MOST), acc0)
     if V_SIGNS:
         v0, v1, v2, v3 = signs_of(a, step, DV, HALVES)
-        acc0 = acc0 * fade + weighted_sums(n0, n1, n2, n3, v0, v1, v2, v3, R, DV, mma, HALVES) * grow
+        acc0 = acc0 * fade + weighted_sums(n0, n1, n2, n3, v0, v1, v2, v3, ROWS, DV, mma, HALVES) * grow
         if V_BITS > 1:
             v0, v1, v2, v3 = signs_of(b, step, DV, HALVES)
-            acc1 = acc1 * fade + weighted_sums(n0, n1, n2, n3, v0, v1, v2, v3, R, DV, mma, HALVES) * grow
+            acc1 = acc1 * fade + weighted_sums(n0, n1, n2, n3, v0, v1, v2, v3, ROWS, DV, mma, HALVES) * grow
         if V_BITS > 2:
             v0, v1, v2, v3 = signs_of(c, step, DV, HALVES)
-            acc2 = acc2 * fade + weighted_sums(n0, n1, n2, n3, v0, v1, v2, v3, R, DV, mma, HALVES) * grow
+            acc2 = acc2 * fade + weighted_sums(n0, n1, n2, n3, v0, v1, v2, v3, ROWS, DV, mma, HALVES) * grow
     else:
         v0, v1, v2, v3 = levels_of(a, b, c, step, tables, 1, DV, V_BITS, HALVES)
-        acc0 = acc0 * fade + weighted_sums(n0, n1, n2, n3, v0, v1, v2, v3, R, DV, mma, HALVES) * grow
+        acc0 = acc0 * fade + weighted_sums(n0, n1, n2, n3, v0, v1, v2, v3, ROWS, DV, mma, HALVES) * grow
     return pool_row, ka, kb, kc, va, vb, vc, m, total, weight, acc0, acc1, acc2
 
 
 @gluon.jit
 def _in_order(x, R: gl.constexpr, DV: gl.constexpr, layout: gl.constexpr):
-    """Sums [R, DV] with the channels of `value_operand` in their order, in another layout."""
-    x = x.reshape([R, DV // 32, 4, 4, 2]).permute([0, 1, 3, 4, 2]).reshape([R, DV])  # c u t e -> c t e u
+    """Sums [DV, R] as [R, DV] with the channels of `value_operand` in their order, in another layout."""
+    x = x.reshape([DV // 32, 4, 8, R]).permute([3, 0, 2, 1]).reshape([R, DV])  # c u g r -> r c g u
     return gl.convert_layout(x, layout)
 
 
@@ -418,6 +420,7 @@ def split_mma_kernel(
     D: gl.constexpr,
     DV: gl.constexpr,
     R: gl.constexpr,
+    ROWS: gl.constexpr,
     K_BITS: gl.constexpr,
     V_BITS: gl.constexpr,
     K_SIGNS: gl.constexpr,
@@ -454,7 +457,7 @@ def split_mma_kernel(
     bits, or of bit planes, are read from shared memory. CHAINED: started before `prepare_kernel` has ended.
     """
     mma: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [1, 1], [16, 8])
-    left: gl.constexpr = gl.DotOperandLayout(0, mma, 4)
+    right: gl.constexpr = gl.DotOperandLayout(1, mma, 4)
     split = gl.program_id(0)
     splits = gl.num_programs(0)
     slot = gl.program_id(1).to(gl.int64) * splits + split
@@ -525,10 +528,10 @@ def split_mma_kernel(
     tables.index(3).store(high_v)
     if CHAINED:
         _wait_for_queries()
-    at = gl.arange(0, D, layout=gl.SliceLayout(0, left))
+    at = gl.arange(0, D, layout=gl.SliceLayout(1, right))
     channel = at // 64 * 64 + at // 4 % 4 * 16 + at // 16 % 4 * 4 + at % 4
-    q_row = gl.arange(0, 2 * R, layout=gl.SliceLayout(1, left))
-    q_ptr += (block * (K_PLANES * 2 * R) + q_row[:, None]) * D + channel[None, :]
+    q_column = gl.arange(0, 2 * ROWS, layout=gl.SliceLayout(0, right))
+    q_ptr += (block * (K_PLANES * 2 * R) + q_column[None, :]) * D + channel[:, None]
     q0 = gl.load(q_ptr)
     q1, q2 = q0, q0
     if K_PLANES > 1:
@@ -536,26 +539,25 @@ def split_mma_kernel(
         q2 = q1
     if K_PLANES > 2:
         q2 = gl.load(q_ptr + 4 * R * D)
-    s_row = gl.arange(0, 2 * R, layout=gl.SliceLayout(1, mma))
-    start = gl.load(start_ptr + block * (2 * R) + s_row)[:, None] + gl.full([2 * R, 32], 0, gl.int32, mma)
-    blank, _ = high_and_low(gl.full([2 * R, 32], 0.0, gl.float32, mma), R, 32)
-    scored: gl.constexpr = blank.type.layout
-    by_row: gl.constexpr = gl.SliceLayout(1, scored)
-    row = gl.arange(0, R, layout=by_row)
+    s_column = gl.arange(0, 2 * ROWS, layout=gl.SliceLayout(0, mma))
+    start = gl.load(start_ptr + block * (2 * R) + s_column)[None, :]
+    start += gl.full([32, 2 * ROWS], 0, gl.int32, mma)
+    blank, _ = high_and_low(gl.full([32, 2 * ROWS], 0.0, gl.float32, mma), 32, ROWS)
+    by_row: gl.constexpr = gl.SliceLayout(0, blank.type.layout)
+    row = gl.arange(0, ROWS, layout=by_row)
     factor = gl.load(factor_ptr + block * R + row)
     bias = gl.load(bias_ptr + block * R + row)
     if PAGE_KEYS:
         page_scores_ptr += block * pages * (2 * R)
-    m = gl.full([R], -1e30, gl.float32, by_row)
-    total = gl.full([R], 0.0, gl.float32, by_row)
-    weight = gl.full([R], 0.0, gl.float32, by_row)
-    acc0, _ = high_and_low(gl.full([2 * R, DV], 0.0, gl.float32, mma), R, DV)
+    m = gl.full([ROWS], -1e30, gl.float32, by_row)
+    total = sums_of_lanes(blank, ROWS)
+    weight = total
+    acc0, _ = high_and_low(gl.full([DV, 2 * ROWS], 0.0, gl.float32, mma), DV, ROWS)
     acc1, acc2 = first, first  # no sums
     if V_PLANES > 1:
         acc1 = acc0
     if V_PLANES > 2:
         acc2 = acc0
-    summed: gl.constexpr = gl.SliceLayout(1, acc0.type.layout)
     WHOLE: gl.constexpr = K_BITS == 3 or V_BITS == 3 or K_SIGNS or V_SIGNS
     KEPT: gl.constexpr = HALVES == 2 and WHOLE and max(D, DV) <= 128
     STEPS: gl.constexpr = 2 if KEPT else 1  # words of 3 bits stay in registers for both
@@ -609,6 +611,7 @@ def split_mma_kernel(
                     D,
                     DV,
                     R,
+                    ROWS,
                     K_BITS,
                     V_BITS,
                     K_SIGNS,
@@ -632,16 +635,16 @@ def split_mma_kernel(
     written: gl.constexpr = gl.BlockedLayout(
         [1, 4], [32 * 4 // DV, DV // 4] if DV < 128 else [1, 32], [1, 1], [1, 0]
     )
-    o_row = gl.arange(0, R, layout=gl.SliceLayout(1, written))
+    o_row = gl.arange(0, ROWS, layout=gl.SliceLayout(1, written))
     value = gl.arange(0, DV, layout=gl.SliceLayout(0, written))
     kept = block % blocks * R + o_row < rows
     o_ptr += (slot * R + o_row[:, None]) * (V_PLANES * DV) + value[None, :]
-    lacking = gl.convert_layout(weight, summed)[:, None]
-    gl.store(o_ptr, _in_order(2.0 * acc0 + lacking, R, DV, written), mask=kept[:, None])
+    lacking = of_rows(gl.sum(weight, 0), acc0)
+    gl.store(o_ptr, _in_order(2.0 * acc0 + lacking, ROWS, DV, written), mask=kept[:, None])
     if V_PLANES > 1:
-        gl.store(o_ptr + DV, _in_order(2.0 * acc1 + lacking, R, DV, written), mask=kept[:, None])
+        gl.store(o_ptr + DV, _in_order(2.0 * acc1 + lacking, ROWS, DV, written), mask=kept[:, None])
     if V_PLANES > 2:
-        gl.store(o_ptr + 2 * DV, _in_order(2.0 * acc2 + lacking, R, DV, written), mask=kept[:, None])
+        gl.store(o_ptr + 2 * DV, _in_order(2.0 * acc2 + lacking, ROWS, DV, written), mask=kept[:, None])
     at = (gl.program_id(1).to(gl.int64) * R + row) * splits + split
     gl.store(m_ptr + at, m)
-    gl.store(l_ptr + at, total)
+    gl.store(l_ptr + at, gl.convert_layout(gl.sum(total, 0), by_row, assert_trivial=True))

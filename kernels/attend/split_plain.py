@@ -111,7 +111,7 @@ def split_plain_kernel(
     row, token = tl.arange(0, R), tl.arange(0, TILE)
     kept = block % blocks * R + row < rows
     channel, value = tl.arange(0, D), tl.arange(0, DV)
-    q_ptr += (block * K_PLANES * 2 * R + row[None, :] // 8 * 16 + row[None, :] % 8) * D + channel[:, None]
+    q_ptr += (block * K_PLANES * 2 * R + 2 * row[None, :]) * D + channel[:, None]
     factor = tl.load(factor_ptr + block * R + row) * 0.5  # levels are 2 * b + 1 here, b there
     bias = tl.load(bias_ptr + block * R + row)
     for plane in tl.static_range(V_PLANES):  # a sum of each plane of values, in a pass of its own
@@ -143,7 +143,7 @@ def split_plain_kernel(
                 )
                 k = tl.load(k_levels_ptr + codes)
                 of_part = q_ptr + part * (2 * R * D)
-                q = tl.load(of_part).to(tl.float32) * 256.0 + tl.load(of_part + 8 * D).to(tl.float32)
+                q = tl.load(of_part).to(tl.float32) * 256.0 + tl.load(of_part + D).to(tl.float32)
                 s = tl.dot(k, q, s, input_precision="ieee")
             ks = tl.load(ks_ptr + page * ks_page + inside, mask=live, other=0.0).to(tl.float32)
             s = s * factor[None, :] * ks[:, None] + added[None, :]

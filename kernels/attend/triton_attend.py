@@ -405,6 +405,7 @@ class _Call:
                 None if self.schedule is None else self.schedule.programs,
                 *numbers,
                 **constants,
+                ROWS=4 if self.rows <= 4 else self.block,
                 HALVES=steps_of_page(self.keys, self.values, self.block),
                 STAGED=stages_words(self.keys, self.values, q.device),
                 CAPPED=self.softcap > 0,

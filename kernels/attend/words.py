@@ -262,15 +262,15 @@ def signs_of(words, step, D: gl.constexpr, HALVES: gl.constexpr):
 
 @gluon.jit
 def key_operand(levels, D: gl.constexpr, mma: gl.constexpr):
-    """[D / 16, 32, 4, 4] int8 -> [D, 32], the right operand of the scores."""
+    """[D / 16, 32, 4, 4] int8 -> [32, D], the left operand of the scores."""
     x = levels.reshape([2, 2, D // 64, 4, 2, 4, 2, 2, 4])  # x b v | n e t | u h i
-    x = x.permute([2, 6, 7, 5, 8, 0, 1, 3, 4]).reshape([D, 32])
-    return gl.convert_layout(x, gl.DotOperandLayout(1, mma, 4), assert_trivial=True)
+    x = x.permute([0, 1, 3, 4, 2, 6, 7, 5, 8]).reshape([32, D])
+    return gl.convert_layout(x, gl.DotOperandLayout(0, mma, 4), assert_trivial=True)
 
 
 @gluon.jit
 def value_operand(levels, C: gl.constexpr, mma: gl.constexpr):
-    """[C / 16, 32, 4, 4] int8 -> [32, C], the right operand of the sum."""
+    """[C / 16, 32, 4, 4] int8 -> [C, 32], the left operand of the sum."""
     x = levels.reshape([2, C // 32, 8, 4, 4, 4])  # h c | g t | u i
-    x = x.permute([0, 3, 5, 1, 4, 2]).reshape([32, C])
-    return gl.convert_layout(x, gl.DotOperandLayout(1, mma, 4), assert_trivial=True)
+    x = x.permute([1, 4, 2, 0, 3, 5]).reshape([C, 32])
+    return gl.convert_layout(x, gl.DotOperandLayout(0, mma, 4), assert_trivial=True)

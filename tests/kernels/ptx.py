@@ -35,6 +35,8 @@ def _step(name: str, words: list[Words]) -> Words:
         return _table(int(others[2].flat[0]), first, *others[:2])
     if name == "prmt.b32":
         return _permuted(first, *others)
+    if name == "movmatrix.sync.aligned.m8n8.trans.b16":
+        return _transposed(first)
     if name == "dp4a.u32.u32":
         return others[1] + sum((_byte(first, k) * _byte(others[0], k) for k in range(4)), np.uint32(0))
     two = {"add.u32": np.add, "and.b32": np.bitwise_and, "or.b32": np.bitwise_or, "xor.b32": np.bitwise_xor}
@@ -50,6 +52,12 @@ def _floating(name: str, x: list[NDArray[np.float32]]) -> NDArray[np.float32]:
         return np.asarray(exact.clip(0, 1) if ".sat" in name else exact, np.float32)
     two = {"mul.f32": np.multiply, "mul.rn.f32": np.multiply, "add.f32": np.add, "add.rn.f32": np.add}
     return np.asarray(two[name](*x), np.float32)
+
+
+def _transposed(word: Words) -> Words:
+    """8 x 8 numbers of 16 bits of each 32 lanes: lane 4 * row + n holds columns 2 n and 2 n + 1."""
+    numbers = np.ascontiguousarray(word).view(np.uint16).reshape(-1, 8, 8)
+    return np.ascontiguousarray(numbers.transpose(0, 2, 1)).reshape(-1).view(np.uint32)
 
 
 def _byte(word: Words, k: int) -> Words:

@@ -92,9 +92,9 @@ def prepared(call: Any, scale: float) -> list[torch.Tensor]:
         return padded.view(count, block, *x.shape[2:])
 
     parts = torch.stack((by_block(high), by_block(numbers - 256 * high)), 1)  # [N, high or low, R, planes, D]
-    q = parts.unflatten(2, (-1, 8)).transpose(1, 2).flatten(1, 3).transpose(1, 2).contiguous()
+    q = parts.transpose(1, 2).flatten(1, 2).transpose(1, 2).contiguous()  # row 2 r, and 2 r + 1
     sums = by_block(numbers.sum((-2, -1), dtype=torch.int32) >> 1)
-    start = torch.stack((torch.zeros_like(sums), sums), 1).unflatten(2, (-1, 8)).transpose(1, 2).flatten(1)
+    start = torch.stack((torch.zeros_like(sums), sums), 2).flatten(1)
     if call.keys.page_keys:
         planes = call.packed.keys.planes
         stored = torch.stack((planes["mean0"], planes["sink0"]), -2).double()  # [..., P, 2, D]

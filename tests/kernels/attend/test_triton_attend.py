@@ -190,7 +190,8 @@ def test_split_kernel_compiles_without_a_gpu(
     halves = steps_of_page(*(codec.kernel_operands() for codec in (keys, values)), rows)
     staged = (dim == 256 and 3 in (key_bits, value_bits)) or -3 in (key_bits, value_bits)
     staged = staged and capability >= 90
-    constants = {"D": dim, "DV": dim, "R": rows, "K_BITS": abs(key_bits), "V_BITS": abs(value_bits)}
+    constants = {"D": dim, "DV": dim, "R": max(rows, 8), "ROWS": rows}
+    constants |= {"K_BITS": abs(key_bits), "V_BITS": abs(value_bits)}
     constants |= {"K_SIGNS": key_bits < 2, "V_SIGNS": value_bits < 2, "USED": heads > 0}
     constants |= {"HALVES": halves}
     constants |= {
