@@ -12,10 +12,8 @@ TILES = tl.constexpr(16)
 
 
 @triton.jit
-def _load(
+def _sums(
     o_ptr,
-    m_ptr,
-    l_ptr,
     start,
     end,
     count,
@@ -26,34 +24,31 @@ def _load(
     SIZE: tl.constexpr,
     PLANES: tl.constexpr,
 ):
-    """Partial sums `start` to `end` of the `count` of a row, at most SIZE: o [SIZE, DV], m and l [SIZE].
+    """Partial sums `start` to `end` of the `count` of a row, at most SIZE: [SIZE, DV], zeros after them.
 
     o has PLANES sums of DV channels for each row, of which o_ptr points to one.
     """
     split = start + tl.arange(0, SIZE)
-    live = split < end
     slot = (block * count + split) * R + local
-    o = tl.load(
-        o_ptr + slot[:, None] * (PLANES * DV) + tl.arange(0, DV)[None, :], mask=live[:, None], other=0.0
-    )
+    at = slot[:, None] * (PLANES * DV) + tl.arange(0, DV)[None, :]
+    return tl.load(o_ptr + at, mask=(split < end)[:, None], other=0.0)
+
+
+@triton.jit
+def _scores(m_ptr, l_ptr, start, end, count, block, local, R: tl.constexpr, SIZE: tl.constexpr):
+    """Largest scores and totals of the same partial sums, [SIZE] each."""
+    split = start + tl.arange(0, SIZE)
     at = (block * R + local) * count + split
-    m = tl.load(m_ptr + at, mask=live, other=-1e30)
-    return o, m, tl.load(l_ptr + at, mask=live, other=0.0)
+    m = tl.load(m_ptr + at, mask=split < end, other=-1e30)
+    return m, tl.load(l_ptr + at, mask=split < end, other=0.0)
 
 
 @triton.jit
-def _weights(m, total, part_m, part_l):
-    """Join partial sums part_m and part_l [N] to m and total [1]; the factors of the old and the new ones."""
+def _joined_scores(m, total, part_m, part_l):
+    """Join totals part_l [N] at largest scores part_m [N] to m, total [1]; the factor of the old total."""
     new = tl.maximum(m, tl.max(part_m, 0))
-    decay, weight = tl.exp2(m - new), tl.exp2(part_m - new)
-    return new, total * decay + tl.sum(part_l * weight, 0), decay, weight
-
-
-@triton.jit
-def _join(m, total, y, part_o, part_m, part_l):
-    """Add partial sums part_o [N, DV], part_m and part_l [N] to m, total [1] and y [DV]."""
-    m, total, decay, weight = _weights(m, total, part_m, part_l)
-    return m, total, y * decay + tl.sum(part_o * weight[:, None], 0)
+    decay = tl.exp2(m - new)
+    return new, total * decay + tl.sum(part_l * tl.exp2(part_m - new), 0), decay
 
 
 @triton.jit
@@ -139,53 +134,54 @@ def merge_kernel(
             holder = head * 0 + row // R
         m = tl.full([1], -1e30, tl.float32)
         total = tl.zeros([1], tl.float32)
-        y = tl.zeros([DV], tl.float32)
-        o, ms, ls = _load(o_ptr, m_ptr, l_ptr, begin, end, splits, holder, local, DV, R, SIZE, COUNT)
-        if PLANES:
-            one, two = o_ptr + DV, o_ptr + 2 * DV
-            o1, ms, ls = _load(one, m_ptr, l_ptr, begin, end, splits, holder, local, DV, R, SIZE, COUNT)
-            o2 = o1
-            if PLANES == 3:
-                o2, ms, ls = _load(two, m_ptr, l_ptr, begin, end, splits, holder, local, DV, R, SIZE, COUNT)
-        dense_o, dense_ms, dense_ls = _load(
-            dense_o_ptr, dense_m_ptr, dense_l_ptr, 0, tiles, tiles, block, local, DV, R, TILES, 1
-        )
-        if PLANES:
-            m, total, decay, weight = _weights(m, total, ms, ls)
-            y = tl.sum(o * weight[:, None], 0)
-            y1 = tl.sum(o1 * weight[:, None], 0)
-            y2 = tl.sum(o2 * weight[:, None], 0)
-        else:
-            m, total, y = _join(m, total, y, o, ms, ls)
+        # The first sums are on their way while the largest score is found; rows of SIZE are added up last.
+        o = _sums(o_ptr, begin, end, splits, holder, local, DV, R, SIZE, COUNT)
+        if COUNT > 1:
+            o1 = _sums(o_ptr + DV, begin, end, splits, holder, local, DV, R, SIZE, COUNT)
+        if COUNT > 2:
+            o2 = _sums(o_ptr + 2 * DV, begin, end, splits, holder, local, DV, R, SIZE, COUNT)
+        dense_o = _sums(dense_o_ptr, 0, tiles, tiles, block, local, DV, R, TILES, 1)
+        dense_m, dense_l = _scores(dense_m_ptr, dense_l_ptr, 0, tiles, tiles, block, local, R, TILES)
+        first_m, ls = _scores(m_ptr, l_ptr, begin, end, splits, holder, local, R, SIZE)
+        m, total, decay = _joined_scores(m, total, first_m, ls)
         for start in range(begin + SIZE, end, SIZE):
-            o, ms, ls = _load(o_ptr, m_ptr, l_ptr, start, end, splits, holder, local, DV, R, SIZE, COUNT)
-            if PLANES:
-                o1, ms, ls = _load(one, m_ptr, l_ptr, start, end, splits, holder, local, DV, R, SIZE, COUNT)
-                o2 = o1
-                if PLANES == 3:
-                    o2, ms, ls = _load(
-                        two, m_ptr, l_ptr, start, end, splits, holder, local, DV, R, SIZE, COUNT
-                    )
-                m, total, decay, weight = _weights(m, total, ms, ls)
-                y = y * decay + tl.sum(o * weight[:, None], 0)
-                y1 = y1 * decay + tl.sum(o1 * weight[:, None], 0)
-                y2 = y2 * decay + tl.sum(o2 * weight[:, None], 0)
-            else:
-                m, total, y = _join(m, total, y, o, ms, ls)
+            ms, ls = _scores(m_ptr, l_ptr, start, end, splits, holder, local, R, SIZE)
+            m, total, decay = _joined_scores(m, total, ms, ls)
+        weight = tl.exp2(first_m - m)[:, None]
+        o *= weight
+        if COUNT > 1:
+            o1 *= weight
+        if COUNT > 2:
+            o2 *= weight
+        for start in range(begin + SIZE, end, SIZE):
+            more = _sums(o_ptr, start, end, splits, holder, local, DV, R, SIZE, COUNT)
+            ms, ls = _scores(m_ptr, l_ptr, start, end, splits, holder, local, R, SIZE)
+            weight = tl.exp2(ms - m)[:, None]
+            o += more * weight
+            if COUNT > 1:
+                o1 += _sums(o_ptr + DV, start, end, splits, holder, local, DV, R, SIZE, COUNT) * weight
+            if COUNT > 2:
+                o2 += _sums(o_ptr + 2 * DV, start, end, splits, holder, local, DV, R, SIZE, COUNT) * weight
+        y = tl.sum(o, 0)
         if PLANES:
             LAGS: tl.constexpr = len(FILTERS) // PLANES
-            of_planes = y
+            of_planes, y1, y2 = y, y, y
+            if COUNT > 1:
+                y1 = tl.sum(o1, 0)
+            if COUNT > 2:
+                y2 = tl.sum(o2, 0)
             y = _of_lag(of_planes, y1, y2, 0, PLANES, LAGS, FILTERS)
             for lag in tl.static_range(1, LAGS):
                 later = _of_lag(of_planes, y1, y2, lag, PLANES, LAGS, FILTERS)
                 y += tl.gather(later, (value + (DV - lag)) % DV, 0)
         turned = tl.sum(turn * (y * unit)[:, None], 0)
-        m, total, turned = _join(m, total, turned, dense_o, dense_ms, dense_ls)
+        m, total, decay = _joined_scores(m, total, dense_m, dense_l)
+        turned = turned * decay + tl.sum(dense_o * tl.exp2(dense_m - m)[:, None], 0)
         for start in range(TILES, tiles, TILES):
-            dense_o, dense_ms, dense_ls = _load(
-                dense_o_ptr, dense_m_ptr, dense_l_ptr, start, tiles, tiles, block, local, DV, R, TILES, 1
-            )
-            m, total, turned = _join(m, total, turned, dense_o, dense_ms, dense_ls)
+            dense_o = _sums(dense_o_ptr, start, tiles, tiles, block, local, DV, R, TILES, 1)
+            dense_m, dense_l = _scores(dense_m_ptr, dense_l_ptr, start, tiles, tiles, block, local, R, TILES)
+            m, total, decay = _joined_scores(m, total, dense_m, dense_l)
+            turned = turned * decay + tl.sum(dense_o * tl.exp2(dense_m - m)[:, None], 0)
         if HAS_SINKS:
             sink = tl.load(sinks_ptr + head % kv_heads * group + row // queries).to(tl.float32) * LOG2_E
             new = tl.maximum(m, sink)
