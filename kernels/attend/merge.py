@@ -5,6 +5,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_wait
 
 from quantpress.kernels.attend.schedule_kernel import chunks_of_heads
+from quantpress.kernels.hadamard import hadamard
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 TILES = tl.constexpr(16)
@@ -92,6 +93,7 @@ def merge_kernel(
     PLANES: tl.constexpr,
     FILTERS: tl.constexpr,
     HAS_SINKS: tl.constexpr,
+    HADAMARD: tl.constexpr,
     SIZE: tl.constexpr,
     HEADS: tl.constexpr,
     STARTS: tl.constexpr,
@@ -103,7 +105,8 @@ def merge_kernel(
 
     o: [N, splits, R, DV], m and l: [N, R, splits], sums over packed tokens in code space, N = heads * blocks;
     dense_o, dense_m, dense_l: the same over 16-bit tokens, with `tiles` in place of `splits`; sinks: [Hkv *
-    group] logits, if HAS_SINKS; rotation: [DV, DV] float32, out of code space but for the factor `unit`; out:
+    group] logits, if HAS_SINKS; rotation: [DV, DV] float32, out of code space but for the factor `unit`, or, if
+    HADAMARD, the column signs [DV] of a Walsh-Hadamard matrix; out:
     [BH, rows, DV], written; SIZE: partial sums joined at a time. Where PLANES is 2 or 3, values are so many
     bit planes, o is [N, splits, R, PLANES, DV], and taps FILTERS, plane by plane, make one vector of them.
     Where HEADS, a power of two of at least `heads`, is not 0, heads have page tables: o, m and l are [blocks,
@@ -123,7 +126,10 @@ def merge_kernel(
         end = begin + tl.sum(tl.where(index == head, chunks, 0), 0)
     value = tl.arange(0, DV)
     COUNT: tl.constexpr = PLANES if PLANES else 1
-    turn = tl.load(rotation_ptr + value[:, None] * DV + value[None, :])  # float32: to convert it takes 0.5 us
+    if HADAMARD:
+        signs = tl.load(rotation_ptr + value)
+    else:  # float32: to convert it takes 0.5 us
+        turn = tl.load(rotation_ptr + value[:, None] * DV + value[None, :])
     if CHAINED:
         gdc_wait()
     for step in range(EACH):
@@ -174,7 +180,10 @@ def merge_kernel(
             for lag in tl.static_range(1, LAGS):
                 later = _of_lag(of_planes, y1, y2, lag, PLANES, LAGS, FILTERS)
                 y += tl.gather(later, (value + (DV - lag)) % DV, 0)
-        turned = tl.sum(turn * (y * unit)[:, None], 0)
+        if HADAMARD:
+            turned = signs * hadamard(y * unit, DV)
+        else:
+            turned = tl.sum(turn * (y * unit)[:, None], 0)
         m, total, decay = _joined_scores(m, total, dense_m, dense_l)
         turned = turned * decay + tl.sum(dense_o * tl.exp2(dense_m - m)[:, None], 0)
         for start in range(TILES, tiles, TILES):

@@ -28,7 +28,8 @@ from quantpress.kernels.attend.schedule import (
     scheduled_programs,
 )
 from quantpress.kernels.available import FUSED
-from quantpress.kernels.rotation_matrix import rotation_matrix
+from quantpress.kernels.rotation_matrix import column_signs, rotation_matrix
+from quantpress.quantization.rotation import Rotation
 from quantpress.quantization.transform import ChannelTransform
 
 HEAD_DIMS = (64, 128, 256)
@@ -218,7 +219,7 @@ class _Call:
         from quantpress.kernels.attend.prepare import prepare_kernel
 
         dim, value_dim, transform = self.keys.head_dim, self.values.head_dim, self.packed.keys.transform
-        turn = rotation_matrix(self.keys.rotation, self.query.device, inverse=True)
+        turn, halves, turn_factor = _turn(self.keys.rotation, self.query.device)
         count = self.heads * self.blocks
         self.page_scores = self._page_scores() if self.keys.page_keys else None
         filters = self.keys.filters
@@ -238,7 +239,7 @@ class _Call:
             self.query,
             transform.weight,
             transform.mean,
-            turn.halves,
+            turn,
             q,
             factor,
             start,
@@ -251,7 +252,7 @@ class _Call:
             *sums,
             self.scale,
             self.keys.unit,
-            turn.factor,
+            turn_factor,
             self.rows,
             self.queries,
             self.blocks,
@@ -267,7 +268,7 @@ class _Call:
             DV=value_dim,
             R=self.block,
             TILE=DENSE_TILE,
-            HALVES=len(turn.halves),
+            HALVES=halves,
             PLANES=len(filters),
             FILTERS=sum(filters, ()),
             HAS_WEIGHT=transform.weight is not None,
@@ -444,12 +445,17 @@ class _Call:
         value_dim = self.values.head_dim
         if out is None:
             out = self._new(self.batch, self.query_heads, self.queries, value_dim, dtype=self.query.dtype)
-        each = rows_of_merge(self.rows, self.heads, self._multiprocessors())
+        signs, unit = column_signs(self.values.rotation, out.device), self.values.unit
+        each = 1
+        if signs is None:
+            each = rows_of_merge(self.rows, self.heads, self._multiprocessors())
+        else:
+            unit *= value_dim**-0.5
         merge_kernel[(-(-self.rows // each), self.heads)](
             *sums,
             *dense,
             sinks,
-            self.values.rotation.matrix(out.device, torch.float32),
+            self.values.rotation.matrix(out.device, torch.float32) if signs is None else signs,
             out,
             self.used,
             self.starts,
@@ -463,12 +469,13 @@ class _Call:
             self.blocks,
             self.heads,
             self.pages,
-            self.values.unit,
+            unit,
             DV=value_dim,
             R=self.block,
             PLANES=len(self.values.filters),
             FILTERS=sum(self.values.filters, ()),
             HAS_SINKS=sinks is not None,
+            HADAMARD=signs is not None,
             SIZE=MERGED[sums[0].shape[1] > MERGED[0] * self.scheduled_heads],
             HEADS=self.padded if self.schedule is None else 1,
             STARTS=self.starts is not None,
@@ -479,6 +486,15 @@ class _Call:
             **self.options,
         )
         return out
+
+
+def _turn(rotation: Rotation, device: torch.device) -> tuple[torch.Tensor, int, float]:
+    """What `prepare_kernel` reads as turn, HALVES and turn_factor."""
+    signs = column_signs(rotation, device)
+    if signs is not None:
+        return signs, 0, rotation.dim**-0.5
+    matrix = rotation_matrix(rotation, device, inverse=True)
+    return matrix.halves, len(matrix.halves), matrix.factor
 
 
 def block_rows(rows: int, head_dim: int) -> int:
