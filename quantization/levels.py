@@ -3,7 +3,7 @@
 A kernel keeps an odd level as the byte (level - 1) / 2, in -128 to 127, which 8-bit integer tensor cores
 multiply without error: x . levels = unit * (2 * x . bytes + sum(x)). Odd levels are exactly symmetric and
 have no zero. Divided by the right unit, up to 16 levels come close to odd integers; a search over all units
-that make the largest level 64 to 255 finds it.
+that make the largest level 64 to 255 finds it. 256 levels are all the odd integers there are.
 """
 
 from __future__ import annotations
@@ -114,16 +114,20 @@ def fit_odd_levels(half: Floats, head_dim: int) -> tuple[Floats, float]:
     """Odd integers and a unit of least distortion whose products are close to given levels.
 
     Each unit of a fine grid gives a pattern of odd integers, 2 * round((level / unit - 1) / 2) + 1. Then the
-    best unit of each pattern is found, with thresholds at the midpoints of its levels.
+    best unit of each pattern is found, with thresholds at the midpoints of its levels. 128 positive levels
+    have one pattern, whose largest level lies below Lloyd-Max's.
 
     Args:
-        half: [n] float64, the positive levels, ascending, in units of the coordinate.
+        half: [n] float64, the positive levels, ascending, in units of the coordinate; n is at most 128.
         head_dim: dimension D of the unit vector.
 
     Returns:
         (scaled, unit): scaled [n] float64, odd, ascending, 1 to 255; the levels are scaled * unit.
     """
     density = CoordinateDensity(head_dim)
+    if 2 * len(half) > MAX_ODD_LEVEL:
+        pattern = np.arange(1.0, MAX_ODD_LEVEL + 1, 2)
+        return pattern, _best_unit(density, pattern, float(half[-1]) / MAX_ODD_LEVEL, 0.8, 1.0)
     tops = np.geomspace(MAX_ODD_LEVEL, _LEAST_TOP, _SEARCH_STEPS)
     units = half[-1] / tops
     rounded = round_to_odd(half / units[:, None])
@@ -132,7 +136,7 @@ def fit_odd_levels(half: Floats, head_dim: int) -> tuple[Floats, float]:
     best_error, best = np.inf, (half, 1.0)
     for values, start in patterns.items():
         pattern = np.array(values)
-        unit = _best_unit(density, pattern, float(start))
+        unit = _best_unit(density, pattern, float(start), 0.9, 1.1)
         error = density.distortion(pattern * unit)
         if error < best_error * (1 - _LEAST_GAIN):
             best_error, best = error, (pattern, unit)
@@ -144,11 +148,11 @@ def round_to_odd(values: Floats) -> Floats:
     return np.asarray(2 * np.round((values - 1) / 2) + 1)
 
 
-def _best_unit(density: CoordinateDensity, pattern: Floats, unit: float) -> float:
-    """The unit near `unit` with the least distortion of pattern * unit, by Brent's method."""
+def _best_unit(density: CoordinateDensity, pattern: Floats, unit: float, low: float, high: float) -> float:
+    """The unit of least distortion of pattern * unit, low to high times `unit`, by Brent's method."""
     found = scipy.optimize.minimize_scalar(
         lambda trial: density.distortion(pattern * trial),
-        bounds=(unit * 0.9, unit * 1.1),
+        bounds=(unit * low, unit * high),
         method="bounded",
         options={"xatol": unit * 1e-10},
     )

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from quantpress.errors import InvalidInputError, UnsupportedBitsError
 from quantpress.quantization.budget import ALLOWED, ChannelGroup, split_channels
-from quantpress.quantization.codebook import CODEBOOK_FORMS, MAX_INT8_BITS, Codebook, codebook
+from quantpress.quantization.codebook import CODEBOOK_FORMS, Codebook, codebook
 from quantpress.quantization.qjl import sketch_matrix
 from quantpress.quantization.rotation import ROTATION_KINDS, Rotation
 
@@ -46,7 +46,7 @@ class CodecSpec:
             "norm_corrected": |y| / |l|, so that the decoded norm is exact. "unbiased": |y|^2 / <y, l>, so
             that the decoded vector projects onto y exactly. "auto": norm_corrected for keys, unbiased for
             values, norm for "prod".
-        codebook: "int8" or "lloyd_max". A group of 8 bits always has a "lloyd_max" codebook.
+        codebook: "int8" or "lloyd_max".
         estimator: "mse", or "prod": a code of bits - 1 and a 1-bit QJL sketch of its residual.
         scale_dtype: dtype of scales and residual norms. "auto": float16, but float32 for pages with vectors
             whose scales float16 does not hold, see `quantpress.kernels.encode`. "float16": a scale of 65504
@@ -142,7 +142,7 @@ class CodecSpec:
     def codebook_of(self, group: int) -> Codebook:
         """The codebook of one group, for its width and number of channels."""
         channels, bits = self.groups[group].channels, self.groups[group].bits
-        return codebook(bits, channels, self.codebook if bits <= MAX_INT8_BITS else "lloyd_max")
+        return codebook(bits, channels, self.codebook)
 
     def sketch_matrix(
         self, device: torch.device | str | None = None, dtype: torch.dtype = torch.float64

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from quantpress.quantization.budget import WHOLE_BITS, split_channels
-from quantpress.quantization.codebook import CODEBOOK_FORMS, MAX_INT8_BITS, compute_codebook
+from quantpress.quantization.codebook import CODEBOOK_FORMS, compute_codebook
 
 HEAD_DIMS = (32, 40, 48, 64, 80, 96, 112, 128, 160, 192, 256)
 """Head dimensions of published models."""
@@ -36,9 +36,7 @@ def build_table() -> dict[str, dict[str, Any]]:
     rows: dict[str, dict[str, Any]] = {}
     for form in CODEBOOK_FORMS:
         for bits in WHOLE_BITS:
-            if form == "int8" and bits > MAX_INT8_BITS:
-                continue
-            for dim in group_dims() if bits <= MAX_INT8_BITS else HEAD_DIMS:
+            for dim in HEAD_DIMS if bits == 8 else group_dims():
                 book = compute_codebook(bits, dim, form)
                 half = book.scaled[len(book.scaled) // 2 :]
                 rows[f"{form}/{bits}/{dim}"] = {

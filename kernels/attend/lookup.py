@@ -21,7 +21,7 @@ def lookup_table(keys: Codebook | None, values: Codebook | None, device: torch.d
     """The registers in which the assembly below looks levels up.
 
     Args:
-        keys: the int8 codebook of keys, of 2, 3 or 4 bits; None: bit planes, which need no lookup.
+        keys: the int8 codebook of keys, of 2, 3, 4 or 8 bits; None: bit planes, which need no lookup.
         values: that of values.
         device: device of the table.
 
@@ -35,6 +35,8 @@ def lookup_table(keys: Codebook | None, values: Codebook | None, device: torch.d
             levels = [] if book is None else [int(level) for level in book.scaled]
             if len(levels) == 16:  # magnitudes only
                 levels = levels[len(levels) // 2 :]
+            elif len(levels) == 256:  # what makes codes bytes: b = -128 four times
+                levels = levels[:1] * 4
             held = [(level - 1) // 2 & 0xFF for level in levels] + [0] * (8 - len(levels))
             rows += [sum(byte << (8 * i) for i, byte in enumerate(held[at : at + 4])) for at in (0, 4)]
         words = torch.tensor(rows, dtype=torch.int64, device="cpu").to(torch.int32)  # wraps to the same bits
@@ -93,6 +95,9 @@ shr.u32 t, t, 16;
 prmt.b32 $7, $20, $24, t; }""")
 """3 bits: the words of three planes in, parts 0 to 7 out."""
 
+
+BYTES = tl.constexpr("xor.b32 $0, $1, $5;")
+"""8 bits: one word and one register of the table in, the four codes c of the word as bytes c - 128 out."""
 
 LOOKUP_3_HALF = tl.constexpr("""{ .reg .b32 s, t, u;
 shr.u32 s, $4, $24;

@@ -8,7 +8,15 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 
-from quantpress.kernels.attend.lookup import LOOKUP_2, LOOKUP_3, LOOKUP_3_HALF, LOOKUP_4, SIGNS, SIGNS_HALF
+from quantpress.kernels.attend.lookup import (
+    BYTES,
+    LOOKUP_2,
+    LOOKUP_3,
+    LOOKUP_3_HALF,
+    LOOKUP_4,
+    SIGNS,
+    SIGNS_HALF,
+)
 from quantpress.kernels.gluon_copy import async_load
 
 READ_ONCE = gl.constexpr("evict_first")
@@ -99,6 +107,10 @@ def key_words(ptr, step, D: gl.constexpr, BITS: gl.constexpr, SIGNS: gl.constexp
             b = _load(ptr + 4 * D, key_offsets(0, D // 32, D, 16))
         if BITS > 2:
             c = _load(ptr + 8 * D, key_offsets(0, D // 32, D, 16))
+    elif BITS == 8:
+        a = _load(ptr + half, key_offsets(32, D // 16, D, 128))
+        b = _load(ptr + half + 64 * 16, key_offsets(32, D // 16, D, 128))
+        c = a
     elif HALVES == 2:
         if BITS == 4:
             a = _load(ptr + half, key_offsets(32, D // 16, D, 64))
@@ -126,6 +138,10 @@ def value_words(ptr, step, C: gl.constexpr, BITS: gl.constexpr, SIGNS: gl.conste
             b = _load(ptr + 4 * C, value_offsets(0, C // 32, C))
         if BITS > 2:
             c = _load(ptr + 8 * C, value_offsets(0, C // 32, C))
+    elif BITS == 8:
+        a = _load(ptr + half, value_offsets(8, C // 16, C))
+        b = _load(ptr + half + 16 * C, value_offsets(8, C // 16, C))
+        c = a
     elif HALVES == 2:
         if BITS == 4:
             a = _load(ptr + half, value_offsets(8, C // 16, C))
@@ -162,6 +178,19 @@ def _pair(a, b, VECTORS: gl.constexpr):
 
 
 @gluon.jit
+def _bytes(words, mask, VECTORS: gl.constexpr):
+    """The codes of 8 bits of words [VECTORS, 32, 4] as int8 [VECTORS, 32, 4, 4], less 128."""
+    return gl.inline_asm_elementwise(
+        BYTES,
+        "=r,r,r,r,r,r,r,r,r",
+        [_repeat(words, VECTORS), mask],
+        dtype=gl.int8,
+        is_pure=True,
+        pack=4,
+    )
+
+
+@gluon.jit
 def levels_of(
     a, b, c, step, tables, SIDE: gl.constexpr, D: gl.constexpr, BITS: gl.constexpr, HALVES: gl.constexpr
 ):
@@ -170,11 +199,14 @@ def levels_of(
     a, b, c: words, of `key_words` or `value_words`; step: odd for the second half, if HALVES is 2; tables:
     the lookup table in shared memory; SIDE: 0 for keys, 1 for values; D: channels.
     """
-    N: gl.constexpr = D // 16 if BITS == 4 or (BITS == 2 and HALVES == 1) else D // 32
+    N: gl.constexpr = D // 16 if BITS >= 4 or (BITS == 2 and HALVES == 1) else D // 32
     low = _register(tables, 2 * SIDE, N)
-    if BITS != 2:
+    if BITS == 3 or BITS == 4:
         high = _register(tables, 2 * SIDE + 1, N)
-    if BITS == 4:
+    if BITS == 8:
+        w, x = _bytes(a, low, N), _bytes(b, low, N)
+        y, z = w, x
+    elif BITS == 4:
         w, x = gl.inline_asm_elementwise(
             LOOKUP_4,
             "=&r,=&r,r,r,r,r,r,r,r,r,r,r,r,r",
