@@ -110,12 +110,18 @@ class ScalarPages(PageCodec):
     def from_parts(cls, parts: Parts) -> "ScalarPages":
         """The codec that `parts` described.
 
+        Codes of 8 bits had the levels of "lloyd_max" once, whatever `codebook` said; such pages are read with
+        them.
+
         Raises:
             InvalidInputError: the pages were packed with other rotations, codebooks or another sketch.
         """
         about = dict(parts.about)
         noted = about.pop(CONSTANTS, None)
         spec = CodecSpec.from_dict(about)
+        older = replace(spec, codebook="lloyd_max")
+        if spec.bits == 8 and constants_digest(older) == noted:
+            return cls(older)
         check_constants(spec, constants_digest(spec), noted)
         return cls(spec)
 

@@ -2,7 +2,8 @@
 
 The layout of `quantpress.kernels.layout` puts the fields of four neighbouring values where one `prmt.b32`
 expects its selectors, so a codebook of up to eight levels (or eight magnitudes and a sign) is a lookup in two
-registers. A level 2 * b + 1 is held as the byte b: its negative, -2 * b - 1, is the complement of b.
+registers. A level 2 * b + 1 is held as the byte b: its negative, -2 * b - 1, is the complement of b. A code
+of 8 bits is b + 128, so that one `xor` makes bytes of four codes.
 """
 
 from functools import lru_cache
@@ -96,8 +97,12 @@ prmt.b32 $7, $20, $24, t; }""")
 """3 bits: the words of three planes in, parts 0 to 7 out."""
 
 
-BYTES = tl.constexpr("xor.b32 $0, $1, $5;")
-"""8 bits: one word and one register of the table in, the four codes c of the word as bytes c - 128 out."""
+BYTES = tl.constexpr("""{
+xor.b32 $0, $2, $10;
+xor.b32 $1, $6, $10; }""")
+"""8 bits: two words and one register of the table in, their codes c as bytes c - 128 out.
+
+The register, 0x80808080, comes from shared memory: `_order` of `split_mma` keeps loads before such reads."""
 
 LOOKUP_3_HALF = tl.constexpr("""{ .reg .b32 s, t, u;
 shr.u32 s, $4, $24;
@@ -153,7 +158,7 @@ prmt.b32 $3, t, t, 0xba98; }""")
 
 @triton.jit
 def code_at(page_ptr, token, channel, C: tl.constexpr, BITS: tl.constexpr, VALUES: tl.constexpr, mask):
-    """Codes of 1 to 4 bits of a page, one by one: the definition of the layout in plain loads.
+    """Codes of a page, of 1 to 4 or 8 bits, one by one: the definition of the layout in plain loads.
 
     page_ptr: uint8 pointer to the start of a page, or a tile of pointers; token, channel: int32 tiles that
     broadcast; C: channels; VALUES: a page of values, not of keys; mask: which codes to load.
@@ -186,6 +191,8 @@ def code_at(page_ptr, token, channel, C: tl.constexpr, BITS: tl.constexpr, VALUE
     elif BITS == 1:
         byte = tl.load(page_ptr + word + lane, mask=mask, other=0).to(tl.int32)
         code = 1 - ((byte >> (7 - part)) & 1)
+    elif BITS == 8:
+        code = tl.load(page_ptr + word + lane, mask=mask, other=0).to(tl.int32)
     else:
         byte = tl.load(page_ptr + word + 2 * (part // 2) + lane // 2, mask=mask, other=0).to(tl.int32)
         code = (byte >> (4 * (lane % 2) + 2 * (part % 2))) & 3

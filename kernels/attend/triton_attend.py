@@ -33,7 +33,7 @@ from quantpress.quantization.rotation import Rotation
 from quantpress.quantization.transform import ChannelTransform
 
 HEAD_DIMS = (64, 128, 256)
-WIDTHS = (2, 3, 4)
+WIDTHS = (2, 3, 4, 8)
 SIGN_HEAD_DIMS, SIGN_WIDTHS = (64, 128), (1, 2, 3)
 """The same of bit planes."""
 
@@ -73,7 +73,7 @@ LOG2_E = math.log2(math.e)
 def supports(query: torch.Tensor, segments: Sequence[Segment], visibility: Visibility) -> bool:
     """Whether the kernels cover this call: few queries, one packed segment, codes that they read.
 
-    These are plain codes of 1 to 4 bits, and 2 or 3 bit planes.
+    These are plain codes of 1 to 4 and 8 bits, and 2 or 3 bit planes.
     Where the last segment has lengths, the tokens of several queries must be among its tokens in use.
     """
     packed = [index for index, segment in enumerate(segments) if isinstance(segment, PackedSegment)]
@@ -505,7 +505,7 @@ def block_rows(rows: int, head_dim: int) -> int:
 def steps_of_page(keys: KernelOperands, values: KernelOperands, rows: int) -> int:
     """Steps in which a page is read: two where a whole page would not fit into registers."""
     many = (
-        4 in (keys.bits, values.bits)
+        max(keys.bits, values.bits) >= 4
         or max(keys.head_dim, values.head_dim) > 128
         or three_planes(keys, values)
     )
@@ -516,10 +516,12 @@ def stages_words(keys: KernelOperands, values: KernelOperands, device: torch.dev
     """Whether words of 3 bits, and of bit planes, wait in shared memory until they are read.
 
     With a head_dim of 256 there are too many for registers, and loading them for both steps of a page takes
-    half as long again. Three bit planes need the registers for queries and sums.
+    half as long again. Three bit planes need the registers for queries and sums, and codes of 8 bits need
+    them for their own words, which never wait: each holds four codes that are read at once.
     """
-    wide = 3 in (keys.bits, values.bits) and max(keys.head_dim, values.head_dim) > 128
-    many = wide or three_planes(keys, values)
+    bits = keys.bits, values.bits
+    wide = 3 in bits and max(keys.head_dim, values.head_dim) > 128
+    many = wide or 8 in bits or three_planes(keys, values)
     return many and shared_memory(device) >= PROGRAMS * STAGED_BYTES
 
 

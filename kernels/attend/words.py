@@ -178,19 +178,6 @@ def _pair(a, b, VECTORS: gl.constexpr):
 
 
 @gluon.jit
-def _bytes(words, mask, VECTORS: gl.constexpr):
-    """The codes of 8 bits of words [VECTORS, 32, 4] as int8 [VECTORS, 32, 4, 4], less 128."""
-    return gl.inline_asm_elementwise(
-        BYTES,
-        "=r,r,r,r,r,r,r,r,r",
-        [_repeat(words, VECTORS), mask],
-        dtype=gl.int8,
-        is_pure=True,
-        pack=4,
-    )
-
-
-@gluon.jit
 def levels_of(
     a, b, c, step, tables, SIDE: gl.constexpr, D: gl.constexpr, BITS: gl.constexpr, HALVES: gl.constexpr
 ):
@@ -204,7 +191,14 @@ def levels_of(
     if BITS == 3 or BITS == 4:
         high = _register(tables, 2 * SIDE + 1, N)
     if BITS == 8:
-        w, x = _bytes(a, low, N), _bytes(b, low, N)
+        w, x = gl.inline_asm_elementwise(
+            BYTES,
+            "=&r,=&r,r,r,r,r,r,r,r,r,r,r,r,r",
+            [_repeat(a, N), _repeat(b, N), low],
+            dtype=(gl.int8, gl.int8),
+            is_pure=True,
+            pack=4,
+        )
         y, z = w, x
     elif BITS == 4:
         w, x = gl.inline_asm_elementwise(

@@ -17,7 +17,7 @@ EXACT = {  # mean squared error of a unit vector on the exact sphere, 1 to 5 bit
     256: [0.362136, 0.116740, 0.034256, 0.009408, 0.002478],
 }
 ALL = [
-    (form, bits, dim) for form in FORMS for bits in (1, 2, 3, 4) for dim in (4, 20, 64, 80, 128, 256, 1000)
+    (form, bits, dim) for form in FORMS for bits in (1, 2, 3, 4, 8) for dim in (4, 20, 64, 80, 128, 256, 1000)
 ]
 
 
@@ -82,7 +82,7 @@ def test_the_stated_distortion_is_the_integral(form: str, bits: int, dim: int) -
 
 
 @pytest.mark.parametrize("dim", [4, 48, 64, 80, 96, 128, 256])
-@pytest.mark.parametrize("bits", [1, 2, 3, 4])
+@pytest.mark.parametrize("bits", [1, 2, 3, 4, 8])
 def test_int8_levels_are_odd_and_pass_through_a_signed_byte_unchanged(bits: int, dim: int) -> None:
     book = codebook(bits, dim, "int8")
     scaled = torch.tensor(book.scaled, dtype=torch.float64)
@@ -96,6 +96,23 @@ def test_int8_levels_are_odd_and_pass_through_a_signed_byte_unchanged(bits: int,
 def test_int8_costs_almost_nothing(bits: int, cost: float, dim: int) -> None:
     optimum = codebook(bits, dim, "lloyd_max").distortion
     assert optimum * (1 - 1e-12) <= codebook(bits, dim, "int8").distortion <= optimum * (1 + cost)
+
+
+@pytest.mark.parametrize(("dim", "cost"), [(32, 0.83), (64, 0.97), (128, 1.05), (256, 1.09)])
+def test_int8_at_8_bits_has_the_best_of_all_even_steps(dim: int, cost: float) -> None:
+    """Against levels and thresholds of a plain rounding, integrated numerically; it costs what is stated."""
+    book, optimum = codebook(8, dim), codebook(8, dim, "lloyd_max").distortion
+    assert np.array_equal(np.diff(book.scaled), np.full(255, 2.0)) and book.scaled[-1] == 255
+    x = np.linspace(-1, 1, 2_000_001)
+    weight = CoordinateDensity(dim).pdf(x) * dim * (x[1] - x[0])
+
+    def error(unit: float) -> float:
+        level = 2 * np.clip(np.floor(x / (2 * unit)), -128, 127) + 1
+        return float(np.dot(weight, (x - level * unit) ** 2))
+
+    assert error(book.unit) == pytest.approx(book.distortion, rel=1e-5)
+    assert min(error(book.unit * step) for step in (0.9, 0.99, 0.999, 1.001, 1.01, 1.1)) > error(book.unit)
+    assert book.distortion == pytest.approx(optimum * (1 + cost), rel=0.005)
 
 
 @pytest.mark.parametrize(("bits", "dim"), [(2, 128), (3, 64), (4, 128)])
@@ -156,7 +173,7 @@ def test_a_value_on_a_threshold_takes_the_lower_code() -> None:
 @pytest.mark.parametrize(
     ("bits", "dim", "form", "error", "message"),
     [
-        (8, 64, "int8", UnsupportedBitsError, "got 8; use form='lloyd_max'"),
+        (5, 64, "int8", UnsupportedBitsError, "got 5; use one of them or form='lloyd_max'"),
         (9, 64, "lloyd_max", UnsupportedBitsError, "1 to 8 bits, got 9"),
         (0, 64, "int8", UnsupportedBitsError, "1 to 8 bits, got 0"),
         (2.5, 64, "int8", UnsupportedBitsError, "got 2.5"),

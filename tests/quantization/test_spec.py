@@ -81,10 +81,10 @@ def test_rotations_and_codebooks_fit_their_group() -> None:
     assert spec(rotation="haar").rotation_of(0).kind == "haar"
 
 
-def test_eight_bits_use_lloyd_max_levels() -> None:
-    assert spec(bits=8).codebook_of(0).form == "lloyd_max"
-    assert spec(bits=4).codebook_of(0).form == "int8"
-    assert spec(bits=4, codebook="lloyd_max").codebook_of(0).form == "lloyd_max"
+@pytest.mark.parametrize("bits", [1, 4, 8])
+def test_the_codebook_has_the_form_that_was_asked_for(bits: int) -> None:
+    assert spec(bits=bits).codebook_of(0).form == "int8"
+    assert spec(bits=bits, codebook="lloyd_max").codebook_of(0).form == "lloyd_max"
 
 
 def test_the_sketch_matrix_is_gaussian_fixed_by_the_seed_and_not_the_rotation() -> None:

@@ -19,10 +19,11 @@ def test_rows_are_what_is_computed(form: str, bits: int, dim: int) -> None:
     assert shipped.distortion == pytest.approx(computed.distortion, rel=1e-9)
 
 
-def test_eight_bits_of_whole_heads_are_there() -> None:
-    shipped, computed = codebook(8, 128, "lloyd_max"), compute_codebook(8, 128, "lloyd_max")
-    assert "lloyd_max/8/128" in _shipped()
-    assert shipped.levels == pytest.approx(computed.levels, rel=1e-8)
+@pytest.mark.parametrize(("form", "near"), [("int8", 1e-6), ("lloyd_max", 1e-8)])
+def test_eight_bits_of_whole_heads_are_there(form: str, near: float) -> None:
+    shipped, computed = codebook(8, 128, form), compute_codebook(8, 128, form)
+    assert f"{form}/8/128" in _shipped()
+    assert shipped.levels == pytest.approx(computed.levels, rel=near)
 
 
 def test_every_group_of_every_common_split_is_there() -> None:

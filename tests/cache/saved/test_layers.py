@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -230,6 +231,24 @@ def test_another_seed_behind_the_same_digest_is_refused() -> None:
     forged = Parts(parts.kind, {**parts.about, "seed": 2})
     with pytest.raises(InvalidInputError, match="rotation"):
         codec_of(forged)
+
+
+def test_codes_of_8_bits_are_read_with_the_levels_they_were_packed_with() -> None:
+    """Their digest as it was before these levels were evenly spaced."""
+    spec = CodecSpec(D, 8, "key")
+    once = "16330e68cac0fcd7116347bd8e67d4f20519aec228a5b8acbc82f97fc75ea9d8"
+    keys = ScalarPages(replace(spec, codebook="lloyd_max"))
+    settings = LayerSettings(keys, ScalarPages(CodecSpec(D, 8, "value")), 4, 20)
+    layer = packed(settings, 300)
+    parts = cache_parts(cache_with(layer))
+    codec = parts.inner["0"].inner["key_codec"]
+    codec.about.update(codebook="int8", constants=once)
+    (found,) = cache_of(parts).layers
+    assert isinstance(found, PackedLayer) and found.settings == settings and same(found, layer)
+    assert codec_of(ScalarPages(spec).parts()) == ScalarPages(spec)
+    codec.about["constants"] = once[::-1]
+    with pytest.raises(InvalidInputError, match="pack the context again"):
+        cache_of(parts)
 
 
 @pytest.mark.parametrize(

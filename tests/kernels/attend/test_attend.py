@@ -30,8 +30,9 @@ def packed(
     rotation: str = "hadamard",
     page_keys: bool = False,
     planes: bool = False,
+    codebook: str = "int8",
 ) -> PackedSegment:
-    spec = CodecSpec(dim, bits, "key", rotation, estimator=estimator, page_keys=page_keys)
+    spec = CodecSpec(dim, bits, "key", rotation, estimator=estimator, page_keys=page_keys, codebook=codebook)
     key_codec: PageCodec = ScalarPages(spec)
     value_codec: PageCodec = ScalarPages(CodecSpec(value_dim, bits, "value", rotation))
     if planes:

@@ -201,6 +201,11 @@ def check(got: torch.Tensor, expected: torch.Tensor, tolerance: float = 2e-4) ->
         (3, 3, 128, 5),
         (3, 2, 64, 12),
         (2, 4, 256, 5),
+        *((8, value, 128, 1) for value in (1, 2, 3, 4, 8)),
+        (3, 8, 64, 1),
+        (8, 4, 64, 12),
+        (8, 4, 256, 1),
+        (2, 8, 256, 5),
     ],
 )
 def test_widths_and_head_dims(
@@ -222,6 +227,7 @@ def test_widths_and_head_dims(
         (3, 2, "keys values", 128, 5),
         (4, 2, "values", 128, 1),
         (3, 3, "keys", 64, 1),
+        (8, 3, "values", 64, 1),
     ],
 )
 def test_bit_planes(
@@ -253,6 +259,8 @@ def test_scales_beyond_float16(emulated: Emulated) -> None:
         (4, 4, 128, PROGRAMS),
         (4, 3, 128, 3 * PROGRAMS),
         (3, 3, 256, PROGRAMS),
+        (8, 8, 64, PROGRAMS),
+        (8, 3, 128, 3 * PROGRAMS),
     ],
 )
 def test_lengths_starts_and_tables(
@@ -302,6 +310,9 @@ def test_lengths_starts_and_tables(
         (3, 3, 256, 1, "shared memory"),
         (2, 3, 256, 1, "shared memory"),
         (3, 4, 256, 1, "shared memory"),
+        (8, 4, 128, 1, "shared memory"),
+        (8, 3, 128, 1, "shared memory"),
+        (3, 8, 64, 5, "shared memory"),
     ],
 )
 def test_words_are_read_once(

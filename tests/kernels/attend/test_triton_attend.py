@@ -62,6 +62,8 @@ INTERPRETED = [
     [2, 3, 64, 3, "float32", "planes lengths"],
     [3, 2, 64, 1, "bfloat16", "planes pool"],
     [1, 1, 64, 3, "float32", "lengths softcap"],
+    [8, 4, 64, 3, "bfloat16", "lengths softcap"],
+    [3, 8, 64, 1, "float32", "pool"],
     [2, 3, 64, 6, "float32", "page_keys softcap"],
     [3, 3, 64, 1, "float32", "page_keys pool right alone side_by_side"],
     [4, 3, 64, 1, "float32", "page_keys pool dense_tables shared sinks_in_pages one_transform side_by_side"],
@@ -171,6 +173,8 @@ def compiled(kernel: Any, constants: dict[str, Any], capability: int, warps: int
         (-3, -3, 128, 8, 90, 1),
         (4, -2, 64, 16, 100, 64),
         (1, 3, 128, 8, 90, 1),
+        (8, 4, 128, 8, 80, 0),
+        (8, 3, 128, 8, 90, 1),
     ],
 )
 def test_split_kernel_compiles_without_a_gpu(
@@ -188,7 +192,7 @@ def test_split_kernel_compiles_without_a_gpu(
         for bits, role in ((key_bits, "key"), (value_bits, "value"))
     )
     halves = steps_of_page(*(codec.kernel_operands() for codec in (keys, values)), rows)
-    staged = (dim == 256 and 3 in (key_bits, value_bits)) or -3 in (key_bits, value_bits)
+    staged = (3 in (key_bits, value_bits) and (dim == 256 or key_bits == 8)) or -3 in (key_bits, value_bits)
     staged = staged and capability >= 90
     constants = {"D": dim, "DV": dim, "R": max(rows, 8), "ROWS": rows}
     constants |= {"K_BITS": abs(key_bits), "V_BITS": abs(value_bits)}
@@ -298,6 +302,8 @@ def test_calls_that_are_covered() -> None:
     assert not covered(query, [tail], Visibility(1, 20))
     assert not covered(query, [packed(64, 64, 2.5), tail], Visibility(1, tokens))
     assert not covered(query, [packed(80, 80, 4), tail], Visibility(1, tokens))
+    assert covered(query, [packed(64, 64, 8), tail], Visibility(1, tokens))
+    assert not covered(query, [packed(64, 64, 8, codebook="lloyd_max"), tail], Visibility(1, tokens))
     raw = PackedSide(
         RawPages(64), RawPages(64).encode(torch.randn(2, 2, 128, 64), ChannelTransform()), ChannelTransform()
     )
@@ -382,7 +388,9 @@ def expand(segment: Segment, group: int) -> DenseSegment:
 @pytest.mark.gpu
 @pytest.mark.parametrize("tokens", [128, 384, 8192, 131072])
 @pytest.mark.parametrize(
-    "bits", [(4, 4), (3, 3), (2, 2), (4, 2), (3, 2), (2, 4), (4, 3)], ids=lambda b: f"{b[0]}_{b[1]}"
+    "bits",
+    [(4, 4), (3, 3), (2, 2), (4, 2), (3, 2), (2, 4), (4, 3), (8, 4), (8, 3), (8, 2), (8, 8), (3, 8)],
+    ids=lambda b: f"{b[0]}_{b[1]}",
 )
 @pytest.mark.parametrize("dim", [64, 128, 256])
 def test_error_on_a_gpu(dim: int, bits: tuple[int, int], tokens: int) -> None:
@@ -405,7 +413,9 @@ def test_error_on_a_gpu(dim: int, bits: tuple[int, int], tokens: int) -> None:
 @pytest.mark.parametrize("queries", [1, 7])
 @pytest.mark.parametrize("tokens", [128, 384, 8192, 131072])
 @pytest.mark.parametrize(
-    "bits", [(-2, -2), (-3, -3), (-3, -2), (4, -2), (-3, 3), (1, 1), (3, 1)], ids=lambda b: f"{b[0]}_{b[1]}"
+    "bits",
+    [(-2, -2), (-3, -3), (-3, -2), (4, -2), (-3, 3), (1, 1), (3, 1), (8, 1), (8, -2), (-3, 8)],
+    ids=lambda b: f"{b[0]}_{b[1]}",
 )
 @pytest.mark.parametrize("dim", [64, 128])
 def test_bit_planes_on_a_gpu(dim: int, bits: tuple[int, int], tokens: int, queries: int) -> None:
@@ -420,10 +430,11 @@ def test_bit_planes_on_a_gpu(dim: int, bits: tuple[int, int], tokens: int, queri
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("bits", [(4, 3), (8, 4)], ids=lambda b: f"{b[0]}_{b[1]}")
 @pytest.mark.parametrize("queries", [1, 2, 7, 16, 100])
 @pytest.mark.parametrize("group", [1, 3, 4, 8, 32])
-def test_groups_and_query_tokens(group: int, queries: int) -> None:
-    pages = on_device(2, 2, 1024, 128, (4, 3))
+def test_groups_and_query_tokens(group: int, queries: int, bits: tuple[int, int]) -> None:
+    pages = on_device(2, 2, 1024, 128, bits)
     query = torch.randn(2, 2 * group, queries, 128, device="cuda", dtype=torch.float16)
     first, recent = (torch.randn(2, 2, n, 128, device="cuda", dtype=torch.float16) for n in (4, 150))
     segments: list[Segment] = [DenseSegment(first, first), pages, DenseSegment(recent, recent)]
@@ -443,7 +454,9 @@ def unused(tokens: int, starts: torch.Tensor, lengths: torch.Tensor) -> torch.Te
 @pytest.mark.gpu
 @pytest.mark.parametrize("page_keys", [False, True])
 @pytest.mark.parametrize("queries", [1, 7])
-@pytest.mark.parametrize("bits", [(4, 4), (3, 3), (2, 2), (4, 2), (-2, -3)], ids=lambda b: f"{b[0]}_{b[1]}")
+@pytest.mark.parametrize(
+    "bits", [(4, 4), (3, 3), (2, 2), (4, 2), (-2, -3), (8, 4), (8, 3)], ids=lambda b: f"{b[0]}_{b[1]}"
+)
 @pytest.mark.parametrize("dim", [64, 128, 256])
 def test_pages_by_table_on_a_gpu(dim: int, bits: tuple[int, int], queries: int, page_keys: bool) -> None:
     """Single pages anywhere in a pool, heads of very different lengths, tokens in use from any place on."""
