@@ -65,7 +65,8 @@ def encode_settings(x: Tensor, spec: CodecSpec, roomy: bool) -> EncodeSettings:
     if max(group.channels for group in spec.groups) > 128:
         return EncodeSettings(warps=8, stages=1, pages=4, block=64)
     ahead = roomy and len(spec.groups) == 1 and x.element_size() == 2 and spec.head_dim in (64, 128)
-    ahead = ahead and spec.bits != 8  # Triton 3.6 fails to pipeline a loop that looks levels up in a table
+    if spec.bits == 8 and spec.codebook != "int8":
+        ahead = False  # Triton 3.6 fails to pipeline a loop that looks levels up in a table
     crowded = ahead and spec.role == "key" and spec.bits in (2, 4)  # three programs share a multiprocessor
     return EncodeSettings(
         warps=4, stages=2 if ahead else 1, pages=4, block=128, registers=168 if crowded else None
@@ -193,7 +194,8 @@ def encode_arguments(
         group, matrix, book = spec.groups[at], matrices[at], spec.codebook_of(at)
         rounding, squares, sum_unit = _assembly(book, spec) if device else ("", "", 1.0)
         size = padded(group.channels)
-        table, cells = _grid_table(book, x.device) if book.bits == 8 else (flag, 1)
+        uneven = book.bits == 8 and book.form != "int8"
+        table, cells = _grid_table(book, x.device) if uneven else (flag, 1)
         arguments |= {
             f"matrix{i}_ptr": _operand(matrix, values, x.dtype if raw else torch.float16, unit),
             f"table{i}_ptr": table,
@@ -232,9 +234,12 @@ def encode_arguments(
 
 
 def positive_book(book: Codebook) -> tuple[float, ...]:
-    """The positive thresholds and levels of a codebook, constants of the kernel; none at 8 bits."""
+    """The positive thresholds and levels of a codebook, constants of the kernel.
+
+    At 8 bits the inverse gap between levels, and half the gap; none where levels are not evenly spaced.
+    """
     if book.bits == 8:
-        return ()
+        return (1 / (2 * book.unit), book.unit) if book.form == "int8" else ()
     half = len(book.levels) // 2
     return book.thresholds[half:] + book.levels[half:]
 

@@ -240,14 +240,19 @@ def _plain_fields(
     """The fields and summands of `rounding_assembly`, for any width and without assembly.
 
     u: coordinates; shift, sign: of the fields; BOOK: the positive thresholds, then the positive levels. At 8
-    bits they are in table_ptr: 256 thresholds, 256 levels, origin and pitch of a grid, and for each of its
-    `cells` how many thresholds lie below it.
+    bits these are gaps of an even grid per unit, and half a gap; or BOOK is empty, and table_ptr has 256
+    thresholds, 256 levels, origin and pitch of a grid, and for each of its `cells` how many thresholds lie
+    below it.
     """
     a = tl.abs(u)
     negative = u <= 0
     signs = tl.where(negative, sign, 0)
     field = tl.zeros(u.shape, tl.int32)
-    if BITS == 8:
+    if BITS == 8 and len(BOOK) > 0:
+        gap = tl.minimum(tl.maximum(tl.ceil(u * BOOK[0]), -127.0), 128.0)
+        level = tl.abs(2.0 * gap - 1.0) * BOOK[1]
+        field = (gap.to(tl.int32) + 127) << (shift + field)
+    elif BITS == 8:
         at = (u - tl.load(table_ptr + 512)) * tl.load(table_ptr + 513)
         cell = tl.minimum(tl.where(at > 0.0, at, 0.0), cells - 1.0).to(tl.int32)  # 0 for NaN
         code = tl.load(table_ptr + 514 + cell).to(tl.int32)

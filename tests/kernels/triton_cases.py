@@ -45,7 +45,7 @@ def vectors(
 def case_specs(role: str) -> list[CodecSpec]:
     """Every width in both roles, every rotation and scale rule in one, on small heads."""
     specs = [CodecSpec(64, bits, role) for bits in (1, 2, 3, 4, 8, 2.5)]
-    specs += [CodecSpec(80, 3.5, role)]
+    specs += [CodecSpec(80, 3.5, role), CodecSpec(64, 8, role, codebook="lloyd_max")]
     if role == "key":  # of two blocks of channels, too
         specs += [CodecSpec(128, bits, role) for bits in (1, 3, 8)]
         specs += [

@@ -270,8 +270,6 @@ def test_encoding_keeps_no_graph_and_leaves_no_inference_tensors() -> None:
     ("bits", "dim", "form"), covering([1, 2, 3, 4, 8], [8, 64, 128, 1024], ["int8", "lloyd_max"])
 )
 def test_nearest_level_is_the_binary_search(bits: int, dim: int, form: str) -> None:
-    if form == "int8" and bits == 8:
-        form = "lloyd_max"
     book = codebook(bits, dim, form)
     thresholds = book.threshold_tensor()
     up, down = torch.tensor(torch.inf), torch.tensor(-torch.inf)

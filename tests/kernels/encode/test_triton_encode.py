@@ -121,7 +121,8 @@ def interpreted(role: str) -> None:
         (CodecSpec(128, 3, "value"), torch.bfloat16, False, 100),
         (CodecSpec(64, 2.5, "key"), torch.float16, True, 80),
         (CodecSpec(80, 1, "value"), torch.float32, True, 100),
-        (CodecSpec(256, 8, "key"), torch.float16, False, 90),
+        (CodecSpec(256, 8, "key", codebook="lloyd_max"), torch.float16, False, 90),
+        (CodecSpec(128, 8, "key"), torch.bfloat16, True, 90),
         (CodecSpec(96, 2, "value", scale="norm"), torch.bfloat16, False, 80),
     ],
     ids=lambda x: f"{x.head_dim}-{x.bits}-{x.role}" if isinstance(x, CodecSpec) else str(x),
@@ -194,7 +195,7 @@ def test_every_width_on_a_gpu(dim: int, bits: float, role: str) -> None:
 @pytest.mark.parametrize("scale", ["norm", "norm_corrected", "unbiased"])
 def test_every_rule_and_dtype_on_a_gpu(scale: str, dtype: torch.dtype, role: str) -> None:
     for form in ("int8", "lloyd_max"):
-        for bits in (2, 3, 4):
+        for bits in (2, 3, 4, 8):
             spec = CodecSpec(128, bits, role, scale=scale, codebook=form, scale_dtype="float32")
             x = vectors(128, dtype)
             for transform in (ChannelTransform(), transform_of(spec)):
