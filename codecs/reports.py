@@ -32,7 +32,8 @@ class CodecReport:
             group.
         shannon: the least distortion of any code with as many code bits per coordinate, in high dimension.
         paper_bound: sqrt(3) pi / 2 * 4^-bits, the upper bound of TurboQuant's Theorem 1, averaged over
-            channel groups; None with a sketch, to which it does not apply.
+            channel groups; None with a sketch and with evenly spaced levels of 8 bits, to which it does not
+            apply.
         bias: measured E<x, x^> / |x|^2 - 1, the shrinkage of inner products.
         expected_bias: the bias that follows from the scale rule; 0 for unbiased codes.
     """
@@ -146,6 +147,7 @@ def codec_report(spec: CodecSpec, distortions: torch.Tensor, bias: float) -> Cod
     parts = [(group.channels / spec.head_dim, group) for group in spec.groups]
     optimum = sum(part * lloyd_max_distortion(group.bits, group.channels) for part, group in parts)
     bound = sum(part * paper_mse_bound(group.bits) for part, group in parts)
+    bounded = spec.estimator == "mse" and (spec.bits != 8 or spec.codebook == "lloyd_max")
     code_bits = sum(part * group.bits for part, group in parts) + (spec.estimator == "prod")
     return CodecReport(
         head_dim=spec.head_dim,
@@ -156,7 +158,7 @@ def codec_report(spec: CodecSpec, distortions: torch.Tensor, bias: float) -> Cod
         expected=expected,
         optimum=optimum,
         shannon=shannon_distortion(code_bits),
-        paper_bound=bound if spec.estimator == "mse" else None,
+        paper_bound=bound if bounded else None,
         bias=bias,
         expected_bias=expected_bias,
     )

@@ -393,7 +393,7 @@ class TurboQuant(
         form, rest = self.codebook, (self.rotation, self.seed, self.scale)
         if form == TRELLIS and bits != SCALAR_BITS:
             return TrellisPages(head_dim, bits, role, *rest, self.scale_dtype)  # type: ignore[arg-type]  # checked
-        form = "lloyd_max" if form == TRELLIS else form
+        form = "int8" if form == TRELLIS else form
         estimator = self.estimator if role == "key" else "mse"
         return ScalarPages(CodecSpec(head_dim, bits, role, *rest, form, estimator, self.scale_dtype))
 

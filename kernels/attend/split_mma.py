@@ -1,9 +1,9 @@
 """Attention straight from packed codes, on int8 tensor cores (Gluon), for NVIDIA GPUs from Ampere on.
 
 One program is one warp; it reads the packed tokens of one split of one KV head, a page at a time, and keeps
-everything in registers but words of 3 bits at a head_dim of 256, and of three bit planes. For token t and row
-r (a query head of the group and a query token), in units of log 2, with b the signed bytes of a codebook's
-odd levels:
+everything in registers but words of 3 bits at a head_dim of 256, of three bit planes, and of 3 bits and bit
+planes beside codes of 8 bits. For token t and row r (a query head of the group and a query token), in units
+of log 2, with b the signed bytes of a codebook's odd levels:
 
     s[t, r] = k_scale[t] factor[r] sum_c (2 b[t, c] + 1) q[c, r],    p[t, r] = exp2(s[t, r] - m[r])
     o[r] += sum_t p[t, r] v_scale[t] (2 b[t, :] + 1),                l[r] += sum_t p[t, r]

@@ -67,7 +67,7 @@ class Validated(Outcome):
             words=("of", ""),
             caption="expected: from the codebook and the scale rule. Lloyd-Max: the best scalar code. "
             "Shannon: what no code of as many bits can beat. bound: Theorem 1 of TurboQuant, arXiv "
-            "2504.19874, group by group.",
+            "2504.19874, group by group, where it applies.",
         )
         biased = new_table(
             "Bias of inner products, E<x, x^> / |x|^2 - 1",

@@ -271,3 +271,4 @@ def test_the_same_bytes_as_scalar_codes_and_8_bits_stay_scalar() -> None:
     assert first.total_bytes == second.total_bytes
     settings = caches[0].layers[0].settings
     assert isinstance(settings.key_codec, ScalarPages) and isinstance(settings.value_codec, TrellisPages)
+    assert settings.key_codec == caches[1].layers[0].settings.key_codec

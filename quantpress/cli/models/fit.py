@@ -70,8 +70,8 @@ class Fitted(Outcome):
         how = f", method {plan.method}" if plan.method else ""
         lines.append(f"{self.file}: {plan.model}, mean width {plan.mean_bits:.2f}{size}{how}.")
         every = {bits for pair in plan.widths.values() for side in pair for bits in heads_of(side)}
-        if not {1, 8}.isdisjoint(every):
-            lines.append("On a GPU, plain PyTorch reads layers of 1 or 8 bits, which is slower.")
+        if 1 in every:
+            lines.append("On a GPU, plain PyTorch reads 1 bit unless head_dim is 64 or 128, which is slower.")
         return Group(*map(Text, lines), Text(f'Use it: --press "{self.press}"', "bold"))
 
 

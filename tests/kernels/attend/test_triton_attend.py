@@ -6,6 +6,7 @@ import re
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -31,6 +32,8 @@ from quantpress.kernels.attend.triton_attend import (
     supports,
 )
 from quantpress.kernels.available import FUSED
+from quantpress.presses import TurboQuant
+from quantpress.presses.presets import PRESETS
 from quantpress.quantization.spec import CodecSpec
 from quantpress.quantization.transform import ChannelTransform, key_statistics
 from tests.kernels.attend.bit_planes import FILTERS
@@ -45,6 +48,7 @@ from tests.kernels.attend.test_attend import (
 )
 from tests.kernels.interpreter import interpret
 
+PLAIN = ChannelTransform()
 INTERPRETED = [
     [2, 3, 64, 1, "float16", "softcap lengths"],
     [3, 4, 128, 3, "bfloat16", "sinks softcap"],
@@ -308,6 +312,19 @@ def test_calls_that_are_covered() -> None:
         RawPages(64), RawPages(64).encode(torch.randn(2, 2, 128, 64), ChannelTransform()), ChannelTransform()
     )
     assert not covered(query, [PackedSegment(raw, raw)], Visibility(1, 128))
+
+
+@pytest.mark.parametrize("dim", [64, 128, 256])
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_are_covered_but_the_one_of_the_paper(name: str, dim: int) -> None:
+    module: Any = SimpleNamespace(config=SimpleNamespace(num_hidden_layers=2), layer_idx=0)
+    settings = TurboQuant.preset(name).layer_settings(module, dim, dim, sink_tokens=4)
+    assert settings is not None
+    sides = []
+    for codec in (settings.key_codec, settings.value_codec):
+        sides.append(PackedSide(codec, codec.encode(torch.randn(1, 2, 128, dim), PLAIN), PLAIN))
+    got = supports(torch.randn(1, 6, 1, dim), [PackedSegment(*sides)], Visibility(1, 128))
+    assert got == (name != "paper")
 
 
 @pytest.mark.parametrize("blocks", [1, 8, 64, 5000])
