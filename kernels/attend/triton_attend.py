@@ -516,12 +516,13 @@ def stages_words(keys: KernelOperands, values: KernelOperands, device: torch.dev
     """Whether words of 3 bits, and of bit planes, wait in shared memory until they are read.
 
     With a head_dim of 256 there are too many for registers, and loading them for both steps of a page takes
-    half as long again. Three bit planes need the registers for queries and sums, and codes of 8 bits need
-    them for their own words, which never wait: each holds four codes that are read at once.
+    half as long again. Three bit planes need the registers for queries and sums, and codes of 8 bits beside
+    them need the registers for words.
     """
     bits = keys.bits, values.bits
     wide = 3 in bits and max(keys.head_dim, values.head_dim) > 128
-    many = wide or 8 in bits or three_planes(keys, values)
+    beside = 8 in bits and (3 in bits or None in (keys.codebook, values.codebook))
+    many = wide or beside or three_planes(keys, values)
     return many and shared_memory(device) >= PROGRAMS * STAGED_BYTES
 
 

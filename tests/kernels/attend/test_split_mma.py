@@ -310,7 +310,7 @@ def test_lengths_starts_and_tables(
         (3, 3, 256, 1, "shared memory"),
         (2, 3, 256, 1, "shared memory"),
         (3, 4, 256, 1, "shared memory"),
-        (8, 4, 128, 1, "shared memory"),
+        (8, 4, 128, 1, "registers"),
         (8, 3, 128, 1, "shared memory"),
         (3, 8, 64, 5, "shared memory"),
     ],
