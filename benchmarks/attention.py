@@ -1,34 +1,36 @@
-"""Decode attention over packed codes against torch's attention over 16-bit keys and values, in one run.
+"""Decode attention over packed codes against attention over 16-bit and over FP8 keys and values, in one run.
 
     python benchmarks/attention.py            the shapes of the first table of docs/speed.md
     python benchmarks/attention.py --full     every combination of batch, length, head_dim, group and width
     python benchmarks/attention.py --paged    pages read through a table, and heads of different lengths
-    python benchmarks/attention.py --full --batch 1 --json out.json    in parts; an interrupted run resumes
+    python benchmarks/attention.py --full --json docs/results/attention_h200.json    a stopped run goes on
 
-Both sides are replayed as CUDA graphs, over several caches in turn, as the layers of a model have them; a
+All sides are replayed as CUDA graphs, over several caches in turn, as the layers of a model have them; a
 single short cache would stay in the GPU's L2 cache. The time is that of the whole call: preparing the query,
-packed tokens, 4 sinks and 128 recent tokens in 16 bits, and the merge. The baseline is the fastest of torch's
-backends. Correctness is checked first, against float64 attention on the decoded cache of the first and the
-last head.
+packed tokens, 4 sinks and 128 recent tokens in 16 bits, and the merge. The baseline in 16 bits is the fastest
+of torch's backends. That in 8 bits is the fastest way of fp8_attention.py; its name and error stand below the
+table. Correctness is checked first, against float64 attention on the decoded cache of the first and the last
+head.
 """
 
 import argparse
-import datetime
 import itertools
-import json
-import math
+import sys
 import warnings
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from functools import lru_cache, partial
 from pathlib import Path
 
 import torch
-import triton
 from rich.console import Console
 from rich.progress import track
-from rich.table import Table
 from torch.nn.attention import SDPBackend, sdpa_kernel
+
+sys.path.insert(0, str(Path(__file__).parent))  # a Python with PYTHONSAFEPATH does not look beside a script
+
+from attention_rows import Row, Shape, read, results, show
+from fp8_attention import Measured, baselines
+from graph_times import caches, microseconds
 
 from quantpress.codecs.scalar import ScalarPages
 from quantpress.kernels.attend import DenseSegment, PackedSegment, PackedSide, Segment, Visibility, attend
@@ -41,61 +43,9 @@ LAYOUTS = ("contiguous", "table", "uneven")
 WIDTHS = [(4, 4), (3, 3), (2, 2), (4, 2), (3, 2)]
 BACKENDS = (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION)
 SINKS, RECENT = 4, 128
-COLD = 4
-"""The caches read in turn are together this many times as large as the L2 cache."""
-
 ENCODED = 61
 """Pages of each head that get their own random numbers; they are repeated to fill the rest. Programs step by
 multiples of 64 pages, so a prime shows one that reads the wrong page."""
-
-
-@dataclass(frozen=True)
-class Shape:
-    """One row of the table, without the widths."""
-
-    batch: int
-    kv_heads: int
-    group: int
-    tokens: int
-    head_dim: int
-    layout: str = "contiguous"
-
-
-@dataclass(frozen=True)
-class Row:
-    """What was measured."""
-
-    shape: Shape
-    key_bits: int
-    value_bits: int
-    packed_us: float
-    dense_us: float
-    ratio: float
-    bytes: int
-    terabytes_per_s: float
-    error: float
-
-
-def microseconds(*calls: Callable[[], object], least: int = 10) -> float:
-    """Median time of one call, from replays of a CUDA graph of at least `least` calls, made in turn."""
-    calls *= math.ceil(least / len(calls))
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for call in calls:
-            call()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for call in calls:
-            call()
-    median = triton.testing.do_bench(graph.replay, warmup=20, rep=100, return_mode="median")
-    return float(median) * 1000 / len(calls)
-
-
-def caches(size: int) -> int:
-    """Number of caches of `size` bytes to read in turn, so that little of them stays in the L2 cache."""
-    return math.ceil(COLD * torch.cuda.get_device_properties(0).L2_cache_size / size)
 
 
 def baseline(shape: Shape) -> float:
@@ -215,7 +165,13 @@ def copied(segment: Segment) -> Segment:
     return replace(segment, keys=segment.keys.clone(), values=segment.values.clone())
 
 
-def measure(shape: Shape, key_bits: int, value_bits: int, dense_us: float) -> Row:
+def fp8_baseline(shape: Shape) -> Measured | None:
+    """The fastest attention over an FP8 cache, or None on a GPU without FP8."""
+    found, _ = baselines(shape.batch, shape.kv_heads, shape.group, shape.tokens, shape.head_dim)
+    return found[0] if found else None
+
+
+def measure(shape: Shape, key_bits: int, value_bits: int, dense_us: float, fp8: Measured | None) -> Row:
     """Check and time one shape and pair of widths."""
     segments = packed(shape, key_bits, value_bits)
     query = torch.randn(
@@ -232,64 +188,7 @@ def measure(shape: Shape, key_bits: int, value_bits: int, dense_us: float) -> Ro
     size = sum(tensor.nbytes for segment in segments for tensor in tensors(segment))
     several = [segments] + [[*map(copied, segments)] for _ in range(caches(size) - 1)]
     time = microseconds(*(partial(attend, query, one, visibility, scaling=scaling) for one in several))
-    return Row(shape, key_bits, value_bits, time, dense_us, dense_us / time, size, size / time / 1e6, error)
-
-
-def show(rows: list[Row]) -> None:
-    """Print the table."""
-    device = torch.cuda.get_device_properties(0)
-    table = Table(title=f"{device.name}, torch {torch.__version__}, triton {triton.__version__}")
-    for name in (
-        "B",
-        "Hq",
-        "Hkv",
-        "d",
-        "N",
-        "pages",
-        "K/V bits",
-        "bf16 us",
-        "packed us",
-        "ratio",
-        "MiB",
-        "TB/s",
-        "error",
-    ):
-        table.add_column(name, justify="right")
-    for row in rows:
-        shape = row.shape
-        table.add_row(
-            *(str(n) for n in (shape.batch, shape.kv_heads * shape.group, shape.kv_heads, shape.head_dim)),
-            str(shape.tokens),
-            shape.layout,
-            f"{row.key_bits}/{row.value_bits}",
-            f"{row.dense_us:.1f}",
-            f"{row.packed_us:.1f}",
-            f"{row.ratio:.2f}x",
-            f"{row.bytes / 2**20:.1f}",
-            f"{row.terabytes_per_s:.2f}",
-            f"{row.error:.1e}",
-        )
-    Console(width=120).print(table)
-
-
-def results(rows: list[Row]) -> str:
-    """The rows as docs/results/attention.json has them: a line for each shape, [us, ratio] for each pair."""
-    lines = []
-    for shape, same in itertools.groupby(rows, key=lambda row: row.shape):
-        pairs = list(same)
-        line = {"batch": shape.batch, "query_heads": shape.kv_heads * shape.group, "kv_heads": shape.kv_heads}
-        line |= {"head_dim": shape.head_dim, "tokens": shape.tokens}
-        times = {f"{row.key_bits}/{row.value_bits}": [row.packed_us, row.ratio] for row in pairs}
-        lines.append({**line, "bf16_us": pairs[0].dense_us, **times})
-    found = {
-        "command": "python benchmarks/attention.py --full",
-        "date": datetime.date.today().isoformat(),
-        "machine": torch.cuda.get_device_name(),
-        "versions": {"torch": torch.__version__, "triton": triton.__version__},
-        "source": "Written by the command with --results.",
-    }
-    head = json.dumps(found, indent=1).removesuffix("\n}")
-    return f'{head},\n "rows": [\n' + ",\n".join(f"  {json.dumps(line)}" for line in lines) + "\n ]\n}\n"
+    return Row(shape, key_bits, value_bits, time, size, error, dense_us, fp8)
 
 
 def main() -> None:
@@ -305,14 +204,14 @@ def main() -> None:
     parser.add_argument(
         "--json", type=Path, help="write each row here as it is measured; rows there are kept"
     )
-    parser.add_argument("--results", type=Path, help="write docs/results/attention.json, for docs/build.py")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         raise SystemExit("benchmarks/attention.py needs a CUDA device; there is none here")
-    shapes = [Shape(1, arguments.kv_heads, 4, tokens, 128) for tokens in (8192, 32768, 131072)]
+    many = Shape(64, arguments.kv_heads, 4, 4096, 128)
+    shapes = [Shape(1, arguments.kv_heads, 4, tokens, 128) for tokens in (8192, 32768, 131072)] + [many]
     if arguments.full:
         every = itertools.product((1, 8), (1, 4, 8), (8192, 32768, 131072), (64, 128, 256))
-        shapes = [Shape(batch, 8, group, tokens, dim) for batch, group, tokens, dim in every]
+        shapes = [Shape(batch, 8, group, tokens, dim) for batch, group, tokens, dim in every] + [many]
     if arguments.paged:
         few = ((1, 8192), (1, 131072), (8, 32768))
         shapes = [Shape(batch, 8, 4, tokens, 128, layout) for batch, tokens in few for layout in LAYOUTS]
@@ -326,22 +225,13 @@ def main() -> None:
     for shape in track(shapes, console=Console(stderr=True)):
         if any(row.shape == shape for row in rows):
             continue
-        dense_us = baseline(shape)
-        rows += [measure(shape, key_bits, value_bits, dense_us) for key_bits, value_bits in WIDTHS]
+        dense_us, fp8 = baseline(shape), fp8_baseline(shape)
+        rows += [measure(shape, key_bits, value_bits, dense_us, fp8) for key_bits, value_bits in WIDTHS]
         packed_side.cache_clear()
         torch.cuda.empty_cache()
         if arguments.json:
-            arguments.json.write_text(json.dumps([asdict(row) for row in rows], indent=1))
+            arguments.json.write_text(results(rows))
     show(rows)
-    if arguments.results:
-        arguments.results.write_text(results(rows))
-
-
-def read(path: Path | None) -> list[Row]:
-    """The rows of an earlier run that was interrupted, or none."""
-    if path is None or not path.exists():
-        return []
-    return [Row(**{**row, "shape": Shape(**row["shape"])}) for row in json.loads(path.read_text())]
 
 
 if __name__ == "__main__":

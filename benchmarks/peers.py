@@ -35,7 +35,7 @@ from alternatives.calls import Attention, tensors
 from alternatives.processes import run
 from alternatives.registry import ALTERNATIVES, Alternative
 from alternatives.table import COLUMNS, Row, show, with_ratios
-from attention import microseconds
+from graph_times import microseconds
 
 QUERY_HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128
 CALLS = 20

@@ -21,6 +21,11 @@ def run_ptx(text: str, inputs: list[Words], outputs: int) -> list[Words]:
     for line in filter(None, (part.strip() for part in body.split(";"))):
         name, rest = line.split(None, 1)
         target, *sources = (part.strip() for part in rest.split(","))
+        if target.startswith("{"):  # the halves of a word
+            word = read(sources[1])
+            registers[target[1:]] = word & np.uint32(0xFFFF)
+            registers[sources[0][:-1]] = word >> np.uint32(16)
+            continue
         registers[target] = _step(name, [read(source) for source in sources])
     return [registers[f"${i}"] for i in range(outputs)]
 
@@ -31,6 +36,8 @@ def _step(name: str, words: list[Words]) -> Words:
     first, *others = words
     if name == "mov.b32":
         return first
+    if name == "cvt.rn.f16x2.e4m3x2":
+        return _halves(first)
     if name == "lop3.b32":
         return _table(int(others[2].flat[0]), first, *others[:2])
     if name == "prmt.b32":
@@ -71,6 +78,18 @@ def _table(wanted: int, a: Words, b: Words, c: Words) -> Words:
         if wanted >> k & 1:
             out = out | (a if k & 4 else ~a) & (b if k & 2 else ~b) & (c if k & 1 else ~c)
     return out
+
+
+def _halves(word: Words) -> Words:
+    """Two e4m3 numbers as float16: its bias is 8 less, and both keep numbers without a leading one."""
+    both = np.zeros_like(word)
+    for k in range(2):
+        byte = word >> np.uint32(8 * k) & np.uint32(255)
+        bits = (byte & np.uint32(128)) << np.uint32(8) | (byte & np.uint32(127)) << np.uint32(7)
+        half = bits.astype(np.uint16).view(np.float16) * np.float16(256)
+        half = np.where((byte & np.uint32(127)) == 127, np.float16(np.nan), half)
+        both = both | half.view(np.uint16).astype(np.uint32) << np.uint32(16 * k)
+    return both
 
 
 def _permuted(a: Words, b: Words, selector: Words) -> Words:
