@@ -158,20 +158,18 @@ def ways() -> Iterator[tuple[str, Way]]:
 
 
 def baselines(
-    batch: int, kv_heads: int, group: int, tokens: int, head_dim: int
+    batch: int, kv_heads: int, group: int, tokens: int, head_dim: int, device: str = "cuda"
 ) -> tuple[list[Measured], list[str]]:
-    """Every way that works on this shape, fastest first, and why others do not; none before FP8 instructions.
+    """Every way that works on this shape, fastest first, and why others do not; none on a GPU without FP8.
 
     All are timed for a short while, then the fastest again, as everything else is.
     """
     if torch.cuda.get_device_capability() < LEAST_CAPABILITY:
         return [], []
-    query = torch.randn(batch, kv_heads * group, 1, head_dim, device="cuda", dtype=torch.bfloat16)
-    first = random_cache(batch, kv_heads, tokens, head_dim)
-    several = [first]
-    several += [
-        random_cache(batch, kv_heads, tokens, head_dim) for _ in range(caches(2 * first.keys.nbytes) - 1)
-    ]
+    query = torch.randn(batch, kv_heads * group, 1, head_dim, device=device, dtype=torch.bfloat16)
+    size = 2 * batch * kv_heads * tokens * head_dim
+    several = [random_cache(batch, kv_heads, tokens, head_dim, device) for _ in range(caches(size))]
+    first = several[0]
     expected = [(head, exact(query, first, head)) for head in (0, kv_heads - 1)]
 
     def error(got: torch.Tensor) -> float:

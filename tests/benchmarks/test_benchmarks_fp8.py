@@ -3,6 +3,7 @@
 import json
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -103,6 +104,53 @@ def test_without_vllm_only_our_kernel_is_tried(
     assert {name.split(",")[0] for name, _ in fp8.ways()} == {"Triton"}
     assert "FlashAttention 3 is left out" in capsys.readouterr().err
     fp8.flash_attention.cache_clear()
+
+
+class Library:
+    """What `flash` asks of vLLM's FlashAttention, in float64."""
+
+    def get_scheduler_metadata(self, **asked: Any) -> dict[str, Any]:
+        assert asked["num_heads_q"] == 6 and asked["cache_seqlens"].tolist() == [512, 512]
+        return asked
+
+    def flash_attn_varlen_func(self, q: Any, k: Any, v: Any, **asked: Any) -> torch.Tensor:
+        assert asked["scheduler_metadata"]["page_size"] in (None, k.shape[1]) and asked["fa_version"] == 3
+        assert {one.shape for one in (asked[f"{name}_descale"] for name in "qkv")} == {(2, 2)}
+        assert k.stride(-1) == v.stride(-1) == 1 and asked["cu_seqlens_q"].tolist() == [0, 1, 2]
+        if asked["block_table"] is not None:
+            k, v = (one.view(torch.uint8)[asked["block_table"]].flatten(1, 2).view(q.dtype) for one in (k, v))
+        q, k, v = (
+            states.double() * asked[f"{name}_descale"].flatten()[0]
+            for name, states in (("q", q), ("k", k), ("v", v))
+        )
+        grouped = q.unflatten(1, (2, 3))  # [B, Hkv, G, D]
+        weights = torch.softmax(torch.einsum("bhgd,bnhd->bhgn", grouped, k) * q.shape[-1] ** -0.5, -1)
+        return torch.einsum("bhgn,bnhd->bhgd", weights, v).flatten(1, 2).bfloat16()
+
+
+def test_the_fastest_way_that_is_right_is_taken(fp8: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """FlashAttention is called over one buffer and over pages; ways that are wrong or fail are named."""
+
+    def failing(query: torch.Tensor, cache: Any) -> Any:
+        raise TypeError("too large")
+
+    def wrong(query: torch.Tensor, cache: Any) -> Any:
+        return lambda: torch.zeros_like(query)
+
+    ways = [("failing", failing), ("wrong", wrong)]
+    ways += [(str(page), partial(fp8.flash, page, 0)) for page in (None, 16, 256)]
+    times = iter([30.0, 20.0, 25.0, 19.5])
+    monkeypatch.setattr(fp8, "flash_attention", Library)
+    monkeypatch.setattr(fp8, "ways", lambda: ways)
+    monkeypatch.setattr(fp8, "caches", lambda size: 2)
+    monkeypatch.setattr(fp8, "microseconds", lambda *calls, **options: next(times))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    found, failed = fp8.baselines(2, 2, 3, 512, 64, device="cpu")
+    assert [(one.name, one.us) for one in found] == [("16", 19.5), ("256", 25.0), ("None", 30.0)]
+    assert all(0.005 < one.error < 0.05 for one in found)  # the query's rounding
+    assert failed == ["failing: TypeError too large", "wrong: RuntimeError error 1.0e+00"]
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
+    assert fp8.baselines(2, 2, 3, 512, 64) == ([], [])
 
 
 @pytest.mark.parametrize("with_fp8", [True, False])
