@@ -11,6 +11,7 @@ from pathlib import Path
 
 import evaluation_tables as evaluation
 import pictures
+import speed_tables as speed
 import vllm_tables as vllm
 from results import DOCS, Row, formatted, results
 
@@ -20,53 +21,6 @@ PAGES = [DOCS.parent / "README.md", *sorted(DOCS.glob("*.md"))]
 MARKED = re.compile(r"(<!-- table: (?P<name>\S+) -->\n)(?P<table>.*?)(<!-- end -->)", re.DOTALL)
 BUDGETS = {"quarter": 1 / 4, "eighth": 1 / 8, "sixteenth": 1 / 16}
 
-WIDTHS = {width: f"{{{width}}}" for width in ("4/4", "3/3", "2/2", "4/2", "3/2")}
-SHAPE = {
-    "B": "{batch}",
-    "query heads": "{query_heads}",
-    "KV heads": "{kv_heads}",
-    "head_dim": "{head_dim}",
-    "tokens": "{tokens}",
-}
-PACKING = {
-    "bits K/V": "{bits}",
-    "keys us": "{key_us}",
-    "values us": "{value_us}",
-    "of a copy": "{of_copy_percent} % ({terabytes_per_s:.2f} TB/s)",
-    "decode us": "{decode_us}",
-    "codes at ties, of 2.1 M": "{ties}",
-}
-PEERS = {
-    "alternative": "{name}",
-    "K/V bits": "{bits}",
-    "131072 tokens": "{at_131072}",
-    "32768 tokens": "{at_32768}",
-    "timing": "{timing}",
-    "bytes": "{bytes}",
-    "error": "{error:.3f}",
-    "own": "{own:.1e}",
-}
-GENERATION = {
-    "cache": "{cache}",
-    "tokens/s": "{tokens_per_s}{faster}",
-    "time to first token": "{first_token_s:.2f} s",
-    "decode peak over the weights": "{decode_peak_gb:.2f} GB{share}",
-    "bytes of the cache": "{cache_gb:.2f} GB",
-}
-READING = {
-    "reading": "{reading}",
-    "peak": "{peak_gb} GB",
-    "work space": "{work_gb} GB",
-    "seconds": "{seconds}",
-}
-GENERATION_SHARED = {
-    "GPUs": "{gpus}",
-    "cache": "{cache}",
-    "tokens/s": "{tokens_per_s:.1f} ({times:.1f}x)",
-    "time to first token": "{first_token_s:.2f} s",
-    "cache of one GPU": "{cache_gb:.2f} GB",
-    "most on one GPU while decoding": "{peak_gb:.2f} GB, weights {weights_gb:.2f}",
-}
 SINKS = {"kept in 16 bits in each head": "{kept}", "2 bits": "{2 bits}", "3 bits": "{3 bits}"}
 SETTINGS = {
     "setting": "{setting}",
@@ -97,39 +51,6 @@ PLANS = {
     "ratio": "{ratio:.2f}",
 }
 MEMORY = {"cache": "{cache}", "131072 tokens": "{gib:.1f} GiB", "smaller": "{ratio:.1f}x"}
-
-
-def attention(short: bool) -> str:
-    """Decode attention of every shape; `short`: of one, long contexts first."""
-    rows, columns = results("attention")["rows"], {**SHAPE, "bf16": "{bf16_us:.1f}", **WIDTHS}
-    if not short:
-        return formatted(rows, columns)
-    shape = {"batch": 1, "query_heads": 32, "head_dim": 128}
-    columns = {header: columns[header] for header in ("tokens", "bf16", *WIDTHS)}
-    columns = {header.replace("4/4", "4/4 bits"): cell for header, cell in columns.items()}
-    return formatted((row for row in reversed(rows) if shape.items() <= row.items()), columns)
-
-
-def generation() -> str:
-    """Tokens a second and memory of generation."""
-    plain, *packed = results("generation")["decoding"]
-    rows = [{**plain, "faster": "", "share": ""}]
-    for row in packed:
-        share = row["decode_peak_gb"] / plain["cache_gb"]
-        rows.append({**row, "faster": f" ({row['times']}x)", "share": f" ({share:.2f}x the bf16 cache)"})
-    return formatted(rows, GENERATION)
-
-
-def generation_shared() -> str:
-    """The same on one GPU and on two that share the model, bytes of one GPU each."""
-    rows = []
-    for row in results("generation_two_gpus")["rows"]:
-        if row["cache"].startswith("DynamicCache"):
-            plain = row
-        sizes = {"cache_gb": "cache_bytes", "peak_gb": "decode_peak_bytes", "weights_gb": "weights_bytes"}
-        in_gb = {name: row[field] / 1e9 for name, field in sizes.items()}
-        rows.append({**row, **in_gb, "times": row["tokens_per_s"] / plain["tokens_per_s"]})
-    return formatted(rows, GENERATION_SHARED)
 
 
 def changed_settings(context: int) -> str:
@@ -229,10 +150,7 @@ def families() -> str:
 TABLES: dict[str, Callable[[], str]] = {
     "first": first,
     "memory": memory,
-    "attention-short": lambda: attention(short=True),
-    "generation": generation,
-    "generation-two-gpus": generation_shared,
-    "reading": _rows("generation", READING, "reading"),
+    **speed.TABLES,
     "settings": settings,
     "changed-1024": lambda: changed_settings(1024),
     "changed-4096": lambda: changed_settings(4096),
@@ -243,9 +161,6 @@ TABLES: dict[str, Callable[[], str]] = {
     "quick-tasks": lambda: evaluation.tasks("evaluation_quick"),
     "full": lambda: evaluation.divergence("evaluation_full", "median", "perplexity", "attention KL"),
     "full-pairs": lambda: evaluation.pairs("evaluation_full"),
-    "attention": lambda: attention(short=False),
-    "packing": _rows("encode", PACKING),
-    "peers": _rows("peers", PEERS),
     "capture-rules": capture_rules,
     "families": families,
     "plans": _rows("plans", PLANS),

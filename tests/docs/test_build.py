@@ -70,7 +70,7 @@ def test_tables_of_measurements_are_those_of_their_results(
 
 
 def test_another_figure_is_noticed(build: ModuleType) -> None:
-    build.tables.results("attention")["rows"][0]["bf16_us"] += 1
+    build.tables.results("attention_h100")["rows"][0]["bf16_us"] += 1
     try:
         assert build.tables.stale() == ["speed.md"]
     finally:
@@ -171,6 +171,29 @@ def test_what_was_measured_in_vllm_stands_there_once_it_was(
     assert lines[1].endswith("|  |  |  |") and "1024 tokens and 128 tokens that are scored" in quality
     found.clear()
     assert vllm.speed() == vllm.quality() == ""
+
+
+def test_attention_of_two_gpus(build: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file with FP8, as benchmarks/attention.py writes it, beside one without."""
+    speed = build.tables.speed
+    times = {width: speed.Times(50.0, 2.4) for width in speed.WIDTHS}
+    row = {"batch": 1, **speed.USUAL, "tokens": 8192, "layout": "contiguous", "bf16_us": 120.0, **times}
+    fp8 = {"fp8_us": 60.0, "fp8_way": "Triton, 64 tokens", "fp8_error": 2e-3, "errors": {"4/4": 3e-3}}
+    new = {"date": "2026-11-30", "versions": {"torch": "2.11.0+cu130"}}
+    new["rows"] = [{**row, **fp8}, {**row, **fp8, "batch": 64}, {**row, **fp8, "layout": "table"}]
+    old = {"date": "2026-11-22", "versions": {"torch": "2.11"}, "rows": [row]}
+    monkeypatch.setattr(speed, "by_gpu", lambda name: {"H200": new, "H100": old})
+    short, full = speed.attention_short().splitlines(), speed.attention_full().splitlines()
+    assert short[2].startswith("| H200 | 1 | 8192 | 120.0 | 60.0 (2.00x) | 50.0 (2.40x, 1.20x) |")
+    assert short[3].startswith("| H200 | 64 |") and len(short) == 5
+    assert short[4].startswith("| H100 | 1 | 8192 | 120.0 |  | 50.0 (2.40x) |")
+    assert full[0] == (
+        "On the H200 (2026-11-30, torch 2.11.0), the least ratio to bfloat16 is 2.40x, and to fp8 1.20x; "
+        "the largest relative error is 3.0e-03. fp8 is Triton in 2 of 2 rows, with a relative error of at "
+        "most 2.0e-03."
+    )
+    assert "| 120.0 | 60.0 (2.00x) | Triton | 50.0 (2.40x, 1.20x) |" in full[4]
+    assert full[7] == "On the H100 (2026-11-22, torch 2.11), the least ratio to bfloat16 is 2.40x."
 
 
 def test_a_change_of_the_press_table_is_noticed(build: ModuleType) -> None:
