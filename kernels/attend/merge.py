@@ -105,10 +105,10 @@ def merge_kernel(
 
     o: [N, splits, R, DV], m and l: [N, R, splits], sums over packed tokens in code space, N = heads * blocks;
     dense_o, dense_m, dense_l: the same over 16-bit tokens, with `tiles` in place of `splits`; sinks: [Hkv *
-    group] logits, if HAS_SINKS; rotation: [DV, DV] float32, out of code space but for the factor `unit`, or, if
-    HADAMARD, the column signs [DV] of a Walsh-Hadamard matrix; out:
-    [BH, rows, DV], written; SIZE: partial sums joined at a time. Where PLANES is 2 or 3, values are so many
-    bit planes, o is [N, splits, R, PLANES, DV], and taps FILTERS, plane by plane, make one vector of them.
+    group] logits, if HAS_SINKS; rotation: [DV, DV] float32, out of code space but for the factor `unit`, or,
+    if HADAMARD, the column signs [DV] of a Walsh-Hadamard matrix; out: [BH, rows, DV], written; SIZE: partial
+    sums joined at a time. Where PLANES is 2 or 3, values are so many bit planes, o is [N, splits, R, PLANES,
+    DV], and taps FILTERS, plane by plane, make one vector of them.
     Where HEADS, a power of two of at least `heads`, is not 0, heads have page tables: o, m and l are [blocks,
     splits, ...], and the splits belong to heads as `chunks_of_heads` says, of used and starts [heads] int32
     and pages, or, if SCHEDULED, as schedule [BH, 2] int32 says. CHAINED: started before the split kernel has
@@ -180,10 +180,8 @@ def merge_kernel(
             for lag in tl.static_range(1, LAGS):
                 later = _of_lag(of_planes, y1, y2, lag, PLANES, LAGS, FILTERS)
                 y += tl.gather(later, (value + (DV - lag)) % DV, 0)
-        if HADAMARD:
-            turned = signs * hadamard(y * unit, DV)
-        else:
-            turned = tl.sum(turn * (y * unit)[:, None], 0)
+        y *= unit
+        turned = signs * hadamard(y, DV) if HADAMARD else tl.sum(turn * y[:, None], 0)
         m, total, decay = _joined_scores(m, total, dense_m, dense_l)
         turned = turned * decay + tl.sum(dense_o * tl.exp2(dense_m - m)[:, None], 0)
         for start in range(TILES, tiles, TILES):

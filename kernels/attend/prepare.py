@@ -84,10 +84,7 @@ def _prepare(
     weighed = x * turn_factor
     if HAS_WEIGHT:
         weighed = weighed / weight
-    if HALVES:
-        y = tl.sum(turn * weighed[None, :], 1)
-    else:
-        y = hadamard(signs * weighed, D)
+    y = tl.sum(turn * weighed[None, :], 1) if HALVES else hadamard(signs * weighed, D)
     largest, y1, y2, y3 = 1e-30, y, y, y
     if PLANES:
         LAGS: tl.constexpr = len(FILTERS) // PLANES

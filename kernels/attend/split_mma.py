@@ -9,24 +9,24 @@ of log 2, with b the signed bytes of a codebook's odd levels:
     o[r] += sum_t p[t, r] v_scale[t] (2 b[t, :] + 1),                l[r] += sum_t p[t, r]
 
 Queries (by `prepare_kernel`) and weights p * v_scale (here, relative to the largest of the page) are whole
-numbers of 16 bits, split into a high and a low byte: rows r and r + 8 of one `mma.m16n8k32`, which one thread
-holds and adds up. Products of bytes are exact, so the only loss is 2 ** -16 of the largest query coordinate,
-or weight.
+numbers of 16 bits, split into a high and a low byte: columns 2 r and 2 r + 1 of one `mma.m16n8k32`, which one
+thread holds and adds up. A product has room for four rows. Products of bytes are exact, so the only loss is
+2 ** -16 of the largest query coordinate, or weight.
 
 Over bit planes (K_SIGNS, V_SIGNS) a byte is 0 or -1, and a vector has a level for each plane: the scores are
 a sum over planes, each with queries of its own, and every plane of the values has its own sum o.
 
 A packed word goes from memory to the tensor core without leaving its thread (`words`): `prmt` makes bytes of
 its codes (`lookup`), and the rows and columns of the products are numbered so that each thread loads 16 bytes
-at a time:
+at a time. Both are left operands. A tile is 32 tokens, two groups x of 16:
 
-    K operand    thread 4 * g + t, column g of tile b: token 16 * x + 4 * (g // 2) + 2 * b + g % 2,
-                 row 64 * v + 32 * u + 16 * h + 4 * t + i: channel 64 * v + 16 * t + 8 * u + 4 * h + i
-    V operand    row 16 * h + 4 * t + i: token 16 * x[h] + 4 * t + i, column 32 * c + 8 * u + g: channel
-                 32 * c + 4 * g + u
+    K operand    thread 4 * g + t, row 8 * b + g of group x: token 16 * x + 4 * (g // 2) + 2 * b + g % 2,
+                 column 64 * v + 32 * u + 16 * h + 4 * t + i: channel 64 * v + 16 * t + 8 * u + 4 * h + i
+    V operand    row 32 * c + 8 * u + g: channel 32 * c + 4 * g + u, column 16 * h + 4 * t + i: token
+                 16 * x[h] + 4 * t + i
 
-The scores of tokens 4 t .. 4 t + 3 then lie in the thread that needs their weights as the left operand of the
-second product. A tile is 32 tokens, two groups x of 16.
+Thread 4 * g + t then holds the scores of row t, and of rows t + 4, t + 8, t + 12 where there are more. The
+weights of a row go to the two columns of their bytes by `movmatrix` (`tiles.weight_operand`).
 """
 
 from triton.experimental import gluon
@@ -216,9 +216,9 @@ def _step(
     """Add a page, or half of it, to the sums; its keys are loaded already, and the next ones are fetched.
 
     step: counts pages, or halves of pages if HALVES is 2; pool_row: of the page; ka, kb, kc and va, vb, vc:
-    words of keys and values; m, total, weight [R] and acc0, acc1, acc2 [R, DV]: the sums so far; q0, q1, q2,
-    start, factor, bias: the queries; acc1, acc2, q1, q2: for more bit planes than one; page_scores_ptr: of
-    this block of rows; tables: `lookup_table` in shared memory; key_buffer, value_buffer: of `words_buffer`;
+    words of keys and values; m [ROWS], total, weight [8, ROWS], acc0, acc1, acc2 [DV, ROWS]: the sums so far;
+    q0, q1, q2, start, factor, bias: the queries; acc1, acc2, q1, q2: for more bit planes than one;
+    page_scores_ptr: of this block of rows; tables: `lookup_table` in shared memory; key_buffer, value_buffer: of `words_buffer`;
     the pointers and strides: of this head; first, stride, count, lead: its pages, as `_page` has them;
     unused, used: first token in use and one past the last.
 
@@ -451,7 +451,8 @@ def split_mma_kernel(
     4] int32 of `PageSchedule` says how, and HEADS need only not be 0.
 
     K_SIGNS, V_SIGNS: keys, or values, are bit planes, K_BITS or V_BITS of them, of `SignOperands`. Then q is
-    [N, K_BITS, 2R, D], and o [A, S, R, V_BITS, DV], a sum for each plane.
+    [N, K_BITS, 2R, D], and o [A, S, R, V_BITS, DV], a sum for each plane. ROWS: rows that are computed, R, or 4
+    where no head has more.
 
     HALVES is 2 to take a page in two steps, groups of tokens 0, 2, 4, 6 before 1, 3, 5, 7. STAGED: words of 3
     bits, or of bit planes, are read from shared memory. CHAINED: started before `prepare_kernel` has ended.

@@ -43,6 +43,9 @@ MOST_QUERIES = 128
 PAGES_OF_SCORES = 32
 """Pages whose mean and sink a program scores."""
 
+FEW_ROWS = 4
+"""Rows up to which a program computes no more than these; a product has room for so many."""
+
 DENSE_TILE = 32
 """16-bit tokens per program."""
 
@@ -392,6 +395,7 @@ class _Call:
             from quantpress.kernels.attend.lookup import lookup_table
             from quantpress.kernels.attend.split_mma import split_mma_kernel
 
+            computed = FEW_ROWS if self.rows <= FEW_ROWS else self.block
             split_mma_kernel[grid](
                 lookup_table(*books, q.device),
                 q,
@@ -406,12 +410,13 @@ class _Call:
                 None if self.schedule is None else self.schedule.programs,
                 *numbers,
                 **constants,
-                ROWS=4 if self.rows <= 4 else self.block,
-                HALVES=steps_of_page(self.keys, self.values, self.block),
+                ROWS=computed,
+                HALVES=steps_of_page(self.keys, self.values, computed),
                 STAGED=stages_words(self.keys, self.values, q.device),
                 CAPPED=self.softcap > 0,
                 CHAINED=self.chained,
                 num_warps=1,
+                maxnreg=255,  # left out, the assembler saves registers for more programs than run at a time
                 **self.options,
             )
         return sums
@@ -504,12 +509,9 @@ def block_rows(rows: int, head_dim: int) -> int:
 
 def steps_of_page(keys: KernelOperands, values: KernelOperands, rows: int) -> int:
     """Steps in which a page is read: two where a whole page would not fit into registers."""
-    many = (
-        max(keys.bits, values.bits) >= 4
-        or max(keys.head_dim, values.head_dim) > 128
-        or three_planes(keys, values)
-    )
-    return 2 if many or rows > 8 else 1
+    many = max(keys.bits, values.bits) >= 4 or three_planes(keys, values)
+    large = max(keys.bits, values.bits) > 4 or max(keys.head_dim, values.head_dim) > 128
+    return 2 if large or rows > 8 or (many and rows > FEW_ROWS) else 1
 
 
 def stages_words(keys: KernelOperands, values: KernelOperands, device: torch.device) -> bool:

@@ -47,11 +47,12 @@ class Emulated:
         def launch(
             *arguments: Any,
             num_warps: int,
+            maxnreg: int,
             launch_pdl: bool = False,
             enable_fp_fusion: bool,
             **constants: Any,
         ) -> None:
-            assert num_warps == 1 and enable_fp_fusion
+            assert (num_warps, maxnreg) == (1, 255) and enable_fp_fusion
             given = dict(zip(self.arg_names, arguments, strict=False)) | constants
             self.launches.append(given)
             emulate(self.module, "split_mma_kernel", given, grid)
