@@ -218,9 +218,9 @@ def _step(
     step: counts pages, or halves of pages if HALVES is 2; pool_row: of the page; ka, kb, kc and va, vb, vc:
     words of keys and values; m [ROWS], total, weight [8, ROWS], acc0, acc1, acc2 [DV, ROWS]: the sums so far;
     q0, q1, q2, start, factor, bias: the queries; acc1, acc2, q1, q2: for more bit planes than one;
-    page_scores_ptr: of this block of rows; tables: `lookup_table` in shared memory; key_buffer, value_buffer: of `words_buffer`;
-    the pointers and strides: of this head; first, stride, count, lead: its pages, as `_page` has them;
-    unused, used: first token in use and one past the last.
+    page_scores_ptr: of this block of rows; tables: `lookup_table` in shared memory; key_buffer, value_buffer:
+    of `words_buffer`; the pointers and strides: of this head; first, stride, count, lead: its pages, as
+    `_page` has them; unused, used: first token in use and one past the last.
 
     MASKED: some of the tokens may not be in use. PAGED: pages go by the page table. Words of 3 bits, and of
     bit planes, hold both halves: they are loaded for the first and kept for the second, in shared memory if
@@ -451,8 +451,9 @@ def split_mma_kernel(
     4] int32 of `PageSchedule` says how, and HEADS need only not be 0.
 
     K_SIGNS, V_SIGNS: keys, or values, are bit planes, K_BITS or V_BITS of them, of `SignOperands`. Then q is
-    [N, K_BITS, 2R, D], and o [A, S, R, V_BITS, DV], a sum for each plane. ROWS: rows that are computed, R, or 4
-    where no head has more.
+    [N, K_BITS, 2R, D], and o [A, S, R, V_BITS, DV], a sum for each plane.
+
+    ROWS: rows that are computed, R, or 4 where no head has more.
 
     HALVES is 2 to take a page in two steps, groups of tokens 0, 2, 4, 6 before 1, 3, 5, 7. STAGED: words of 3
     bits, or of bit planes, are read from shared memory. CHAINED: started before `prepare_kernel` has ended.

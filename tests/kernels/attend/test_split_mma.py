@@ -304,9 +304,9 @@ def test_lengths_starts_and_tables(
 @pytest.mark.parametrize(
     ("key_bits", "value_bits", "dim", "queries", "held"),
     [
-        (4, 4, 128, 1, "registers"),
-        (4, 3, 128, 1, "registers"),
-        (3, 4, 64, 1, "registers"),
+        (4, 4, 128, 5, "registers"),
+        (4, 3, 128, 5, "registers"),
+        (3, 4, 64, 5, "registers"),
         (3, 3, 128, 5, "registers"),
         (3, 3, 256, 1, "shared memory"),
         (2, 3, 256, 1, "shared memory"),
