@@ -301,7 +301,8 @@ def prepare_kernel(
                 end = tl.minimum(end, begin + tl.load(recent_used_ptr + head))
         m, total = tl.full([R], -1e30, tl.float32), tl.zeros([R], tl.float32)
         out = tl.zeros([DV, R], tl.float32)
-        if (from_token < end) & (from_token + TILE > begin):
+        newest = end - tl.maximum(unseen - queries + 1, 0)  # what no query sees is not read
+        if (from_token < newest) & (from_token + TILE > begin):
             if FIRST_PAGE:
                 live = (from_token + token >= begin) & (from_token + token < end)
                 k, v = load_paged_tile(

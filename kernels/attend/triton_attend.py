@@ -9,6 +9,8 @@ import contextlib
 import math
 from collections.abc import Sequence
 from functools import lru_cache
+from itertools import pairwise
+from typing import Any
 
 import torch
 
@@ -38,7 +40,7 @@ SIGN_HEAD_DIMS, SIGN_WIDTHS = (64, 128), (1, 2, 3)
 """The same of bit planes."""
 
 MOST_QUERIES = 128
-"""Query tokens of one call. Rows are query heads of a group times query tokens; 8 or 16 rows share a pass."""
+"""Query tokens of one pass. Rows are query heads of a group times query tokens; a program has 8 or 16."""
 
 PAGES_OF_SCORES = 32
 """Pages whose mean and sink a program scores."""
@@ -74,14 +76,14 @@ LOG2_E = math.log2(math.e)
 
 
 def supports(query: torch.Tensor, segments: Sequence[Segment], visibility: Visibility) -> bool:
-    """Whether the kernels cover this call: few queries, one packed segment, codes that they read.
+    """Whether the kernels cover this call: causal, one packed segment, codes that they read.
 
     These are plain codes of 1 to 4 and 8 bits, and 2 or 3 bit planes.
     Where the last segment has lengths, the tokens of several queries must be among its tokens in use.
     """
     packed = [index for index, segment in enumerate(segments) if isinstance(segment, PackedSegment)]
     alone = len(packed) == 1 and packed[0] <= 1 and len(segments) - packed[0] <= 2
-    if not alone or query.shape[2] > MOST_QUERIES or visibility.dropped is not None:
+    if not alone or visibility.dropped is not None:
         return False
     if visibility.mask is not None or not (visibility.causal or query.shape[2] == 1):
         return False
@@ -125,8 +127,11 @@ def attend_triton(
     slots: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
     plain: bool = False,
+    newer: int = 0,
 ) -> torch.Tensor:
     """As `quantpress.kernels.attend.attend`, for calls that `supports` accepts.
+
+    More than `MOST_QUERIES` query tokens go in passes of equal size, each of which reads all tokens.
 
     Args:
         query: [B, Hq, Tq, D].
@@ -138,10 +143,20 @@ def attend_triton(
         slots: as for `attend`.
         out: as for `attend`.
         plain: compute in float32 with plain loads, for Triton's interpreter.
+        newer: tokens in use at the end that none of these queries sees: those of later passes.
 
     Returns:
         [B, Hq, Tq, Dv] in the query's dtype.
     """
+    if query.shape[2] > MOST_QUERIES:
+        bounds = pass_bounds(query.shape[2])
+        options: dict[str, Any] = {"scaling": scaling, "softcap": softcap, "sinks": sinks}
+        options |= {"slots": slots, "plain": plain}
+        parts = [
+            attend_triton(query[:, :, low:high], segments, visibility, newer=query.shape[2] - high, **options)
+            for low, high in pairwise(bounds)
+        ]
+        return torch.cat(parts, 2, out=out)
     before: DenseSegment | None = None
     after: DenseSegment | None = None
     packed: PackedSegment | None = None
@@ -156,7 +171,7 @@ def attend_triton(
     cap = 0.0 if softcap is None else softcap * LOG2_E
     with torch.cuda.device(query.device) if query.is_cuda else contextlib.nullcontext():
         call = _Call(query, packed, slots, scaling * LOG2_E, cap, plain)
-        prepared, dense = call.first(before, after)
+        prepared, dense = call.first(before, after, newer)
         return call.merge(call.attend(prepared), dense, sinks, out)
 
 
@@ -216,9 +231,9 @@ class _Call:
         ]
 
     def first(
-        self, before: DenseSegment | None, after: DenseSegment | None
+        self, before: DenseSegment | None, after: DenseSegment | None, newer: int
     ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        """Queries in code space, and the sums over the 16-bit tokens."""
+        """Queries in code space, and the sums over the 16-bit tokens but the last `newer` in use."""
         from quantpress.kernels.attend.prepare import prepare_kernel
 
         dim, value_dim, transform = self.keys.head_dim, self.values.head_dim, self.packed.keys.transform
@@ -263,7 +278,7 @@ class _Call:
             *(tokens for _, _, tokens in tails),
             tiles[0],
             sum(tiles),
-            self.queries - 1,
+            self.queries - 1 + newer,
             *(0 if one is None else one.stride(0) for one in rows),
             *(stride for one in tables for stride in _pool_strides(one)),
             self.softcap,
@@ -500,6 +515,12 @@ def _turn(rotation: Rotation, device: torch.device) -> tuple[torch.Tensor, int, 
         return signs, 0, rotation.dim**-0.5
     matrix = rotation_matrix(rotation, device, inverse=True)
     return matrix.halves, len(matrix.halves), matrix.factor
+
+
+def pass_bounds(queries: int) -> list[int]:
+    """Where passes over query tokens begin and end: as few as there may be, and about equally long."""
+    passes = -(-queries // MOST_QUERIES)
+    return [queries * number // passes for number in range(passes + 1)]
 
 
 def block_rows(rows: int, head_dim: int) -> int:

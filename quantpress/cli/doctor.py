@@ -178,7 +178,7 @@ def _fallbacks(
         return (f"everything: {reason}, and the kernels need one",)
     if versions.get("triton") is None:
         return ("everything: triton is not installed (pip install triton)",)
-    from quantpress.kernels.attend.triton_attend import HEAD_DIMS, MOST_QUERIES, WIDTHS
+    from quantpress.kernels.attend.triton_attend import HEAD_DIMS, WIDTHS
     from quantpress.kernels.available import LEAST_CAPABILITY
     from quantpress.kernels.encode.triton_encode import MAX_CHANNELS  # imports triton
 
@@ -188,7 +188,7 @@ def _fallbacks(
     return (
         *(f"everything on {name}: its compute capability is below {least}" for name in old),
         f"attention at a head_dim other than {dims}, or bits other than {widths}: no kernel covers them",
-        f"attention of more than {MOST_QUERIES} query tokens at once, and of padded batches: the same",
+        "attention of padded batches: the same",
         f"encoding groups of more than {MAX_CHANNELS} channels: the same",
     )
 

@@ -54,13 +54,13 @@ def test_another_shape_dtype_or_order_is_refused(out: torch.Tensor) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("queries", [1, 4])
+@pytest.mark.parametrize("queries", [1, 4, 140])
 def test_the_output_is_written_on_a_gpu(queries: int) -> None:
     """In a graph, too; by the packed kernels, by the dense one, and by the reference."""
     from tests.kernels.attend.test_triton_attend import on_device
 
     pages = on_device(2, 2, PAGES * 128, 64, (4, 3))
-    recent = torch.randn(2, 2, 37, 64, device="cuda", dtype=torch.bfloat16)
+    recent = torch.randn(2, 2, 150, 64, device="cuda", dtype=torch.bfloat16)
     tail = DenseSegment(recent, recent)
     query = torch.randn(2, 8, queries, 64, device="cuda", dtype=torch.bfloat16)
     for segments in ([pages, tail], [tail], [packed_raw()]):

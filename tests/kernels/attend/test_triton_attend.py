@@ -27,6 +27,7 @@ from quantpress.kernels.attend.triton_attend import (
     PROGRAMS,
     STAGED_BYTES,
     block_rows,
+    pass_bounds,
     split_count,
     steps_of_page,
     supports,
@@ -66,6 +67,9 @@ INTERPRETED = [
     [2, 3, 64, 3, "float32", "planes lengths"],
     [3, 2, 64, 1, "bfloat16", "planes pool"],
     [1, 1, 64, 3, "float32", "lengths softcap"],
+    [3, 2, 64, 4, "float32", "passes lengths sinks softcap out"],
+    [3, 2, 64, 4, "float32", "passes pool dense_tables"],
+    [2, 2, 64, 7, "float32", "passes planes by_head"],
     [2, 3, 64, 6, "float32", "page_keys softcap"],
     [3, 3, 64, 1, "float32", "page_keys pool right alone side_by_side"],
     [4, 3, 64, 1, "float32", "page_keys pool dense_tables shared sinks_in_pages one_transform side_by_side"],
@@ -297,9 +301,10 @@ def test_calls_that_are_covered() -> None:
         return supports(q, segments, visibility)
 
     assert covered(query, [pages, tail], Visibility(1, tokens))
-    many = torch.randn(2, KV_HEADS * 3, 129, 64)
+    many, room = torch.randn(2, KV_HEADS * 3, 300, 64), dense(300, 64, 64)
     mask = torch.ones(1, 1, 1, tokens, dtype=torch.bool)
-    assert not covered(many, [pages, tail], Visibility(129, tokens))
+    assert covered(many, [pages, room], Visibility(300, pages.tokens + 300))
+    assert not covered(many, [pages, tail], Visibility(300, tokens))
     assert not covered(query, [pages, tail], Visibility(1, tokens, mask=mask))
     assert not covered(query, [tail], Visibility(1, 20))
     assert not covered(query, [packed(64, 64, 2.5), tail], Visibility(1, tokens))
@@ -334,6 +339,11 @@ def test_splits_fill_the_gpu_once(pages: int, blocks: int) -> None:
     bounds = [split * pages // splits for split in range(splits + 1)]  # as the kernels have it
     sizes = {high - low for low, high in pairwise(bounds)}
     assert bounds[-1] == pages and max(sizes) - min(sizes) <= 1
+
+
+def test_passes_over_queries_are_equally_long() -> None:
+    found = [pass_bounds(queries) for queries in (1, 128, 129, 300)]
+    assert found == [[0, 1], [0, 128], [0, 64, 129], [0, 100, 200, 300]]
 
 
 @pytest.mark.parametrize(("rows", "dim", "expected"), [(1, 128, 8), (8, 64, 8), (9, 128, 16), (64, 256, 8)])
@@ -446,16 +456,19 @@ def test_bit_planes_on_a_gpu(dim: int, bits: tuple[int, int], tokens: int, queri
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("bits", [(4, 3), (8, 4)], ids=lambda b: f"{b[0]}_{b[1]}")
-@pytest.mark.parametrize("queries", [1, 2, 7, 16, 100])
+@pytest.mark.parametrize("queries", [1, 2, 7, 16, 100, 129, 400])
 @pytest.mark.parametrize("group", [1, 3, 4, 8, 32])
 def test_groups_and_query_tokens(group: int, queries: int, bits: tuple[int, int]) -> None:
     pages = on_device(2, 2, 1024, 128, bits)
     query = torch.randn(2, 2 * group, queries, 128, device="cuda", dtype=torch.float16)
-    first, recent = (torch.randn(2, 2, n, 128, device="cuda", dtype=torch.float16) for n in (4, 150))
+    tail = 150 if queries < 150 else 437
+    first, recent = (torch.randn(2, 2, n, 128, device="cuda", dtype=torch.float16) for n in (4, tail))
     segments: list[Segment] = [DenseSegment(first, first), pages, DenseSegment(recent, recent)]
     sinks = torch.randn(2 * group, device="cuda")
     options: dict[str, Any] = {"softcap": 20.0, "sinks": sinks}
-    got = attend(query, segments, Visibility(queries, 1178), scaling=0.1, **options)
+    visibility = Visibility(queries, 1028 + tail)
+    assert supports(query, segments, visibility)
+    got = attend(query, segments, visibility, scaling=0.1, **options)
     expected = double_attention(query, segments, 0.1, **options)
     assert float((got.double() - expected).norm() / expected.norm()) < 2.5e-3
 
