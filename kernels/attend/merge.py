@@ -61,7 +61,7 @@ def _of_lag(y0, y1, y2, lag: tl.constexpr, PLANES: tl.constexpr, LAGS: tl.conste
     return z
 
 
-_NUMBERS = ["splits", "tiles", "rows", "queries", "group", "kv_heads", "blocks", "heads", "pages"]
+_NUMBERS = ["splits", "tiles", "rows", "queries", "group", "kv_heads", "blocks", "heads", "pages", "into"]
 
 
 @triton.jit(do_not_specialize=_NUMBERS)
@@ -87,6 +87,7 @@ def merge_kernel(
     blocks,
     heads,
     pages,
+    into,
     unit,
     DV: tl.constexpr,
     R: tl.constexpr,
@@ -99,6 +100,7 @@ def merge_kernel(
     STARTS: tl.constexpr,
     SCHEDULED: tl.constexpr,
     EACH: tl.constexpr,
+    PARTIAL: tl.constexpr,
     CHAINED: tl.constexpr,
 ):
     """Join the splits of EACH rows (axis 0) of one (batch, KV head) (axis 1), rotate back, add 16-bit tokens.
@@ -111,8 +113,9 @@ def merge_kernel(
     DV], and taps FILTERS, plane by plane, make one vector of them.
     Where HEADS, a power of two of at least `heads`, is not 0, heads have page tables: o, m and l are [blocks,
     splits, ...], and the splits belong to heads as `chunks_of_heads` says, of used and starts [heads] int32
-    and pages, or, if SCHEDULED, as schedule [BH, 2] int32 says. CHAINED: started before the split kernel has
-    ended.
+    and pages, or, if SCHEDULED, as schedule [BH, 2] int32 says. PARTIAL: the sums over packed tokens, rotated
+    back, are written to dense_o, dense_m and dense_l as number `into` of their `tiles`; nothing else is read
+    or written. CHAINED: started before the split kernel has ended.
     """
     head = tl.program_id(1).to(tl.int64)
     begin, end = 0, splits
@@ -146,8 +149,9 @@ def merge_kernel(
             o1 = _sums(o_ptr + DV, begin, end, splits, holder, local, DV, R, SIZE, COUNT)
         if COUNT > 2:
             o2 = _sums(o_ptr + 2 * DV, begin, end, splits, holder, local, DV, R, SIZE, COUNT)
-        dense_o = _sums(dense_o_ptr, 0, tiles, tiles, block, local, DV, R, TILES, 1)
-        dense_m, dense_l = _scores(dense_m_ptr, dense_l_ptr, 0, tiles, tiles, block, local, R, TILES)
+        if not PARTIAL:
+            dense_o = _sums(dense_o_ptr, 0, tiles, tiles, block, local, DV, R, TILES, 1)
+            dense_m, dense_l = _scores(dense_m_ptr, dense_l_ptr, 0, tiles, tiles, block, local, R, TILES)
         first_m, ls = _scores(m_ptr, l_ptr, begin, end, splits, holder, local, R, SIZE)
         m, total, decay = _joined_scores(m, total, first_m, ls)
         for start in range(begin + SIZE, end, SIZE):
@@ -182,18 +186,26 @@ def merge_kernel(
                 y += tl.gather(later, (value + (DV - lag)) % DV, 0)
         y *= unit
         turned = signs * hadamard(y, DV) if HADAMARD else tl.sum(turn * y[:, None], 0)
-        m, total, decay = _joined_scores(m, total, dense_m, dense_l)
-        turned = turned * decay + tl.sum(dense_o * tl.exp2(dense_m - m)[:, None], 0)
-        for start in range(TILES, tiles, TILES):
-            dense_o = _sums(dense_o_ptr, start, tiles, tiles, block, local, DV, R, TILES, 1)
-            dense_m, dense_l = _scores(dense_m_ptr, dense_l_ptr, start, tiles, tiles, block, local, R, TILES)
+        if PARTIAL:
+            tl.store(dense_o_ptr + ((block * tiles + into) * R + local) * DV + value, turned)
+            to = (block * R + local) * tiles + into + tl.arange(0, 1)
+            tl.store(dense_m_ptr + to, m)
+            tl.store(dense_l_ptr + to, total)
+        else:
             m, total, decay = _joined_scores(m, total, dense_m, dense_l)
             turned = turned * decay + tl.sum(dense_o * tl.exp2(dense_m - m)[:, None], 0)
-        if HAS_SINKS:
-            sink = tl.load(sinks_ptr + head % kv_heads * group + row // queries).to(tl.float32) * LOG2_E
-            new = tl.maximum(m, sink)
-            decay = tl.exp2(m - new)
-            turned = turned * decay
-            total = total * decay + tl.exp2(sink - new)
-        total = tl.where(total == 0, 1.0, total)  # nothing in use
-        tl.store(out_ptr + (head * rows + row) * DV + value, turned / total)
+            for start in range(TILES, tiles, TILES):
+                dense_o = _sums(dense_o_ptr, start, tiles, tiles, block, local, DV, R, TILES, 1)
+                dense_m, dense_l = _scores(
+                    dense_m_ptr, dense_l_ptr, start, tiles, tiles, block, local, R, TILES
+                )
+                m, total, decay = _joined_scores(m, total, dense_m, dense_l)
+                turned = turned * decay + tl.sum(dense_o * tl.exp2(dense_m - m)[:, None], 0)
+            if HAS_SINKS:
+                sink = tl.load(sinks_ptr + head % kv_heads * group + row // queries).to(tl.float32) * LOG2_E
+                new = tl.maximum(m, sink)
+                decay = tl.exp2(m - new)
+                turned = turned * decay
+                total = total * decay + tl.exp2(sink - new)
+            total = tl.where(total == 0, 1.0, total)  # nothing in use
+            tl.store(out_ptr + (head * rows + row) * DV + value, turned / total)

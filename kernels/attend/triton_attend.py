@@ -1,8 +1,9 @@
 """Launches the attention kernels for packed tokens: what they support, their settings, their buffers.
 
 There are three launches whatever the length: the first prepares the queries and attends the 16-bit tokens,
-the second attends the packed tokens in splits, the third joins the sums. Nothing is tuned at run time; each
-head_dim and pair of widths compiles once.
+the second attends the packed tokens in splits, the third joins the sums. Each further packed segment, which
+has widths and transforms of its own, takes three more; the sums over its tokens are joined with those over
+16-bit tokens. Nothing is tuned at run time; each head_dim and pair of widths compiles once.
 """
 
 import contextlib
@@ -76,23 +77,23 @@ LOG2_E = math.log2(math.e)
 
 
 def supports(query: torch.Tensor, segments: Sequence[Segment], visibility: Visibility) -> bool:
-    """Whether the kernels cover this call: causal, one packed segment, codes that they read.
+    """Whether the kernels cover this call: causal, packed segments side by side, codes that they read.
 
-    These are plain codes of 1 to 4 and 8 bits, and 2 or 3 bit planes.
+    These are plain codes of 1 to 4 and 8 bits, and 2 or 3 bit planes. At most one dense segment may lie in
+    front of the packed ones, and one behind them.
     Where the last segment has lengths, the tokens of several queries must be among its tokens in use.
     """
     packed = [index for index, segment in enumerate(segments) if isinstance(segment, PackedSegment)]
-    alone = len(packed) == 1 and packed[0] <= 1 and len(segments) - packed[0] <= 2
-    if not alone or visibility.dropped is not None:
+    inside = packed == [*range(packed[0], packed[-1] + 1)] if packed else False
+    if not inside or packed[0] > 1 or len(segments) - packed[-1] > 2 or visibility.dropped is not None:
         return False
     if visibility.mask is not None or not (visibility.causal or query.shape[2] == 1):
         return False
-    after = sum(segment.tokens for segment in segments[packed[0] + 1 :])
-    segment = segments[packed[0]]
-    assert isinstance(segment, PackedSegment)
+    after = sum(segment.tokens for segment in segments[packed[-1] + 1 :])
     if not _reachable(query, [one for one in segments if isinstance(one, DenseSegment)]):
         return False
-    if not _readable(segment.keys) or not _readable(segment.values):
+    pages = [one for one in segments if isinstance(one, PackedSegment)]
+    if not all(_readable(side) for one in pages for side in (one.keys, one.values)):
         return False
     return query.shape[2] == 1 or after >= query.shape[2]
 
@@ -157,21 +158,14 @@ def attend_triton(
             for low, high in pairwise(bounds)
         ]
         return torch.cat(parts, 2, out=out)
-    before: DenseSegment | None = None
-    after: DenseSegment | None = None
-    packed: PackedSegment | None = None
-    for segment in segments:
-        if isinstance(segment, PackedSegment):
-            packed = segment
-        elif packed is None:
-            before = segment
-        else:
-            after = segment
-    assert packed is not None
+    before, after = (one if isinstance(one, DenseSegment) else None for one in (segments[0], segments[-1]))
+    packed = [one for one in segments if isinstance(one, PackedSegment)]
     cap = 0.0 if softcap is None else softcap * LOG2_E
     with torch.cuda.device(query.device) if query.is_cuda else contextlib.nullcontext():
-        call = _Call(query, packed, slots, scaling * LOG2_E, cap, plain)
-        prepared, dense = call.first(before, after, newer)
+        *others, call = (_Call(query, one, slots, scaling * LOG2_E, cap, plain) for one in packed)
+        prepared, dense = call.first(before, after, newer, len(others))
+        for number, other in enumerate(others, dense[0].shape[1] - len(others)):
+            other.merge(other.attend(other.first()[0]), dense, into=number)
         return call.merge(call.attend(prepared), dense, sinks, out)
 
 
@@ -231,9 +225,16 @@ class _Call:
         ]
 
     def first(
-        self, before: DenseSegment | None, after: DenseSegment | None, newer: int
+        self,
+        before: DenseSegment | None = None,
+        after: DenseSegment | None = None,
+        newer: int = 0,
+        spare: int = 0,
     ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        """Queries in code space, and the sums over the 16-bit tokens but the last `newer` in use."""
+        """Queries in code space, and the sums over the 16-bit tokens but the last `newer` in use.
+
+        The last `spare` of the sums are not written: they are for `merge` of other calls.
+        """
         from quantpress.kernels.attend.prepare import prepare_kernel
 
         dim, value_dim, transform = self.keys.head_dim, self.values.head_dim, self.packed.keys.transform
@@ -252,7 +253,7 @@ class _Call:
         tables = _dense_tables(before, after)
         sizes = [0 if one is None else one.keys.shape[2] for one in tables]
         rows = [None if one is None or one.table is None else _dense_rows(one.table) for one in tables]
-        sums = self._sums(count, sum(tiles), value_dim)
+        sums = self._sums(count, sum(tiles) + spare, value_dim)
         prepare_kernel[(self.block + sum(tiles), count)](
             self.query,
             transform.weight,
@@ -277,7 +278,7 @@ class _Call:
             self.kv_heads,
             *(tokens for _, _, tokens in tails),
             tiles[0],
-            sum(tiles),
+            sum(tiles) + spare,
             self.queries - 1 + newer,
             *(0 if one is None else one.stride(0) for one in rows),
             *(stride for one in tables for stride in _pool_strides(one)),
@@ -456,14 +457,20 @@ class _Call:
         self,
         sums: list[torch.Tensor],
         dense: list[torch.Tensor],
-        sinks: torch.Tensor | None,
-        out: torch.Tensor | None,
+        sinks: torch.Tensor | None = None,
+        out: torch.Tensor | None = None,
+        into: int | None = None,
     ) -> torch.Tensor:
-        """Join all sums, those of packed tokens rotated back, into the output."""
+        """Join all sums, those of packed tokens rotated back, into the output.
+
+        With `into`, those of packed tokens alone are joined, and become number `into` of the sums in `dense`.
+        """
         from quantpress.kernels.attend.merge import merge_kernel
 
         value_dim = self.values.head_dim
-        if out is None:
+        if into is not None:
+            out = dense[0]
+        elif out is None:
             out = self._new(self.batch, self.query_heads, self.queries, value_dim, dtype=self.query.dtype)
         signs, unit = column_signs(self.values.rotation, out.device), self.values.unit
         each = 1
@@ -489,6 +496,7 @@ class _Call:
             self.blocks,
             self.heads,
             self.pages,
+            0 if into is None else into,
             unit,
             DV=value_dim,
             R=self.block,
@@ -501,6 +509,7 @@ class _Call:
             STARTS=self.starts is not None,
             SCHEDULED=self.schedule is not None,
             EACH=each,
+            PARTIAL=into is not None,
             CHAINED=self.chained,
             num_warps=4 if value_dim <= 128 else 8,
             **self.options,

@@ -52,12 +52,13 @@ def error(key_bits: int, value_bits: int, dim: int, queries: int, dtype: str, ex
     pages = PackedSegment(keys, sides[1].values)
     if "by_head" in extras:
         pages = grouped(pages, packed(dim, dim, 4))
-    segments: list[Segment] = [pages]
+    run: list[Segment] = [pages, packed(dim, dim, 4)] if "two" in extras else [pages]
+    segments = run
     if "alone" not in extras:
         tail = dense(37, dim, dim, kind)
-        segments = [dense(4, dim, dim, kind), pages, DenseSegment(tail.keys, tail.values)]
+        segments = [dense(4, dim, dim, kind), *run, DenseSegment(tail.keys, tail.values)]
     if "dense_tables" in extras:
-        segments = [dense(8, dim, dim, kind), pages, dense(256, dim, dim, kind)][int("no_sinks" in extras) :]
+        segments = [dense(8, dim, dim, kind), *run, dense(256, dim, dim, kind)][int("no_sinks" in extras) :]
     clean = segments
     if "pool" in extras:
         return pool_error(segments, torch.randn(2, KV_HEADS * GROUP, queries, dim).to(kind).float(), extras)

@@ -68,8 +68,9 @@ INTERPRETED = [
     [3, 2, 64, 1, "bfloat16", "planes pool"],
     [1, 1, 64, 3, "float32", "lengths softcap"],
     [3, 2, 64, 4, "float32", "passes lengths sinks softcap out"],
-    [3, 2, 64, 4, "float32", "passes pool dense_tables"],
-    [2, 2, 64, 7, "float32", "passes planes by_head"],
+    [2, 3, 64, 2, "bfloat16", "two planes lengths sinks softcap"],
+    [4, 3, 64, 1, "float32", "two alone haar"],
+    [2, 3, 64, 4, "float32", "two pool dense_tables few passes"],
     [2, 3, 64, 6, "float32", "page_keys softcap"],
     [3, 3, 64, 1, "float32", "page_keys pool right alone side_by_side"],
     [4, 3, 64, 1, "float32", "page_keys pool dense_tables shared sinks_in_pages one_transform side_by_side"],
@@ -248,7 +249,7 @@ def test_kernels_around_it_compile_without_a_gpu(capability: int, heads: int, di
     first |= {"FIRST_PAGE": 4 if heads < 64 else 0, "RECENT_PAGE": 128 if heads < 64 else 0}
     merge = chained | {"HAS_SINKS": True, "SIZE": MERGED[heads > 0], "HEADS": heads, "STARTS": heads > 0}
     merge |= {"EACH": 4 if heads else 1, "SCHEDULED": heads == 32, "PLANES": heads and 3}
-    merge |= {"FILTERS": taps(heads and 3), "HADAMARD": heads > 0}
+    merge |= {"FILTERS": taps(heads and 3), "HADAMARD": heads > 0, "PARTIAL": heads == 64}
     schedule = {"HEADS": max(heads, 2), "SIZE": SCHEDULE_TILE, "STARTS": heads == 64}
     means = {"D": dim, "R": 8, "SIZE": PAGES_OF_SCORES, "HAS_WEIGHT": True, "SHARED": heads == 32}
     means |= {"SLOTS": heads == 64, "USED": True, "STARTS": heads > 0, "PAGED": heads > 0}
@@ -307,6 +308,10 @@ def test_calls_that_are_covered() -> None:
     assert not covered(many, [pages, tail], Visibility(300, tokens))
     assert not covered(query, [pages, tail], Visibility(1, tokens, mask=mask))
     assert not covered(query, [tail], Visibility(1, 20))
+    two = pages.tokens + tokens
+    assert covered(query, [tail, pages, packed(64, 64, 2), tail], Visibility(1, two + 20))
+    assert not covered(query, [pages, tail, pages], Visibility(1, two))
+    assert not covered(query, [pages, packed(64, 64, 2.5), tail], Visibility(1, two))
     assert not covered(query, [packed(64, 64, 2.5), tail], Visibility(1, tokens))
     assert not covered(query, [packed(80, 80, 4), tail], Visibility(1, tokens))
     assert covered(query, [packed(64, 64, 8), tail], Visibility(1, tokens))
@@ -471,6 +476,34 @@ def test_groups_and_query_tokens(group: int, queries: int, bits: tuple[int, int]
     got = attend(query, segments, visibility, scaling=0.1, **options)
     expected = double_attention(query, segments, 0.1, **options)
     assert float((got.double() - expected).norm() / expected.norm()) < 2.5e-3
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("queries", [1, 7, 200])
+@pytest.mark.parametrize(
+    ("demoted", "others"),
+    [((2, 2), (4, 4)), ((1, 1), (3, 3)), ((-2, 3), (4, 2))],
+    ids=lambda bits: f"{bits[0]}_{bits[1]}",
+)
+def test_two_packed_segments_on_a_gpu(
+    demoted: tuple[int, int], others: tuple[int, int], queries: int
+) -> None:
+    """In a graph, replayed with other queries."""
+    pages = on_device(2, 2, 40 * 128, 128, others), on_device(2, 2, 9 * 128, 128, demoted)
+    query = torch.randn(2, 8, queries, 128, device="cuda", dtype=torch.float16)
+    first, recent = (torch.randn(2, 2, n, 128, device="cuda", dtype=torch.float16) for n in (4, 250))
+    segments: list[Segment] = [DenseSegment(first, first), *pages, DenseSegment(recent, recent)]
+    visibility = Visibility(queries, 49 * 128 + 254)
+    options: dict[str, Any] = {"scaling": 0.1, "sinks": torch.randn(8, device="cuda")}
+    assert supports(query, segments, visibility)
+    attend(query, segments, visibility, **options)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = attend(query, segments, visibility, **options)
+    query.normal_()
+    graph.replay()
+    expected = double_attention(query, segments, **options)
+    assert float((got.double() - expected).norm() / expected.norm()) < 3e-3
 
 
 def unused(tokens: int, starts: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
