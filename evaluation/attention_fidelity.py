@@ -14,7 +14,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from quantpress.cache import PackedLayer, host
-from quantpress.cache.attention.visibility import causal_mask
+from quantpress.cache.attention.causal import causal_mask
 from quantpress.errors import InvalidInputError, UnsupportedModelError
 from quantpress.kernels.layout import PAGE_TOKENS
 from quantpress.pipelines.reading.chunked_prefill import backbone

@@ -22,7 +22,7 @@ from quantpress.cache.attention.functions import (
     model_eager_attention,
 )
 from quantpress.cache.attention.states import PackedStates
-from quantpress.cache.attention.visibility import visibility, visibility_of_stored, whole_mask
+from quantpress.cache.attention.visibility import padding, visibility, visibility_of_stored, whole_mask
 from quantpress.cache.tokens.evicted_slots import MASKS, named_to_hide
 from quantpress.cache.tokens.view import PackedView
 from quantpress.kernels.attend import Segment
@@ -151,10 +151,16 @@ def _attend_view(
     segments = _step_segments(module, query, view, kwargs)
     if segments is not None:
         return step.attend_step(query, segments, scaling, softcap, sinks)
+    segments = view.segments()
+    if view.heads is None and view.demoted is None:  # else tokens are not stored in the order of the mask
+        padded = padding(module, query.shape[2], view.tokens, attention_mask, kwargs)
+        if padded is not None:
+            segments = padded.hide(segments, query.shape[0])
+            attention_mask, kwargs = None, kwargs | {"is_causal": True}
     rule = visibility(module, query.shape[2], view.shape, attention_mask, kwargs)
     output = attend(
         query,
-        view.segments(),
+        segments,
         rule if view.heads is None else visibility_of_stored(rule, view.tokens, view.heads),
         scaling=scaling,
         softcap=softcap,

@@ -5,13 +5,12 @@ from typing import Any
 
 import torch
 
+from quantpress.cache.attention.causal import LeftPadding, causal_mask, left_padding
 from quantpress.cache.tokens.evicted_slots import named_to_hide
 from quantpress.cache.tokens.head_lengths import HeadLengths
 from quantpress.errors import UnsupportedModelError
 from quantpress.kernels.attend import Visibility
 from quantpress.kernels.attend.operands import additive
-
-_CAUSAL = "_quantpress_causal"
 
 
 def visibility(
@@ -38,18 +37,17 @@ def visibility(
             whose layers keep different numbers of tokens).
     """
     tokens = shape[2]
-    causal = kwargs.get("is_causal")
-    causal = getattr(module, "is_causal", True) if causal is None else causal
+    causal = _is_causal(module, kwargs)
     window = kwargs.get("sliding_window")
     mask = attention_mask
     if mask is not None and mask.dim() == 4 and mask.shape[-1] != tokens:
-        if not is_causal_mask(mask, queries):
+        if not _is_plain(mask, queries):
             raise UnsupportedModelError(
                 f"the attention mask is for {mask.shape[-1]} tokens, this layer keeps {tokens}, and the "
                 "batch is padded; use a press that keeps as many tokens in every layer, or one context a time"
             )
         mask, causal = None, True
-    elif mask is not None and mask.dim() == 4 and window is None and is_causal_mask(mask, queries):
+    elif mask is not None and mask.dim() == 4 and window is None and _is_plain(mask, queries):
         mask, causal = None, True  # no padding: kernels know this rule
     if mask is not None and mask.dim() == 2:
         mask = mask[:, -tokens:].bool()[:, None, None]
@@ -57,29 +55,38 @@ def visibility(
             mask = mask & causal_mask(queries, tokens, None, mask.device)
     if mask is None and window is not None and causal and tokens > window:
         mask = causal_mask(queries, tokens, window, torch.device("cpu"))[None, None]
-    return Visibility(queries, tokens, causal=bool(causal), mask=mask, dropped=_dropped(module, shape))
+    return Visibility(queries, tokens, causal=causal, mask=mask, dropped=_dropped(module, shape))
 
 
-def causal_mask(queries: int, tokens: int, window: int | None, device: torch.device) -> torch.Tensor:
-    """[Tq, T] bool: query i sees tokens up to T - Tq + i, the last `window` of them when it is given."""
-    last = torch.arange(tokens - queries, tokens, device=device).unsqueeze(1)
-    token = torch.arange(tokens, device=device).unsqueeze(0)
-    seen = token <= last
-    return seen if window is None else seen & (token > last - window)
+def padding(
+    module: torch.nn.Module,
+    queries: int,
+    tokens: int,
+    attention_mask: torch.Tensor | None,
+    kwargs: dict[str, Any],
+) -> LeftPadding | None:
+    """What a mask hides in front of each sequence of a batch, if that and the causal rule are all it says.
+
+    The arguments are those of `visibility`, with T in place of the shape.
+    """
+    if attention_mask is None or kwargs.get("sliding_window") is not None:
+        return None
+    if attention_mask.dim() == 2 and queries > 1 and not _is_causal(module, kwargs):
+        return None
+    if attention_mask.dim() == 4 and attention_mask.shape[-1] != tokens:
+        return None
+    return left_padding(attention_mask, queries, tokens)
 
 
-def is_causal_mask(mask: torch.Tensor, queries: int) -> bool:
-    """Whether a mask hides later tokens and nothing else. Waits for the device once for each mask."""
-    known: bool | None = getattr(mask, _CAUSAL, None)
-    if known is None:
-        seen = mask if mask.dtype == torch.bool else mask == 0
-        known = bool((seen == causal_mask(queries, mask.shape[-1], None, mask.device)).all())
-        if mask.dtype != torch.bool:  # what is not hidden must not be weighted either
-            known = known and bool(
-                (mask.isneginf() | (mask <= torch.finfo(mask.dtype).min) | (mask == 0)).all()
-            )
-        setattr(mask, _CAUSAL, known)  # a model gives all its layers the same one
-    return known
+def _is_causal(module: torch.nn.Module, kwargs: dict[str, Any]) -> bool:
+    causal = kwargs.get("is_causal")
+    return bool(getattr(module, "is_causal", True) if causal is None else causal)
+
+
+def _is_plain(mask: torch.Tensor, queries: int) -> bool:
+    """Whether a mask of four dimensions is causal and hides nothing else."""
+    found = left_padding(mask, queries, mask.shape[-1])
+    return found is not None and not found.most
 
 
 def _dropped(module: torch.nn.Module, shape: tuple[int, int, int]) -> torch.Tensor | None:

@@ -188,7 +188,7 @@ def _fallbacks(
     return (
         *(f"everything on {name}: its compute capability is below {least}" for name in old),
         f"attention at a head_dim other than {dims}, or bits other than {widths}: no kernel covers them",
-        "attention of padded batches: the same",
+        "attention under a mask that hides more than padding on the left: the same",
         f"encoding groups of more than {MAX_CHANNELS} channels: the same",
     )
 

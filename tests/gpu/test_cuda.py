@@ -8,12 +8,14 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from quantpress.cache import PackedLayer, cache_memory
 from quantpress.codecs.scalar import ScalarPages
+from quantpress.kernels import attend as kernels
 from quantpress.kernels.attend import DenseSegment, PackedSegment, PackedSide, Visibility, attend
 from quantpress.kernels.layout import unpack_pages
-from quantpress.presses import SnapKV, TurboQuant
+from quantpress.presses import Compose, Demote, Knorm, SnapKV, TurboQuant
 from quantpress.quantization.spec import CodecSpec
 from quantpress.quantization.transform import key_statistics
 from tests.cache.caches import lossless, scalar
+from tests.gpu.test_cuda_graph import model_on_cuda
 from tests.tiny_models import prompt, tiny_model
 
 pytestmark = pytest.mark.gpu
@@ -64,6 +66,33 @@ def test_lossless_is_dynamic_cache(attention: str) -> None:
     arguments = {"max_new_tokens": 24, "do_sample": False, "attention_mask": torch.ones_like(ids)}
     expected = model.generate(ids, **arguments)
     assert torch.equal(model.generate(ids, past_key_values=cache, **arguments), expected)
+
+
+@pytest.mark.parametrize("case", ["padded", "demoted", "long question"])
+def test_the_kernels_read_it(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The logits are those of PyTorch page by page, which is not asked."""
+
+    def page_by_page(*args: object, **options: object) -> torch.Tensor:
+        raise AssertionError("attention left the kernels")
+
+    model, ids = model_on_cuda(64, torch.float32), prompt(700, batch=2).cuda()
+    question = prompt(300 if case == "long question" else 5, batch=2, seed=1).cuda()
+    mask = torch.ones(2, 700 + question.shape[1], dtype=torch.int64, device="cuda")
+    mask[1, : 290 if case == "padded" else 0] = 0
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    press = Compose([Demote(Knorm(0.5), bits=2), TurboQuant(4)]) if case == "demoted" else TurboQuant(4)
+    logits = []
+    for name, instead in (("supports", lambda *_: False), ("attend_reference", page_by_page)):
+        cache = DynamicCache()
+        with torch.inference_mode(), press(model):
+            seen, at = mask[:, :700], positions[:, :700]
+            model.model(ids, attention_mask=seen, position_ids=at, past_key_values=cache)
+        with torch.inference_mode(), monkeypatch.context() as patch:
+            patch.setattr(kernels, name, instead)
+            at = positions[:, 700:]
+            found = model(question, attention_mask=mask, position_ids=at, past_key_values=cache)
+            logits.append(found.logits.double())
+    assert (logits[0] - logits[1]).norm() < 2e-2 * logits[0].norm()
 
 
 def test_offload_and_prefetch() -> None:

@@ -11,7 +11,8 @@ import torch
 from transformers import DynamicCache, Gemma2Config, Gemma2ForCausalLM
 
 from quantpress.cache import PackedLayer, install_packed_attention, uninstall_packed_attention
-from quantpress.cache.attention.visibility import causal_mask, visibility
+from quantpress.cache.attention.causal import causal_mask
+from quantpress.cache.attention.visibility import visibility
 from quantpress.cache.saved.layers import cache_of, cache_parts
 from quantpress.errors import UnsupportedModelError
 from tests.cache.caches import functions, functions_left_alone, lossless

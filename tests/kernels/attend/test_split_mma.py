@@ -351,6 +351,15 @@ def test_words_are_read_once(
     assert times[0].shape == (words,) and int(times[0].sum()) <= words + ahead * page
 
 
+def test_padding_in_front(emulated: Emulated) -> None:
+    """Some tokens of a page, or all pages of a sequence."""
+    pages = packed(128, 128, 3)
+    starts = torch.tensor([200, pages.tokens], dtype=torch.int32).unsqueeze(1).repeat(1, KV_HEADS)
+    got, expected = run(replace(pages, lengths=pages.tokens - starts, starts=starts), 3)
+    check(got, expected)
+    assert not got[1].any()
+
+
 def test_softcap_and_one_page(emulated: Emulated) -> None:
     pages = packed(128, 128, 3)
     check(*run(pages, 1, softcap=3.0))
