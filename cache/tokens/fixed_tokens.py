@@ -3,7 +3,7 @@
 A step writes its token at an index that it reads on the device, and attends to the whole memory, limited by
 lengths on the device. So nothing in it depends on how many tokens there are::
 
-    [ sinks | pages, with spare ones, `packed` tokens in use | window of recent tokens, `recent` in use ]
+    [ sinks | demoted tokens | pages, with spare ones, `packed` tokens in use | window, `recent` in use ]
 
 The host counts what the device counts. Between steps, the host alone decides when the oldest tokens of a full
 window become a page, and never asks the device. Sinks, pages and transforms stay those of the `PackedTokens`
@@ -219,9 +219,11 @@ class FixedTokens:
         starts = (None, None) if window.starts is None else window.starts
         packed = self._tokens.packed_segment((window.packed, starts[0]), to_capacity=True)
         recent = DenseSegment(window.keys, window.values, window.recent, starts[1])
+        demoted = self._tokens.demoted
+        pages = (packed,) if demoted is None else (demoted.segment(), packed)
         if not sinks.tokens:
-            return packed, recent
-        return sinks if heads is None else heads.counted_sinks(sinks), packed, recent
+            return *pages, recent
+        return sinks if heads is None else heads.counted_sinks(sinks), *pages, recent
 
     def addresses(self) -> list[int]:
         """The addresses of everything that a step reads and writes."""

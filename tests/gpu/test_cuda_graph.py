@@ -18,7 +18,7 @@ from quantpress.codecs.raw import RawPages
 from quantpress.pipelines.capture.captured import captured_decoding
 from quantpress.pipelines.capture.captured_steps import WARM_STEPS, CapturedDecoding
 from quantpress.pipelines.enabling.enable import enable
-from quantpress.presses import AdaKV, Compose, PyramidKV, SnapKV, TurboQuant
+from quantpress.presses import AdaKV, Compose, Demote, PyramidKV, SnapKV, TurboQuant
 from tests.gpu.gpu_state import no_synchronization
 from tests.pipelines.enabling.enabled import noted_steps
 from tests.pipelines.words import ours, text
@@ -78,6 +78,7 @@ PRESSES: dict[str, Callable[[], Any]] = {
     "half_bits": lambda: TurboQuant(bits=2.5),
     "evicted": lambda: Compose([SnapKV(0.5), TurboQuant(bits=2)]),
     "head_wise": lambda: Compose([AdaKV(SnapKV(0.5)), TurboQuant(bits=3)]),
+    "demoted": lambda: Compose([Demote(SnapKV(0.5), bits=2), TurboQuant(bits=4)]),
     "unequal": lambda: Compose([PyramidKV(0.3), TurboQuant(bits=4)]),
     "by_head": lambda: TurboQuant(plan=WidthPlan("", {}, dict.fromkeys(range(4), ((4, 2), (3, 2))))),
     "trellis": lambda: TurboQuant(key_bits=3, value_bits=2, codebook="trellis"),

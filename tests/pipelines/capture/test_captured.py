@@ -12,7 +12,7 @@ from quantpress.codecs.raw import RawPages
 from quantpress.errors import InvalidInputError
 from quantpress.pipelines.capture import eligibility
 from quantpress.pipelines.capture.captured import captured_decoding
-from quantpress.presses import AdaKV, Compose, Demote, PyramidKV, SnapKV, TurboQuant
+from quantpress.presses import AdaKV, Compose, PyramidKV, SnapKV, TurboQuant
 from tests.cache.caches import lossless, packed_cache, scalar
 from tests.pipelines.cases import CONTEXT, DECODING, PACKED, QUESTIONS
 from tests.pipelines.words import ours, text
@@ -276,9 +276,6 @@ def test_warnings_name_the_reason() -> None:
         handle.remove()
     with captured_decoding(model), pytest.warns(UserWarning, match="beam search"):
         generate(model, ids, packed_cache(model, lossless(recent_tokens=16)), max_new_tokens=10, num_beams=2)
-    mixed = read(model, Compose([Demote(SnapKV(0.4, window_size=16)), TurboQuant(bits=4, recent_tokens=16)]))
-    with captured_decoding(model), pytest.warns(UserWarning, match="packed in two widths"):
-        generate(model, torch.cat([prompt(660), ids], 1), mixed, max_new_tokens=5)
     bloom = tiny_model("bloom", "eager")
     with captured_decoding(bloom), pytest.warns(UserWarning, match="does not call attention through"):
         generate(bloom, ids, DynamicCache(), max_new_tokens=5)
@@ -369,7 +366,6 @@ def test_what_rules_compile_out_is_named(arguments: dict[str, Any], reason: str)
         ({"num_beams": 2}, "beams reorder"),
         ({"prompt_lookup_num_tokens": 2}, "assisted decoding"),
         ({"press": DECODING["decoding"]()}, "DecodingPress acts"),
-        ({"press": "Demote(SnapKV(0.5)) | TurboQuant(bits=4)"}, "tokens are packed in two widths"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else None,
 )

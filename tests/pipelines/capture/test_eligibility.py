@@ -17,7 +17,7 @@ from quantpress.cache.text_cache import TextCache
 from quantpress.cache.tokens.evicted_slots import MASKS
 from quantpress.errors import InvalidInputError
 from quantpress.pipelines.capture.eligibility import MOST_CHANGES, RULES, check_choice, refuse, why_not
-from quantpress.presses import Compose, Decoding, Demote, KeyRerotation, Knorm, StreamingLLM, TurboQuant
+from quantpress.presses import Decoding, KeyRerotation, Knorm, StreamingLLM, TurboQuant
 from tests.cache.caches import lossless
 from tests.presses.test_ranks import shared
 from tests.tiny_models import prompt, tiny_model
@@ -34,13 +34,6 @@ def cache_with(change: Callable[[Any], object], kind: type[DynamicCache] = Dynam
     cache = kind()
     cache.update(torch.zeros(1, 2, 5, 32), torch.zeros(1, 2, 5, 32), 0)
     change(cache)
-    return cache
-
-
-def demoted_cache() -> DynamicCache:
-    cache = DynamicCache()
-    with torch.no_grad(), Compose([Demote(Knorm(0.5)), TurboQuant(recent_tokens=16)])(tiny_model("llama")):
-        tiny_model("llama").model(input_ids=prompt(700), past_key_values=cache)
     return cache
 
 
@@ -142,7 +135,6 @@ CASES: dict[str, tuple[str, Callable[[], Any], str]] = {
         lambda: cache_with(lambda cache: cache.layers.extend(StaticLayer(9) for _ in range(10))),
         "layers 1, 2, 3, 4, 5, 6, 7, 8, ... of the cache are StaticLayers",
     ),
-    "tokens are packed in two widths": ("cache", demoted_cache, "tokens are packed in two widths"),
     "layer {layer} of the cache has too few": (
         "cache",
         short_cache,
