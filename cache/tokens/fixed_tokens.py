@@ -21,6 +21,7 @@ from quantpress.cache.tokens.segments import first
 from quantpress.cache.tokens.view import PackedView
 from quantpress.errors import InvalidInputError
 from quantpress.kernels.attend import DenseSegment, Segment
+from quantpress.kernels.joined import write_token
 from quantpress.kernels.layout import PAGE_TOKENS
 
 
@@ -68,8 +69,7 @@ class StepMemory:
 
     def append(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Write one token, keys [B, Hkv, 1, D] and values [B, Hkv, 1, Dv], at the index on the device."""
-        self.keys.index_copy_(2, self.newest, keys.to(self.keys.dtype))
-        self.values.index_copy_(2, self.newest, values.to(self.values.dtype))
+        write_token(self.keys, self.values, self.newest, keys, values)
 
 
 class Window(StepMemory):

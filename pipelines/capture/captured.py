@@ -28,6 +28,7 @@ def captured_decoding(
     new_tokens: int | None = None,
     cuda_graph: bool | None = None,
     compile: bool = False,
+    join_kernels: bool = True,
 ) -> Iterator[CapturedDecoding]:
     """While inside, single-token forwards of the model over a cache, packed or not, replay a CUDA graph.
 
@@ -52,14 +53,18 @@ def captured_decoding(
             makes a graph; here the steps still run at fixed addresses.
         compile: first run the steps through torch.compile(fullgraph=True), which fuses the small kernels. It
             takes about a minute, once for each model and shape. Its errors are not caught.
+        join_kernels: in the graph, one kernel of ours stands in for each norm, for rotary positions and for
+            the product of a gate, where PyTorch launches two to ten. The step before the first capture
+            compares each with the model's own code, and only those whose results are equal to the last bit
+            are used. False, and compile=True, leave the model's own kernels.
 
     Returns:
         A `CapturedDecoding`, which counts what it did.
 
     Raises:
         InvalidInputError: cuda_graph is True and the model is not on CUDA, or something inside rules a graph
-            out; cuda_graph or compile is not a bool; new_tokens is below 0; compile is True and the model is
-            enabled with a press that numbers positions anew, which a compiled step does not see.
+            out; cuda_graph, compile or join_kernels is not a bool; new_tokens is below 0; compile is True and
+            the model is enabled with a press that numbers positions anew, which a compiled step does not see.
 
     Example:
         >>> # with press(model):
@@ -69,9 +74,9 @@ def captured_decoding(
     """
     if new_tokens is not None and new_tokens < 0:
         raise InvalidInputError(f"new_tokens is {new_tokens}; give 0 or more, or None")
-    check_choice(cuda_graph, compile)
+    check_choice(cuda_graph, compile, join_kernels)
     refuse(why_not(device=model.device), cuda_graph)
-    with capturing(model, new_tokens, cuda_graph, compile) as steps:
+    with capturing(model, new_tokens, cuda_graph, compile, join_kernels=join_kernels) as steps:
         yield steps
 
 
@@ -82,13 +87,14 @@ def capturing(
     cuda_graph: bool | None,
     compile: bool,
     shared: bool = True,
+    join_kernels: bool = True,
 ) -> Iterator[CapturedDecoding]:
     """`captured_decoding` with arguments that were checked; `shared` as for `_Opened`."""
     if compile:
         refuse(why_not(compiled_under=enabled_press(model)), None, compile)
     with model_lock(model):
         forward = CapturedForward.of(model)
-        steps = CapturedDecoding(model, forward.original, new_tokens, cuda_graph, compile)
+        steps = CapturedDecoding(model, forward.original, new_tokens, cuda_graph, compile, join_kernels)
         opened = forward.open(steps, shared)
     try:
         yield steps

@@ -5,6 +5,7 @@ import inspect
 import threading
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from transformers import Cache, PreTrainedModel
 from quantpress.cache.fixed.cache import FixedCache
 from quantpress.cache.layer import PackedLayer
 from quantpress.pipelines.capture.eligibility import refuse, why_not
+from quantpress.pipelines.capture.joined_step import JoinedStep
 from quantpress.pipelines.capture.single_token import SingleToken, copied
 from quantpress.presses.models.attention import attention_modules, is_sliding, window_of
 
@@ -30,11 +32,14 @@ class CapturedDecoding:
         new_tokens: see `captured_decoding`.
         cuda_graph: see `captured_decoding`.
         compile: run the steps through torch.compile.
+        join_kernels: see `captured_decoding`.
 
     Attributes:
         replays: number of steps that replayed a graph.
         captures: number of graphs made.
         eager_steps: number of steps that ran at fixed addresses without a graph.
+        joined: how many norms, activations and functions for rotary positions the last graph has as joined
+            kernels.
         warned: whether the one warning that there is no graph was given.
         may_capture: asked before each capture; while it returns False, steps run without a graph.
     """
@@ -46,8 +51,10 @@ class CapturedDecoding:
         new_tokens: int | None,
         cuda_graph: bool | None,
         compile: bool = False,
+        join_kernels: bool = True,
     ) -> None:
         self.replays = self.captures = self.eager_steps = 0
+        self.joined: dict[str, int] = {}
         self.warned = False
         self.may_capture: Callable[[], bool] = lambda: True
         self._busy = threading.RLock()  # streamers and the like call from several threads
@@ -55,6 +62,8 @@ class CapturedDecoding:
         self._capture = model.device.type == "cuda" and cuda_graph is not False
         self._cuda_graph = cuda_graph
         self._step_forward = torch.compile(forward, fullgraph=True, dynamic=False) if compile else forward
+        joins = self._capture and join_kernels and not compile
+        self._joins = JoinedStep(model, forward) if joins else None
         self._signature = inspect.signature(forward)
         self._cache: FixedCache | None = None
         self._addresses: list[int] = []
@@ -163,7 +172,8 @@ class CapturedDecoding:
         if self._graph is None:
             self._eager_left -= 1
             self.eager_steps += 1
-            with self._fixed().step():
+            watched = nullcontext() if self._joins is None or self._eager_left else self._joins.watching()
+            with self._fixed().step(), watched:
                 return self._step_forward(**self._static.arguments())
         graph, output = self._graph
         graph.replay()
@@ -182,12 +192,14 @@ class CapturedDecoding:
                 graph, stream=stream, capture_error_mode="thread_local"
             )
             before = torch.cuda.stream(torch.cuda.current_stream(device))  # a failed capture leaves its own
-            with torch.cuda.device(device), before, recording, fixed.step():
+            joining = nullcontext() if self._joins is None else self._joins.joining()
+            with torch.cuda.device(device), before, joining, recording, fixed.step():
                 output = self._step_forward(**static.arguments())
         except BaseException:
             fixed.recount(counts)
             raise
         self.captures += 1
+        self.joined = {} if self._joins is None else self._joins.joined
         self._eager_left = 1  # kernels for a cache that grew may still have to load
         return graph, output
 

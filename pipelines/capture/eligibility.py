@@ -234,13 +234,14 @@ def refuse(reasons: Sequence[str], cuda_graph: bool | None, compile: bool = Fals
         raise InvalidInputError(f"{asked}=True, but {', and '.join(reasons)}; leave {asked} out")
 
 
-def check_choice(cuda_graph: bool | None, compile: bool = False) -> None:
+def check_choice(cuda_graph: bool | None, compile: bool = False, join_kernels: bool = True) -> None:
     """Refuse values that are not a choice.
 
     Raises:
-        InvalidInputError: cuda_graph is not True, False or None, or compile is not a bool.
+        InvalidInputError: cuda_graph is not True, False or None, or another is not a bool.
     """
     if cuda_graph is not None and not isinstance(cuda_graph, bool):
         raise InvalidInputError(f"cuda_graph is {cuda_graph!r}; give True, False or None")
-    if not isinstance(compile, bool):
-        raise InvalidInputError(f"compile is {compile!r}; give True or False")
+    for name, value in (("compile", compile), ("join_kernels", join_kernels)):
+        if not isinstance(value, bool):
+            raise InvalidInputError(f"{name} is {value!r}; give True or False")

@@ -13,7 +13,12 @@ from quantpress.presses.traits import traits_of
 
 
 def enable(
-    model: PreTrainedModel, press: PressOrBits = None, *, cuda_graph: bool | None = None, **options: Any
+    model: PreTrainedModel,
+    press: PressOrBits = None,
+    *,
+    cuda_graph: bool | None = None,
+    join_kernels: bool = True,
+    **options: Any,
 ) -> Enabled:
     """Compress the cache of every later `model.generate`, and change nothing else.
 
@@ -42,6 +47,7 @@ def enable(
             by its nature (beams, guesses, presses that act during decoding) decodes without a graph and
             without a warning, anything else after one warning. True turns both into errors. False never makes
             a graph.
+        join_kernels: as for `captured_decoding`; False keeps the model's own small kernels in the graphs.
         **options: fields of `TurboQuant`, if press is a number of bits, a preset or None.
 
     Returns:
@@ -64,7 +70,7 @@ def enable(
         >>> #     model.generate(**inputs, max_new_tokens=100)
     """
     check_model(model)
-    check_choice(cuda_graph)
+    check_choice(cuda_graph, join_kernels=join_kernels)
     chosen = chosen_press(press, options)
     refuse(why_not(device=model.device, press=chosen), cuda_graph)
     with model_lock(model):
@@ -76,7 +82,7 @@ def enable(
         if not any(traits_of(member).at_exit for member in chosen):
             with chosen(model):  # what cannot work with this model says so now
                 pass
-        return Enabled(model, chosen, cuda_graph)
+        return Enabled(model, chosen, cuda_graph, join_kernels)
 
 
 def disable(model: PreTrainedModel) -> None:

@@ -40,15 +40,23 @@ class Enabled:
         model: the model to work on.
         press: the press to read prompts under.
         cuda_graph: see `enable`.
+        join_kernels: see `enable`.
 
     Attributes:
-        model, press, cuda_graph: the same.
+        model, press, cuda_graph, join_kernels: the same.
         warned: whether the one warning that there is no graph was given.
         calls: the calls of `generate` that are running.
     """
 
-    def __init__(self, model: PreTrainedModel, press: Compose, cuda_graph: bool | None = None) -> None:
-        self.model, self.press, self.cuda_graph = model, press, cuda_graph
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        press: Compose,
+        cuda_graph: bool | None = None,
+        join_kernels: bool = True,
+    ) -> None:
+        self.model, self.press = model, press
+        self.cuda_graph, self.join_kernels = cuda_graph, join_kernels
         self.warned = self._ending = False
         self.calls: list[GenerateCall] = []
         self._decodes = bool(decode_time_presses(press))

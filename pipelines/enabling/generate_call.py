@@ -62,7 +62,9 @@ class GenerateCall:
         refuse(reasons, owner.cuda_graph)
         if reasons or owner.cuda_graph is False:
             return
-        self.steps = CapturedDecoding(owner.model, forward, None, owner.cuda_graph)
+        self.steps = CapturedDecoding(
+            owner.model, forward, None, owner.cuda_graph, join_kernels=owner.join_kernels
+        )
         self.steps.warned, self.steps.may_capture = owner.warned, self.may_capture
 
     def may_capture(self) -> bool:

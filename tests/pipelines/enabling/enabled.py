@@ -39,8 +39,8 @@ def noted_steps(monkeypatch: pytest.MonkeyPatch) -> list[CapturedDecoding]:
     steps: list[CapturedDecoding] = []
 
     class Noted(CapturedDecoding):
-        def __init__(self, *arguments: Any) -> None:
-            super().__init__(*arguments)
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            super().__init__(*arguments, **options)
             steps.append(self)
 
     monkeypatch.setattr(generate_call, "CapturedDecoding", Noted)

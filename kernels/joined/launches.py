@@ -1,0 +1,131 @@
+"""Launches the kernels of this folder. Callers check shapes and dtypes, and that all is on one device."""
+
+import contextlib
+from contextlib import AbstractContextManager
+
+import torch
+from torch import Tensor
+
+from quantpress.kernels.available import ROUNDED
+from quantpress.kernels.joined.order import AddingOrder
+from quantpress.kernels.joined.reference import ROUNDED_THEN_WEIGHED
+
+BLOCK = 512
+"""Elements of one program of `silu_product`."""
+
+
+def _device(tensor: Tensor) -> AbstractContextManager[object]:
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+
+
+def _power(number: int) -> int:
+    return 1 << (number - 1).bit_length()
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, form: int, order: AddingOrder) -> Tensor:
+    """As `rms_norm_reference`, adding in the order given.
+
+    Args:
+        x: [..., N], contiguous, N a multiple of 4.
+        weight: [N], contiguous.
+        eps: as there.
+        form: as there.
+        order: one of `adding_orders`.
+    """
+    from quantpress.kernels.joined.norm_kernel import rms_norm_kernel
+
+    size = x.shape[-1]
+    mixed = torch.promote_types(x.dtype, weight.dtype) if form == ROUNDED_THEN_WEIGHED else x.dtype
+    output = torch.empty_like(x, dtype=mixed)
+    with _device(x):
+        rms_norm_kernel[(x.numel() // size,)](
+            x,
+            weight,
+            output,
+            1.0 / size,
+            eps,
+            SIZE=size,
+            WIDTH=order.width,
+            HEIGHT=order.height,
+            VECTORIZED=order.vectorized,
+            NEIGHBOURS_FIRST=order.neighbours_first,
+            FORM=form,
+            num_warps=max(1, min(4, order.width * order.height // 32)),
+            **ROUNDED,
+        )
+    return output
+
+
+def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """As `rotary_reference`, for one token.
+
+    Args:
+        q: [B, Hq, 1, D], channels contiguous, D even.
+        k: [B, Hkv, 1, D], likewise.
+        cos: [B or 1, 1, D], likewise.
+        sin: like cos.
+
+    Returns:
+        The queries and the keys, contiguous.
+    """
+    from quantpress.kernels.joined.rotary_kernel import rotary_kernel
+
+    turned = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k)]
+    of_batch = [0 if x.shape[0] == 1 else x.stride(0) for x in (cos, sin)]
+    half = q.shape[-1] // 2
+    with _device(q):
+        rotary_kernel[(q.shape[1] + k.shape[1], q.shape[0])](
+            q,
+            k,
+            cos,
+            sin,
+            *turned,
+            q.shape[1],
+            k.shape[1],
+            q.stride(0),
+            q.stride(1),
+            k.stride(0),
+            k.stride(1),
+            *of_batch,
+            HALF=half,
+            CHANNELS=_power(half),
+            num_warps=1,
+            **ROUNDED,
+        )
+    return turned[0], turned[1]
+
+
+def silu_product(gate: Tensor, up: Tensor) -> Tensor:
+    """As `silu_product_reference`, for contiguous tensors."""
+    from quantpress.kernels.joined.product_kernel import silu_product_kernel
+
+    output, count = torch.empty_like(gate), gate.numel()
+    with _device(gate):
+        silu_product_kernel[(-(-count // BLOCK),)](
+            gate, up, output, count, BLOCK=BLOCK, LIBRARY=gate.is_cuda, **ROUNDED
+        )
+    return output
+
+
+def launch_write(keys: Tensor, values: Tensor, newest: Tensor, new_keys: Tensor, new_values: Tensor) -> None:
+    """As `quantpress.kernels.joined.write_token`, for new tokens with contiguous channels."""
+    from quantpress.kernels.joined.write_kernel import write_token_kernel
+
+    batch, heads, capacity, channels = keys.shape
+    strides = [one.stride(dim) for one in (new_keys, new_values) for dim in range(2)]
+    with _device(keys):
+        write_token_kernel[(heads, batch)](
+            keys,
+            values,
+            newest,
+            new_keys,
+            new_values,
+            heads,
+            capacity,
+            *strides,
+            D=channels,
+            DV=values.shape[-1],
+            CHANNELS=_power(max(channels, values.shape[-1])),
+            num_warps=1,
+            **ROUNDED,
+        )

@@ -1,0 +1,78 @@
+"""RMSNorm in one launch (Triton), adding in the order of PyTorch's mean; see `AddingOrder`."""
+
+import triton
+import triton.language as tl
+
+from quantpress.kernels.joined import reference
+
+_ROUNDED_THEN_WEIGHED = tl.constexpr(reference.ROUNDED_THEN_WEIGHED)
+_ONE_PLUS_WEIGHT = tl.constexpr(reference.ONE_PLUS_WEIGHT)
+
+
+@triton.jit
+def _elements(turn, WIDTH: tl.constexpr, HEIGHT: tl.constexpr, VECTORIZED: tl.constexpr):
+    """What is added in one turn, [WIDTH * HEIGHT, 4]: the element of each thread and each of its sums."""
+    thread = tl.arange(0, WIDTH * HEIGHT)[:, None]
+    of_four = tl.arange(0, 4)[None, :]
+    if VECTORIZED:
+        return (turn * (WIDTH * HEIGHT) + thread) * 4 + of_four
+    return (turn * 4 + of_four) * (WIDTH * HEIGHT) + thread
+
+
+@triton.jit
+def _total(sums, WIDTH: tl.constexpr, HEIGHT: tl.constexpr, NEIGHBOURS_FIRST: tl.constexpr):
+    """The sum of [WIDTH * HEIGHT, 4]: the four of a thread, then a line of threads, then the lines."""
+    even, odd = tl.split(tl.reshape(sums, [WIDTH * HEIGHT, 2, 2]))
+    first, third = tl.split(even)
+    second, fourth = tl.split(odd)
+    line = tl.reshape(((first + second) + third) + fourth, [HEIGHT, WIDTH])
+    for i in tl.static_range(9):  # 512 is 2**9
+        if WIDTH >> i > 1:
+            if NEIGHBOURS_FIRST and WIDTH >> i <= 32:
+                line = tl.sum(tl.reshape(line, [HEIGHT, WIDTH >> (i + 1), 2]), 2)
+            else:
+                line = tl.sum(tl.reshape(line, [HEIGHT, 2, WIDTH >> (i + 1)]), 1)
+    total = tl.reshape(line, [HEIGHT])
+    for i in tl.static_range(9):
+        if HEIGHT >> i > 1:
+            total = tl.sum(tl.reshape(total, [2, HEIGHT >> (i + 1)]), 0)
+    return tl.sum(total, 0)  # of one element
+
+
+@triton.jit
+def rms_norm_kernel(
+    x_ptr,
+    weight_ptr,
+    output_ptr,
+    inverse,
+    eps,
+    SIZE: tl.constexpr,
+    WIDTH: tl.constexpr,
+    HEIGHT: tl.constexpr,
+    VECTORIZED: tl.constexpr,
+    NEIGHBOURS_FIRST: tl.constexpr,
+    FORM: tl.constexpr,
+):
+    """Norm one row (axis 0).
+
+    x, output: [rows, SIZE], contiguous; weight: [SIZE]; inverse: 1 / SIZE; WIDTH, HEIGHT, VECTORIZED,
+    NEIGHBOURS_FIRST: an `AddingOrder`; FORM: one of `NORM_FORMS`. Launch it with `ROUNDED`.
+    """
+    row = tl.program_id(0).to(tl.int64) * SIZE
+    turns: tl.constexpr = (SIZE + WIDTH * HEIGHT * 4 - 1) // (WIDTH * HEIGHT * 4)
+    sums = tl.zeros([WIDTH * HEIGHT, 4], tl.float32)
+    for turn in tl.static_range(turns):
+        at = _elements(turn, WIDTH, HEIGHT, VECTORIZED)
+        x = tl.load(x_ptr + row + at, mask=at < SIZE, other=0.0).to(tl.float32)
+        sums += x * x
+    scale = tl.rsqrt(_total(sums, WIDTH, HEIGHT, NEIGHBOURS_FIRST) * inverse + eps)
+    for turn in tl.static_range(turns):
+        at = _elements(turn, WIDTH, HEIGHT, VECTORIZED)
+        x = tl.load(x_ptr + row + at, mask=at < SIZE, other=0.0).to(tl.float32)
+        weight = tl.load(weight_ptr + at, mask=at < SIZE, other=0.0).to(tl.float32)
+        scaled = x * scale
+        if FORM == _ROUNDED_THEN_WEIGHED:
+            scaled = scaled.to(x_ptr.dtype.element_ty).to(tl.float32)
+        if FORM == _ONE_PLUS_WEIGHT:
+            weight = 1.0 + weight
+        tl.store(output_ptr + row + at, (weight * scaled).to(output_ptr.dtype.element_ty), mask=at < SIZE)

@@ -1,0 +1,29 @@
+"""SiLU of the gate times the other projection, in one launch (Triton)."""
+
+import triton
+import triton.language as tl
+from triton.language.extra import libdevice
+
+
+@triton.jit
+def _exp(x, LIBRARY: tl.constexpr):
+    """CUDA's expf, as in PyTorch; Triton's interpreter has no libdevice."""
+    if LIBRARY:
+        return libdevice.exp(x)
+    else:
+        return tl.exp(x)
+
+
+@triton.jit(do_not_specialize=["count"])
+def silu_product_kernel(gate_ptr, up_ptr, output_ptr, count, BLOCK: tl.constexpr, LIBRARY: tl.constexpr):
+    """silu(gate) * up for BLOCK elements (axis 0), SiLU rounded to the dtype of gate.
+
+    gate, up, output: `count` elements, contiguous. Launch it with `ROUNDED`.
+    """
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < count
+    gate = tl.load(gate_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(up_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    dtype: tl.constexpr = gate_ptr.dtype.element_ty
+    active = tl.div_rn(gate, 1.0 + _exp(-gate, LIBRARY)).to(dtype).to(tl.float32)
+    tl.store(output_ptr + at, (active * up).to(dtype), mask=inside)

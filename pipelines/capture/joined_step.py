@@ -1,0 +1,53 @@
+"""`JoinedStep`: while a decode step is captured, kernels of ours stand in for proven pieces of the model."""
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from quantpress.cache.ranks import ranks_of
+from quantpress.kernels.available import runs_triton
+from quantpress.pipelines.capture.joined_pieces import pieces_of
+from quantpress.pipelines.capture.seams import replaced_here
+
+
+class JoinedStep:
+    """The pieces of one model.
+
+    Args:
+        model: the model. Nothing is left on it, and its own code stays as it is.
+        forward: the model's own forward, which the steps call.
+
+    Attributes:
+        joined: how many pieces of each kind a kernel stood in for, in the last `joining`.
+    """
+
+    def __init__(self, model: PreTrainedModel, forward: Callable[..., Any]) -> None:
+        self._model, self._forward = model, forward
+        self.joined: dict[str, int] = {}
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """While inside, this thread's step runs the model's own code, and each piece of it is proven."""
+        pieces = [*pieces_of(self._model)] if self._possible() else []
+        with replaced_here([(piece.named, piece.watch) for piece in pieces]):
+            yield
+
+    @contextmanager
+    def joining(self) -> Iterator[None]:
+        """While inside, this thread's step runs through the kernels that are proven."""
+        pieces = [piece for piece in pieces_of(self._model) if piece.proven] if self._possible() else []
+        self.joined = dict(Counter(piece.kind for piece in pieces))
+        with replaced_here([(piece.named, piece.run) for piece in pieces]):
+            yield
+
+    def _possible(self) -> bool:
+        """On one GPU; not under autocast, where modules compute in other dtypes, nor in compiled modules."""
+        model, device = self._model, self._model.device
+        if not runs_triton(device) or torch.is_autocast_enabled(device.type) or ranks_of(model) is not None:
+            return False
+        compiled = any(module._compiled_call_impl is not None for module in model.modules())
+        return not compiled and not hasattr(self._forward, "_torchdynamo_orig_callable")

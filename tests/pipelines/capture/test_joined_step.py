@@ -1,0 +1,198 @@
+"""Which pieces of a step are joined, and that nothing is left of it. The kernels are their references."""
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import DynamicCache, PreTrainedModel
+from transformers.models.llama import modeling_llama
+
+from quantpress.errors import InvalidInputError
+from quantpress.kernels.joined import reference
+from quantpress.pipelines.capture import joined_pieces, joined_step
+from quantpress.pipelines.capture.captured import captured_decoding
+from quantpress.pipelines.capture.joined_step import JoinedStep
+from quantpress.pipelines.capture.seams import Named, replaced_here
+from tests.tiny_models import prompt, tiny_model
+
+LAYERS = 3
+BOTH = {"norms": 2 * LAYERS + 1, "activations": LAYERS, "rotary positions": 1}
+
+
+@pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """The kernels that ran, by name: references, on the CPU."""
+    names: list[str] = []
+
+    def noted(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *args: names.append(name) or function(*args)  # type: ignore[func-returns-value]
+
+    kernels: dict[str, Callable[..., Any]] = {
+        "rms_norm": lambda x, weight, eps, form, order: reference.rms_norm_reference(x, weight, eps, form),
+        "rotary": reference.rotary_reference,
+        "silu_product": reference.silu_product_reference,
+    }
+    for name, function in kernels.items():
+        monkeypatch.setattr(joined_pieces, name, noted(name, function))
+    monkeypatch.setattr(joined_step, "runs_triton", lambda device: True)
+    yield names
+
+
+def step(model: PreTrainedModel, inside: AbstractContextManager[None] | None = None) -> torch.Tensor:
+    """One token after ten, which are read before."""
+    cache = DynamicCache()
+    with torch.no_grad():
+        model(prompt(10), past_key_values=cache)
+        with inside or nullcontext():
+            logits: torch.Tensor = model(prompt(1, seed=1), past_key_values=cache).logits
+    return logits
+
+
+def joined(model: PreTrainedModel) -> tuple[torch.Tensor, dict[str, int]]:
+    """A step through what was proven in the one before."""
+    joins = JoinedStep(model, model.forward)
+    step(model, joins.watching())
+    logits = step(model, joins.joining())
+    assert not [module for module in model.modules() if "forward" in vars(module)]
+    return logits, joins.joined
+
+
+@pytest.mark.parametrize(
+    ("family", "expected"),
+    [
+        ("llama", BOTH),
+        ("qwen2", BOTH),
+        ("qwen3", {**BOTH, "norms": 4 * LAYERS + 1}),
+        ("gemma3", {"norms": 6 * LAYERS + 1, "rotary positions": 1}),  # its gate is no SiLU
+        ("phi3", {"norms": 2 * LAYERS + 1, "rotary positions": 1}),  # one projection for gate and up
+        ("gpt_oss", {"norms": 2 * LAYERS + 1}),  # experts; positions rotated otherwise
+        ("gpt2", {}),
+    ],
+)
+def test_what_is_joined(family: str, expected: dict[str, int], launched: list[str]) -> None:
+    model = tiny_model(family, "eager" if family == "gpt_oss" else "sdpa")
+    logits, found = joined(model)
+    assert torch.equal(logits, step(model))
+    assert found == expected
+    launched.clear()
+    step(model, JoinedStep(model, model.forward).joining())
+    per_step = {"rms_norm": expected.get("norms", 0), "silu_product": expected.get("activations", 0)}
+    assert {name: launched.count(name) for name in per_step} == per_step
+    assert launched.count("rotary") == (LAYERS if "rotary positions" in expected else 0)
+
+
+@pytest.mark.parametrize("name", ["rms_norm", "rotary", "silu_product"])
+def test_a_kernel_that_differs_in_one_bit_is_not_used(
+    name: str, launched: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kernel = getattr(joined_pieces, name)
+
+    def off_by_a_bit(*args: Any) -> Any:
+        output = kernel(*args)
+        first = output[0] if name == "rotary" else output
+        first.view(torch.int32).view(-1)[0] ^= 1
+        return output
+
+    monkeypatch.setattr(joined_pieces, name, off_by_a_bit)
+    monkeypatch.setattr(joined_pieces, "_PROVEN", type(joined_pieces._PROVEN)())
+    model = tiny_model("llama")
+    logits, found = joined(model)
+    kind = {"rms_norm": "norms", "rotary": "rotary positions", "silu_product": "activations"}[name]
+    assert found == {other: count for other, count in BOTH.items() if other != kind}
+    assert torch.equal(logits, step(model))
+
+
+def test_a_kernel_that_fails_is_not_used(launched: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(joined_pieces, "_PROVEN", type(joined_pieces._PROVEN)())
+    monkeypatch.setattr(joined_pieces, "rms_norm", lambda *args: 1 / 0)
+    assert "norms" not in joined(tiny_model("llama"))[1]
+
+
+def test_modules_that_were_changed_stay_as_they_are(launched: list[str]) -> None:
+    model = tiny_model("llama")
+    layer: Any = model.model.layers[0]
+    hook = layer.input_layernorm.register_forward_hook(lambda *args: None)
+    layer.mlp.forward = layer.mlp.forward
+    try:
+        joins = JoinedStep(model, model.forward)
+        step(model, joins.watching())
+        step(model, joins.joining())
+        assert joins.joined == {**BOTH, "norms": BOTH["norms"] - 1, "activations": LAYERS - 1}
+        assert "forward" in vars(layer.mlp)
+    finally:
+        hook.remove()
+        del layer.mlp.forward
+
+
+def test_autocast_and_compiled_modules_are_left_alone(launched: list[str]) -> None:
+    model = tiny_model("llama")
+    with torch.autocast("cpu", torch.bfloat16):
+        assert joined(model)[1] == {}
+
+    def compiled(*args: Any) -> None: ...
+
+    vars(compiled)["_torchdynamo_orig_callable"] = model.forward  # as torch.compile does
+    joins = JoinedStep(model, compiled)
+    with joins.joining():
+        pass
+    assert joins.joined == {} and launched == []
+
+
+def test_nothing_is_left_after_an_error(launched: list[str]) -> None:
+    model, own = tiny_model("llama"), modeling_llama.apply_rotary_pos_emb
+    joined(model)
+    with pytest.raises(ZeroDivisionError), JoinedStep(model, model.forward).joining():
+        assert modeling_llama.apply_rotary_pos_emb is not own
+        raise ZeroDivisionError
+    assert modeling_llama.apply_rotary_pos_emb is own
+    assert not [module for module in model.modules() if "forward" in vars(module)]
+
+
+def test_other_threads_call_the_function_itself() -> None:
+    """The first thread to replace it is not the last to put it back."""
+    norm = nn.Linear(2, 2)
+    named = Named(vars(norm), "forward", norm.forward)
+    first_left, second_came = threading.Event(), threading.Event()
+    calls: list[str] = []
+
+    def run(name: str, x: Any) -> str:
+        with replaced_here([(named, lambda own, x: name)]):
+            if name == "second":
+                second_came.set()
+                first_left.wait(10)
+            return str(norm(x))
+
+    with torch.no_grad():
+        second = threading.Thread(target=lambda: calls.append(run("second", torch.ones(2))))
+        with replaced_here([(named, lambda own, x: "first")]):
+            second.start()
+            second_came.wait(10)
+            other = threading.Thread(target=lambda: calls.append(str(type(norm(torch.ones(2))).__name__)))
+            other.start()
+            other.join()
+            calls.append(str(norm(torch.ones(2))))
+        assert torch.is_tensor(norm(torch.ones(2)))
+        first_left.set()
+        second.join()
+    assert calls == ["Tensor", "first", "second"] and "forward" not in vars(norm)
+
+
+def test_a_name_that_was_replaced_meanwhile_stays() -> None:
+    namespace: dict[str, Any] = {"f": abs}
+    with replaced_here([(Named(namespace, "f", abs), lambda own, x: 7)]):
+        assert namespace["f"](-3) == 7
+        namespace["f"] = len
+    assert namespace["f"] is len
+
+
+def test_wrong_choice() -> None:
+    wrong: Any = "no"
+    with (
+        pytest.raises(InvalidInputError, match="join_kernels is 'no'"),
+        captured_decoding(tiny_model("llama"), join_kernels=wrong),
+    ):
+        pass
