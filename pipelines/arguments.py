@@ -15,7 +15,7 @@ from quantpress.presses.traits import decode_time_presses, members, traits_of
 
 DEFAULT_NEW_TOKENS = 50  # kvpress's
 READING = ("answer_prefix", "enable_thinking", "max_context_length")
-RUNNING = ("cache", "chunk_tokens", "compile", "cuda_graph", "press", "progress", "report")
+RUNNING = ("cache", "chunk_tokens", "compile", "cuda_graph", "join_kernels", "press", "progress", "report")
 LOADING = ("local_files_only",)  # transformers.pipeline leaves it among a pipeline's own arguments
 
 # What model.generate takes besides the fields of GenerationConfig, and the pipeline passes on.

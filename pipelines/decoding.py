@@ -102,13 +102,18 @@ def asking(
 
 @contextmanager
 def capturing_answers(
-    model: PreTrainedModel, cache: Cache, new_tokens: int, cuda_graph: bool | None, compile: bool
+    model: PreTrainedModel,
+    cache: Cache,
+    new_tokens: int,
+    cuda_graph: bool | None,
+    compile: bool,
+    join_kernels: bool,
 ) -> Iterator[None]:
     """While inside, answers are decoded by graphs, with capacity for one question and its answer."""
     for layer in cache.layers:
         if isinstance(layer, PackedLayer):
             layer.reserve(new_tokens)
-    with capturing(model, new_tokens, cuda_graph, compile, shared=False):
+    with capturing(model, new_tokens, cuda_graph, compile, join_kernels, shared=False):
         yield
 
 

@@ -68,6 +68,7 @@ class TextGenerationPipeline(Pipeline):
             during decoding, a context too short to be packed). False never does.
         compile: first run the captured step through torch.compile(fullgraph=True), which fuses the small
             kernels and takes about a minute for each model and shape. What rules a graph out is refused.
+        join_kernels: False keeps the model's own small kernels in the graph; see `captured_decoding`.
         **generation: everything else that `model.generate` takes: do_sample, temperature, top_p, num_beams,
             stop_strings, streamer, prompt_lookup_num_tokens, assistant_model, logits_processor, ... Greedy
             decoding is the default, and takes only the special tokens from the model's own configuration.
@@ -222,11 +223,12 @@ class TextGenerationPipeline(Pipeline):
         chunk_tokens: int | None = None,
         cuda_graph: bool | None = None,
         compile: bool = False,
+        join_kernels: bool = True,
         **generation: Any,
     ) -> dict[str, Any]:
         if press is None and "cached" not in input_tensors:  # a cached context was read before
             press = enabled_press(self.model)
-        check_choice(cuda_graph, compile)
+        check_choice(cuda_graph, compile, join_kernels)
         if cuda_graph is False and compile:
             raise InvalidInputError("compile=True, but cuda_graph=False; leave one of them out")
         config = given.answer_config(self.model, generation)
@@ -254,7 +256,8 @@ class TextGenerationPipeline(Pipeline):
                 refuse(ruled_out, cuda_graph, compile)
             if cuda_graph is not False and not reasons:
                 new_tokens = max(question.shape[1] for question in questions) + config.max_new_tokens
-                steps.enter_context(capturing_answers(self.model, kept, new_tokens, cuda_graph, compile))
+                graphs = (cuda_graph, compile, join_kernels)
+                steps.enter_context(capturing_answers(self.model, kept, new_tokens, *graphs))
             memory = cache_memory(kept) if report else None
             ids = []
             share_chance(self.model, config)

@@ -11,7 +11,7 @@ from quantpress.kernels.joined.order import AddingOrder
 from quantpress.kernels.joined.reference import ROUNDED_THEN_WEIGHED
 
 BLOCK = 512
-"""Elements of one program of `silu_product`."""
+"""Channels of one program of `silu_product`."""
 
 
 def _device(tensor: Tensor) -> AbstractContextManager[object]:
@@ -96,13 +96,29 @@ def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tens
 
 
 def silu_product(gate: Tensor, up: Tensor) -> Tensor:
-    """As `silu_product_reference`, for contiguous tensors."""
+    """As `silu_product_reference`.
+
+    Args:
+        gate: [..., C], channels contiguous, such as the first half of the channels of a projection.
+        up: like gate, of the same shape and dtype.
+
+    Returns:
+        [..., C], contiguous.
+    """
     from quantpress.kernels.joined.product_kernel import silu_product_kernel
 
-    output, count = torch.empty_like(gate), gate.numel()
+    output, channels = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device), gate.shape[-1]
+    rows = [one.view(-1, channels) for one in (gate, up)]
     with _device(gate):
-        silu_product_kernel[(-(-count // BLOCK),)](
-            gate, up, output, count, BLOCK=BLOCK, LIBRARY=gate.is_cuda, **ROUNDED
+        silu_product_kernel[(-(-channels // BLOCK), rows[0].shape[0])](
+            *rows,
+            output,
+            channels,
+            rows[0].stride(0),
+            rows[1].stride(0),
+            BLOCK=BLOCK,
+            LIBRARY=gate.is_cuda,
+            **ROUNDED,
         )
     return output
 

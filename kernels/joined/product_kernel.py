@@ -14,16 +14,27 @@ def _exp(x, LIBRARY: tl.constexpr):
         return tl.exp(x)
 
 
-@triton.jit(do_not_specialize=["count"])
-def silu_product_kernel(gate_ptr, up_ptr, output_ptr, count, BLOCK: tl.constexpr, LIBRARY: tl.constexpr):
-    """silu(gate) * up for BLOCK elements (axis 0), SiLU rounded to the dtype of gate.
+@triton.jit(do_not_specialize=["channels", "gate_row", "up_row"])
+def silu_product_kernel(
+    gate_ptr,
+    up_ptr,
+    output_ptr,
+    channels,
+    gate_row,
+    up_row,
+    BLOCK: tl.constexpr,
+    LIBRARY: tl.constexpr,
+):
+    """silu(gate) * up for BLOCK channels (axis 0) of one row (axis 1), SiLU rounded to the dtype of gate.
 
-    gate, up, output: `count` elements, contiguous. Launch it with `ROUNDED`.
+    gate, up: [rows, channels], channels contiguous; output: likewise, contiguous; *_row: strides. Launch it
+    with `ROUNDED`.
     """
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = at < count
-    gate = tl.load(gate_ptr + at, mask=inside, other=0.0).to(tl.float32)
-    up = tl.load(up_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    row = tl.program_id(1).to(tl.int64)
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < channels
+    gate = tl.load(gate_ptr + row * gate_row + at, mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(up_ptr + row * up_row + at, mask=inside, other=0.0).to(tl.float32)
     dtype: tl.constexpr = gate_ptr.dtype.element_ty
     active = tl.div_rn(gate, 1.0 + _exp(-gate, LIBRARY)).to(dtype).to(tl.float32)
-    tl.store(output_ptr + at, (active * up).to(dtype), mask=inside)
+    tl.store(output_ptr + row * channels + at, (active * up).to(dtype), mask=inside)

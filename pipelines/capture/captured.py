@@ -76,7 +76,7 @@ def captured_decoding(
         raise InvalidInputError(f"new_tokens is {new_tokens}; give 0 or more, or None")
     check_choice(cuda_graph, compile, join_kernels)
     refuse(why_not(device=model.device), cuda_graph)
-    with capturing(model, new_tokens, cuda_graph, compile, join_kernels=join_kernels) as steps:
+    with capturing(model, new_tokens, cuda_graph, compile, join_kernels) as steps:
         yield steps
 
 
@@ -86,8 +86,8 @@ def capturing(
     new_tokens: int | None,
     cuda_graph: bool | None,
     compile: bool,
+    join_kernels: bool,
     shared: bool = True,
-    join_kernels: bool = True,
 ) -> Iterator[CapturedDecoding]:
     """`captured_decoding` with arguments that were checked; `shared` as for `_Opened`."""
     if compile:

@@ -91,7 +91,7 @@ class Norm(JoinedPiece):
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__(_forward_of(module), module)
-        self._module = module
+        self._module: Any = module
         self._eps = _eps_of(module)
 
     @staticmethod
@@ -104,7 +104,7 @@ class Norm(JoinedPiece):
         return alone and weights["weight"].dim() == 1
 
     def kind_of_call(self, *args: Any) -> Hashable:
-        x, weight = args[0], self._weight()
+        x, weight = args[0], self._module.weight
         if len(args) != 1 or not _plain(x) or not x.is_contiguous() or x.data_ptr() % 16 or not x.numel():
             return None
         fits = x.shape[-1] == weight.shape[0] and weight.is_contiguous() and x.shape[-1] % 4 == 0
@@ -124,44 +124,47 @@ class Norm(JoinedPiece):
 
     def join(self, choice: Choice, *args: Any) -> Any:
         form, order = choice
-        return rms_norm(args[0], self._weight(), self._eps, form, order)
-
-    def _weight(self) -> Tensor:
-        weight: Any = self._module.weight
-        return weight
+        return rms_norm(args[0], self._module.weight, self._eps, form, order)
 
 
 class GatedProduct(JoinedPiece):
-    """A feed-forward of two projections, of which SiLU of one gates the other."""
+    """A feed-forward in which SiLU of one projection gates another; both may be halves of one projection."""
 
     kind = "activations"
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__(_forward_of(module), module)
         self._module: Any = module
+        parts = dict(module.named_children())
+        self._act: Any = parts.get("act_fn") or parts["activation_fn"]
 
     @staticmethod
     def fits(module: nn.Module) -> bool:
         """Whether a module may be one."""
-        names = ("gate_proj", "up_proj", "down_proj", "act_fn")
-        return all(isinstance(getattr(module, name, None), nn.Module) for name in names)
+        parts = {name for name, _ in module.named_children()}
+        apart = {"gate_proj", "up_proj", "down_proj", "act_fn"}
+        return parts >= apart or parts >= {"gate_up_proj", "down_proj", "activation_fn"}
 
     def kind_of_call(self, *args: Any) -> Hashable:
         x = args[0]
         fits = len(args) == 1 and _plain(x) and x.numel()
-        return (x.device, x.shape, x.dtype, type(self._module.act_fn)) if fits else None
+        return (x.device, x.shape, x.dtype, type(self._act)) if fits else None
 
     def prove(self, own: Callable[..., Any], output: Any, *args: Any) -> Choice:
         gate = _every_number(args[0])
         up = torch.randn(gate.shape, device=gate.device, generator=_generator(gate)).to(gate.dtype)
-        if not _same(silu_product(gate, up), self._module.act_fn(gate) * up):
+        if not _same(silu_product(gate, up), self._act(gate) * up):
             return None
-        return True if _same(self.join(True, *args), output) else None
+        trials = [(args[0], output), *((noise, own(noise)) for noise in _noise(args[0]))]
+        return True if all(_same(self.join(True, x), expected) for x, expected in trials) else None
 
     def join(self, choice: Choice, *args: Any) -> Any:
-        gate, up = self._module.gate_proj(args[0]), self._module.up_proj(args[0])
-        output: Tensor = self._module.down_proj(silu_product(gate.contiguous(), up.contiguous()))
-        return output
+        module, x = self._module, args[0]
+        if hasattr(module, "gate_up_proj"):
+            gate, up = module.gate_up_proj(x).chunk(2, dim=-1)
+        else:
+            gate, up = module.gate_proj(x).contiguous(), module.up_proj(x).contiguous()
+        return module.down_proj(silu_product(gate, up))
 
 
 class Rotary(JoinedPiece):
@@ -186,7 +189,7 @@ class Rotary(JoinedPiece):
 
     def prove(self, own: Callable[..., Any], output: Any, *args: Any) -> Choice:
         trials = [(args, output)]
-        for noises in zip(*map(_noise, args), strict=True):
+        for noises in zip(*map(_noise, args, range(4)), strict=True):
             trials.append((noises, own(*noises)))
         for inputs, expected in trials:
             if not all(map(_same, self.join(True, *inputs), expected)):
@@ -247,16 +250,16 @@ def _same(one: Tensor, other: Tensor) -> bool:
     return one.dtype == other.dtype and torch.equal(one.view(whole), other.view(whole))
 
 
-def _generator(like: Tensor) -> torch.Generator:
+def _generator(like: Tensor, seed: int = 0) -> torch.Generator:
     """Of its own, so that sampling draws what it would have drawn."""
-    return torch.Generator(like.device).manual_seed(0)
+    return torch.Generator(like.device).manual_seed(seed)
 
 
-def _noise(like: Tensor) -> list[Tensor]:
-    """Random tensors of the same shape, strides, dtype and device, of lengths from small to large."""
-    draws = _generator(like)
+def _noise(like: Tensor, seed: int = 0) -> list[Tensor]:
+    """Random tensors of the same shape, strides, dtype and device; large ones reach what clamps, if any."""
+    draws = _generator(like, seed)
     noises = (torch.randn(like.shape, generator=draws, device=like.device) for _ in range(TRIALS))
-    return [torch.empty_like(like).copy_(noise * 4.0**power) for power, noise in enumerate(noises, -1)]
+    return [torch.empty_like(like).copy_(noise * 8.0**power) for power, noise in enumerate(noises, -1)]
 
 
 def _every_number(like: Tensor) -> Tensor:

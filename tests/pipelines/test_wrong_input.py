@@ -51,6 +51,7 @@ from tests.pipelines.words import ours, text, theirs, word_tokenizer
         ({"max_context_length": 0}, "max_context_length is 0"),
         ({"chunk_tokens": -1}, "chunk_tokens is -1"),
         ({"cuda_graph": "yes"}, "cuda_graph is 'yes'"),
+        ({"join_kernels": 1}, "join_kernels is 1"),
         ({"cuda_graph": True}, "cuda_graph=True, but the model is on cpu"),
         ({"streamer": TextStreamer(word_tokenizer()), "num_beams": 2}, "beam search"),
         ({"press": DECODING["decoding"](), "num_beams": 2}, "DecodingPress acts during decoding"),

@@ -185,7 +185,7 @@ def test_norms_on_a_gpu(shape: tuple[int, int], dtype: torch.dtype) -> None:
 def test_others_on_a_gpu(dtype: torch.dtype) -> None:
     for head_dim in (64, 80, 128, 256):
         check_rotary("cuda", dtype, head_dim, 3)
-    gate, up = torch.randn(2, 3, 1, 14336, device="cuda").mul(4).to(dtype)
+    gate, up = torch.randn(3, 1, 2 * 14336, device="cuda").mul(4).to(dtype).chunk(2, dim=-1)
     assert torch.equal(silu_product(gate, up), silu_product_reference(gate, up))
     check_write("cuda", dtype, torch.float32)
     memory = torch.full((2, 3, 9, 40), torch.nan, device="cuda", dtype=dtype)
@@ -199,6 +199,6 @@ if __name__ == "__main__":
     for dtype, head_dim, batch in ((torch.float32, 32, 2), (torch.bfloat16, 80, 1), (torch.float16, 256, 3)):
         check_rotary("cpu", dtype, head_dim, batch)
         check_write("cpu", dtype, dtype if dtype == torch.bfloat16 else torch.float32)
-    gate, up = torch.randn(2, 700)
+    gate, up = torch.randn(2, 1, 2 * 700).chunk(2, dim=-1)  # halves of one projection
     torch.testing.assert_close(silu_product(gate, up), silu_product_reference(gate, up))
     print("equal")

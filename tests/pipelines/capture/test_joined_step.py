@@ -68,7 +68,7 @@ def joined(model: PreTrainedModel) -> tuple[torch.Tensor, dict[str, int]]:
         ("qwen2", BOTH),
         ("qwen3", {**BOTH, "norms": 4 * LAYERS + 1}),
         ("gemma3", {"norms": 6 * LAYERS + 1, "rotary positions": 1}),  # its gate is no SiLU
-        ("phi3", {"norms": 2 * LAYERS + 1, "rotary positions": 1}),  # one projection for gate and up
+        ("phi3", BOTH),  # one projection for gate and up
         ("gpt_oss", {"norms": 2 * LAYERS + 1}),  # experts; positions rotated otherwise
         ("gpt2", {}),
     ],
