@@ -34,7 +34,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, form: int, order: AddingOrde
     """
     from quantpress.kernels.joined.norm_kernel import rms_norm_kernel
 
-    size = x.shape[-1]
+    size, threads = x.shape[-1], order.width * order.height
     mixed = torch.promote_types(x.dtype, weight.dtype) if form == ROUNDED_THEN_WEIGHED else x.dtype
     output = torch.empty_like(x, dtype=mixed)
     with _device(x):
@@ -45,12 +45,13 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, form: int, order: AddingOrde
             1.0 / size,
             eps,
             SIZE=size,
+            TURNS=_power(-(-size // (4 * threads))),
             WIDTH=order.width,
             HEIGHT=order.height,
             VECTORIZED=order.vectorized,
             NEIGHBOURS_FIRST=order.neighbours_first,
             FORM=form,
-            num_warps=max(1, min(4, order.width * order.height // 32)),
+            num_warps=max(1, min(4, threads // 32)),
             **ROUNDED,
         )
     return output

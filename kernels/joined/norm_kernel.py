@@ -10,13 +10,11 @@ _ONE_PLUS_WEIGHT = tl.constexpr(reference.ONE_PLUS_WEIGHT)
 
 
 @triton.jit
-def _elements(turn, WIDTH: tl.constexpr, HEIGHT: tl.constexpr, VECTORIZED: tl.constexpr):
-    """What is added in one turn, [WIDTH * HEIGHT, 4]: the element of each thread and each of its sums."""
-    thread = tl.arange(0, WIDTH * HEIGHT)[:, None]
-    of_four = tl.arange(0, 4)[None, :]
+def _elements(turn, thread, of_four, THREADS: tl.constexpr, VECTORIZED: tl.constexpr):
+    """The element that a thread adds to one of its four sums in one turn."""
     if VECTORIZED:
-        return (turn * (WIDTH * HEIGHT) + thread) * 4 + of_four
-    return (turn * 4 + of_four) * (WIDTH * HEIGHT) + thread
+        return (turn * THREADS + thread) * 4 + of_four
+    return (turn * 4 + of_four) * THREADS + thread
 
 
 @triton.jit
@@ -47,6 +45,7 @@ def rms_norm_kernel(
     inverse,
     eps,
     SIZE: tl.constexpr,
+    TURNS: tl.constexpr,
     WIDTH: tl.constexpr,
     HEIGHT: tl.constexpr,
     VECTORIZED: tl.constexpr,
@@ -55,24 +54,27 @@ def rms_norm_kernel(
 ):
     """Norm one row (axis 0).
 
-    x, output: [rows, SIZE], contiguous; weight: [SIZE]; inverse: 1 / SIZE; WIDTH, HEIGHT, VECTORIZED,
-    NEIGHBOURS_FIRST: an `AddingOrder`; FORM: one of `NORM_FORMS`. Launch it with `ROUNDED`.
+    x, output: [rows, SIZE], contiguous; weight: [SIZE]; inverse: 1 / SIZE; TURNS: a power of two, in which
+    all threads add SIZE elements at least; WIDTH, HEIGHT, VECTORIZED, NEIGHBOURS_FIRST: an `AddingOrder`;
+    FORM: one of `NORM_FORMS`. Launch it with `ROUNDED`.
     """
     row = tl.program_id(0).to(tl.int64) * SIZE
-    turns: tl.constexpr = (SIZE + WIDTH * HEIGHT * 4 - 1) // (WIDTH * HEIGHT * 4)
-    sums = tl.zeros([WIDTH * HEIGHT, 4], tl.float32)
-    for turn in tl.static_range(turns):
-        at = _elements(turn, WIDTH, HEIGHT, VECTORIZED)
+    threads: tl.constexpr = WIDTH * HEIGHT
+    thread, of_four = tl.arange(0, threads), tl.arange(0, 4)
+    turn = tl.arange(0, TURNS)[:, None, None]
+    every = _elements(turn, thread[None, :, None], of_four[None, None, :], threads, VECTORIZED)
+    weight = tl.load(weight_ptr + every, mask=every < SIZE, other=0.0)  # both before anything waits
+    whole = tl.load(x_ptr + row + every, mask=every < SIZE, other=0.0)
+    sums = tl.zeros([threads, 4], tl.float32)
+    for turn in tl.static_range(TURNS):
+        at = _elements(turn, thread[:, None], of_four[None, :], threads, VECTORIZED)
         x = tl.load(x_ptr + row + at, mask=at < SIZE, other=0.0).to(tl.float32)
         sums += x * x
     scale = tl.rsqrt(_total(sums, WIDTH, HEIGHT, NEIGHBOURS_FIRST) * inverse + eps)
-    for turn in tl.static_range(turns):
-        at = _elements(turn, WIDTH, HEIGHT, VECTORIZED)
-        x = tl.load(x_ptr + row + at, mask=at < SIZE, other=0.0).to(tl.float32)
-        weight = tl.load(weight_ptr + at, mask=at < SIZE, other=0.0).to(tl.float32)
-        scaled = x * scale
-        if FORM == _ROUNDED_THEN_WEIGHED:
-            scaled = scaled.to(x_ptr.dtype.element_ty).to(tl.float32)
-        if FORM == _ONE_PLUS_WEIGHT:
-            weight = 1.0 + weight
-        tl.store(output_ptr + row + at, (weight * scaled).to(output_ptr.dtype.element_ty), mask=at < SIZE)
+    scaled = whole.to(tl.float32) * scale
+    if FORM == _ROUNDED_THEN_WEIGHED:
+        scaled = scaled.to(x_ptr.dtype.element_ty).to(tl.float32)
+    factor = weight.to(tl.float32)
+    if FORM == _ONE_PLUS_WEIGHT:
+        factor = 1.0 + factor
+    tl.store(output_ptr + row + every, (factor * scaled).to(output_ptr.dtype.element_ty), mask=every < SIZE)

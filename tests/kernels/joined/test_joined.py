@@ -150,7 +150,14 @@ def test_compiles_without_a_gpu(dtype: torch.dtype, capability: int) -> None:
     from quantpress.kernels.joined.rotary_kernel import rotary_kernel
     from quantpress.kernels.joined.write_kernel import write_token_kernel
 
-    order = {"SIZE": 4096, "WIDTH": 512, "HEIGHT": 1, "VECTORIZED": True, "NEIGHBOURS_FIRST": False}
+    order = {
+        "SIZE": 4096,
+        "TURNS": 2,
+        "WIDTH": 512,
+        "HEIGHT": 1,
+        "VECTORIZED": True,
+        "NEIGHBOURS_FIRST": False,
+    }
     norm = compiled(rms_norm_kernel, {**order, "FORM": 0, "inverse": 0.5, "eps": 0.5}, dtype, capability)
     rotation = compiled(rotary_kernel, {"HALF": 64, "CHANNELS": 64}, dtype, capability)
     product = compiled(silu_product_kernel, {"BLOCK": 512, "LIBRARY": True}, dtype, capability)
