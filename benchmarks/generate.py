@@ -111,9 +111,9 @@ def measure(
     press: TurboQuant | None,
     new_tokens: int,
     skip: int,
-    compiled: bool = False,
+    **options: bool,
 ) -> Result:
-    """Read a context and generate after it, once."""
+    """Read a context and generate after it, once; `options` are those of `captured_decoding`."""
     _settle()
     clock = TokenClock()
     context, question = ids[:, :-QUESTION], ids[:, -QUESTION:]
@@ -129,7 +129,7 @@ def measure(
     cache_bytes = cache_memory(cache).total_bytes
     inputs = continue_inputs(cache, question, tokens_seen=position)
     torch.cuda.reset_peak_memory_stats()
-    captured = captured_decoding(model, new_tokens=total, compile=compiled)
+    captured = captured_decoding(model, new_tokens=total, **options)
     with nullcontext() if press is None else captured as steps:
         model.generate(
             **inputs, past_key_values=cache, max_new_tokens=new_tokens, do_sample=False, streamer=clock
@@ -221,7 +221,8 @@ def main() -> None:
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--skip", type=int, default=8, help="new tokens before counting")
     parser.add_argument("--bits", type=float, nargs=2, default=(3, 3), metavar=("KEY", "VALUE"))
-    parser.add_argument("--compile", action="store_true", help="a third side: steps through torch.compile")
+    parser.add_argument("--compile", action="store_true", help="one more side: steps through torch.compile")
+    parser.add_argument("--apart", action="store_true", help="one more side: join_kernels=False")
     parser.add_argument("--json", type=Path, help="also write the results here")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
@@ -234,16 +235,18 @@ def main() -> None:
     ids = torch.randint(arguments.vocab, (1, arguments.tokens), device=model.device)
     press = TurboQuant(key_bits=arguments.bits[0], value_bits=arguments.bits[1])
     packed = f"TurboQuant {arguments.bits[0]:g}/{arguments.bits[1]:g}"
-    sides: list[tuple[str, TurboQuant | None, bool]] = [
-        ("DynamicCache, sdpa", None, False),
-        (packed, press, False),
+    sides: list[tuple[str, TurboQuant | None, dict[str, bool]]] = [
+        ("DynamicCache, sdpa", None, {}),
+        (packed, press, {}),
     ]
     if arguments.compile:
-        sides.append((f"{packed}, compiled", press, True))
+        sides.append((f"{packed}, compiled", press, {"compile": True}))
+    if arguments.apart:
+        sides.append((f"{packed}, kernels apart", press, {"join_kernels": False}))
     results = []
-    for name, one, compiled in sides:
-        measure(name, model, ids[:, :WARM_UP], one, 12, 4, compiled)
-        results.append(measure(name, model, ids, one, arguments.new_tokens, arguments.skip, compiled))
+    for name, one, options in sides:
+        measure(name, model, ids[:, :WARM_UP], one, 12, 4, **options)
+        results.append(measure(name, model, ids, one, arguments.new_tokens, arguments.skip, **options))
         if first:
             show(arguments, weights, results, gpus)
     if arguments.json and first:

@@ -4,7 +4,10 @@ import triton
 import triton.language as tl
 
 
-@triton.jit(do_not_specialize=["heads", "capacity", "key_b", "key_h", "value_b", "value_h"])
+@triton.jit(
+    do_not_specialize=["heads", "capacity", "key_b", "key_h", "value_b", "value_h"],
+    do_not_specialize_on_alignment=["newest_ptr"],  # one of many in a row
+)
 def write_token_kernel(
     keys_ptr,
     values_ptr,
