@@ -38,9 +38,9 @@ def adding_orders(rows: int, size: int) -> tuple[AddingOrder, ...]:
         rows: how many means, of rows that follow each other without a gap.
         size: elements of a row, a multiple of 4.
     """
-    newest = _order(rows, size, size >= LEAST_VECTORIZED, neighbours_first=False)
-    older = _order(rows, size, rows == 1 and size > LEAST_VECTORIZED, neighbours_first=True)
-    return newest, older
+    vectorized = (size >= LEAST_VECTORIZED, rows == 1 and size > LEAST_VECTORIZED)
+    found = (_order(rows, size, one, first) for first in (False, True) for one in vectorized)
+    return tuple(dict.fromkeys(found))
 
 
 def _order(rows: int, size: int, vectorized: bool, neighbours_first: bool) -> AddingOrder:

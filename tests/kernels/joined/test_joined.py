@@ -124,6 +124,7 @@ def test_orders_of_pytorch() -> None:
     assert adding_orders(8, 4096)[0] == AddingOrder(64, 1, True, False)
     assert adding_orders(2, 8192)[0] == AddingOrder(256, 2, True, False)
     assert adding_orders(4, 64)[0] == AddingOrder(64, 1, False, False)
+    assert len(adding_orders(1, 4096)) == 2 and len(adding_orders(8, 4096)) == 4
     x = torch.randn(40, 4096).square()
     sums = [torch.stack([added(row, order) for row in x]) for order in adding_orders(1, 4096)]
     assert (sums[0] != sums[1]).float().mean() > 0.2  # so a proof by rows tells them apart
