@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from math import isfinite
 
 import torch
 from torch import Tensor
 
+from quantpress.deferred import judge
 from quantpress.errors import EmptyContextError, InvalidInputError, NonFiniteError
 
 _CHUNK_VALUES = 2**22  # float32 workspace of 16 MB
+_GPU_CHUNK_VALUES = 2**24  # of 64 MB: fewer launches
 
 
 def token_mean(x: Tensor, name: str, in_use: Tensor | None = None) -> Tensor:
@@ -51,7 +54,7 @@ def token_energy(x: Tensor, centre: Tensor | None, name: str, in_use: Tensor | N
     _check_states(x, name)
     total = torch.zeros(x.shape[0], x.shape[1], x.shape[3], dtype=torch.float32, device=x.device)
     for chunk, used in _chunks(x, in_use):
-        deviation = chunk.float() if centre is None else chunk.float() - centre[:, :, None]
+        deviation = chunk.float() if centre is None else chunk - centre[:, :, None]  # in float32
         deviation = deviation if used is None else deviation.masked_fill(~used, 0)
         total += deviation.square().sum(2)
     return finite(total / _count(x, in_use), name)
@@ -73,15 +76,22 @@ def finite(x: Tensor, name: str) -> Tensor:
     Raises:
         NonFiniteError: x holds NaN or infinity.
     """
-    if not bool(torch.isfinite(x).all()):
-        raise NonFiniteError(
-            f"{name} hold NaN or infinity; check the model's dtype (float16 overflows: load it in bfloat16)"
-        )
+
+    def verdict(ends: list[float]) -> None:
+        if not all(map(isfinite, ends)):
+            raise NonFiniteError(
+                f"{name} hold NaN or infinity; check the model's dtype (float16 overflows: load it in "
+                "bfloat16)"
+            )
+
+    if x.numel():
+        judge(verdict, *torch.aminmax(x.detach()))
     return x
 
 
 def _chunks(x: Tensor, in_use: Tensor | None) -> Iterator[tuple[Tensor, Tensor | None]]:
-    tokens = max(1, _CHUNK_VALUES // max(1, x.shape[0] * x.shape[1] * x.shape[3]))
+    values = _GPU_CHUNK_VALUES if x.is_cuda else _CHUNK_VALUES
+    tokens = max(1, values // max(1, x.shape[0] * x.shape[1] * x.shape[3]))
     for start in range(0, x.shape[2], tokens):
         part = slice(start, start + tokens)
         yield x[:, :, part], None if in_use is None else in_use[:, :, part, None]

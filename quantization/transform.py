@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from quantpress.deferred import judge
 from quantpress.errors import InvalidInputError
 from quantpress.quantization.budget import ChannelGroup
 from quantpress.quantization.moments import finite, relative_moment, token_energy, token_mean
@@ -160,7 +161,7 @@ def key_statistics(
     Args:
         keys: [B, Hkv, T, D] floating, after the rotary embedding. Sums are in float32.
         query_moment: E[q_j^2], [B, Hkv, D], over recent queries and the query heads of each KV head; None for
-            no weight.
+            no weight. The weight is 1 in heads where it is 0 in every channel.
         groups: channel groups of the codec.
         mean: whether to subtract the mean over tokens.
         balance: whether to weight channels; needs `query_moment`.
@@ -248,7 +249,8 @@ def _gather(x: Tensor, order: Tensor) -> Tensor:
 def _balance(query_moment: Tensor, key_moment: Tensor, floor: float) -> Tensor:
     ratio = relative_moment(query_moment, floor) / relative_moment(key_moment, floor)
     log_weight = ratio.log() * _BALANCE_EXPONENT
-    return (log_weight - log_weight.mean(-1, keepdim=True)).exp()
+    weight = (log_weight - log_weight.mean(-1, keepdim=True)).exp()
+    return weight.where(query_moment.amax(-1, keepdim=True) > 0, 1.0)  # queries that are not known
 
 
 def _checked_moment(query_moment: Tensor, energy: Tensor) -> Tensor:
@@ -258,10 +260,14 @@ def _checked_moment(query_moment: Tensor, energy: Tensor) -> Tensor:
             f"{tuple(energy.shape)}; average it over the query heads of each KV head"
         )
     moment = finite(query_moment.to(energy), "query_moment")
-    if bool((moment < 0).any()):
-        raise InvalidInputError(
-            f"query_moment holds {moment.min().item()}; it is a mean of squares, so never negative"
-        )
+
+    def verdict(least: list[float]) -> None:
+        if min(least) < 0:
+            raise InvalidInputError(
+                f"query_moment holds {min(least)}; it is a mean of squares, so never negative"
+            )
+
+    judge(verdict, moment.amin(-1))
     return moment
 
 

@@ -52,7 +52,7 @@ WITHOUT_KVPRESS = (
     "kernels",
     "quantization",
 )  # usable beside a newer transformers
-FREE_FOR_ALL = {"errors", "rule", "version"}
+FREE_FOR_ALL = {"deferred", "errors", "rule", "version"}
 
 
 @functools.cache

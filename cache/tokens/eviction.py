@@ -16,6 +16,7 @@ from quantpress.cache.tokens.pages import RectangularPages
 from quantpress.cache.tokens.ragged_pages import RaggedPages
 from quantpress.cache.tokens.segments import after, decode_segment, first, gather_tokens, join
 from quantpress.codecs.protocol import Planes
+from quantpress.deferred import checked_at_once
 from quantpress.errors import InvalidInputError
 from quantpress.kernels.attend import DenseSegment
 from quantpress.kernels.layout import PAGE_TOKENS
@@ -92,6 +93,7 @@ class EvictionPlan:
         return HeadLengths.of(self.sinks_in_use, self.padding, sinks, evicted, whole_from)
 
 
+@checked_at_once()  # pages are moved right after they are made, so that their scales need their last dtype
 def pack_by_head(
     settings: LayerSettings,
     keys: torch.Tensor,

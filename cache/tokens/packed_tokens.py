@@ -14,7 +14,7 @@ between the sinks and the other pages.
 """
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -203,6 +203,16 @@ class PackedTokens:
             value_planes = self.settings.value_codec.encode(tokens.values, value_transform)
         self.key_transform, self.value_transform, self.query_moment = key_transform, value_transform, None
         return key_planes, value_planes
+
+    def narrow(self, planes: Sequence[torch.Tensor]) -> None:
+        """Convert planes that an encoding of these tokens made in float32 to float16.
+
+        Args:
+            planes: of this layer and of others; those that were moved since stay in float32.
+        """
+        for pages in (self.pages, *(() if self.demoted is None else (self.demoted.pages,))):
+            pages.keys.narrow(planes)
+            pages.values.narrow(planes)
 
     def crop(self, slots: int) -> None:
         """Keep the first `slots` tokens. Tokens left over from a page that is cut are decoded.

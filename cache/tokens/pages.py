@@ -6,7 +6,7 @@ have the same number of pages. `quantpress.cache.tokens.ragged_pages` is for hea
 """
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 from weakref import WeakSet
 
@@ -125,6 +125,11 @@ class PageStore:
         if pages < self.pages:
             self._may_write = False
         self.pages = pages
+
+    def narrow(self, planes: Sequence[torch.Tensor]) -> None:
+        """Convert those of `planes` that are buffers here to float16; other tensors are passed over."""
+        named = set(map(id, planes))
+        self.buffers.update({name: b.half() for name, b in self.buffers.items() if id(b) in named})
 
     def map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "PageStore":
         """A new store with `change` (index the batch, move, clone) applied to the pages in use."""

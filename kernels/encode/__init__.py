@@ -4,6 +4,9 @@ Scales that do not fit their dtype are found after encoding, and stored in float
 at most 65504. Below 2**-14 it loses a bit of precision with every halving, and a scale below 2**-25
 becomes 0. The largest scale of a head decides: where it lies within these limits, the error of the head's
 smaller scales is at most 2**-11 of the largest one, float16's error of any scale.
+
+Where checks are deferred (`quantpress.deferred`), scales of dtype "auto" are in float32 at
+first. The verdict says which of them fit into float16, and whoever keeps them converts them.
 """
 
 from collections.abc import Callable
@@ -13,6 +16,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from quantpress.deferred import DeferredChecks, deferred_checks, judge
 from quantpress.errors import InvalidInputError
 from quantpress.kernels.available import runs_triton
 from quantpress.kernels.encode.reference import check_vectors, encode_pages_reference
@@ -46,7 +50,8 @@ def encode_pages(x: Tensor, spec: CodecSpec, transform: ChannelTransform) -> dic
 
     Returns:
         For each channel group i, "codes{i}" [B, Hkv, P, page_bytes] uint8 and "scale{i}" [B, Hkv, P, 128] in
-        the spec's scale dtype; for "auto" float16 where it holds the scales, else float32. The "prod"
+        the spec's scale dtype; for "auto" float16 where it holds the scales, else float32 (float32 until
+        deferred checks are settled). The "prod"
         estimator adds "sketch" [B, Hkv, P, page_bytes(1, D)] uint8, with code 1 where sketch_matrix @ r >= 0
         for the residual r = y - s * c, and "residual" [B, Hkv, P, 128], |r|. A zero vector has scale 0. With
         `page_keys` there are "mean0" and "sink0" [B, Hkv, P, D] in the dtype of the scales: the mean of each
@@ -75,6 +80,9 @@ def _encode(x: Tensor, spec: CodecSpec, transform: ChannelTransform) -> dict[str
 
 def in_range(encode: _Encode, spec: CodecSpec) -> dict[str, Tensor]:
     """Planes of `encode` for the spec, with scales in float32 where "auto" needs them."""
+    checks = deferred_checks()
+    if checks is not None and spec.scale_dtype == "auto" and spec.estimator == "mse" and not spec.page_keys:
+        return _wide(encode(_in_float32(spec)), spec, checks)
     planes = encode(spec)
     low, high = _range(planes)
     if spec.scale_dtype == "auto" and not _LEAST <= low <= high < _LARGEST:
@@ -84,13 +92,33 @@ def in_range(encode: _Encode, spec: CodecSpec) -> dict[str, Tensor]:
             planes = wide
     dtype = planes["scale0"].dtype
     if high >= torch.finfo(dtype).max:
-        high = _range(encode(_in_float32(spec)))[1]
-        raise InvalidInputError(
-            f"a {spec.role} has a scale of {high:.4g}, but {dtype} holds less than "
-            f"{torch.finfo(dtype).max:.5g}; "
-            'use scale_dtype="float32", or look for what makes the model so large'
-        )
+        raise _too_large(_range(encode(_in_float32(spec)))[1], dtype, spec)
     return planes
+
+
+def _wide(planes: dict[str, Tensor], spec: CodecSpec, checks: DeferredChecks) -> dict[str, Tensor]:
+    """Planes with scales in float32, of which `checks` will know whether they fit into float16."""
+    scales = [plane for name, plane in planes.items() if name.startswith("scale")]
+
+    def verdict(tops: list[float]) -> None:
+        tops = [top for top in tops if top > 0] or [1.0]  # heads of zeros do not count
+        if min(tops) >= _LEAST and max(tops) < _LARGEST:
+            checks.narrowed += scales
+        elif max(tops) >= torch.finfo(torch.float32).max:
+            raise _too_large(max(tops), torch.float32, spec)
+
+    if scales[0].numel():
+        checks.held_bytes += sum(scale.nbytes for scale in scales) // 2
+        judge(verdict, *(scale.amax(dim=(2, 3)) for scale in scales))
+    return planes
+
+
+def _too_large(scale: float, dtype: torch.dtype, spec: CodecSpec) -> InvalidInputError:
+    return InvalidInputError(
+        f"a {spec.role} has a scale of {scale:.4g}, but {dtype} holds less than "
+        f"{torch.finfo(dtype).max:.5g}; "
+        'use scale_dtype="float32", or look for what makes the model so large'
+    )
 
 
 def _range(planes: dict[str, Tensor]) -> tuple[float, float]:

@@ -5,11 +5,13 @@ Vectors are divided by their largest coordinate first, so that no norm overflows
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from math import isfinite
 from operator import itemgetter
 
 import torch
 from torch import Tensor
 
+from quantpress.deferred import deferred_checks, judge
 from quantpress.errors import InvalidInputError, NonFiniteError
 from quantpress.kernels.encode.nearest import nearest_level
 from quantpress.kernels.layout import PAGE_TOKENS, pack_pages
@@ -112,13 +114,13 @@ def _encode_chunk(
         codes, levels = nearest_level(spec.codebook_of(i), x.device)(unit)
         ratio = scale_ratio(unit, levels, spec.scale_rule)
         scale = saturate(norm * ratio, dtype)
-        planes[f"codes{i}"] = pack_pages(codes, group.bits, spec.role)
+        planes[f"codes{i}"] = pack_pages(codes, group.bits, spec.role, checked=True)
         planes[f"scale{i}"] = scale if sinks is None else mark_sinks(scale, sinks)
         if spec.estimator == "prod":
             stored = (scale.float() / norm.masked_fill(norm == 0, 1.0)).unsqueeze(-1)
             residual = unit - stored * levels
             sketch = exact_product(residual, spec.sketch_matrix(x.device, torch.float32).T) >= 0
-            planes["sketch"] = pack_pages(sketch.to(torch.uint8), 1, spec.role)
+            planes["sketch"] = pack_pages(sketch.to(torch.uint8), 1, spec.role, checked=True)
             planes["residual"] = saturate(norm * torch.linalg.vector_norm(residual, dim=-1), dtype)
     return planes
 
@@ -162,12 +164,20 @@ def _saturate_both(x: Tensor, dtype: torch.dtype) -> Tensor:
 def rotated_unit(x: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor]:
     """Unit vectors y / |y| [..., C] of y = rotate(x), and |y| [...]; zero for zero vectors."""
     largest = torch.linalg.vector_norm(x, ord=torch.inf, dim=-1, keepdim=True)
-    if not bool(torch.isfinite(largest).all()):
-        raise NonFiniteError("vectors to encode hold NaN or infinity, or overflow in the channel transform")
+    if largest.numel():
+        judge(_check_finite, largest.max())
+    if deferred_checks() is not None:  # no NaN may reach a table of levels before the verdict
+        broken = ~largest.isfinite()
+        x, largest = x.masked_fill(broken, 0), largest.masked_fill(broken, 0)
     y = rotation.forward(x / largest.masked_fill(largest == 0, 1.0))
     norm = torch.linalg.vector_norm(y, dim=-1, keepdim=True)
     y /= norm.masked_fill(norm == 0, 1.0)
     return y, (norm * largest).squeeze(-1).clamp_(max=torch.finfo(torch.float32).max)
+
+
+def _check_finite(largest: list[float]) -> None:
+    if not all(map(isfinite, largest)):
+        raise NonFiniteError("vectors to encode hold NaN or infinity, or overflow in the channel transform")
 
 
 def scale_ratio(unit: Tensor, levels: Tensor, rule: str) -> Tensor:

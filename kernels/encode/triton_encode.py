@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from quantpress.deferred import deferred_checks, judge
 from quantpress.errors import NonFiniteError
 from quantpress.kernels.available import FUSED
 from quantpress.kernels.encode.assembly import rounding_assembly, squares_assembly, summand_unit
@@ -93,13 +94,21 @@ def encode_pages_triton(x: Tensor, spec: CodecSpec, transform: ChannelTransform)
     A coordinate within float32 rounding of a threshold may get another code than in the reference.
     """
     planes, flag = launch_encode(x, spec, transform)
-    outcome = int(flag)
-    if outcome == OUT_OF_RANGE:
+    if deferred_checks() is not None:
+        again = torch.zeros_like(flag)
+        if x.numel():
+            _launch_for_all(x, spec, transform, planes, again, direct=False, after=flag)
+        judge(_check_flags, flag, again)
+    elif int(flag) == OUT_OF_RANGE:
         planes, flag = launch_encode(x, spec, transform, direct=False)
-        outcome = int(flag)
-    if outcome:
-        raise NonFiniteError("vectors to encode hold NaN or infinity, or overflow in the channel transform")
+        _check_flags([OUT_OF_RANGE, int(flag)])
     return planes
+
+
+def _check_flags(flags: list[float]) -> None:
+    """Refuse vectors by the flags of the first launch, and of the one for what the first left out."""
+    if flags[1]:
+        raise NonFiniteError("vectors to encode hold NaN or infinity, or overflow in the channel transform")
 
 
 @torch.no_grad()
@@ -138,17 +147,35 @@ def launch_encode(
         return planes, flag
     if direct and settings is None and covers(x, spec, transform):
         launch_hopper(x, spec, transform, planes, flag)
-        return planes, flag
+    else:
+        _launch_for_all(x, spec, transform, planes, flag, settings, direct)
+    return planes, flag
+
+
+@torch.no_grad()
+def _launch_for_all(
+    x: Tensor,
+    spec: CodecSpec,
+    transform: ChannelTransform,
+    planes: dict[str, Tensor],
+    flag: Tensor,
+    settings: EncodeSettings | None = None,
+    direct: bool = True,
+    after: Tensor | None = None,
+) -> None:
+    """Launch the kernel for all GPUs; with the flag of another launch `after`, it works only if that is 2."""
+    x = x if x.stride(-1) == 1 else x.contiguous()
     settings = settings or encode_settings(x, spec, is_roomy(x.device))
-    grid = (-(-pages // settings.pages), batch * heads)
+    grid = (-(-(x.shape[2] // PAGE_TOKENS) // settings.pages), x.shape[0] * x.shape[1])
     arguments = encode_arguments(x, spec, transform, planes, flag, settings, x.is_cuda, direct)
+    if after is not None:
+        arguments |= {"after_ptr": after, "AFTER": True}
     if x.is_cuda:
         with torch.cuda.device(x.device):
             limits = {"num_warps": settings.warps, "maxnreg": settings.registers}
             encode_pages_kernel[grid](**arguments, **limits, **FUSED)
     else:
         encode_pages_kernel[grid](**arguments, **FUSED)
-    return planes, flag
 
 
 def encode_arguments(
@@ -216,6 +243,7 @@ def encode_arguments(
     return arguments | {
         "x_ptr": x,
         "flag_ptr": flag,
+        "after_ptr": flag,
         "stride_b": x.stride(0),
         "stride_h": x.stride(1),
         "stride_t": x.stride(2),
@@ -230,6 +258,7 @@ def encode_arguments(
         "WEIGHT": transform.weight is not None,
         "ORDER": transform.order is not None,
         "STAGES": settings.stages,
+        "AFTER": False,
     }
 
 

@@ -521,6 +521,7 @@ def encode_pages_kernel(
     weight_ptr,
     order_ptr,
     flag_ptr,
+    after_ptr,
     matrix0_ptr,
     table0_ptr,
     words0_ptr,
@@ -565,6 +566,7 @@ def encode_pages_kernel(
     WEIGHT: tl.constexpr,
     ORDER: tl.constexpr,
     STAGES: tl.constexpr,
+    AFTER: tl.constexpr,
 ):
     """Encode `per` pages, from per * axis 0 on, of one (batch, KV head) (axis 1).
 
@@ -577,8 +579,11 @@ def encode_pages_kernel(
 
     largest: of the scale's dtype; RULE: 0 "norm", 1 "norm_corrected", 2 "unbiased"; MODE: RAW, QUICK or
     CAREFUL; STAGES: of the loop over pages. flag [1] becomes 1 where a vector is not finite, 2 where one is
-    out of the range of a MODE other than CAREFUL.
+    out of the range of a MODE other than CAREFUL. With AFTER, nothing is done unless after [1], the flag of
+    another launch, is 2.
     """
+    if AFTER:
+        pages *= (tl.load(after_ptr) == 2).to(tl.int32)
     head = tl.program_id(1).to(tl.int64)
     x_ptr += head // heads * stride_b + head % heads * stride_h
     mean_ptr += head * (C0 + C1)

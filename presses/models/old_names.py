@@ -46,6 +46,11 @@ class OldNames(dict[str, Any]):
             return self._hidden
         raise KeyError(name)
 
+    @property
+    def end(self) -> int | None:
+        """One more than the last of the positions that are made up here; None: the call has its own."""
+        return None if PLACES in self else self._seen + self._hidden.shape[1]
+
     def get(self, name: str, default: Any = None) -> Any:
         """As `[name]`, or the default."""
         try:

@@ -16,7 +16,7 @@ from quantpress.cache.settings import LayerSettings
 from quantpress.cache.tokens.demotion import Demotion
 from quantpress.errors import InvalidInputError
 from quantpress.kernels.layout import PAGE_TOKENS
-from quantpress.presses.models.attention import full_attention_modules, hooked, is_sliding
+from quantpress.presses.models.attention import decoder_of, full_attention_modules, hooked, is_sliding
 from quantpress.presses.packing.filled_cache import Quantizer, pack_cache
 from quantpress.presses.packing.head_wise import name_slots, named_slots
 from quantpress.presses.packing.prefill_hook import (
@@ -28,6 +28,7 @@ from quantpress.presses.packing.prefill_hook import (
     prefill_call,
 )
 from quantpress.presses.packing.queries import UnknownAttentionError, query_moment, recomputed_keys
+from quantpress.presses.packing.settlement import Settlement
 from quantpress.presses.packing.short_contexts import warn_if_nothing_is_packed
 from quantpress.presses.packing.sinks import slots_with_sinks_first
 from quantpress.presses.packing.token_order import Survivors, survivor_positions
@@ -85,6 +86,7 @@ class Packer:
         self._positions: dict[int, torch.Tensor | None] = {}
         self._waiting: dict[int, tuple[Cache, int, dict[int, torch.Tensor]]] = {}
         self._last: nn.Module | None = None
+        self._settlement = Settlement()
         self._warned = False
 
     @contextmanager
@@ -107,9 +109,9 @@ class Packer:
 
     @contextmanager
     def packing(self, model: nn.Module) -> Iterator[None]:
-        """Enter behind the last evictor."""
+        """Enter behind the last evictor. What a forward has packed is checked when it ends."""
         self._last = next(reversed(full_attention_modules(model)), None)
-        with hooked(model, self.pack):
+        with hooked(model, self.pack), self._settlement.at_end_of(decoder_of(model)):
             yield
 
     def record(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
@@ -140,7 +142,11 @@ class Packer:
         call = prefill_call(module, args, kwargs)
         if call is None or is_sliding(module):
             return
-        self._pack(call)
+        with self._settlement.collecting():
+            self._pack(call)
+        packed = call.cache.layers[call.layer_idx]
+        if isinstance(packed, PackedLayer):
+            self._settlement.add(packed)
         if module is self._last and not self.at_exit:
             warn_if_nothing_is_packed(self.press, call.cache, call.tokens)
 
@@ -227,12 +233,15 @@ class Packer:
         all_keys = keys if originals is None else originals[0]
         known = all_keys if all_keys.shape[2] == call.tokens else None
         window = self.press.balance_window
-        try:
-            return query_moment(
-                call.module, call.hidden_states, call.position_embeddings, keys.shape[1], window, known
-            )
-        except UnknownAttentionError as reason:
+
+        def warn(reason: UnknownAttentionError) -> None:
             self._warn_of_queries(call, reason, "without balanced channels", "balance=False")
+
+        inputs = call.module, call.hidden_states, call.position_embeddings
+        try:
+            return query_moment(*inputs, keys.shape[1], window, known, warn)
+        except UnknownAttentionError as reason:
+            warn(reason)
             return None
 
     def _warn_of_queries(self, call: PrefillCall, reason: Exception, effect: str, remedy: str) -> None:

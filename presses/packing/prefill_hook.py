@@ -1,6 +1,9 @@
 """What a forward hook on an attention module sees of a prefill, and checks of the cache it finds."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from math import isfinite
 from typing import Any
 
 import torch
@@ -9,9 +12,12 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 from quantpress.cache import host
 from quantpress.cache.layer import PackedLayer
+from quantpress.deferred import judge
 from quantpress.errors import CompositionError, InvalidInputError, NonFiniteError, UnsupportedModelError
+from quantpress.presses.models.old_names import OldNames
 
 _CACHE_ARGUMENTS = ("cache", "past_key_values", "past_key_value", "layer_past")
+_NOTES = "_quantpress_noted"
 _FRESH_CACHE = "pass a fresh past_key_values=DynamicCache()"
 
 
@@ -59,15 +65,15 @@ def prefill_call(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Prefil
             "transformers Cache; use this model without presses"
         )
     hidden_states = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-    position = kwargs.get("cache_position")
     if cache is None:
         return None
-    if position is None:
+    end = _end(kwargs)
+    if end is None:
         raise UnsupportedModelError(
             f"{type(module).__name__} is given no cache_position: a prefill cannot be told from decoding; "
             "use this model without presses"
         )
-    if int(position[-1]) + 1 != hidden_states.shape[1]:
+    if end != hidden_states.shape[1]:
         return None
     mask = kwargs.get("attention_mask")
     return PrefillCall(
@@ -77,6 +83,24 @@ def prefill_call(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Prefil
         kwargs.get("position_embeddings"),
         mask if isinstance(mask, torch.Tensor) else None,
     )
+
+
+def _end(kwargs: dict[str, Any]) -> int | None:
+    """The position after the last one of a call; None where it is given none."""
+    known = kwargs.end if isinstance(kwargs, OldNames) else None
+    if known is not None:
+        return known
+    position = kwargs.get("cache_position")
+    return None if position is None else 1 + int(_noted(position, "end", lambda: position[-1]))
+
+
+def _noted(tensor: torch.Tensor, name: str, find: Callable[[], Any]) -> Any:
+    """A number that follows from a tensor, which a model gives to all its layers; read from it once."""
+    version = None if tensor.is_inference() else tensor._version
+    noted: dict[str, tuple[int | None, Any]] = vars(tensor).setdefault(_NOTES, {})
+    if name not in noted or noted[name][0] != version:
+        noted[name] = version, find().item()
+    return noted[name][1]
 
 
 def forget_attention_weights(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
@@ -130,16 +154,22 @@ def check_states(call: PrefillCall, keys: torch.Tensor, values: torch.Tensor) ->
     Raises:
         InvalidInputError: the cache held tokens before this prefill.
         CompositionError: tokens were evicted from a padded batch.
-        NonFiniteError: keys or values hold NaN or infinity.
+        NonFiniteError: keys or values hold NaN or infinity (where checks are deferred, when they are
+            settled).
     """
     check_fresh(call, keys)
     check_padding(call, keys.shape[2])
     for name, states in (("keys", keys), ("values", values)):
-        if states.numel() and not bool(torch.stack(torch.aminmax(states)).isfinite().all()):
-            raise NonFiniteError(
-                f"the {name} of layer {call.layer_idx} hold NaN or infinity; load the model in bfloat16 or "
-                f"float32, or leave this layer unpacked with layer_bits={{{call.layer_idx}: 16}}"
-            )
+        if states.numel():
+            judge(partial(_check_ends, name, call.layer_idx), *torch.aminmax(states))
+
+
+def _check_ends(name: str, layer_idx: int, ends: list[float]) -> None:
+    if not all(map(isfinite, ends)):
+        raise NonFiniteError(
+            f"the {name} of layer {layer_idx} hold NaN or infinity; load the model in bfloat16 or float32, "
+            f"or leave this layer unpacked with layer_bits={{{layer_idx}: 16}}"
+        )
 
 
 def check_padding(call: PrefillCall, kept: int) -> None:
@@ -165,6 +195,9 @@ def is_padded(mask: torch.Tensor | None) -> bool:
     """Whether the last query cannot see every token: mask [B, N] 0/1, or [B, 1, N, N] bool or additive."""
     if mask is None:
         return False
+    return not _noted(mask, "seen", lambda: _seen(mask).all())
+
+
+def _seen(mask: torch.Tensor) -> torch.Tensor:
     last = mask if mask.dim() == 2 else mask[:, :, -1]
-    seen = last if last.dtype == torch.bool else (last != 0 if mask.dim() == 2 else last == 0)
-    return not bool(seen.all())
+    return last if last.dtype == torch.bool else (last != 0 if mask.dim() == 2 else last == 0)

@@ -5,10 +5,14 @@ knows how it rotates. The result is checked: keys computed here must equal the k
 """
 
 import sys
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
+
+from quantpress.deferred import deferred_checks, judge
 
 PositionEmbeddings = tuple[torch.Tensor, torch.Tensor]
 
@@ -27,6 +31,7 @@ def query_moment(
     kv_heads: int,
     window: int,
     last_keys: torch.Tensor | None,
+    on_mismatch: Callable[[UnknownAttentionError], None] | None = None,
 ) -> torch.Tensor:
     """E[q_j^2] of the last queries of a prefill, after RoPE, averaged over the query heads of each KV head.
 
@@ -38,19 +43,23 @@ def query_moment(
         window: how many of the last queries to look at.
         last_keys: [B, Hkv, <= N, D] keys of the last tokens of the prefill, to check the computation against;
             None: no check.
+        on_mismatch: called with the reason where a deferred check finds other keys; None: raises it.
 
     Returns:
-        [B, Hkv, D] float32.
+        [B, Hkv, D] float32; 0, which means no balance, where a deferred check finds other keys.
 
     Raises:
         UnknownAttentionError: it is not known how the class projects or rotates.
     """
+    agree, deferred = None, deferred_checks() is not None
     if last_keys is not None:
-        check_keys(module, hidden_states, position_embeddings, last_keys)
+        agree = _agree(module, hidden_states, position_embeddings, last_keys)
+        judge(partial(_check_agreement, on_mismatch if deferred else None), agree)
     queries = last_queries(module, hidden_states, position_embeddings, window).float()
     batch, _, tokens, dim = queries.shape
     grouped = queries.reshape(batch, kv_heads, -1, tokens, dim)  # [B, Hkv, G, W, D]
-    return grouped.square().mean(dim=(2, 3))
+    moment = grouped.square().mean(dim=(2, 3))
+    return moment if agree is None or not deferred else moment.where(agree, 0.0)
 
 
 def last_queries(
@@ -163,11 +172,29 @@ def check_keys(
     Raises:
         UnknownAttentionError: they differ, or cannot be computed.
     """
+    judge(partial(_check_agreement, None), _agree(module, hidden_states, position_embeddings, keys))
+
+
+def _agree(
+    module: nn.Module,
+    hidden_states: torch.Tensor,
+    position_embeddings: PositionEmbeddings | None,
+    keys: torch.Tensor,
+) -> torch.Tensor:
+    """Whether `check_keys` finds the keys right, [] bool."""
     actual = keys[:, :, -_CHECKED_TOKENS:]
     computed = _rotated(module, hidden_states, position_embeddings, actual.shape[2], keys=True)
     if computed.shape != actual.shape:
         raise UnknownAttentionError(f"its keys have shape {tuple(actual.shape)}, not {tuple(computed.shape)}")
     kept = actual != 0
     error = ((computed - actual).float() * kept).norm()
-    if not bool(kept.any()) or not bool(error <= _TOLERANCE * actual.float().norm()):
-        raise UnknownAttentionError("keys computed from its hidden states are not those in its cache")
+    agree: torch.Tensor = (error <= _TOLERANCE * actual.float().norm()) & kept.any()
+    return agree
+
+
+def _check_agreement(on_mismatch: Callable[[UnknownAttentionError], None] | None, agree: list[float]) -> None:
+    if not all(agree):
+        reason = UnknownAttentionError("keys computed from its hidden states are not those in its cache")
+        if on_mismatch is None:
+            raise reason
+        on_mismatch(reason)

@@ -14,6 +14,8 @@ from quantpress.presses.packing.prefill_hook import PrefillCall
 from quantpress.presses.packing.queries import last_queries
 from quantpress.quantization.numerics import without_autocast
 
+_WORKSPACE_SCORES = 1 << 25  # float32 numbers: 134 MB
+
 QUERIES = 64
 """How many of the last queries of the prefill decide by their attention."""
 
@@ -61,16 +63,17 @@ def slots_with_sinks_first(
 
 
 def _mean_attention(call: PrefillCall, keys: torch.Tensor, hidden: torch.Tensor | None) -> torch.Tensor:
-    """[B, Hkv, T] float32, one KV head at a time, since queries x keys is large."""
+    """[B, Hkv, T] float32, a few KV heads at a time, since queries x keys is large."""
     queries = last_queries(call.module, call.hidden_states, call.position_embeddings, QUERIES)
     batch, heads, _, dim = keys.shape
     grouped = queries.reshape(batch, heads, -1, dim)  # [B, Hkv, G * W, D]
     scaling = getattr(call.module, "scaling", dim**-0.5)
     attention = torch.empty(keys.shape[:3], dtype=torch.float32, device=keys.device)
+    step = max(1, _WORKSPACE_SCORES // (batch * grouped.shape[2] * keys.shape[2]))
     with without_autocast():
-        for head in range(heads):
-            scores = grouped[:, head].float() @ keys[:, head].float().mT * scaling  # [B, G * W, T]
+        for some in (slice(head, head + step) for head in range(0, heads, step)):
+            scores = (grouped[:, some].float() @ keys[:, some].float().mT).mul_(scaling)  # [B, h, G * W, T]
             if hidden is not None:
-                scores.masked_fill_(hidden[:, head, None], torch.finfo(scores.dtype).min)
-            attention[:, head] = scores.softmax(dim=-1).mean(dim=1)
+                scores.masked_fill_(hidden[:, some, None], torch.finfo(scores.dtype).min)
+            attention[:, some] = scores.softmax(dim=-1).mean(dim=2)
     return attention

@@ -1,0 +1,99 @@
+"""Checks of numbers that only a device knows, read for many tensors at once.
+
+Reading a number makes the host wait for the device, and the device then waits for the next kernels. `judge`
+hands numbers to a verdict, which raises an error or takes note of them. It reads them at once, unless it is
+called inside `DeferredChecks.collecting`: there it keeps them, and `settle` reads all of them together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from itertools import groupby
+
+import torch
+from torch import Tensor
+
+Verdict = Callable[[list[float]], None]
+
+
+class DeferredChecks:
+    """Verdicts that wait for their numbers.
+
+    Attributes:
+        narrowed: planes with scales in float32 that fit into float16, as verdicts have found.
+        held_bytes: bytes that these planes, and those whose verdict waits, take more than in float16.
+    """
+
+    def __init__(self) -> None:
+        self._waiting: list[tuple[tuple[Tensor, ...], Verdict]] = []
+        self.narrowed: list[Tensor] = []
+        self.held_bytes = 0
+
+    @contextmanager
+    def collecting(self) -> Iterator[None]:
+        """Keep what `judge` is given inside the block, in this thread, until `settle`."""
+        token = _COLLECTING.set(self)
+        try:
+            yield
+        finally:
+            _COLLECTING.reset(token)
+
+    def defer(self, numbers: tuple[Tensor, ...], verdict: Verdict) -> None:
+        """Keep numbers for a verdict."""
+        self._waiting.append((numbers, verdict))
+
+    def settle(self) -> None:
+        """Give each verdict its numbers, in the order in which they came; raises what the first one raises.
+
+        The host waits once for each dtype and device.
+        """
+        waiting, self._waiting = self._waiting, []
+        read = _read([one for numbers, _ in waiting for one in numbers])
+        for numbers, verdict in waiting:
+            verdict([number for _ in numbers for number in next(read)])
+
+
+@contextmanager
+def checked_at_once() -> Iterator[None]:
+    """Inside, `judge` reads numbers at once, whatever is collected outside."""
+    token = _COLLECTING.set(None)
+    try:
+        yield
+    finally:
+        _COLLECTING.reset(token)
+
+
+_COLLECTING: ContextVar[DeferredChecks | None] = ContextVar("collecting", default=None)
+
+
+def deferred_checks() -> DeferredChecks | None:
+    """The checks that are collected here and now; None: checks are made at once."""
+    return _COLLECTING.get()
+
+
+def judge(verdict: Verdict, *numbers: Tensor) -> None:
+    """Give numbers to a verdict, at once or when the checks collected here are settled.
+
+    Args:
+        verdict: is given the numbers of all tensors in one list.
+        numbers: of any shape and dtype; nothing may be written to them afterwards.
+    """
+    checks = deferred_checks()
+    if checks is not None:
+        checks.defer(numbers, verdict)
+    else:
+        verdict([number for part in _read(list(numbers)) for number in part])
+
+
+def _read(numbers: list[Tensor]) -> Iterator[list[float]]:
+    """The numbers of each tensor on the host."""
+    found: list[list[float]] = [[] for _ in numbers]
+    kinds = sorted(range(len(numbers)), key=lambda i: (str(numbers[i].device), str(numbers[i].dtype)))
+    for _, group in groupby(kinds, key=lambda i: (numbers[i].device, numbers[i].dtype)):
+        members = list(group)
+        flat = torch.cat([numbers[i].reshape(-1) for i in members]).tolist()
+        for i in members:
+            found[i], flat = flat[: numbers[i].numel()], flat[numbers[i].numel() :]
+    return iter(found)
