@@ -89,11 +89,10 @@ def _find(known: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor | None:
     ordered, order = known.sort(dim=-1)
     first = torch.searchsorted(ordered, wanted)
     behind = torch.searchsorted(ordered, wanted, right=True)
-    if not bool((behind - first == 1).all()):
-        return None
-    positions = order.gather(-1, first)
-    in_order = positions.sort(dim=-1).values
-    return positions if bool((in_order.diff(dim=-1) > 0).all()) else None
+    positions = order.gather(-1, first.clamp(max=known.shape[-1] - 1))
+    apart = positions.sort(dim=-1).values.diff(dim=-1) > 0
+    found_once = (behind - first == 1).all() & apart.all()  # waited for only once
+    return positions if bool(found_once) else None
 
 
 def _row_hashes(x: torch.Tensor) -> torch.Tensor:

@@ -1,6 +1,8 @@
 """On a CUDA device everything gives what it gives on the CPU, and memory really falls."""
 
+import contextlib
 import copy
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -12,9 +14,11 @@ from quantpress.kernels import attend as kernels
 from quantpress.kernels.attend import DenseSegment, PackedSegment, PackedSide, Visibility, attend
 from quantpress.kernels.layout import unpack_pages
 from quantpress.presses import Compose, Demote, Knorm, SnapKV, TurboQuant
+from quantpress.presses.packing.settlement import Settlement
 from quantpress.quantization.spec import CodecSpec
 from quantpress.quantization.transform import key_statistics
 from tests.cache.caches import lossless, scalar
+from tests.gpu.gpu_state import no_synchronization
 from tests.gpu.test_cuda_graph import model_on_cuda
 from tests.tiny_models import prompt, tiny_model
 
@@ -106,6 +110,46 @@ def test_offload_and_prefetch() -> None:
     assert layer.keys.device.type == "cpu" and torch.cuda.memory_allocated() < resident
     layer.prefetch()
     assert torch.equal(layer.keys + 0, before)
+
+
+@contextlib.contextmanager
+def no_wait_between(first: torch.nn.Module, last: torch.nn.Module) -> Iterator[None]:
+    """Nothing may wait for the device from the start of one module to the end of another."""
+    with contextlib.ExitStack() as watch:
+        strict = watch.enter_context(contextlib.ExitStack())
+        begin = first.register_forward_pre_hook(lambda *_: strict.enter_context(no_synchronization()))
+        watch.callback(begin.remove)
+        watch.callback(last.register_forward_hook(lambda *_: strict.close()).remove)
+        yield
+
+
+@pytest.mark.parametrize("name", ["3 bits", "2.5 bits", "small", "quality"])
+def test_packing_does_not_wait_for_the_device(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the second layer to the last; the first one looks at positions. Codes are as if it had waited."""
+    press = TurboQuant(float(name[:-5])) if name.endswith(" bits") else TurboQuant.preset(name)
+    config = LlamaConfig(
+        hidden_size=256,
+        intermediate_size=256,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=128,
+        vocab_size=512,
+    )
+    with torch.device("cuda"):
+        model = LlamaForCausalLM(config).to(torch.bfloat16).eval()
+    ids, found = prompt(2000).cuda(), []
+    for watched in (False, True, False):
+        cache, layers = DynamicCache(), model.model.layers
+        if found and not watched:
+            monkeypatch.setattr(Settlement, "collecting", lambda self: contextlib.nullcontext())
+        watch = no_wait_between(layers[1], layers[-1]) if watched else contextlib.nullcontext()
+        with torch.inference_mode(), press(model), watch:
+            model.model(ids, past_key_values=cache)
+        found.append([layer.tokens.packed_tensors() for layer in cache.layers])
+    for each in zip(*found, strict=True):
+        for one, *others in zip(*each, strict=True):
+            assert all(other.dtype == one.dtype and torch.equal(other, one) for other in others)
 
 
 @pytest.mark.parametrize("evict", [False, True], ids=["all_tokens", "half_of_them"])
