@@ -583,7 +583,7 @@ def encode_pages_kernel(
     another launch, is 2.
     """
     if AFTER:
-        pages *= (tl.load(after_ptr) == 2).to(tl.int32)
+        pages = tl.where(tl.load(after_ptr) == 2, pages, 0)
     head = tl.program_id(1).to(tl.int64)
     x_ptr += head // heads * stride_b + head % heads * stride_h
     mean_ptr += head * (C0 + C1)
