@@ -1,7 +1,7 @@
 """The arms of an evaluation: ways to keep a cache that are compared.
 
-Every run has the controls: the uncompressed cache, plain integers, KIVI's scheme, random eviction and
-kvpress's presses alone. All of them really hold their cache in that form; nothing is simulated.
+Every run has the controls: the uncompressed cache, FP8, plain integers, those behind a rotation, KIVI's
+scheme, random eviction and kvpress's presses alone. All of them really hold their cache in that form; nothing is simulated.
 """
 
 from collections.abc import Callable, Sequence
@@ -10,6 +10,8 @@ from functools import partial
 from typing import Any
 
 from quantpress.cache.settings import DEFAULT_SINK_TOKENS
+from quantpress.codecs.block_hadamard import BlockHadamardPages
+from quantpress.codecs.fp8 import Fp8Pages
 from quantpress.codecs.protocol import PageCodec
 from quantpress.codecs.uniform import UniformPages
 from quantpress.errors import InvalidInputError
@@ -65,9 +67,31 @@ def uncompressed() -> Arm:
 
 def plain_integers(bits: int) -> TurboQuant:
     """Plain integers of `bits` bits, one range for each token and head, without pinned tokens or rotation."""
-    return TurboQuant(
-        codec=lambda head_dim, role, layer_idx: UniformPages(head_dim, bits), sink_tokens=0, recent_tokens=0
-    )
+    return _without_windows(lambda head_dim, role, layer_idx: UniformPages(head_dim, bits))
+
+
+def fp8() -> TurboQuant:
+    """FP8 (e4m3) with one scale for a tensor, 1.0, without pinned tokens: as vLLM stores it uncalibrated."""
+    return _without_windows(lambda head_dim, role, layer_idx: Fp8Pages(head_dim))
+
+
+def block_hadamard(bits: int = 4) -> TurboQuant:
+    """SAW-INT4's scheme: keys are rotated in blocks, values are not; then one range for each token and head.
+
+    Blocks have 128 channels, or those of a head where it has fewer. Its authors rotate values too only as an
+    option.
+
+    Source: SAW-INT4, arXiv 2604.19157, as its code runs by default.
+    """
+
+    def codec(head_dim: int, role: str, layer_idx: int) -> PageCodec:
+        return BlockHadamardPages(head_dim, bits) if role == "key" else UniformPages(head_dim, bits)
+
+    return _without_windows(codec)
+
+
+def _without_windows(codec: CodecFactory) -> TurboQuant:
+    return TurboQuant(codec=codec, sink_tokens=0, recent_tokens=0)
 
 
 def kivi(bits: int) -> TurboQuant:
@@ -97,8 +121,10 @@ def controls() -> list[Arm]:
     """The arms of every run."""
     return [
         uncompressed(),
+        Arm("FP8 per tensor", fp8, "control"),
         Arm("int8 per token", lambda: plain_integers(8), "control"),
         Arm("int4 per token", lambda: plain_integers(4), "control"),
+        Arm("int4, block Hadamard", block_hadamard, "control"),
         Arm("KIVI 4 bits", lambda: kivi(4), "control"),
         Arm("KIVI 2 bits", lambda: kivi(2), "control"),
         Arm("Random(0.5)", lambda: Random(0.5, seed=0), "control"),
