@@ -1,7 +1,7 @@
 """Packing waits for the device once a forward, and what it learns then is as good as what it asked before."""
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -11,9 +11,10 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
-from quantpress.cache import PackedLayer
+from quantpress.cache import PackedLayer, WidthPlan
+from quantpress.cache.saved.config_fingerprint import config_fingerprint
 from quantpress.errors import NonFiniteError
-from quantpress.presses import TurboQuant
+from quantpress.presses import AdaKV, Compose, Demote, Knorm, TurboQuant
 from quantpress.presses.packing import queries, settlement
 from quantpress.presses.packing.settlement import Settlement
 from tests.presses.reading import read
@@ -115,6 +116,28 @@ def test_scales_have_the_dtype_that_they_need(
         assert one.keys() == other.keys()
         assert all(one[name].dtype == other[name].dtype for name in one)
         assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def by_head() -> TurboQuant:
+    widths = dict.fromkeys(range(3), ((2, 4), (4, 3)))
+    plan = WidthPlan("llama", config_fingerprint(tiny_model("llama").config), widths)
+    return TurboQuant(plan=plan, recent_tokens=16)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: Compose([Demote(Knorm(0.5)), TurboQuant(4, recent_tokens=16)]),
+        lambda: Compose([AdaKV(Knorm(0.5)), TurboQuant(4, recent_tokens=16)]),
+        lambda: TurboQuant(2, codebook="trellis"),
+        by_head,
+    ],
+    ids=["demoted", "evicted by head", "trellis", "widths by head"],
+)
+def test_no_pages_keep_scales_in_float32(make: Callable[[], Any]) -> None:
+    cache = read(tiny_model("llama"), make(), IDS)
+    dtypes = {plane.dtype for layer in cache.layers for plane in layer.tokens.packed_tensors()}
+    assert dtypes == {torch.uint8, torch.float16}
 
 
 def test_a_refused_context_leaves_an_empty_cache() -> None:
