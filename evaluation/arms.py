@@ -1,7 +1,8 @@
 """The arms of an evaluation: ways to keep a cache that are compared.
 
 Every run has the controls: the uncompressed cache, FP8, plain integers, those behind a rotation, KIVI's
-scheme, random eviction and kvpress's presses alone. All of them really hold their cache in that form; nothing is simulated.
+scheme, random eviction and kvpress's presses alone. All of them really hold their cache in that form; nothing
+is simulated.
 """
 
 from collections.abc import Callable, Sequence
