@@ -50,21 +50,3 @@ def rotation_matrix(rotation: Rotation, device: torch.device, inverse: bool = Fa
         for half, part in zip(halves, parts, strict=True):
             half[: rotation.dim, : rotation.dim] = part.half()
         return RotationMatrix(halves.to(device), factor)
-
-
-@lru_cache(maxsize=128)
-def column_signs(rotation: Rotation, device: torch.device) -> Tensor | None:
-    """The signs of a rotation that is a Walsh-Hadamard matrix with signed columns, over sqrt(D); else None.
-
-    Args:
-        rotation: the rotation, of D channels.
-        device: device of the signs.
-
-    Returns:
-        [D] float32 of -1 and 1. Cached and shared: do not write to it.
-    """
-    if rotation.kind != "hadamard" or rotation.dim & (rotation.dim - 1):
-        return None
-    with torch.inference_mode(False), torch.no_grad():  # kept: must stay usable outside inference mode
-        first = rotation.matrix()[0] * math.sqrt(rotation.dim)  # the first row of the matrix is all ones
-        return first.round().to(device, torch.float32)

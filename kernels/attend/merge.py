@@ -5,7 +5,6 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_wait
 
 from quantpress.kernels.attend.schedule_kernel import chunks_of_heads
-from quantpress.kernels.hadamard import hadamard
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 TILES = tl.constexpr(16)
@@ -13,8 +12,10 @@ TILES = tl.constexpr(16)
 
 
 @triton.jit
-def _sums(
+def _load(
     o_ptr,
+    m_ptr,
+    l_ptr,
     start,
     end,
     count,
@@ -25,31 +26,34 @@ def _sums(
     SIZE: tl.constexpr,
     PLANES: tl.constexpr,
 ):
-    """Partial sums `start` to `end` of the `count` of a row, at most SIZE: [SIZE, DV], zeros after them.
+    """Partial sums `start` to `end` of the `count` of a row, at most SIZE: o [SIZE, DV], m and l [SIZE].
 
     o has PLANES sums of DV channels for each row, of which o_ptr points to one.
     """
     split = start + tl.arange(0, SIZE)
+    live = split < end
     slot = (block * count + split) * R + local
-    at = slot[:, None] * (PLANES * DV) + tl.arange(0, DV)[None, :]
-    return tl.load(o_ptr + at, mask=(split < end)[:, None], other=0.0)
-
-
-@triton.jit
-def _scores(m_ptr, l_ptr, start, end, count, block, local, R: tl.constexpr, SIZE: tl.constexpr):
-    """Largest scores and totals of the same partial sums, [SIZE] each."""
-    split = start + tl.arange(0, SIZE)
+    o = tl.load(
+        o_ptr + slot[:, None] * (PLANES * DV) + tl.arange(0, DV)[None, :], mask=live[:, None], other=0.0
+    )
     at = (block * R + local) * count + split
-    m = tl.load(m_ptr + at, mask=split < end, other=-1e30)
-    return m, tl.load(l_ptr + at, mask=split < end, other=0.0)
+    m = tl.load(m_ptr + at, mask=live, other=-1e30)
+    return o, m, tl.load(l_ptr + at, mask=live, other=0.0)
 
 
 @triton.jit
-def _joined_scores(m, total, part_m, part_l):
-    """Join totals part_l [N] at largest scores part_m [N] to m, total [1]; the factor of the old total."""
+def _weights(m, total, part_m, part_l):
+    """Join partial sums part_m and part_l [N] to m and total [1]; the factors of the old and the new ones."""
     new = tl.maximum(m, tl.max(part_m, 0))
-    decay = tl.exp2(m - new)
-    return new, total * decay + tl.sum(part_l * tl.exp2(part_m - new), 0), decay
+    decay, weight = tl.exp2(m - new), tl.exp2(part_m - new)
+    return new, total * decay + tl.sum(part_l * weight, 0), decay, weight
+
+
+@triton.jit
+def _join(m, total, y, part_o, part_m, part_l):
+    """Add partial sums part_o [N, DV], part_m and part_l [N] to m, total [1] and y [DV]."""
+    m, total, decay, weight = _weights(m, total, part_m, part_l)
+    return m, total, y * decay + tl.sum(part_o * weight[:, None], 0)
 
 
 @triton.jit
@@ -94,7 +98,6 @@ def merge_kernel(
     PLANES: tl.constexpr,
     FILTERS: tl.constexpr,
     HAS_SINKS: tl.constexpr,
-    HADAMARD: tl.constexpr,
     SIZE: tl.constexpr,
     HEADS: tl.constexpr,
     STARTS: tl.constexpr,
@@ -107,10 +110,9 @@ def merge_kernel(
 
     o: [N, splits, R, DV], m and l: [N, R, splits], sums over packed tokens in code space, N = heads * blocks;
     dense_o, dense_m, dense_l: the same over 16-bit tokens, with `tiles` in place of `splits`; sinks: [Hkv *
-    group] logits, if HAS_SINKS; rotation: [DV, DV] float32, out of code space but for the factor `unit`, or,
-    if HADAMARD, the column signs [DV] of a Walsh-Hadamard matrix; out: [BH, rows, DV], written; SIZE: partial
-    sums joined at a time. Where PLANES is 2 or 3, values are so many bit planes, o is [N, splits, R, PLANES,
-    DV], and taps FILTERS, plane by plane, make one vector of them.
+    group] logits, if HAS_SINKS; rotation: [DV, DV] float32, out of code space but for the factor `unit`; out:
+    [BH, rows, DV], written; SIZE: partial sums joined at a time. Where PLANES is 2 or 3, values are so many
+    bit planes, o is [N, splits, R, PLANES, DV], and taps FILTERS, plane by plane, make one vector of them.
     Where HEADS, a power of two of at least `heads`, is not 0, heads have page tables: o, m and l are [blocks,
     splits, ...], and the splits belong to heads as `chunks_of_heads` says, of used and starts [heads] int32
     and pages, or, if SCHEDULED, as schedule [BH, 2] int32 says. PARTIAL: the sums over packed tokens, rotated
@@ -129,10 +131,7 @@ def merge_kernel(
         end = begin + tl.sum(tl.where(index == head, chunks, 0), 0)
     value = tl.arange(0, DV)
     COUNT: tl.constexpr = PLANES if PLANES else 1
-    if HADAMARD:
-        signs = tl.load(rotation_ptr + value)
-    else:  # float32: to convert it takes 0.5 us
-        turn = tl.load(rotation_ptr + value[:, None] * DV + value[None, :])
+    turn = tl.load(rotation_ptr + value[:, None] * DV + value[None, :])  # float32: to convert it takes 0.5 us
     if CHAINED:
         gdc_wait()
     for step in range(EACH):
@@ -143,64 +142,60 @@ def merge_kernel(
             holder = head * 0 + row // R
         m = tl.full([1], -1e30, tl.float32)
         total = tl.zeros([1], tl.float32)
-        # The first sums are on their way while the largest score is found; rows of SIZE are added up last.
-        o = _sums(o_ptr, begin, end, splits, holder, local, DV, R, SIZE, COUNT)
-        if COUNT > 1:
-            o1 = _sums(o_ptr + DV, begin, end, splits, holder, local, DV, R, SIZE, COUNT)
-        if COUNT > 2:
-            o2 = _sums(o_ptr + 2 * DV, begin, end, splits, holder, local, DV, R, SIZE, COUNT)
+        y = tl.zeros([DV], tl.float32)
+        o, ms, ls = _load(o_ptr, m_ptr, l_ptr, begin, end, splits, holder, local, DV, R, SIZE, COUNT)
+        if PLANES:
+            one, two = o_ptr + DV, o_ptr + 2 * DV
+            o1, ms, ls = _load(one, m_ptr, l_ptr, begin, end, splits, holder, local, DV, R, SIZE, COUNT)
+            o2 = o1
+            if PLANES == 3:
+                o2, ms, ls = _load(two, m_ptr, l_ptr, begin, end, splits, holder, local, DV, R, SIZE, COUNT)
         if not PARTIAL:
-            dense_o = _sums(dense_o_ptr, 0, tiles, tiles, block, local, DV, R, TILES, 1)
-            dense_m, dense_l = _scores(dense_m_ptr, dense_l_ptr, 0, tiles, tiles, block, local, R, TILES)
-        first_m, ls = _scores(m_ptr, l_ptr, begin, end, splits, holder, local, R, SIZE)
-        m, total, decay = _joined_scores(m, total, first_m, ls)
+            dense_o, dense_ms, dense_ls = _load(
+                dense_o_ptr, dense_m_ptr, dense_l_ptr, 0, tiles, tiles, block, local, DV, R, TILES, 1
+            )
+        if PLANES:
+            m, total, decay, weight = _weights(m, total, ms, ls)
+            y = tl.sum(o * weight[:, None], 0)
+            y1 = tl.sum(o1 * weight[:, None], 0)
+            y2 = tl.sum(o2 * weight[:, None], 0)
+        else:
+            m, total, y = _join(m, total, y, o, ms, ls)
         for start in range(begin + SIZE, end, SIZE):
-            ms, ls = _scores(m_ptr, l_ptr, start, end, splits, holder, local, R, SIZE)
-            m, total, decay = _joined_scores(m, total, ms, ls)
-        weight = tl.exp2(first_m - m)[:, None]
-        o *= weight
-        if COUNT > 1:
-            o1 *= weight
-        if COUNT > 2:
-            o2 *= weight
-        for start in range(begin + SIZE, end, SIZE):
-            more = _sums(o_ptr, start, end, splits, holder, local, DV, R, SIZE, COUNT)
-            ms, ls = _scores(m_ptr, l_ptr, start, end, splits, holder, local, R, SIZE)
-            weight = tl.exp2(ms - m)[:, None]
-            o += more * weight
-            if COUNT > 1:
-                o1 += _sums(o_ptr + DV, start, end, splits, holder, local, DV, R, SIZE, COUNT) * weight
-            if COUNT > 2:
-                o2 += _sums(o_ptr + 2 * DV, start, end, splits, holder, local, DV, R, SIZE, COUNT) * weight
-        y = tl.sum(o, 0)
+            o, ms, ls = _load(o_ptr, m_ptr, l_ptr, start, end, splits, holder, local, DV, R, SIZE, COUNT)
+            if PLANES:
+                o1, ms, ls = _load(one, m_ptr, l_ptr, start, end, splits, holder, local, DV, R, SIZE, COUNT)
+                o2 = o1
+                if PLANES == 3:
+                    o2, ms, ls = _load(
+                        two, m_ptr, l_ptr, start, end, splits, holder, local, DV, R, SIZE, COUNT
+                    )
+                m, total, decay, weight = _weights(m, total, ms, ls)
+                y = y * decay + tl.sum(o * weight[:, None], 0)
+                y1 = y1 * decay + tl.sum(o1 * weight[:, None], 0)
+                y2 = y2 * decay + tl.sum(o2 * weight[:, None], 0)
+            else:
+                m, total, y = _join(m, total, y, o, ms, ls)
         if PLANES:
             LAGS: tl.constexpr = len(FILTERS) // PLANES
-            of_planes, y1, y2 = y, y, y
-            if COUNT > 1:
-                y1 = tl.sum(o1, 0)
-            if COUNT > 2:
-                y2 = tl.sum(o2, 0)
+            of_planes = y
             y = _of_lag(of_planes, y1, y2, 0, PLANES, LAGS, FILTERS)
             for lag in tl.static_range(1, LAGS):
                 later = _of_lag(of_planes, y1, y2, lag, PLANES, LAGS, FILTERS)
                 y += tl.gather(later, (value + (DV - lag)) % DV, 0)
-        y *= unit
-        turned = signs * hadamard(y, DV) if HADAMARD else tl.sum(turn * y[:, None], 0)
+        turned = tl.sum(turn * (y * unit)[:, None], 0)
         if PARTIAL:
             tl.store(dense_o_ptr + ((block * tiles + into) * R + local) * DV + value, turned)
             to = (block * R + local) * tiles + into + tl.arange(0, 1)
             tl.store(dense_m_ptr + to, m)
             tl.store(dense_l_ptr + to, total)
         else:
-            m, total, decay = _joined_scores(m, total, dense_m, dense_l)
-            turned = turned * decay + tl.sum(dense_o * tl.exp2(dense_m - m)[:, None], 0)
+            m, total, turned = _join(m, total, turned, dense_o, dense_ms, dense_ls)
             for start in range(TILES, tiles, TILES):
-                dense_o = _sums(dense_o_ptr, start, tiles, tiles, block, local, DV, R, TILES, 1)
-                dense_m, dense_l = _scores(
-                    dense_m_ptr, dense_l_ptr, start, tiles, tiles, block, local, R, TILES
+                dense_o, dense_ms, dense_ls = _load(
+                    dense_o_ptr, dense_m_ptr, dense_l_ptr, start, tiles, tiles, block, local, DV, R, TILES, 1
                 )
-                m, total, decay = _joined_scores(m, total, dense_m, dense_l)
-                turned = turned * decay + tl.sum(dense_o * tl.exp2(dense_m - m)[:, None], 0)
+                m, total, turned = _join(m, total, turned, dense_o, dense_ms, dense_ls)
             if HAS_SINKS:
                 sink = tl.load(sinks_ptr + head % kv_heads * group + row // queries).to(tl.float32) * LOG2_E
                 new = tl.maximum(m, sink)

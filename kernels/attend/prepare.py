@@ -5,7 +5,6 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents
 
 from quantpress.kernels.attend.dense import attend_tile, load_paged_tile, load_queries, load_tile
-from quantpress.kernels.hadamard import hadamard
 
 MOST = tl.constexpr(32512.0)
 """Query coordinates are counted in units of their largest over 127 * 256: the high byte stays below 128."""
@@ -40,7 +39,7 @@ def _prepare(
     query_ptr,
     weight_ptr,
     mean_ptr,
-    turn_ptr,
+    halves_ptr,
     q_ptr,
     factor_ptr,
     start_ptr,
@@ -72,10 +71,7 @@ def _prepare(
     kernel starts, whose first loads are of several MB.
     """
     channel = tl.arange(0, D)
-    if HALVES:
-        turn = _rotation(turn_ptr, D, HALVES)
-    else:
-        signs = tl.load(turn_ptr + channel)
+    turn = _rotation(halves_ptr, D, HALVES)
     x = tl.load(query_ptr + (head * rows + row) * D + channel).to(tl.float32)
     if HAS_MEAN:
         mean = tl.load(mean_ptr + own * D + channel)
@@ -84,7 +80,7 @@ def _prepare(
     weighed = x * turn_factor
     if HAS_WEIGHT:
         weighed = weighed / weight
-    y = tl.sum(turn * weighed[None, :], 1) if HALVES else hadamard(signs * weighed, D)
+    y = tl.sum(turn * weighed[None, :], 1)
     largest, y1, y2, y3 = 1e-30, y, y, y
     if PLANES:
         LAGS: tl.constexpr = len(FILTERS) // PLANES
@@ -143,7 +139,7 @@ def prepare_kernel(
     query_ptr,
     weight_ptr,
     mean_ptr,
-    turn_ptr,
+    halves_ptr,
     q_ptr,
     factor_ptr,
     start_ptr,
@@ -210,8 +206,7 @@ def prepare_kernel(
     Axis 1 is a (batch, KV head, block of R rows), N in all.
 
     Read for the queries: query [BH, rows, D]; weight and mean [BH, D] of the channel transform, if HAS_WEIGHT
-    and HAS_MEAN; turn, the rotation without turn_factor: [HALVES, D, D] float16, or, where HALVES is 0, the
-    column signs [D] float32 of a Walsh-Hadamard matrix; scale, the factor on q.k in
+    and HAS_MEAN; halves [HALVES, D, D] float16, the rotation without turn_factor; scale, the factor on q.k in
     units of log 2; unit, of the key codebook; FILTERS, the taps of keys in PLANES bit planes, plane by plane.
     Written: q [N, 2R, D] int8, or [N, PLANES, 2R, D] where PLANES is not 0, the high part of row r at
     2 r and the low part at 2 r + 1; factor [N, R], which undoes the scaling of q and the
@@ -245,7 +240,7 @@ def prepare_kernel(
                 query_ptr,
                 weight_ptr,
                 mean_ptr,
-                turn_ptr,
+                halves_ptr,
                 q_ptr,
                 factor_ptr,
                 start_ptr,

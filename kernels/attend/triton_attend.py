@@ -31,8 +31,7 @@ from quantpress.kernels.attend.schedule import (
     scheduled_programs,
 )
 from quantpress.kernels.available import FUSED
-from quantpress.kernels.rotation_matrix import column_signs, rotation_matrix
-from quantpress.quantization.rotation import Rotation
+from quantpress.kernels.rotation_matrix import rotation_matrix
 from quantpress.quantization.transform import ChannelTransform
 
 HEAD_DIMS = (64, 128, 256)
@@ -238,7 +237,7 @@ class _Call:
         from quantpress.kernels.attend.prepare import prepare_kernel
 
         dim, value_dim, transform = self.keys.head_dim, self.values.head_dim, self.packed.keys.transform
-        turn, halves, turn_factor = _turn(self.keys.rotation, self.query.device)
+        turn = rotation_matrix(self.keys.rotation, self.query.device, inverse=True)
         count = self.heads * self.blocks
         self.page_scores = self._page_scores() if self.keys.page_keys else None
         filters = self.keys.filters
@@ -258,7 +257,7 @@ class _Call:
             self.query,
             transform.weight,
             transform.mean,
-            turn,
+            turn.halves,
             q,
             factor,
             start,
@@ -271,7 +270,7 @@ class _Call:
             *sums,
             self.scale,
             self.keys.unit,
-            turn_factor,
+            turn.factor,
             self.rows,
             self.queries,
             self.blocks,
@@ -287,7 +286,7 @@ class _Call:
             DV=value_dim,
             R=self.block,
             TILE=DENSE_TILE,
-            HALVES=halves,
+            HALVES=len(turn.halves),
             PLANES=len(filters),
             FILTERS=sum(filters, ()),
             HAS_WEIGHT=transform.weight is not None,
@@ -472,17 +471,12 @@ class _Call:
             out = dense[0]
         elif out is None:
             out = self._new(self.batch, self.query_heads, self.queries, value_dim, dtype=self.query.dtype)
-        signs, unit = column_signs(self.values.rotation, out.device), self.values.unit
-        each = 1
-        if signs is None:
-            each = rows_of_merge(self.rows, self.heads, self._multiprocessors())
-        else:
-            unit *= value_dim**-0.5
+        each = rows_of_merge(self.rows, self.heads, self._multiprocessors())
         merge_kernel[(-(-self.rows // each), self.heads)](
             *sums,
             *dense,
             sinks,
-            self.values.rotation.matrix(out.device, torch.float32) if signs is None else signs,
+            self.values.rotation.matrix(out.device, torch.float32),
             out,
             self.used,
             self.starts,
@@ -497,13 +491,12 @@ class _Call:
             self.heads,
             self.pages,
             0 if into is None else into,
-            unit,
+            self.values.unit,
             DV=value_dim,
             R=self.block,
             PLANES=len(self.values.filters),
             FILTERS=sum(self.values.filters, ()),
             HAS_SINKS=sinks is not None,
-            HADAMARD=signs is not None,
             SIZE=MERGED[sums[0].shape[1] > MERGED[0] * self.scheduled_heads],
             HEADS=self.padded if self.schedule is None else 1,
             STARTS=self.starts is not None,
@@ -515,15 +508,6 @@ class _Call:
             **self.options,
         )
         return out
-
-
-def _turn(rotation: Rotation, device: torch.device) -> tuple[torch.Tensor, int, float]:
-    """What `prepare_kernel` reads as turn, HALVES and turn_factor."""
-    signs = column_signs(rotation, device)
-    if signs is not None:
-        return signs, 0, rotation.dim**-0.5
-    matrix = rotation_matrix(rotation, device, inverse=True)
-    return matrix.halves, len(matrix.halves), matrix.factor
 
 
 def pass_bounds(queries: int) -> list[int]:

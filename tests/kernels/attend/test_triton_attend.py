@@ -121,7 +121,7 @@ POINTERS = {
     "v_ptr": "*i32",
     "ks_ptr": "*fp16",
     "vs_ptr": "*fp16",
-    "turn_ptr": "*fp16",
+    "halves_ptr": "*fp16",
     "query_ptr": "*bf16",
     "out_ptr": "*bf16",
     **{f"{run}used_ptr": "*i32" for run in ("", "first_", "recent_")},
@@ -244,12 +244,12 @@ def test_kernels_around_it_compile_without_a_gpu(capability: int, heads: int, di
     chained = {"CHAINED": capability >= 90, "R": 8, "DV": dim}
     first = chained | {"D": dim, "TILE": DENSE_TILE, "HAS_WEIGHT": True, "HAS_MEAN": True}
     first |= {"FIRST_USED": True, "RECENT_USED": True, "PLAIN": False}
-    first |= {"HALVES": 2 if dim == 64 else 0, "PLANES": heads and 2, "FILTERS": taps(heads and 2)}
+    first |= {"HALVES": 2 if dim == 64 else 1, "PLANES": heads and 2, "FILTERS": taps(heads and 2)}
     first |= {"FIRST_STARTS": heads == 0, "RECENT_STARTS": True, "SLOTS": heads == 64, "SHARED": heads == 32}
     first |= {"FIRST_PAGE": 4 if heads < 64 else 0, "RECENT_PAGE": 128 if heads < 64 else 0}
     merge = chained | {"HAS_SINKS": True, "SIZE": MERGED[heads > 0], "HEADS": heads, "STARTS": heads > 0}
     merge |= {"EACH": 4 if heads else 1, "SCHEDULED": heads == 32, "PLANES": heads and 3}
-    merge |= {"FILTERS": taps(heads and 3), "HADAMARD": heads > 0, "PARTIAL": heads == 64}
+    merge |= {"FILTERS": taps(heads and 3), "PARTIAL": heads == 64}
     schedule = {"HEADS": max(heads, 2), "SIZE": SCHEDULE_TILE, "STARTS": heads == 64}
     means = {"D": dim, "R": 8, "SIZE": PAGES_OF_SCORES, "HAS_WEIGHT": True, "SHARED": heads == 32}
     means |= {"SLOTS": heads == 64, "USED": True, "STARTS": heads > 0, "PAGED": heads > 0}
