@@ -79,10 +79,10 @@ def fp8() -> TurboQuant:
 def block_hadamard(bits: int = 4) -> TurboQuant:
     """SAW-INT4's scheme: keys are rotated in blocks, values are not; then one range for each token and head.
 
-    Blocks have 128 channels, or those of a head where it has fewer. Its authors rotate values too only as an
-    option.
+    Blocks have 128 channels, or the largest power of two that divides the head_dim where that is less.
 
-    Source: SAW-INT4, arXiv 2604.19157, as its code runs by default.
+    Source: SAW-INT4, arXiv 2604.19157. The README of its code measures keys alone, in blocks of 128; rotated
+    values and other blocks are options.
     """
 
     def codec(head_dim: int, role: str, layer_idx: int) -> PageCodec:

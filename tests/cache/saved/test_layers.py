@@ -17,6 +17,8 @@ from quantpress.cache.ranks import Ranks
 from quantpress.cache.saved.format import read_file
 from quantpress.cache.saved.head_parts import own_heads
 from quantpress.cache.saved.layers import cache_of, cache_parts
+from quantpress.codecs.block_hadamard import BlockHadamardPages
+from quantpress.codecs.fp8 import Fp8Pages
 from quantpress.codecs.parts import Parts, rebuild
 from quantpress.codecs.protocol import codec_of
 from quantpress.codecs.raw import RawPages
@@ -49,6 +51,7 @@ SETTINGS: dict[str, Callable[[], LayerSettings]] = {
     "by_head": grouped,
     "mixed": mixed,
     "uniform": lambda: LayerSettings(UniformPages(D, 4, "channel"), UniformPages(D, 4)),
+    "hadamard_fp8": lambda: LayerSettings(BlockHadamardPages(D, 4, block=8), Fp8Pages(D)),
 }
 
 

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 from quantpress.cache import PackedLayer, continue_inputs
 from quantpress.cache.saved.fingerprint import difference, model_fingerprint
 from quantpress.cache.tokens.evicted_slots import MASKS
+from quantpress.codecs.fp8 import Fp8Pages
 from quantpress.codecs.raw import RawPages
 from quantpress.errors import CacheFileError, EmptyContextError, InvalidInputError, UnsupportedModelError
 from quantpress.pipelines.contexts.cached_context import CachedContext
@@ -45,6 +46,7 @@ PRESSES: dict[str, Callable[[], kvpress.BasePress | None]] = {
     "mixed_widths": lambda: TurboQuant(bits=2.5, key_bits=4, layer_bits={0: 16, -1: (8, 3)}, seed=3),
     "prod": lambda: TurboQuant(bits=3, estimator="prod", rotation="haar", mean_key=False),
     "lossless": lambda: TurboQuant(codec=lambda dim, role, layer: RawPages(dim, 32)),
+    "fp8": lambda: TurboQuant(codec=lambda dim, role, layer: Fp8Pages(dim)),
 }
 
 
