@@ -411,6 +411,7 @@ class _Call:
             from quantpress.kernels.attend.split_mma import split_mma_kernel
 
             computed = FEW_ROWS if self.rows <= FEW_ROWS else self.block
+            steps = steps_of_page(self.keys, self.values, computed, self.table is not None)
             split_mma_kernel[grid](
                 lookup_table(*books, q.device),
                 q,
@@ -426,8 +427,8 @@ class _Call:
                 *numbers,
                 **constants,
                 ROWS=computed,
-                HALVES=steps_of_page(self.keys, self.values, computed),
-                STAGED=stages_words(self.keys, self.values, q.device),
+                HALVES=steps,
+                STAGED=stages_words(self.keys, self.values, steps, q.device),
                 CAPPED=self.softcap > 0,
                 CHAINED=self.chained,
                 num_warps=1,
@@ -521,24 +522,31 @@ def block_rows(rows: int, head_dim: int) -> int:
     return 8 if rows <= 8 or head_dim > 128 else 16
 
 
-def steps_of_page(keys: KernelOperands, values: KernelOperands, rows: int) -> int:
-    """Steps in which a page is read: two where a whole page would not fit into registers."""
-    many = max(keys.bits, values.bits) >= 4 or three_planes(keys, values)
-    large = max(keys.bits, values.bits) > 4 or max(keys.head_dim, values.head_dim) > 128
-    return 2 if large or rows > 8 or (many and rows > FEW_ROWS) else 1
+def steps_of_page(keys: KernelOperands, values: KernelOperands, rows: int, paged: bool) -> int:
+    """Steps in which a page is read: two where a whole page would not fit into registers.
+
+    Args:
+        keys, values: their operands.
+        rows: rows that a program computes.
+        paged: whether heads have page tables, which need registers too.
+    """
+    bits, few = max(keys.bits, values.bits), rows <= FEW_ROWS
+    large = bits > 4 or max(keys.head_dim, values.head_dim) > 128 or rows > 8
+    many = (bits == 4 and (paged or not few)) or (three_planes(keys, values) and not few)
+    return 2 if large or many else 1
 
 
-def stages_words(keys: KernelOperands, values: KernelOperands, device: torch.device) -> bool:
+def stages_words(keys: KernelOperands, values: KernelOperands, steps: int, device: torch.device) -> bool:
     """Whether words of 3 bits, and of bit planes, wait in shared memory until they are read.
 
     With a head_dim of 256 there are too many for registers, and loading them for both steps of a page takes
-    half as long again. Three bit planes need the registers for queries and sums, and codes of 8 bits beside
-    them need the registers for words.
+    half as long again. Three bit planes in two steps need the registers for queries and sums, and codes of 8
+    bits beside them need the registers for words.
     """
     bits = keys.bits, values.bits
     wide = 3 in bits and max(keys.head_dim, values.head_dim) > 128
     beside = 8 in bits and (3 in bits or None in (keys.codebook, values.codebook))
-    many = wide or beside or three_planes(keys, values)
+    many = wide or beside or (three_planes(keys, values) and steps == 2)
     return many and shared_memory(device) >= PROGRAMS * STAGED_BYTES
 
 

@@ -168,15 +168,16 @@ def compiled(kernel: Any, constants: dict[str, Any], capability: int, warps: int
     ("key_bits", "value_bits", "dim", "rows", "capability", "heads"),
     [
         (4, 4, 128, 8, 80, 0),
-        (4, 4, 128, 8, 100, 0),
+        (4, 4, 128, 4, 100, 0),
         (2, 2, 128, 8, 100, 0),
-        (3, 2, 128, 8, 90, 1),
+        (3, 2, 128, 4, 90, 1),
         (4, 3, 128, 16, 90, 64),
         (2, 4, 64, 16, 90, 1),
         (3, 3, 256, 8, 80, 0),
         (3, 3, 256, 8, 90, 64),
         (4, 3, 256, 8, 100, 0),
-        (-2, -2, 128, 8, 80, 0),
+        (-2, -2, 128, 4, 80, 0),
+        (-3, -3, 128, 4, 90, 0),
         (-3, -3, 128, 8, 90, 1),
         (4, -2, 64, 16, 100, 64),
         (1, 3, 128, 8, 90, 1),
@@ -198,9 +199,9 @@ def test_split_kernel_compiles_without_a_gpu(
         ScalarPages(CodecSpec(dim, bits, role)) if bits > 0 else TrellisPages(dim, -bits, role)
         for bits, role in ((key_bits, "key"), (value_bits, "value"))
     )
-    halves = steps_of_page(*(codec.kernel_operands() for codec in (keys, values)), rows)
-    staged = (3 in (key_bits, value_bits) and (dim == 256 or key_bits == 8)) or -3 in (key_bits, value_bits)
-    staged = staged and capability >= 90
+    halves = steps_of_page(*(codec.kernel_operands() for codec in (keys, values)), rows, heads > 0)
+    staged = 3 in (key_bits, value_bits) and (dim == 256 or key_bits == 8)
+    staged = (staged or (-3 in (key_bits, value_bits) and rows > 4)) and capability >= 90
     constants = {"D": dim, "DV": dim, "R": max(rows, 8), "ROWS": rows}
     constants |= {"K_BITS": abs(key_bits), "V_BITS": abs(value_bits)}
     constants |= {"K_SIGNS": key_bits < 2, "V_SIGNS": value_bits < 2, "USED": heads > 0}
