@@ -526,7 +526,8 @@ def steps_of_page(keys: KernelOperands, values: KernelOperands, rows: int, paged
     """Steps in which a page is read: two where a whole page would not fit into registers.
 
     Args:
-        keys, values: their operands.
+        keys: operands of the keys.
+        values: operands of the values.
         rows: rows that a program computes.
         paged: whether heads have page tables, which need registers too.
     """
