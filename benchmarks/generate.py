@@ -222,7 +222,7 @@ def main() -> None:
     parser.add_argument("--skip", type=int, default=8, help="new tokens before counting")
     parser.add_argument("--bits", type=float, nargs=2, default=(3, 3), metavar=("KEY", "VALUE"))
     parser.add_argument("--compile", action="store_true", help="one more side: steps through torch.compile")
-    parser.add_argument("--apart", action="store_true", help="one more side: join_kernels=False")
+    parser.add_argument("--join", action="store_true", help="one more side: join_kernels=True")
     parser.add_argument("--json", type=Path, help="also write the results here")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
@@ -241,8 +241,8 @@ def main() -> None:
     ]
     if arguments.compile:
         sides.append((f"{packed}, compiled", press, {"compile": True}))
-    if arguments.apart:
-        sides.append((f"{packed}, kernels apart", press, {"join_kernels": False}))
+    if arguments.join:
+        sides.append((f"{packed}, joined kernels", press, {"join_kernels": True}))
     results = []
     for name, one, options in sides:
         measure(name, model, ids[:, :WARM_UP], one, 12, 4, **options)

@@ -68,7 +68,7 @@ class TextGenerationPipeline(Pipeline):
             during decoding, a context too short to be packed). False never does.
         compile: first run the captured step through torch.compile(fullgraph=True), which fuses the small
             kernels and takes about a minute for each model and shape. What rules a graph out is refused.
-        join_kernels: False keeps the model's own small kernels in the graph; see `captured_decoding`.
+        join_kernels: True joins small kernels of the model in the graph; see `captured_decoding`.
         **generation: everything else that `model.generate` takes: do_sample, temperature, top_p, num_beams,
             stop_strings, streamer, prompt_lookup_num_tokens, assistant_model, logits_processor, ... Greedy
             decoding is the default, and takes only the special tokens from the model's own configuration.
@@ -223,7 +223,7 @@ class TextGenerationPipeline(Pipeline):
         chunk_tokens: int | None = None,
         cuda_graph: bool | None = None,
         compile: bool = False,
-        join_kernels: bool = True,
+        join_kernels: bool = False,
         **generation: Any,
     ) -> dict[str, Any]:
         if press is None and "cached" not in input_tensors:  # a cached context was read before

@@ -28,7 +28,7 @@ def captured_decoding(
     new_tokens: int | None = None,
     cuda_graph: bool | None = None,
     compile: bool = False,
-    join_kernels: bool = True,
+    join_kernels: bool = False,
 ) -> Iterator[CapturedDecoding]:
     """While inside, single-token forwards of the model over a cache, packed or not, replay a CUDA graph.
 
@@ -56,7 +56,8 @@ def captured_decoding(
         join_kernels: in the graph, one kernel of ours stands in for each norm, for rotary positions and for
             the product of a gate, where PyTorch launches two to ten. The step before the first capture
             compares each with the model's own code, and only those whose results are equal to the last bit
-            are used. False, and compile=True, leave the model's own kernels.
+            are used. They have not run on a GPU yet, so they must be asked for. False, and compile=True,
+            leave the model's own kernels.
 
     Returns:
         A `CapturedDecoding`, which counts what it did.

@@ -51,7 +51,7 @@ class CapturedDecoding:
         new_tokens: int | None,
         cuda_graph: bool | None,
         compile: bool = False,
-        join_kernels: bool = True,
+        join_kernels: bool = False,
     ) -> None:
         self.replays = self.captures = self.eager_steps = 0
         self.joined: dict[str, int] = {}

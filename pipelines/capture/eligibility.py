@@ -234,7 +234,7 @@ def refuse(reasons: Sequence[str], cuda_graph: bool | None, compile: bool = Fals
         raise InvalidInputError(f"{asked}=True, but {', and '.join(reasons)}; leave {asked} out")
 
 
-def check_choice(cuda_graph: bool | None, compile: bool = False, join_kernels: bool = True) -> None:
+def check_choice(cuda_graph: bool | None, compile: bool = False, join_kernels: bool = False) -> None:
     """Refuse values that are not a choice.
 
     Raises:

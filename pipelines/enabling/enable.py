@@ -17,7 +17,7 @@ def enable(
     press: PressOrBits = None,
     *,
     cuda_graph: bool | None = None,
-    join_kernels: bool = True,
+    join_kernels: bool = False,
     **options: Any,
 ) -> Enabled:
     """Compress the cache of every later `model.generate`, and change nothing else.
@@ -47,7 +47,7 @@ def enable(
             by its nature (beams, guesses, presses that act during decoding) decodes without a graph and
             without a warning, anything else after one warning. True turns both into errors. False never makes
             a graph.
-        join_kernels: as for `captured_decoding`; False keeps the model's own small kernels in the graphs.
+        join_kernels: as for `captured_decoding`: True joins small kernels of the model in the graphs.
         **options: fields of `TurboQuant`, if press is a number of bits, a preset or None.
 
     Returns:

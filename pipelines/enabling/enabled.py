@@ -53,7 +53,7 @@ class Enabled:
         model: PreTrainedModel,
         press: Compose,
         cuda_graph: bool | None = None,
-        join_kernels: bool = True,
+        join_kernels: bool = False,
     ) -> None:
         self.model, self.press = model, press
         self.cuda_graph, self.join_kernels = cuda_graph, join_kernels
