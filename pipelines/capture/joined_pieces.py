@@ -152,9 +152,9 @@ class GatedProduct(JoinedPiece):
 
     def prove(self, own: Callable[..., Any], output: Any, *args: Any) -> Choice:
         gate = _every_number(args[0])
-        up = torch.randn(
-            gate.shape, dtype=torch.float32, device=gate.device, generator=_generator(gate)
-        ).to(gate.dtype)
+        up = torch.randn(gate.shape, dtype=torch.float32, device=gate.device, generator=_generator(gate)).to(
+            gate.dtype
+        )
         if not _same(silu_product(gate, up), self._act(gate) * up):
             return None
         trials = [(args[0], output), *((noise, own(noise)) for noise in _noise(args[0]))]
