@@ -161,6 +161,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "quick-tasks": lambda: evaluation.tasks("evaluation_quick"),
     "full": lambda: evaluation.divergence("evaluation_full", "median", "perplexity", "attention KL"),
     "full-pairs": lambda: evaluation.pairs("evaluation_full"),
+    "full-tasks": lambda: evaluation.tasks("evaluation_full"),
     "capture-rules": capture_rules,
     "families": families,
     "plans": _rows("plans", PLANS),
