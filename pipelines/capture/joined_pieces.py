@@ -260,15 +260,20 @@ def _generator(like: Tensor, seed: int = 0) -> torch.Generator:
 def _noise(like: Tensor, seed: int = 0) -> list[Tensor]:
     """Random tensors of the same shape, strides, dtype and device; large ones reach what clamps, if any."""
     draws = _generator(like, seed)
-    noises = (torch.randn(like.shape, generator=draws, device=like.device) for _ in range(TRIALS))
+    noises = (
+        torch.randn(like.shape, dtype=torch.float32, device=like.device, generator=draws)
+        for _ in range(TRIALS)
+    )
     return [torch.empty_like(like).copy_(noise * 8.0**power) for power, noise in enumerate(noises, -1)]
 
 
 def _every_number(like: Tensor) -> Tensor:
     """Every finite number of a dtype of 16 bits; of float32 as many, evenly spread."""
-    bits = torch.arange(-(1 << 15), 1 << 15, device=like.device)
+    bits = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int64, device=like.device)
     if like.dtype == torch.float32:
-        low = torch.randint(1 << 16, bits.shape, device=like.device, generator=_generator(like))
+        low = torch.randint(
+            1 << 16, bits.shape, dtype=torch.int64, device=like.device, generator=_generator(like)
+        )
         numbers = ((bits << 16) + low).to(torch.int32).view(like.dtype)
     else:
         numbers = bits.to(torch.int16).view(like.dtype)
