@@ -23,7 +23,10 @@ class BlockHadamardPages(UniformPages):
     """`UniformPages` of vectors whose blocks of neighbouring channels are rotated.
 
     Args:
-        head_dim, bits, axis, group: as in `UniformPages`.
+        head_dim: as in `UniformPages`.
+        bits: as there.
+        axis: as there.
+        group: as there.
         block: channels of a block, a power of two that divides `head_dim`. None is the largest one that does,
             at most 128.
 
