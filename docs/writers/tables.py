@@ -32,6 +32,7 @@ SETTINGS = {
 FIRST = {
     "cache": "{cache}",
     "KL, nats": "{kl:.4f}",
+    "KL, the 0.5B": "{other:.4f}",
     "same next token": "{percent:.1f} %",
     "bits a value": "{bits_per_value:.2f}",
     "smaller": "{ratio:.2f}x",
@@ -71,9 +72,9 @@ def settings() -> str:
 
 
 def first() -> str:
-    """The README's table: one run of one model."""
-    arms = _arms()
-    rows = [{**arms[arm], "cache": cache} for arm, cache in FIRST_ROWS.items()]
+    """The README's table: a run of the default model, and the KL of a run of another one."""
+    arms, others = _arms(), {row["arm"]: row["kl"] for row in results("evaluation_quick_qwen")["fidelity"]}
+    rows = [{**arms[arm], "cache": cache, "other": others[arm]} for arm, cache in FIRST_ROWS.items()]
     return formatted(({**row, "percent": 100 * row["agreement"].value} for row in rows), FIRST)
 
 
@@ -159,6 +160,10 @@ TABLES: dict[str, Callable[[], str]] = {
     "quick-pairs": lambda: evaluation.pairs("evaluation_quick"),
     "quick-grid": lambda: evaluation.equal_bytes("evaluation_quick"),
     "quick-tasks": lambda: evaluation.tasks("evaluation_quick"),
+    "quick-qwen": lambda: evaluation.divergence(
+        "evaluation_quick_qwen", "median", "perplexity", "attention KL"
+    ),
+    "quick-qwen-pairs": lambda: evaluation.pairs("evaluation_quick_qwen"),
     "full": lambda: evaluation.divergence("evaluation_full", "median", "perplexity", "attention KL"),
     "full-pairs": lambda: evaluation.pairs("evaluation_full"),
     "full-tasks": lambda: evaluation.tasks("evaluation_full"),
