@@ -25,7 +25,7 @@ def test_texts_are_decoded_as_the_model_reads_them_and_packing_costs_by_width(qu
     arms = quality.in_transformers(model, ids, 410, (4, 2))
     assert [(len(kl), len(kl[0])) for kl in arms.values()] == [(2, 9)] * 4
     narrow, wide = (torch.tensor(arms[f"transformers, TurboQuant({bits})"]).mean() for bits in (2, 4))
-    assert narrow > 3 * wide > 0
+    assert narrow > 1.5 * wide > 0  # 3 to 7 times with most texts of random words
 
 
 def test_an_engine_is_compared_with_its_own_width(quality: ModuleType) -> None:
