@@ -6,6 +6,7 @@ Its pages are read where they lie. Queries and 16-bit tokens are copied where it
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -19,9 +20,8 @@ def attend(
     segments: Sequence[Segment],
     visibility: Visibility,
     *,
-    scaling: float,
-    softcap: float | None = None,
     sinks: torch.Tensor | None = None,
+    **options: Any,
 ) -> torch.Tensor:
     """As `quantpress.kernels.attend.attend`, group by group where a codec has groups of heads.
 
@@ -29,9 +29,8 @@ def attend(
         query: [B, Hq, Tq, D].
         segments: the tokens in order, without page tables where a codec has groups of heads.
         visibility: which tokens each query token sees.
-        scaling: factor on q.k.
-        softcap: as there.
         sinks: [Hq], as there.
+        **options: `scaling` and `softcap`, as there.
 
     Returns:
         [B, Hq, Tq, Dv] in the query's dtype.
@@ -39,7 +38,7 @@ def attend(
     packed = [one.keys.codec for one in segments if isinstance(one, PackedSegment)]
     groups = next((codec.heads for codec in packed if codec.heads), ())
     if not groups:
-        return kernels.attend(query, segments, visibility, scaling=scaling, softcap=softcap, sinks=sinks)
+        return kernels.attend(query, segments, visibility, sinks=sinks, **options)
     shared = query.shape[1] // sum(map(len, groups))
     own_queries = [tuple(head * shared + n for head in heads for n in range(shared)) for heads in groups]
     parts = [
@@ -47,9 +46,8 @@ def attend(
             take_heads(query, queries),
             [_of_heads(one, heads) for one in segments],
             _seen_by(visibility, heads, queries),
-            scaling=scaling,
-            softcap=softcap,
             sinks=None if sinks is None else take_heads(sinks[None], queries)[0],
+            **options,
         )
         for heads, queries in zip(groups, own_queries, strict=True)
     ]

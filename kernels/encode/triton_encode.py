@@ -98,16 +98,16 @@ def encode_pages_triton(x: Tensor, spec: CodecSpec, transform: ChannelTransform)
         again = torch.zeros_like(flag)
         if x.numel():
             _launch_for_all(x, spec, transform, planes, again, direct=False, after=flag)
-        judge(_check_flags, flag, again)
+        judge(_check_flag, again)
     elif int(flag) == OUT_OF_RANGE:
         planes, flag = launch_encode(x, spec, transform, direct=False)
-        _check_flags([OUT_OF_RANGE, int(flag)])
+        _check_flag([int(flag)])
     return planes
 
 
-def _check_flags(flags: list[float]) -> None:
-    """Refuse vectors by the flags of the first launch, and of the one for what the first left out."""
-    if flags[1]:
+def _check_flag(flag: list[float]) -> None:
+    """Refuse vectors by the flag of the launch that takes any range: it is 1 where one is not finite."""
+    if any(flag):
         raise NonFiniteError("vectors to encode hold NaN or infinity, or overflow in the channel transform")
 
 
