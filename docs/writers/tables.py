@@ -11,6 +11,7 @@ from pathlib import Path
 
 import evaluation_tables as evaluation
 import pictures
+import plan_tables as plans
 import speed_tables as speed
 import vllm_tables as vllm
 from results import DOCS, Row, formatted, results
@@ -44,13 +45,6 @@ FIRST_ROWS = {
     "SnapKV(0.5) | preset small": '`SnapKV(0.5) | TurboQuant.preset("small")`',
     "as published 3/3": "TurboQuant as published, 3 bits",
 }
-PLANS = {
-    "mean width": "{mean:.1f}",
-    "widths": "{widths}",
-    "bits a value": "{bits_per_value:.2f}",
-    "KL, nats": "{kl:.5f}",
-    "ratio": "{ratio:.2f}",
-}
 MEMORY = {"cache": "{cache}", "131072 tokens": "{gib:.1f} GiB", "smaller": "{ratio:.1f}x"}
 
 
@@ -78,33 +72,10 @@ def first() -> str:
     return formatted(({**row, "percent": 100 * row["agreement"].value} for row in rows), FIRST)
 
 
-def plan_ranks() -> str:
-    """Rank correlation of the estimates with what is measured layer by layer, by model and width."""
-    columns = {"model": "{model}", "bits": "{bits}"}
-    columns |= {"all": "{all:.2f}", "keys": "{keys:.2f}", "values": "{values:.2f}"}
-    every = (results(name) for name in ("plans", "plans_qwen"))
-    rows = (
-        {"model": one["model"], "bits": n, **row} for one in every for n, row in one["correlation"].items()
-    )
-    return formatted(rows, columns)
-
-
-def plans_by_head() -> str:
-    """Plans by layer and by head; those by head beside those by layer of the same widths to choose from."""
-    rows = results("plans_by_head")["rows"]
-    over = (f"{row['over_layers']:.2f}" if "over_layers" in row else "" for row in rows)
-    columns = {**PLANS, "of the KL by layer": "{over}"}
-    return formatted(({**row, "over": one} for row, one in zip(rows, over, strict=True)), columns)
-
-
 def memory() -> str:
     """Bytes of a long context under several presses."""
     whole, *_ = rows = results("memory")["rows"]
     return formatted(({**row, "ratio": whole["gib"] / row["gib"]} for row in rows), MEMORY)
-
-
-def _rows(name: str, columns: dict[str, str], group: str = "rows") -> Callable[[], str]:
-    return lambda: formatted(results(name)[group], columns)
 
 
 SILENTLY, WARNING, THIS_STEP = "no warning", "one warning", "this step only"
@@ -151,11 +122,12 @@ def families() -> str:
 TABLES: dict[str, Callable[[], str]] = {
     "first": first,
     "memory": memory,
+    **plans.TABLES,
     **speed.TABLES,
     "settings": settings,
     "changed-1024": lambda: changed_settings(1024),
     "changed-4096": lambda: changed_settings(4096),
-    "sinks": _rows("defaults", SINKS, "sinks"),
+    "sinks": lambda: formatted(results("defaults")["sinks"], SINKS),
     "quick": lambda: evaluation.divergence("evaluation_quick"),
     "quick-pairs": lambda: evaluation.pairs("evaluation_quick"),
     "quick-grid": lambda: evaluation.equal_bytes("evaluation_quick"),
@@ -169,10 +141,6 @@ TABLES: dict[str, Callable[[], str]] = {
     "full-tasks": lambda: evaluation.tasks("evaluation_full"),
     "capture-rules": capture_rules,
     "families": families,
-    "plans": _rows("plans", PLANS),
-    "plans-qwen": _rows("plans_qwen", PLANS),
-    "plans-by-head": plans_by_head,
-    "plan-ranks": plan_ranks,
     "vllm-speed": vllm.speed,
     "vllm-two-gpus": vllm.two_gpus,
     "vllm-quality": vllm.quality,
