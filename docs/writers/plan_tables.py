@@ -15,7 +15,7 @@ PLANS = {
     "KL, nats": "{kl:.5f}",
     "ratio": "{ratio:.2f}",
 }
-RANKS = {"model": "{model}", "bits": "{bits}", "all": "{all:.2f}", "keys": "{keys:.2f}", "values": "{values:.2f}"}
+RANKS = {"model": "{model}", "bits": "{bits}"} | {of: f"{{{of}:.2f}}" for of in ("all", "keys", "values")}
 MEANS = (2.0, 2.5, 3.0)
 WIDTHS = "1 to 8 bits"
 """The choice of widths that the summary is of."""

@@ -1,5 +1,6 @@
 """Benchmarks that run without a GPU: they measure what they say."""
 
+import json
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -9,6 +10,7 @@ import pytest
 
 from quantpress.evaluation.sizing.model_outline import outline
 from quantpress.evaluation.suites import QUICK
+from quantpress.evaluation.tasks.cases import Case
 from quantpress.presses import TurboQuant
 from quantpress.presses.expression import parse_press
 from tests.benchmarks.loading import benchmark
@@ -47,3 +49,28 @@ def test_the_table_compares_with_the_first_press_and_a_run_goes_on(
     monkeypatch.delattr(defaults.DivergenceProbe, "over")
     defaults.main()
     assert capsys.readouterr().out == first
+
+
+def test_a_press_sees_the_question_in_view_alone_and_the_prompt_is_the_same(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    view, pipe = benchmark("question_in_view"), ours(chat=True)
+    asked = Case("needle", "one", text(300), " w1 w2", "w3", ("w4",), "recall", 2, 300)
+    prompts, read = [], []
+    for case in view.both(asked).values():
+        given = pipe.preprocess(case.context, questions=[case.question], answer_prefix=case.answer_prefix)
+        read.append(given["context_ids"].shape[1])
+        prompts.append([*given["context_ids"][0].tolist(), *given["questions_ids"][0][0].tolist()])
+    assert prompts[0] == prompts[1] and read[1] == read[0] + 2
+    monkeypatch.setattr(view, "load_pipeline", lambda *names: pipe)
+    monkeypatch.setattr(view, "needle", lambda tokenizer, tokens, seed, depth: replace(asked, name=str(seed)))
+    written, press = tmp_path / "view.json", "TurboQuant(4, recent_tokens=8)"
+    words = ["--cases", "2", "--press", press, "--output", str(tmp_path), "--json", str(written)]
+    monkeypatch.setattr(sys, "argv", ["question_in_view.py", *words])
+    view.main()
+    first = json.loads(written.read_text())
+    plain, packed = first["rows"]
+    assert (plain["ratio"], packed["cache"], packed["cases"]) == (1.0, press, 2) and packed["ratio"] > 2
+    monkeypatch.delattr(view, "ask")  # nothing is asked twice
+    view.main()
+    assert json.loads(written.read_text()) == first
