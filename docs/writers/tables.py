@@ -44,6 +44,7 @@ FIRST_ROWS = {
     "preset small": '`TurboQuant.preset("small")`, 3 bits',
     "SnapKV(0.5) | preset small": '`SnapKV(0.5) | TurboQuant.preset("small")`',
     "as published 3/3": "TurboQuant as published, 3 bits",
+    "FP8 per tensor": "FP8, one scale, as vLLM stores it",
 }
 MEMORY = {"cache": "{cache}", "131072 tokens": "{gib:.1f} GiB", "smaller": "{ratio:.1f}x"}
 

@@ -94,6 +94,8 @@ def divergence_plot(rows: Sequence[DivergenceRow]) -> "Figure | None":
     figure = _figure(10, 5.5)
     axes = figure.add_subplot()
     for index, row in enumerate(rows):
+        if row.kl.value == 0:  # nowhere on a logarithmic axis
+            continue
         if row.ratio == 1:
             axes.axhline(row.kl.value, color="grey", linestyle=":", label=f"{row.arm}: rounding alone")
         else:
