@@ -27,6 +27,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -111,7 +112,7 @@ def measure(
     press: TurboQuant | None,
     new_tokens: int,
     skip: int,
-    **options: bool,
+    **options: Any,
 ) -> Result:
     """Read a context and generate after it, once; `options` are those of `captured_decoding`."""
     _settle()
@@ -222,7 +223,9 @@ def main() -> None:
     parser.add_argument("--skip", type=int, default=8, help="new tokens before counting")
     parser.add_argument("--bits", type=float, nargs=2, default=(3, 3), metavar=("KEY", "VALUE"))
     parser.add_argument("--compile", action="store_true", help="one more side: steps through torch.compile")
-    parser.add_argument("--join", action="store_true", help="one more side: join_kernels=True")
+    parser.add_argument(
+        "--join", action="store_true", help='two more sides: join_kernels="exact", join_kernels=False'
+    )
     parser.add_argument("--json", type=Path, help="also write the results here")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
@@ -235,14 +238,15 @@ def main() -> None:
     ids = torch.randint(arguments.vocab, (1, arguments.tokens), device=model.device)
     press = TurboQuant(key_bits=arguments.bits[0], value_bits=arguments.bits[1])
     packed = f"TurboQuant {arguments.bits[0]:g}/{arguments.bits[1]:g}"
-    sides: list[tuple[str, TurboQuant | None, dict[str, bool]]] = [
+    sides: list[tuple[str, TurboQuant | None, dict[str, Any]]] = [
         ("DynamicCache, sdpa", None, {}),
         (packed, press, {}),
     ]
     if arguments.compile:
         sides.append((f"{packed}, compiled", press, {"compile": True}))
     if arguments.join:
-        sides.append((f"{packed}, joined kernels", press, {"join_kernels": True}))
+        sides.append((f"{packed}, exact kernels joined", press, {"join_kernels": "exact"}))
+        sides.append((f"{packed}, PyTorch's kernels", press, {"join_kernels": False}))
     results = []
     for name, one, options in sides:
         measure(name, model, ids[:, :WARM_UP], one, 12, 4, **options)

@@ -8,6 +8,9 @@ import torch
 
 LEAST_CAPABILITY = (8, 0)  # bfloat16 tensor cores
 
+CHAINS = (9, 0)
+"""First compute capability on which a kernel can start before the one before it has ended."""
+
 TESTED = {"torch": ("2.11", "2.13"), "triton": ("3.6", "3.9")}
 """The oldest and the newest release of each that the tests run on."""
 
@@ -35,3 +38,9 @@ def runs_triton(device: torch.device) -> bool:
             stacklevel=3,
         )
     return found
+
+
+@lru_cache(maxsize=16)
+def chains(device: torch.device) -> bool:
+    """Whether a kernel can start on this device before the one before it has ended (programmatic launch)."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= CHAINS

@@ -15,7 +15,7 @@ from quantpress.errors import InvalidInputError
 from quantpress.pipelines.arguments import GENERATE
 from quantpress.pipelines.attention_masks import fitted_masks, repeat_hidden_slots
 from quantpress.pipelines.capture.captured import capturing
-from quantpress.pipelines.capture.eligibility import TOKEN_BY_TOKEN
+from quantpress.pipelines.capture.eligibility import TOKEN_BY_TOKEN, JoinKernels
 from quantpress.pipelines.method_replacement import MethodReplacement
 from quantpress.pipelines.report import Stopwatch
 from quantpress.pipelines.rollback import context_rollback
@@ -107,7 +107,7 @@ def capturing_answers(
     new_tokens: int,
     cuda_graph: bool | None,
     compile: bool,
-    join_kernels: bool,
+    join_kernels: JoinKernels,
 ) -> Iterator[None]:
     """While inside, answers are decoded by graphs, with capacity for one question and its answer."""
     for layer in cache.layers:

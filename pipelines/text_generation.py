@@ -11,7 +11,7 @@ from quantpress.cache import cache_memory, host
 from quantpress.errors import InvalidInputError
 from quantpress.pipelines import arguments as given
 from quantpress.pipelines.argument_values import check_values
-from quantpress.pipelines.capture.eligibility import check_choice, refuse, why_not
+from quantpress.pipelines.capture.eligibility import JoinKernels, check_choice, refuse, why_not
 from quantpress.pipelines.contexts.cached_context import CachedContext
 from quantpress.pipelines.decoding import (
     asking,
@@ -68,7 +68,8 @@ class TextGenerationPipeline(Pipeline):
             during decoding, a context too short to be packed). False never does.
         compile: first run the captured step through torch.compile(fullgraph=True), which fuses the small
             kernels and takes about a minute for each model and shape. What rules a graph out is refused.
-        join_kernels: True joins small kernels of the model in the graph; see `captured_decoding`.
+        join_kernels: which kernels of ours the graph has in place of PyTorch's, as for `captured_decoding`.
+            "exact" leaves logits equal to the last bit, False leaves the model's own kernels.
         **generation: everything else that `model.generate` takes: do_sample, temperature, top_p, num_beams,
             stop_strings, streamer, prompt_lookup_num_tokens, assistant_model, logits_processor, ... Greedy
             decoding is the default, and takes only the special tokens from the model's own configuration.
@@ -223,7 +224,7 @@ class TextGenerationPipeline(Pipeline):
         chunk_tokens: int | None = None,
         cuda_graph: bool | None = None,
         compile: bool = False,
-        join_kernels: bool = False,
+        join_kernels: JoinKernels = True,
         **generation: Any,
     ) -> dict[str, Any]:
         if press is None and "cached" not in input_tensors:  # a cached context was read before

@@ -9,7 +9,6 @@ has widths and transforms of its own, takes three more; the sums over its tokens
 import contextlib
 import math
 from collections.abc import Sequence
-from functools import lru_cache
 from itertools import pairwise
 from typing import Any
 
@@ -30,7 +29,7 @@ from quantpress.kernels.attend.schedule import (
     programs_at_a_time,
     scheduled_programs,
 )
-from quantpress.kernels.available import FUSED
+from quantpress.kernels.available import FUSED, chains
 from quantpress.kernels.rotation_matrix import rotation_matrix
 from quantpress.quantization.transform import ChannelTransform
 
@@ -68,9 +67,6 @@ MERGES = 4
 
 PLAIN_PROGRAMS = 16
 """Programs of the plain kernel in all."""
-
-CHAINS = (9, 0)
-"""First compute capability on which a kernel can start before the one before it has ended."""
 
 LOG2_E = math.log2(math.e)
 
@@ -586,12 +582,6 @@ def rows_of_merge(rows: int, heads: int, multiprocessors: int) -> int:
     while each < rows and heads * -(-rows // each) > MERGES * multiprocessors:
         each *= 2
     return each
-
-
-@lru_cache(maxsize=16)
-def chains(device: torch.device) -> bool:
-    """Whether a kernel can start on this GPU before the one before it has ended (programmatic launch)."""
-    return torch.cuda.get_device_capability(device) >= CHAINS
 
 
 def _numbers(tensor: torch.Tensor | None) -> torch.Tensor | None:

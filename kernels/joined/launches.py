@@ -6,7 +6,7 @@ from contextlib import AbstractContextManager
 import torch
 from torch import Tensor
 
-from quantpress.kernels.available import ROUNDED
+from quantpress.kernels.available import ROUNDED, chains
 from quantpress.kernels.joined.order import AddingOrder
 from quantpress.kernels.joined.reference import ROUNDED_THEN_WEIGHED
 
@@ -14,12 +14,19 @@ BLOCK = 512
 """Channels of one program of `silu_product`."""
 
 
-def _device(tensor: Tensor) -> AbstractContextManager[object]:
+def device_of(tensor: Tensor) -> AbstractContextManager[object]:
+    """Where a launch goes; nothing where the interpreter runs."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
 
 
-def _power(number: int) -> int:
+def power_above(number: int) -> int:
+    """The smallest power of two that is at least `number`."""
     return 1 << (number - 1).bit_length()
+
+
+def chained(device: torch.device) -> dict[str, bool]:
+    """Arguments of a kernel that may start before the last one has ended, where the device can do that."""
+    return {"CHAINED": True, "launch_pdl": True} if chains(device) else {"CHAINED": False}
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, form: int, order: AddingOrder) -> Tensor:
@@ -37,7 +44,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, form: int, order: AddingOrde
     size, threads = x.shape[-1], order.width * order.height
     mixed = torch.promote_types(x.dtype, weight.dtype) if form == ROUNDED_THEN_WEIGHED else x.dtype
     output = torch.empty_like(x, dtype=mixed)
-    with _device(x):
+    with device_of(x):
         rms_norm_kernel[(x.numel() // size,)](
             x,
             weight,
@@ -45,13 +52,14 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, form: int, order: AddingOrde
             1.0 / size,
             eps,
             SIZE=size,
-            TURNS=_power(-(-size // (4 * threads))),
+            TURNS=power_above(-(-size // (4 * threads))),
             WIDTH=order.width,
             HEIGHT=order.height,
             VECTORIZED=order.vectorized,
             NEIGHBOURS_FIRST=order.neighbours_first,
             FORM=form,
             num_warps=max(1, min(4, threads // 32)),
+            **chained(x.device),
             **ROUNDED,
         )
     return output
@@ -74,7 +82,7 @@ def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tens
     turned = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k)]
     of_batch = [0 if x.shape[0] == 1 else x.stride(0) for x in (cos, sin)]
     half = q.shape[-1] // 2
-    with _device(q):
+    with device_of(q):
         rotary_kernel[(q.shape[1] + k.shape[1], q.shape[0])](
             q,
             k,
@@ -89,8 +97,9 @@ def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tens
             k.stride(1),
             *of_batch,
             HALF=half,
-            CHANNELS=_power(half),
+            CHANNELS=power_above(half),
             num_warps=1,
+            **chained(q.device),
             **ROUNDED,
         )
     return turned[0], turned[1]
@@ -110,7 +119,7 @@ def silu_product(gate: Tensor, up: Tensor) -> Tensor:
 
     output, channels = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device), gate.shape[-1]
     rows = [one.view(-1, channels) for one in (gate, up)]
-    with _device(gate):
+    with device_of(gate):
         silu_product_kernel[(-(-channels // BLOCK), rows[0].shape[0])](
             *rows,
             output,
@@ -130,7 +139,7 @@ def launch_write(keys: Tensor, values: Tensor, newest: Tensor, new_keys: Tensor,
 
     batch, heads, capacity, channels = keys.shape
     strides = [one.stride(dim) for one in (new_keys, new_values) for dim in range(2)]
-    with _device(keys):
+    with device_of(keys):
         write_token_kernel[(heads, batch)](
             keys,
             values,
@@ -142,7 +151,8 @@ def launch_write(keys: Tensor, values: Tensor, newest: Tensor, new_keys: Tensor,
             *strides,
             D=channels,
             DV=values.shape[-1],
-            CHANNELS=_power(max(channels, values.shape[-1])),
+            CHANNELS=power_above(max(channels, values.shape[-1])),
             num_warps=1,
+            **chained(keys.device),
             **ROUNDED,
         )

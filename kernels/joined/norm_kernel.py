@@ -2,6 +2,7 @@
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from quantpress.kernels.joined import reference
 
@@ -51,19 +52,25 @@ def rms_norm_kernel(
     VECTORIZED: tl.constexpr,
     NEIGHBOURS_FIRST: tl.constexpr,
     FORM: tl.constexpr,
+    CHAINED: tl.constexpr,
 ):
     """Norm one row (axis 0).
 
     x, output: [rows, SIZE], contiguous; weight: [SIZE]; inverse: 1 / SIZE; TURNS: a power of two, in which
     all threads add SIZE elements at least; WIDTH, HEIGHT, VECTORIZED, NEIGHBOURS_FIRST: an `AddingOrder`;
-    FORM: one of `NORM_FORMS`. Launch it with `ROUNDED`.
+    FORM: one of `NORM_FORMS`; CHAINED: it may start before the kernel before it has ended, which does not
+    write weight. Launch it with `ROUNDED`.
     """
+    if CHAINED:
+        gdc_launch_dependents()
     row = tl.program_id(0).to(tl.int64) * SIZE
     threads: tl.constexpr = WIDTH * HEIGHT
     thread, of_four = tl.arange(0, threads), tl.arange(0, 4)
     turn = tl.arange(0, TURNS)[:, None, None]
     every = _elements(turn, thread[None, :, None], of_four[None, None, :], threads, VECTORIZED)
     weight = tl.load(weight_ptr + every, mask=every < SIZE, other=0.0)  # both before anything waits
+    if CHAINED:
+        gdc_wait()
     whole = tl.load(x_ptr + row + every, mask=every < SIZE, other=0.0)
     sums = tl.zeros([threads, 4], tl.float32)
     for turn in tl.static_range(TURNS):

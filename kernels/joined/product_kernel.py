@@ -14,6 +14,14 @@ def _exp(x, LIBRARY: tl.constexpr):
         return tl.exp(x)
 
 
+@triton.jit
+def gated(gate, up, LIBRARY: tl.constexpr):
+    """silu(gate) * up, SiLU and the product rounded to the dtype of both; LIBRARY: where not interpreted."""
+    wide = gate.to(tl.float32)
+    active = tl.div_rn(wide, 1.0 + _exp(-wide, LIBRARY)).to(gate.dtype).to(tl.float32)
+    return (active * up.to(tl.float32)).to(gate.dtype)
+
+
 @triton.jit(do_not_specialize=["channels", "gate_row", "up_row"])
 def silu_product_kernel(
     gate_ptr,
@@ -33,8 +41,6 @@ def silu_product_kernel(
     row = tl.program_id(1).to(tl.int64)
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = at < channels
-    gate = tl.load(gate_ptr + row * gate_row + at, mask=inside, other=0.0).to(tl.float32)
-    up = tl.load(up_ptr + row * up_row + at, mask=inside, other=0.0).to(tl.float32)
-    dtype: tl.constexpr = gate_ptr.dtype.element_ty
-    active = tl.div_rn(gate, 1.0 + _exp(-gate, LIBRARY)).to(dtype).to(tl.float32)
-    tl.store(output_ptr + row * channels + at, (active * up).to(dtype), mask=inside)
+    gate = tl.load(gate_ptr + row * gate_row + at, mask=inside, other=0.0)
+    up = tl.load(up_ptr + row * up_row + at, mask=inside, other=0.0)
+    tl.store(output_ptr + row * channels + at, gated(gate, up, LIBRARY), mask=inside)

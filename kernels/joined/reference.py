@@ -1,5 +1,7 @@
 """The pieces in plain PyTorch, as transformers writes them: the truth that the kernels are held to."""
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -55,6 +57,24 @@ def _half_turned(x: Tensor) -> Tensor:
 def silu_product_reference(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) * up, both of one shape and dtype."""
     return F.silu(gate) * up
+
+
+def linear_reference(
+    x: Tensor,
+    layers: Sequence[tuple[Tensor, Tensor | None]],
+    residual: Tensor | None = None,
+    out: Tensor | None = None,
+) -> list[Tensor]:
+    """Linear layers with the same input; residual: added to what a single one gives; out: written with it."""
+    outputs = [F.linear(x, weight, bias) for weight, bias in layers]
+    if residual is not None:
+        outputs = [residual + outputs[0]]
+    return outputs if out is None else [out.copy_(outputs[0])]
+
+
+def gated_linear_reference(x: Tensor, layers: Sequence[tuple[Tensor, Tensor | None]]) -> Tensor:
+    """silu of one linear layer times another one."""
+    return silu_product_reference(*linear_reference(x, layers))
 
 
 def write_token_reference(

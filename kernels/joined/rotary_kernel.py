@@ -2,6 +2,7 @@
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 
 @triton.jit
@@ -28,12 +29,16 @@ def rotary_kernel(
     sin_b,
     HALF: tl.constexpr,
     CHANNELS: tl.constexpr,
+    CHAINED: tl.constexpr,
 ):
     """Turn one head (axis 0: those of the queries, then those of the keys) of one sequence (axis 1).
 
     q, k: [B, heads, 1, 2 * HALF], channels contiguous; cos, sin: [B, 1, 2 * HALF], likewise; *_out: like q
     and k, contiguous; *_b, *_h: strides; CHANNELS: a power of two, at least HALF. Launch it with `ROUNDED`.
     """
+    if CHAINED:
+        gdc_launch_dependents()
+        gdc_wait()
     head, sequence = tl.program_id(0), tl.program_id(1).to(tl.int64)
     if head < q_heads:
         source = q_ptr + sequence * q_b + head * q_h

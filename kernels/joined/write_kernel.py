@@ -2,6 +2,7 @@
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 
 @triton.jit(
@@ -23,12 +24,16 @@ def write_token_kernel(
     D: tl.constexpr,
     DV: tl.constexpr,
     CHANNELS: tl.constexpr,
+    CHAINED: tl.constexpr,
 ):
     """Write one token of one head (axis 0) of one sequence (axis 1).
 
     keys, values: [B, heads, capacity, D or DV], contiguous; newest: int64; new_*: [B, heads, 1, D or DV],
     channels contiguous, of any float dtype; *_b, *_h: strides; CHANNELS: a power of two, at least D and DV.
     """
+    if CHAINED:
+        gdc_launch_dependents()
+        gdc_wait()
     head, sequence = tl.program_id(0), tl.program_id(1).to(tl.int64)
     row = (sequence * heads + head) * capacity + tl.load(newest_ptr)
     channel = tl.arange(0, CHANNELS)

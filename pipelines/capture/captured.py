@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from quantpress.errors import InvalidInputError
 from quantpress.pipelines.capture.captured_steps import CapturedDecoding
-from quantpress.pipelines.capture.eligibility import check_choice, refuse, why_not
+from quantpress.pipelines.capture.eligibility import JoinKernels, check_choice, refuse, why_not
 from quantpress.pipelines.method_replacement import MethodReplacement
 from quantpress.pipelines.press_argument import enabled_press
 from quantpress.presses.models.lock import model_lock
@@ -28,7 +28,7 @@ def captured_decoding(
     new_tokens: int | None = None,
     cuda_graph: bool | None = None,
     compile: bool = False,
-    join_kernels: bool = False,
+    join_kernels: JoinKernels = True,
 ) -> Iterator[CapturedDecoding]:
     """While inside, single-token forwards of the model over a cache, packed or not, replay a CUDA graph.
 
@@ -53,19 +53,22 @@ def captured_decoding(
             makes a graph; here the steps still run at fixed addresses.
         compile: first run the steps through torch.compile(fullgraph=True), which fuses the small kernels. It
             takes about a minute, once for each model and shape. Its errors are not caught.
-        join_kernels: in the graph, one kernel of ours stands in for each norm, for rotary positions and for
-            the product of a gate, where PyTorch launches two to ten. The step before the first capture
-            compares each with the model's own code, and only those whose results are equal to the last bit
-            are used. They have not run on a GPU yet, so they must be asked for. False, and compile=True,
-            leave the model's own kernels.
+        join_kernels: in the graph, kernels of ours stand in for those of PyTorch. The step before the first
+            capture compares each with the model's own code. "exact": one kernel for each norm, for rotary
+            positions and for the product of a gate, where PyTorch launches two to ten, and only where the
+            results are equal to the last bit. True: also linear layers in float16 or bfloat16 at a batch of
+            up to 4, where the error against float64 is no larger than PyTorch's. Their sums are added in
+            another order, so logits differ by roundings, as they do in PyTorch between batch sizes. False,
+            and compile=True: the model's own kernels.
 
     Returns:
         A `CapturedDecoding`, which counts what it did.
 
     Raises:
         InvalidInputError: cuda_graph is True and the model is not on CUDA, or something inside rules a graph
-            out; cuda_graph, compile or join_kernels is not a bool; new_tokens is below 0; compile is True and
-            the model is enabled with a press that numbers positions anew, which a compiled step does not see.
+            out; cuda_graph, compile or join_kernels is none of its values; new_tokens is below 0; compile is
+            True and the model is enabled with a press that numbers positions anew, which a compiled step does
+            not see.
 
     Example:
         >>> # with press(model):
@@ -87,7 +90,7 @@ def capturing(
     new_tokens: int | None,
     cuda_graph: bool | None,
     compile: bool,
-    join_kernels: bool,
+    join_kernels: JoinKernels,
     shared: bool = True,
 ) -> Iterator[CapturedDecoding]:
     """`captured_decoding` with arguments that were checked; `shared` as for `_Opened`."""

@@ -13,7 +13,7 @@ from transformers import Cache, PreTrainedModel
 
 from quantpress.cache.fixed.cache import FixedCache
 from quantpress.cache.layer import PackedLayer
-from quantpress.pipelines.capture.eligibility import refuse, why_not
+from quantpress.pipelines.capture.eligibility import JoinKernels, refuse, why_not
 from quantpress.pipelines.capture.joined_step import JoinedStep
 from quantpress.pipelines.capture.single_token import SingleToken, copied
 from quantpress.presses.models.attention import attention_modules, is_sliding, window_of
@@ -38,8 +38,8 @@ class CapturedDecoding:
         replays: number of steps that replayed a graph.
         captures: number of graphs made.
         eager_steps: number of steps that ran at fixed addresses without a graph.
-        joined: how many norms, activations and functions for rotary positions the last graph has as joined
-            kernels.
+        joined: how many norms, activations, products (linear layers) and functions for rotary positions the
+            last graph has as kernels of ours.
         warned: whether the one warning that there is no graph was given.
         may_capture: asked before each capture; while it returns False, steps run without a graph.
     """
@@ -51,7 +51,7 @@ class CapturedDecoding:
         new_tokens: int | None,
         cuda_graph: bool | None,
         compile: bool = False,
-        join_kernels: bool = False,
+        join_kernels: JoinKernels = True,
     ) -> None:
         self.replays = self.captures = self.eager_steps = 0
         self.joined: dict[str, int] = {}
@@ -63,7 +63,7 @@ class CapturedDecoding:
         self._cuda_graph = cuda_graph
         self._step_forward = torch.compile(forward, fullgraph=True, dynamic=False) if compile else forward
         joins = self._capture and join_kernels and not compile
-        self._joins = JoinedStep(model, forward) if joins else None
+        self._joins = JoinedStep(model, forward, join_kernels is True) if joins else None
         self._signature = inspect.signature(forward)
         self._cache: FixedCache | None = None
         self._addresses: list[int] = []

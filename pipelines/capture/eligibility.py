@@ -5,6 +5,7 @@ Rules are data: `why_not` goes through them, and the table in docs/limits.md is 
 
 from collections.abc import Sequence
 from itertools import chain
+from typing import Literal
 
 import torch
 from torch import nn
@@ -21,6 +22,10 @@ from quantpress.presses.models.attention import attention_modules, in_chunks
 from quantpress.presses.models.eligibility import unreadable
 from quantpress.presses.traits import decode_time_presses, renumbers_positions
 from quantpress.rule import Found, Rule
+
+JoinKernels = bool | Literal["exact"]
+"""Which kernels of ours a graph has in place of PyTorch's: all, those equal to the last bit, or none; see
+`captured_decoding`."""
 
 TOKEN_BY_TOKEN = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
 """Ways of decoding in which each step adds one token to the last."""
@@ -234,14 +239,16 @@ def refuse(reasons: Sequence[str], cuda_graph: bool | None, compile: bool = Fals
         raise InvalidInputError(f"{asked}=True, but {', and '.join(reasons)}; leave {asked} out")
 
 
-def check_choice(cuda_graph: bool | None, compile: bool = False, join_kernels: bool = False) -> None:
+def check_choice(cuda_graph: bool | None, compile: bool = False, join_kernels: JoinKernels = True) -> None:
     """Refuse values that are not a choice.
 
     Raises:
-        InvalidInputError: cuda_graph is not True, False or None, or another is not a bool.
+        InvalidInputError: cuda_graph is not True, False or None, compile is not a bool, or join_kernels is
+            neither a bool nor "exact".
     """
     if cuda_graph is not None and not isinstance(cuda_graph, bool):
         raise InvalidInputError(f"cuda_graph is {cuda_graph!r}; give True, False or None")
-    for name, value in (("compile", compile), ("join_kernels", join_kernels)):
-        if not isinstance(value, bool):
-            raise InvalidInputError(f"{name} is {value!r}; give True or False")
+    if not isinstance(compile, bool):
+        raise InvalidInputError(f"compile is {compile!r}; give True or False")
+    if not isinstance(join_kernels, bool) and join_kernels != "exact":
+        raise InvalidInputError(f'join_kernels is {join_kernels!r}; give True, "exact" or False')

@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -10,7 +10,9 @@ from transformers import PreTrainedModel
 
 from quantpress.cache.ranks import ranks_of
 from quantpress.kernels.available import runs_triton
+from quantpress.pipelines.capture.joined_piece import JoinedPiece
 from quantpress.pipelines.capture.joined_pieces import pieces_of
+from quantpress.pipelines.capture.residual_sums import ResidualSums
 from quantpress.pipelines.capture.seams import replaced_here
 
 
@@ -20,29 +22,33 @@ class JoinedStep:
     Args:
         model: the model. Nothing is left on it, and its own code stays as it is.
         forward: the model's own forward, which the steps call.
+        products: whether linear layers are among the pieces.
 
     Attributes:
         joined: how many pieces of each kind a kernel stood in for, in the last `joining`.
     """
 
-    def __init__(self, model: PreTrainedModel, forward: Callable[..., Any]) -> None:
+    def __init__(self, model: PreTrainedModel, forward: Callable[..., Any], products: bool = True) -> None:
         self._model, self._forward = model, forward
+        self._sums = ResidualSums() if products else None
         self.joined: dict[str, int] = {}
 
     @contextmanager
     def watching(self) -> Iterator[None]:
         """While inside, this thread's step runs the model's own code, and each piece of it is proven."""
-        pieces = [*pieces_of(self._model)] if self._possible() else []
-        with replaced_here([(piece.named, piece.watch) for piece in pieces]):
+        with self._sums or nullcontext(), replaced_here([(one.named, one.watch) for one in self._pieces()]):
             yield
 
     @contextmanager
     def joining(self) -> Iterator[None]:
         """While inside, this thread's step runs through the kernels that are proven."""
-        pieces = [piece for piece in pieces_of(self._model) if piece.proven] if self._possible() else []
+        pieces = [piece for piece in self._pieces() if piece.proven]
         self.joined = dict(Counter(piece.kind for piece in pieces))
-        with replaced_here([(piece.named, piece.run) for piece in pieces]):
+        with self._sums or nullcontext(), replaced_here([(piece.named, piece.run) for piece in pieces]):
             yield
+
+    def _pieces(self) -> list[JoinedPiece]:
+        return [*pieces_of(self._model, self._sums)] if self._possible() else []
 
     def _possible(self) -> bool:
         """On one GPU; not under autocast, where modules compute in other dtypes, nor in compiled modules."""

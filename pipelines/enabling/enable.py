@@ -5,7 +5,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from quantpress.errors import InvalidInputError, UnsupportedModelError
-from quantpress.pipelines.capture.eligibility import check_choice, refuse, why_not
+from quantpress.pipelines.capture.eligibility import JoinKernels, check_choice, refuse, why_not
 from quantpress.pipelines.enabling.enabled import Enabled
 from quantpress.pipelines.press_argument import ENABLED, PressOrBits, chosen_press
 from quantpress.presses.models.lock import model_lock
@@ -17,7 +17,7 @@ def enable(
     press: PressOrBits = None,
     *,
     cuda_graph: bool | None = None,
-    join_kernels: bool = False,
+    join_kernels: JoinKernels = True,
     **options: Any,
 ) -> Enabled:
     """Compress the cache of every later `model.generate`, and change nothing else.
@@ -47,7 +47,8 @@ def enable(
             by its nature (beams, guesses, presses that act during decoding) decodes without a graph and
             without a warning, anything else after one warning. True turns both into errors. False never makes
             a graph.
-        join_kernels: as for `captured_decoding`: True joins small kernels of the model in the graphs.
+        join_kernels: which kernels of ours the graphs have in place of PyTorch's, as for `captured_decoding`.
+            "exact" leaves logits equal to the last bit, False leaves the model's own kernels.
         **options: fields of `TurboQuant`, if press is a number of bits, a preset or None.
 
     Returns:

@@ -14,6 +14,7 @@ from quantpress.cache.text_cache import TextCache
 from quantpress.cache.tokens.evicted_slots import MASKS
 from quantpress.errors import InvalidInputError, UnsupportedModelError
 from quantpress.pipelines.attention_masks import fitted_masks, hiding_with_cache
+from quantpress.pipelines.capture.eligibility import JoinKernels
 from quantpress.pipelines.enabling.generate_call import (
     CURRENT_CALL,
     GenerateCall,
@@ -53,7 +54,7 @@ class Enabled:
         model: PreTrainedModel,
         press: Compose,
         cuda_graph: bool | None = None,
-        join_kernels: bool = False,
+        join_kernels: JoinKernels = True,
     ) -> None:
         self.model, self.press = model, press
         self.cuda_graph, self.join_kernels = cuda_graph, join_kernels

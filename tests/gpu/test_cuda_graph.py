@@ -26,6 +26,7 @@ from tests.tiny_models import VOCABULARY, prompt, tiny_model
 
 pytestmark = pytest.mark.gpu
 NEW_TOKENS = 300  # several flushes
+EXACT: dict[str, Any] = {"join_kernels": "exact"}  # where tokens are those of steps without a graph
 
 
 @functools.cache
@@ -92,7 +93,7 @@ def test_graph_tokens_are_eager_tokens(name: str, head_dim: int) -> None:
     model = model_on_cuda(head_dim)
     with captured_decoding(model, cuda_graph=False, new_tokens=NEW_TOKENS) as eager:
         expected = answer(model, read(model, PRESSES[name]()))
-    with captured_decoding(model, cuda_graph=True, new_tokens=NEW_TOKENS) as steps:
+    with captured_decoding(model, cuda_graph=True, new_tokens=NEW_TOKENS, **EXACT) as steps:
         got = answer(model, read(model, PRESSES[name]()))
     assert torch.equal(got, expected) and got.unique().numel() > 20
     assert eager.eager_steps == NEW_TOKENS - 1 and eager.replays == 0
@@ -121,7 +122,7 @@ def test_sampling_and_batches(attention: str) -> None:
             model.model(input_ids=ids, past_key_values=cache)
         inputs = continue_inputs(cache, prompt(5, batch=3, seed=1).cuda())
         torch.manual_seed(11)
-        with captured_decoding(model, cuda_graph=graph) as steps:
+        with captured_decoding(model, cuda_graph=graph, **EXACT) as steps:
             tokens.append(
                 model.generate(**inputs, past_key_values=cache, max_new_tokens=200, do_sample=True, top_k=20)
             )
@@ -135,7 +136,7 @@ def test_several_questions_use_one_graph() -> None:
         layer.reserve(2 * NEW_TOKENS)
     scored = {"return_dict_in_generate": True, "output_logits": True}
     expected = answer(model, copy.deepcopy(cache), **scored)
-    with captured_decoding(model, new_tokens=2 * NEW_TOKENS) as steps:
+    with captured_decoding(model, new_tokens=2 * NEW_TOKENS, **EXACT) as steps:
         answers, logits = [], []
         for _ in range(3):
             snapshots = [layer.snapshot() for layer in cache.layers]
@@ -168,7 +169,7 @@ def test_a_cache_that_outgrows_its_room_is_captured_again() -> None:
     model = model_on_cuda()
     with captured_decoding(model, cuda_graph=False, new_tokens=0):
         expected = answer(model, read(model, TurboQuant(bits=4)))
-    with captured_decoding(model, new_tokens=0) as steps:
+    with captured_decoding(model, new_tokens=0, **EXACT) as steps:
         got = answer(model, read(model, TurboQuant(bits=4)))
     assert torch.equal(got, expected) and steps.captures > 1
     assert steps.replays > NEW_TOKENS - 10
@@ -271,7 +272,7 @@ def test_an_enabled_model_captures_by_itself(name: str, made: list[CapturedDecod
     options = {"max_new_tokens": 200, "do_sample": False, "return_dict_in_generate": True}
     answers = []
     for graph in (False, None):
-        with enable(model, PRESSES[name](), cuda_graph=graph):
+        with enable(model, PRESSES[name](), cuda_graph=graph, **EXACT):
             steps = (  # the cache grows again between the turns, as it does behind a call of its own
                 functools.partial(captured_decoding, model, cuda_graph=False)
                 if graph is False
@@ -320,7 +321,7 @@ def test_threads_share_a_pipeline_of_an_enabled_model(made: list[CapturedDecodin
         return pipe(texts[index], question="w5", press=press, **options)["answer"]
 
     jobs = [(work, index) for work in (generate, ask) for index in range(2)]
-    with enable(model, 4):
+    with enable(model, 4, **EXACT):
         alone = [work(index) for work, index in jobs]
         made.clear()
         with ThreadPoolExecutor(4) as pool:
@@ -402,7 +403,7 @@ def test_an_evicted_cache_is_captured() -> None:
     press = Compose([SnapKV(0.5)])
     with captured_decoding(model, cuda_graph=False, new_tokens=NEW_TOKENS):
         expected = answer(model, read(model, press))
-    with captured_decoding(model, cuda_graph=True, new_tokens=NEW_TOKENS) as steps:
+    with captured_decoding(model, cuda_graph=True, new_tokens=NEW_TOKENS, **EXACT) as steps:
         got = answer(model, read(model, press))
     assert torch.equal(got, expected) and steps.replays == NEW_TOKENS - 1 - WARM_STEPS
 
@@ -411,6 +412,6 @@ def test_a_plain_cache_that_outgrows_its_room_is_captured_again() -> None:
     model = model_on_cuda()
     with captured_decoding(model, cuda_graph=False, new_tokens=10):
         expected = answer(model, read(model, None), max_new_tokens=60)
-    with captured_decoding(model, cuda_graph=True, new_tokens=10) as steps:
+    with captured_decoding(model, cuda_graph=True, new_tokens=10, **EXACT) as steps:
         got = answer(model, read(model, None), max_new_tokens=60)
     assert torch.equal(got, expected) and steps.captures == 2

@@ -115,7 +115,7 @@ def continued(model: PreTrainedModel, press: Any) -> tuple[torch.Tensor, Capture
     """Greedy tokens behind a compressed context."""
     cache = read(model, press)
     inputs = continue_inputs(cache, prompt(7, seed=3).to(model.device))
-    with captured_decoding(model, new_tokens=NEW_TOKENS) as steps:
+    with captured_decoding(model, new_tokens=NEW_TOKENS, join_kernels="exact") as steps:
         tokens = model.generate(**inputs, past_key_values=cache, max_new_tokens=NEW_TOKENS, do_sample=False)
     return tokens.cpu(), steps
 
@@ -162,6 +162,6 @@ def test_an_enabled_model_on_both(spread: PreTrainedModel) -> None:
     for model in (model_on_cuda(128), spread):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # not captured
-            with enable(model, TurboQuant(bits=4)):
+            with enable(model, TurboQuant(bits=4), join_kernels="exact"):
                 tokens.append(model.generate(ids, **options).cpu())
     assert torch.equal(*tokens)

@@ -139,6 +139,7 @@ def compiled(kernel: Any, values: dict[str, Any], dtype: torch.dtype, capability
     arguments: dict[str, Any] = {}
     for name in kernel.arg_names:
         arguments[name] = torch.empty(1, dtype=dtype) if name.endswith("_ptr") else 7
+    arguments["CHAINED"] = capability >= 90
     return compile_only(kernel, arguments | values, capability, 4, rounding=ROUNDED).asm
 
 
@@ -163,7 +164,9 @@ def test_compiles_without_a_gpu(dtype: torch.dtype, capability: int) -> None:
     rotation = compiled(rotary_kernel, {"HALF": 64, "CHANNELS": 64}, dtype, capability)
     product = compiled(silu_product_kernel, {"BLOCK": 512, "LIBRARY": True}, dtype, capability)
     newest = {"newest_ptr": torch.empty(1, dtype=torch.int64), "D": 128, "DV": 128, "CHANNELS": 128}
-    assert compiled(write_token_kernel, newest, dtype, capability)["cubin"]
+    write = compiled(write_token_kernel, newest, dtype, capability)
+    waits = ["griddepcontrol.wait" in one["ptx"] for one in (norm, rotation, write)]
+    assert waits == [capability >= 90] * 3
     assert "fma.rn.f32" not in norm["ptx"] + rotation["ptx"]  # each product is rounded
     assert "div.rn.f32" in product["ptx"] and "rsqrt.approx" in norm["ptx"]
 

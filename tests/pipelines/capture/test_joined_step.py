@@ -2,64 +2,22 @@
 
 import itertools
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
-from transformers import DynamicCache, PreTrainedModel
 from transformers.models.llama import modeling_llama
 
 from quantpress.errors import InvalidInputError
-from quantpress.kernels.joined import reference
-from quantpress.pipelines.capture import joined_pieces, joined_step
+from quantpress.pipelines.capture import joined_pieces
 from quantpress.pipelines.capture.captured import captured_decoding
 from quantpress.pipelines.capture.joined_step import JoinedStep
 from quantpress.pipelines.capture.seams import Named, replaced_here
-from tests.tiny_models import prompt, tiny_model
+from tests.pipelines.capture.joined_steps import LAYERS, joined, step
+from tests.tiny_models import tiny_model
 
-LAYERS = 3
 BOTH = {"norms": 2 * LAYERS + 1, "activations": LAYERS, "rotary positions": 1}
-
-
-@pytest.fixture
-def launched(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
-    """The kernels that ran, by name: references, on the CPU."""
-    names: list[str] = []
-
-    def noted(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        return lambda *args: names.append(name) or function(*args)  # type: ignore[func-returns-value]
-
-    kernels: dict[str, Callable[..., Any]] = {
-        "rms_norm": lambda x, weight, eps, form, order: reference.rms_norm_reference(x, weight, eps, form),
-        "rotary": reference.rotary_reference,
-        "silu_product": reference.silu_product_reference,
-    }
-    for name, function in kernels.items():
-        monkeypatch.setattr(joined_pieces, name, noted(name, function))
-    monkeypatch.setattr(joined_step, "runs_triton", lambda device: True)
-    yield names
-
-
-def step(model: PreTrainedModel, inside: AbstractContextManager[None] | None = None) -> torch.Tensor:
-    """One token after ten, which are read before."""
-    cache = DynamicCache()
-    with torch.no_grad():
-        model(prompt(10), past_key_values=cache)
-        with inside or nullcontext():
-            logits: torch.Tensor = model(prompt(1, seed=1), past_key_values=cache).logits
-    return logits
-
-
-def joined(model: PreTrainedModel) -> tuple[torch.Tensor, dict[str, int]]:
-    """A step through what was proven in the one before."""
-    joins = JoinedStep(model, model.forward)
-    step(model, joins.watching())
-    logits = step(model, joins.joining())
-    assert not [module for module in model.modules() if "forward" in vars(module)]
-    return logits, joins.joined
 
 
 @pytest.mark.parametrize(
@@ -99,7 +57,6 @@ def test_a_kernel_that_differs_in_one_bit_is_not_used(
         return output
 
     monkeypatch.setattr(joined_pieces, name, off_by_a_bit)
-    monkeypatch.setattr(joined_pieces, "_PROVEN", type(joined_pieces._PROVEN)())
     model = tiny_model("llama")
     logits, found = joined(model)
     kind = {"rms_norm": "norms", "rotary": "rotary positions", "silu_product": "activations"}[name]
@@ -119,12 +76,10 @@ def test_a_norm_that_differs_in_few_rows_is_not_used(
         return output
 
     monkeypatch.setattr(joined_pieces, "rms_norm", seldom_off)
-    monkeypatch.setattr(joined_pieces, "_PROVEN", type(joined_pieces._PROVEN)())
     assert "norms" not in joined(tiny_model("llama"))[1]
 
 
 def test_a_kernel_that_fails_is_not_used(launched: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(joined_pieces, "_PROVEN", type(joined_pieces._PROVEN)())
     monkeypatch.setattr(joined_pieces, "rms_norm", lambda *args: 1 / 0)
     assert "norms" not in joined(tiny_model("llama"))[1]
 

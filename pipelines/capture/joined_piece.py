@@ -1,0 +1,111 @@
+"""A piece of a model that one kernel of ours can stand in for, and the proof that it may.
+
+A piece is proven for one kind of call (shapes, dtypes) at a time, on the tensors of a real step and on random
+ones. What is not proven stays as it is.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Hashable
+from typing import Any, ClassVar
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from quantpress.pipelines.capture.seams import Named, Seam, function_in
+
+Choice = Any
+"""What `prove` has found out about a kind of call: which variant of the kernel is right; None: none is."""
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+TRIALS = 4
+"""Random inputs of each proof."""
+
+PROVEN: WeakKeyDictionary[Any, dict[Hashable, Choice]] = WeakKeyDictionary()
+"""By module, class of norms or function, what was found out about its calls; for the life of the process."""
+
+
+class JoinedPiece(ABC):
+    """A function of a model, and the kernel that gives the same.
+
+    Args:
+        named: the function.
+        owner: what the proof is kept with: a module, or the function.
+    """
+
+    kind: ClassVar[str]
+
+    def __init__(self, named: Named, owner: Any) -> None:
+        self.named = named
+        self._proven = PROVEN.setdefault(owner, {})
+
+    def watch(self, own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Run the model's own function, and prove the kernel on this call if it is the first of its kind."""
+        output = own(*args, **kwargs)
+        call = None if kwargs else self.kind_of_call(*args)
+        if call is not None and call not in self._proven:
+            try:
+                self._proven[call] = self.prove(own, output, *args)
+            except Exception:  # a kernel that does not compile, a module that refuses the trial
+                self._proven[call] = None
+        return output
+
+    def run(self, own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Run the kernel where it is proven, else the model's own function."""
+        call = None if kwargs else self.kind_of_call(*args)
+        choice = None if call is None else self._proven.get(call)
+        return own(*args, **kwargs) if choice is None else self.join(choice, *args)
+
+    @property
+    def proven(self) -> bool:
+        """Whether the kernel stands in for some kind of call."""
+        return any(choice is not None for choice in self._proven.values())
+
+    @abstractmethod
+    def kind_of_call(self, *args: Any) -> Hashable:
+        """What the proof of a call holds for; None for a call that the kernel does not take."""
+
+    @abstractmethod
+    def prove(self, own: Callable[..., Any], output: Any, *args: Any) -> Choice:
+        """Find the variant of the kernel that gives `output` and whatever else `own` gives."""
+
+    @abstractmethod
+    def join(self, choice: Choice, *args: Any) -> Any:
+        """The function by the kernel."""
+
+
+def forward_of(module: nn.Module) -> Named:
+    """The `forward` of a module, behind a `Seam` too."""
+    return Named(vars(module), "forward", function_in(vars(module), "forward") or module.forward)
+
+
+def unchanged(module: nn.Module) -> bool:
+    """Whether a module has no hook, and a `forward` that nothing but a `Seam` has replaced."""
+    own = isinstance(vars(module).get("forward"), Seam | None)
+    return own and not module._forward_hooks and not module._forward_pre_hooks
+
+
+def plain(tensor: Any) -> bool:
+    """Whether a kernel can read this: a tensor, no subclass such as a shard, of a dtype that it knows."""
+    return type(tensor) in (Tensor, nn.Parameter) and tensor.dtype in DTYPES
+
+
+def same_bits(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors are equal to the last bit."""
+    whole = torch.int32 if one.dtype == torch.float32 else torch.int16
+    return one.dtype == other.dtype and torch.equal(one.view(whole), other.view(whole))
+
+
+def own_generator(like: Tensor, seed: int = 0) -> torch.Generator:
+    """Of its own, so that sampling draws what it would have drawn."""
+    return torch.Generator(like.device).manual_seed(seed)
+
+
+def trial_inputs(like: Tensor, seed: int = 0, count: int = TRIALS) -> list[Tensor]:
+    """Random tensors of the same shape, strides, dtype and device; large ones reach what clamps, if any."""
+    draws = own_generator(like, seed)
+    noises = (
+        torch.randn(like.shape, dtype=torch.float32, device=like.device, generator=draws)
+        for _ in range(count)
+    )
+    return [torch.empty_like(like).copy_(noise * 8.0 ** (n % TRIALS - 1)) for n, noise in enumerate(noises)]

@@ -1,0 +1,120 @@
+"""The kernels of linear layers against float64, beside PyTorch."""
+
+import re
+from typing import Any
+
+import pytest
+import torch
+
+from quantpress.kernels.available import FUSED
+from quantpress.kernels.joined.linear_launches import MOST_ROWS, Tiling, Weights, gated_linear, linear
+from quantpress.kernels.joined.reference import gated_linear_reference, linear_reference
+from tests.kernels.interpreter import interpret
+from tests.kernels.triton_cases import compile_only
+
+SIXTEEN = [torch.bfloat16, torch.float16]
+CASES = [  # rows, columns, outputs of layers, tiling: ragged in each of the three
+    (1, 520, (9,), Tiling(4, 256, 2)),
+    (2, 72, (13, 8, 3), Tiling(8, 64, 4)),
+    (3, 96, (9, 4), Tiling(4, 32, 1)),
+    (4, 8, (5, 7, 3), None),
+]
+LARGE = [
+    (1, 4096, (4096, 1024, 1024), None),
+    (2, 896, (1152,), None),
+    (3, 14336, (4096,), None),
+    (4, 4096, (32064,), None),
+]
+
+
+def layers_of(sizes: tuple[int, ...], columns: int, dtype: torch.dtype, device: str) -> list[Weights]:
+    """Weights with biases but for the first layer."""
+    return [
+        (
+            torch.randn(size, columns, device=device).div(columns**0.5).to(dtype),
+            torch.randn(size, device=device).to(dtype) if n else None,
+        )
+        for n, size in enumerate(sizes)
+    ]
+
+
+def error(found: torch.Tensor, exact: torch.Tensor) -> float:
+    assert found.shape == exact.shape and found.is_contiguous()
+    return float((found.double() - exact).square().mean().sqrt())
+
+
+def doubled(x: torch.Tensor, layers: list[Weights]) -> tuple[torch.Tensor, list[Weights]]:
+    return x.double(), [(weight.double(), None if bias is None else bias.double()) for weight, bias in layers]
+
+
+def check(case: Any, dtype: torch.dtype, device: str, most: float) -> None:
+    """Errors are at most `most` times PyTorch's; biases, a residual and a gated pair are among the cases."""
+    rows, columns, sizes, tiling = case
+    x = torch.randn(rows, 1, columns, device=device).to(dtype)
+    layers = layers_of(sizes, columns, dtype, device)
+    residual = torch.randn(rows, 1, sizes[0], device=device).to(dtype) if len(sizes) == 1 else None
+    exact = linear_reference(*doubled(x, layers))
+    if residual is not None:
+        (own,) = linear_reference(x, layers, residual)
+        (found,) = linear(x, layers, residual, tiling=tiling)
+        assert error(found, exact[0] + residual.double()) <= most * error(own, exact[0] + residual.double())
+    for found, own, right in zip(
+        linear(x, layers, tiling=tiling), linear_reference(x, layers), exact, strict=True
+    ):
+        assert error(found, right) <= most * error(own, right)
+    pair = [*layers_of((sizes[0], sizes[0]), columns, dtype, device)]
+    right = gated_linear_reference(*doubled(x, pair))
+    assert error(gated_linear(x, pair, tiling), right) <= most * error(gated_linear_reference(x, pair), right)
+
+
+def test_interpreted() -> None:
+    pytest.importorskip("triton")
+    assert interpret(__file__).splitlines()[-1] == "exact"
+
+
+@pytest.mark.parametrize(("capability", "rows"), [(80, MOST_ROWS), (90, 1)])
+def test_compiles_without_a_gpu(capability: int, rows: int) -> None:
+    """Each thread loads 16 bytes at once, and the first weights before it waits for the kernel before."""
+    pytest.importorskip("triton")
+    from quantpress.kernels.joined.linear_kernel import gated_linear_kernel, linear_kernel
+
+    sizes = {"K": 4096, "R": rows, "ROWS": rows, "CHANNELS": 2, "BLOCK": 1024, "CHAINED": capability >= 90}
+    for kernel, values in ((linear_kernel, {"PARTS": 3}), (gated_linear_kernel, {"LIBRARY": True})):
+        arguments: dict[str, Any] = {}
+        for name in kernel.arg_names:
+            arguments[name] = torch.empty(1, dtype=torch.bfloat16) if name.endswith("_ptr") else 7
+        made = compile_only(kernel, arguments | sizes | values, capability, 4, rounding=FUSED).asm
+        loads = [found.start() for found in re.finditer(r"ld\.global\S*evict_first\S*v4\.b32", made["ptx"])]
+        assert loads and "convert_layout" not in made["ttgir"].split("scf.for")[1].split("scf.yield")[0]
+        if capability >= 90:
+            assert loads[0] < made["ptx"].index("griddepcontrol.wait") < loads[-1]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", SIXTEEN, ids=str)
+@pytest.mark.parametrize("case", [*CASES, *LARGE], ids=lambda case: str(case[:3]))
+def test_on_a_gpu(case: Any, dtype: torch.dtype) -> None:
+    check(case, dtype, "cuda", 1.1)
+
+
+@pytest.mark.gpu
+def test_a_chain_waits_for_what_it_reads() -> None:
+    """Each product reads the one before, whose kernel is still running when it starts."""
+    layers = [layers_of((4096,), 4096, torch.bfloat16, "cuda") for _ in range(8)]
+    first = torch.randn(1, 1, 4096, device="cuda").to(torch.bfloat16)
+    expected = x = first
+    for layer in layers:
+        (expected,) = linear(expected, layer)
+        torch.cuda.synchronize()
+    for _ in range(20):
+        x = first
+        for layer in layers:
+            (x,) = linear(x, layer)
+        assert torch.equal(x, expected)
+
+
+if __name__ == "__main__":
+    for case in CASES:
+        check(case, torch.float16, "cpu", 1.1)
+    check(CASES[0], torch.bfloat16, "cpu", 8.0)  # which the interpreter cuts off in place of rounding
+    print("exact")
