@@ -1,7 +1,7 @@
 """Small pieces of a decode step of transformers, one launch each in place of two to ten.
 
-Each rounds where PyTorch rounds, and adds in the order in which PyTorch adds, so that results are equal to
-the last bit. `quantpress.pipelines.capture.joined_pieces` compares each with the model's own code before use.
+Each rounds where PyTorch rounds. All but linear layers add in the order in which PyTorch adds, so that results
+are equal to the last bit. `quantpress.pipelines.capture` compares each with the model's own code before use.
 
 order.py            the order in which PyTorch's mean adds up a row
 reference.py        plain PyTorch: what models of transformers compute
@@ -10,6 +10,8 @@ rotary_kernel.py    rotary positions of queries and keys
 product_kernel.py   SiLU of the gate times the other projection
 write_kernel.py     the new key and value of a layer to where they are kept
 launches.py         launches these kernels
+linear_kernel.py    linear layers over few rows
+linear_launches.py  launches them
 """
 
 from torch import Tensor
