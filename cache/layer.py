@@ -104,7 +104,7 @@ class PackedLayer(DynamicLayer):
             InvalidInputError: `hidden`, or the scores of `demotion`, have the wrong shape or dtype.
         """
         layer = cls(settings)
-        layer.lazy_initialization(keys, values)
+        layer._take_kind(keys)
         if hidden is not None:
             layer._tokens = pack_by_head(settings, keys, values, hidden, query_moment)
         else:
@@ -118,9 +118,11 @@ class PackedLayer(DynamicLayer):
     # What transformers calls
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        self.dtype, self.device = key_states.dtype, key_states.device
+        self._take_kind(key_states)
         self._tokens = PackedTokens(self.settings, key_states[:, :, :0], value_states[:, :, :0])
-        self.is_initialized = True
+
+    def _take_kind(self, keys: torch.Tensor) -> None:
+        self.dtype, self.device, self.is_initialized = keys.dtype, keys.device, True
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
@@ -145,7 +147,7 @@ class PackedLayer(DynamicLayer):
         tokens = self._filled() if in_step else self._growing()
         tokens.append(key_states, value_states)
         self.tokens_seen += key_states.shape[2]
-        states = _states(tokens, "keys"), _states(tokens, "values")
+        states = _states(tokens)
         if not in_step:
             tokens.flush()
         return states
@@ -392,13 +394,13 @@ class PackedLayer(DynamicLayer):
         return True
 
 
-def _states(tokens: PackedTokens | FixedTokens, side: str) -> torch.Tensor:
-    """Keys or values for attention."""
+def _states(tokens: PackedTokens | FixedTokens) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and values for attention."""
     if isinstance(tokens, FixedTokens) or tokens.readable:
-        return PackedStates(replace(tokens.view(), for_attention=True), side)
+        view = replace(tokens.view(), for_attention=True)
+        return PackedStates(view, "keys"), PackedStates(view, "values")
     both = join(tokens.sinks, tokens.recent)
-    states: torch.Tensor = getattr(both, side)
-    return states
+    return both.keys, both.values
 
 
 def _starts(states: torch.Tensor, part: torch.Tensor) -> bool:

@@ -95,12 +95,7 @@ class ScalarPages(PageCodec):
 
     def kernel_operands(self) -> KernelOperands | None:
         """Rotation and levels; None with two channel groups or a sketch, which no kernel attends."""
-        if self.spec.estimator != "mse" or len(self.spec.groups) > 1:
-            return None
-        rotation, book = self.spec.rotation_of(0), self.spec.codebook_of(0)
-        if book.bits == 1 and not self.spec.page_keys:
-            return SignOperands(rotation, float(book.scaled[-1]) * book.unit)
-        return ScalarOperands(rotation, book, self.spec.page_keys)
+        return _operands_of(self.spec)
 
     def parts(self) -> Parts:
         """The spec's fields, and the digest of what follows from them."""
@@ -124,6 +119,16 @@ class ScalarPages(PageCodec):
             return cls(older)
         check_constants(spec, constants_digest(spec), noted)
         return cls(spec)
+
+
+@lru_cache(maxsize=64)
+def _operands_of(spec: CodecSpec) -> KernelOperands | None:
+    if spec.estimator != "mse" or len(spec.groups) > 1:
+        return None
+    rotation, book = spec.rotation_of(0), spec.codebook_of(0)
+    if book.bits == 1 and not spec.page_keys:
+        return SignOperands(rotation, float(book.scaled[-1]) * book.unit)
+    return ScalarOperands(rotation, book, spec.page_keys)
 
 
 def gather_codes(planes: Planes, tokens: Tensor, widths: dict[str, tuple[int, int]], role: str) -> Planes:

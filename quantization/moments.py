@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from math import isfinite
+from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -79,14 +80,18 @@ def finite(x: Tensor, name: str) -> Tensor:
 
     def verdict(ends: list[float]) -> None:
         if not all(map(isfinite, ends)):
-            raise NonFiniteError(
-                f"{name} hold NaN or infinity; check the model's dtype (float16 overflows: load it in "
-                "bfloat16)"
-            )
+            refuse_not_finite(name)
 
     if x.numel():
         judge(verdict, *torch.aminmax(x.detach()))
     return x
+
+
+def refuse_not_finite(name: str) -> NoReturn:
+    """Raise the error for numbers that are not finite, by what it calls them, in the plural."""
+    raise NonFiniteError(
+        f"{name} hold NaN or infinity; check the model's dtype (float16 overflows: load it in bfloat16)"
+    )
 
 
 def _chunks(x: Tensor, in_use: Tensor | None) -> Iterator[tuple[Tensor, Tensor | None]]:

@@ -126,12 +126,24 @@ class ChannelTransform:
         """A transform with parts [B, Hkv, D] for `batch` entries; views where they were [1, Hkv, D]."""
         return self.map(lambda part: part.expand(batch, -1, -1))
 
+    def contiguous(self, batch: int) -> dict[str, Tensor]:
+        """The parts that are not None, by name: [B, Hkv, D] for `batch` entries, contiguous."""
+        return {
+            name: (part if part.shape[0] == batch else part.expand(batch, -1, -1)).contiguous()
+            for name, part in self.tensors().items()
+        }
+
     @property
     def nbytes(self) -> int:
         """Bytes of all parts."""
         return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors().values())
 
-    def _checked(self, x: Tensor) -> Tensor:
+    def check(self, x: Tensor) -> None:
+        """Refuse x [B, Hkv, ..., D] whose heads or channels are not the transform's.
+
+        Raises:
+            InvalidInputError: they are not.
+        """
         for name, part in self.tensors().items():
             fits = x.ndim >= 3 and x.shape[1] == part.shape[1] and x.shape[-1] == part.shape[-1]
             if not fits or part.shape[0] not in (1, x.shape[0]):
@@ -140,6 +152,9 @@ class ChannelTransform:
                     f"{tuple(part.shape)}; it must be [B, Hkv, ..., D] with the same B, Hkv and D, or any B "
                     "where the part has 1"
                 )
+
+    def _checked(self, x: Tensor) -> Tensor:
+        self.check(x)
         return x.float()
 
 
@@ -260,15 +275,20 @@ def _checked_moment(query_moment: Tensor, energy: Tensor) -> Tensor:
             f"{tuple(energy.shape)}; average it over the query heads of each KV head"
         )
     moment = finite(query_moment.to(energy), "query_moment")
-
-    def verdict(least: list[float]) -> None:
-        if min(least) < 0:
-            raise InvalidInputError(
-                f"query_moment holds {min(least)}; it is a mean of squares, so never negative"
-            )
-
-    judge(verdict, moment.amin(-1))
+    judge(check_least_moment, moment.amin(-1))
     return moment
+
+
+def check_least_moment(least: list[float]) -> None:
+    """Refuse moments of queries by the least ones of each head.
+
+    Raises:
+        InvalidInputError: one is negative.
+    """
+    if min(least) < 0:
+        raise InvalidInputError(
+            f"query_moment holds {min(least)}; it is a mean of squares, so never negative"
+        )
 
 
 def channel_order(energy: Tensor) -> Tensor:

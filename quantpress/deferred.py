@@ -17,6 +17,8 @@ from torch import Tensor
 
 Verdict = Callable[[list[float]], None]
 
+ZEROS_AT_ONCE = 256
+
 
 class DeferredChecks:
     """Verdicts that wait for their numbers.
@@ -30,6 +32,7 @@ class DeferredChecks:
         self._waiting: list[tuple[tuple[Tensor, ...], Verdict]] = []
         self.narrowed: list[Tensor] = []
         self.held_bytes = 0
+        self._zeros: dict[torch.device, list[Tensor]] = {}
 
     @contextmanager
     def collecting(self) -> Iterator[None]:
@@ -44,10 +47,19 @@ class DeferredChecks:
         """Keep numbers for a verdict."""
         self._waiting.append((numbers, verdict))
 
+    def zeros(self, device: torch.device) -> Tensor:
+        """[4] int32, handed out once."""
+        left = self._zeros.get(device)
+        if not left:
+            with torch.inference_mode(False), torch.no_grad():
+                many = torch.zeros(ZEROS_AT_ONCE, 4, dtype=torch.int32, device=device)
+            left = self._zeros[device] = list(many.unbind())
+        return left.pop()
+
     def settle(self) -> None:
         """Give each verdict its numbers, in the order in which they came; raises what the first one raises.
 
-        The host waits once for each dtype and device.
+        The host waits once for each device.
         """
         waiting, self._waiting = self._waiting, []
         read = _read([one for numbers, _ in waiting for one in numbers])
@@ -87,13 +99,29 @@ def judge(verdict: Verdict, *numbers: Tensor) -> None:
         verdict([number for part in _read(list(numbers)) for number in part])
 
 
+def zero_flags(count: int, device: torch.device) -> Tensor:
+    """Zeros [count] int32 for kernels to write to, at a multiple of 16 bytes; count is at most 4.
+
+    Where checks are collected, many are made at once: each launch that fills them costs the host time.
+    """
+    checks = deferred_checks()
+    if checks is None:
+        return torch.zeros(count, dtype=torch.int32, device=device)
+    return checks.zeros(device).narrow(0, 0, count)
+
+
 def _read(numbers: list[Tensor]) -> Iterator[list[float]]:
-    """The numbers of each tensor on the host."""
+    """The numbers of each tensor on the host; waits for each device once."""
     found: list[list[float]] = [[] for _ in numbers]
     kinds = sorted(range(len(numbers)), key=lambda i: (str(numbers[i].device), str(numbers[i].dtype)))
-    for _, group in groupby(kinds, key=lambda i: (numbers[i].device, numbers[i].dtype)):
-        members = list(group)
-        flat = torch.cat([numbers[i].reshape(-1) for i in members]).tolist()
+    for _, of_device in groupby(kinds, key=lambda i: numbers[i].device):
+        members, parts = list[int](), list[Tensor]()
+        for _, of_dtype in groupby(of_device, key=lambda i: numbers[i].dtype):
+            alike = list(of_dtype)
+            members += alike
+            parts.append(torch.cat([numbers[i].reshape(-1) for i in alike]).double())
+        flat, start = torch.cat(parts).tolist(), 0
         for i in members:
-            found[i], flat = flat[: numbers[i].numel()], flat[numbers[i].numel() :]
+            end = start + numbers[i].numel()
+            found[i], start = flat[start:end], end
     return iter(found)

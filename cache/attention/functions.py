@@ -127,6 +127,7 @@ class _Owner:
         self._in_use: list[FunctionWrapper] = []  # innermost first
         self._inside: weakref.WeakKeyDictionary[Any, AttentionFunction] = weakref.WeakKeyDictionary()
         self._hiding: set[str] = set()  # names whose entry hides one of `_common`, or has none there
+        self._updated: tuple[object, ...] = ()  # what `_update` has left behind
 
     def add_users(self, wrapper: FunctionWrapper, users: int, wait: bool = True) -> None:
         """Change the users of a wrapper; without `wait`, the thread that is at work may finish it later."""
@@ -199,10 +200,16 @@ class _Owner:
             self._at_work = False
 
     def _update(self) -> None:
+        if self._updated == self._present():  # every packed layer comes here
+            return
         for name in {*_table(), "eager"}:
             self._update_entry(name)
         original: Any = self._original(F.scaled_dot_product_attention)
         F.scaled_dot_product_attention = self._wrapped(original, TORCH_ATTENTION)  # type: ignore[assignment]
+        self._updated = self._present()
+
+    def _present(self) -> tuple[object, ...]:
+        return dict(_own()), dict(_common()), F.scaled_dot_product_attention, tuple(self._in_use)
 
     def _update_entry(self, name: str) -> None:
         there = _own().get(name)

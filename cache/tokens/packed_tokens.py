@@ -53,7 +53,10 @@ class PackedTokens:
     def __init__(self, settings: LayerSettings, keys: torch.Tensor, values: torch.Tensor) -> None:
         self.settings = settings
         self.dtype = keys.dtype
-        empty = DenseSegment(keys[:, :, :0].clone(), values[:, :, :0].clone())
+        batch, heads, _, dim = keys.shape
+        empty = DenseSegment(
+            keys.new_empty(batch, heads, 0, dim), values.new_empty(batch, heads, 0, values.shape[-1])
+        )
         self.sinks, self._recent = empty, empty
         self.pages: RectangularPages | RaggedPages = RectangularPages()
         self.heads: HeadLengths | None = None

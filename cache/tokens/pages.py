@@ -11,6 +11,7 @@ from typing import Any
 from weakref import WeakSet
 
 import torch
+import torch.nn.functional as F
 
 from quantpress.codecs.parts import Parts, portable, rebuild
 from quantpress.codecs.protocol import PageCodec, Planes
@@ -51,7 +52,9 @@ class PageStore:
     @property
     def planes(self) -> Planes:
         """The pages in use, as views [B, Hkv, P, ...]."""
-        return {name: buffer[:, :, : self.pages] for name, buffer in self.buffers.items()}
+        if self.pages == self._memory.pages:
+            return dict(self.buffers)
+        return {name: buffer.narrow(2, 0, self.pages) for name, buffer in self.buffers.items()}
 
     @property
     def buffers(self) -> Planes:
@@ -104,12 +107,10 @@ class PageStore:
         larger: Planes = {}
         with torch.inference_mode(False), torch.no_grad():  # so that any mode may write to it later
             for name, buffer in self.buffers.items():
-                dtype = buffer.dtype if dtypes is None else dtypes[name]
-                larger[name] = torch.empty(
-                    (*buffer.shape[:2], pages, *buffer.shape[3:]), dtype=dtype, device=buffer.device
-                )
-                larger[name][:, :, : self.pages] = buffer[:, :, : self.pages]
-                larger[name][:, :, self.pages :] = 0  # so that a page table never names undefined rows
+                used = buffer.narrow(2, 0, self.pages)
+                used = used if dtypes is None else used.to(dtypes[name])
+                spare = [0, 0] * (buffer.dim() - 3) + [0, pages - self.pages]
+                larger[name] = F.pad(used, spare)  # 0, so that a page table never names undefined rows
         self._use(larger)
 
     def _use(self, planes: Planes) -> None:

@@ -8,12 +8,18 @@ from quantpress.kernels.layout import PAGE_TOKENS
 
 def first(segment: DenseSegment, tokens: int) -> DenseSegment:
     """The first `tokens` tokens, as views."""
-    return DenseSegment(segment.keys[:, :, :tokens], segment.values[:, :, :tokens])
+    if tokens >= segment.tokens:
+        return segment
+    return DenseSegment(segment.keys.narrow(2, 0, tokens), segment.values.narrow(2, 0, tokens))
 
 
 def after(segment: DenseSegment, tokens: int) -> DenseSegment:
     """The tokens that follow the first `tokens` tokens, as views."""
-    return DenseSegment(segment.keys[:, :, tokens:], segment.values[:, :, tokens:])
+    if tokens <= 0:
+        return segment
+    start = min(tokens, segment.tokens)
+    count = segment.tokens - start
+    return DenseSegment(segment.keys.narrow(2, start, count), segment.values.narrow(2, start, count))
 
 
 def join(segment: DenseSegment, more: DenseSegment) -> DenseSegment:

@@ -78,8 +78,7 @@ def launch_hopper(
     heads = x.shape[0] * x.shape[1]
     pages = x.shape[2] // PAGE_TOKENS
     units = -(-pages // 2) if spec.bits == 3 else pages  # what one round of a program encodes
-    programs = torch.cuda.get_device_properties(x.device).multi_processor_count * PROGRAMS
-    grid = (max(1, min(units, programs // heads)), heads)
+    grid = (max(1, min(units, _programs(x.device) // heads)), heads)
     with torch.cuda.device(x.device):
         encode_hopper_kernel[grid](
             **hopper_arguments(x, spec, transform, planes, flag),
@@ -89,45 +88,48 @@ def launch_hopper(
         )
 
 
+@lru_cache(maxsize=16)
+def _programs(device: torch.device) -> int:
+    return int(torch.cuda.get_device_properties(device).multi_processor_count) * PROGRAMS
+
+
 def hopper_arguments(
     x: Tensor, spec: CodecSpec, transform: ChannelTransform, planes: dict[str, Tensor], flag: Tensor
 ) -> dict[str, Any]:
     """The arguments of `encode_hopper_kernel` by name; see `launch_hopper`."""
-    values, book = spec.role == "value", spec.codebook_of(0)
-    unit = _VALUE_UNITS[x.dtype] if values else 1.0
-    matrix, factor = _matrix(
-        spec.rotation_of(0), values, x.dtype if values else torch.float16, unit, x.device
-    )
-    factor /= unit if values else _KEY_UNIT
     strides = {
         f"stride_{axis}": x.stride(i) if x.shape[i] > 1 else 0 for i, axis in enumerate(("b", "h", "t"))
     }
-    parts = {name: part.contiguous() for name, part in transform.expanded(len(x)).tensors().items()}
-    return _constants(book, values) | {
+    parts = transform.contiguous(len(x))
+    return _constants(spec, x.dtype, x.device) | {
         "x_ptr": x,
         "mean_ptr": parts.get("mean", flag),
         "weight_ptr": parts.get("weight", flag),
-        "matrix_ptr": matrix,
-        "table_ptr": _table(book, values, x.device),
         "words_ptr": planes["codes0"].view(torch.int32),
         "scale_ptr": planes["scale0"],
         "flag_ptr": flag,
         **strides,
         "heads": x.shape[1],
         "pages": x.shape[2] // PAGE_TOKENS,
-        "factor": factor,
-        "unit_of_sum": book.unit * (2.0**149 / FACTOR if values else 1.0),
-        "largest": torch.finfo(spec.torch_scale_dtype).max,
-        "least": (_VALUE_SHORT if values else _KEY_SHORT / factor) ** 2,
         "MEAN": "mean" in parts,
         "WEIGHT": "weight" in parts,
     }
 
 
-@lru_cache(maxsize=16)
-def _constants(book: Codebook, values: bool) -> dict[str, Any]:
-    zeros = zero_fields(book.bits, values)
+@lru_cache(maxsize=64)
+def _constants(spec: CodecSpec, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
+    """The arguments that are the same for every layer."""
+    values, book = spec.role == "value", spec.codebook_of(0)
+    unit, zeros = _VALUE_UNITS[dtype] if values else 1.0, zero_fields(book.bits, values)
+    matrix, factor = _matrix(spec.rotation_of(0), values, dtype if values else torch.float16, unit, device)
+    factor /= unit if values else _KEY_UNIT
     return {
+        "matrix_ptr": matrix,
+        "table_ptr": _table(book, values, device),
+        "factor": factor,
+        "unit_of_sum": book.unit * (2.0**149 / FACTOR if values else 1.0),
+        "largest": torch.finfo(spec.torch_scale_dtype).max,
+        "least": (_VALUE_SHORT if values else _KEY_SHORT / factor) ** 2,
         "ASM": octet_assembly(book, values),
         "REGISTERS": octet_constraints(values),
         "GATHER": gather_assembly(book.bits),

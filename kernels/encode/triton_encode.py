@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quantpress.deferred import deferred_checks, judge
+from quantpress.deferred import deferred_checks, judge, zero_flags
 from quantpress.errors import NonFiniteError
 from quantpress.kernels.available import FUSED
 from quantpress.kernels.encode.assembly import rounding_assembly, squares_assembly, summand_unit
@@ -33,6 +33,7 @@ ROOMY_BYTES = 160 * 1024
 RAW_UNIT = 2.0**20  # factor of the matrix for raw bfloat16, for norms between 2**-80 and 2**30
 OUT_OF_RANGE = 2
 RULES = {"norm": 0, "norm_corrected": 1, "unbiased": 2}
+_PART_POINTERS = ("mean_ptr", "weight_ptr", "order_ptr")
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,7 @@ def encode_settings(x: Tensor, spec: CodecSpec, roomy: bool) -> EncodeSettings:
     )
 
 
+@lru_cache(maxsize=16)
 def is_roomy(device: torch.device) -> bool:
     """Whether a program may have 160 KB of shared memory."""
     if device.type != "cuda":
@@ -95,7 +97,7 @@ def encode_pages_triton(x: Tensor, spec: CodecSpec, transform: ChannelTransform)
     """
     planes, flag = launch_encode(x, spec, transform)
     if deferred_checks() is not None:
-        again = torch.zeros_like(flag)
+        again = zero_flags(1, flag.device)
         if x.numel():
             _launch_for_all(x, spec, transform, planes, again, direct=False, after=flag)
         judge(_check_flag, again)
@@ -142,7 +144,7 @@ def launch_encode(
         size = page_bytes(group.bits, group.channels)
         planes[f"codes{i}"] = x.new_empty(batch, heads, pages, size, dtype=torch.uint8)
         planes[f"scale{i}"] = x.new_empty(batch, heads, pages, PAGE_TOKENS, dtype=spec.torch_scale_dtype)
-    flag = torch.zeros(1, dtype=torch.int32, device=x.device)
+    flag = zero_flags(1, x.device)
     if pages * batch * heads == 0:
         return planes, flag
     if direct and settings is None and covers(x, spec, transform):
@@ -203,31 +205,66 @@ def encode_arguments(
     Returns:
         The arguments; without a second channel group the first one's are repeated.
     """
+    moved = transform.mean is not None or transform.weight is not None
+    parts = transform.contiguous(len(x))
+    arguments: dict[str, Any] = {name: parts.get(name[:-4], flag) for name in _PART_POINTERS}
+    arguments |= _constants(spec, x.dtype, x.device, settings, moved, device, direct)
+    words = [planes[f"codes{i}"].view(torch.int32) for i in range(len(spec.groups))]
+    for i in range(2):
+        at = min(i, len(words) - 1)
+        arguments.setdefault(f"table{i}_ptr", flag)
+        arguments[f"words{i}_ptr"], arguments[f"scale{i}_ptr"] = words[at], planes[f"scale{at}"]
+    return arguments | {
+        "x_ptr": x,
+        "flag_ptr": flag,
+        "after_ptr": flag,
+        "stride_b": x.stride(0),
+        "stride_h": x.stride(1),
+        "stride_t": x.stride(2),
+        "heads": x.shape[1],
+        "pages": x.shape[2] // PAGE_TOKENS,
+        "MEAN": transform.mean is not None,
+        "WEIGHT": transform.weight is not None,
+        "ORDER": transform.order is not None,
+        "AFTER": False,
+    }
+
+
+@lru_cache(maxsize=256)
+def _constants(
+    spec: CodecSpec,
+    dtype: torch.dtype,
+    place: torch.device,
+    settings: EncodeSettings,
+    moved: bool,
+    device: bool,
+    direct: bool,
+) -> dict[str, Any]:
+    """The arguments that are the same for every layer; `moved`: whether there is a mean or a weight."""
     values = spec.role == "value"
-    parts = {name: part.contiguous() for name, part in transform.expanded(len(x)).tensors().items()}
-    arguments: dict[str, Any] = {f"{name}_ptr": parts.get(name, flag) for name in ("mean", "weight", "order")}
-    matrices = [rotation_matrix(spec.rotation_of(i), x.device) for i in range(len(spec.groups))]
-    whole = (
-        all(len(matrix.halves) == 1 for matrix in matrices)
-        and transform.mean is None
-        and transform.weight is None
-    )
-    raw = direct and whole and x.dtype != torch.float32 and (device or x.dtype == torch.float16)
+    matrices = [rotation_matrix(spec.rotation_of(i), place) for i in range(len(spec.groups))]
+    whole = all(len(matrix.halves) == 1 for matrix in matrices) and not moved
+    raw = direct and whole and dtype != torch.float32 and (device or dtype == torch.float16)
     mode = (RAW if raw else QUICK).value if direct else CAREFUL.value
-    unit = RAW_UNIT if raw and x.dtype == torch.bfloat16 else 1.0
+    unit = RAW_UNIT if raw and dtype == torch.bfloat16 else 1.0
     scaled = QUICK_UNIT.value if mode == QUICK.value else 1.0
+    arguments: dict[str, Any] = {
+        "per": settings.pages,
+        "largest": torch.finfo(spec.torch_scale_dtype).max,
+        "RULE": RULES[spec.scale_rule],
+        "MODE": mode,
+        "VALUES": values,
+        "STAGES": settings.stages,
+    }
     for i in range(2):
         at = min(i, len(spec.groups) - 1)
         group, matrix, book = spec.groups[at], matrices[at], spec.codebook_of(at)
         rounding, squares, sum_unit = _assembly(book, spec) if device else ("", "", 1.0)
-        size = padded(group.channels)
-        uneven = book.bits == 8 and book.form != "int8"
-        table, cells = _grid_table(book, x.device) if uneven else (flag, 1)
+        size, cells = padded(group.channels), 1
+        if book.bits == 8 and book.form != "int8":
+            arguments[f"table{i}_ptr"], cells = _grid_table(book, place)
         arguments |= {
-            f"matrix{i}_ptr": _operand(matrix, values, x.dtype if raw else torch.float16, unit),
-            f"table{i}_ptr": table,
-            f"words{i}_ptr": planes[f"codes{at}"].view(torch.int32),
-            f"scale{i}_ptr": planes[f"scale{at}"],
+            f"matrix{i}_ptr": _operand(matrix, values, dtype if raw else torch.float16, unit),
             f"cells{i}": cells,
             f"factor{i}": matrix.factor / unit / scaled,
             f"BOOK{i}": positive_book(book),
@@ -240,26 +277,7 @@ def encode_arguments(
             f"BITS{i}": group.bits,
             f"HALVES{i}": matrix.halves.shape[0],
         }
-    return arguments | {
-        "x_ptr": x,
-        "flag_ptr": flag,
-        "after_ptr": flag,
-        "stride_b": x.stride(0),
-        "stride_h": x.stride(1),
-        "stride_t": x.stride(2),
-        "heads": x.shape[1],
-        "pages": x.shape[2] // PAGE_TOKENS,
-        "per": settings.pages,
-        "largest": torch.finfo(spec.torch_scale_dtype).max,
-        "RULE": RULES[spec.scale_rule],
-        "MODE": mode,
-        "VALUES": values,
-        "MEAN": transform.mean is not None,
-        "WEIGHT": transform.weight is not None,
-        "ORDER": transform.order is not None,
-        "STAGES": settings.stages,
-        "AFTER": False,
-    }
+    return arguments
 
 
 def positive_book(book: Codebook) -> tuple[float, ...]:

@@ -30,7 +30,7 @@ from quantpress.pipelines.reading.layer_chunks import (
     layer_in_chunks,
 )
 from quantpress.pipelines.reading.query_chunks import attention_in_chunks
-from quantpress.presses.models.attention import attention_modules, decoder_of
+from quantpress.presses.models.attention import attention_modules, decoder_of, modules_below
 from quantpress.presses.models.lock import model_lock
 
 Cut = Callable[[Callable[..., Any], int], Callable[..., Any]]  # makes a forward in chunks from a whole one
@@ -82,7 +82,7 @@ def chunked_prefill(model: PreTrainedModel, chunk_tokens: int = DEFAULT_CHUNK_TO
         for module in attention:
             cut = partial(attention_in_chunks, module)
             stack.enter_context(_other_forward(module, cut, QUERY_CHUNKS * chunk_tokens))
-        for layer in decoder_of(model).modules():
+        for layer in modules_below(decoder_of(model)):
             name = attention_name(layer, set(attention))
             if name is not None and "forward" not in vars(layer):
                 stack.enter_context(
@@ -94,7 +94,7 @@ def chunked_prefill(model: PreTrainedModel, chunk_tokens: int = DEFAULT_CHUNK_TO
 def position_wise_modules(model: PreTrainedModel) -> list[nn.Module]:
     """Feed-forward blocks of the text decoder, norms beside them, and the last norm; empty if unknown."""
     decoder, found = decoder_of(model), []
-    for layer in decoder.modules():
+    for layer in modules_below(decoder):
         children = dict(layer.named_children())
         if any(name in FEED_FORWARDS for name in children):
             found += [child for name, child in children.items() if name in FEED_FORWARDS or is_norm(child)]

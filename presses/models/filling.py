@@ -14,7 +14,12 @@ from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLa
 
 from quantpress.cache import host
 from quantpress.errors import InvalidInputError, UnsupportedModelError
-from quantpress.presses.models.attention import attention_modules, decoder_of, full_attention_modules
+from quantpress.presses.models.attention import (
+    attention_modules,
+    decoder_of,
+    full_attention_modules,
+    modules_below,
+)
 from quantpress.presses.models.eligibility import HOOKABLE, LAYERED, check
 from quantpress.presses.models.old_names import old_names
 
@@ -157,7 +162,7 @@ def filled_caches(model: nn.Module, evicts: bool = True) -> Iterator[None]:
 
 
 def _training(model: nn.Module) -> Iterator[nn.Module]:
-    return (module for module in decoder_of(model).modules() if module.training)
+    return (module for module in modules_below(decoder_of(model)) if module.training)
 
 
 def _borrows(module: nn.Module) -> bool:

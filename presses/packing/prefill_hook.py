@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from math import isfinite
 from typing import Any
 
 import torch
@@ -14,6 +13,7 @@ from quantpress.cache import host
 from quantpress.cache.layer import PackedLayer
 from quantpress.deferred import judge
 from quantpress.errors import CompositionError, InvalidInputError, NonFiniteError, UnsupportedModelError
+from quantpress.kernels.statistics import not_finite
 from quantpress.presses.models.old_names import OldNames
 
 _CACHE_ARGUMENTS = ("cache", "past_key_values", "past_key_value", "layer_past")
@@ -159,17 +159,16 @@ def check_states(call: PrefillCall, keys: torch.Tensor, values: torch.Tensor) ->
     """
     check_fresh(call, keys)
     check_padding(call, keys.shape[2])
-    for name, states in (("keys", keys), ("values", values)):
-        if states.numel():
-            judge(partial(_check_ends, name, call.layer_idx), *torch.aminmax(states))
+    judge(partial(_check_finite, call.layer_idx), not_finite(keys, values))
 
 
-def _check_ends(name: str, layer_idx: int, ends: list[float]) -> None:
-    if not all(map(isfinite, ends)):
-        raise NonFiniteError(
-            f"the {name} of layer {layer_idx} hold NaN or infinity; load the model in bfloat16 or float32, "
-            f"or leave this layer unpacked with layer_bits={{{layer_idx}: 16}}"
-        )
+def _check_finite(layer_idx: int, not_finite: list[float]) -> None:
+    for name, broken in zip(("keys", "values"), not_finite, strict=True):
+        if broken:
+            raise NonFiniteError(
+                f"the {name} of layer {layer_idx} hold NaN or infinity; load the model in bfloat16 or "
+                f"float32, or leave this layer unpacked with layer_bits={{{layer_idx}: 16}}"
+            )
 
 
 def check_padding(call: PrefillCall, kept: int) -> None:

@@ -13,6 +13,8 @@ import torch
 from torch import nn
 
 from quantpress.deferred import deferred_checks, judge
+from quantpress.kernels.statistics import query_moment as moment_of_queries
+from quantpress.kernels.statistics.reference import agree_reference
 
 PositionEmbeddings = tuple[torch.Tensor, torch.Tensor]
 
@@ -51,15 +53,17 @@ def query_moment(
     Raises:
         UnknownAttentionError: it is not known how the class projects or rotates.
     """
-    agree, deferred = None, deferred_checks() is not None
-    if last_keys is not None:
-        agree = _agree(module, hidden_states, position_embeddings, last_keys)
-        judge(partial(_check_agreement, on_mismatch if deferred else None), agree)
-    queries = last_queries(module, hidden_states, position_embeddings, window).float()
-    batch, _, tokens, dim = queries.shape
-    grouped = queries.reshape(batch, kv_heads, -1, tokens, dim)  # [B, Hkv, G, W, D]
-    moment = grouped.square().mean(dim=(2, 3))
-    return moment if agree is None or not deferred else moment.where(agree, 0.0)
+    inputs = module, hidden_states, position_embeddings, window
+    computed = actual = None
+    if last_keys is None:
+        queries = last_queries(*inputs)
+    else:
+        queries, computed = _rotated(*inputs, "q", "k")
+        computed, actual = _newest(computed, last_keys, window)
+    moment, agree = moment_of_queries(queries, kv_heads, computed, actual, _TOLERANCE)
+    if agree is not None:
+        judge(partial(_check_agreement, on_mismatch if deferred_checks() is not None else None), agree)
+    return moment
 
 
 def last_queries(
@@ -73,7 +77,7 @@ def last_queries(
     Raises:
         UnknownAttentionError: it is not known how the class projects or rotates.
     """
-    return _rotated(module, hidden_states, position_embeddings, window, keys=False)
+    return _rotated(module, hidden_states, position_embeddings, window, "q")[0]
 
 
 def recomputed_keys(
@@ -84,7 +88,7 @@ def recomputed_keys(
     Raises:
         UnknownAttentionError: it is not known how the class projects or rotates.
     """
-    return _rotated(module, hidden_states, position_embeddings, hidden_states.shape[1], keys=True)
+    return _rotated(module, hidden_states, position_embeddings, hidden_states.shape[1], "k")[0]
 
 
 def _rotated(
@@ -92,48 +96,53 @@ def _rotated(
     hidden_states: torch.Tensor,
     position_embeddings: PositionEmbeddings | None,
     window: int,
-    *,
-    keys: bool,
-) -> torch.Tensor:
+    *sides: str,
+) -> list[torch.Tensor]:
+    """Queries ("q") or keys ("k") of the last tokens, or both, after RoPE: [B, heads, W, D] each."""
     rotate: Any = getattr(sys.modules[type(module).__module__], "apply_rotary_pos_emb", None)
     if rotate is None and position_embeddings is not None:
         raise UnknownAttentionError("its rotary embedding is not known")
     try:
-        states = _projected(module, hidden_states[:, -window:], keys=keys)
+        hidden_states = hidden_states[:, -window:]
+        states = [_projected(module, hidden_states, side) for side in sides]
         if position_embeddings is None:
             return states  # attention without RoPE; `check_keys` finds out where that is wrong
         cos, sin = (table[:, -window:] for table in position_embeddings)
-        result = _rotate(rotate, states, cos, sin)
+        return _rotate(rotate, states, cos, sin)
     except torch.OutOfMemoryError:
         raise
     except (AttributeError, NotImplementedError, RuntimeError, TypeError) as error:
         raise UnknownAttentionError(str(error)) from error
-    return result
 
 
-def _rotate(rotate: Any, states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+def _rotate(
+    rotate: Any, states: list[torch.Tensor], cos: torch.Tensor, sin: torch.Tensor
+) -> list[torch.Tensor]:
     """Rotate all channels, or those that the tables cover: models differ in where they cut them out."""
     part = cos.shape[-1]
+    first, second = states[0], states[1] if len(states) > 1 else states[0][:, :1]
     try:
-        whole: torch.Tensor = rotate(states, states[:, :1], cos, sin)[0]
+        whole = rotate(first, second, cos, sin)
     except torch.OutOfMemoryError:
         raise
     except RuntimeError:
-        if part >= states.shape[-1]:
+        if part >= first.shape[-1]:
             raise
-        turned = states[..., :part]
-        return torch.cat([rotate(turned, turned[:, :1], cos, sin)[0], states[..., part:]], dim=-1)
-    return whole
+        turned = rotate(first[..., :part], second[..., :part], cos, sin)
+        pairs = zip(turned, (first, second), strict=True)
+        whole = [torch.cat([some, every[..., part:]], dim=-1) for some, every in pairs]
+    return list(whole[: len(states)])
 
 
-def _project(module: Any, hidden_states: torch.Tensor, keys: bool) -> torch.Tensor:
+def _project(module: Any, hidden_states: torch.Tensor, side: str) -> torch.Tensor:
     """The projection of hidden states [B, W, hidden] to queries or keys, [B, heads, W, D], without a norm."""
     head_dim, query_heads = module.head_dim, module.config.num_attention_heads
     if hasattr(module, "qkv_proj"):  # queries of all heads, then keys, then values
         queries, rest = module.qkv_proj(hidden_states).tensor_split([query_heads * head_dim], dim=-1)
-        flat = rest[..., : module.config.num_key_value_heads * head_dim] if keys else queries
-    elif keys:
-        flat = module.k_proj(hidden_states) * getattr(module, "key_multiplier", 1)  # Falcon-H1
+        flat = rest[..., : module.config.num_key_value_heads * head_dim] if side == "k" else queries
+    elif side == "k":
+        flat, factor = module.k_proj(hidden_states), getattr(module, "key_multiplier", None)  # of Falcon-H1
+        flat = flat if factor is None else flat * factor
     else:
         flat = module.q_proj(hidden_states)
         if flat.shape[-1] == 2 * query_heads * head_dim:  # the second half of each head is a gate
@@ -142,10 +151,9 @@ def _project(module: Any, hidden_states: torch.Tensor, keys: bool) -> torch.Tens
     return states.transpose(1, 2)
 
 
-def _projected(module: nn.Module, hidden_states: torch.Tensor, *, keys: bool) -> torch.Tensor:
+def _projected(module: nn.Module, hidden_states: torch.Tensor, side: str) -> torch.Tensor:
     """Queries or keys before RoPE, [B, heads, W, D]."""
-    states = _project(module, hidden_states, keys)
-    side = "k" if keys else "q"
+    states = _project(module, hidden_states, side)
     norm: Any = getattr(module, f"{side}_norm", None) or getattr(module, f"{side}_layernorm", None)
     if norm is None:
         return states
@@ -172,24 +180,20 @@ def check_keys(
     Raises:
         UnknownAttentionError: they differ, or cannot be computed.
     """
-    judge(partial(_check_agreement, None), _agree(module, hidden_states, position_embeddings, keys))
+    (computed,) = _rotated(module, hidden_states, position_embeddings, _CHECKED_TOKENS, "k")
+    computed, actual = _newest(computed, keys, _CHECKED_TOKENS)
+    judge(partial(_check_agreement, None), agree_reference(computed, actual, _TOLERANCE))
 
 
-def _agree(
-    module: nn.Module,
-    hidden_states: torch.Tensor,
-    position_embeddings: PositionEmbeddings | None,
-    keys: torch.Tensor,
-) -> torch.Tensor:
-    """Whether `check_keys` finds the keys right, [] bool."""
-    actual = keys[:, :, -_CHECKED_TOKENS:]
-    computed = _rotated(module, hidden_states, position_embeddings, actual.shape[2], keys=True)
+def _newest(
+    computed: torch.Tensor, actual: torch.Tensor, window: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The last keys of both, which are compared."""
+    count = min(_CHECKED_TOKENS, window, actual.shape[2])
+    computed, actual = computed[:, :, -count:], actual[:, :, -count:]
     if computed.shape != actual.shape:
         raise UnknownAttentionError(f"its keys have shape {tuple(actual.shape)}, not {tuple(computed.shape)}")
-    kept = actual != 0
-    error = ((computed - actual).float() * kept).norm()
-    agree: torch.Tensor = (error <= _TOLERANCE * actual.float().norm()) & kept.any()
-    return agree
+    return computed, actual
 
 
 def _check_agreement(on_mismatch: Callable[[UnknownAttentionError], None] | None, agree: list[float]) -> None:
