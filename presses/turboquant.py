@@ -4,6 +4,7 @@ import os
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -395,7 +396,11 @@ class TurboQuant(
             return TrellisPages(head_dim, bits, role, *rest, self.scale_dtype)  # type: ignore[arg-type]  # checked
         form = "int8" if form == TRELLIS else form
         estimator = self.estimator if role == "key" else "mse"
-        return ScalarPages(CodecSpec(head_dim, bits, role, *rest, form, estimator, self.scale_dtype))
+        fields = head_dim, bits, role, *rest, form, estimator, self.scale_dtype
+        try:
+            return _scalar_pages(*fields)
+        except TypeError:  # a width that cannot be hashed, which the codec refuses
+            return ScalarPages(CodecSpec(*fields))
 
     @property
     def widths_by_head(self) -> bool:
@@ -426,6 +431,12 @@ class TurboQuant(
             bits if self.key_bits is None else self.key_bits,
             bits if self.value_bits is None else self.value_bits,
         )
+
+
+@lru_cache(maxsize=64, typed=True)  # typed: 4.0 and True are not 4 and 1
+def _scalar_pages(*fields: Any) -> ScalarPages:
+    """The codec, made and checked once for all layers."""
+    return ScalarPages(CodecSpec(*fields))
 
 
 def _pair(bits: float | tuple[float, float]) -> tuple[float, float]:

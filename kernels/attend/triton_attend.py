@@ -213,11 +213,9 @@ class _Call:
 
     def _sums(self, count: int, parts: int, channels: int) -> list[torch.Tensor]:
         """Buffers for weighted sums, largest scores and totals of `parts` programs for each of `count`."""
-        rows = self.block
-        return [
-            self._new(count, parts, rows, channels),
-            *(self._new(count, rows, parts) for _ in range(2)),
-        ]
+        rows = count * parts * self.block  # a multiple of 8: each buffer begins at a multiple of 32 bytes
+        weighted, largest, totals = self._new(rows * (channels + 2)).split((rows * channels, rows, rows))
+        return [weighted.view(count, parts, self.block, channels), largest, totals]
 
     def first(
         self,
