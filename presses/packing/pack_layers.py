@@ -30,7 +30,7 @@ from quantpress.presses.packing.prefill_hook import (
 from quantpress.presses.packing.queries import UnknownAttentionError, query_moment, recomputed_keys
 from quantpress.presses.packing.settlement import Settlement
 from quantpress.presses.packing.short_contexts import warn_if_nothing_is_packed
-from quantpress.presses.packing.sinks import slots_with_sinks_first
+from quantpress.presses.packing.sinks import places_with_sinks_first
 from quantpress.presses.packing.token_order import Survivors, survivor_positions
 
 States = tuple[torch.Tensor, torch.Tensor]
@@ -169,9 +169,9 @@ class Packer:
                 if originals is None:
                     positions = _positions_by_recomputing(call, keys)
                 tokens = tokens if positions is None else tokens.sorted_by(positions)
-            slots = self._slots(call, tokens, settings)
-            if slots is not None:
-                tokens = tokens.sorted_by(slots)
+            places = self._places(call, tokens, settings)
+            if places is not None:
+                tokens = tokens.sorted_by(places)
                 settings = replace(settings, sink_tokens=settings.sink_tokens + self.press.detect_sinks)
             call.cache.layers[call.layer_idx] = self._packed(call, tokens, settings, moment)
 
@@ -195,8 +195,8 @@ class Packer:
         packed.take_over(replaced)
         return packed
 
-    def _slots(self, call: PrefillCall, tokens: Survivors, settings: LayerSettings) -> torch.Tensor | None:
-        """[B, Hkv, K] slots with detected sinks right behind the first tokens; None to leave the order."""
+    def _places(self, call: PrefillCall, tokens: Survivors, settings: LayerSettings) -> torch.Tensor | None:
+        """[B, Hkv, K] places with detected sinks right behind the first tokens; None to leave the order."""
         count, first, recent = self.press.detect_sinks, settings.sink_tokens, settings.recent_tokens
         if not count or tokens.keys.shape[2] < first + count + recent + PAGE_TOKENS:
             return None
@@ -208,7 +208,7 @@ class Packer:
             )
             return None
         try:
-            return slots_with_sinks_first(call, tokens.keys, first, recent, count, tokens.hidden)
+            return places_with_sinks_first(call, tokens.keys, first, recent, count, tokens.hidden)
         except UnknownAttentionError as reason:
             self._warn_of_queries(call, reason, "without detected sinks", "detect_sinks=0")
             return None

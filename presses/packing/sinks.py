@@ -20,7 +20,7 @@ QUERIES = 64
 """How many of the last queries of the prefill decide by their attention."""
 
 
-def slots_with_sinks_first(
+def places_with_sinks_first(
     call: PrefillCall,
     keys: torch.Tensor,
     first: int,
@@ -28,7 +28,7 @@ def slots_with_sinks_first(
     count: int,
     hidden: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """The slot of each token, such that detected sinks follow the first tokens.
+    """The place of each token, such that detected sinks follow the first tokens.
 
     A head's sinks are the tokens with the highest attention: the mean over the last queries and the query
     heads of its group of a softmax over the candidates,
@@ -45,7 +45,7 @@ def slots_with_sinks_first(
             others.
 
     Returns:
-        [B, Hkv, K] int64, a permutation for each head.
+        [B, Hkv, K] int64, different numbers in each head; tokens go in their ascending order.
 
     Raises:
         UnknownAttentionError: the queries cannot be computed.
@@ -56,10 +56,10 @@ def slots_with_sinks_first(
         call, keys[:, :, candidates], None if hidden is None else hidden[:, :, candidates]
     )
     found = attention.topk(count, dim=-1).indices + first  # [B, Hkv, count]
-    rank = torch.arange(tokens, device=keys.device).expand(batch, heads, tokens) + tokens
-    rank = rank.scatter(-1, found, (torch.arange(count, device=keys.device) + first).expand_as(found))
-    rank[..., :first] -= tokens
-    return rank.argsort(dim=-1).argsort(dim=-1)
+    step, device = count + 1, keys.device  # leaves room for the sinks behind the first tokens
+    places = torch.arange(0, tokens * step, step, device=device).expand(batch, heads, tokens)
+    behind = torch.arange((first - 1) * step + 1, first * step, device=device).expand_as(found)
+    return places.scatter(-1, found, behind)
 
 
 def _mean_attention(call: PrefillCall, keys: torch.Tensor, hidden: torch.Tensor | None) -> torch.Tensor:
