@@ -25,6 +25,7 @@ TESTED = ("5.2.0", "5.17.0", "5.24.0")
 """The versions of transformers that the test suite runs on, oldest first."""
 
 
+@lru_cache(maxsize=256)  # every layer of a model is asked about its forward
 def takes(function: Callable[..., Any], name: str) -> bool:
     """Whether a function has a parameter of this name."""
     return name in inspect.signature(function).parameters

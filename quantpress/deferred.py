@@ -24,14 +24,17 @@ class DeferredChecks:
     """Verdicts that wait for their numbers.
 
     Attributes:
-        narrowed: planes with scales in float32 that fit into float16, as verdicts have found.
+        narrowed: by the id of a plane with scales in float32, the same in float16, where verdicts have found
+            that they fit.
         held_bytes: bytes that these planes, and those whose verdict waits, take more than in float16.
     """
 
     def __init__(self) -> None:
         self._waiting: list[tuple[tuple[Tensor, ...], Verdict]] = []
-        self.narrowed: list[Tensor] = []
+        self.narrowed: dict[int, Tensor] = {}
         self.held_bytes = 0
+        self._wide: list[Tensor] = []
+        self._halves: dict[int, Tensor] = {}
         self._zeros: dict[torch.device, list[Tensor]] = {}
 
     @contextmanager
@@ -46,6 +49,15 @@ class DeferredChecks:
     def defer(self, numbers: tuple[Tensor, ...], verdict: Verdict) -> None:
         """Keep numbers for a verdict."""
         self._waiting.append((numbers, verdict))
+
+    def hold(self, planes: list[Tensor]) -> None:
+        """Planes with scales in float32, which a verdict may `narrow`."""
+        self._wide += planes
+        self.held_bytes += sum(plane.nbytes for plane in planes) // 2
+
+    def narrow(self, planes: list[Tensor]) -> None:
+        """Planes that `hold` was given fit into float16; for verdicts, inside `settle`."""
+        self.narrowed.update({id(plane): self._halves[id(plane)] for plane in planes})
 
     def zeros(self, device: torch.device) -> Tensor:
         """[4] int32, handed out once."""
@@ -62,6 +74,7 @@ class DeferredChecks:
         The host waits once for each device.
         """
         waiting, self._waiting = self._waiting, []
+        self._halves = {id(plane): plane.half() for plane in self._wide}  # while the device is busy
         read = _read([one for numbers, _ in waiting for one in numbers])
         for numbers, verdict in waiting:
             verdict([number for _ in numbers for number in next(read)])

@@ -14,7 +14,7 @@ between the sinks and the other pages.
 """
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 
 import torch
 
@@ -207,11 +207,12 @@ class PackedTokens:
         self.key_transform, self.value_transform, self.query_moment = key_transform, value_transform, None
         return key_planes, value_planes
 
-    def narrow(self, planes: Sequence[torch.Tensor]) -> None:
-        """Convert planes that an encoding of these tokens made in float32 to float16.
+    def narrow(self, planes: Mapping[int, torch.Tensor]) -> None:
+        """Replace planes that an encoding of these tokens made in float32 by the same in float16.
 
         Args:
-            planes: of this layer and of others; those that were moved since stay in float32.
+            planes: what replaces them, by their ids, for this layer and for others. Planes that were moved
+                since stay in float32.
         """
         for pages in (self.pages, *(() if self.demoted is None else (self.demoted.pages,))):
             pages.keys.narrow(planes)

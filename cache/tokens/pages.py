@@ -6,7 +6,8 @@ have the same number of pages. `quantpress.cache.tokens.ragged_pages` is for hea
 """
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from typing import Any
 from weakref import WeakSet
 
@@ -103,9 +104,9 @@ class PageStore:
         return self._may_write and max(others, default=0) <= self.pages
 
     def _reallocate(self, pages: int, dtypes: dict[str, torch.dtype] | None = None) -> None:
-        """Move the pages in use to new memory with capacity for `pages` pages."""
+        """Move the pages in use to new memory with capacity for `pages` pages, which any mode may write to."""
         larger: Planes = {}
-        with torch.inference_mode(False), torch.no_grad():  # so that any mode may write to it later
+        with torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext():
             for name, buffer in self.buffers.items():
                 used = buffer.narrow(2, 0, self.pages)
                 used = used if dtypes is None else used.to(dtypes[name])
@@ -127,10 +128,9 @@ class PageStore:
             self._may_write = False
         self.pages = pages
 
-    def narrow(self, planes: Sequence[torch.Tensor]) -> None:
-        """Convert those of `planes` that are buffers here to float16; other tensors are passed over."""
-        named = set(map(id, planes))
-        self.buffers.update({name: b.half() for name, b in self.buffers.items() if id(b) in named})
+    def narrow(self, planes: Mapping[int, torch.Tensor]) -> None:
+        """Replace the buffers whose ids are named; other ids are passed over."""
+        self.buffers.update({name: planes[id(b)] for name, b in self.buffers.items() if id(b) in planes})
 
     def map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "PageStore":
         """A new store with `change` (index the batch, move, clone) applied to the pages in use."""

@@ -103,12 +103,12 @@ def _wide(planes: dict[str, Tensor], spec: CodecSpec, checks: DeferredChecks) ->
     def verdict(tops: list[float]) -> None:
         tops = [top for top in tops if top > 0] or [1.0]  # heads of zeros do not count
         if min(tops) >= _LEAST and max(tops) < _LARGEST:
-            checks.narrowed += scales
+            checks.narrow(scales)
         elif max(tops) >= torch.finfo(torch.float32).max:
             raise _too_large(max(tops), torch.float32, spec)
 
     if scales[0].numel():
-        checks.held_bytes += sum(scale.nbytes for scale in scales) // 2
+        checks.hold(scales)
         judge(verdict, *(scale.amax(dim=(2, 3)) for scale in scales))
     return planes
 

@@ -18,6 +18,7 @@ from quantpress.kernels.encode.octets import (
     zero_fields,
 )
 from quantpress.kernels.layout import PAGE_TOKENS
+from quantpress.kernels.quick import quick
 from quantpress.kernels.rotation_matrix import rotation_matrix
 from quantpress.quantization.codebook import Codebook
 from quantpress.quantization.rotation import Rotation
@@ -80,7 +81,7 @@ def launch_hopper(
     units = -(-pages // 2) if spec.bits == 3 else pages  # what one round of a program encodes
     grid = (max(1, min(units, _programs(x.device) // heads)), heads)
     with torch.cuda.device(x.device):
-        encode_hopper_kernel[grid](
+        quick(encode_hopper_kernel)[grid](
             **hopper_arguments(x, spec, transform, planes, flag),
             num_warps=WARPS,
             maxnreg=REGISTERS,

@@ -19,6 +19,7 @@ from quantpress.kernels.encode.hopper_encode import covers, launch_hopper
 from quantpress.kernels.encode.nearest import nearest_level
 from quantpress.kernels.encode.triton_kernel import CAREFUL, QUICK, QUICK_UNIT, RAW, encode_pages_kernel
 from quantpress.kernels.layout import PAGE_TOKENS, page_bytes
+from quantpress.kernels.quick import quick
 from quantpress.kernels.rotation_matrix import RotationMatrix, padded, rotation_matrix
 from quantpress.quantization.codebook import Codebook
 from quantpress.quantization.spec import CodecSpec
@@ -175,9 +176,9 @@ def _launch_for_all(
     if x.is_cuda:
         with torch.cuda.device(x.device):
             limits = {"num_warps": settings.warps, "maxnreg": settings.registers}
-            encode_pages_kernel[grid](**arguments, **limits, **FUSED)
+            quick(encode_pages_kernel)[grid](**arguments, **limits, **FUSED)
     else:
-        encode_pages_kernel[grid](**arguments, **FUSED)
+        quick(encode_pages_kernel)[grid](**arguments, **FUSED)
 
 
 def encode_arguments(

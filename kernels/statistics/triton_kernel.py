@@ -157,6 +157,7 @@ def query_moment_kernel(
     D: tl.constexpr,
     CHANNELS: tl.constexpr,
     TILE: tl.constexpr,
+    ROWS: tl.constexpr,
     CHECK: tl.constexpr,
 ):
     """E[q^2] of one (batch, KV head) (axis 0), 0 where the keys are not right.
@@ -167,11 +168,12 @@ def query_moment_kernel(
     """
     head = tl.program_id(0).to(tl.int64)
     channel, row = tl.arange(0, CHANNELS), tl.arange(0, TILE)
+    query = tl.arange(0, ROWS)
     inside = channel < D
     q_ptr += head // kv_heads * q_b + head % kv_heads * group * q_h + channel[None, :]
     total = tl.zeros([CHANNELS], tl.float32)
-    for start in range(0, group * queries, TILE):
-        at = start + row
+    for start in range(0, group * queries, ROWS):
+        at = start + query
         offset = (at // queries).to(tl.int64) * q_h + (at % queries).to(tl.int64) * q_t
         q = tl.load(q_ptr + offset[:, None], mask=(at < group * queries)[:, None] & inside[None, :], other=0.0)
         q = q.to(tl.float32)

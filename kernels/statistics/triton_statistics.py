@@ -8,6 +8,7 @@ from torch import Tensor
 
 from quantpress.deferred import zero_flags
 from quantpress.kernels.available import FUSED
+from quantpress.kernels.quick import quick
 from quantpress.kernels.statistics.triton_kernel import (
     key_transform_kernel,
     not_finite_kernel,
@@ -16,7 +17,11 @@ from quantpress.kernels.statistics.triton_kernel import (
 )
 
 TILE = 64
-"""Tokens, or query rows, that are summed at a time."""
+"""Tokens that are summed at a time."""
+
+ROWS = 256
+"""Rows of queries that are summed at a time, by so many warps: there are only as many programs as heads."""
+WARPS = 16
 
 MOST_SPLITS = 64
 MOST_PROGRAMS = 2048
@@ -69,7 +74,7 @@ def launch_statistics(
         new(batch, heads, dim) if wanted else None for wanted in (mean, moment is not None, order)
     )
     with _device(keys):
-        token_moments_kernel[(splits, batch * heads)](
+        quick(token_moments_kernel)[(splits, batch * heads)](
             keys,
             parts,
             *keys.stride()[:3],
@@ -81,7 +86,7 @@ def launch_statistics(
             TILE=TILE,
             **FUSED,
         )
-        key_transform_kernel[(batch * heads,)](
+        quick(key_transform_kernel)[(batch * heads,)](
             parts,
             None if moment is None else moment.contiguous(),
             centre,
@@ -114,7 +119,7 @@ def launch_query_moment(
     moment = torch.empty((batch, kv_heads, dim), dtype=torch.float32, device=queries.device)
     agree = zero_flags(1, queries.device)
     with _device(queries):
-        query_moment_kernel[(batch * kv_heads,)](
+        quick(query_moment_kernel)[(batch * kv_heads,)](
             queries,
             computed,
             actual,
@@ -132,7 +137,9 @@ def launch_query_moment(
             D=dim,
             CHANNELS=_power(dim),
             TILE=TILE,
+            ROWS=ROWS,
             CHECK=check,
+            num_warps=WARPS,
             **FUSED,
         )
     return moment, agree if check else None
@@ -143,7 +150,7 @@ def launch_not_finite(first: Tensor, second: Tensor) -> Tensor:
     flag = zero_flags(2, first.device)
     programs = min(SCANNERS, -(-max(first.numel(), second.numel(), 1) // SCANNED))
     with _device(first):
-        not_finite_kernel[(programs, 2)](
+        quick(not_finite_kernel)[(programs, 2)](
             first, second, flag, first.numel(), second.numel(), BLOCK=SCANNED, num_warps=8, **FUSED
         )
     return flag

@@ -22,6 +22,7 @@ from quantpress.pipelines.report import Stopwatch
 from quantpress.presses.base import PressMixin
 from quantpress.presses.base_press import BasePress
 from quantpress.presses.guard import named_assertion, named_context
+from quantpress.presses.models.attention import scanned_once
 from quantpress.presses.models.eligibility import HOOKABLE, check
 from quantpress.presses.models.filling import (
     check_filled,
@@ -64,6 +65,19 @@ def read_context(
         InvalidInputError: the cache already holds tokens, or the press cannot compress this context.
         UnsupportedModelError: the model does not keep what it reads in this cache.
     """
+    with scanned_once():
+        return _checked(model, context_ids, cache, press, chunk_tokens, progress, watch)
+
+
+def _checked(
+    model: PreTrainedModel,
+    context_ids: torch.Tensor,
+    cache: Cache,
+    press: BasePress | None,
+    chunk_tokens: int | None,
+    progress: bool | None,
+    watch: Stopwatch | None,
+) -> int:
     check_keeps(model)
     check_takes_states(model, cache)
     held = max((layer.get_seq_length() for layer in host.token_layers(cache)), default=0)

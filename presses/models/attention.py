@@ -2,6 +2,8 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
@@ -22,18 +24,26 @@ def decoder_of(model: nn.Module) -> nn.Module:
 
 def attention_modules(model: nn.Module) -> list[nn.Module]:
     """The self-attention modules of the text decoder, in layer order; empty when none is recognized."""
-    decoder = decoder_of(model)
-    return [
+    decoder, known = decoder_of(model), _KNOWN.get()
+    if known is not None and decoder in known.attention:
+        return list(known.attention[decoder])
+    found = [
         module
         for module in modules_below(decoder)
         if "Attention" in type(module).__name__
         and isinstance(getattr(module, "layer_idx", None), int)
         and _layer_type(decoder, module) not in _STATE_TYPES
     ]
+    if known is not None:
+        known.attention[decoder] = found
+    return list(found)
 
 
 def modules_below(root: nn.Module) -> list[nn.Module]:
-    """As `root.modules()`, in a quarter of the time: a context is not read without scans of the model."""
+    """As `root.modules()`, in a quarter of the time, and once in `scanned_once`."""
+    known = _KNOWN.get()
+    if known is not None and root in known.modules:
+        return known.modules[root]
     waiting: list[nn.Module | None] = [root]
     found: dict[nn.Module, None] = {}
     while waiting:
@@ -42,7 +52,34 @@ def modules_below(root: nn.Module) -> list[nn.Module]:
             found[module] = None
             if module._modules:
                 waiting.extend(reversed(module._modules.values()))
-    return list(found)
+    modules = list(found)
+    if known is not None:
+        known.modules[root] = modules
+    return modules
+
+
+@dataclass
+class _Known:
+    """What scans have found, by the module where they began."""
+
+    modules: dict[nn.Module, list[nn.Module]] = field(default_factory=dict)
+    attention: dict[nn.Module, list[nn.Module]] = field(default_factory=dict)
+
+
+_KNOWN: ContextVar[_Known | None] = ContextVar("known", default=None)
+
+
+@contextmanager
+def scanned_once() -> Iterator[None]:
+    """While inside, a model is scanned once: no attention module or decoder layer of it may be replaced.
+
+    A GPU waits for nearly all that happens before a forward.
+    """
+    token = _KNOWN.set(_Known())
+    try:
+        yield
+    finally:
+        _KNOWN.reset(token)
 
 
 def _layer_type(decoder: nn.Module, module: nn.Module) -> str | None:

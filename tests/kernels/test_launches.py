@@ -7,12 +7,12 @@ import quantpress
 
 
 def launches(source: str) -> list[ast.Call]:
-    """Calls such as `some_kernel[grid](...)`."""
+    """Calls such as `some_kernel[grid](...)` or `quick(some_kernel)[grid](...)`."""
     calls = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)]
     return [
         call
         for call in calls
-        if isinstance(call.func, ast.Subscript) and ast.unparse(call.func.value).endswith("kernel")
+        if isinstance(call.func, ast.Subscript) and ast.unparse(call.func.value).rstrip(")").endswith("kernel")
     ]
 
 

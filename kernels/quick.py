@@ -1,0 +1,62 @@
+"""Launches of Triton kernels that take the host less time.
+
+Before each launch Triton binds all arguments, looks at every one of them, compares the constants that the
+kernel reads, and makes a key of it all. `quick` does so once for each kind of call and keeps what Triton
+compiled for it.
+"""
+
+from typing import Any
+
+from torch import Tensor
+
+MOST_KEPT = 512
+"""Kinds of calls that a kernel keeps; numbers count by their value, so that each length of a context is one."""
+
+
+class QuickKernel:
+    """A kernel of Triton or Gluon, launched as itself: `quick(kernel)[grid](*arguments, **options)`.
+
+    Args:
+        kernel: of `triton.jit`. One of the interpreter, which compiles nothing, is run as it is.
+    """
+
+    def __init__(self, kernel: Any) -> None:
+        self.jit = kernel
+        self._compiled: dict[tuple[Any, ...], Any] = {}
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        def launch(*arguments: Any, **named: Any) -> None:
+            given = (*arguments, *named.values())
+            key = (*named, *map(type, given), *map(_kind, given))
+            compiled = self._compiled.get(key)
+            if compiled is None:
+                self._compile(key, self.jit[grid](*arguments, **named))
+                return
+            rest = (named[name] for name in self.jit.arg_names[len(arguments) :])
+            compiled[(*grid, 1, 1)[:3]](*arguments, *rest)
+
+        return launch
+
+    def _compile(self, key: tuple[Any, ...], compiled: Any) -> None:
+        if compiled is not None:
+            if len(self._compiled) >= MOST_KEPT:
+                self._compiled.clear()
+            self._compiled[key] = compiled
+
+
+def _kind(argument: Any) -> Any:
+    """All that Triton compiles for: of a tensor dtype, alignment and device, of other arguments the value."""
+    if isinstance(argument, Tensor):
+        return argument.dtype, argument.data_ptr() % 16, argument.get_device()
+    return argument
+
+
+_QUICK: dict[int, QuickKernel] = {}
+
+
+def quick(kernel: Any) -> QuickKernel:
+    """The `QuickKernel` of a kernel, the same one each time."""
+    found = _QUICK.get(id(kernel))
+    if found is None or found.jit is not kernel:
+        found = _QUICK[id(kernel)] = QuickKernel(kernel)
+    return found
