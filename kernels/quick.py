@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 MOST_KEPT = 512
-"""Kinds of calls that a kernel keeps; numbers count by their value, so that each length of a context is one."""
+"""Kinds of calls that a kernel keeps. Each length of a context is one, since numbers count by their value."""
 
 
 class QuickKernel:
@@ -27,7 +27,7 @@ class QuickKernel:
     def __getitem__(self, grid: tuple[int, ...]) -> Any:
         def launch(*arguments: Any, **named: Any) -> None:
             given = (*arguments, *named.values())
-            key = (*named, *map(type, given), *map(_kind, given))
+            key = (*named, *map(type, given), *_kinds(given))
             compiled = self._compiled.get(key)
             if compiled is None:
                 self._compile(key, self.jit[grid](*arguments, **named))
@@ -44,11 +44,12 @@ class QuickKernel:
             self._compiled[key] = compiled
 
 
-def _kind(argument: Any) -> Any:
+def _kinds(arguments: tuple[Any, ...]) -> list[Any]:
     """All that Triton compiles for: of a tensor dtype, alignment and device, of other arguments the value."""
-    if isinstance(argument, Tensor):
-        return argument.dtype, argument.data_ptr() % 16, argument.get_device()
-    return argument
+    return [
+        (one.dtype, one.data_ptr() % 16, one.get_device()) if isinstance(one, Tensor) else one
+        for one in arguments
+    ]
 
 
 _QUICK: dict[int, QuickKernel] = {}

@@ -104,7 +104,7 @@ class PageStore:
         return self._may_write and max(others, default=0) <= self.pages
 
     def _reallocate(self, pages: int, dtypes: dict[str, torch.dtype] | None = None) -> None:
-        """Move the pages in use to new memory with capacity for `pages` pages, which any mode may write to."""
+        """Move the pages in use to new memory for `pages` pages, which any mode may write to."""
         larger: Planes = {}
         with torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext():
             for name, buffer in self.buffers.items():

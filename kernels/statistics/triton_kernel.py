@@ -94,10 +94,11 @@ def key_transform_kernel(
 ):
     """The transform of one (batch, KV head) (axis 0) from the moments of its splits.
 
-    parts: of `token_moments_kernel`, `splits` of `per` tokens, at most SPLITS; moment: [BH, D] float32, E[q^2],
-    if WEIGHT; mean: [BH, D] float32, written if MEAN; weight: likewise, if WEIGHT; energy: likewise, if
-    ENERGY, of weighted keys; found: [BH, 3] float32, written: 1 where the statistics are not finite, 1 where
-    the moment is not, the least moment; floor: of `quantpress.quantization.transform.key_statistics`.
+    parts: of `token_moments_kernel`, `splits` of `per` tokens, at most SPLITS; moment: [BH, D] float32,
+    E[q^2], if WEIGHT; mean: [BH, D] float32, written if MEAN; weight: likewise, if WEIGHT; energy: likewise,
+    if ENERGY, of weighted keys; found: [BH, 3] float32, written: 1 where the statistics are not finite, 1
+    where the moment is not, the least moment; floor: of
+    `quantpress.quantization.transform.key_statistics`.
     """
     head = tl.program_id(0).to(tl.int64)
     split, channel = tl.arange(0, SPLITS), tl.arange(0, CHANNELS)
@@ -175,8 +176,8 @@ def query_moment_kernel(
     for start in range(0, group * queries, ROWS):
         at = start + query
         offset = (at // queries).to(tl.int64) * q_h + (at % queries).to(tl.int64) * q_t
-        q = tl.load(q_ptr + offset[:, None], mask=(at < group * queries)[:, None] & inside[None, :], other=0.0)
-        q = q.to(tl.float32)
+        live = (at < group * queries)[:, None] & inside[None, :]
+        q = tl.load(q_ptr + offset[:, None], mask=live, other=0.0).to(tl.float32)
         total += tl.sum(q * q, 0)
     moment = total / (group * queries)
     if CHECK:  # every program does, for the keys of all heads: they are few

@@ -146,7 +146,7 @@ def launch_query_moment(
 
 
 def launch_not_finite(first: Tensor, second: Tensor) -> Tensor:
-    """Whether each of two contiguous tensors of one dtype holds NaN or infinity: [2] int32, not 0: it does."""
+    """Whether two contiguous tensors of one dtype hold NaN or infinity: [2] int32, not 0 where they do."""
     flag = zero_flags(2, first.device)
     programs = min(SCANNERS, -(-max(first.numel(), second.numel(), 1) // SCANNED))
     with _device(first):

@@ -30,8 +30,9 @@ from quantpress.pipelines.reading.layer_chunks import (
     layer_in_chunks,
 )
 from quantpress.pipelines.reading.query_chunks import attention_in_chunks
-from quantpress.presses.models.attention import attention_modules, decoder_of, modules_below
+from quantpress.presses.models.attention import attention_modules, decoder_of
 from quantpress.presses.models.lock import model_lock
+from quantpress.presses.models.scanning import modules_below
 
 Cut = Callable[[Callable[..., Any], int], Callable[..., Any]]  # makes a forward in chunks from a whole one
 

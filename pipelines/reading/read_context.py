@@ -22,7 +22,6 @@ from quantpress.pipelines.report import Stopwatch
 from quantpress.presses.base import PressMixin
 from quantpress.presses.base_press import BasePress
 from quantpress.presses.guard import named_assertion, named_context
-from quantpress.presses.models.attention import scanned_once
 from quantpress.presses.models.eligibility import HOOKABLE, check
 from quantpress.presses.models.filling import (
     check_filled,
@@ -31,6 +30,7 @@ from quantpress.presses.models.filling import (
     count_kept,
     warn_of_chance,
 )
+from quantpress.presses.models.scanning import scanned_once
 from quantpress.presses.traits import renumbers_positions
 
 LONG_CONTEXT = 8192  # tokens; the bar appears at once for more

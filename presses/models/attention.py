@@ -2,14 +2,13 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
-from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
 
 from quantpress.presses.models.old_names import old_names
 from quantpress.presses.models.positions import position_count
+from quantpress.presses.models.scanning import found_once, modules_below
 
 _SLIDING_TYPES = ("sliding_attention", "chunked_attention")
 _STATE_TYPES = ("linear_attention", "mamba", "conv")
@@ -24,62 +23,17 @@ def decoder_of(model: nn.Module) -> nn.Module:
 
 def attention_modules(model: nn.Module) -> list[nn.Module]:
     """The self-attention modules of the text decoder, in layer order; empty when none is recognized."""
-    decoder, known = decoder_of(model), _KNOWN.get()
-    if known is not None and decoder in known.attention:
-        return list(known.attention[decoder])
-    found = [
+    return list(found_once(_attention_below, decoder_of(model)))
+
+
+def _attention_below(decoder: nn.Module) -> list[nn.Module]:
+    return [
         module
         for module in modules_below(decoder)
         if "Attention" in type(module).__name__
         and isinstance(getattr(module, "layer_idx", None), int)
         and _layer_type(decoder, module) not in _STATE_TYPES
     ]
-    if known is not None:
-        known.attention[decoder] = found
-    return list(found)
-
-
-def modules_below(root: nn.Module) -> list[nn.Module]:
-    """As `root.modules()`, in a quarter of the time, and once in `scanned_once`."""
-    known = _KNOWN.get()
-    if known is not None and root in known.modules:
-        return known.modules[root]
-    waiting: list[nn.Module | None] = [root]
-    found: dict[nn.Module, None] = {}
-    while waiting:
-        module = waiting.pop()
-        if module is not None and module not in found:
-            found[module] = None
-            if module._modules:
-                waiting.extend(reversed(module._modules.values()))
-    modules = list(found)
-    if known is not None:
-        known.modules[root] = modules
-    return modules
-
-
-@dataclass
-class _Known:
-    """What scans have found, by the module where they began."""
-
-    modules: dict[nn.Module, list[nn.Module]] = field(default_factory=dict)
-    attention: dict[nn.Module, list[nn.Module]] = field(default_factory=dict)
-
-
-_KNOWN: ContextVar[_Known | None] = ContextVar("known", default=None)
-
-
-@contextmanager
-def scanned_once() -> Iterator[None]:
-    """While inside, a model is scanned once: no attention module or decoder layer of it may be replaced.
-
-    A GPU waits for nearly all that happens before a forward.
-    """
-    token = _KNOWN.set(_Known())
-    try:
-        yield
-    finally:
-        _KNOWN.reset(token)
 
 
 def _layer_type(decoder: nn.Module, module: nn.Module) -> str | None:

@@ -14,14 +14,10 @@ from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLa
 
 from quantpress.cache import host
 from quantpress.errors import InvalidInputError, UnsupportedModelError
-from quantpress.presses.models.attention import (
-    attention_modules,
-    decoder_of,
-    full_attention_modules,
-    modules_below,
-)
+from quantpress.presses.models.attention import attention_modules, decoder_of, full_attention_modules
 from quantpress.presses.models.eligibility import HOOKABLE, LAYERED, check
 from quantpress.presses.models.old_names import old_names
+from quantpress.presses.models.scanning import modules_below
 
 
 def check_keeps(model: nn.Module) -> None:

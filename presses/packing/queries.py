@@ -185,9 +185,7 @@ def check_keys(
     judge(partial(_check_agreement, None), agree_reference(computed, actual, _TOLERANCE))
 
 
-def _newest(
-    computed: torch.Tensor, actual: torch.Tensor, window: int
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _newest(computed: torch.Tensor, actual: torch.Tensor, window: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The last keys of both, which are compared."""
     count = min(_CHECKED_TOKENS, window, actual.shape[2])
     computed, actual = computed[:, :, -count:], actual[:, :, -count:]

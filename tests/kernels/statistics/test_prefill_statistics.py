@@ -6,15 +6,12 @@ from typing import Any
 import pytest
 import torch
 
-from quantpress.deferred import zero_flags
 from quantpress.errors import InvalidInputError, NonFiniteError
 from quantpress.kernels import statistics
-from quantpress.kernels.statistics import key_statistics, not_finite, query_moment
-from quantpress.kernels.statistics.reference import query_moment_reference
+from quantpress.kernels.statistics import key_statistics, not_finite, query_moment, triton_statistics
 from quantpress.quantization.budget import split_channels
-from quantpress.quantization.transform import ChannelTransform
 from tests.kernels.interpreter import interpret
-from tests.kernels.triton_cases import compile_only
+from tests.kernels.triton_cases import compile_only, resources
 
 FLOOR = 0.05
 CASES = [  # batch, heads, tokens, head_dim, dtype
@@ -68,8 +65,9 @@ def check_keys(keys: torch.Tensor, moment: torch.Tensor | None, mean: bool) -> N
 
 def check_queries(device: str) -> None:
     heads, group, dim = 2, 3, 48
-    tall = torch.randn(2, 40, heads * group, dim, device=device).bfloat16().transpose(1, 2)  # as RoPE leaves them
-    actual = keys_of(2, heads, 30, dim, torch.bfloat16, device)[:, :, -8:] * (torch.arange(dim, device=device) > 4)
+    tall = torch.randn(2, 40, heads * group, dim, device=device).bfloat16().transpose(1, 2)  # as after RoPE
+    kept = torch.arange(dim, device=device) > 4
+    actual = keys_of(2, heads, 30, dim, torch.bfloat16, device)[:, :, -8:] * kept
     near = (actual.float() * 1.01 + (actual == 0) * 7).bfloat16()  # zeros do not count
     expected = tall.double().square().view(2, heads, group, 40, dim).mean((2, 3))
     for computed, right in ((near, True), (actual * 1.1, False), (actual * math.nan, False), (None, True)):
@@ -107,7 +105,7 @@ def check_refusals(device: str) -> None:
     moment = torch.rand(1, 2, 32, device=device)
     for bad in (math.nan, math.inf):
         with pytest.raises(NonFiniteError, match="keys hold NaN or infinity"):
-            key_statistics(keys.clone().index_fill_(2, torch.tensor([39], device=device), bad), moment, groups)
+            key_statistics(torch.cat((keys, keys[:, :, :1] * bad), 2), moment, groups)
         with pytest.raises(NonFiniteError, match="query_moment hold NaN or infinity"):
             key_statistics(keys, moment.clone().fill_(bad), groups)
     moment[0, 1, 3] = -0.5
@@ -121,6 +119,35 @@ def test_plain() -> None:
 
 def test_interpreted() -> None:
     interpret(__file__)
+
+
+class Recorded:
+    """In a kernel's place: the arguments of its launch, by name."""
+
+    def __init__(self, kernel: Any) -> None:
+        self.kernel, self.arguments = kernel, dict[str, Any]()
+
+    def __getitem__(self, grid: Any) -> Any:
+        def launch(*arguments: Any, **named: Any) -> None:
+            self.arguments = dict(zip(self.kernel.arg_names, arguments, strict=False)) | named
+
+        return launch
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+def test_compiled(capability: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ("token_moments_kernel", "key_transform_kernel", "query_moment_kernel", "not_finite_kernel")
+    kernels = [Recorded(getattr(triton_statistics, name)) for name in names]
+    for name, kernel in zip(names, kernels, strict=True):
+        monkeypatch.setattr(triton_statistics, name, kernel)
+    keys = torch.zeros(1, 8, 8000, 128, dtype=torch.bfloat16)
+    triton_statistics.launch_statistics(keys, torch.ones(1, 8, 128), True, FLOOR, True)
+    triton_statistics.launch_query_moment(keys[:, :, :256], 2, keys[:, :2, :8], keys[:, :2, :8], 0.02)
+    triton_statistics.launch_not_finite(keys, keys)
+    for recorded in kernels:
+        warps = recorded.arguments.get("num_warps", 4)
+        used = resources(compile_only(recorded.kernel, recorded.arguments, capability, warps))
+        assert used["STACK"] == used["LOCAL"] == 0, "nothing spills"
 
 
 @pytest.mark.gpu

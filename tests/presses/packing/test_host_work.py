@@ -1,4 +1,4 @@
-"""What packing asks of the host: between two forwards nothing else counts, and each operation takes its time."""
+"""What packing asks of the host, which launches it between two forwards: few operations, and no waits."""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -71,9 +71,7 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter[str]]:
     yield counted
 
 
-def test_packing_a_layer_is_few_operations(
-    launches: Counter[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_packing_a_layer_is_few_operations(launches: Counter[str], monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = {"hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1}
     config = LlamaConfig(vocab_size=50, num_hidden_layers=LAYERS, head_dim=64, **sizes)
     model, found, waits = LlamaForCausalLM(config).bfloat16().eval(), list[Operations](), list[int]()
@@ -98,7 +96,7 @@ def test_packing_a_layer_is_few_operations(
     for operations in found[1:]:  # the first layer makes constants
         assert len(operations.at_work) <= 29, Counter(operations.at_work)
         assert len(operations.names) <= 76, operations.names
-    assert launches == {name: LAYERS for name in KERNELS} | {"encode_pages_kernel": 4 * LAYERS}
+    assert launches == dict.fromkeys(KERNELS, LAYERS) | {"encode_pages_kernel": 4 * LAYERS}
     assert len(waits) == 1, "all checks of a prefill are read at once"
     operations = Operations()
     with operations:
