@@ -138,8 +138,7 @@ class PageStore:
 
     def share(self) -> "PageStore":
         """A store over the same memory. Changes to one of the two do not show in the other."""
-        other = PageStore()
-        other._memory.stores.discard(other)
+        other = object.__new__(PageStore)
         other._memory, other.pages, other._may_write = self._memory, self.pages, self._may_write
         other._memory.stores.add(other)
         return other
