@@ -26,7 +26,8 @@ class DeferredChecks:
     Attributes:
         narrowed: by the id of a plane with scales in float32, the same in float16, where verdicts have found
             that they fit.
-        held_bytes: bytes that these planes, and those whose verdict waits, take more than in float16.
+        held_bytes: how many more bytes than in float16 the planes given to `hold` take at their verdicts, when
+            there are both.
     """
 
     def __init__(self) -> None:
@@ -53,7 +54,7 @@ class DeferredChecks:
     def hold(self, planes: list[Tensor]) -> None:
         """Planes with scales in float32, which a verdict may `narrow`."""
         self._wide += planes
-        self.held_bytes += sum(plane.nbytes for plane in planes) // 2
+        self.held_bytes += sum(plane.nbytes for plane in planes)
 
     def narrow(self, planes: list[Tensor]) -> None:
         """Planes that `hold` was given fit into float16; for verdicts, inside `settle`."""

@@ -40,7 +40,18 @@ ROOMS = {
     "engines": ("vllm",),
     "presses": ("packing", "models"),
     "cache": ("saved", "paged", "fixed", "attention", "tokens"),
-    "kernels": ("steps", "attend", "combine", "joined", "score", "blocks", "dequantize", "encode", "trellis"),
+    "kernels": (
+        "steps",
+        "attend",
+        "combine",
+        "joined",
+        "score",
+        "statistics",
+        "blocks",
+        "dequantize",
+        "encode",
+        "trellis",
+    ),
     "quantization": ("trellis",),
 }  # the sub-folders of a folder; each imports only itself and later ones
 MODULE = re.compile(r"\w+(?:\.py|/)")

@@ -1,6 +1,7 @@
 """What presses ask of a model, and how they leave it.
 
 attention.py      where a model's attention is, and which layers a press works on
+scanning.py       scans of all modules, once while a context is read
 eligibility.py    which models can be read, evicted from and packed, and every reason why not
 full_layers.py    hybrid models, as presses of kvpress see them
 filling.py        a model must fill its cache, or an error says why
