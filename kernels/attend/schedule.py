@@ -127,4 +127,6 @@ def scheduled_programs(pages: int, heads: int, programs: int) -> int:
         heads: B * Hkv.
         programs: programs that run at a time for each block of rows.
     """
-    return min(max(programs, 2 * heads), (pages + 1) * heads)
+    room = max(heads, min(4 * heads, programs // 32))  # for programs that attend 16-bit tokens
+    least = programs - room if programs - room > 2 * heads else max(programs, 2 * heads)
+    return min(least, (pages + 1) * heads)

@@ -33,6 +33,13 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 
+from quantpress.kernels.attend.opening.queries import (
+    load_channels,
+    load_rows,
+    query_operand,
+    turned_queries,
+)
+from quantpress.kernels.attend.opening.tokens import attend_tokens
 from quantpress.kernels.attend.tiles import (
     MOST,
     capped,
@@ -78,6 +85,19 @@ def _order(x):
 
 
 @gluon.jit
+def _start_next():
+    """Let the next kernel start (Hopper and later)."""
+    gl.inline_asm_elementwise(
+        "griddepcontrol.launch_dependents; // $0",
+        "=r,~{memory}",
+        [],
+        dtype=gl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@gluon.jit
 def _wait_for_queries():
     """Wait for the kernel before this one, and let the next one start (Hopper and later)."""
     gl.inline_asm_elementwise(
@@ -101,8 +121,10 @@ def _add(a, b):
 
 
 @gluon.jit
-def _assigned(used_ptr, starts_ptr, heads, pages, HEADS: gl.constexpr, STARTS: gl.constexpr):
-    """With a page table: this program's head, its first page, and one past its last; equal if it has none.
+def _assigned(
+    used_ptr, starts_ptr, heads, pages, program, programs, HEADS: gl.constexpr, STARTS: gl.constexpr
+):
+    """With a page table: the head of a program, its first page, and one past its last; equal if it has none.
 
     used_ptr, starts_ptr, heads, pages, HEADS and STARTS are those of `split_mma_kernel`. Programs are divided
     as by `chunks_of_heads` of `schedule_kernel`. The quotient is exact for less than 2 ** 21 pages per head;
@@ -117,12 +139,11 @@ def _assigned(used_ptr, starts_ptr, heads, pages, HEADS: gl.constexpr, STARTS: g
     end = gl.minimum(start + used, pages * PAGE_TOKENS)
     begin = start // PAGE_TOKENS
     there = gl.where(used > 0, (end + PAGE_TOKENS - 1) // PAGE_TOKENS - begin, 0)
-    spare = gl.num_programs(0) - heads
+    spare = programs - heads
     size = gl.maximum((gl.sum(there, 0) + spare - 1) // spare, 1)
     chunks = ((there + size).to(gl.float32) - 0.5) * (1.0 / size.to(gl.float32))
     chunks = chunks.to(gl.int32)
     ends = gl.associative_scan(chunks, 0, _add)
-    program = gl.program_id(0)
     own = (ends - chunks <= program) & (program < ends)
     mine = gl.sum(gl.where(own, head, 0), 0)
     local = program - gl.sum(gl.where(own, ends - chunks, 0), 0)
@@ -384,7 +405,26 @@ def _in_order(x, R: gl.constexpr, DV: gl.constexpr, layout: gl.constexpr):
     return gl.convert_layout(x, layout)
 
 
-@gluon.jit(do_not_specialize=["pages", "heads", "blocks", "page_table_row", "rows"])
+_VARYING = [
+    "pages",
+    "heads",
+    "blocks",
+    "page_table_row",
+    "rows",
+    "queries",
+    "kv_heads",
+    "first_tokens",
+    "recent_tokens",
+    "parts",
+    "beside",
+    "slots",
+    "hidden",
+    "first_table_row",
+    "recent_table_row",
+]
+
+
+@gluon.jit(do_not_specialize=_VARYING)
 def split_mma_kernel(
     lookup_ptr,
     q_ptr,
@@ -400,6 +440,24 @@ def split_mma_kernel(
     starts_ptr,
     page_table_ptr,
     schedule_ptr,
+    query_ptr,
+    weight_ptr,
+    mean_ptr,
+    signs_ptr,
+    first_k_ptr,
+    first_v_ptr,
+    recent_k_ptr,
+    recent_v_ptr,
+    first_used_ptr,
+    recent_used_ptr,
+    first_starts_ptr,
+    recent_starts_ptr,
+    first_table_ptr,
+    recent_table_ptr,
+    slots_ptr,
+    dense_o_ptr,
+    dense_m_ptr,
+    dense_l_ptr,
     o_ptr,
     m_ptr,
     l_ptr,
@@ -417,6 +475,26 @@ def split_mma_kernel(
     vs_page,
     rows,
     softcap,
+    scale,
+    unit,
+    queries,
+    kv_heads,
+    first_tokens,
+    recent_tokens,
+    parts,
+    beside,
+    slots,
+    hidden,
+    first_table_row,
+    recent_table_row,
+    first_k_page,
+    first_k_head,
+    first_v_page,
+    first_v_head,
+    recent_k_page,
+    recent_k_head,
+    recent_v_page,
+    recent_v_head,
     D: gl.constexpr,
     DV: gl.constexpr,
     R: gl.constexpr,
@@ -434,6 +512,18 @@ def split_mma_kernel(
     PAGE_KEYS: gl.constexpr,
     STAGED: gl.constexpr,
     CHAINED: gl.constexpr,
+    OPENS: gl.constexpr,
+    TILE: gl.constexpr,
+    HAS_WEIGHT: gl.constexpr,
+    HAS_MEAN: gl.constexpr,
+    FIRST_USED: gl.constexpr,
+    RECENT_USED: gl.constexpr,
+    FIRST_STARTS: gl.constexpr,
+    RECENT_STARTS: gl.constexpr,
+    FIRST_PAGE: gl.constexpr,
+    RECENT_PAGE: gl.constexpr,
+    SHARED: gl.constexpr,
+    SLOTS: gl.constexpr,
 ):
     """Partial softmax sums of one split (axis 0) of one (batch, KV head, block of R rows) (axis 1).
 
@@ -462,13 +552,84 @@ def split_mma_kernel(
     right: gl.constexpr = gl.DotOperandLayout(1, mma, 4)
     split = gl.program_id(0)
     splits = gl.num_programs(0)
+    if OPENS:
+        if HEADS:
+            dense_head = (split // gl.maximum(parts, 1)).to(gl.int64)
+            dense_block = dense_head * blocks + gl.program_id(1)
+            part, attends = split % gl.maximum(parts, 1), split < beside
+        else:
+            dense_block = gl.program_id(1).to(gl.int64)
+            dense_head = (gl.program_id(1) // blocks).to(gl.int64)
+            part, attends = split, split < parts
+        if attends:
+            dense_own = dense_head
+            if SLOTS:
+                dense_own = gl.load(slots_ptr + dense_head // kv_heads) * kv_heads + dense_head % kv_heads
+            attend_tokens(
+                query_ptr,
+                first_k_ptr,
+                first_v_ptr,
+                recent_k_ptr,
+                recent_v_ptr,
+                first_used_ptr,
+                recent_used_ptr,
+                first_starts_ptr,
+                recent_starts_ptr,
+                first_table_ptr,
+                recent_table_ptr,
+                dense_o_ptr,
+                dense_m_ptr,
+                dense_l_ptr,
+                dense_head,
+                dense_block,
+                dense_own,
+                kv_heads,
+                gl.program_id(1) % blocks * R,
+                part,
+                parts,
+                slots,
+                rows,
+                queries,
+                first_tokens,
+                recent_tokens,
+                hidden,
+                first_table_row,
+                recent_table_row,
+                first_k_page,
+                first_k_head,
+                first_v_page,
+                first_v_head,
+                recent_k_page,
+                recent_k_head,
+                recent_v_page,
+                recent_v_head,
+                scale,
+                softcap,
+                mma,
+                D,
+                DV,
+                R,
+                ROWS,
+                TILE,
+                FIRST_USED,
+                RECENT_USED,
+                FIRST_STARTS,
+                RECENT_STARTS,
+                FIRST_PAGE,
+                RECENT_PAGE,
+                CAPPED,
+            )
+        if split < beside:
+            return
+        split -= beside
+        splits -= beside
     slot = gl.program_id(1).to(gl.int64) * splits + split
     if HEADS:
         if SCHEDULED:
             assigned = schedule_ptr + split * 4
             mine, first, last = gl.load(assigned), gl.load(assigned + 1), gl.load(assigned + 2)
         else:
-            mine, first, last = _assigned(used_ptr, starts_ptr, heads, pages, HEADS, STARTS)
+            mine, first, last = _assigned(used_ptr, starts_ptr, heads, pages, split, splits, HEADS, STARTS)
         if first >= last:
             return
         stride, count = 1, last - first
@@ -476,8 +637,8 @@ def split_mma_kernel(
         block = head * blocks + gl.program_id(1)
         page_table_ptr += head * page_table_row
     else:
+        head = (gl.program_id(1) // blocks).to(gl.int64)
         block = gl.program_id(1).to(gl.int64)
-        head = block // blocks
     used = pages * PAGE_TOKENS
     unused = 0
     if USED:
@@ -524,31 +685,57 @@ def split_mma_kernel(
     table = lookup_ptr + gl.arange(0, 32, layout=gl.BlockedLayout([1], [32], [1], [0]))
     low_k, high_k = gl.load(table), gl.load(table + 32)
     low_v, high_v = gl.load(table + 64), gl.load(table + 96)
+    if OPENS:  # behind the codes: the assembler would put off what follows the first sum
+        own = head
+        if SLOTS:
+            own = gl.load(slots_ptr + head // kv_heads) * kv_heads + head % kv_heads
+        if SHARED:
+            own = head % kv_heads
+        x = load_rows(query_ptr, head, gl.program_id(1) % blocks * R, rows, ROWS, D)
+        signs = load_channels(signs_ptr, ROWS, D)
+        weights, mean = signs, signs
+        if HAS_WEIGHT:
+            weights = load_channels(weight_ptr + own * D, ROWS, D)
+        if HAS_MEAN:
+            mean = load_channels(mean_ptr + own * D, ROWS, D)
+        _order(first)
     tables.index(0).store(low_k)
     tables.index(1).store(high_k)
     tables.index(2).store(low_v)
     tables.index(3).store(high_v)
-    if CHAINED:
-        _wait_for_queries()
-    at = gl.arange(0, D, layout=gl.SliceLayout(1, right))
-    channel = at // 64 * 64 + at // 4 % 4 * 16 + at // 16 % 4 * 4 + at % 4
-    q_column = gl.arange(0, 2 * ROWS, layout=gl.SliceLayout(0, right))
-    q_ptr += (block * (K_PLANES * 2 * R) + q_column[None, :]) * D + channel[:, None]
-    q0 = gl.load(q_ptr)
-    q1, q2 = q0, q0
-    if K_PLANES > 1:
-        q1 = gl.load(q_ptr + 2 * R * D)
-        q2 = q1
-    if K_PLANES > 2:
-        q2 = gl.load(q_ptr + 4 * R * D)
-    s_column = gl.arange(0, 2 * ROWS, layout=gl.SliceLayout(0, mma))
-    start = gl.load(start_ptr + block * (2 * R) + s_column)[None, :]
-    start += gl.full([32, 2 * ROWS], 0, gl.int32, mma)
     blank, _ = high_and_low(gl.full([32, 2 * ROWS], 0.0, gl.float32, mma), 32, ROWS)
     by_row: gl.constexpr = gl.SliceLayout(0, blank.type.layout)
     row = gl.arange(0, ROWS, layout=by_row)
-    factor = gl.load(factor_ptr + block * R + row)
-    bias = gl.load(bias_ptr + block * R + row)
+    if OPENS:
+        turned, lacking, factor, bias = turned_queries(
+            x, weights, mean, signs, scale, unit, ROWS, D, HAS_WEIGHT, HAS_MEAN
+        )
+        if CHAINED:
+            _start_next()
+        q0 = query_operand(turned, ROWS, D, mma)
+        q1, q2 = q0, q0
+        start = gl.join(0 * lacking, lacking).reshape([2 * ROWS])
+        start = gl.convert_layout(start, gl.SliceLayout(0, mma))[None, :]
+        factor, bias = gl.convert_layout(factor, by_row), gl.convert_layout(bias, by_row)
+    else:
+        if CHAINED:
+            _wait_for_queries()
+        at = gl.arange(0, D, layout=gl.SliceLayout(1, right))
+        channel = at // 64 * 64 + at // 4 % 4 * 16 + at // 16 % 4 * 4 + at % 4
+        q_column = gl.arange(0, 2 * ROWS, layout=gl.SliceLayout(0, right))
+        q_ptr += (block * (K_PLANES * 2 * R) + q_column[None, :]) * D + channel[:, None]
+        q0 = gl.load(q_ptr)
+        q1, q2 = q0, q0
+        if K_PLANES > 1:
+            q1 = gl.load(q_ptr + 2 * R * D)
+            q2 = q1
+        if K_PLANES > 2:
+            q2 = gl.load(q_ptr + 4 * R * D)
+        s_column = gl.arange(0, 2 * ROWS, layout=gl.SliceLayout(0, mma))
+        start = gl.load(start_ptr + block * (2 * R) + s_column)[None, :]
+        factor = gl.load(factor_ptr + block * R + row)
+        bias = gl.load(bias_ptr + block * R + row)
+    start += gl.full([32, 2 * ROWS], 0, gl.int32, mma)
     if PAGE_KEYS:
         page_scores_ptr += block * pages * (2 * R)
     m = gl.full([ROWS], -1e30, gl.float32, by_row)

@@ -1,9 +1,10 @@
 """Launches the attention kernels for packed tokens: what they support, their settings, their buffers.
 
-There are three launches whatever the length: the first prepares the queries and attends the 16-bit tokens,
-the second attends the packed tokens in splits, the third joins the sums. Each further packed segment, which
-has widths and transforms of its own, takes three more; the sums over its tokens are joined with those over
-16-bit tokens. Nothing is tuned at run time; each head_dim and pair of widths compiles once.
+There are two launches whatever the length: the first attends the tokens in splits, packed ones and those in
+16 bits, and the second joins the sums. Where `opens_call` says no, one more comes before them, which prepares
+the queries and attends the 16-bit tokens. Each further packed segment, which has widths and transforms of
+its own, takes as many more; the sums over its tokens are joined with those over 16-bit tokens. Nothing is
+tuned at run time; each head_dim and pair of widths compiles once.
 """
 
 import contextlib
@@ -14,6 +15,16 @@ from typing import Any
 
 import torch
 
+from quantpress.kernels.attend.opening.arguments import (
+    NOTHING,
+    DenseArguments,
+    Opening,
+    contiguous,
+    dense_arguments,
+    shares,
+    shares_by_table,
+    tile_tokens,
+)
 from quantpress.kernels.attend.operands import (
     DenseSegment,
     KernelOperands,
@@ -188,7 +199,7 @@ class _Call:
         plain: bool,
     ) -> None:
         self.packed, self.scale, self.softcap, self.plain = packed, scale, softcap, plain
-        self.slots = _numbers(slots)
+        self.slots = contiguous(slots)
         self.batch, self.query_heads, self.queries, dim = query.shape
         self.kv_heads = packed.kv_heads
         self.heads = self.batch * self.kv_heads
@@ -198,7 +209,7 @@ class _Call:
         self.blocks = -(-self.rows // self.block)
         self.query = query.reshape(self.heads, self.rows, dim).contiguous()
         self.keys, self.values = _operands(packed.keys), _operands(packed.values)
-        self.used, self.starts = _numbers(packed.lengths), _numbers(packed.starts)
+        self.used, self.starts = contiguous(packed.lengths), contiguous(packed.starts)
         self.table = packed.table if packed.table is None else _in_rows(packed.table)
         self.pages = packed.pages
         self.padded = 0 if self.table is None else max(1 << (self.heads - 1).bit_length(), 2)
@@ -207,6 +218,12 @@ class _Call:
         self.page_scores: torch.Tensor | None = None
         self.chained = not plain and chains(query.device)
         self.options = FUSED | ({"launch_pdl": True} if self.chained else {})
+        self.computed = FEW_ROWS if self.rows <= FEW_ROWS else self.block
+        if self.table is None:
+            self.splits = split_count(self.pages, self.heads * self.blocks, self._programs())
+        else:
+            self.splits = scheduled_programs(self.pages, self.heads, self._programs() // self.blocks)
+        self.opens = not plain and opens_call(self.query, self.keys, self.values)
 
     def _new(self, *shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device=self.query.device)
@@ -225,29 +242,58 @@ class _Call:
         after: DenseSegment | None = None,
         newer: int = 0,
         spare: int = 0,
-    ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    ) -> tuple[list[torch.Tensor] | Opening, list[torch.Tensor]]:
         """Queries in code space, and the sums over the 16-bit tokens but the last `newer` in use.
 
-        The last `spare` of the sums are not written: they are for `merge` of other calls.
+        Both are for `attend` to compute where `opens` is true. The last `spare` of the sums are not written:
+        they are for `merge` of other calls.
         """
+        self.page_scores = self._page_scores() if self.keys.page_keys else None
+        ends, transform = dense_arguments(self.query, before, after), self.packed.keys.transform
+        constants = ends.constants | {
+            "HAS_WEIGHT": transform.weight is not None,
+            "HAS_MEAN": transform.mean is not None,
+            "SHARED": self._is_shared(transform),
+            "SLOTS": self.slots is not None,
+        }
+        hidden = self.queries - 1 + newer
+        return (self._opening if self.opens else self._prepare)(ends, constants, hidden, spare)
+
+    def _opening(
+        self, ends: DenseArguments, constants: dict[str, Any], hidden: int, spare: int
+    ) -> tuple[Opening, list[torch.Tensor]]:
+        """The split kernel's part; it is launched after all before it, and the merge waits for it alone.
+
+        So no kernel that was started early still reads or writes the memory of the sums.
+        """
+        transform, count = self.packed.keys.transform, self.heads * self.blocks
+        tile = tile_tokens(self.computed, max(self.keys.head_dim, self.values.head_dim))
+        tiles = sum(-(-tokens // tile) for tokens in ends.tokens)
+        if self.table is None:
+            parts, beside = shares(tiles, self.pages, self.splits, count, self._programs())
+        else:
+            at_a_time = self._programs() // self.blocks
+            parts, beside = shares_by_table(tiles, self.splits, self.heads, at_a_time)
+        sums = self._sums(count, parts + spare, self.values.head_dim)
+        signs = self.keys.rotation.matrix(self.query.device, torch.float32)[0]
+        pointers = [self.query, transform.weight, transform.mean, signs, *ends.pointers, self.slots, *sums]
+        numbers = [self.scale, self.keys.unit, self.queries, self.kv_heads, *ends.tokens]
+        numbers += [parts, beside, parts + spare, hidden, *ends.strides]
+        return Opening(pointers, numbers, constants | {"OPENS": True, "TILE": tile}, beside), sums
+
+    def _prepare(
+        self, ends: DenseArguments, constants: dict[str, Any], hidden: int, spare: int
+    ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """The first launch of its own."""
         from quantpress.kernels.attend.prepare import prepare_kernel
 
         dim, value_dim, transform = self.keys.head_dim, self.values.head_dim, self.packed.keys.transform
         turn = rotation_matrix(self.keys.rotation, self.query.device, inverse=True)
-        count = self.heads * self.blocks
-        self.page_scores = self._page_scores() if self.keys.page_keys else None
-        filters = self.keys.filters
+        count, filters = self.heads * self.blocks, self.keys.filters
         q = self._new(count, max(len(filters), 1), 2 * self.block, dim, dtype=torch.int8)
         factor, bias = (self._new(count, self.block) for _ in range(2))
         start = self._new(count, 2 * self.block, dtype=torch.int32)
-        ends = (before, after)
-        lengths = [None if segment is None else _numbers(segment.lengths) for segment in ends]
-        tails = [self._tail(segment) for segment in ends]
-        starts = [None if segment is None else _numbers(segment.starts) for segment in ends]
-        tiles = [-(-tokens // DENSE_TILE) for _, _, tokens in tails]
-        tables = _dense_tables(before, after)
-        sizes = [0 if one is None else one.keys.shape[2] for one in tables]
-        rows = [None if one is None or one.table is None else _dense_rows(one.table) for one in tables]
+        tiles = [-(-tokens // DENSE_TILE) for tokens in ends.tokens]
         sums = self._sums(count, sum(tiles) + spare, value_dim)
         prepare_kernel[(self.block + sum(tiles), count)](
             self.query,
@@ -258,10 +304,7 @@ class _Call:
             factor,
             start,
             bias,
-            *(states for keys, values, _ in tails for states in (keys, values)),
-            *lengths,
-            *starts,
-            *rows,
+            *ends.pointers,
             self.slots,
             *sums,
             self.scale,
@@ -271,12 +314,11 @@ class _Call:
             self.queries,
             self.blocks,
             self.kv_heads,
-            *(tokens for _, _, tokens in tails),
+            *ends.tokens,
             tiles[0],
             sum(tiles) + spare,
-            self.queries - 1 + newer,
-            *(0 if one is None else one.stride(0) for one in rows),
-            *(stride for one in tables for stride in _pool_strides(one)),
+            hidden,
+            *ends.strides,
             self.softcap,
             D=dim,
             DV=value_dim,
@@ -285,18 +327,9 @@ class _Call:
             HALVES=len(turn.halves),
             PLANES=len(filters),
             FILTERS=sum(filters, ()),
-            HAS_WEIGHT=transform.weight is not None,
-            HAS_MEAN=transform.mean is not None,
-            FIRST_USED=lengths[0] is not None,
-            RECENT_USED=lengths[1] is not None,
-            FIRST_STARTS=starts[0] is not None,
-            RECENT_STARTS=starts[1] is not None,
-            FIRST_PAGE=sizes[0],
-            RECENT_PAGE=sizes[1],
-            SHARED=self._is_shared(transform),
-            SLOTS=self.slots is not None,
             PLAIN=self.plain,
             CHAINED=self.chained,
+            **constants,
             num_warps=8 if max(dim, value_dim) > 128 else 4,
             **FUSED,
         )
@@ -345,20 +378,18 @@ class _Call:
         one = any(part.shape[0] == 1 for part in transform.tensors().values())
         return one and (self.batch > 1 or self.slots is not None)
 
-    def attend(self, prepared: list[torch.Tensor]) -> list[torch.Tensor]:
+    def attend(self, prepared: list[torch.Tensor] | Opening) -> list[torch.Tensor]:
         """Sums over the packed tokens, in code space."""
-        q, factor, start, bias = prepared
+        opening = prepared if isinstance(prepared, Opening) else NOTHING
+        q, factor, start, bias = [None] * 4 if isinstance(prepared, Opening) else prepared
         books = self.keys.codebook, self.values.codebook
         sides = (self.packed.keys, self.packed.values)
         codes = [side.planes["codes0"] for side in sides]
         scales = [side.planes["scale0"] for side in sides]
         count, value_dim = self.heads * self.blocks, self.values.head_dim
-        if self.table is None:
-            grid = (split_count(self.pages, count, self._programs()), count)
-        else:
-            grid = (scheduled_programs(self.pages, self.heads, self._programs() // self.blocks), self.blocks)
-            if self.packed.schedule is not None and self.packed.schedule.programs.shape[0] == grid[0]:
-                self.schedule = self.packed.schedule
+        grid = (self.splits, count if self.table is None else self.blocks)
+        made = None if self.table is None else self.packed.schedule
+        self.schedule = made if made is not None and made.programs.shape[0] == self.splits else None
         sums = self._sums(grid[1], grid[0], value_dim * max(len(self.values.filters), 1))
         if not self.plain:
             codes = [plane.view(torch.int32) for plane in codes]
@@ -384,7 +415,7 @@ class _Call:
             from quantpress.kernels.attend.split_plain import split_plain_kernel
 
             levels = [
-                torch.tensor(book.scaled if book else (-1, 1), dtype=torch.float32, device=q.device)
+                torch.tensor(book.scaled if book else (-1, 1), dtype=torch.float32, device=self.query.device)
                 for book in books
             ]
             split_plain_kernel[grid](
@@ -406,10 +437,9 @@ class _Call:
             from quantpress.kernels.attend.lookup import lookup_table
             from quantpress.kernels.attend.split_mma import split_mma_kernel
 
-            computed = FEW_ROWS if self.rows <= FEW_ROWS else self.block
-            steps = steps_of_page(self.keys, self.values, computed, self.table is not None)
-            split_mma_kernel[grid](
-                lookup_table(*books, q.device),
+            steps = steps_of_page(self.keys, self.values, self.computed, self.table is not None)
+            split_mma_kernel[(grid[0] + opening.beside, grid[1])](
+                lookup_table(*books, self.query.device),
                 q,
                 factor,
                 start,
@@ -420,16 +450,19 @@ class _Call:
                 self.starts,
                 self.table,
                 None if self.schedule is None else self.schedule.programs,
+                *opening.pointers,
                 *numbers,
+                *opening.numbers,
                 **constants,
-                ROWS=computed,
+                **opening.constants,
+                ROWS=self.computed,
                 HALVES=steps,
-                STAGED=stages_words(self.keys, self.values, steps, q.device),
+                STAGED=stages_words(self.keys, self.values, steps, self.query.device),
                 CAPPED=self.softcap > 0,
                 CHAINED=self.chained,
                 num_warps=1,
                 maxnreg=255,  # left out, the assembler saves registers for more programs than run at a time
-                **self.options,
+                **(FUSED if opening is not NOTHING else self.options),
             )
         return sums
 
@@ -439,15 +472,6 @@ class _Call:
 
     def _multiprocessors(self) -> int:
         return 1 if self.plain else programs_at_a_time(self.query.device) // PROGRAMS
-
-    def _tail(self, segment: DenseSegment | None) -> tuple[torch.Tensor, torch.Tensor, int]:
-        """Keys, values and number of tokens of a dense segment; the query stands in where there is none."""
-        if segment is None:
-            return self.query, self.query, 0
-        if segment.table is not None:  # pools stay where they are, see `supports`
-            return segment.keys, segment.values, segment.tokens
-        keys, values = (states.to(self.query.dtype).contiguous() for states in (segment.keys, segment.values))
-        return keys, values, segment.tokens
 
     def merge(
         self,
@@ -505,6 +529,15 @@ class _Call:
             **self.options,
         )
         return out
+
+
+def opens_call(query: torch.Tensor, keys: KernelOperands, values: KernelOperands) -> bool:
+    """Whether the split kernel prepares its queries itself, and attends the 16-bit tokens.
+
+    A head_dim of 256 leaves no room for it, in registers and in shared memory.
+    """
+    small = max(keys.head_dim, values.head_dim) <= 128 and query.dtype in (torch.bfloat16, torch.float16)
+    return small and keys.rotation.kind == "hadamard" and not keys.filters
 
 
 def pass_bounds(queries: int) -> list[int]:
@@ -582,30 +615,6 @@ def rows_of_merge(rows: int, heads: int, multiprocessors: int) -> int:
     while each < rows and heads * -(-rows // each) > MERGES * multiprocessors:
         each *= 2
     return each
-
-
-def _numbers(tensor: torch.Tensor | None) -> torch.Tensor | None:
-    return None if tensor is None else tensor.contiguous()
-
-
-def _dense_tables(
-    before: DenseSegment | None, after: DenseSegment | None
-) -> tuple[DenseSegment | None, DenseSegment | None]:
-    """The segments of 16-bit tokens by table, each in the other's place where that one is missing."""
-    first, recent = (one if one is not None and one.table is not None else None for one in (before, after))
-    return first or recent, recent or first
-
-
-def _dense_rows(table: torch.Tensor) -> torch.Tensor:
-    """A page table [B, P] whose rows are contiguous, as those of a slice over P are."""
-    return table if table.stride(1) == 1 else table.contiguous()
-
-
-def _pool_strides(segment: DenseSegment | None) -> tuple[int, ...]:
-    """Strides of a segment's pools from page to page and from head to head, keys before values."""
-    if segment is None:
-        return 0, 0, 0, 0
-    return *segment.keys.stride()[:2], *segment.values.stride()[:2]
 
 
 def _in_rows(table: torch.Tensor) -> torch.Tensor:

@@ -82,7 +82,7 @@ class Shared:
 class Language:
     """The language's functions, for one program of a grid."""
 
-    float16, float32 = torch.float16, torch.float32
+    float16, bfloat16, float32 = torch.float16, torch.bfloat16, torch.float32
     int8, int32, int64 = torch.int8, torch.int32, torch.int64
     rsqrt, sqrt, reshape, expand_dims = torch.rsqrt, torch.sqrt, torch.reshape, torch.unsqueeze
     permute, static_range, abs, exp2 = torch.permute, range, torch.abs, torch.exp2
@@ -160,6 +160,9 @@ class Language:
     ) -> Any:
         if asm.lstrip().startswith(("bar.sync", "griddepcontrol")):
             return torch.zeros((), dtype=dtype).as_subclass(Tile)
+        if asm.startswith("shfl.sync.bfly"):  # of rows whose channels the lanes share, neighbours together
+            x, bit = args
+            return x[..., torch.arange(x.shape[-1]) ^ bit * (x.shape[-1] // 32)]
         if asm.startswith("ex2.approx"):
             return torch.exp2(args[0]).as_subclass(Tile)
         words = torch.broadcast_tensors(*map(torch.as_tensor, args))
@@ -182,7 +185,9 @@ def _tiles(*values: Any) -> list[Any]:
     return tensors
 
 
-def _whole_product(a: Any, b: Any, start: Any) -> Any:
+def _small_product(a: Any, b: Any, start: Any) -> Any:
+    if a.is_floating_point():
+        return (a.double() @ b.double() + start).float().as_subclass(Tile)
     return (a.long() @ b.long() + start).to(torch.int32).as_subclass(Tile)
 
 
@@ -216,7 +221,7 @@ def emulate(module: ModuleType, kernel: str, arguments: dict[str, Any], grid: tu
     names: dict[str, Any] = {name: getattr(held, "value", held) for name, held in held_by_name.items()}
     names |= {"async_load": lambda to, pointer, mask=True: to.held.copy_(pointer.read(mask))}
     names |= {"async_copy": copies, "fence_async_shared": lambda: None, "warpgroup_mma": _product}
-    names |= {"warpgroup_mma_wait": lambda count, results: results[0], "mma_v2": _whole_product}
+    names |= {"warpgroup_mma_wait": lambda count, results: results[0], "mma_v2": _small_product}
     for name, held in held_by_name.items():
         if hasattr(held, "arg_names"):
             names[name] = FunctionType(held.fn.__code__, names, name, held.fn.__defaults__)

@@ -18,6 +18,7 @@ from quantpress.codecs.scalar import ScalarPages
 from quantpress.codecs.trellis import TrellisPages
 from quantpress.errors import InvalidInputError
 from quantpress.kernels.attend import DenseSegment, PackedSegment, PackedSide, Segment, Visibility, attend
+from quantpress.kernels.attend.opening.arguments import tile_tokens
 from quantpress.kernels.attend.reference import attend_reference
 from quantpress.kernels.attend.schedule import SCHEDULE_TILE, PageSchedule, page_schedule, schedule_programs
 from quantpress.kernels.attend.triton_attend import (
@@ -215,11 +216,17 @@ def test_split_kernel_compiles_without_a_gpu(
         "STARTS": heads > 0,
         "PAGE_KEYS": heads == 1,
     }
+    opens = heads != 1 and key_bits > 0 and dim <= 128
+    constants |= {"TILE": tile_tokens(rows, dim), "OPENS": opens, "SHARED": heads == 0, "SLOTS": heads > 0}
+    constants |= dict.fromkeys(("HAS_WEIGHT", "HAS_MEAN", "RECENT_USED", "RECENT_STARTS"), True)
+    constants |= {"FIRST_USED": heads > 0, "FIRST_STARTS": False}
+    constants |= {"FIRST_PAGE": heads and 4, "RECENT_PAGE": heads and 128}
     kernel = compiled(split_mma_kernel, constants, capability, 1)
     assert "mma.sync.aligned.m16n8k32.row.col.satfinite.s32.s8.s8.s32" in kernel.asm["ptx"]
-    assert ("griddepcontrol.wait" in kernel.asm["ptx"]) == (capability >= 90)
+    assert ("griddepcontrol.wait" in kernel.asm["ptx"]) == (capability >= 90 and not opens)
     if capability >= 90:  # tables of levels and the first codes are on their way before the queries are there
-        before = kernel.asm["ptx"].split("griddepcontrol.wait")[0]
+        signal = "griddepcontrol.launch_dependents" if opens else "griddepcontrol.wait"
+        before = kernel.asm["ptx"].split(signal)[0]
         codes = re.findall(r"ld\.global\.L1::evict_first\.L2::cache_hint\.v4", before)
         assert (codes or (staged and "cp.async.cg" in before)) and before.count("ld.global.b32") >= 4
     room = STAGED_BYTES - 1024 if staged else 8 * 1024  # else the output's way out
@@ -554,8 +561,8 @@ def test_a_schedule_made_before_give_the_same_on_a_gpu(batch: int, queries: int)
     found = pooled(pages, lengths, 0 * lengths)
     assert found.table is not None
     out = PageSchedule.empty(batch * 3, schedule_programs(found.table), found.device)
-    recent = torch.randn(batch, 3, 40, 128, device="cuda")
-    query = torch.randn(batch, 12, queries, 128, device="cuda")
+    recent = torch.randn(batch, 3, 40, 128, device="cuda", dtype=torch.float16)
+    query = torch.randn(batch, 12, queries, 128, device="cuda", dtype=torch.float16)
     visibility = Visibility(queries, 20 * 128 + 40)
     starts = torch.minimum(torch.full_like(lengths, 4), 20 * 128 - lengths)
     for begins in (None, starts):
