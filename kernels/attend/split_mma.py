@@ -8,10 +8,10 @@ of log 2, with b the signed bytes of a codebook's odd levels:
     s[t, r] = k_scale[t] factor[r] sum_c (2 b[t, c] + 1) q[c, r],    p[t, r] = exp2(s[t, r] - m[r])
     o[r] += sum_t p[t, r] v_scale[t] (2 b[t, :] + 1),                l[r] += sum_t p[t, r]
 
-Queries (by `prepare_kernel`) and weights p * v_scale (here, relative to the largest of the page) are whole
-numbers of 16 bits, split into a high and a low byte: columns 2 r and 2 r + 1 of one `mma.m16n8k32`, which one
-thread holds and adds up. A product has room for four rows. Products of bytes are exact, so the only loss is
-2 ** -16 of the largest query coordinate, or weight.
+Queries (by `prepare_kernel`, or here by `opening.queries`) and weights p * v_scale (here, relative to the
+largest of the page) are whole numbers of 16 bits, split into a high and a low byte: columns 2 r and 2 r + 1
+of one `mma.m16n8k32`, which one thread holds and adds up. A product has room for four rows. Products of bytes
+are exact, so the only loss is 2 ** -16 of the largest query coordinate, or weight.
 
 Over bit planes (K_SIGNS, V_SIGNS) a byte is 0 or -1, and a vector has a level for each plane: the scores are
 a sum over planes, each with queries of its own, and every plane of the values has its own sum o.
@@ -528,12 +528,12 @@ def split_mma_kernel(
     """Partial softmax sums of one split (axis 0) of one (batch, KV head, block of R rows) (axis 1).
 
     lookup: [4, 32] int32, of `lookup_table`; q: [N, 2R, D] int8, factor and bias: [N, R] float32, start: [N,
-    2R] int32, all of `prepare_kernel`, N = heads * blocks; k, v: pages of words, int32, and ks, vs: their
-    scales in any float dtype, with the strides *_head and *_page, those of k and v in words; pages: P; used:
-    [heads] int32, tokens in use, if USED; starts: [heads] int32, the first of them, if STARTS; rows: of a
-    head; softcap: in units of log 2, if CAPPED; page_scores: [N, P, 2, R] float32, of `page_scores_kernel`,
-    if PAGE_KEYS. Written: o [A, S, R, DV], only rows of the head, m and l [A, R, S] float32, with S and A
-    programs on the axes.
+    2R] int32, all of `prepare_kernel` unless OPENS, N = heads * blocks; k, v: pages of words, int32, and ks,
+    vs: their scales in any float dtype, with the strides *_head and *_page, those of k and v in words; pages:
+    P; used: [heads] int32, tokens in use, if USED; starts: [heads] int32, the first of them, if STARTS; rows:
+    of a head; softcap: in units of log 2, if CAPPED; page_scores: [N, P, 2, R] float32, of
+    `page_scores_kernel`, if PAGE_KEYS. Written: o [A, S, R, DV], only rows of the head, m and l [A, R, S]
+    float32, with S and A programs on the axes.
 
     Where HEADS, a power of two of at least `heads`, is not 0, heads have page tables: page p of a head is row
     page_table[head, p] of a pool, page_table [heads, page_table_row] int32; axis 0 is divided among the heads
@@ -546,7 +546,14 @@ def split_mma_kernel(
     ROWS: rows that are computed, R, or 4 where no head has more.
 
     HALVES is 2 to take a page in two steps, groups of tokens 0, 2, 4, 6 before 1, 3, 5, 7. STAGED: words of 3
-    bits, or of bit planes, are read from shared memory. CHAINED: started before `prepare_kernel` has ended.
+    bits, or of bit planes, are read from shared memory. CHAINED: the next kernel may start before this one
+    has ended, and this one, unless OPENS, was started before `prepare_kernel` has ended.
+
+    OPENS: queries are prepared here as by `prepare_kernel`, which has the arguments from query to slots, from
+    scale to kv_heads and from hidden on; signs: [D] float32, row 0 of the rotation, a Walsh-Hadamard matrix
+    with signed columns. The 16-bit tokens are attended here too, TILE at a time: `parts` programs of each
+    block of rows write the first of the `slots` sums in dense_o, dense_m and dense_l. They are the first on
+    axis 0, and the first `beside` there, of all heads where HEADS, attend nothing else.
     """
     mma: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [1, 1], [16, 8])
     right: gl.constexpr = gl.DotOperandLayout(1, mma, 4)

@@ -10,6 +10,7 @@ tuned at run time; each head_dim and pair of widths compiles once.
 import contextlib
 import math
 from collections.abc import Sequence
+from functools import cached_property
 from itertools import pairwise
 from typing import Any
 
@@ -219,10 +220,6 @@ class _Call:
         self.chained = not plain and chains(query.device)
         self.options = FUSED | ({"launch_pdl": True} if self.chained else {})
         self.computed = FEW_ROWS if self.rows <= FEW_ROWS else self.block
-        if self.table is None:
-            self.splits = split_count(self.pages, self.heads * self.blocks, self._programs())
-        else:
-            self.splits = scheduled_programs(self.pages, self.heads, self._programs() // self.blocks)
         self.opens = not plain and opens_call(self.query, self.keys, self.values)
 
     def _new(self, *shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -465,6 +462,13 @@ class _Call:
                 **(FUSED if opening is not NOTHING else self.options),
             )
         return sums
+
+    @cached_property
+    def splits(self) -> int:
+        """Programs for packed tokens: of a block of rows, or by table of all heads."""
+        if self.table is None:
+            return split_count(self.pages, self.heads * self.blocks, self._programs())
+        return scheduled_programs(self.pages, self.heads, self._programs() // self.blocks)
 
     def _programs(self) -> int:
         """Programs of the split kernel that run at a time."""
