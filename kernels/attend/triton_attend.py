@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from quantpress.kernels.attend.merge.settings import MERGED, rows_of_merge, warps_of_merge
 from quantpress.kernels.attend.opening.arguments import (
     NOTHING,
     DenseArguments,
@@ -70,12 +71,6 @@ MOST_SPLITS = (128, 256)
 cost more in the merge than they save."""
 
 PAGES_OF_SPLIT = 3
-
-MERGED = (16, 64)
-"""Partial sums that the merge joins at a time, where a head has at most 16 and where it may have more."""
-
-MERGES = 4
-"""Programs of the merge per multiprocessor; where there are more rows, a program takes several."""
 
 PLAIN_PROGRAMS = 16
 """Programs of the plain kernel in all."""
@@ -489,50 +484,79 @@ class _Call:
 
         With `into`, those of packed tokens alone are joined, and become number `into` of the sums in `dense`.
         """
-        from quantpress.kernels.attend.merge import merge_kernel
-
         value_dim = self.values.head_dim
         if into is not None:
             out = dense[0]
         elif out is None:
             out = self._new(self.batch, self.query_heads, self.queries, value_dim, dtype=self.query.dtype)
-        each = rows_of_merge(self.rows, self.heads, self._multiprocessors())
-        merge_kernel[(-(-self.rows // each), self.heads)](
+        splits = sums[0].shape[1]
+        arguments = (
             *sums,
             *dense,
             sinks,
             self.values.rotation.matrix(out.device, torch.float32),
             out,
-            self.used,
-            self.starts,
             None if self.schedule is None else self.schedule.heads,
-            sums[0].shape[1],
+            splits,
             dense[0].shape[1],
             self.rows,
             self.queries,
             self.group,
             self.kv_heads,
             self.blocks,
-            self.heads,
-            self.pages,
             0 if into is None else into,
             self.values.unit,
-            DV=value_dim,
-            R=self.block,
-            PLANES=len(self.values.filters),
-            FILTERS=sum(self.values.filters, ()),
-            HAS_SINKS=sinks is not None,
-            SIZE=MERGED[sums[0].shape[1] > MERGED[0] * self.scheduled_heads],
-            HEADS=self.padded if self.schedule is None else 1,
-            STARTS=self.starts is not None,
-            SCHEDULED=self.schedule is not None,
-            EACH=each,
-            PARTIAL=into is not None,
-            CHAINED=self.chained,
-            num_warps=4 if value_dim <= 128 else 8,
-            **self.options,
         )
+        constants = {
+            "DV": value_dim,
+            "R": self.block,
+            "HAS_SINKS": sinks is not None,
+            "SCHEDULED": self.schedule is not None,
+            "PARTIAL": into is not None,
+            "CHAINED": self.chained,
+        }
+        if self._merged_by_warps():
+            from quantpress.kernels.attend.merge.by_warps import merge_by_warps_kernel
+
+            parts, warps, size, tiles = warps_of_merge(-(-splits // self.scheduled_heads), self.rows)
+            merge_by_warps_kernel[(-(-self.rows * parts // warps), self.heads)](
+                *arguments,
+                PARTS=parts,
+                WARPS=warps,
+                SIZE=size,
+                TILES=tiles,
+                num_warps=warps,
+                **constants,
+                **self.options,
+            )
+        else:
+            from quantpress.kernels.attend.merge.by_matrix import merge_kernel
+
+            each = rows_of_merge(self.rows, self.heads, self._multiprocessors())
+            merge_kernel[(-(-self.rows // each), self.heads)](
+                *arguments,
+                self.used,
+                self.starts,
+                self.heads,
+                self.pages,
+                PLANES=len(self.values.filters),
+                FILTERS=sum(self.values.filters, ()),
+                SIZE=MERGED[splits > MERGED[0] * self.scheduled_heads],
+                HEADS=self.padded if self.schedule is None else 1,
+                STARTS=self.starts is not None,
+                EACH=each,
+                num_warps=4 if value_dim <= 128 else 8,
+                **constants,
+                **self.options,
+            )
         return out
+
+    def _merged_by_warps(self) -> bool:
+        """Whether the merge needs no matrix, no filters, and no division of programs among heads."""
+        hadamard = self.values.rotation.kind == "hadamard"
+        return hadamard and not (
+            self.plain or self.values.filters or (self.table is not None and self.schedule is None)
+        )
 
 
 def opens_call(query: torch.Tensor, keys: KernelOperands, values: KernelOperands) -> bool:
@@ -607,18 +631,6 @@ def shared_memory(device: torch.device) -> int:
     return int(torch.cuda.get_device_properties(device).shared_memory_per_multiprocessor)
 
 
-def rows_of_merge(rows: int, heads: int, multiprocessors: int) -> int:
-    """How many rows a program of the merge takes one after the other; it reads the rotation once for all.
-
-    Args:
-        rows: rows of a KV head.
-        heads: B * Hkv.
-        multiprocessors: number of multiprocessors of the GPU.
-    """
-    each = 1
-    while each < rows and heads * -(-rows // each) > MERGES * multiprocessors:
-        each *= 2
-    return each
 
 
 def _in_rows(table: torch.Tensor) -> torch.Tensor:

@@ -49,6 +49,8 @@ class Pointer:
 
     def read(self, mask: Any = True, other: float = 0) -> torch.Tensor:
         offset, mask = torch.broadcast_tensors(torch.as_tensor(self.offset), torch.as_tensor(mask))
+        if not bool(mask.any()):  # there may be no memory
+            return torch.full(offset.shape, other, dtype=self.memory.dtype)
         assert bool((offset[mask] >= 0).all()), "a load in front of the memory"
         return self.memory[torch.where(mask, offset, 0)].where(mask, other)
 

@@ -20,12 +20,12 @@ from quantpress.codecs.scalar import ScalarPages
 from quantpress.codecs.trellis import TrellisPages
 from quantpress.errors import InvalidInputError
 from quantpress.kernels.attend import DenseSegment, PackedSegment, PackedSide, Segment, Visibility, attend
+from quantpress.kernels.attend.merge.settings import MERGED
 from quantpress.kernels.attend.opening.arguments import tile_tokens
 from quantpress.kernels.attend.reference import attend_reference
 from quantpress.kernels.attend.schedule import SCHEDULE_TILE, PageSchedule, page_schedule, schedule_programs
 from quantpress.kernels.attend.triton_attend import (
     DENSE_TILE,
-    MERGED,
     PAGES_OF_SCORES,
     PROGRAMS,
     STAGED_BYTES,
@@ -259,7 +259,7 @@ def taps(planes: int) -> tuple[float, ...]:
 @pytest.mark.parametrize(("capability", "heads", "dim"), [(80, 0, 64), (90, 64, 256), (100, 32, 128)])
 def test_kernels_around_it_compile_without_a_gpu(capability: int, heads: int, dim: int) -> None:
     pytest.importorskip("triton")
-    from quantpress.kernels.attend.merge import merge_kernel
+    from quantpress.kernels.attend.merge.by_matrix import merge_kernel
     from quantpress.kernels.attend.prepare import prepare_kernel
     from quantpress.kernels.attend.schedule_kernel import schedule_kernel
     from quantpress.kernels.score.page_scores import page_scores_kernel

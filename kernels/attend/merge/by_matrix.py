@@ -1,4 +1,4 @@
-"""The last launch (Triton): partial sums over packed and over 16-bit tokens become the output."""
+"""The last launch for any rotation and for bit planes (Triton)."""
 
 import triton
 import triton.language as tl
@@ -79,8 +79,6 @@ def merge_kernel(
     sinks_ptr,
     rotation_ptr,
     out_ptr,
-    used_ptr,
-    starts_ptr,
     schedule_ptr,
     splits,
     tiles,
@@ -89,10 +87,12 @@ def merge_kernel(
     group,
     kv_heads,
     blocks,
-    heads,
-    pages,
     into,
     unit,
+    used_ptr,
+    starts_ptr,
+    heads,
+    pages,
     DV: tl.constexpr,
     R: tl.constexpr,
     PLANES: tl.constexpr,
