@@ -631,8 +631,6 @@ def shared_memory(device: torch.device) -> int:
     return int(torch.cuda.get_device_properties(device).shared_memory_per_multiprocessor)
 
 
-
-
 def _in_rows(table: torch.Tensor) -> torch.Tensor:
     """A page table [B, Hkv, P] whose rows are equally far apart, as those of a slice over P are."""
     even = table.stride(2) == 1 and table.stride(0) == table.shape[1] * table.stride(1)
