@@ -223,10 +223,10 @@ class _Call:
     def _sums(self, count: int, parts: int, channels: int) -> list[torch.Tensor]:
         """Buffers for weighted sums, largest scores and totals of `parts` programs for each of `count`."""
         rows = count * parts * self.block  # a multiple of 8: each buffer begins at a multiple of 32 bytes
-        weighted, largest, totals = self._new(rows * (channels + 2)).split_with_sizes(
-            (rows * channels, rows, rows)
-        )
-        return [weighted.view(count, parts, self.block, channels), largest, totals]
+        sizes = (rows * channels, rows, rows)
+        weighted, largest, totals = self._new(rows * (channels + 2)).split_with_sizes(sizes)
+        shape = (count, self.block, parts)
+        return [weighted.view(count, parts, self.block, channels), largest.view(shape), totals.view(shape)]
 
     def first(
         self,
