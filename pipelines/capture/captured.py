@@ -57,9 +57,9 @@ def captured_decoding(
             capture compares each with the model's own code. "exact": one kernel for each norm, for rotary
             positions and for the product of a gate, where PyTorch launches two to ten, and only where the
             results are equal to the last bit. True: also linear layers in float16 or bfloat16 at a batch of
-            up to 4, where the error against float64 is no larger than PyTorch's. Their sums are added in
-            another order, so logits differ by roundings, as they do in PyTorch between batch sizes. False,
-            and compile=True: the model's own kernels.
+            one or two, where the error against float64 is no larger than PyTorch's. Their sums are added
+            in another order, so logits differ by roundings, as they do in PyTorch between batch sizes.
+            False, and compile=True: the model's own kernels.
 
     Returns:
         A `CapturedDecoding`, which counts what it did.

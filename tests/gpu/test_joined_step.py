@@ -80,7 +80,7 @@ def test_logits_are_equal_to_the_last_bit(config: type, dtype: torch.dtype, batc
     assert not [module for module in model.modules() if "forward" in vars(module)]
 
 
-@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("batch", [1, 2])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("config", [LlamaConfig, Qwen2Config])
 def test_products_are_as_exact_as_those_of_pytorch(config: type, dtype: torch.dtype, batch: int) -> None:

@@ -94,23 +94,27 @@ def test_compiles_without_a_gpu(capability: int, rows: int) -> None:
 @pytest.mark.parametrize("dtype", SIXTEEN, ids=str)
 @pytest.mark.parametrize("case", [*CASES, *LARGE], ids=lambda case: str(case[:3]))
 def test_on_a_gpu(case: Any, dtype: torch.dtype) -> None:
-    check(case, dtype, "cuda", 1.1)
+    check(case, dtype, "cuda", 1.1 if case in LARGE else 2.0)
 
 
 @pytest.mark.gpu
 def test_a_chain_waits_for_what_it_reads() -> None:
-    """Each product reads the one before, whose kernel is still running when it starts."""
+    """In a graph, each kernel starts while the one whose result it reads still runs."""
     layers = [layers_of((4096,), 4096, torch.bfloat16, "cuda") for _ in range(8)]
     first = torch.randn(1, 1, 4096, device="cuda").to(torch.bfloat16)
-    expected = x = first
+    expected = first
     for layer in layers:
-        (expected,) = linear(expected, layer)
+        (expected,) = linear(expected, layer, expected)
         torch.cuda.synchronize()
-    for _ in range(20):
-        x = first
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = first
         for layer in layers:
-            (x,) = linear(x, layer)
-        assert torch.equal(x, expected)
+            (found,) = linear(found, layer, found)
+    for _ in range(20):
+        found.zero_()
+        graph.replay()
+        assert torch.equal(found, expected)
 
 
 if __name__ == "__main__":
