@@ -26,8 +26,8 @@ class DeferredChecks:
     Attributes:
         narrowed: by the id of a plane with scales in float32, the same in float16, where verdicts have found
             that they fit.
-        held_bytes: how many more bytes than in float16 the planes given to `hold` take at their verdicts, when
-            there are both.
+        held_bytes: what the planes given to `hold` take beyond float16 at their verdicts, where they are held
+            in both.
     """
 
     def __init__(self) -> None:

@@ -19,8 +19,8 @@ from quantpress.kernels.statistics.triton_kernel import (
 TILE = 64
 """Tokens that are summed at a time."""
 
-ROWS = 256
-"""Rows of queries that are summed at a time, by so many warps: there are only as many programs as heads."""
+AT_ONCE = 1 << 15
+"""Numbers of queries summed at a time, by so many warps: there are only as many programs as heads."""
 WARPS = 16
 
 MOST_SPLITS = 64
@@ -38,6 +38,10 @@ def _device(tensor: Tensor) -> AbstractContextManager[object]:
 
 def _power(number: int) -> int:
     return 1 << (number - 1).bit_length()
+
+
+def _warps(dim: int) -> int:
+    return 4 if dim <= 128 else 8
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -84,6 +88,7 @@ def launch_statistics(
             D=dim,
             CHANNELS=channels,
             TILE=TILE,
+            num_warps=_warps(dim),
             **FUSED,
         )
         quick(key_transform_kernel)[(batch * heads,)](
@@ -103,6 +108,7 @@ def launch_statistics(
             MEAN=mean,
             WEIGHT=moment is not None,
             ENERGY=order,
+            num_warps=_warps(dim),
             **FUSED,
         )
     return centre, weight, energy, found
@@ -137,7 +143,7 @@ def launch_query_moment(
             D=dim,
             CHANNELS=_power(dim),
             TILE=TILE,
-            ROWS=ROWS,
+            ROWS=AT_ONCE // _power(dim),
             CHECK=check,
             num_warps=WARPS,
             **FUSED,

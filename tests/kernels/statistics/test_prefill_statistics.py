@@ -153,8 +153,9 @@ def test_compiled(capability: int, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.gpu
 def test_on_a_gpu() -> None:
     check_all("cuda")
-    keys = keys_of(4, 8, 20_000, 128, torch.bfloat16, "cuda")
-    check_keys(keys, torch.rand(4, 8, 128, device="cuda"), True)
+    for dim in (128, 256):
+        keys = keys_of(4, 8, 20_000, dim, torch.bfloat16, "cuda")
+        check_keys(keys, torch.rand(4, 8, dim, device="cuda"), True)
 
 
 if __name__ == "__main__":
