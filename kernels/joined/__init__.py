@@ -1,8 +1,8 @@
 """Small pieces of a decode step of transformers, one launch each in place of two to ten.
 
 Each rounds where PyTorch rounds. All but linear layers add in the order in which PyTorch adds, so that
-their results are equal to the last bit. `quantpress.pipelines.capture` compares each with the model's own code
-before use.
+their results are equal to the last bit. `quantpress.pipelines.capture` compares each with the model's own
+code before use.
 
 order.py            the order in which PyTorch's mean adds up a row
 reference.py        plain PyTorch: what models of transformers compute
