@@ -552,8 +552,8 @@ def split_mma_kernel(
     OPENS: queries are prepared here as by `prepare_kernel`, which has the arguments from query to slots, from
     scale to kv_heads and from hidden on; signs: [D] float32, row 0 of the rotation, a Walsh-Hadamard matrix
     with signed columns. The 16-bit tokens are attended here too, TILE at a time: `parts` programs of each
-    block of rows write the first of the `slots` sums in dense_o, dense_m and dense_l. `beside` programs
-    on axis 0, of all heads where HEADS, attend nothing else.
+    block of rows write the first of the `slots` sums in dense_o, dense_m and dense_l. The first
+    `beside` programs on axis 0, of all heads where HEADS, attend nothing else.
     """
     mma: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [1, 1], [16, 8])
     right: gl.constexpr = gl.DotOperandLayout(1, mma, 4)
@@ -564,8 +564,7 @@ def split_mma_kernel(
             dense_head = (split // gl.maximum(parts, 1)).to(gl.int64)
             dense_block = dense_head * blocks + gl.program_id(1)
             part, attends = split % gl.maximum(parts, 1), split < beside
-        else:  # those beside lie on as many multiprocessors as there are, which leaves the next kernel room
-            split = (split + beside * gl.program_id(1)) % splits
+        else:
             dense_block = gl.program_id(1).to(gl.int64)
             dense_head = (gl.program_id(1) // blocks).to(gl.int64)
             part, attends = split, split < parts

@@ -215,7 +215,7 @@ class _Call:
         self.chained = not plain and chains(query.device)
         self.options = FUSED | ({"launch_pdl": True} if self.chained else {})
         self.computed = FEW_ROWS if self.rows <= FEW_ROWS else self.block
-        self.opens = not plain and opens_call(self.query, self.keys, self.values)
+        self.opens = not plain and opens_call(self.query, self.keys, self.values, self.computed)
 
     def _new(self, *shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device=self.query.device)
@@ -559,13 +559,20 @@ class _Call:
         )
 
 
-def opens_call(query: torch.Tensor, keys: KernelOperands, values: KernelOperands) -> bool:
+def opens_call(query: torch.Tensor, keys: KernelOperands, values: KernelOperands, rows: int) -> bool:
     """Whether the split kernel prepares its queries itself, and attends the 16-bit tokens.
 
-    A head_dim of 256 leaves no room for it, in registers and in shared memory.
+    A head_dim of 256 leaves no room for it, in registers and in shared memory, and 16 rows would spill more.
+
+    Args:
+        query: [BH, rows of a head, D].
+        keys: operands of the keys.
+        values: operands of the values.
+        rows: rows that a program computes.
     """
-    small = max(keys.head_dim, values.head_dim) <= 128 and query.dtype in (torch.bfloat16, torch.float16)
-    return small and keys.rotation.kind == "hadamard" and not keys.filters
+    small = rows <= 8 and max(keys.head_dim, values.head_dim) <= 128
+    turned = keys.rotation.kind == "hadamard" and not keys.filters
+    return small and turned and query.dtype in (torch.bfloat16, torch.float16)
 
 
 def pass_bounds(queries: int) -> list[int]:

@@ -126,9 +126,9 @@ def tile_tokens(rows: int, head_dim: int) -> int:
 def shares(tiles: int, pages: int, splits: int, blocks: int, programs: int) -> tuple[int, int]:
     """How many programs of a block of rows attend 16-bit tokens, and how many of these attend nothing else.
 
-    These are programs that find room beside those for packed tokens, if they end as early; else some of the
-    programs for packed tokens attend 16-bit tokens first. A tile of 16-bit tokens takes about as long as a
-    page.
+    These are as few programs as end with those for packed tokens, if they find room beside them; else some of
+    the programs for packed tokens attend 16-bit tokens first. A tile of 16-bit tokens is taken to need as
+    long as a page. With more programs than that at 131072 tokens, the merge took 0.6 us longer on an H200.
 
     Args:
         tiles: tiles of 16-bit tokens of a head.
@@ -137,9 +137,9 @@ def shares(tiles: int, pages: int, splits: int, blocks: int, programs: int) -> t
         blocks: B * Hkv * blocks of rows.
         programs: programs that the GPU runs at a time.
     """
-    free = programs // blocks - splits
-    if free > 0 and -(-tiles // free) <= -(-pages // splits):
-        return min(tiles, free), min(tiles, free)
+    fewest = -(-tiles // -(-pages // splits))
+    if fewest <= programs // blocks - splits:
+        return fewest, fewest
     return min(tiles, splits), 0
 
 
