@@ -104,7 +104,8 @@ def _load_sums(
     channel = gl.arange(0, DV, layout=gl.SliceLayout(0, gl.SliceLayout(1, sums)))[None, None, :]
     start = _like(((block * count + first) * R + local) * DV, warps)[:, None, None]
     o_ptr = (o_ptr + start) + (step * (R * DV))[:, :, None]
-    return gl.load(o_ptr + channel, mask=live[:, :, None], other=0.0), m, lane_m, lane_l
+    o = gl.load(o_ptr + channel, mask=live[:, :, None], other=0.0)
+    return o, m, lane_m, lane_l
 
 
 @gluon.jit
@@ -220,18 +221,18 @@ def merge_by_warps_kernel(
         holder = head * 0 + row // R
     turned: gl.constexpr = turning(DV, WARPS, 5)
     signs = gl.load(rotation_ptr + gl.arange(0, DV, layout=gl.SliceLayout(0, turned))) * unit
+    packed, dense = (o_ptr, m_ptr, l_ptr), (dense_o_ptr, dense_m_ptr, dense_l_ptr)
     if CHAINED:
         _wait()
     m = gl.full([WARPS], -1e30, gl.float32, by_warp(WARPS))
     total = gl.full([WARPS], 0.0, gl.float32, by_warp(WARPS))
     y = gl.full([WARPS, DV], 0.0, gl.float32, turning(DV, WARPS, 0))
     z = y
-    packed = o_ptr, m_ptr, l_ptr
     sums = _load_sums(*packed, begin + part, end, splits, holder, local, PARTS, SIZE, DV, R, WARPS)
     if not PARTIAL:
-        dense = dense_o_ptr, dense_m_ptr, dense_l_ptr
         dense_sums = _load_sums(*dense, part, tiles, tiles, block, local, PARTS, TILES, DV, R, WARPS)
         z, y, m, total = _add(z, y, m, total, dense_sums, DV, WARPS)
+        # Without this loop the assembler puts loads off until they are needed, which takes 1 us longer.
         for start in range(PARTS * TILES, tiles, PARTS * TILES):
             more = _load_sums(*dense, start + part, tiles, tiles, block, local, PARTS, TILES, DV, R, WARPS)
             z, y, m, total = _add(z, y, m, total, more, DV, WARPS)

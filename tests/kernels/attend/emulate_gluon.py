@@ -145,7 +145,7 @@ class Language:
     def convert_layout(self, x: Any, layout: Any, assert_trivial: bool = False) -> Any:
         return x
 
-    def load(self, pointer: Pointer, mask: Any = True, other: float = 0, eviction_policy: str = "") -> Any:
+    def load(self, pointer: Pointer, mask: Any = True, other: float = 0, **caching: str) -> Any:
         return pointer.read(mask, other).as_subclass(Tile)
 
     def store(self, pointer: Pointer, value: Any, mask: Any = True) -> None:
@@ -160,7 +160,7 @@ class Language:
     def inline_asm_elementwise(
         self, asm: str, constraints: str, args: Any, dtype: Any, is_pure: bool, pack: int
     ) -> Any:
-        if asm.lstrip().startswith(("bar.sync", "griddepcontrol")):
+        if asm.lstrip().startswith(("bar.", "griddepcontrol")):
             return torch.zeros((), dtype=dtype).as_subclass(Tile)
         if asm.startswith("shfl.sync.bfly"):  # of rows whose channels the lanes share, neighbours together
             x, bit = args
