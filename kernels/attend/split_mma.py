@@ -638,6 +638,8 @@ def split_mma_kernel(
         else:
             mine, first, last = _assigned(used_ptr, starts_ptr, heads, pages, split, splits, HEADS, STARTS)
         if first >= last:
+            if CHAINED and not OPENS:  # the merge must not start before `prepare_kernel` has ended
+                _wait_for_queries()
             return
         stride, count = 1, last - first
         head = mine.to(gl.int64)

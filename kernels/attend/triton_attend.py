@@ -43,6 +43,7 @@ from quantpress.kernels.attend.schedule import (
     scheduled_programs,
 )
 from quantpress.kernels.available import FUSED, chains
+from quantpress.kernels.quick import quick
 from quantpress.kernels.rotation_matrix import rotation_matrix
 from quantpress.quantization.transform import ChannelTransform
 
@@ -287,7 +288,7 @@ class _Call:
         start = self._new(count, 2 * self.block, dtype=torch.int32)
         tiles = [-(-tokens // DENSE_TILE) for tokens in ends.tokens]
         sums = self._sums(count, sum(tiles) + spare, value_dim)
-        prepare_kernel[(self.block + sum(tiles), count)](
+        quick(prepare_kernel)[(self.block + sum(tiles), count)](
             self.query,
             transform.weight,
             transform.mean,
@@ -335,7 +336,7 @@ class _Call:
         means, sinks = keys.planes["mean0"], keys.planes["sink0"]
         assert means.stride() == sinks.stride()
         scores = self._new(count, self.pages, 2, self.block)
-        page_scores_kernel[(-(-self.pages // PAGES_OF_SCORES), count)](
+        quick(page_scores_kernel)[(-(-self.pages // PAGES_OF_SCORES), count)](
             self.query,
             keys.transform.weight,
             means,
@@ -430,7 +431,7 @@ class _Call:
             from quantpress.kernels.attend.split_mma import split_mma_kernel
 
             steps = steps_of_page(self.keys, self.values, self.computed, self.table is not None)
-            split_mma_kernel[(grid[0] + opening.beside, grid[1])](
+            quick(split_mma_kernel)[(grid[0] + opening.beside, grid[1])](
                 lookup_table(*books, self.query.device),
                 q,
                 factor,
@@ -519,7 +520,7 @@ class _Call:
             from quantpress.kernels.attend.merge.by_warps import merge_by_warps_kernel
 
             parts, warps, size, tiles = warps_of_merge(-(-splits // self.scheduled_heads), self.rows)
-            merge_by_warps_kernel[(-(-self.rows * parts // warps), self.heads)](
+            quick(merge_by_warps_kernel)[(-(-self.rows * parts // warps), self.heads)](
                 *arguments,
                 PARTS=parts,
                 WARPS=warps,
@@ -533,7 +534,7 @@ class _Call:
             from quantpress.kernels.attend.merge.by_matrix import merge_kernel
 
             each = rows_of_merge(self.rows, self.heads, self._multiprocessors())
-            merge_kernel[(-(-self.rows // each), self.heads)](
+            quick(merge_kernel)[(-(-self.rows // each), self.heads)](
                 *arguments,
                 self.used,
                 self.starts,
