@@ -587,7 +587,8 @@ def test_a_schedule_made_before_give_the_same_on_a_gpu(batch: int, queries: int)
         got, expected = (
             attend(query, [one, DenseSegment(recent, recent)], visibility, scaling=0.1) for one in pairs
         )
-        assert torch.equal(got, expected)
+        least = 2.0**-10 * expected.abs().max()  # the sums are joined in another order, then rounded
+        assert (got - expected).abs().max() <= least
     with pytest.raises(InvalidInputError, match="the schedule to write is for"):
         page_schedule(lengths, found.table, None, PageSchedule.empty(1, 2, found.device))
 
