@@ -14,7 +14,7 @@ from quantpress.kernels.encode.octets import (
     octet_assembly,
     octet_constraints,
     octet_table,
-    rounding_polynomial,
+    steepness,
     zero_fields,
 )
 from quantpress.kernels.layout import PAGE_TOKENS
@@ -34,8 +34,7 @@ REGISTERS = 128
 PROGRAMS = 4  # per multiprocessor
 
 _ALIGNED = 16  # bytes that a thread copies at once; Triton must know that strides are multiples of it
-_KEY_UNIT = 2.0**6  # keys are multiplied by it: two float16 parts are then as good as float32 ...
-_KEY_SHORT = 2.0**-8  # ... for norms from here on
+_KEY_SHORT = 2.0**-4  # least norm of a key over the largest weight: float16 holds the numbers of longer ones
 _VALUE_UNITS = {torch.bfloat16: 2.0**30, torch.float16: 2.0**10}  # of the rotation; norms to 2**26, all norms
 _VALUE_SHORT = 2.0**-16  # least norm of a product whose sums with levels are normal float32 numbers
 
@@ -123,12 +122,11 @@ def _constants(spec: CodecSpec, dtype: torch.dtype, device: torch.device) -> dic
     values, book = spec.role == "value", spec.codebook_of(0)
     unit, zeros = _VALUE_UNITS[dtype] if values else 1.0, zero_fields(book.bits, values)
     matrix, factor = _matrix(spec.rotation_of(0), values, dtype if values else torch.float16, unit, device)
-    factor /= unit if values else _KEY_UNIT
+    unit_of_sum = book.unit * (2.0**149 / FACTOR if values else 1.0)
     return {
         "matrix_ptr": matrix,
         "table_ptr": _table(book, values, device),
-        "factor": factor,
-        "unit_of_sum": book.unit * (2.0**149 / FACTOR if values else 1.0),
+        "factor": factor / unit / unit_of_sum,
         "largest": torch.finfo(spec.torch_scale_dtype).max,
         "least": (_VALUE_SHORT if values else _KEY_SHORT / factor) ** 2,
         "ASM": octet_assembly(book, values),
@@ -137,10 +135,9 @@ def _constants(spec: CodecSpec, dtype: torch.dtype, device: torch.device) -> dic
         "GATHER_REGISTERS": GATHER_CONSTRAINTS,
         "ZERO0": zeros[0],
         "ZERO1": zeros[1],
-        "STEEP": rounding_polynomial(book).scale / (FACTOR if values else 1.0),
+        "STEEP": steepness(book, values),
         "BITS": book.bits,
         "VALUES": values,
-        "KEY_UNIT": _KEY_UNIT,
     }
 
 
@@ -148,19 +145,19 @@ def _constants(spec: CodecSpec, dtype: torch.dtype, device: torch.device) -> dic
 def _matrix(
     rotation: Rotation, values: bool, dtype: torch.dtype, unit: float, device: torch.device
 ) -> tuple[Tensor, float]:
-    """The rotation times `unit`, columns in the order of the kernel's tiles, and the rotation's factor."""
+    """Half of the rotation times `unit`, columns as in the kernel's tiles, and the rotation's factor."""
     with torch.inference_mode(False), torch.no_grad():  # kept: must stay usable outside inference mode
         matrix = rotation_matrix(rotation, torch.device("cpu"))
         column = torch.arange(CHANNELS, device="cpu")
         o, e, t, s = column // 16, column // 8 % 2, column // 2 % 4, column % 2
         channel = 2 * e + s + (16 * o + 4 * t if values else 64 * (o // 4) + 16 * t + 4 * (o % 4))
         entries = (matrix.halves[0].float() * unit).to(dtype)
-        return entries[:, channel].contiguous().to(device), matrix.factor
+        return entries[:, channel[:64]].contiguous().to(device), matrix.factor
 
 
 @lru_cache(maxsize=64)
 def _table(book: Codebook, values: bool, device: torch.device) -> Tensor:
-    """[12] int32: each number of `octet_table` four times, once for each t."""
+    """[40] int32: each word of `octet_table` four times, once for each t, and its others."""
     with torch.inference_mode(False), torch.no_grad():
-        words = torch.tensor(octet_table(book, values), dtype=torch.int32, device="cpu")
-        return words.repeat_interleave(4).to(device)
+        low, high, *own = octet_table(book, values)
+        return torch.tensor([low] * 4 + [high] * 4 + own, dtype=torch.int32, device="cpu").to(device)

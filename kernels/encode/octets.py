@@ -1,20 +1,28 @@
 """PTX for the Hopper encode kernel: eight coordinates at a time, from float32 to a packed word.
 
-A thread holds two rows of the product and four columns of each: y[h][i]. Rounding is a polynomial that has
-the value k + 1/2 at threshold k. Its last multiply-add adds 2**23, which leaves the magnitude of the code in
-the low bits, and another number, which makes the low 16 bits a selector of `prmt`: a byte permutation of the
-levels by it gives the level. The results of eight coordinates are shifted and added up as they are; the
-constants that they hold beside their fields are subtracted at the end.
+A thread holds two rows of the product and four columns of each: y[h][i]. There are three ways to their fields:
+
+    2 bits          the thresholds are evenly spaced, so the code is a clamped multiply-add, three times it,
+                    rounded
+    keys, 3 and 4   by cells (`cell_rounding`), whose starts lie in the lanes of the warp. Two fields at a time
+                    are rounded by a conversion to float16, of whose smallest numbers they are multiples
+    values, 3 and 4 by `polynomial_rounding`
+
+To round by addition, 2**23 is added, which leaves the field in the low bits, and another number, which makes the
+low 16 bits a selector of `prmt`: a byte permutation of the levels by it gives the level. The results of eight
+coordinates are shifted and added up as they are; the constants that they hold beside their fields are
+subtracted at the end.
 """
 
-from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
-
-import numpy as np
-from numpy.polynomial import Polynomial
 
 from quantpress.kernels.encode.assembly import float_bits, hex_float
+from quantpress.kernels.encode.rounding import (
+    CELLS,
+    STEEPNESS,
+    cell_rounding,
+    polynomial_rounding,
+)
 from quantpress.quantization.codebook import Codebook
 
 FACTOR = 2.0**64
@@ -22,50 +30,14 @@ FACTOR = 2.0**64
 
 GATHER_CONSTRAINTS = "=&r,=&r,=&r,=&r,r,r,r,r"
 
-_MAGIC = 2.0**23 + 0x8880
-"""The last four bits take the magnitude; `prmt` then picks one byte and three zeros."""
+_MAGIC = {2: 2.0**23 + 0x9990, 3: 2.0**23 + 0x8880, 4: 2.0**23 + 0x8880}
+"""The last four bits take the field; `prmt` then picks one byte and the sign of another, which has none."""
 
-_BASE = {4: 0, 3: 4, 2: 2}
+_BASE = {4: 0, 3: 4}
 """The field of magnitude 0, by width: 2**(bits - 1), but 0 for the sign and magnitude of 4 bits."""
 
-
-@dataclass(frozen=True)
-class Rounding:
-    """The magnitude of a coordinate u: the whole number nearest to f(min(max(scale * |u| + shift, 0), 1)).
-
-    Args:
-        scale: factor on |u|.
-        shift: added to it.
-        coefficients: of the polynomial f, from the highest power to the first; f has no constant.
-    """
-
-    scale: float
-    shift: float
-    coefficients: tuple[float, ...]
-
-
-@lru_cache(maxsize=64)
-def rounding_polynomial(book: Codebook) -> Rounding:
-    """The polynomial through (threshold k, k + 1/2), from its zero to where it reaches the last magnitude.
-
-    Args:
-        book: an int8 codebook of 2, 3 or 4 bits for head_dim 128; the tests check the rounding of these.
-    """
-    t = np.array(book.thresholds[len(book.levels) // 2 :])
-    if len(t) == 1:
-        return Rounding(float(0.5 / t[0]), 0.0, (1.0,))
-    halves = np.arange(len(t)) + 0.5
-    through = Polynomial(np.linalg.solve(np.vander(t / t[-1], increasing=True), halves))
-    zeros, tops = _real_roots(through), _real_roots(through - len(t))
-    zero, top = zeros[np.abs(zeros).argmin()], tops[tops > 1].min()
-    scale = 1 / (top - zero)
-    coefficients = through(Polynomial([zero, top - zero])).coef
-    return Rounding(float(scale / t[-1]), float(-zero * scale), tuple(map(float, coefficients[:0:-1])))
-
-
-def _real_roots(polynomial: Polynomial) -> Any:
-    roots = polynomial.roots()
-    return np.real(roots[np.abs(np.imag(roots)) < 1e-9])
+_TINY = 2.0**-24  # the smallest number of float16
+_HALF = 0.5 - 2.0**-25  # a coordinate of 0 takes the lower code
 
 
 @lru_cache(maxsize=64)
@@ -73,41 +45,30 @@ def octet_assembly(book: Codebook, values: bool) -> str:
     """PTX that rounds eight coordinates and joins their fields.
 
     Args:
-        book: as for `rounding_polynomial`.
+        book: an int8 codebook of 2, 3 or 4 bits for head_dim 128.
         values: whether the vectors are values, not keys.
 
     Returns:
-        Assembly. Inputs: y[0][0 to 3] and y[1][0 to 3]; for each row the polynomial's scale over the vector's
-        norm (for values also over FACTOR); the `zero_fields` of zero vectors, joined; the three numbers of
-        `octet_table`. Outputs: the word, with the nibble of y[h][i] at bit 8 i + 4 h (values) or 16 h + 4 i
-        (keys); for each row the sum over i of |y| FACTOR level 2**-149 (values) or of level**2 (keys), with
-        levels in units of the codebook's.
+        Assembly. Inputs: y[0][0 to 3] and y[1][0 to 3]; for each row `steepness` over the vector's norm; the
+        `zero_fields` of zero vectors, joined; the two words of `octet_table`, and the lane's number of its
+        others. Outputs: the word, with the nibble of y[h][i] at bit 8 i + 4 h (values) or 16 h + 4 i (keys);
+        for each row the sum over i of |y| FACTOR level 2**-149 (values) or of level**2 (keys), with levels in
+        units of the codebook's.
     """
-    rounding = rounding_polynomial(book)
     lines = ["mov.b32 lo, $14;", "mov.b32 hi, $15;"]  # inputs: constants would be copied at each use
-    surplus = 0
-    for row in range(2):
-        for column in range(4):
-            lines.append(f"abs.f32 a, {_input(row, column)};")
-            if values:
-                lines.append(f"mul.f32 a, a, {hex_float(FACTOR)};")
-            lines.append(f"fma.rn.sat.f32 b, a, ${11 + row}, {hex_float(rounding.shift)};")
-            lines += _horner(rounding.coefficients)
-            if values:
-                lines.append("prmt.b32 t, lo, hi, v;")
-                lines.append(f"fma.rn.f32 q{row}, a, t, q{row};" if column else f"mul.rn.f32 q{row}, a, t;")
-            shift = 8 * column + 4 * row if values else 16 * row + 4 * column
-            surplus += (float_bits(_MAGIC) - _BASE[book.bits]) << shift
-            lines += [f"shl.b32 m, v, {shift};", "add.u32 w, w, m;"] if shift else ["mov.b32 w, v;"]
-    lines.append(f"add.u32 w, w, {-surplus & 0xFFFFFFFF:#x};")
+    if book.bits == 2 or values:
+        lines += _added_fields(book, values)
+    else:
+        lines += _converted_fields(book)
     if values:
         lines += ["mov.b32 $1, q0;", "mov.b32 $2, q1;"]
     else:
         for row in range(2):
             lines += [f"shr.u32 m, w, {16 * row};", "prmt.b32 t, lo, hi, m;"]
             lines.append(f"dp4a.u32.u32 ${1 + row}, t, t, 0;")
-    lines += _signs(book.bits, values)
-    return "{ .reg .b32 a, b, g, v, q0, q1, m, t, w, lo, hi, A, B;\n" + "\n".join(lines) + "\n}"
+    lines += _signs(book.bits) if _signed_apart(book.bits, values) else ["mov.b32 $0, w;"]
+    registers = ".reg .b32 a, b, g, v, v0, v1, q0, q1, m, t, w, lo, hi, A, B;"
+    return "{ " + registers + "\n" + "\n".join(lines) + "\n}"
 
 
 def octet_constraints(values: bool) -> str:
@@ -115,26 +76,36 @@ def octet_constraints(values: bool) -> str:
     return ("=&r,=&f,=&f" if values else "=&r,=&r,=&r") + ",f" * 10 + ",r,r,r,f"
 
 
-def octet_table(book: Codebook, values: bool) -> list[int]:
-    """Levels as the bytes of two words, and the bits of the polynomial's first coefficient, as int32 numbers.
+def steepness(book: Codebook, values: bool) -> float:
+    """What one over a vector's norm is multiplied by before it goes into `octet_assembly`."""
+    if book.bits == 2:
+        return 1 / (3 * book.thresholds[-1])
+    return polynomial_rounding(book).scale / FACTOR if values else cell_rounding(book).scale
 
-    Values look levels up by magnitude, keys by field.
+
+def octet_table(book: Codebook, values: bool) -> list[int]:
+    """[34] int32 numbers: levels as the bytes of two words, and the bits of a float32 for each lane.
+
+    Levels are looked up by code where fields are codes, else by magnitude.
     """
-    rounding = rounding_polynomial(book)
-    levels = [int(level) for level in book.scaled[len(book.scaled) // 2 :]]
-    table = ([0] * (0 if values else _BASE[book.bits]) + levels + [0] * 8)[:8]
-    words = [sum(level << (8 * i) for i, level in enumerate(table[at : at + 4])) for at in (0, 4)]
-    return [_signed(word) for word in (*words, float_bits(rounding.coefficients[0]))]
+    levels = [abs(int(level)) for level in book.scaled]
+    if _signed_apart(book.bits, values):
+        levels = levels[len(levels) // 2 :]
+    levels = (levels + [0] * 8)[:8]
+    words = [sum(level << (8 * i) for i, level in enumerate(levels[at : at + 4])) for at in (0, 4)]
+    own: tuple[float, ...] = (0.0,) * CELLS
+    if book.bits > 2 and values:
+        own = polynomial_rounding(book).coefficients[:1] * CELLS
+    elif book.bits > 2:
+        own = tuple(start * _TINY for start in cell_rounding(book).starts)
+    return [_signed(word) for word in (*words, *map(float_bits, own))]
 
 
 def zero_fields(bits: int, values: bool) -> tuple[int, int]:
-    """Fields of a zero vector in row 0 and in row 1: its coordinates have the codes of negative numbers."""
-    if bits == 4:
-        masks = 0x80808080, 0x08080808
-    elif values:
-        masks = 0x0F0F0F0F, 0xF0F0F0F0
-    else:
-        masks = 0x0000FFFF, 0xFFFF0000
+    """What zero vectors need in row 0 and in row 1, so that coordinates have the codes of negative numbers."""
+    if not _signed_apart(bits, values):
+        return 0, 0
+    masks = (0x80808080, 0x08080808) if bits == 4 else (0x0F0F0F0F, 0xF0F0F0F0)
     return _signed(masks[0]), _signed(masks[1])
 
 
@@ -157,36 +128,73 @@ def gather_assembly(bits: int) -> str:
     return "{ .reg .b32 a, b, A, B, C, D;\n" + "\n".join(lines) + "\n}"
 
 
+def _signed_apart(bits: int, values: bool) -> bool:
+    """Whether fields are magnitudes first, and the signs are put in at the end."""
+    return bits == 4 or (bits == 3 and values)
+
+
 def _input(row: int, column: int) -> str:
     return f"${3 + 4 * row + column}"
 
 
-def _horner(coefficients: tuple[float, ...]) -> list[str]:
-    """v = f(b) + _MAGIC; the first coefficient is an input."""
-    if len(coefficients) == 1:
-        return [f"add.rn.f32 v, b, {hex_float(_MAGIC)};"]
+def _added_fields(book: Codebook, values: bool) -> list[str]:
+    """w = the fields of eight coordinates, rounded by addition; q0, q1 = sums of values."""
+    lines, surplus = [], 0
+    magic = _MAGIC[book.bits]
+    for row in range(2):
+        for column in range(4):
+            y = _input(row, column)
+            if values:
+                lines += [f"abs.f32 a, {y};", f"mul.f32 a, a, {hex_float(FACTOR)};"]
+            if book.bits == 2:
+                lines.append(f"fma.rn.sat.f32 b, {y}, ${11 + row}, {hex_float(_HALF)};")
+                lines.append(f"fma.rn.f32 v, b, {hex_float(3)}, {hex_float(magic)};")
+            else:
+                rounding = polynomial_rounding(book)
+                lines.append(f"fma.rn.sat.f32 b, a, ${11 + row}, {hex_float(rounding.shift)};")
+                lines += _horner(rounding.coefficients, magic)
+            if values:
+                lines.append("prmt.b32 t, lo, hi, v;")
+                lines.append(f"fma.rn.f32 q{row}, a, t, q{row};" if column else f"mul.rn.f32 q{row}, a, t;")
+            shift = 8 * column + 4 * row if values else 16 * row + 4 * column
+            surplus += (float_bits(magic) - _BASE.get(book.bits, 0)) << shift
+            lines += [f"shl.b32 m, v, {shift};", "add.u32 w, w, m;"] if shift else ["mov.b32 w, v;"]
+    return [*lines, f"add.u32 w, w, {-surplus & 0xFFFFFFFF:#x};"]
+
+
+def _converted_fields(book: Codebook) -> list[str]:
+    """w = the fields of eight coordinates of keys, rounded by conversion, two rows at a time."""
+    shift, lines = cell_rounding(book).shift, []
+    for column in range(4):
+        for row in range(2):
+            y = _input(row, column)
+            if shift:
+                lines.append(f"fma.rn.sat.f32 b, {y}, ${11 + row}, {hex_float(_HALF)};")
+            else:
+                lines += [f"abs.f32 a, {y};", f"mul.rn.sat.f32 b, a, ${11 + row};"]
+            lines.append(f"fma.rn.f32 g, b, {hex_float(CELLS - 1)}, {hex_float(2.0**23)};")
+            lines.append("shfl.sync.idx.b32 t, $16, g, 0x1f, 0xffffffff;")
+            lines.append(f"fma.rn.f32 v{row}, b, {hex_float(STEEPNESS * _TINY)}, t;")
+        lines.append("cvt.rn.f16x2.f32 m, v1, v0;")
+        lines += [f"shl.b32 m, m, {4 * column};", "add.u32 w, w, m;"] if column else ["mov.b32 w, m;"]
+    return lines
+
+
+def _horner(coefficients: tuple[float, ...], magic: float) -> list[str]:
+    """v = f(b) + magic; the first coefficient is an input."""
     steps = [f"fma.rn.f32 g, b, $16, {hex_float(coefficients[1])};"]
     steps += [f"fma.rn.f32 g, g, b, {hex_float(c)};" for c in coefficients[2:]]
-    return [*steps, f"fma.rn.f32 v, g, b, {hex_float(_MAGIC)};"]
+    return [*steps, f"fma.rn.f32 v, g, b, {hex_float(magic)};"]
 
 
-def _signs(bits: int, values: bool) -> list[str]:
+def _signs(bits: int) -> list[str]:
     """Put the signs into the word: at 4 bits as bits of their own, else by inverting negative fields."""
-
-    def gather(out: str, four: list[tuple[int, int]]) -> list[str]:
-        """Byte k is 0xFF where coordinate k of four is negative."""
-        a, b, c, d = (_input(*one) for one in four)
-        lines = [f"prmt.b32 {out}, {a}, {b}, 0x00fb;", f"prmt.b32 {out}, {out}, {c}, 0x0f10;"]
-        return [*lines, f"prmt.b32 {out}, {out}, {d}, 0xf210;"]
-
-    if values or bits == 4:
-        lines = gather("A", [(0, i) for i in range(4)]) + gather("B", [(1, i) for i in range(4)])
-    else:
-        lines = gather("A", [(0, 0), (0, 2), (1, 0), (1, 2)]) + gather("B", [(0, 1), (0, 3), (1, 1), (1, 3)])
-    if bits == 4:
-        join, mask, put = "0xf0f0f0f0", "0x88888888", "or"
-    else:
-        join, mask, put = "0x0f0f0f0f", "0x77777777" if bits == 3 else "0x33333333", "xor"
+    lines = []
+    for row, out in enumerate("AB"):  # byte i is 0xFF where y[row][i] is negative
+        a, b, c, d = (_input(row, i) for i in range(4))
+        lines += [f"prmt.b32 {out}, {a}, {b}, 0x00fb;", f"prmt.b32 {out}, {out}, {c}, 0x0f10;"]
+        lines.append(f"prmt.b32 {out}, {out}, {d}, 0xf210;")
+    join, mask, put = ("0xf0f0f0f0", "0x88888888", "or") if bits == 4 else ("0x0f0f0f0f", "0x77777777", "xor")
     lines.append(f"lop3.b32 A, A, B, {join}, 0xE4;")  # A where the mask is set, else B
     lines.append(f"lop3.b32 A, A, $13, {mask}, 0xA8;")  # (A | zero) & mask
     return [*lines, f"{put}.b32 $0, w, A;"]

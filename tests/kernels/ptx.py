@@ -31,6 +31,10 @@ def run_ptx(text: str, inputs: list[Words], outputs: int) -> list[Words]:
 
 
 def _step(name: str, words: list[Words]) -> Words:
+    if name == "cvt.rn.f16x2.f32":
+        return _packed(*words)
+    if name == "shfl.sync.idx.b32":
+        return _from_lane(*words[:2])
     if ".f32" in name:
         return _floating(name, [word.view(np.float32) for word in words]).view(np.uint32)
     first, *others = words
@@ -54,9 +58,14 @@ def _step(name: str, words: list[Words]) -> Words:
 def _floating(name: str, x: list[NDArray[np.float32]]) -> NDArray[np.float32]:
     if name == "abs.f32":
         return np.abs(x[0])
+    if name == "rcp.approx.ftz.f32":
+        with np.errstate(divide="ignore"):
+            return np.asarray(1 / x[0], np.float32)
     if name.startswith("fma"):
         exact = x[0].astype(np.float64) * x[1] + x[2]
         return np.asarray(exact.clip(0, 1) if ".sat" in name else exact, np.float32)
+    if name == "mul.rn.sat.f32":
+        return np.asarray(np.multiply(*x).clip(0, 1), np.float32)
     two = {"mul.f32": np.multiply, "mul.rn.f32": np.multiply, "add.f32": np.add, "add.rn.f32": np.add}
     return np.asarray(two[name](*x), np.float32)
 
@@ -65,6 +74,21 @@ def _transposed(word: Words) -> Words:
     """8 x 8 numbers of 16 bits of each 32 lanes: lane 4 * row + n holds columns 2 n and 2 n + 1."""
     numbers = np.ascontiguousarray(word).view(np.uint16).reshape(-1, 8, 8)
     return np.ascontiguousarray(numbers.transpose(0, 2, 1)).reshape(-1).view(np.uint32)
+
+
+def _packed(high: Words, low: Words) -> Words:
+    """Two float32 numbers as float16, to nearest."""
+    halves = (np.float16(word.view(np.float32)).view(np.uint16).astype(np.uint32) for word in (high, low))
+    return np.asarray(next(halves) << np.uint32(16) | next(halves), np.uint32)
+
+
+def _from_lane(word: Words, lane: Words) -> Words:
+    """The word of another of 32 lanes: 32 numbers in a row, or 4 * g + t of an array [w, g, o, t]."""
+    lanes = np.asarray(lane & np.uint32(31), np.int64)
+    if word.ndim == 1:
+        return np.take_along_axis(word.reshape(-1, 32), lanes.reshape(-1, 32), 1).reshape(-1)
+    w, _, o, _ = np.indices(word.shape)
+    return word[w, lanes // 4, o, lanes % 4]
 
 
 def _byte(word: Words, k: int) -> Words:

@@ -167,6 +167,8 @@ class Language:
             return x[..., torch.arange(x.shape[-1]) ^ bit * (x.shape[-1] // 32)]
         if asm.startswith("ex2.approx"):
             return torch.exp2(args[0]).as_subclass(Tile)
+        if asm.startswith("rcp.approx"):
+            return (1 / args[0]).as_subclass(Tile)
         words = torch.broadcast_tensors(*map(torch.as_tensor, args))
         words = [x.to(torch.float32 if x.is_floating_point() else torch.int32) for x in words]
         plain = [x.as_subclass(torch.Tensor).contiguous().numpy().view(np.uint32) for x in words]
@@ -223,7 +225,8 @@ def emulate(module: ModuleType, kernel: str, arguments: dict[str, Any], grid: tu
     names: dict[str, Any] = {name: getattr(held, "value", held) for name, held in held_by_name.items()}
     names |= {"async_load": lambda to, pointer, mask=True: to.held.copy_(pointer.read(mask))}
     names |= {"async_copy": copies, "fence_async_shared": lambda: None, "warpgroup_mma": _product}
-    names |= {"warpgroup_mma_wait": lambda count, results: results[0], "mma_v2": _small_product}
+    names |= {"warpgroup_mma_wait": lambda count, results: results if len(results) > 1 else results[0]}
+    names |= {"mma_v2": _small_product}
     for name, held in held_by_name.items():
         if hasattr(held, "arg_names"):
             names[name] = FunctionType(held.fn.__code__, names, name, held.fn.__defaults__)

@@ -11,9 +11,10 @@ from quantpress.kernels.encode.octets import (
     gather_assembly,
     octet_assembly,
     octet_table,
-    rounding_polynomial,
+    steepness,
     zero_fields,
 )
+from quantpress.kernels.encode.rounding import CELLS, STEEPNESS, cell_rounding, polynomial_rounding
 from quantpress.kernels.layout import PAGE_TOKENS, page_bytes
 from quantpress.quantization.spec import CodecSpec
 from quantpress.quantization.transform import ChannelTransform
@@ -37,24 +38,44 @@ def codes_of(unit: torch.Tensor, spec: CodecSpec) -> tuple[torch.Tensor, torch.T
     return torch.searchsorted(thresholds, unit), (unit[..., None] - thresholds).abs().amin(-1) < NEAR_TIE
 
 
-@pytest.mark.parametrize("bits", BITS)
-def test_the_polynomial_rounds_to_the_nearest_level(bits: int) -> None:
-    """In float32: near the thresholds, up to 1, and at 0."""
-    spec = CodecSpec(128, bits, "key")
-    rounding, thresholds = rounding_polynomial(spec.codebook_of(0)), spec.codebook_of(0).thresholds
+def near_and_far(spec: CodecSpec) -> torch.Tensor:
+    """Coordinates near the thresholds, of both signs up to 1, and 0."""
     steps = torch.linspace(-5, 5, 10001, dtype=torch.float64) * NEAR_TIE
-    near = torch.cat([t + steps for t in thresholds if t > 0])
-    unit = torch.cat((near, torch.rand(100000, dtype=torch.float64), torch.tensor([0.0, 1.0]))).float()
-    scale, shift, *coefficients = (
-        np.float32(number) for number in (rounding.scale, rounding.shift, *rounding.coefficients)
-    )
-    b = np.float32(unit.double().numpy() * scale + shift).clip(0, 1)
+    near = torch.cat([t + steps for t in spec.codebook_of(0).thresholds])
+    far = torch.rand(100000, dtype=torch.float64) * 2 - 1
+    return torch.cat((near, far, torch.tensor([0.0, 1.0, -1.0]))).float()
+
+
+def rounded(bits: int, cells: bool, unit: torch.Tensor) -> torch.Tensor:
+    """Magnitudes by the polynomial, or fields by the cells, in float32."""
+    book = CodecSpec(128, bits, "key").codebook_of(0)
+    x = unit.double().numpy()
+    if cells:
+        by = cell_rounding(book)
+        u = x if by.shift else np.abs(x)
+        b = np.float32(u * np.float32(by.scale) + by.shift).clip(0, 1).astype(np.float64)
+        starts = np.float32(by.starts).astype(np.float64)[np.rint(b * (CELLS - 1)).astype(int)]
+        lines = np.float32(b * STEEPNESS + starts)
+        assert (lines >= 0).all() and not np.signbit(lines).any()
+        return torch.from_numpy(np.rint(lines))
+    polynomial = polynomial_rounding(book)
+    scale, shift, *coefficients = np.float32((polynomial.scale, polynomial.shift, *polynomial.coefficients))
+    b = np.float32(np.abs(x) * scale + shift).clip(0, 1)
     f = np.zeros_like(b)
     for coefficient in coefficients:
         f = np.float32(f.astype(np.float64) * b + coefficient)
-    magnitude = np.rint(f.astype(np.float64) * b)
+    return torch.from_numpy(np.rint(f.astype(np.float64) * b))
+
+
+@pytest.mark.parametrize("cells", [False, True])
+@pytest.mark.parametrize("bits", [3, 4])
+def test_rounds_to_the_nearest_level(bits: int, cells: bool) -> None:
+    """Near the thresholds, up to 1, and at 0, where either code is as near."""
+    spec = CodecSpec(128, bits, "key")
+    unit, half = near_and_far(spec), 2 ** (bits - 1)
     codes, tie = codes_of(unit, spec)
-    wrong = torch.from_numpy(magnitude) != codes.clamp(min=2 ** (bits - 1)) - 2 ** (bits - 1)
+    fields = codes if cells and bits == 3 else torch.where(codes < half, half - 1 - codes, codes - half)
+    wrong = rounded(bits, cells, unit) != fields
     assert not (wrong & ~tie).any()
     assert tie.sum() > 1000 and (~tie).sum() > 100000
 
@@ -68,10 +89,12 @@ def octets(spec: CodecSpec, y: torch.Tensor) -> tuple[Words, torch.Tensor, torch
     book, values = spec.codebook_of(0), spec.role == "value"
     norm = y.norm(dim=-1, keepdim=True) * 32**0.5
     over = 1 / norm.masked_fill(norm == 0, 1)
-    steep = (over * (rounding_polynomial(book).scale / (FACTOR if values else 1))).squeeze(-1)
+    steep = (over * steepness(book, values)).squeeze(-1)
     zeros = torch.tensor(zero_fields(spec.groups[0].bits, values))
     zero = (torch.where(norm.squeeze(-1) == 0, zeros, 0)).sum(-1).to(torch.int32)
-    table = torch.tensor(octet_table(book, values), dtype=torch.int32).expand(len(y), 3)
+    table = torch.tensor(octet_table(book, values), dtype=torch.int32)
+    own = table[2 + torch.arange(len(y)) % CELLS]
+    table = torch.cat((table[:2].expand(len(y), 2), own[:, None]), 1)
     floats = torch.cat((y.flatten(1), steep), 1).float().view(torch.int32)
     inputs = torch.cat((floats, zero[:, None], table), 1).T.contiguous()
     word, *sums = run_ptx(octet_assembly(book, values), list(inputs.numpy().view(np.uint32)), 3)
@@ -152,7 +175,7 @@ def test_emulated(bits: int, dtype: torch.dtype, role: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("role", "inside", "outside"), [("key", (-10, 3), (-15, 13)), ("value", (-51, 21), (-57, 26))]
+    ("role", "inside", "outside"), [("key", (-7, 11), (-9, 17)), ("value", (-51, 21), (-57, 26))]
 )
 def test_emulated_lengths(role: str, inside: tuple[int, ...], outside: tuple[int, ...]) -> None:
     """Right up to where the flag is raised."""
