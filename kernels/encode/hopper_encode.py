@@ -30,8 +30,6 @@ CHANNELS = 128
 WIDTHS = (2, 3, 4)
 RULES = {"key": "norm_corrected", "value": "unbiased"}
 WARPS = 4
-REGISTERS = 128
-PROGRAMS = 4  # per multiprocessor
 
 _ALIGNED = 16  # bytes that a thread copies at once; Triton must know that strides are multiples of it
 _KEY_SHORT = 2.0**-4  # least norm of a key over the largest weight: float16 holds the numbers of longer ones
@@ -56,6 +54,11 @@ def covers(x: Tensor, spec: CodecSpec, transform: ChannelTransform) -> bool:
     return codec and moved and aligned and x.dtype in _VALUE_UNITS and _is_hopper(x.device)
 
 
+def launch_settings(spec: CodecSpec) -> tuple[int, int]:
+    """Most registers of a thread, and programs for each multiprocessor, whether or not all run at once."""
+    return (96, 10) if spec.role == "value" and spec.bits == 2 else (128, 4)
+
+
 @lru_cache(maxsize=16)
 def _is_hopper(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == HOPPER
@@ -78,19 +81,20 @@ def launch_hopper(
     heads = x.shape[0] * x.shape[1]
     pages = x.shape[2] // PAGE_TOKENS
     units = -(-pages // 2) if spec.bits == 3 else pages  # what one round of a program encodes
-    grid = (max(1, min(units, _programs(x.device) // heads)), heads)
+    registers, programs = launch_settings(spec)
+    grid = (max(1, min(units, programs * _multiprocessors(x.device) // heads)), heads)
     with torch.cuda.device(x.device):
         quick(encode_hopper_kernel)[grid](
             **hopper_arguments(x, spec, transform, planes, flag),
             num_warps=WARPS,
-            maxnreg=REGISTERS,
+            maxnreg=registers,
             **FUSED,
         )
 
 
 @lru_cache(maxsize=16)
-def _programs(device: torch.device) -> int:
-    return int(torch.cuda.get_device_properties(device).multi_processor_count) * PROGRAMS
+def _multiprocessors(device: torch.device) -> int:
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
 def hopper_arguments(

@@ -29,8 +29,8 @@ from quantpress.kernels.encode.hopper_product import (
     key_halves,
     signs,
     swizzled,
-    token_of,
     tile_start,
+    token_of,
     value_halves,
     weighted,
 )
@@ -136,11 +136,11 @@ def encode_hopper_kernel(
         columns = matrix
         means = matrix
     else:
-        matrix, lows, columns, means, unit, steepest = weighted(
+        matrix, lows, columns, means, unit, heaviest = weighted(
             matrix_ptr, mean_ptr + head * 128, weight_ptr + head * 128, MEAN, WEIGHT
         )
         factor = factor / unit
-        least = least * steepest * steepest
+        least = least * heaviest * heaviest
 
     xs = gl.allocate_shared_memory(x_ptr.dtype.element_ty, [64, 128], swizzled(128))
     row = gl.arange(0, 64, layout=gl.SliceLayout(1, layout))

@@ -5,10 +5,11 @@ The rotation is a Hadamard matrix with signs, so with the 64 channels of each ha
 
     y[:64] = x[:64] a + x[64:] b,   y[64:] = x[:64] a - x[64:] b
 
-and the tensor cores do half of the work. Entries are +1 and -1 times a power of two, so a 16-bit product is as
-good as float32 for values. For keys the weights go into the matrix, as the sum of two float16 matrices that
-hold 22 bits, and the vectors into float16, which holds bfloat16 numbers but for the smallest. The mean comes
-in as further rows of the product, times constant columns, so that nothing is done to single channels.
+and the tensor cores do half of the work. Entries are +1 and -1 times a power of two, so a 16-bit product is
+as good as float32 for values. For keys the weights go into the matrix, as the sum of two float16 matrices
+that hold 22 bits, and the vectors into float16, which holds all bfloat16 numbers but the smallest and the
+largest. The mean comes in as further rows of the product, times constant columns, so that nothing is done to
+single channels. What float32 loses is then relative to the key, not to its distance from the mean.
 """
 
 from triton.experimental import gluon
@@ -25,11 +26,13 @@ OUTWEIGH = gl.constexpr(1024.0)  # one part of the mean over the next, as consta
 
 @gluon.constexpr_function
 def half_layout():
+    """[64, 64] of a product."""
     return gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
 
 
 @gluon.constexpr_function
 def matrix_layout():
+    """[128, 64] of a matrix on its way to shared memory."""
     return gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
 
 
@@ -86,9 +89,9 @@ def weighted(matrix_ptr, mean_ptr, weight_ptr, MEAN: gl.constexpr, WEIGHT: gl.co
     """Matrices for keys in shared memory, of one head.
 
     Returns:
-        The high and the low parts of the weighted rotation [128, 64], the constant columns [64, 16], the rows of
-        the mean [32, 64] that they are multiplied by, the power of two that all is multiplied by, and the
-        largest weight times that, infinite where weights differ too much.
+        The high and the low parts of the weighted rotation [128, 64]; the constant columns [64, 16]; the rows
+        of the mean [32, 64], 16 for each half, that these are multiplied by; the power of two that all is
+        multiplied by; and the largest weight times that, infinite where weights differ too much.
     """
     row = gl.arange(0, 128, layout=gl.SliceLayout(1, matrix_layout()))
     weight = gl.full([128], 1.0, gl.float32, row.type.layout)
@@ -114,8 +117,8 @@ def weighted(matrix_ptr, mean_ptr, weight_ptr, MEAN: gl.constexpr, WEIGHT: gl.co
     column = gl.where(part == 0, OUTWEIGH, gl.where(part == 1, 1.0, gl.where(part == 2, 1 / OUTWEIGH, 0.0)))
     column = (column + 0.0 * token).to(gl.float16)
     columns = gl.allocate_shared_memory(gl.float16, [64, 16], swizzled(32), column)
-    steepest = gl.where(gl.max(-weight, 0) * -WEIGHT_RANGE < most, float("inf"), most * unit)
-    return highs, lows, columns, means, unit, steepest
+    largest = gl.where(gl.max(-weight, 0) * -WEIGHT_RANGE < most, float("inf"), most * unit)
+    return highs, lows, columns, means, unit, largest
 
 
 @gluon.jit

@@ -97,6 +97,7 @@ def words_of(
     BITS: gl.constexpr,
     VALUES: gl.constexpr,
 ):
+    """Words of a tile from those of octets [w, g, o, t], offsets in a page, whether their page is there."""
     if VALUES:
         words, at, there = _value_words(octets, left, GATHER, GATHER_REGISTERS, BITS)
     else:

@@ -1,17 +1,16 @@
 """PTX for the Hopper encode kernel: eight coordinates at a time, from float32 to a packed word.
 
-A thread holds two rows of the product and four columns of each: y[h][i]. There are three ways to their fields:
+A thread holds two rows of the product and four columns of each: y[h][i]. Their fields are found thus:
 
-    2 bits          the thresholds are evenly spaced, so the code is a clamped multiply-add, three times it,
-                    rounded
-    keys, 3 and 4   by cells (`cell_rounding`), whose starts lie in the lanes of the warp. Two fields at a time
-                    are rounded by a conversion to float16, of whose smallest numbers they are multiples
-    values, 3 and 4 by `polynomial_rounding`
+    2 bits           thresholds are evenly spaced: the code is three times a clamped multiply-add, rounded
+    keys, 3 and 4    by `cell_rounding`, with the cells in the lanes of a warp. Fields are multiples of the
+                     smallest float16 number, and a conversion to float16 rounds two at a time
+    values, 3 and 4  by `polynomial_rounding`
 
-To round by addition, 2**23 is added, which leaves the field in the low bits, and another number, which makes the
-low 16 bits a selector of `prmt`: a byte permutation of the levels by it gives the level. The results of eight
-coordinates are shifted and added up as they are; the constants that they hold beside their fields are
-subtracted at the end.
+What rounds one field at a time is a multiply-add that adds 2**23, which leaves the field in the low bits, and
+another number, which makes the low 16 bits a selector of `prmt`: a byte permutation of the levels by it gives
+the level. The results of eight coordinates are shifted and added up as they are; the constants that they hold
+beside their fields are subtracted at the end.
 """
 
 from functools import lru_cache
@@ -102,7 +101,7 @@ def octet_table(book: Codebook, values: bool) -> list[int]:
 
 
 def zero_fields(bits: int, values: bool) -> tuple[int, int]:
-    """What zero vectors need in row 0 and in row 1, so that coordinates have the codes of negative numbers."""
+    """What gives zero vectors the codes of negative numbers, in row 0 and in row 1."""
     if not _signed_apart(bits, values):
         return 0, 0
     masks = (0x80808080, 0x08080808) if bits == 4 else (0x0F0F0F0F, 0xF0F0F0F0)

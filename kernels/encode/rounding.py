@@ -1,7 +1,7 @@
 """How the Hopper encode kernel rounds a coordinate: a polynomial, or a line for each of 32 cells.
 
-Both are in float32 and move thresholds by at most 1e-7 of the largest. The polynomial takes a multiply-add for
-each threshold. Lines take two, and a look-up of the cell in the lanes of a warp (`shfl`).
+The polynomial takes a multiply-add for each threshold. Lines take two at any width, and a look-up of the cell
+in the lanes of a warp (`shfl`), which is slower than one.
 """
 
 from dataclasses import dataclass

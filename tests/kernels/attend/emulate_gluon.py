@@ -225,7 +225,7 @@ def emulate(module: ModuleType, kernel: str, arguments: dict[str, Any], grid: tu
     names: dict[str, Any] = {name: getattr(held, "value", held) for name, held in held_by_name.items()}
     names |= {"async_load": lambda to, pointer, mask=True: to.held.copy_(pointer.read(mask))}
     names |= {"async_copy": copies, "fence_async_shared": lambda: None, "warpgroup_mma": _product}
-    names |= {"warpgroup_mma_wait": lambda count, results: results if len(results) > 1 else results[0]}
+    names |= {"warpgroup_mma_wait": lambda count, results: results if results[1:] else results[0]}
     names |= {"mma_v2": _small_product}
     for name, held in held_by_name.items():
         if hasattr(held, "arg_names"):
