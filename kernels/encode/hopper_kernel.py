@@ -106,10 +106,11 @@ def encode_hopper_kernel(
     """Encode pages, at 3 bits pairs of pages, of one (batch, KV head) (axis 1), divided over axis 0.
 
     x: [B, heads, T, 128] 16-bit with strides stride_b, stride_h, stride_t, channels contiguous, every vector
-    at a multiple of 16 bytes; mean, weight: [B * Hkv, 128], for keys, if MEAN and WEIGHT; matrix: [128, 64],
-    half of the rotation without its factor, columns in the order of the tiles; table: [40] int32, of
-    `octet_table`; words: [B, Hkv, P, bytes / 4] int32 and scale: [B, Hkv, P, 128], written; factor: the scale
-    is factor |y|^2 over what ASM adds up (values), or |y| over its root (keys), with y as it leaves the
+    at a multiple of 16 bytes; stride_t is a constant, so the kernel is compiled for each; mean, weight:
+    [B * Hkv, 128], for keys, if MEAN and WEIGHT; matrix: [128, 64], half of the rotation without its factor,
+    columns in the order of the tiles; table: [40] int32, the words of `octet_table` four times each, then its
+    32 others; words: [B, Hkv, P, bytes / 4] int32 and scale: [B, Hkv, P, 128], written; factor: the scale is
+    factor times |y|^2 over what ASM adds up (values), or |y| over its root (keys), with y as it leaves the
     product; largest: of the scale's dtype; ASM, REGISTERS: of `octet_assembly`; GATHER, GATHER_REGISTERS: of
     `gather_assembly`; ZERO0, ZERO1: of `zero_fields`; STEEP: what 1 / |y| is multiplied by for ASM.
 
