@@ -214,7 +214,8 @@ class _Call:
         self.schedule: PageSchedule | None = None
         self.page_scores: torch.Tensor | None = None
         self.chained = not plain and chains(query.device)
-        self.options = FUSED | ({"launch_pdl": True} if self.chained else {})
+        self.early = {"launch_pdl": True} if self.chained else {}
+        self.options = FUSED | self.early
         self.computed = FEW_ROWS if self.rows <= FEW_ROWS else self.block
         self.opens = not plain and opens_call(self.query, self.keys, self.values, self.computed)
 
@@ -455,7 +456,8 @@ class _Call:
                 CHAINED=self.chained,
                 num_warps=1,
                 maxnreg=255,  # left out, the assembler saves registers for more programs than run at a time
-                **(FUSED if opening is not NOTHING else self.options),
+                **FUSED,
+                **(self.early if opening is NOTHING else {}),
             )
         return sums
 
