@@ -7,7 +7,7 @@ import torch
 from quantpress.codecs.protocol import PageCodec
 from quantpress.errors import InvalidInputError
 from quantpress.kernels.attend import DenseSegment
-from quantpress.kernels.statistics import key_statistics
+from quantpress.kernels.moments import key_statistics
 from quantpress.quantization.transform import ChannelTransform, value_statistics
 
 DEFAULT_SINK_TOKENS = 4

@@ -46,7 +46,7 @@ ROOMS = {
         "combine",
         "joined",
         "score",
-        "statistics",
+        "moments",
         "blocks",
         "dequantize",
         "encode",

@@ -3,10 +3,11 @@
 operands.py         segments of tokens, and which of them each query sees
 reference.py        plain PyTorch: the truth that the kernels are held to
 triton_attend.py    launches the kernels for packed and 16-bit tokens together
-prepare.py          their first launch: queries into code space, 16-bit tokens
-split_mma.py        their second, on int8 tensor cores: words.py, lookup.py, tiles.py
-split_plain.py      the same in float32, for Triton's interpreter
-merge.py            their last: partial sums become the output
+prepare.py          a first launch, where the next one cannot do it: queries into code space, 16-bit tokens
+split_mma.py        all tokens, on int8 tensor cores: words.py, lookup.py, tiles.py
+opening/            what its programs do before packed tokens: turn queries, attend 16-bit tokens
+split_plain.py      packed tokens in float32, for Triton's interpreter
+merge/              the last launch: partial sums become the output
 triton_dense.py, dense.py            16-bit tokens alone
 schedule.py, schedule_kernel.py      which program reads which pages, where heads have page tables
 """

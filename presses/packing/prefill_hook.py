@@ -13,7 +13,7 @@ from quantpress.cache import host
 from quantpress.cache.layer import PackedLayer
 from quantpress.deferred import judge
 from quantpress.errors import CompositionError, InvalidInputError, NonFiniteError, UnsupportedModelError
-from quantpress.kernels.statistics import not_finite
+from quantpress.kernels.moments import not_finite
 from quantpress.presses.models.old_names import OldNames
 
 _CACHE_ARGUMENTS = ("cache", "past_key_values", "past_key_value", "layer_past")

@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 from quantpress.deferred import deferred_checks, judge
-from quantpress.kernels.statistics import query_moment as moment_of_queries
-from quantpress.kernels.statistics.reference import agree_reference
+from quantpress.kernels.moments import query_moment as moment_of_queries
+from quantpress.kernels.moments.reference import agree_reference
 
 PositionEmbeddings = tuple[torch.Tensor, torch.Tensor]
 

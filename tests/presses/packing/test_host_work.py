@@ -10,9 +10,9 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from quantpress.cache import PackedLayer
-from quantpress.kernels import encode, statistics
+from quantpress.kernels import encode, moments
 from quantpress.kernels.encode import triton_encode
-from quantpress.kernels.statistics import triton_statistics
+from quantpress.kernels.moments import triton_moments
 from quantpress.pipelines.reading.read_context import read_context
 from quantpress.presses import TurboQuant
 from quantpress.presses.packing.pack_layers import Packer
@@ -61,11 +61,11 @@ class NoKernel:
 def launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter[str]]:
     """Launches of kernels on a machine that seems to have a GPU."""
     counted = Counter[str]()
-    for chooser in (encode, statistics):
+    for chooser in (encode, moments):
         monkeypatch.setattr(chooser, "runs_triton", lambda device: True)
     for name in KERNELS:
-        kernel = NoKernel(getattr(triton_statistics, name), counted)
-        monkeypatch.setattr(triton_statistics, name, kernel)
+        kernel = NoKernel(getattr(triton_moments, name), counted)
+        monkeypatch.setattr(triton_moments, name, kernel)
     kernel = NoKernel(triton_encode.encode_pages_kernel, counted)
     monkeypatch.setattr(triton_encode, "encode_pages_kernel", kernel)
     yield counted

@@ -8,13 +8,13 @@ from torch import Tensor
 
 from quantpress.deferred import zero_flags
 from quantpress.kernels.available import FUSED
-from quantpress.kernels.quick import quick
-from quantpress.kernels.statistics.triton_kernel import (
+from quantpress.kernels.moments.triton_kernel import (
     key_transform_kernel,
     not_finite_kernel,
     query_moment_kernel,
     token_moments_kernel,
 )
+from quantpress.kernels.quick import quick
 
 TILE = 64
 """Tokens that are summed at a time."""
@@ -117,7 +117,7 @@ def launch_statistics(
 def launch_query_moment(
     queries: Tensor, kv_heads: int, computed: Tensor | None, actual: Tensor | None, tolerance: float
 ) -> tuple[Tensor, Tensor | None]:
-    """As `quantpress.kernels.statistics.query_moment`, without waiting for the device."""
+    """As `quantpress.kernels.moments.query_moment`, without waiting for the device."""
     check = computed is not None and actual is not None
     queries = _rows(queries)
     computed, actual = (queries if one is None or not check else _rows(one) for one in (computed, actual))

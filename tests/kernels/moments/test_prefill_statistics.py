@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from quantpress.errors import InvalidInputError, NonFiniteError
-from quantpress.kernels import statistics
-from quantpress.kernels.statistics import key_statistics, not_finite, query_moment, triton_statistics
+from quantpress.kernels import moments
+from quantpress.kernels.moments import key_statistics, not_finite, query_moment, triton_moments
 from quantpress.quantization.budget import split_channels
 from tests.kernels.interpreter import interpret
 from tests.kernels.triton_cases import compile_only, resources
@@ -137,13 +137,13 @@ class Recorded:
 @pytest.mark.parametrize("capability", [80, 90])
 def test_compiled(capability: int, monkeypatch: pytest.MonkeyPatch) -> None:
     names = ("token_moments_kernel", "key_transform_kernel", "query_moment_kernel", "not_finite_kernel")
-    kernels = [Recorded(getattr(triton_statistics, name)) for name in names]
+    kernels = [Recorded(getattr(triton_moments, name)) for name in names]
     for name, kernel in zip(names, kernels, strict=True):
-        monkeypatch.setattr(triton_statistics, name, kernel)
+        monkeypatch.setattr(triton_moments, name, kernel)
     keys = torch.zeros(1, 8, 8000, 128, dtype=torch.bfloat16)
-    triton_statistics.launch_statistics(keys, torch.ones(1, 8, 128), True, FLOOR, True)
-    triton_statistics.launch_query_moment(keys[:, :, :256], 2, keys[:, :2, :8], keys[:, :2, :8], 0.02)
-    triton_statistics.launch_not_finite(keys, keys)
+    triton_moments.launch_statistics(keys, torch.ones(1, 8, 128), True, FLOOR, True)
+    triton_moments.launch_query_moment(keys[:, :, :256], 2, keys[:, :2, :8], keys[:, :2, :8], 0.02)
+    triton_moments.launch_not_finite(keys, keys)
     for recorded in kernels:
         warps = recorded.arguments.get("num_warps", 4)
         used = resources(compile_only(recorded.kernel, recorded.arguments, capability, warps))
@@ -159,5 +159,5 @@ def test_on_a_gpu() -> None:
 
 
 if __name__ == "__main__":
-    statistics.runs_triton = lambda device: True
+    moments.runs_triton = lambda device: True
     check_all("cpu")

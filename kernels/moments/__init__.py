@@ -5,7 +5,7 @@ costs as much there as a launch of a kernel that does the work of twenty.
 
 reference.py            plain PyTorch, beside `quantpress.quantization.transform`
 triton_kernel.py        the kernels
-triton_statistics.py    launches them
+triton_moments.py       launches them
 """
 
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from quantpress.deferred import judge
 from quantpress.kernels.available import runs_triton
-from quantpress.kernels.statistics.reference import not_finite_reference, query_moment_reference
+from quantpress.kernels.moments.reference import not_finite_reference, query_moment_reference
 from quantpress.quantization import moments, transform
 from quantpress.quantization.budget import ChannelGroup
 from quantpress.quantization.numerics import in_named_dtypes
@@ -40,7 +40,7 @@ def key_statistics(
     fits = fits and (moment is None or moment.shape == (*keys.shape[:2], keys.shape[3]))
     if in_use is not None or not fits or not runs_triton(keys.device):
         return transform.key_statistics(keys, query_moment, groups, mean, balance, in_use=in_use)
-    from quantpress.kernels.statistics.triton_statistics import launch_statistics
+    from quantpress.kernels.moments.triton_moments import launch_statistics
 
     moment = None if moment is None else moment.to(keys.device, torch.float32)
     ordered = len(groups) > 1
@@ -75,7 +75,7 @@ def query_moment(
         where they were not compared).
     """
     if runs_triton(queries.device) and queries.dtype in DTYPES and queries.shape[-1] <= MOST_CHANNELS:
-        from quantpress.kernels.statistics.triton_statistics import launch_query_moment
+        from quantpress.kernels.moments.triton_moments import launch_query_moment
 
         return launch_query_moment(queries, kv_heads, computed, actual, tolerance)
     return query_moment_reference(queries, kv_heads, computed, actual, tolerance)
@@ -90,7 +90,7 @@ def not_finite(keys: Tensor, values: Tensor) -> Tensor:
     """
     plain = keys.is_contiguous() and values.is_contiguous() and keys.dtype == values.dtype
     if plain and keys.dtype in DTYPES and runs_triton(keys.device):
-        from quantpress.kernels.statistics.triton_statistics import launch_not_finite
+        from quantpress.kernels.moments.triton_moments import launch_not_finite
 
         return launch_not_finite(keys, values)
     return not_finite_reference(keys, values)
