@@ -70,11 +70,12 @@ def linear_kernel(
 ):
     """CHANNELS outputs (axis 0) of up to three linear layers with the same input.
 
-    x: [R, K]; weight, second, third: [n, K], [second_n, K], [third_n, K]; bias and so on: [n], or None, as
-    are all that PARTS leaves out; residual: [R, n], added to the rounded result, or None; y: [R, n], then
-    [R, second_n], then [R, third_n]. All contiguous, addresses multiples of 16 bytes. PARTS: how many layers;
-    K: a multiple of 8; ROWS, CHANNELS, BLOCK: powers of two, ROWS at least R; CHAINED: see the module. Axis 0
-    has the programs of the first layer, then those of the second and third. Launch it with `FUSED`.
+    x: [R, K]; weight, second, third: [n, K], [second_n, K], [third_n, K]; bias and so on: [n], or all
+    None, as are those that PARTS leaves out; residual: [R, n], added to the rounded result, or None; y:
+    [R, n], then [R, second_n], then [R, third_n]. All contiguous, addresses multiples of 16 bytes. PARTS:
+    how many layers; K: a multiple of 8; ROWS, CHANNELS, BLOCK: powers of two, ROWS at least R; CHAINED:
+    see the module. Axis 0 has the programs of the first layer, then those of the second and third. Launch
+    it with `FUSED`.
     """
     if CHAINED:
         gdc_launch_dependents()

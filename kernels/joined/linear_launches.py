@@ -62,7 +62,7 @@ def linear(
 
     Args:
         x: [..., K] of `MOST_ROWS` rows at most, float16 or bfloat16, K a multiple of 8.
-        layers: the weights, in the dtype of x.
+        layers: the weights, in the dtype of x; all of them have a bias, or none.
         residual: [..., N], contiguous, added to what one layer gives, which is rounded first.
         out: [..., N], contiguous, written with what one layer gives; None: new memory.
         tiling: None: `tiling_of`.

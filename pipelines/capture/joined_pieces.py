@@ -229,10 +229,8 @@ def _shared_inputs(model: nn.Module) -> Iterator[tuple[nn.Module, SharedInput]]:
     """The projections of attention that one launch can compute, each with all of its own."""
     for attention in attention_modules(model):
         layers: list[Any] = [getattr(attention, name, None) for name in PROJECTIONS]
-        if (
-            all(map(Product.fits, layers))
-            and len({(one.in_features, one.weight.dtype) for one in layers}) == 1
-        ):
+        fits = all(map(Product.fits, layers))
+        if fits and len({(one.in_features, one.weight.dtype, one.bias is None) for one in layers}) == 1:
             shared = SharedInput(attention, layers)
             yield from ((layer, shared) for layer in layers)
 

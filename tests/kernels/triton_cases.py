@@ -78,7 +78,7 @@ def compile_only(
     signature, values, attributes = {}, {}, {}
     for i, name in enumerate(kernel.arg_names):
         value = arguments[name]
-        if name in constants:
+        if name in constants or value is None:
             signature[name] = "constexpr"
             values[(i,)] = value
         elif isinstance(value, torch.Tensor):

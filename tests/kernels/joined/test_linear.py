@@ -28,13 +28,13 @@ LARGE = [
 
 
 def layers_of(sizes: tuple[int, ...], columns: int, dtype: torch.dtype, device: str) -> list[Weights]:
-    """Weights with biases but for the first layer."""
+    """Weights, with biases where there are several."""
     return [
         (
             torch.randn(size, columns, device=device).div(columns**0.5).to(dtype),
-            torch.randn(size, device=device).to(dtype) if n else None,
+            torch.randn(size, device=device).to(dtype) if len(sizes) > 1 else None,
         )
-        for n, size in enumerate(sizes)
+        for size in sizes
     ]
 
 
@@ -79,7 +79,9 @@ def test_compiles_without_a_gpu(capability: int, rows: int) -> None:
     from quantpress.kernels.joined.linear_kernel import gated_linear_kernel, linear_kernel
 
     sizes = {"K": 4096, "R": rows, "ROWS": rows, "CHANNELS": 2, "BLOCK": 1024, "CHAINED": capability >= 90}
-    for kernel, values in ((linear_kernel, {"PARTS": 3}), (gated_linear_kernel, {"LIBRARY": True})):
+    unbiased = {"PARTS": 3, **dict.fromkeys(("bias_ptr", "second_bias_ptr", "third_bias_ptr"))}
+    ways = (linear_kernel, {"PARTS": 3}), (linear_kernel, unbiased), (gated_linear_kernel, {"LIBRARY": True})
+    for kernel, values in ways:
         arguments: dict[str, Any] = {}
         for name in kernel.arg_names:
             arguments[name] = torch.empty(1, dtype=torch.bfloat16) if name.endswith("_ptr") else 7
