@@ -210,7 +210,8 @@ class Packer:
         try:
             return places_with_sinks_first(call, tokens.keys, first, recent, count, tokens.hidden)
         except UnknownAttentionError as reason:
-            self._warn_of_queries(call, reason, "without detected sinks", "detect_sinks=0")
+            attention = type(call.module).__name__
+            self._warn_of_queries(attention, reason, "without detected sinks", "detect_sinks=0")
             return None
 
     def _demotion(self, call: PrefillCall, tokens: Survivors) -> Demotion | None:
@@ -234,8 +235,12 @@ class Packer:
         known = all_keys if all_keys.shape[2] == call.tokens else None
         window = self.press.balance_window
 
+        attention = type(
+            call.module
+        ).__name__  # a check waits for the end: it must not keep the call's tensors
+
         def warn(reason: UnknownAttentionError) -> None:
-            self._warn_of_queries(call, reason, "without balanced channels", "balance=False")
+            self._warn_of_queries(attention, reason, "without balanced channels", "balance=False")
 
         inputs = call.module, call.hidden_states, call.position_embeddings
         try:
@@ -244,9 +249,9 @@ class Packer:
             warn(reason)
             return None
 
-    def _warn_of_queries(self, call: PrefillCall, reason: Exception, effect: str, remedy: str) -> None:
+    def _warn_of_queries(self, attention: str, reason: Exception, effect: str, remedy: str) -> None:
         self._warn(
-            f"the queries of {type(call.module).__name__} are not known ({reason}): its keys are packed "
+            f"the queries of {attention} are not known ({reason}): its keys are packed "
             f"{effect}, which costs accuracy; TurboQuant({remedy}) is the same without this warning"
         )
 

@@ -1,6 +1,8 @@
 """Packing waits for the device once a forward, and what it learns then is as good as what it asked before."""
 
+import gc
 import warnings
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -71,6 +73,27 @@ def test_no_layer_waits_for_the_device(name: str) -> None:
     press = TurboQuant(float(name[:-5])) if name.endswith(" bits") else TurboQuant.preset(name)
     few, many = waits_of(press, 2), waits_of(press, 5)
     assert 0 < few == many
+
+
+@pytest.mark.parametrize("name", ["3 bits", "small"])
+def test_waiting_checks_keep_no_states_of_a_layer(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The hidden states of 131072 tokens are 1 GB in each layer of an 8B model."""
+    press = TurboQuant(3) if name == "3 bits" else TurboQuant.preset(name)
+    model, alive, settle = tiny_model("llama"), list[int](), Settlement._settle
+    inputs: list[weakref.ref[torch.Tensor]] = []
+
+    def settled(self: Settlement, *checks: Any) -> None:
+        gc.collect()
+        alive.append(sum(one() is not None for one in inputs))
+        settle(self, *checks)
+
+    monkeypatch.setattr(Settlement, "_settle", settled)
+    for layer in model.model.layers:
+        layer.self_attn.register_forward_pre_hook(
+            lambda _, args, named: inputs.append(weakref.ref(named["hidden_states"])), with_kwargs=True
+        )
+    read(model, press, IDS)
+    assert len(inputs) == len(model.model.layers) > 1 and alive == [0]
 
 
 def test_a_wait_in_a_layer_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
