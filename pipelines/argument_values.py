@@ -84,7 +84,15 @@ _KINDS: dict[str, Kind] = {
         ("a number", _is_number),
     ),
     **dict.fromkeys(
-        ("do_sample", "enable_thinking", "progress", "remove_invalid_values", "renormalize_logits", "report"),
+        (
+            "do_sample",
+            "enable_thinking",
+            "progress",
+            "question_aware",
+            "remove_invalid_values",
+            "renormalize_logits",
+            "report",
+        ),
         ("True or False", lambda value: isinstance(value, bool)),
     ),
     **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), ("a token id", _are_token_ids)),

@@ -15,7 +15,19 @@ from quantpress.presses.traits import decode_time_presses, members, traits_of
 
 DEFAULT_NEW_TOKENS = 50  # kvpress's
 READING = ("answer_prefix", "enable_thinking", "max_context_length")
-RUNNING = ("cache", "chunk_tokens", "compile", "cuda_graph", "join_kernels", "press", "progress", "report")
+RUNNING = (
+    "cache",
+    "chunk_tokens",
+    "compile",
+    "cuda_graph",
+    "join_kernels",
+    "press",
+    "progress",
+    "question_aware",
+    "report",
+)
+ALIASES = {"compress_questions": "question_aware", "query_aware": "question_aware"}
+"""The names that kvpress's evaluation gives to arguments, or gave: its pipeline has no such argument."""
 LOADING = ("local_files_only",)  # transformers.pipeline leaves it among a pipeline's own arguments
 
 # What model.generate takes besides the fields of GenerationConfig, and the pipeline passes on.
@@ -76,6 +88,21 @@ def asked(question: str | None, questions: Sequence[str] | None) -> list[str]:
     return wanted
 
 
+def with_own_names(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments under our names (`ALIASES`).
+
+    Raises:
+        InvalidInputError: an argument is given under both its names.
+    """
+    named = dict(arguments)
+    for name, own in ALIASES.items():
+        if name in named and own in named:
+            raise InvalidInputError(f"{name} is {own} under another name, and both are given; give one")
+        if name in named:
+            named[own] = named.pop(name)
+    return named
+
+
 def check_generation_arguments(arguments: Mapping[str, Any]) -> None:
     """Refuse arguments that neither the pipeline nor `model.generate` knows, or that have no effect here.
 
@@ -120,6 +147,11 @@ def check_reading(arguments: Mapping[str, Any]) -> None:
     """
     known = ("press", "chunk_tokens", "progress", "max_context_length", "enable_thinking")
     for name in sorted(set(arguments) - set(known)):
+        if ALIASES.get(name, name) == "question_aware":
+            raise InvalidInputError(
+                f"{name}: read() reads a context without a question; call the pipeline with the text itself, "
+                "question= and question_aware=True"
+            )
         raise InvalidInputError(f"{name} has no effect on reading; read takes {', '.join(known)}")
 
 

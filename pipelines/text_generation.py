@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from transformers import Cache, Pipeline
 
-from quantpress.cache import cache_memory, host
+from quantpress.cache import CacheMemory, cache_memory, host
 from quantpress.errors import InvalidInputError
 from quantpress.pipelines import arguments as given
 from quantpress.pipelines.argument_values import check_values
@@ -25,6 +25,11 @@ from quantpress.pipelines.press_argument import as_press, enabled_press, hand_to
 from quantpress.pipelines.prompt import chat_form, check_positions, cut_to, token_ids, warn_of_positions
 from quantpress.pipelines.ranks import check_clocks, check_same, share_chance
 from quantpress.pipelines.reading.planned import Reading
+from quantpress.pipelines.reading.question_aware import (
+    IdsRead,
+    check_question_aware,
+    question_aware_readings,
+)
 from quantpress.pipelines.reading.read_context import read_context
 from quantpress.pipelines.report import Report, Stopwatch
 from quantpress.pipelines.rollback import model_rollback
@@ -53,6 +58,11 @@ class TextGenerationPipeline(Pipeline):
             of a model that `enable` was called on.
         question: asked after the context. Without one the model continues the context.
         questions: several of them, instead of `question`.
+        question_aware: read the question together with the context, so that a press sees it when it chooses
+            what to keep. Everything in front of the answer but its last token is read under the press, and
+            nothing is read twice. The prompt has the same tokens in the same order. Each of several
+            questions has a reading of its own, which takes as long as the first. kvpress's evaluation calls
+            this query_aware, earlier compress_questions; both names are taken here.
         answer_prefix: how each answer begins.
         max_context_length: the largest number of tokens; a longer context is cut, with a warning. None never
             cuts.
@@ -60,7 +70,8 @@ class TextGenerationPipeline(Pipeline):
         cache: an empty transformers cache to use, which holds the compressed context afterwards. None makes a
             DynamicCache.
         max_new_tokens: the largest number of tokens in an answer, 50 by default.
-        report: add a `Report` of memory and time to the result.
+        report: add a `Report` of memory and time to the result. With question_aware its tokens and bytes
+            include the question, those of the largest reading if there are several; its seconds are sums.
         progress: show a bar over the layers while reading. None shows it in a terminal if reading takes long.
         chunk_tokens: see `chunked_prefill`. 0 never cuts, None cuts contexts of more than 4096 tokens.
         cuda_graph: decode by replaying a CUDA graph (`captured_decoding`). None does so where possible, on a
@@ -74,8 +85,8 @@ class TextGenerationPipeline(Pipeline):
             stop_strings, streamer, prompt_lookup_num_tokens, assistant_model, logits_processor, ... Greedy
             decoding is the default, and takes only the special tokens from the model's own configuration.
             With do_sample=True the model's own configuration fills in the rest. Processors see the question
-            and the answer, but not the context, which no longer exists as ids. Each beam has a copy of the
-            cache.
+            and the answer, but not the context, which no longer exists as ids; with question_aware they see
+            only the last token of the question. Each beam has a copy of the cache.
 
     Returns:
         {"answer": str}, or {"answers": [str, ...]} with `questions`; with `report=True` also "report". A list
@@ -106,6 +117,7 @@ class TextGenerationPipeline(Pipeline):
         super().__init__(*args, **options)
 
     def _sanitize_parameters(self, **parameters: Any) -> tuple[dict[str, Any], ...]:
+        parameters = given.with_own_names(parameters)
         check_values(parameters)
         rest = {name: value for name, value in parameters.items() if name not in given.LOADING}
         reading = {name: rest.pop(name) for name in given.READING if name in rest}
@@ -225,6 +237,7 @@ class TextGenerationPipeline(Pipeline):
         cuda_graph: bool | None = None,
         compile: bool = False,
         join_kernels: JoinKernels = True,
+        question_aware: bool | None = None,
         **generation: Any,
     ) -> dict[str, Any]:
         if press is None and "cached" not in input_tensors:  # a cached context was read before
@@ -240,6 +253,10 @@ class TextGenerationPipeline(Pipeline):
         if config.stop_strings is not None or "assistant_tokenizer" in generation:
             generation["tokenizer"] = self.tokenizer
         context_ids, questions = input_tensors["context_ids"], input_tensors["questions_ids"]
+        readings: list[IdsRead] = [(context_ids, questions)]
+        if question_aware:
+            check_question_aware(len(questions), "cached" in input_tensors, cache)
+            readings = question_aware_readings(context_ids, questions, press)
         check_same(
             self.model,
             context=context_ids.tolist(),
@@ -251,26 +268,29 @@ class TextGenerationPipeline(Pipeline):
         warn_of_positions(self.model.config, context_ids, questions, config.max_new_tokens)
         watch = Stopwatch(self.model.device) if report else None
         how: dict[str, Any] = {"chunk_tokens": chunk_tokens, "progress": progress, "watch": watch}
-        with self._context(input_tensors, cache, press, how) as (kept, position), ExitStack() as steps:
-            if cuda_graph or compile:
-                ruled_out = why_not(model=self.model, cache=kept, shared=(self.model, kept))
-                refuse(ruled_out, cuda_graph, compile)
-            if cuda_graph is not False and not reasons:
-                new_tokens = max(question.shape[1] for question in questions) + config.max_new_tokens
-                graphs = (cuda_graph, compile, join_kernels)
-                steps.enter_context(capturing_answers(self.model, kept, new_tokens, *graphs))
-            memory = cache_memory(kept) if report else None
-            ids = []
-            share_chance(self.model, config)
-            for question in questions:
-                with asking(self.model, kept, press, watch):
-                    where = (self.model, kept, context_ids, question, position)
-                    ids.append(generate_ids(*where, config, generation))
+        graphs = None if cuda_graph is False or reasons else (cuda_graph, compile, join_kernels)
+        ids: list[torch.Tensor] = []
+        memories: list[tuple[CacheMemory, int]] = []
+        for read_ids, asked in readings:
+            inputs = {**input_tensors, "context_ids": read_ids}
+            with self._context(inputs, cache, press, how) as (kept, position), ExitStack() as steps:
+                if cuda_graph or compile:
+                    ruled_out = why_not(model=self.model, cache=kept, shared=(self.model, kept))
+                    refuse(ruled_out, cuda_graph, compile)
+                if graphs is not None:
+                    new_tokens = max(one.shape[1] for one in asked) + config.max_new_tokens
+                    steps.enter_context(capturing_answers(self.model, kept, new_tokens, *graphs))
+                memories += [(cache_memory(kept), read_ids.shape[1])] if report else []
+                share_chance(self.model, config)
+                for question in asked:
+                    with asking(self.model, kept, press, watch):
+                        where = (self.model, kept, read_ids, question, position)
+                        ids.append(generate_ids(*where, config, generation))
         answers = [self.tokenizer.decode(one, skip_special_tokens=True) for one in ids]
         result: dict[str, Any] = {"answers": answers}
-        if watch is not None and memory is not None:
-            new_tokens = sum(len(one) for one in ids)
-            result["report"] = Report.measured(memory, context_ids.shape[1], watch.seconds, new_tokens)
+        if watch is not None:
+            memory, seen = max(memories, key=lambda one: one[0].total_bytes)
+            result["report"] = Report.measured(memory, seen, watch.seconds, sum(map(len, ids)))
         return result
 
     @contextmanager
