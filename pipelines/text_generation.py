@@ -23,6 +23,7 @@ from quantpress.pipelines.decoding import (
 from quantpress.pipelines.default_model import check_dtype
 from quantpress.pipelines.press_argument import as_press, enabled_press, hand_tokenizer
 from quantpress.pipelines.prompt import chat_form, check_positions, cut_to, token_ids, warn_of_positions
+from quantpress.pipelines.question_hint import hint_at_unseen_question
 from quantpress.pipelines.ranks import check_clocks, check_same, share_chance
 from quantpress.pipelines.reading.planned import Reading
 from quantpress.pipelines.reading.question_aware import (
@@ -202,8 +203,8 @@ class TextGenerationPipeline(Pipeline):
         """Token ids of a context and of the questions that follow it.
 
         Returns:
-            "context_ids", [1, T] int64; "questions_ids", a list of [1, Q] int64; "cached", the context if it
-            was read before.
+            "context_ids", [1, T] int64; "questions_ids", a list of [1, Q] int64; "asks", whether a question
+            has text; "cached", the context if it was read before.
         """
         cached = context if isinstance(context, CachedContext) else None
         if isinstance(context, CachedContext):
@@ -214,6 +215,7 @@ class TextGenerationPipeline(Pipeline):
         return {
             "context_ids": context_ids,
             "questions_ids": [token_ids(self.tokenizer, one, "question") for one in asked],
+            "asks": any(one.strip() for one in questions),
             **({} if cached is None else {"cached": cached}),
         }
 
@@ -257,6 +259,8 @@ class TextGenerationPipeline(Pipeline):
         if question_aware:
             check_question_aware(len(questions), "cached" in input_tensors, cache)
             readings = question_aware_readings(context_ids, questions, press)
+        elif input_tensors["asks"]:
+            hint_at_unseen_question(press)
         check_same(
             self.model,
             context=context_ids.tolist(),

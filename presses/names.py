@@ -112,7 +112,7 @@ class ObservedAttention(EvictingPress, kvpress.ObservedAttentionPress, whole_con
     """Attention that each token received in the prefill (H2O); needs attn_implementation="eager"."""
 
 
-class SnapKV(EvictingPress, kvpress.SnapKVPress):
+class SnapKV(EvictingPress, kvpress.SnapKVPress, by_last_queries=True):
     """Keeps what the last tokens of the context attend to."""
 
 
@@ -154,7 +154,7 @@ class ThinK(EvictingPress, kvpress.ThinKPress, ratio_name="key_channel_compressi
     """Zeroes the key channels that recent queries use least; evicts no token, saves no memory by itself."""
 
 
-class TOVA(EvictingPress, kvpress.TOVAPress, needs_all_heads=True):
+class TOVA(EvictingPress, kvpress.TOVAPress, needs_all_heads=True, by_last_queries=True):
     """Keeps what the last token attends to."""
 
 

@@ -49,6 +49,8 @@ class Traits:
         needs_all_heads: decides with other numbers of all heads of the model: their mean attention, budgets
             for all heads and layers, or weights trained for them.
         normalizes: its scores are relative to those of all heads of the layer.
+        by_last_queries: keeps what the last tokens attend to, so that it depends on whether a question is
+            among them.
     """
 
     at_exit: bool = False
@@ -71,6 +73,7 @@ class Traits:
     compares_heads: bool = False
     needs_all_heads: bool = False
     normalizes: bool = False
+    by_last_queries: bool = False
 
 
 TRAITS: dict[type, dict[str, Trait]] = {BasePress: {}, ScorerPress: {}}
