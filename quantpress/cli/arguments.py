@@ -38,6 +38,12 @@ StoreBytes = Annotated[str | None, typer.Option(help="Most bytes of the store, s
 Questions = Annotated[
     list[str] | None, typer.Option("--question", "-q", help="Asked after the text; may be repeated.")
 ]
+QuestionAware = Annotated[
+    bool,
+    typer.Option(
+        "--question-aware", help="Read each question with the text, in view of the press: a reading for each."
+    ),
+]
 
 UNITS = {"B": 1, **{f"{p}B": 1000**i for i, p in enumerate("KMGT", 1)}}
 UNITS |= {f"{p}iB": 1024**i for i, p in enumerate("KMGT", 1)}

@@ -8,7 +8,16 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from quantpress.cli.arguments import Device, Dtype, Model, Presses, Questions, check_loading, read_text
+from quantpress.cli.arguments import (
+    Device,
+    Dtype,
+    Model,
+    Presses,
+    QuestionAware,
+    Questions,
+    check_loading,
+    read_text,
+)
 from quantpress.cli.output import Outcome, new_table, one_below_the_other, progress
 from quantpress.errors import QuantPressError
 
@@ -75,12 +84,14 @@ class Comparison(Outcome):
         machine: device, dtype, threads and versions.
         questions: questions that each press was asked.
         rows: one for each press.
+        question_aware: whether the presses saw each question.
     """
 
     model: str
     machine: dict[str, Any]
     questions: tuple[str, ...]
     rows: tuple[Compared, ...]
+    question_aware: bool = False
 
     @property
     def exit_status(self) -> int:
@@ -97,7 +108,8 @@ class Comparison(Outcome):
             ]
             report = None if row.report is None else row.report.as_dict()
             rows.append({"press": row.press, "refusal": row.refusal, "answers": answers, "report": report})
-        return {"model": self.model, "machine": self.machine, "presses": rows}
+        about = {"model": self.model, "machine": self.machine, "question_aware": self.question_aware}
+        return {**about, "presses": rows}
 
     def __rich__(self) -> RenderableType:
         from quantpress.pipelines.report import ratio_note
@@ -105,7 +117,7 @@ class Comparison(Outcome):
         where = ", ".join(f"{name} {value}" for name, value in self.machine.items())
         seen = next((row.report.tokens_seen for row in self.rows if row.report), 0)
         table = new_table(
-            f"{self.model}: {seen:,} tokens, {len(self.questions)} asked",
+            f"{self.model}: {seen:,} tokens, {len(self.questions)} asked{', in view' * self.question_aware}",
             ("cache", *FIGURES),
             words=("cache",),
             caption=f"{where}.\nAgreement: the tokens of the answers before the first one that the "
@@ -143,6 +155,7 @@ def compare(
     max_new_tokens: Annotated[int, typer.Option(help="Most tokens of an answer.", min=1)] = 32,
     device: Device = None,
     dtype: Dtype = None,
+    question_aware: QuestionAware = False,
 ) -> Comparison:
     """Ask the same questions under several presses: answers, agreement, bytes, seconds."""
     text = None if file is None else read_text(file)
@@ -166,14 +179,14 @@ def compare(
     everything = [None, *(one for one in given if one is not None)]
     for one in progress(everything, "comparing", len(everything)):
         try:
-            row, ids = _ask(pipe, text, asked, one, max_new_tokens, reference)
+            row, ids = _ask(pipe, text, asked, one, max_new_tokens, reference, question_aware)
         except QuantPressError as error:
             if one is None:
                 raise
             row, ids = Compared(described(one), refusal=str(error)), []
         reference = reference or ids
         rows.append(row)
-    return Comparison(model_name(pipe), machine(pipe), tuple(asked), tuple(rows))
+    return Comparison(model_name(pipe), machine(pipe), tuple(asked), tuple(rows), question_aware)
 
 
 def _ask(
@@ -183,6 +196,7 @@ def _ask(
     press: "BasePress | None",
     max_new_tokens: int,
     reference: list[list[int]],
+    question_aware: bool,
 ) -> tuple[Compared, list[list[int]]]:
     """One row and the ids of its answers; an empty `reference` stands for these answers themselves."""
     from quantpress.evaluation.measuring import TokenClock
@@ -197,6 +211,7 @@ def _ask(
         streamer=clock,
         report=True,
         progress=False,
+        question_aware=question_aware,
     )
     answers = []
     for said, ids, wanted in zip(result["answers"], clock.tokens, reference or clock.tokens, strict=True):

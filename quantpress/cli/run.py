@@ -7,7 +7,16 @@ import typer
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from quantpress.cli.arguments import Device, Dtype, Model, Questions, check_loading, check_packed, read_text
+from quantpress.cli.arguments import (
+    Device,
+    Dtype,
+    Model,
+    QuestionAware,
+    Questions,
+    check_loading,
+    check_packed,
+    read_text,
+)
 from quantpress.cli.output import Outcome
 from quantpress.errors import InvalidInputError
 
@@ -28,6 +37,7 @@ class Answered(Outcome):
         answers: one for each question.
         report: what it cost.
         dtype: dtype of the model.
+        question_aware: whether the press saw each question.
     """
 
     model: str
@@ -36,12 +46,14 @@ class Answered(Outcome):
     answers: tuple[str, ...]
     report: "Report"
     dtype: str
+    question_aware: bool = False
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
         pairs = zip(self.questions, self.answers, strict=True)
         answers = [{"question": question, "answer": answer} for question, answer in pairs]
-        where = {"model": self.model, "dtype": self.dtype, "press": self.press}
+        where: dict[str, Any] = {"model": self.model, "dtype": self.dtype, "press": self.press}
+        where["question_aware"] = self.question_aware
         return {**where, "answers": answers, "report": self.report.as_dict()}
 
     def __rich__(self) -> RenderableType:
@@ -69,10 +81,15 @@ def run(
     device: Device = None,
     dtype: Dtype = None,
     max_new_tokens: Annotated[int, typer.Option(help="Most tokens of an answer.", min=1)] = 50,
+    question_aware: QuestionAware = False,
 ) -> Answered:
     """Answer questions about a text, or about a context that was packed before."""
     if (file is None) == (cache is None):
         raise InvalidInputError("give a text file, or --cache FILE for one that was packed before, not both")
+    if cache is not None and question_aware:
+        raise InvalidInputError(
+            f"{cache} was read without a question, and --question-aware reads both together: give the text"
+        )
     text = None if file is None else read_text(file)
     if cache is not None:
         check_packed(cache)
@@ -94,7 +111,7 @@ def run(
         asked |= {} if press is None else {"press": press}
         description = context.description
     else:
-        context, asked["press"] = text, press or DEFAULT_PRESS
+        context, asked["press"], asked["question_aware"] = text, press or DEFAULT_PRESS, question_aware
         description = asked["press"]
     result = pipe(context, report=True, **asked)
     return Answered(
@@ -104,4 +121,5 @@ def run(
         answers=tuple(result["answers"]),
         report=result["report"],
         dtype=str(pipe.model.dtype).removeprefix("torch."),
+        question_aware=question_aware,
     )

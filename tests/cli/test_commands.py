@@ -85,6 +85,18 @@ def test_a_context_is_packed_and_asked_elsewhere(model: str, context: str) -> No
             invoke(*command, "-m", "a/model/that/is/not/there")
 
 
+def test_the_question_in_view(model: str, context: str) -> None:
+    how = [*asked(), "-p", PRESS, "-m", model, "--device", "cpu", "--max-new-tokens", "9", "--json"]
+    expected = ours()(CONTEXT, questions=QUESTIONS, press=PRESS, max_new_tokens=9, question_aware=True)
+    found = invoke("run", context, *how, "--question-aware")
+    assert answers(found) == expected["answers"] and json.loads(found.stdout)["question_aware"]
+    compared = json.loads(invoke("compare", context, *how, "--question-aware").stdout)
+    texts = [answer["text"] for answer in compared["presses"][1]["answers"]]
+    assert texts == expected["answers"] and compared["question_aware"]
+    with pytest.raises(InvalidInputError, match="packed was read without a question"):
+        invoke("run", "--cache", "packed", "--question-aware")
+
+
 def test_text_comes_from_the_standard_input(model: str, context: str, tmp_path: Path) -> None:
     piped = invoke("run", "-", "-q", "w1", "-m", model, "--device", "cpu", "--json", input=CONTEXT)
     named = invoke("run", context, "-q", "w1", "-m", model, "--device", "cpu", "--json")

@@ -17,7 +17,13 @@ from typing import Any
 
 from quantpress.errors import InvalidInputError
 
-_NAMES = {"weights": "the model's weights", "max_new_tokens": "--max-new-tokens"}
+RUN = ("questions", "press", "max_new_tokens", "question_aware", "weights", "dtype")
+"""What the lines of a file agree in. Older files have no question_aware, which is False."""
+_NAMES = {
+    "weights": "the model's weights",
+    "max_new_tokens": "--max-new-tokens",
+    "question_aware": "--question-aware",
+}
 
 
 class AnswersFile:
@@ -25,7 +31,8 @@ class AnswersFile:
 
     Args:
         path: of the file; it is made if it is not there.
-        about: what every line must say of its run: "press", "max_new_tokens", "questions".
+        about: what every line must say of its run: "press", "max_new_tokens", "questions",
+            "question_aware".
 
     Attributes:
         torn: whether the last line was torn and taken off.
@@ -122,8 +129,8 @@ class AnswersFile:
         try:
             found = dict(json.loads(line))
             document, pairs = str(found["document"]), found["answers"]
-            known = {**found, "questions": [pair["question"] for pair in pairs]}
-            run = {name: known[name] for name in ("questions", "press", "max_new_tokens", "weights", "dtype")}
+            known = {"question_aware": False, **found, "questions": [pair["question"] for pair in pairs]}
+            run = {name: known[name] for name in RUN}
         except (KeyError, TypeError, ValueError) as error:
             raise InvalidInputError(
                 f"line {number} of {self.path} is none that `quantpress batch` wrote ({error!r}); "

@@ -14,6 +14,7 @@ from quantpress.cli.arguments import (
     Dtype,
     Model,
     Press,
+    QuestionAware,
     Store,
     StoreBytes,
     check_loading,
@@ -103,11 +104,17 @@ def batch(
     device: Device = None,
     dtype: Dtype = None,
     max_new_tokens: Annotated[int, typer.Option(help="Most tokens of an answer.", min=1)] = 50,
+    question_aware: QuestionAware = False,
 ) -> Batch:
     """Ask the same questions about every document of a folder, on many GPUs with Ray; can be resumed."""
     folder = _checked_folder(documents, out, store)
     asked = read_questions(questions, read_text(questions))
     bound = store_bound(store, store_bytes)
+    if store is not None and question_aware:
+        raise InvalidInputError(
+            "--store keeps contexts that were read without a question, and --question-aware reads both "
+            "together: leave one of them out"
+        )
     check_loading(model, None if address else device, dtype)
     if address is not None:
         import_ray()
@@ -118,9 +125,10 @@ def batch(
     made = parse_press(press)
     if store is not None:
         check_saved(made)
-    job = Job(press, asked, max_new_tokens, model, device, dtype, store, bound)
+    job = Job(press, asked, max_new_tokens, model, device, dtype, store, bound, question_aware)
     outcome = Batch(out, described(made), len(asked))
     run = {"press": outcome.press, "max_new_tokens": max_new_tokens, "questions": list(asked)}
+    run |= {"question_aware": question_aware}
     with AnswersFile(out, run) as answers:
         if answers.torn:
             note(f"quantpress: {out} ended in half a line, which is taken off")

@@ -28,6 +28,7 @@ class Job:
         dtype: as for `load_pipeline`.
         store: folder or URL of a context store; None: every document is read.
         store_bytes: its bound; None: it has none.
+        question_aware: whether the press sees each question.
     """
 
     press: str
@@ -38,6 +39,7 @@ class Job:
     dtype: str | None = None
     store: str | None = None
     store_bytes: int | None = None
+    question_aware: bool = False
 
 
 @dataclass(frozen=True)
@@ -101,7 +103,7 @@ class Worker:
         asked["max_new_tokens"] = self.job.max_new_tokens
         reading: dict[str, Any] = {"press": self._press, "progress": False}
         if self._store is None:
-            found = pipe(context, **asked, **reading)
+            found = pipe(context, question_aware=self.job.question_aware, **asked, **reading)
         else:
             known = self._store.get(pipe, context, **reading)
             found = pipe(known or self._store.get_or_read(pipe, context, **reading), **asked)

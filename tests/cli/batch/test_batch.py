@@ -83,6 +83,17 @@ def test_every_document_is_answered_as_the_pipeline_answers(batch: Batch) -> Non
     assert line["report"]["tokens_seen"] == 301 and line["from_store"] is False
 
 
+def test_the_two_ways_to_ask_never_meet_in_one_file(batch: Batch) -> None:
+    batch("--question-aware", "--pattern", "b.txt")
+    content = Path("documents/b.txt").read_text()
+    how = {"press": PRESS, "max_new_tokens": 5, "question_aware": True}
+    assert answers() == {"b.txt": ours()(content, questions=QUESTIONS, **how)["answers"]}
+    with pytest.raises(InvalidInputError, match="--question-aware was True, is False; give another --out"):
+        batch()
+    with pytest.raises(InvalidInputError, match="--store keeps contexts that were read without a question"):
+        batch("--question-aware", "--store", "store")
+
+
 def test_a_second_run_answers_what_is_new_and_loads_no_model_for_nothing(
     batch: Batch, monkeypatch: pytest.MonkeyPatch
 ) -> None:
