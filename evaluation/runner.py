@@ -101,7 +101,9 @@ class Runner:
         jobs = [(case, arm) for case in cases for arm in arms]
         for done, (case, arm) in enumerate(jobs):
             if not self._has("tasks", arm, case.name):
-                outcome = self._refusable("tasks", arm, partial(ask, self.pipe, case, arm))
+                outcome = self._refusable(
+                    "tasks", arm, partial(ask, self.pipe, case, arm, suite.question_aware)
+                )
                 if outcome is not None:
                     self.records.add("tasks", arm.name, case.name, **outcome.as_dict())
             if advance is not None:
@@ -166,4 +168,7 @@ def _budget(arm: Arm) -> dict[str, float]:
 def run_settings(pipe: TextGenerationPipeline, model_name: str, suite: Suite, seed: int) -> dict[str, Any]:
     """What results depend on beside the arms; results of other settings go to another folder."""
     found = {name: value for name, value in machine(pipe).items() if name != "threads"}
-    return {"model": model_name, **found, "seed": seed, "suite": asdict(suite), "kvpress": version("kvpress")}
+    sizes = asdict(suite)
+    if not suite.question_aware:
+        del sizes["question_aware"]  # as in results of before there was a choice
+    return {"model": model_name, **found, "seed": seed, "suite": sizes, "kvpress": version("kvpress")}

@@ -28,6 +28,7 @@ class Suite:
         grid_presses, grid_bits, grid_budgets: arguments of `grid_arms`.
         batch: documents read at once on a GPU; on a CPU it is one.
         tasks: names of the tasks.
+        question_aware: whether the presses of the tasks see the question: it is read with the context.
     """
 
     name: str
@@ -45,6 +46,7 @@ class Suite:
     grid_budgets: tuple[float, ...]
     batch: int
     tasks: tuple[str, ...] = tuple(TASKS)
+    question_aware: bool = False
 
 
 QUICK = Suite(

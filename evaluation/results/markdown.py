@@ -25,7 +25,9 @@ def report(records: Records, findings: Findings) -> str:
         parts += ["## Eviction and bits at equal bytes", GRID_NOTE, grid_table(findings.grid)]
         parts += [_budget_note(findings.grid)]
     if findings.tasks:
-        parts += ["## Tasks", TASK_NOTE, task_table(findings.tasks), _weak_note(findings.tasks)]
+        in_view = records.settings.get("suite", {}).get("question_aware", False)
+        parts += ["## Tasks, with the question in view of the press" if in_view else "## Tasks"]
+        parts += [TASK_NOTE, task_table(findings.tasks), _weak_note(findings.tasks)]
     refused = [f"- {line['arm']}, {line['case']}: {line['reason']}" for line in records.of(REFUSED)]
     if refused:
         parts += ["## Refused", "\n".join(refused)]

@@ -31,7 +31,7 @@ class Case:
         task: name of the task.
         name: name of the case, unique in a run.
         context: text that is read under a press.
-        question: asked afterwards; presses do not see it.
+        question: asked afterwards; presses do not see it, unless a run is question-aware.
         answer_prefix: how the answer begins.
         references: what a right answer contains.
         scoring: "recall" or "words"; see `score`.

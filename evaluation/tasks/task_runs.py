@@ -79,8 +79,14 @@ def make_cases(
     return [*grid, *others]
 
 
-def ask(pipe: TextGenerationPipeline, case: Case, arm: Arm) -> TaskResult:
+def ask(pipe: TextGenerationPipeline, case: Case, arm: Arm, question_aware: bool = False) -> TaskResult:
     """Ask one case over one arm, greedily.
+
+    Args:
+        pipe: has the model.
+        case: what is read and asked.
+        arm: makes the press.
+        question_aware: whether the press sees the question, which then counts among the bytes.
 
     Raises:
         InvalidInputError: the press cannot compress this context.
@@ -96,6 +102,7 @@ def ask(pipe: TextGenerationPipeline, case: Case, arm: Arm) -> TaskResult:
             max_new_tokens=case.answer_tokens,
             report=True,
             progress=False,
+            question_aware=question_aware,
             cuda_graph=False,  # capturing takes longer than a short answer
         )
     report = result["report"]

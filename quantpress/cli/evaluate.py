@@ -65,6 +65,9 @@ def evaluate(
     task_tokens: Annotated[int | None, typer.Option(help="Tokens of other tasks' contexts.", min=1)] = None,
     samples: Annotated[int | None, typer.Option(help="Cases of each other task.", min=1)] = None,
     batch: Annotated[int | None, typer.Option(help="Documents read at once on a GPU.", min=1)] = None,
+    question_aware: Annotated[
+        bool, typer.Option("--question-aware", help="Tasks: read the question in view of the press.")
+    ] = False,
     seed: Annotated[int, typer.Option(help="Of the tasks' texts and numbers.")] = 0,
     figures: Annotated[bool, typer.Option(help="Draw pictures; needs matplotlib.")] = True,
     report_only: Annotated[
@@ -75,7 +78,13 @@ def evaluate(
     unknown = [one for one in part or () if one not in PARTS]
     if unknown:
         raise InvalidInputError(f"there is no part {unknown[0]!r}; use some of {', '.join(PARTS)}")
-    folder = Path(f"quantpress-eval-{suite}") if output is None else output
+    if question_aware and "tasks" not in (part or PARTS):
+        raise InvalidInputError(
+            f"--question-aware has no effect on {', '.join(part or ())}, which ask no question; "
+            "add --part tasks, or leave it out"
+        )
+    default = f"quantpress-eval-{suite}{'-question-aware' * question_aware}"
+    folder = Path(default) if output is None else output
     check_output_folder(folder)
     if not report_only:
         check_loading(model, device, dtype)
@@ -93,6 +102,7 @@ def evaluate(
         "task_tokens": task_tokens,
         "samples": samples,
         "batch": batch,
+        "question_aware": question_aware or None,
     }
     if figures:
         check_matplotlib()

@@ -102,6 +102,19 @@ def test_a_press_that_is_compared_anyway_is_refused(tiny, tmp_path):
     assert not tiny
 
 
+@pytest.mark.usefixtures("few_arms")
+def test_the_two_ways_to_ask_never_meet_in_one_folder(tiny, tmp_path):
+    how = ["--output", tmp_path, "--part", "tasks", "-p", "Knorm(0.5)", "--no-figures"]
+    printed = evaluate(*how, "--question-aware")
+    assert "## Tasks, with the question in view of the press" in printed
+    lines = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text("utf-8").splitlines()]
+    assert lines[0]["suite"]["question_aware"] and any(line.get("arm") == "Knorm(0.5)" for line in lines)
+    with pytest.raises(InvalidInputError, match="holds results of other settings"):
+        evaluate(*how)
+    with pytest.raises(InvalidInputError, match="no effect on fidelity"):
+        evaluate("--part", "fidelity", "--question-aware")
+
+
 def test_missing_matplotlib_is_named_before_anything_is_measured(tiny, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(InvalidInputError, match="--no-figures"):
