@@ -18,6 +18,7 @@ def enable(
     *,
     cuda_graph: bool | None = None,
     join_kernels: JoinKernels = True,
+    question_aware: bool = True,
     **options: Any,
 ) -> Enabled:
     """Compress the cache of every later `model.generate`, and change nothing else.
@@ -49,6 +50,9 @@ def enable(
             a graph.
         join_kernels: which kernels of ours the graphs have in place of PyTorch's, as for `captured_decoding`.
             "exact" leaves logits equal to the last bit, False leaves the model's own kernels.
+        question_aware: True, which cannot be changed: `generate` is given a whole prompt, and the press sees
+            all of it, with the question at its end. kvpress's evaluation calls this query_aware. To read a
+            context before its question is known, use `TextGenerationPipeline.read`.
         **options: fields of `TurboQuant`, if press is a number of bits, a preset or None.
 
     Returns:
@@ -56,10 +60,10 @@ def enable(
         context.
 
     Raises:
-        InvalidInputError: the model is enabled already, the arguments cannot be used, or the model or the
-            press rules out cuda_graph=True. Later calls of `generate` raise it for a static or quantized
-            cache, prefill_chunk_size or continuous batching; for assisted decoding from a prompt that an
-            evictor thins out; and for anything that rules out cuda_graph=True.
+        InvalidInputError: the model is enabled already, the arguments cannot be used, question_aware is
+            False, or the model or the press rules out cuda_graph=True. Later calls of `generate` raise it for
+            a static or quantized cache, prefill_chunk_size or continuous batching; for assisted decoding from
+            a prompt that an evictor thins out; and for anything that rules out cuda_graph=True.
         CompositionError: the presses do not go together.
         UnsupportedModelError: the model's cache cannot be packed, or `generate` does not make it.
 
@@ -72,6 +76,11 @@ def enable(
     """
     check_model(model)
     check_choice(cuda_graph, join_kernels=join_kernels)
+    if question_aware is not True:
+        raise InvalidInputError(
+            f"question_aware={question_aware!r}: generate reads whole prompts, and the press sees all of "
+            "each; to read a context before its question, use TextGenerationPipeline"
+        )
     chosen = chosen_press(press, options)
     refuse(why_not(device=model.device, press=chosen), cuda_graph)
     with model_lock(model):

@@ -13,7 +13,7 @@ from transformers import (
 )
 
 from quantpress.cache import cache_memory, continue_inputs
-from quantpress.errors import CompositionError
+from quantpress.errors import CompositionError, InvalidInputError
 from quantpress.pipelines.capture.captured import captured_decoding
 from quantpress.pipelines.enabling.enable import disable, enable
 from quantpress.pipelines.press_argument import enabled_press
@@ -392,3 +392,19 @@ def test_threads_take_turns() -> None:
         for thread in threads:
             thread.join()
     assert all(torch.equal(answers[index], expected[index]) for index in range(4))
+
+
+def test_the_press_sees_the_question_at_the_end_of_the_prompt() -> None:
+    model, reads = tiny_model("llama"), []
+    embedding = model.get_input_embeddings()
+    handle = embedding.register_forward_pre_hook(lambda module, args: reads.append(args[0].tolist()))
+    with enable(model, Compose([SNAP, lossless()]), question_aware=True):
+        got = model.generate(IDS, **FULL)
+    handle.remove()
+    assert reads[0] == IDS.tolist() and {len(one[0]) for one in reads[1:]} == {1}
+    expected, cache = pressed_by_hand(model, Compose([SNAP, lossless()]), IDS)
+    assert torch.equal(got.sequences, expected)
+    for layer, other in zip(got.past_key_values.layers, cache.layers, strict=True):
+        assert torch.equal(layer.keys.dense(), other.keys.dense())
+    with pytest.raises(InvalidInputError, match="generate reads whole prompts"):
+        enable(model, 4, question_aware=False)
