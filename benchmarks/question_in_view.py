@@ -5,16 +5,15 @@
 
 A five-digit number is planted in a book, at as many depths as there are cases, and asked for. `blind`: the
 question follows a context that was compressed without it, as in `pipe(context, question=question)`. `in
-view`: the question stands at the end of the context, as in `pipe(context + question)`. The prompts are the
-same. A case is right when the answer contains the number. Results are kept in --output, and a run that was
-interrupted goes on from there.
+view`: the press sees the question, as in `pipe(context, question=question, question_aware=True)`. The prompts
+are the same. A case is right when the answer contains the number. Results are kept in --output, and a run
+that was interrupted goes on from there.
 """
 
 import argparse
 import json
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import replace
 from datetime import date
 from functools import partial
 from pathlib import Path
@@ -28,7 +27,6 @@ from quantpress.evaluation.arms import UNCOMPRESSED, Arm
 from quantpress.evaluation.measuring import machine
 from quantpress.evaluation.results.markdown import table
 from quantpress.evaluation.results.records import Records
-from quantpress.evaluation.tasks.cases import Case
 from quantpress.evaluation.tasks.needle_tasks import needle
 from quantpress.evaluation.tasks.task_runs import ask
 from quantpress.presses.expression import parse_press
@@ -39,11 +37,7 @@ EVICTORS = (
 )
 PRESSES = ("TurboQuant(4)", "TurboQuant(2)", *(f"{one} | TurboQuant(4)" for one in EVICTORS))
 BLIND, IN_VIEW = "blind", "in view"
-
-
-def both(case: Case) -> dict[str, Case]:
-    """The case with its question behind the context, and within it."""
-    return {BLIND: case, IN_VIEW: replace(case, context=case.context + case.question, question="")}
+WAYS = {BLIND: False, IN_VIEW: True}
 
 
 def rows(records: Records, presses: Sequence[str]) -> list[dict[str, Any]]:
@@ -53,7 +47,7 @@ def rows(records: Records, presses: Sequence[str]) -> list[dict[str, Any]]:
         lines = list(records.of("tasks", press))
         right = Counter(line["way"] for line in lines if line["score"] == 1)
         whole, kept = (sum(line[f"{of}_bytes"] for line in lines) for of in ("uncompressed", "resident"))
-        ways = {way: right[way] for way in (BLIND, IN_VIEW)}
+        ways = {way: right[way] for way in WAYS}
         found.append({"cache": press, "cases": len(lines) // 2, **ways, "ratio": round(whole / kept, 2)})
     return found
 
@@ -75,13 +69,14 @@ def main() -> None:
     depths = [(n + 0.5) / args.cases for n in range(args.cases)]
     cases = [needle(pipe.tokenizer, args.context, seed, depth) for seed, depth in enumerate(depths)]
     settings = {"model": model_name(pipe), "context": args.context, "dtype": args.dtype}
+    settings["in_view"] = "question_aware=True"
     records = Records(args.output / "results.jsonl", settings)
     for case in track(cases, console=Console(stderr=True)):
         for press in presses:
             make = (lambda: None) if press == UNCOMPRESSED else partial(parse_press, press)
-            for way, asked in both(case).items():
+            for way, question_aware in WAYS.items():
                 if not records.has("tasks", press, f"{case.name}, {way}"):
-                    found = ask(pipe, asked, Arm(press, make, "yours")).as_dict()
+                    found = ask(pipe, case, Arm(press, make, "yours"), question_aware).as_dict()
                     records.add("tasks", press, f"{case.name}, {way}", way=way, **found)
     report = {
         "date": date.today().isoformat(),

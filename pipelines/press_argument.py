@@ -13,7 +13,7 @@ from quantpress.presses.arguments import is_press
 from quantpress.presses.base_press import BasePress
 from quantpress.presses.compose import Compose
 from quantpress.presses.expression import parse_press
-from quantpress.presses.presets import PRESETS
+from quantpress.presses.presets import COMPOSITIONS, PRESETS
 from quantpress.presses.traits import members, traits_of, with_inner
 from quantpress.presses.turboquant import TurboQuant
 
@@ -57,6 +57,8 @@ def chosen_press(press: PressOrBits, options: dict[str, Any]) -> Compose:
         return Compose([TurboQuant(**options)])
     if isinstance(press, str) and press in PRESETS:
         return Compose([TurboQuant.preset(press, **options)])
+    if isinstance(press, str) and press in COMPOSITIONS:
+        return Compose.preset(press, **options)
     if isinstance(press, (int, float)) and not isinstance(press, bool):
         return Compose([TurboQuant(bits=press, **options)])
     if options:

@@ -12,7 +12,7 @@ from torch import nn
 
 from quantpress.errors import CompositionError, InvalidInputError, QuantPressError
 from quantpress.presses.arguments import one_by_one
-from quantpress.presses.base import PressMixin
+from quantpress.presses.base import DEFAULT_RATIO, PressMixin
 from quantpress.presses.base_press import BasePress, check_ratio, is_of_kvpress
 from quantpress.presses.guard import guarded
 from quantpress.presses.models.attention import hooked
@@ -21,9 +21,10 @@ from quantpress.presses.models.filling import filled_caches
 from quantpress.presses.models.restore import left_as_found
 from quantpress.presses.packing.pack_layers import Packer
 from quantpress.presses.packing.prefill_hook import forget_attention_weights
+from quantpress.presses.presets import COMPOSITIONS
 from quantpress.presses.ranks import own_heads
 from quantpress.presses.rules import why_not
-from quantpress.presses.traits import name_of, short_repr, traits_of, with_inner
+from quantpress.presses.traits import import_kvpress, name_of, short_repr, traits_of, with_inner
 from quantpress.presses.turboquant import TurboQuant
 
 if TYPE_CHECKING:
@@ -61,6 +62,33 @@ class Compose(PressMixin, BasePress):
         reasons = why_not(self.presses)
         if reasons:
             raise CompositionError(reasons[0])
+
+    @classmethod
+    def preset(cls, name: str, compression_ratio: float = DEFAULT_RATIO, **settings: Any) -> "Compose":
+        """A composition by name.
+
+        "question_aware" keeps a fixed fraction of the tokens, those that the question attends to with their
+        neighbours, and packs them: `ChunkKV(SnapKV(compression_ratio)) | TurboQuant(4)`. The press has to see
+        the question: ask with `question_aware=True`, or let `enable` read the whole prompt. docs/choosing.md
+        has what it was measured on. For several questions about one text, keep every token instead.
+
+        Args:
+            name: one of `COMPOSITIONS`.
+            compression_ratio: fraction of the tokens evicted.
+            **settings: fields of `TurboQuant`, such as bits=3.
+
+        Raises:
+            InvalidInputError: there is no such composition, or a value cannot be used.
+            MissingPackageError: kvpress is not installed.
+
+        Example:
+            >>> Compose.preset("question_aware", 0.3, bits=3)
+            Compose(ChunkKV(SnapKV(0.3)) | TurboQuant(3))
+        """
+        if not isinstance(name, str) or name not in COMPOSITIONS:
+            raise InvalidInputError(f"there is no composition {name!r}; use one of {', '.join(COMPOSITIONS)}")
+        names = import_kvpress(f"Compose.preset({name!r})")
+        return cls([names.ChunkKV(names.SnapKV(compression_ratio)), TurboQuant(**settings)])
 
     @property
     def quantizer(self) -> TurboQuant | None:

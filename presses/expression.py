@@ -31,8 +31,9 @@ def parse_press(text: str) -> BasePress | None:
     Args:
         text: one press, several joined by `|`, or "none". Names are those of `quantpress.presses`, and
             kvpress's own (`SnapKVPress`), whose defaults evict nothing. A name alone means its defaults.
-            `TurboQuant.preset("small")` works too. `my_module:MyPress(0.5)` is the class, or a function that
-            makes a press, of a module that can be imported or lies in the current folder.
+            `TurboQuant.preset("small")` and `Compose.preset("question_aware")` work too.
+            `my_module:MyPress(0.5)` is the class, or a function that makes a press, of a module that can be
+            imported or lies in the current folder.
 
     Returns:
         A press; `Compose` for several; None for "none".
@@ -93,8 +94,9 @@ def _press(node: ast.expr, text: str, module: str = "") -> BasePress:
 def _maker(node: ast.expr, text: str, module: str) -> Any:
     if isinstance(node, ast.Name):
         return _own(module, node.id, text) if module else _class(node.id, text)
-    if ast.unparse(node) == "TurboQuant.preset" and not module:
-        return presses.TurboQuant.preset
+    by_name: dict[str, Any] = {"Compose.preset": presses.Compose, "TurboQuant.preset": presses.TurboQuant}
+    if ast.unparse(node) in by_name and not module:
+        return by_name[ast.unparse(node)].preset
     raise InvalidInputError(f"{ast.unparse(node)!r} in {text!r} is no press; write its name alone")
 
 

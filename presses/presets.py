@@ -1,4 +1,4 @@
-"""Settings of `TurboQuant` by name."""
+"""Settings of `TurboQuant` by name, and the names of whole compositions."""
 
 from typing import Any
 
@@ -21,3 +21,6 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 """`paper` is TurboQuant as published, with the windows of `TurboQuant()`. The others have what `TurboQuant`
 adds to it by default, and detect sinks."""
+
+COMPOSITIONS = ("question_aware",)
+"""The names that `Compose.preset` takes."""

@@ -43,7 +43,7 @@ def enable(
     Args:
         model: decoder-only, with `generate`.
         press: a press, a press class, a list of them (`Compose`), text (`parse_press`), code bits, or the
-            name of a preset; None for `TurboQuant()`.
+            name of a preset, of `TurboQuant` or `Compose`; None for `TurboQuant()`.
         cuda_graph: None decodes by replaying graphs on CUDA where possible. What a call or a press rules out
             by its nature (beams, guesses, presses that act during decoding) decodes without a graph and
             without a warning, anything else after one warning. True turns both into errors. False never makes
@@ -53,7 +53,8 @@ def enable(
         question_aware: True, which cannot be changed: `generate` is given a whole prompt, and the press sees
             all of it, with the question at its end. kvpress's evaluation calls this query_aware. To read a
             context before its question is known, use `TextGenerationPipeline.read`.
-        **options: fields of `TurboQuant`, if press is a number of bits, a preset or None.
+        **options: fields of `TurboQuant`, if press is a number of bits, a preset or None; with a preset of
+            `Compose` also compression_ratio.
 
     Returns:
         The `Enabled` that is now on the model. `disable(model)` removes it, and so does leaving it as a

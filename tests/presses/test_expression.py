@@ -8,7 +8,7 @@ import kvpress
 import pytest
 
 from quantpress.errors import CompositionError, InvalidInputError
-from quantpress.presses import AdaKV, Compose, KeyRerotation, Knorm, SnapKV, StreamingLLM, TurboQuant
+from quantpress.presses import AdaKV, ChunkKV, Compose, KeyRerotation, Knorm, SnapKV, StreamingLLM, TurboQuant
 from quantpress.presses.expression import parse_press
 
 OWN = """
@@ -42,6 +42,10 @@ number = 3
         ),
         ("TurboQuant(mean_key=False, key_bits=None)", TurboQuant(mean_key=False)),
         ("TurboQuant.preset('small', seed=7)", TurboQuant.preset("small", seed=7)),
+        (
+            "Compose.preset('question_aware', 0.3, bits=3)",
+            Compose([ChunkKV(SnapKV(0.3)), TurboQuant(3)]),
+        ),
         ("AdaKV(SnapKV(0.2))", AdaKV(SnapKV(0.2))),
         ("AdaKV(press=SnapKV)", AdaKV(SnapKV())),
         ("SnapKVPress(0.3)", kvpress.SnapKVPress(0.3)),
@@ -98,6 +102,8 @@ def test_none_is_no_press() -> None:
         ("__import__('os').system('true')", "is no press"),
         ("SnapKV.__init__(1)", "write its name alone"),
         ("TurboQuant.preset('huge')", "huge"),
+        ("Compose.preset('huge')", "no composition 'huge'; use one of question_aware"),
+        ("Compose.preset('question_aware', 2)", "compression_ratio is 2"),
         ("SnapKV(open('/etc/passwd'))", "no press 'open'"),
         ("(lambda: SnapKV)()", "is no press"),
         ("[SnapKV, TurboQuant]", "is no press"),
