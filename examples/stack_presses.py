@@ -20,6 +20,7 @@ STACKS = [
     "StreamingLLM(0.5) | TurboQuant(bits=4)",  # the same as text
     StreamingLLM(0.5, n_sink=8) | TurboQuant(sink_tokens=8),  # 8 first tokens survive, unpacked
     Knorm(0.3) | SnapKV(0.3) | TurboQuant,  # two evictors: 0.7 x 0.7 of the tokens
+    Compose.preset("question_aware"),  # ChunkKV(SnapKV(0.5)) | TurboQuant(4): chunks that the question needs
     AdaKV(SnapKV(0.5)) | TurboQuant,  # each head keeps its own number of tokens
     Demote(SnapKV(0.5), bits=2) | TurboQuant(bits=4),  # evicts nothing: half of the tokens get 2 bits
 ]
@@ -34,7 +35,8 @@ text = plant(book_text(), [], pipe.tokenizer, options.tokens)  # the beginning o
 
 print("tokens kept  bits a value    resident  ratio  press")
 for press in STACKS:
-    report = pipe(text, question="Who speaks?", press=press, max_new_tokens=4, report=True)["report"]
+    asked = {"question": "Who speaks?", "question_aware": True}  # read with the text, so that presses see it
+    report = pipe(text, press=press, max_new_tokens=4, report=True, **asked)["report"]
     kept = f"{report.tokens_kept:,.0f} / {report.tokens_seen:,}"
     name = press.__name__ if isinstance(press, type) else press
     size = format_bytes(report.resident_bytes)

@@ -10,6 +10,7 @@ rollback.py            a context unchanged by questions, a model unchanged by pr
 attention_masks.py     masks for layers of different lengths, and slots that heads hide
 method_replacement.py  a method of one model replaced, and put back
 calibration.py         statistics of keys over texts, for engines that share pages
+question_hint.py       a hint at presses that evict by a question they have not seen
 press_argument.py      what `press=` may be, made into a press
 ranks.py               the same decisions in all processes that share a model
 reading/               how a context is read: one forward in chunks, with a progress bar

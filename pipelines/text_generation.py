@@ -265,6 +265,7 @@ class TextGenerationPipeline(Pipeline):
             self.model,
             context=context_ids.tolist(),
             questions=[one.tolist() for one in questions],
+            question_aware=bool(question_aware),
             press=short_repr(press),
             generation=config.to_diff_dict(),
         )

@@ -2,7 +2,7 @@
 
 compose.py        Compose: several presses as one
 turboquant.py     TurboQuant: packs what is left in 2 to 4 bits
-presets.py        its settings by name
+presets.py        its settings by name, and names of whole compositions
 demote.py         Demote: fewer bits for tokens that a press would evict
 base_press.py     BasePress and ScorerPress: what a press offers
 names.py          kvpress's presses under short names, one class statement each

@@ -200,11 +200,11 @@ def test_the_memory_in_the_docstring_is_the_estimate() -> None:
 
 
 def test_stacks(run: Run, tiny_folder: str) -> None:
-    printed = run("stack_presses.py", "--model", tiny_folder, "--tokens", "700")
+    printed = run("stack_presses.py", "--model", tiny_folder, "--tokens", "780")
     rows = re.findall(r"(\d+) / (\d+) +([\d.]+) +([\d.]+) KiB +([\d.]+)x  (.+)", printed)
     seen = int(rows[0][1])
     shares = [int(row[0]) / seen for row in rows]
-    assert shares == pytest.approx([1, 0.5, 0.25, 0.5, 0.5, 0.5, 0.49, 0.5, 1], abs=0.01), printed
+    assert shares == pytest.approx([1, 0.5, 0.25, 0.5, 0.5, 0.5, 0.49, 0.48, 0.5, 1], abs=0.01), printed
     size = {row[-1]: float(row[3]) for row in rows}
     assert len(size) == len(rows)
     packed, demoted = size["TurboQuant"], size["Compose(Demote(SnapKV(0.5)) | TurboQuant(4))"]
