@@ -62,8 +62,9 @@ class TextGenerationPipeline(Pipeline):
         question_aware: read the question together with the context, so that a press sees it when it chooses
             what to keep. Everything in front of the answer but its last token is read under the press, and
             nothing is read twice. The prompt has the same tokens in the same order. Each of several
-            questions has a reading of its own, which takes as long as the first. kvpress's evaluation calls
-            this query_aware, earlier compress_questions; both names are taken here.
+            questions has a reading of its own, which takes as long as the first. A `cache` that is given
+            holds the question, too. kvpress's evaluation calls this query_aware, earlier compress_questions;
+            both names are taken here.
         answer_prefix: how each answer begins.
         max_context_length: the largest number of tokens; a longer context is cut, with a warning. None never
             cuts.
