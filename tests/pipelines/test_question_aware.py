@@ -5,7 +5,6 @@ from typing import Any
 
 import kvpress
 import pytest
-import torch
 from transformers import DynamicCache
 
 from quantpress.errors import InvalidInputError
