@@ -6,7 +6,7 @@ such file.
 
 from collections.abc import Callable, Iterator
 
-from results import DOCS, Nothing, Row, Times, formatted, measured, results
+from results import DOCS, Nothing, Row, Times, formatted, results
 
 WIDTHS = ("4/4", "3/3", "2/2", "4/2", "3/2")
 SHAPE = {
@@ -41,6 +41,7 @@ PEERS = {
 }
 GENERATION = {
     "GPU": "{gpu}",
+    "tokens": "{tokens}",
     "cache": "{cache}",
     "tokens/s": "{tokens_per_s:.1f}{faster}",
     "time to first token": "{first_token_s:.2f} s",
@@ -148,26 +149,20 @@ def _ways(rows: list[Row]) -> Iterator[str]:
 
 
 def generation() -> str:
-    """Tokens a second and memory of generation on one GPU, each against its own first row."""
+    """Tokens a second and memory of generation on one GPU; a plain row comes before those set beside it."""
     rows = []
-    for gpu, found in _generated().items():
-        plain, *packed = found
-        rows.append({**plain, "gpu": gpu, "faster": "", "share": ""})
-        for row in packed:
+    for gpu, found in by_gpu("generation").items():
+        for row in found["decoding"]:
+            row = {"tokens": 131072, **row, "gpu": gpu}
+            if row["cache"].startswith("DynamicCache"):
+                plain = row
+                rows.append({**row, "faster": "", "share": ""})
+                continue
             share = row["decode_peak_gb"] / plain["cache_gb"]
             times = row.get("times", row["tokens_per_s"] / plain["tokens_per_s"])
             texts = {"faster": f" ({times:.1f}x)", "share": f" ({share:.2f}x the bf16 cache)"}
-            rows.append({**row, "gpu": gpu, **texts})
+            rows.append({**row, **texts})
     return formatted(rows, GENERATION)
-
-
-def _generated() -> dict[str, list[Row]]:
-    """Rows of every GPU. The H200's, without a file of its own, are those of one GPU in the run of two."""
-    found = {gpu: one["decoding"] for gpu, one in by_gpu("generation").items()}
-    if measured("generation_h200") is None:
-        rows = [row for row in results("generation_two_gpus")["rows"] if row["gpus"] == 1]
-        found = {"H200": [{**row, **_in_gb(row)} for row in rows], **found}
-    return found
 
 
 def _in_gb(row: Row) -> dict[str, float]:
