@@ -4,7 +4,7 @@ import gc
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import pytest
@@ -87,12 +87,15 @@ def test_waiting_checks_keep_no_states_of_a_layer(name: str, monkeypatch: pytest
         alive.append(sum(one() is not None for one in inputs))
         settle(self, *checks)
 
+    def noted(module: Any, args: Any, named: Any) -> None:
+        inputs.append(weakref.ref(named["hidden_states"]))
+
     monkeypatch.setattr(Settlement, "_settle", settled)
-    for layer in model.model.layers:
-        layer.self_attn.register_forward_pre_hook(
-            lambda _, args, named: inputs.append(weakref.ref(named["hidden_states"])), with_kwargs=True
-        )
-    read(model, press, IDS)
+    with ExitStack() as hooks:
+        for layer in model.model.layers:
+            handle = layer.self_attn.register_forward_pre_hook(noted, with_kwargs=True)
+            hooks.callback(handle.remove)
+        read(model, press, IDS)
     assert len(inputs) == len(model.model.layers) > 1 and alive == [0]
 
 
