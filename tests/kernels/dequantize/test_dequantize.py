@@ -263,7 +263,8 @@ def test_any_codec_brings_vectors_back(
     assert 8 * held == pytest.approx(spec.bits_per_value * x.numel())
     if pages:
         narrow = math.floor(bits)
-        assert relative_error(decoded, x) ** 2 < 2.2 * math.sqrt(3) * math.pi / 2 * 4.0**-narrow
+        slack = 3.0 if narrow == 8 else 2.2  # levels of 8 bits are evenly spaced
+        assert relative_error(decoded, x) ** 2 < slack * math.sqrt(3) * math.pi / 2 * 4.0**-narrow
 
 
 # On a device
