@@ -35,18 +35,22 @@ EVICTORS = (
     *("SnapKV(0.5)", "ChunkKV(SnapKV(0.5))", "ExpectedAttention(0.5)", "Compactor(0.5)", "KeyDiff(0.5)"),
     *("StreamingLLM(0.5)", "KVzip(0.5)", "Demote(SnapKV(0.5), bits=2)"),
 )
-PRESSES = ("TurboQuant(4)", "TurboQuant(2)", *(f"{one} | TurboQuant(4)" for one in EVICTORS))
+PRESSES = (
+    *("TurboQuant(4)", "TurboQuant(2)", *(f"{one} | TurboQuant(4)" for one in EVICTORS)),
+    *("ChunkKV(SnapKV(0.5)) | TurboQuant(3)", "ChunkKV(SnapKV(0.7)) | TurboQuant(4)"),
+)
 BLIND, IN_VIEW = "blind", "in view"
 WAYS = {BLIND: False, IN_VIEW: True}
 
 
 def rows(records: Records, presses: Sequence[str]) -> list[dict[str, Any]]:
-    """A line for each press: right answers both ways, and bytes against the uncompressed context."""
+    """A line for each press: right answers both ways, and bytes, those with the question in view."""
     found = []
     for press in presses:
         lines = list(records.of("tasks", press))
         right = Counter(line["way"] for line in lines if line["score"] == 1)
-        whole, kept = (sum(line[f"{of}_bytes"] for line in lines) for of in ("uncompressed", "resident"))
+        seen = [line for line in lines if line["way"] == IN_VIEW]
+        whole, kept = (sum(line[f"{of}_bytes"] for line in seen) for of in ("uncompressed", "resident"))
         ways = {way: right[way] for way in WAYS}
         found.append({"cache": press, "cases": len(lines) // 2, **ways, "ratio": round(whole / kept, 2)})
     return found

@@ -25,9 +25,9 @@ class Kept:
 
 
 CASES = 10
-SNAPKV = Kept("SnapKV(0.5)", 0, 0)
+SNAPKV = Kept("SnapKV(0.5)", 0, 1)
 CHUNKKV = Kept("ChunkKV(SnapKV(0.5))", 4, 9)
-DEMOTE = Kept("Demote(SnapKV(0.5), bits=2)", 10, 9)
+DEMOTE = Kept("Demote(SnapKV(0.5), bits=2)", 10, 10)
 
 _hinted: set[str] = set()
 
