@@ -133,7 +133,8 @@ def _read(numbers: list[Tensor]) -> Iterator[list[float]]:
         for _, of_dtype in groupby(of_device, key=lambda i: numbers[i].dtype):
             alike = list(of_dtype)
             members += alike
-            parts.append(torch.cat([numbers[i].reshape(-1) for i in alike]).double())
+            part = torch.cat([numbers[i].reshape(-1) for i in alike])
+            parts.append(part.float() if part.device.type == "mps" else part.double())  # MPS has no float64
         flat, start = torch.cat(parts).tolist(), 0
         for i in members:
             end = start + numbers[i].numel()

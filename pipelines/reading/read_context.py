@@ -37,6 +37,7 @@ LONG_CONTEXT = 8192  # tokens; the bar appears at once for more
 PATIENCE_S = 3.0  # seconds; the bar appears after this time for fewer
 
 
+@scanned_once()
 def read_context(
     model: PreTrainedModel,
     context_ids: torch.Tensor,
@@ -65,19 +66,6 @@ def read_context(
         InvalidInputError: the cache already holds tokens, or the press cannot compress this context.
         UnsupportedModelError: the model does not keep what it reads in this cache.
     """
-    with scanned_once():
-        return _checked(model, context_ids, cache, press, chunk_tokens, progress, watch)
-
-
-def _checked(
-    model: PreTrainedModel,
-    context_ids: torch.Tensor,
-    cache: Cache,
-    press: BasePress | None,
-    chunk_tokens: int | None,
-    progress: bool | None,
-    watch: Stopwatch | None,
-) -> int:
     check_keeps(model)
     check_takes_states(model, cache)
     held = max((layer.get_seq_length() for layer in host.token_layers(cache)), default=0)
