@@ -268,6 +268,11 @@ def test_kernels_has_no_init_file() -> None:
     assert without == ["kernels"]
 
 
+def test_no_name_in_kernels_is_one_of_pythons() -> None:
+    """Without an init file pytest puts kernels/ on the search path, where such a name hides the other one."""
+    assert not {path.stem for path in (ROOT / "kernels").iterdir()} & sys.stdlib_module_names
+
+
 def test_hugging_face_kernels_wins_over_the_folder(tmp_path: Path) -> None:
     (tmp_path / "kernels").mkdir()
     (tmp_path / "kernels" / "__init__.py").write_text("owner = 'Hugging Face'\n")
