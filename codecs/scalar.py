@@ -15,11 +15,18 @@ from torch import Tensor
 from quantpress.codecs.parts import Parts, kind_of, portable
 from quantpress.codecs.protocol import PageCodec, Planes
 from quantpress.errors import InvalidInputError
-from quantpress.kernels.attend.operands import KernelOperands, ScalarOperands, SignOperands
+from quantpress.kernels.attend.operands import (
+    CodePart,
+    KernelOperands,
+    PartOperands,
+    ScalarOperands,
+    SignOperands,
+)
 from quantpress.kernels.dequantize import decode_code_space, decode_pages, from_code_space, to_code_space
 from quantpress.kernels.encode import encode_pages
 from quantpress.kernels.layout import PAGE_TOKENS, gather_rows, pack_pages, unpack_pages
 from quantpress.quantization.budget import ChannelGroup
+from quantpress.quantization.qjl import SQRT_HALF_PI
 from quantpress.quantization.spec import CodecSpec
 from quantpress.quantization.transform import ChannelTransform
 
@@ -94,7 +101,7 @@ class ScalarPages(PageCodec):
         return from_code_space(y, self.spec)
 
     def kernel_operands(self) -> KernelOperands | None:
-        """Rotation and levels; None with two channel groups or a sketch, which no kernel attends."""
+        """Rotation and levels; of two channel groups, or of codes and a sketch, those of both."""
         return _operands_of(self.spec)
 
     def parts(self) -> Parts:
@@ -122,13 +129,31 @@ class ScalarPages(PageCodec):
 
 
 @lru_cache(maxsize=64)
-def _operands_of(spec: CodecSpec) -> KernelOperands | None:
+def _operands_of(spec: CodecSpec) -> KernelOperands:
     if spec.estimator != "mse" or len(spec.groups) > 1:
-        return None
+        return _parts_of(spec)
     rotation, book = spec.rotation_of(0), spec.codebook_of(0)
     if book.bits == 1 and not spec.page_keys:
         return SignOperands(rotation, float(book.scaled[-1]) * book.unit)
     return ScalarOperands(rotation, book, spec.page_keys)
+
+
+def _parts_of(spec: CodecSpec) -> PartOperands:
+    """The channel groups, and the sketch of the "prod" estimator, as parts."""
+    parts, turns = [], []
+    with torch.inference_mode(False):  # kept: must stay usable outside inference mode
+        for number, group in enumerate(spec.groups):
+            book = spec.codebook_of(number)
+            parts.append(
+                CodePart(f"codes{number}", f"scale{number}", group.bits, group.channels, book.scaled)
+            )
+            turns.append(spec.rotation_of(number).matrix() * book.unit)
+        turn = torch.block_diag(*turns)
+        if spec.estimator == "prod":
+            parts.append(CodePart("sketch", "residual", 1, spec.head_dim, (-1.0, 1.0)))
+            sketch = spec.sketch_matrix() @ spec.rotation_of(0).matrix()
+            turn = torch.cat([turn, sketch * (SQRT_HALF_PI / spec.head_dim)])
+        return PartOperands(tuple(parts), turn)
 
 
 def gather_codes(planes: Planes, tokens: Tensor, widths: dict[str, tuple[int, int]], role: str) -> Planes:

@@ -167,7 +167,54 @@ class SignOperands:
         return max(len(self.filters), 1)
 
 
-KernelOperands = ScalarOperands | SignOperands
+@dataclass(frozen=True)
+class CodePart:
+    """Channels in code space that have codes and a scale of their own: each is scale * levels[code].
+
+    Args:
+        codes: name of the plane of codes.
+        scales: name of the plane of scales, one for each token.
+        bits: code width.
+        channels: C.
+        levels: 2**bits levels.
+    """
+
+    codes: str
+    scales: str
+    bits: int
+    channels: int
+    levels: tuple[float, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class PartOperands:
+    """How kernels read pages whose vectors are a sum of parts: x = sum_i turn_i.T (scale_i * levels_i).
+
+    So scores are q.x = sum_i scale_i (turn_i q).levels_i. Parts may be groups of channels, each with a
+    rotation of its own, or a code and the sketch of what it leaves over.
+
+    Args:
+        parts: one or two.
+        turn: [C of all parts, D] float64 on the CPU, the rows of turn_i one after the other.
+    """
+
+    parts: tuple[CodePart, ...]
+    turn: torch.Tensor
+    codebook: ClassVar[None] = None
+    page_keys: ClassVar[bool] = False
+    filters: ClassVar[Filters] = ()
+
+    @property
+    def head_dim(self) -> int:
+        return self.turn.shape[1]
+
+    @property
+    def bits(self) -> int:
+        """Those of the widest codes."""
+        return max(part.bits for part in self.parts)
+
+
+KernelOperands = ScalarOperands | SignOperands | PartOperands
 
 
 class PageReader(Protocol):

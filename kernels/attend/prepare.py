@@ -200,6 +200,7 @@ def prepare_kernel(
     SLOTS: tl.constexpr,
     PLAIN: tl.constexpr,
     CHAINED: tl.constexpr,
+    ALONE: tl.constexpr,
 ):
     """Prepare one row of queries (axis 0 below R), or attend one tile of 16-bit tokens (axis 0 from R on).
 
@@ -227,15 +228,18 @@ def prepare_kernel(
 
     SLOTS: weight, mean, keys and values are [slots * Hkv, ...], and slots [B] int64 names the slot of each
     batch entry. PLAIN: compute in float32. CHAINED: the next kernel may start once all programs have loaded
-    what they need; it waits for their results itself.
+    what they need; it waits for their results itself. ALONE: axis 0 has the tiles only, and queries are not
+    prepared.
     """
     program, block = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    if ALONE:
+        program += R
     head, skipped = block // blocks, block % blocks * R
     own = head
     if SLOTS:
         own = tl.load(slots_ptr + head // kv_heads) * kv_heads + head % kv_heads
     if program < R:
-        if skipped + program < rows:
+        if not ALONE and skipped + program < rows:
             _prepare(
                 query_ptr,
                 weight_ptr,

@@ -40,6 +40,61 @@ def chunks_of_heads(
     return begin, there, tl.cdiv(there, size)
 
 
+@triton.jit
+def pages_of_program(
+    used_ptr,
+    starts_ptr,
+    schedule_ptr,
+    heads,
+    blocks,
+    pages,
+    USED: tl.constexpr,
+    STARTS: tl.constexpr,
+    HEADS: tl.constexpr,
+    SCHEDULED: tl.constexpr,
+    TOKENS: tl.constexpr,
+):
+    """What a program of axis 0 reads, for a kernel with the arguments of `split_plain_kernel`.
+
+    Returns head and block of rows as int64, its first page, one past its last, and the head's first token in
+    use and one past its last. With HEADS the first page is not below the last one where it reads none.
+    """
+    split, splits = tl.program_id(0), tl.num_programs(0)
+    if SCHEDULED:
+        assigned = schedule_ptr + split * 4
+        mine, first, last = tl.load(assigned), tl.load(assigned + 1), tl.load(assigned + 2)
+    elif HEADS:
+        begin, in_use, chunks = chunks_of_heads(
+            used_ptr, starts_ptr, heads, pages, splits, HEADS, STARTS, TOKENS
+        )
+        index = tl.arange(0, HEADS)
+        ends = tl.cumsum(chunks, 0)
+        mine = tl.sum((ends <= split).to(tl.int32), 0)
+        local = split - tl.sum(tl.where(index < mine, chunks, 0), 0)
+        parts = tl.maximum(tl.sum(tl.where(index == mine, chunks, 0), 0), 1)
+        there = tl.sum(tl.where(index == mine, in_use, 0), 0)  # 0 for programs that are left over
+        skipped = tl.sum(tl.where(index == mine, begin, 0), 0)
+        first, last = skipped + local * there // parts, skipped + (local + 1) * there // parts
+        mine = tl.minimum(mine, heads - 1)
+    if HEADS:
+        head = mine.to(tl.int64)
+        block = head * blocks + tl.program_id(1)
+    else:
+        block = tl.program_id(1).to(tl.int64)
+        head = block // blocks
+    used = pages * TOKENS
+    unused = 0
+    if USED:
+        used = tl.minimum(tl.load(used_ptr + head), used)
+    if STARTS:
+        unused = tl.load(starts_ptr + head)
+        used = tl.minimum(used + unused, pages * TOKENS)
+    if not HEADS:
+        there = tl.cdiv(used, TOKENS)
+        first, last = split * there // splits, (split + 1) * there // splits
+    return head, block, first, last, unused, used
+
+
 @triton.jit(do_not_specialize=["heads", "pages", "programs"])
 def schedule_kernel(
     used_ptr,

@@ -8,7 +8,7 @@ import triton.language as tl
 
 from quantpress.kernels.attend.dense import tanh
 from quantpress.kernels.attend.lookup import code_at
-from quantpress.kernels.attend.schedule_kernel import chunks_of_heads
+from quantpress.kernels.attend.schedule_kernel import pages_of_program
 
 PAGE_TOKENS = tl.constexpr(128)
 TILE = tl.constexpr(32)
@@ -67,41 +67,13 @@ def split_plain_kernel(
     """
     split, splits = tl.program_id(0), tl.num_programs(0)
     slot = tl.program_id(1).to(tl.int64) * splits + split
-    if SCHEDULED:
-        assigned = schedule_ptr + split * 4
-        mine, first, last = tl.load(assigned), tl.load(assigned + 1), tl.load(assigned + 2)
+    head, block, first, last, unused, used = pages_of_program(
+        used_ptr, starts_ptr, schedule_ptr, heads, blocks, pages, USED, STARTS, HEADS, SCHEDULED, PAGE_TOKENS
+    )
+    if HEADS:
         if first >= last:
             return
-    elif HEADS:
-        begin, in_use, chunks = chunks_of_heads(
-            used_ptr, starts_ptr, heads, pages, splits, HEADS, STARTS, PAGE_TOKENS
-        )
-        index = tl.arange(0, HEADS)
-        ends = tl.cumsum(chunks, 0)
-        mine = tl.sum((ends <= split).to(tl.int32), 0)
-        if mine >= heads:
-            return
-        local = split - tl.sum(tl.where(index < mine, chunks, 0), 0)
-        parts = tl.sum(tl.where(index == mine, chunks, 0), 0)
-        there = tl.sum(tl.where(index == mine, in_use, 0), 0)
-        skipped = tl.sum(tl.where(index == mine, begin, 0), 0)
-        first, last = skipped + local * there // parts, skipped + (local + 1) * there // parts
-    if HEADS:
-        head = mine.to(tl.int64)
-        block = head * blocks + tl.program_id(1)
     else:
-        block = tl.program_id(1).to(tl.int64)
-        head = block // blocks
-    used = pages * PAGE_TOKENS
-    unused = 0
-    if USED:
-        used = tl.minimum(tl.load(used_ptr + head), used)
-    if STARTS:
-        unused = tl.load(starts_ptr + head)
-        used = tl.minimum(used + unused, pages * PAGE_TOKENS)
-    if not HEADS:
-        there = tl.cdiv(used, PAGE_TOKENS)
-        first, last = split * there // splits, (split + 1) * there // splits
         k_ptr += head * k_head
         v_ptr += head * v_head
         ks_ptr += head * ks_head

@@ -32,10 +32,14 @@ from quantpress.kernels.attend.operands import (
     KernelOperands,
     PackedSegment,
     PackedSide,
+    PartOperands,
+    ScalarOperands,
     Segment,
     SignOperands,
     Visibility,
 )
+from quantpress.kernels.attend.parts import launches
+from quantpress.kernels.attend.parts.operands import as_parts, padded_channels
 from quantpress.kernels.attend.schedule import (
     PROGRAMS,
     PageSchedule,
@@ -82,8 +86,8 @@ LOG2_E = math.log2(math.e)
 def supports(query: torch.Tensor, segments: Sequence[Segment], visibility: Visibility) -> bool:
     """Whether the kernels cover this call: causal, packed segments side by side, codes that they read.
 
-    These are plain codes of 1 to 4 and 8 bits, and 2 or 3 bit planes. At most one dense segment may lie in
-    front of the packed ones, and one behind them.
+    These are codes of 1 to 4 and 8 bits, in one group of channels or two, with or without a sketch; and 2 or
+    3 bit planes. At most one dense segment may lie in front of the packed ones, and one behind them.
     Where the last segment has lengths, the tokens of several queries must be among its tokens in use.
     """
     packed = [index for index, segment in enumerate(segments) if isinstance(segment, PackedSegment)]
@@ -96,7 +100,7 @@ def supports(query: torch.Tensor, segments: Sequence[Segment], visibility: Visib
     if not _reachable(query, [one for one in segments if isinstance(one, DenseSegment)]):
         return False
     pages = [one for one in segments if isinstance(one, PackedSegment)]
-    if not all(_readable(side) for one in pages for side in (one.keys, one.values)):
+    if not all(_readable(one) or _readable_in_parts(one) for one in pages):
         return False
     return query.shape[2] == 1 or after >= query.shape[2]
 
@@ -111,13 +115,29 @@ def _reachable(query: torch.Tensor, dense: list[DenseSegment]) -> bool:
     )
 
 
-def _readable(side: PackedSide) -> bool:
+def _readable(pages: PackedSegment) -> bool:
+    """Whether int8 tensor cores read keys and values."""
+    return all(_readable_side(side) for side in (pages.keys, pages.values))
+
+
+def _readable_side(side: PackedSide) -> bool:
     operands = side.codec.kernel_operands()
-    if operands is None or side.transform.order is not None:
+    if side.transform.order is not None:
         return False
     if isinstance(operands, SignOperands):
         return operands.bits in SIGN_WIDTHS and operands.head_dim in SIGN_HEAD_DIMS
+    if not isinstance(operands, ScalarOperands):
+        return False
     return operands.bits in WIDTHS and operands.codebook.form == "int8" and operands.head_dim in HEAD_DIMS
+
+
+def _readable_in_parts(pages: PackedSegment) -> bool:
+    """Whether 16-bit tensor cores read keys and values."""
+    sides = (pages.keys, pages.values)
+    found = [side.codec.kernel_operands() for side in sides]
+    parts = [None if one is None else as_parts(one) for one in found]
+    shift = pages.values.transform.mean is not None or pages.values.transform.weight is not None
+    return not shift and all(one is not None and one.head_dim in HEAD_DIMS for one in parts)
 
 
 def attend_triton(
@@ -165,7 +185,7 @@ def attend_triton(
     packed = [one for one in segments if isinstance(one, PackedSegment)]
     cap = 0.0 if softcap is None else softcap * LOG2_E
     with torch.cuda.device(query.device) if query.is_cuda else contextlib.nullcontext():
-        *others, call = (_Call(query, one, slots, scaling * LOG2_E, cap, plain) for one in packed)
+        *others, call = (_call(one)(query, one, slots, scaling * LOG2_E, cap, plain) for one in packed)
         prepared, dense = call.first(before, after, newer, len(others))
         for number, other in enumerate(others, dense[0].shape[1] - len(others)):
             other.merge(other.attend(other.first()[0]), dense, into=number)
@@ -205,7 +225,7 @@ class _Call:
         self.block = block_rows(self.rows, dim)
         self.blocks = -(-self.rows // self.block)
         self.query = query.reshape(self.heads, self.rows, dim).contiguous()
-        self.keys, self.values = _operands(packed.keys), _operands(packed.values)
+        self.keys, self.values = self._operands()
         self.used, self.starts = contiguous(packed.lengths), contiguous(packed.starts)
         self.table = packed.table if packed.table is None else _in_rows(packed.table)
         self.pages = packed.pages
@@ -218,6 +238,9 @@ class _Call:
         self.options = FUSED | self.early
         self.computed = FEW_ROWS if self.rows <= FEW_ROWS else self.block
         self.opens = not plain and opens_call(self.query, self.keys, self.values, self.computed)
+
+    def _operands(self) -> Any:
+        return _operands(self.packed.keys), _operands(self.packed.values)
 
     def _new(self, *shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device=self.query.device)
@@ -279,31 +302,43 @@ class _Call:
         self, ends: DenseArguments, constants: dict[str, Any], hidden: int, spare: int
     ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         """The first launch of its own."""
-        from quantpress.kernels.attend.prepare import prepare_kernel
-
-        dim, value_dim, transform = self.keys.head_dim, self.values.head_dim, self.packed.keys.transform
+        transform, count, filters = self.packed.keys.transform, self.heads * self.blocks, self.keys.filters
         turn = rotation_matrix(self.keys.rotation, self.query.device, inverse=True)
-        count, filters = self.heads * self.blocks, self.keys.filters
-        q = self._new(count, max(len(filters), 1), 2 * self.block, dim, dtype=torch.int8)
+        planes = max(len(filters), 1)
+        q = self._new(count, planes, 2 * self.block, self.keys.head_dim, dtype=torch.int8)
         factor, bias = (self._new(count, self.block) for _ in range(2))
         start = self._new(count, 2 * self.block, dtype=torch.int32)
+        read = [transform.weight, transform.mean, turn.halves, q, factor, start, bias]
+        constants = constants | {"HALVES": len(turn.halves), "FILTERS": sum(filters, ()), "ALONE": False}
+        units = self.keys.unit, turn.factor
+        return [q, factor, start, bias], self._first_launch(ends, read, units, constants, hidden, spare)
+
+    def _first_launch(
+        self,
+        ends: DenseArguments,
+        read: list[torch.Tensor | None],
+        units: tuple[float, float],
+        constants: dict[str, Any],
+        hidden: int,
+        spare: int,
+    ) -> list[torch.Tensor]:
+        """Sums over the 16-bit tokens, and unless ALONE queries in code space: the last four of `read`."""
+        from quantpress.kernels.attend.prepare import prepare_kernel
+
+        dim, value_dim, count = self.keys.head_dim, self.values.head_dim, self.heads * self.blocks
         tiles = [-(-tokens // DENSE_TILE) for tokens in ends.tokens]
         sums = self._sums(count, sum(tiles) + spare, value_dim)
-        quick(prepare_kernel)[(self.block + sum(tiles), count)](
+        programs = (0 if constants["ALONE"] else self.block) + sum(tiles)
+        if not programs:
+            return sums
+        quick(prepare_kernel)[(programs, count)](
             self.query,
-            transform.weight,
-            transform.mean,
-            turn.halves,
-            q,
-            factor,
-            start,
-            bias,
+            *read,
             *ends.pointers,
             self.slots,
             *sums,
             self.scale,
-            self.keys.unit,
-            turn.factor,
+            *units,
             self.rows,
             self.queries,
             self.blocks,
@@ -318,16 +353,14 @@ class _Call:
             DV=value_dim,
             R=self.block,
             TILE=DENSE_TILE,
-            HALVES=len(turn.halves),
-            PLANES=len(filters),
-            FILTERS=sum(filters, ()),
+            PLANES=len(self.keys.filters),
             PLAIN=self.plain,
             CHAINED=self.chained,
             **constants,
             num_warps=8 if max(dim, value_dim) > 128 else 4,
             **FUSED,
         )
-        return [q, factor, start, bias], sums
+        return sums
 
     def _page_scores(self) -> torch.Tensor:
         """[N, P, 2, R] float32: scores of the keys that pages store. Launched first: the others overlap."""
@@ -488,10 +521,7 @@ class _Call:
         With `into`, those of packed tokens alone are joined, and become number `into` of the sums in `dense`.
         """
         value_dim = self.values.head_dim
-        if into is not None:
-            out = dense[0]
-        elif out is None:
-            out = self._new(self.batch, self.query_heads, self.queries, value_dim, dtype=self.query.dtype)
+        out = self._output(dense, out, into)
         splits = sums[0].shape[1]
         arguments = (
             *sums,
@@ -554,12 +584,105 @@ class _Call:
             )
         return out
 
+    def _output(self, dense: list[torch.Tensor], out: torch.Tensor | None, into: int | None) -> torch.Tensor:
+        """What `merge` writes."""
+        if into is not None:
+            return dense[0]
+        shape = self.batch, self.query_heads, self.queries, self.values.head_dim
+        return self._new(*shape, dtype=self.query.dtype) if out is None else out
+
     def _merged_by_warps(self) -> bool:
         """Whether the merge needs no matrix, no filters, and no division of programs among heads."""
         hadamard = self.values.rotation.kind == "hadamard"
         return hadamard and not (
             self.plain or self.values.filters or (self.table is not None and self.schedule is None)
         )
+
+
+class _PartsCall(_Call):
+    """A call over codes in parts."""
+
+    def _operands(self) -> Any:
+        return tuple(as_parts(_operands(side)) for side in (self.packed.keys, self.packed.values))
+
+    def _rows(self) -> launches.Rows:
+        shape = self.heads, self.kv_heads, self.rows, self.queries, self.group, self.block, self.blocks
+        return launches.Rows(self.query, *shape, self.slots)
+
+    def _prepare(
+        self, ends: DenseArguments, constants: dict[str, Any], hidden: int, spare: int
+    ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        transform = self.packed.keys.transform
+        alone = constants | {"HALVES": 1, "FILTERS": (), "ALONE": True}
+        sums = self._first_launch(ends, [None] * 7, (1.0, 1.0), alone, hidden, spare)
+        shared = self._is_shared(transform)
+        return launches.turn_queries(self._rows(), self.keys, transform, shared, self.scale), sums
+
+    def attend(self, prepared: list[torch.Tensor] | Opening) -> list[torch.Tensor]:
+        assert not isinstance(prepared, Opening)
+        made = None if self.table is None else self.packed.schedule
+        self.schedule = made if made is not None and made.programs.shape[0] == self.splits else None
+        count = self.heads * self.blocks if self.table is None else self.blocks
+        channels = sum(padded_channels(part) for part in self.values.parts)
+        sums = self._sums(count, self.splits, channels)
+        schedule = None if self.schedule is None else self.schedule.programs
+        row = 0 if self.table is None else self.table.stride(1)
+        launches.attend_parts(
+            self._rows(),
+            prepared,
+            self.packed,
+            (self.keys, self.values),
+            [self.used, self.starts, self.table, schedule],
+            sums,
+            [self.pages, self.heads, self.blocks, row],
+            self.softcap,
+            {"USED": self.used is not None, "PLAIN": self.plain} | self._division(),
+        )
+        return sums
+
+    def _division(self) -> dict[str, Any]:
+        """How programs are divided among heads."""
+        return {
+            "STARTS": self.starts is not None,
+            "HEADS": self.padded if self.schedule is None else 1,
+            "SCHEDULED": self.schedule is not None,
+        }
+
+    def _programs(self) -> int:
+        if self.table is not None:  # a schedule is for these
+            return super()._programs()
+        return PLAIN_PROGRAMS if self.plain else launches.PROGRAMS * self._multiprocessors()
+
+    def merge(
+        self,
+        sums: list[torch.Tensor],
+        dense: list[torch.Tensor],
+        sinks: torch.Tensor | None = None,
+        out: torch.Tensor | None = None,
+        into: int | None = None,
+    ) -> torch.Tensor:
+        out = self._output(dense, out, into)
+        transform = self.packed.values.transform
+        heads = None if self.schedule is None else self.schedule.heads
+        launches.merge_parts(
+            self._rows(),
+            sums,
+            dense,
+            sinks,
+            out,
+            into,
+            self.values,
+            transform,
+            self._is_shared(transform),
+            [heads, self.used, self.starts],
+            self.pages,
+            self._division(),
+        )
+        return out
+
+
+def _call(packed: PackedSegment) -> type[_Call]:
+    return _Call if _readable(packed) else _PartsCall
 
 
 def opens_call(query: torch.Tensor, keys: KernelOperands, values: KernelOperands, rows: int) -> bool:
@@ -573,6 +696,8 @@ def opens_call(query: torch.Tensor, keys: KernelOperands, values: KernelOperands
         values: operands of the values.
         rows: rows that a program computes.
     """
+    if isinstance(keys, PartOperands) or isinstance(values, PartOperands):
+        return False
     small = rows <= 8 and max(keys.head_dim, values.head_dim) <= 128
     turned = keys.rotation.kind == "hadamard" and not keys.filters
     return small and turned and query.dtype in (torch.bfloat16, torch.float16)

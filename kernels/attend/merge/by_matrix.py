@@ -42,7 +42,7 @@ def _load(
 
 
 @triton.jit
-def _weights(m, total, part_m, part_l):
+def joined_weights(m, total, part_m, part_l):
     """Join partial sums part_m and part_l [N] to m and total [1]; the factors of the old and the new ones."""
     new = tl.maximum(m, tl.max(part_m, 0))
     decay, weight = tl.exp2(m - new), tl.exp2(part_m - new)
@@ -52,7 +52,7 @@ def _weights(m, total, part_m, part_l):
 @triton.jit
 def _join(m, total, y, part_o, part_m, part_l):
     """Add partial sums part_o [N, DV], part_m and part_l [N] to m, total [1] and y [DV]."""
-    m, total, decay, weight = _weights(m, total, part_m, part_l)
+    m, total, decay, weight = joined_weights(m, total, part_m, part_l)
     return m, total, y * decay + tl.sum(part_o * weight[:, None], 0)
 
 
@@ -155,7 +155,7 @@ def merge_kernel(
                 dense_o_ptr, dense_m_ptr, dense_l_ptr, 0, tiles, tiles, block, local, DV, R, TILES, 1
             )
         if PLANES:
-            m, total, decay, weight = _weights(m, total, ms, ls)
+            m, total, decay, weight = joined_weights(m, total, ms, ls)
             y = tl.sum(o * weight[:, None], 0)
             y1 = tl.sum(o1 * weight[:, None], 0)
             y2 = tl.sum(o2 * weight[:, None], 0)
@@ -170,7 +170,7 @@ def merge_kernel(
                     o2, ms, ls = _load(
                         two, m_ptr, l_ptr, start, end, splits, holder, local, DV, R, SIZE, COUNT
                     )
-                m, total, decay, weight = _weights(m, total, ms, ls)
+                m, total, decay, weight = joined_weights(m, total, ms, ls)
                 y = y * decay + tl.sum(o * weight[:, None], 0)
                 y1 = y1 * decay + tl.sum(o1 * weight[:, None], 0)
                 y2 = y2 * decay + tl.sum(o2 * weight[:, None], 0)

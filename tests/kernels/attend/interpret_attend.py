@@ -38,13 +38,15 @@ from tests.kernels.attend.test_attend import (
 from tests.kernels.attend.test_dense_pages import by_table
 
 
-def error(key_bits: int, value_bits: int, dim: int, queries: int, dtype: str, extras: str) -> float:
+def error(key_bits: float, value_bits: float, dim: int, queries: int, dtype: str, extras: str) -> float:
     """Relative error of one call against float64 attention on the decoded tokens."""
     kind = getattr(torch, dtype)
     triton_attend.MOST_QUERIES = 3 if "passes" in extras else 128
     rotation = next((kind for kind in ("haar", "identity") if kind in extras), "hadamard")
     means = "page_keys" in extras
     options = {"rotation": rotation, "page_keys": means, "planes": "planes" in extras}
+    options["codebook"] = "lloyd_max" if "lloyd" in extras else "int8"
+    options["estimator"] = "prod" if "prod" in extras else "mse"
     sides = [packed(dim, dim, bits, **options) for bits in (key_bits, value_bits)]
     keys = sides[0].keys
     if "one_transform" in extras:

@@ -34,7 +34,7 @@ def packed(
 ) -> PackedSegment:
     spec = CodecSpec(dim, bits, "key", rotation, estimator=estimator, page_keys=page_keys, codebook=codebook)
     key_codec: PageCodec = ScalarPages(spec)
-    value_codec: PageCodec = ScalarPages(CodecSpec(value_dim, bits, "value", rotation))
+    value_codec: PageCodec = ScalarPages(CodecSpec(value_dim, bits, "value", rotation, codebook=codebook))
     if planes:
         key_codec, value_codec = BitPlanes(dim, int(bits), "key"), BitPlanes(value_dim, int(bits), "value")
     keys = torch.randn(BATCH, KV_HEADS, PAGES * 128, dim) * torch.rand(dim).exp() + 3 * torch.randn(dim)

@@ -1,0 +1,9 @@
+"""Attention to packed tokens whose codes lie in parts, or have levels that are no bytes: see `PartOperands`.
+
+operands.py   which codes are read in this way
+launches.py   launches the three kernels
+queries.py    the first: queries into code space
+split.py      the second: all packed tokens, on 16-bit tensor cores
+levels.py     what it makes of packed words
+merge.py      the last: partial sums become the output
+"""

@@ -1,0 +1,91 @@
+"""Which codes are read in parts, and the matrices and levels that the kernels read them with."""
+
+from functools import lru_cache
+
+import torch
+
+from quantpress.kernels.attend.operands import CodePart, KernelOperands, PartOperands, SignOperands
+
+LEAST_CHANNELS = 32
+"""Channels of a part are padded to a power of two of at least so many."""
+
+_FACTORS = 1 << 13
+"""Factors that are tried, from 1 to 2."""
+
+
+@lru_cache(maxsize=256)
+def as_parts(operands: KernelOperands) -> PartOperands | None:
+    """Codes of any width and levels as one part; None for pages that hold keys, and for filtered planes."""
+    if isinstance(operands, PartOperands):
+        return operands
+    if operands.page_keys or operands.filters:
+        return None
+    book = operands.codebook
+    levels = (-1.0, 1.0) if isinstance(operands, SignOperands) or book is None else book.scaled
+    part = CodePart("codes0", "scale0", operands.bits, operands.head_dim, levels)
+    with torch.inference_mode(False):  # kept: must stay usable outside inference mode
+        return PartOperands((part,), operands.rotation.matrix() * operands.unit)
+
+
+def padded_channels(part: CodePart | None) -> int:
+    """Channels of a part as the kernels have them; 0 where there is none."""
+    return 0 if part is None else max(LEAST_CHANNELS, 1 << (part.channels - 1).bit_length())
+
+
+@lru_cache(maxsize=64)
+def half_levels(levels: tuple[float, ...]) -> tuple[torch.Tensor, float]:
+    """[2**b] float16 levels, and the factor that makes the given ones of them.
+
+    Odd whole numbers are exact. Others are multiplied first by what float16 rounds them least with: a table
+    of 16 levels then loses a tenth of what it would, one of 256 half.
+    """
+    with torch.inference_mode(False):  # kept, as above
+        exact = torch.tensor(levels, dtype=torch.float64, device="cpu")
+        tried = torch.logspace(0, 1, _FACTORS, base=2, dtype=torch.float64, device="cpu")
+        found = exact * tried[:, None]
+        lost = ((found.half().double() - found) / tried[:, None]).abs().amax(1)
+        best = int(lost.argmin())
+        return found[best].half(), float(1 / tried[best])
+
+
+@lru_cache(maxsize=64)
+def turn_matrix(operands: PartOperands, device: torch.device) -> torch.Tensor:
+    """[E, D] float32: the rows of `turn`, and rows of zeros behind each part's, up to its padding.
+
+    Each has the factor of `half_levels`.
+    """
+    with torch.inference_mode(False), torch.no_grad():  # kept, as above
+        rows, at = [], 0
+        for part in operands.parts:
+            own = (operands.turn[at : at + part.channels] * half_levels(part.levels)[1]).float()
+            rows.append(torch.nn.functional.pad(own, (0, 0, 0, padded_channels(part) - part.channels)))
+            at += part.channels
+        return torch.cat(rows).to(device)
+
+
+@lru_cache(maxsize=64)
+def level_rows(
+    keys: PartOperands, values: PartOperands, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The levels of two parts of keys and of two parts of values, of `half_levels`.
+
+    Returns:
+        [4, 256] float16, all levels; and [4, 4] int32, the registers of `parts.levels` for up to 4 bits: the
+        low bytes of eight levels, or of as many positive ones where there are 2 or 16 levels, and their high
+        bytes.
+    """
+    with torch.inference_mode(False):  # kept, as above
+        rows = torch.zeros(4, 256, dtype=torch.float16, device="cpu")
+        tables = torch.zeros(4, 4, dtype=torch.int32, device="cpu")
+        for side, operands in enumerate((keys, values)):
+            for number, part in enumerate(operands.parts, 2 * side):
+                levels = half_levels(part.levels)[0]
+                rows[number, : len(levels)] = levels
+                if part.bits <= 4:
+                    held = torch.zeros(8, dtype=torch.float16, device="cpu")
+                    own = levels[len(levels) // 2 :] if part.bits in (1, 4) else levels
+                    held[: len(own)] = own
+                    tables[number] = (
+                        held.view(torch.uint8).view(8, 2).T.contiguous().view(torch.int32).view(4)
+                    )
+        return rows.to(device), tables.to(device)

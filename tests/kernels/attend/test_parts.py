@@ -1,0 +1,265 @@
+"""Attention over codes in parts, and over levels that are no bytes."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from quantpress.codecs.scalar import ScalarPages
+from quantpress.kernels.attend import DenseSegment, PackedSegment, PackedSide, Segment, Visibility, attend
+from quantpress.kernels.attend.operands import PartOperands
+from quantpress.kernels.attend.parts.launches import warps
+from quantpress.kernels.attend.parts.operands import (
+    as_parts,
+    half_levels,
+    level_rows,
+    padded_channels,
+    turn_matrix,
+)
+from quantpress.kernels.attend.reference import attend_reference
+from quantpress.kernels.attend.triton_attend import block_rows, supports
+from quantpress.kernels.layout import unpack_pages
+from quantpress.quantization.codebook import codebook
+from quantpress.quantization.spec import CodecSpec
+from quantpress.quantization.transform import key_statistics, value_statistics
+from tests.kernels.attend.test_attend import pooled, side_by_side
+from tests.kernels.attend.test_triton_attend import compiled, double_attention, resources, unused
+from tests.kernels.interpreter import interpret
+from tests.kernels.ptx import run_ptx
+
+CPU = torch.device("cpu")
+INTERPRETED = [
+    [4, 3, 64, 1, "float32", "lloyd one_transform"],
+    [8, 2, 64, 3, "bfloat16", "lloyd lengths sinks softcap out"],
+    [3.5, 2.5, 64, 6, "float32", ""],  # two blocks of rows
+    [2.25, 3.75, 64, 1, "float32", "haar alone"],
+    [1.5, 3.5, 64, 1, "float32", "lloyd pool right alone few"],
+    [3, 3, 64, 2, "float32", "prod lengths"],
+    [2, 4, 64, 3, "float32", "prod pool few side_by_side"],
+    [3.5, 3, 64, 1, "float32", "pool shared sinks_in_pages"],
+    [3.5, 2.5, 64, 4, "float32", "pool dense_tables shared one_transform side_by_side"],
+    [3.5, 4, 64, 2, "float32", "two lengths sinks"],
+    [1, 1, 256, 1, "float32", "alone"],
+]
+
+
+def test_interpreter() -> None:
+    """Every way of reading parts, against float64; levels that float16 rounds are all that is lost."""
+    script = Path(__file__).with_name("interpret_attend.py")
+    errors = json.loads(interpret(str(script), json.dumps(INTERPRETED)).splitlines()[-1])
+    found = dict(zip(map(str, INTERPRETED), errors, strict=True))
+    assert max(errors) < 1e-3, found
+    assert max(error for case, error in found.items() if "lloyd" not in case) < 5e-5, found
+
+
+def operands(bits: float, **options: Any) -> PartOperands:
+    found = as_parts(ScalarPages(CodecSpec(64, bits, "key", **options)).kernel_operands())
+    assert found is not None
+    return found
+
+
+@pytest.mark.parametrize(
+    ("bits", "options"), [(3.5, {}), (2.25, {"rotation": "haar"}), (4, {"estimator": "prod"}), (1, {})]
+)
+def test_parts_add_up_to_what_is_decoded(bits: float, options: dict[str, Any]) -> None:
+    codec = ScalarPages(CodecSpec(64, bits, "key", **options))
+    keys = torch.randn(1, 2, 256, 64)
+    transform = key_statistics(keys, torch.rand(1, 2, 64), codec.groups, mean=False)
+    planes = codec.encode(keys, transform)
+    own, at, total = operands(bits, **options), 0, torch.zeros(1, 2, 256, 64, dtype=torch.float64)
+    for part in own.parts:
+        codes = unpack_pages(planes[part.codes], part.bits, part.channels, "key").flatten(2, 3)
+        levels = torch.tensor(part.levels, dtype=torch.float64)[codes.long()]
+        scaled = levels * planes[part.scales].flatten(2, 3).double().unsqueeze(-1)
+        total += scaled @ own.turn[at : at + part.channels]
+        at += part.channels
+    expected = codec.decode(planes, transform, torch.float64)
+    assert (transform.invert(total) - expected).norm() < 1e-6 * expected.norm()
+    padded = turn_matrix(own, CPU)
+    assert padded.shape == (sum(map(padded_channels, own.parts)), 64) and padded.dtype == torch.float32
+
+
+@pytest.mark.parametrize(("bits", "most"), [(1, 1e-6), (2, 5e-6), (3, 2e-5), (4, 1e-4), (8, 3e-4)])
+@pytest.mark.parametrize("dim", [32, 64, 128])
+def test_levels_lose_little_in_float16(dim: int, bits: int, most: float) -> None:
+    exact = torch.tensor(codebook(bits, dim, "lloyd_max").scaled, dtype=torch.float64)
+    levels, factor = half_levels(tuple(exact.tolist()))
+    assert levels.dtype == torch.float16
+    assert (levels.double() * factor - exact).abs().max() < most * exact.max()
+    odd = codebook(bits, dim).scaled
+    assert half_levels(odd)[1] == 1 and half_levels(odd)[0].tolist() == list(odd)
+
+
+@pytest.mark.parametrize("form", ["int8", "lloyd_max"])
+@pytest.mark.parametrize("bits", [1, 2, 3, 4])
+def test_assembly_looks_levels_up(bits: int, form: str) -> None:
+    pytest.importorskip("triton")
+    from quantpress.kernels.attend.parts.levels import LOOKUP
+
+    own = operands(bits, codebook=form)
+    rows, tables = level_rows(own, own, CPU)
+    code = torch.randint(2**bits, (512, 4))
+    half = 2 ** (bits - 1)
+    picked, sign = code, torch.zeros_like(code)
+    if bits in (1, 4):  # magnitude and sign
+        picked, sign = torch.where(code < half, half - 1 - code, code - half), (code < half).long()
+    spare = torch.randint(2**7, (512, 4))  # other bits where the signs are
+    words = [(picked << 4 * torch.arange(4)).sum(1), ((sign << 7 | spare) << 8 * torch.arange(4)).sum(1)]
+    inputs = [word.to(torch.int64).numpy().astype(np.uint32) for word in words]
+    inputs += [np.full(512, int(word) & 0xFFFFFFFF, np.uint32) for word in tables[2]]
+    outputs = run_ptx(str(LOOKUP.value), inputs, 4)
+    got = np.stack([word.astype(np.uint16).view(np.float16) for word in outputs], 1)
+    assert torch.equal(torch.from_numpy(got), rows[2][code])
+
+
+@pytest.mark.parametrize(
+    ("keys", "values", "bits", "dim", "rows", "capability", "heads"),
+    [
+        ((128,), (128,), (4, 2), 128, 4, 80, 0),
+        ((64, 64), (64, 64), (4, 3, 4, 3), 128, 8, 90, 1),
+        ((128, 128), (128,), (3, 1, 3), 128, 8, 90, 0),
+        ((32, 96), (128,), (3, 2, 8), 128, 16, 100, 64),
+        ((256,), (256,), (1, 4), 256, 8, 100, 0),
+    ],
+)
+def test_kernels_compile_without_a_gpu(
+    keys: tuple[int, ...],
+    values: tuple[int, ...],
+    bits: tuple[int, ...],
+    dim: int,
+    rows: int,
+    capability: int,
+    heads: int,
+) -> None:
+    pytest.importorskip("triton")
+    from quantpress.kernels.attend.parts.merge import merge_parts_kernel
+    from quantpress.kernels.attend.parts.queries import turn_queries_kernel
+    from quantpress.kernels.attend.parts.split import split_parts_kernel
+
+    channels = dict(zip(("K", "K2", "V", "V2"), (*keys, 0)[:2] + (*values, 0)[:2], strict=True))
+    given = iter(bits)
+    split: dict[str, Any] = dict(channels)
+    split |= {f"{name}_BITS": next(given) if own else 0 for name, own in channels.items()}
+    padded = {f"{name}P": own and max(32, 1 << (own - 1).bit_length()) for name, own in channels.items()}
+    division = {"STARTS": heads > 0, "HEADS": heads, "SCHEDULED": heads == 1}
+    split |= padded | division | {"R": block_rows(rows, dim), "USED": heads > 0, "PLAIN": False}
+    kernel = compiled(split_parts_kernel, split, capability, warps(dim))
+    assert "mma" in kernel.asm["ptx"] and "prmt.b32" in kernel.asm["ptx"]
+    assert kernel.metadata.shared <= 99 * 1024 and len(kernel.asm["cubin"]) > 0
+    if dim == 128 and rows <= 8:
+        assert "STACK:0" in resources(kernel), "registers are spilled"
+    shared = {"ORDERED": len(keys) > 1, "SHARED": heads == 64, "SLOTS": heads == 1}
+    queries = shared | {"D": dim, "SIZE": 32, "HAS_WEIGHT": True, "HAS_MEAN": heads > 0}
+    merge = shared | division | {"DV": dim, "V": padded["VP"], "V2": padded["V2P"], "R": 8, "SIZE": 32}
+    merge |= {"HAS_SINKS": heads == 0, "PARTIAL": heads == 64}
+    for other, constants in ((turn_queries_kernel, queries), (merge_parts_kernel, merge)):
+        binary = compiled(other, constants, capability, 4 if other is turn_queries_kernel else 2 * warps(dim))
+        assert binary.metadata.shared <= 99 * 1024 and len(binary.asm["cubin"]) > 0
+
+
+SIDES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "paper": ({"bits": 4, "codebook": "lloyd_max", "rotation": "haar", "scale": "norm"},) * 2,
+    "lloyd_3_2": ({"bits": 3, "codebook": "lloyd_max"}, {"bits": 2, "codebook": "lloyd_max"}),
+    "lloyd_8_8": ({"bits": 8, "codebook": "lloyd_max"},) * 2,
+    "3.5": ({"bits": 3.5},) * 2,
+    "1.25_2.75": ({"bits": 1.25}, {"bits": 2.75}),
+    "4_3.5": ({"bits": 4}, {"bits": 3.5}),
+    "prod_4_3": ({"bits": 4, "estimator": "prod"}, {"bits": 3}),
+    "prod_2_lloyd_4": ({"bits": 2, "estimator": "prod"}, {"bits": 4, "codebook": "lloyd_max"}),
+    "1": ({"bits": 1},) * 2,
+}
+
+
+def on_device(name: str, dim: int, shape: tuple[int, int, int], size: float = 1.0) -> PackedSegment:
+    """Packed pages with mean, weights and an order of channels, encoded on the GPU; shape: B, Hkv, T."""
+    key, value = (
+        ScalarPages(CodecSpec(dim, role=role, **own))
+        for role, own in zip(("key", "value"), SIDES[name], strict=True)
+    )
+    keys = torch.randn(*shape, dim, device="cuda") * torch.rand(dim, device="cuda").exp()
+    keys += 2 * torch.randn(dim, device="cuda")
+    values = size * torch.randn(*shape, dim, device="cuda") * torch.rand(dim, device="cuda").exp()
+    values[:, :, 5] = 0
+    moment = torch.rand(*shape[:2], dim, device="cuda") + 0.1
+    transforms = key_statistics(keys, moment, key.groups), value_statistics(values, value.groups)
+    return PackedSegment(
+        PackedSide(key, key.encode(keys, transforms[0]), transforms[0]),
+        PackedSide(value, value.encode(values, transforms[1]), transforms[1]),
+    )
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tokens", [128, 384, 8192, 131072])
+@pytest.mark.parametrize("name", SIDES)
+@pytest.mark.parametrize("dim", [64, 128, 256])
+def test_error_on_a_gpu(dim: int, name: str, tokens: int) -> None:
+    pages = on_device(name, dim, (1, 2, tokens))
+    for dtype, limit in ((torch.float32, 1e-3), (torch.bfloat16, 3e-3)):
+        query = (2 * torch.randn(1, 8, 1, dim, device="cuda")).to(dtype)
+        recent = torch.randn(1, 2, 130, dim, device="cuda").to(dtype)
+        segments: list[Segment] = [pages, DenseSegment(recent, recent)]
+        assert supports(query, segments, Visibility(1, tokens + 130))
+        got = attend(query, segments, Visibility(1, tokens + 130), scaling=dim**-0.5)
+        expected = double_attention(query, segments, dim**-0.5)
+        assert got.dtype == dtype
+        assert float((got.double() - expected).norm() / expected.norm()) < limit
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["3.5", "prod_4_3"])
+@pytest.mark.parametrize("queries", [1, 7, 129])
+@pytest.mark.parametrize("group", [1, 4, 32])
+def test_groups_and_query_tokens(group: int, queries: int, name: str) -> None:
+    """In a graph, replayed with other queries; beside pages of another kind."""
+    pages = on_device(name, 128, (2, 2, 1024)), on_device("lloyd_3_2", 128, (2, 2, 384))
+    query = torch.randn(2, 2 * group, queries, 128, device="cuda", dtype=torch.float16)
+    first, recent = (torch.randn(2, 2, n, 128, device="cuda", dtype=torch.float16) for n in (4, 150))
+    segments: list[Segment] = [DenseSegment(first, first), *pages, DenseSegment(recent, recent)]
+    options: dict[str, Any] = {"softcap": 20.0, "sinks": torch.randn(2 * group, device="cuda")}
+    visibility = Visibility(queries, 1408 + 154)
+    assert supports(query, segments, visibility)
+    attend(query, segments, visibility, scaling=0.1, **options)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = attend(query, segments, visibility, scaling=0.1, **options)
+    query.normal_()
+    graph.replay()
+    expected = double_attention(query, segments, 0.1, **options)
+    assert float((got.double() - expected).norm() / expected.norm()) < 2.5e-3
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("queries", [1, 7])
+@pytest.mark.parametrize("name", ["paper", "3.5", "1.25_2.75", "prod_2_lloyd_4"])
+def test_pages_by_table_on_a_gpu(name: str, queries: int) -> None:
+    pages = on_device(name, 128, (2, 3, 64 * 128))
+    recent = torch.randn(2, 3, 200, 128, device="cuda", dtype=torch.float16)
+    lengths = torch.tensor([[5000, 128, 0], [1, 8192, 3333]], dtype=torch.int32, device="cuda")
+    begins = torch.tensor([[0, 77, 3], [150, 1, 193]], dtype=torch.int32, device="cuda")
+    starts = 64 * 128 - lengths
+    query = torch.randn(2, 12, queries, 128, device="cuda", dtype=torch.float16)
+    dropped = torch.cat([unused(64 * 128, starts, lengths), unused(200, begins, 200 - begins)], -1)
+    segments: list[Segment] = [
+        side_by_side(pooled(pages, lengths, starts)),
+        DenseSegment(recent, recent, 200 - begins, begins),
+    ]
+    visibility = Visibility(queries, 64 * 128 + 200)
+    assert supports(query, segments, visibility)
+    got = attend(query, segments, visibility, scaling=128**-0.5)
+    whole = Visibility(queries, 64 * 128 + 200, dropped=dropped)
+    plain: list[Segment] = [pages, DenseSegment(recent, recent)]
+    expected = attend_reference(query.double(), plain, whole, scaling=128**-0.5)
+    assert float((got.double() - expected).norm() / expected.norm()) < 2.5e-3
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("size", [1e-6, 1e-3, 300.0])
+def test_values_of_any_size(size: float) -> None:
+    pages = on_device("3.5", 128, (1, 2, 2048), size)
+    query = torch.randn(1, 8, 1, 128, device="cuda")
+    got = attend(query, [pages], Visibility(1, 2048), scaling=0.1)
+    expected = attend_reference(query, [pages], Visibility(1, 2048), scaling=0.1)
+    assert float((got - expected).norm() / expected.norm()) < 1e-3
