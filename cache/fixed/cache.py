@@ -95,6 +95,25 @@ class FixedCache:
             for layer in self.layers:
                 layer.stepping = False
 
+    def pad(self, padding: torch.Tensor | None) -> bool:
+        """Hide so many tokens in front of each sequence from the next steps.
+
+        Args:
+            padding: [B or 1] integers, for a cache whose layers are all packed and hold all tokens; None: no
+                padding.
+
+        Returns:
+            Whether steps read other tensors than before: those that were captured do not fit.
+        """
+        padded, before = padding is not None, self.counters.padded
+        if padding is not None:
+            self.counters.padding.copy_(padding)
+        self.counters.padded = padded
+        for one in self.fixed_layers:
+            if isinstance(one, FixedPackedLayer):
+                one.shown.active = padded
+        return padded != before
+
     def replayed(self) -> None:
         """Count, on the host, what a replayed step counts on the device."""
         for one in self.fixed_layers:

@@ -36,7 +36,8 @@ class FixedPackedLayer:
         heads = tokens.sinks.kv_heads
         newest, recent, _ = counters.bound(index, heads)
         self.layer = layer
-        self.window = Window(tokens, newest, counters.packed[index, :, :heads], recent)
+        self.shown = counters.shown(index, heads, tokens.sinks.tokens)
+        self.window = Window(tokens, newest, counters.packed[index, :, :heads], recent, self.shown)
 
     def fits(self) -> bool:
         """Whether the memory can be used for the tokens that the layer holds now."""

@@ -2,6 +2,8 @@
 
 import torch
 
+from quantpress.cache.tokens.fixed_tokens import Shown
+
 ENDLESS = 1 << 62
 
 
@@ -16,6 +18,7 @@ class StepCounters:
     Attributes:
         newest: [layers, 1] int64, index of the newest token in the memory that steps write to.
         packed, recent: [layers, B, Hkv] int32, tokens in use in pages, and in that memory.
+        padding: [B] int32, the tokens in front of each sequence that steps hide, if `padded`.
     """
 
     def __init__(self, layers: int, shape: tuple[int, int], device: torch.device) -> None:
@@ -26,6 +29,10 @@ class StepCounters:
         self._slots = torch.full_like(self.newest, ENDLESS)
         self._most = torch.full_like(self.recent, torch.iinfo(torch.int32).max)
         self._rings = self._windows = False
+        self.padded = False
+        self.padding = torch.zeros(shape[0], dtype=torch.int32, device=device)
+        self._sinks = torch.zeros_like(self.packed)
+        self._shown = torch.zeros(2, 3, *self.packed.shape, dtype=torch.int32, device=device)
 
     def bound(
         self, layer: int, heads: int, window: int | None = None, ring: bool = False
@@ -50,6 +57,11 @@ class StepCounters:
         starts = self._starts[layer, :, :heads] if slides else None
         return self.newest[layer], self.recent[layer, :, :heads], starts
 
+    def shown(self, layer: int, heads: int, sinks: int) -> Shown:
+        """What steps write where `padded`: which tokens of a packed layer count."""
+        self._sinks[layer] = sinks
+        return Shown(*self._shown[:, :, layer, :, :heads])
+
     def advance(self) -> None:
         """Count one more token in every layer, which the layers then write. Part of the captured step."""
         self.newest += 1
@@ -60,3 +72,10 @@ class StepCounters:
             torch.minimum(self.recent, self._most, out=self.recent)
         if self._windows:
             self._starts.copy_(self.newest.unsqueeze(-1) + 1 - self.recent)
+        if self.padded:
+            ahead = self.padding[:, None].expand_as(self.packed)  # [layers, B, Hkv]
+            for part, tokens in enumerate((self._sinks, self.packed, self.recent)):
+                starts = torch.minimum(ahead.clamp(min=0), tokens)
+                self._shown[0, part].copy_(tokens - starts)
+                self._shown[1, part].copy_(starts)
+                ahead = ahead - tokens

@@ -10,7 +10,7 @@ window become a page, and never asks the device. Sinks, pages and transforms sta
 held here. Only the window of recent tokens is copied, on the way in and on the way out.
 """
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -72,6 +72,21 @@ class StepMemory:
         write_token(self.keys, self.values, self.newest, keys, values)
 
 
+@dataclass
+class Shown:
+    """Which tokens of a layer count in a batch with padding on the left: sinks, pages and recent tokens.
+
+    Args:
+        lengths: [3, B, Hkv] int32, how many of each.
+        starts: [3, B, Hkv] int32, the first of them.
+        active: whether the batch has padding.
+    """
+
+    lengths: torch.Tensor
+    starts: torch.Tensor
+    active: bool = False
+
+
 class Window(StepMemory):
     """The memory for the recent tokens of a packed layer, and what counts the layer's tokens on the device.
 
@@ -80,6 +95,7 @@ class Window(StepMemory):
         newest: [1] int64, index of the newest token.
         packed: [B, Hkv] int32, tokens in use in pages.
         recent: [B, Hkv] int32, tokens in use here.
+        shown: those that count in a padded batch.
 
     Attributes:
         starts: [2, B, Hkv] int32, the first token in use in pages and here, where heads keep different
@@ -87,16 +103,23 @@ class Window(StepMemory):
     """
 
     def __init__(
-        self, tokens: PackedTokens, newest: torch.Tensor, packed: torch.Tensor, recent: torch.Tensor
+        self,
+        tokens: PackedTokens,
+        newest: torch.Tensor,
+        packed: torch.Tensor,
+        recent: torch.Tensor,
+        shown: Shown | None = None,
     ) -> None:
         super().__init__(tokens.recent, window_tokens(tokens.settings), newest)
-        self.packed, self.recent = packed, recent
+        self.packed, self.recent, self.shown = packed, recent, shown
         self.starts = None if tokens.heads is None else packed.new_zeros(2, *packed.shape)
 
     @property
     def counters(self) -> list[torch.Tensor]:
         """The tensors that say which tokens are in use."""
         counters = [self.newest, self.packed, self.recent]
+        if self.shown is not None and self.shown.active:
+            counters += [self.shown.lengths, self.shown.starts]
         return counters if self.starts is None else [*counters, self.starts]
 
     def fits(self, tokens: PackedTokens) -> bool:
@@ -176,6 +199,11 @@ class FixedTokens:
         """Whether the window must be flushed before the next step."""
         return self.used == self.window.capacity
 
+    @property
+    def in_order(self) -> bool:
+        """Whether every head holds the same tokens, one after the other."""
+        return self._tokens.heads is None and self._tokens.demoted is None
+
     def __len__(self) -> int:
         """Slots; see `PackedTokens`."""
         return len(self._tokens) + self.used
@@ -216,6 +244,8 @@ class FixedTokens:
     def step_segments(self) -> tuple[Segment, ...]:
         """The whole memory, with lengths on the device."""
         window, heads, sinks = self.window, self._tokens.heads, self._tokens.sinks
+        if window.shown is not None and window.shown.active:
+            return self._shown_segments(window.shown)
         starts = (None, None) if window.starts is None else window.starts
         packed = self._tokens.packed_segment((window.packed, starts[0]), to_capacity=True)
         recent = DenseSegment(window.keys, window.values, window.recent, starts[1])
@@ -224,6 +254,15 @@ class FixedTokens:
         if not sinks.tokens:
             return *pages, recent
         return sinks if heads is None else heads.counted_sinks(sinks), *pages, recent
+
+    def _shown_segments(self, shown: Shown) -> tuple[Segment, ...]:
+        first, pages, recent = zip(shown.lengths, shown.starts, strict=True)
+        segments: list[Segment] = [self._tokens.packed_segment(pages, to_capacity=True)]
+        segments.append(DenseSegment(self.window.keys, self.window.values, *recent))
+        sinks = self._tokens.sinks
+        return (
+            (replace(sinks, lengths=first[0], starts=first[1]), *segments) if sinks.tokens else (*segments,)
+        )
 
     def addresses(self) -> list[int]:
         """The addresses of everything that a step reads and writes."""

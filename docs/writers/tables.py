@@ -96,6 +96,7 @@ THEN = {
     "changes": ("the cache", WARNING),
     "compiled_under": ("`compile=True`", "an error"),
     "mask": ("the step", THIS_STEP),
+    "padded": ("the step and the cache", THIS_STEP),
     "gradients": ("the step", THIS_STEP),
     "others_sample": ("the call", "until that call ends"),
 }

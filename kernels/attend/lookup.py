@@ -6,6 +6,7 @@ registers. A level 2 * b + 1 is held as the byte b: its negative, -2 * b - 1, is
 of 8 bits is b + 128, so that one `xor` makes bytes of four codes.
 """
 
+import math
 from functools import lru_cache
 
 import torch
@@ -15,6 +16,8 @@ import triton.language as tl
 from quantpress.quantization.codebook import Codebook
 
 LANES = 32
+FINE = 1 / 256
+"""What a fine level counts, in units of the coarse ones."""
 
 
 @lru_cache(maxsize=64)
@@ -28,12 +31,16 @@ def lookup_table(keys: Codebook | None, values: Codebook | None, device: torch.d
 
     Returns:
         [4, 32] int32: a row for each register, two for keys and two for values, and a column for each lane.
-        Cached and shared: do not write to it.
+        [8, 32] where some levels are of two bytes: as many rows for the fine ones. Cached and shared: do not
+        write to it.
     """
     rows = []
+    pairs = [bytes_of_levels(book) for book in (keys, values)]
+    parts = [coarse for coarse, _ in pairs]
+    if any(fine for _, fine in pairs):
+        parts += [fine for _, fine in pairs]
     with torch.inference_mode(False):  # kept: must stay usable outside inference mode
-        for book in (keys, values):
-            levels = [] if book is None else [int(level) for level in book.scaled]
+        for levels in parts:
             if len(levels) == 16:  # magnitudes only
                 levels = levels[len(levels) // 2 :]
             elif len(levels) == 256:  # what makes codes bytes: b = -128 four times
@@ -42,6 +49,30 @@ def lookup_table(keys: Codebook | None, values: Codebook | None, device: torch.d
             rows += [sum(byte << (8 * i) for i, byte in enumerate(held[at : at + 4])) for at in (0, 4)]
         words = torch.tensor(rows, dtype=torch.int64, device="cpu").to(torch.int32)  # wraps to the same bits
         return words[:, None].expand(-1, LANES).contiguous().to(device)
+
+
+def bytes_of_levels(book: Codebook | None) -> tuple[list[int], list[int]]:
+    """Levels as odd whole numbers: a coarse one each, and where they are not whole a fine one for the rest.
+
+    The fine ones count in `FINE` of the coarse unit, of which the largest level has 255. So a level is off by
+    half of a fine unit at most, 2 ** -16 of the largest.
+    """
+    if book is None or book.form == "int8":
+        return [] if book is None else [int(level) for level in book.scaled], []
+    exact = [level * (255 / book.scaled[-1]) for level in book.scaled[len(book.scaled) // 2 :]]
+    coarse = [_odd(level) for level in exact]
+    fine = [_odd((level - own) / FINE) for level, own in zip(exact, coarse, strict=True)]
+    return _symmetric(coarse), _symmetric(fine)
+
+
+def _odd(number: float) -> int:
+    """The nearest odd whole number that a byte holds."""
+    return min(max(2 * math.floor(number / 2) + 1, -255), 255)
+
+
+def _symmetric(positive: list[int]) -> list[int]:
+    """The numbers of negative levels and those of positive ones."""
+    return [-number for number in reversed(positive)] + positive
 
 
 # Operands: first the outputs, then each packed word four times (once for each byte of the output), then the

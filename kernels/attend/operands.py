@@ -105,6 +105,10 @@ class DenseSegment:
         return self.keys.device
 
 
+MOST_FINE = 255.0
+"""The largest level of two bytes, in units of the coarse one."""
+
+
 @dataclass(frozen=True)
 class ScalarOperands:
     """How kernels read pages of scalar codes: each channel of a vector in code space is scale * level[code].
@@ -133,8 +137,21 @@ class ScalarOperands:
         return self.codebook.bits
 
     @property
+    def fine(self) -> bool:
+        """Whether a level is two bytes: odd whole numbers of one unit, and of a 256th of it."""
+        return self.codebook.form != "int8"
+
+    @property
     def unit(self) -> float:
-        return self.codebook.unit
+        """Factor on all `levels`."""
+        book = self.codebook
+        return book.unit * book.scaled[-1] / MOST_FINE if self.fine else book.unit
+
+    @property
+    def levels(self) -> tuple[float, ...]:
+        """Those of the codes; up to `MOST_FINE` where they are `fine`."""
+        book = self.codebook
+        return tuple(level * (book.unit / self.unit) for level in book.scaled) if self.fine else book.scaled
 
 
 @dataclass(frozen=True)
@@ -156,6 +173,8 @@ class SignOperands:
     unit: float
     filters: Filters = ()
     codebook: ClassVar[None] = None
+    fine: ClassVar[bool] = False
+    levels: ClassVar[tuple[float, ...]] = (-1.0, 1.0)
     page_keys: ClassVar[bool] = False
 
     @property
@@ -201,6 +220,8 @@ class PartOperands:
     parts: tuple[CodePart, ...]
     turn: torch.Tensor
     codebook: ClassVar[None] = None
+    fine: ClassVar[bool] = False
+    levels: ClassVar[tuple[float, ...]] = ()
     page_keys: ClassVar[bool] = False
     filters: ClassVar[Filters] = ()
 

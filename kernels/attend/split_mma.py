@@ -14,7 +14,8 @@ of one `mma.m16n8k32`, which one thread holds and adds up. A product has room fo
 are exact, so the only loss is 2 ** -16 of the largest query coordinate, or weight.
 
 Over bit planes (K_SIGNS, V_SIGNS) a byte is 0 or -1, and a vector has a level for each plane: the scores are
-a sum over planes, each with queries of its own, and every plane of the values has its own sum o.
+a sum over planes, each with queries of its own, and every plane of the values has its own sum o. Levels that
+are not whole (K_FINE, V_FINE) have a second byte, which counts a 256th, and a second product.
 
 A packed word goes from memory to the tensor core without leaving its thread (`words`): `prmt` makes bytes of
 its codes (`lookup`), and the rows and columns of the products are numbered so that each thread loads 16 bytes
@@ -71,6 +72,7 @@ from quantpress.kernels.attend.words import (
 )
 
 PAGE_TOKENS = gl.constexpr(128)
+FINE = gl.constexpr(1 / 256)
 
 
 @gluon.jit
@@ -224,6 +226,8 @@ def _step(
     V_BITS: gl.constexpr,
     K_SIGNS: gl.constexpr,
     V_SIGNS: gl.constexpr,
+    K_FINE: gl.constexpr,
+    V_FINE: gl.constexpr,
     HALVES: gl.constexpr,
     MASKED: gl.constexpr,
     STARTS: gl.constexpr,
@@ -297,6 +301,13 @@ def _step(
         if HALVES == 1:
             s2 = sums_with_keys(q0, k2, start, ROWS, D, mma)
             s3 = sums_with_keys(q0, k3, start, ROWS, D, mma)
+        if K_FINE:
+            k0, k1, k2, k3 = levels_of(a, b, c, step, tables, 2, D, K_BITS, HALVES)
+            s0 += sums_with_keys(q0, k0, start, ROWS, D, mma) * FINE
+            s1 += sums_with_keys(q0, k1, start, ROWS, D, mma) * FINE
+            if HALVES == 1:
+                s2 += sums_with_keys(q0, k2, start, ROWS, D, mma) * FINE
+                s3 += sums_with_keys(q0, k3, start, ROWS, D, mma) * FINE
     pool_row = next_row
     if STAGED_K:
         fetch_words(
@@ -395,6 +406,10 @@ def _step(
     else:
         v0, v1, v2, v3 = levels_of(a, b, c, step, tables, 1, DV, V_BITS, HALVES)
         acc0 = acc0 * fade + weighted_sums(n0, n1, n2, n3, v0, v1, v2, v3, ROWS, DV, mma, HALVES) * grow
+        if V_FINE:
+            v0, v1, v2, v3 = levels_of(a, b, c, step, tables, 3, DV, V_BITS, HALVES)
+            grow = grow * FINE
+            acc0 += weighted_sums(n0, n1, n2, n3, v0, v1, v2, v3, ROWS, DV, mma, HALVES) * grow
     return pool_row, ka, kb, kc, va, vb, vc, m, total, weight, acc0, acc1, acc2
 
 
@@ -503,6 +518,8 @@ def split_mma_kernel(
     V_BITS: gl.constexpr,
     K_SIGNS: gl.constexpr,
     V_SIGNS: gl.constexpr,
+    K_FINE: gl.constexpr,
+    V_FINE: gl.constexpr,
     HALVES: gl.constexpr,
     USED: gl.constexpr,
     STARTS: gl.constexpr,
@@ -542,6 +559,8 @@ def split_mma_kernel(
 
     K_SIGNS, V_SIGNS: keys, or values, are bit planes, K_BITS or V_BITS of them, of `SignOperands`. Then q is
     [N, K_BITS, 2R, D], and o [A, S, R, V_BITS, DV], a sum for each plane.
+
+    K_FINE, V_FINE: a level of keys, or of values, is one byte and another one of a 256th; lookup is [8, 32].
 
     ROWS: rows that are computed, R, or 4 where no head has more.
 
@@ -690,10 +709,15 @@ def split_mma_kernel(
         )
     else:
         ka, kb, kc = key_words(k_ptr + pool_row * k_page, 0, D, K_BITS, K_SIGNS, HALVES)
-    tables = gl.allocate_shared_memory(gl.int32, [4, 32], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    tables = gl.allocate_shared_memory(
+        gl.int32, [8 if K_FINE or V_FINE else 4, 32], gl.SwizzledSharedLayout(1, 1, 1, [0])
+    )
     table = lookup_ptr + gl.arange(0, 32, layout=gl.BlockedLayout([1], [32], [1], [0]))
     low_k, high_k = gl.load(table), gl.load(table + 32)
     low_v, high_v = gl.load(table + 64), gl.load(table + 96)
+    if K_FINE or V_FINE:
+        low_fine_k, high_fine_k = gl.load(table + 128), gl.load(table + 160)
+        low_fine_v, high_fine_v = gl.load(table + 192), gl.load(table + 224)
     if OPENS:  # behind the codes: the assembler would put off what follows the first sum
         own = head
         if SLOTS:
@@ -712,6 +736,11 @@ def split_mma_kernel(
     tables.index(1).store(high_k)
     tables.index(2).store(low_v)
     tables.index(3).store(high_v)
+    if K_FINE or V_FINE:
+        tables.index(4).store(low_fine_k)
+        tables.index(5).store(high_fine_k)
+        tables.index(6).store(low_fine_v)
+        tables.index(7).store(high_fine_v)
     blank, _ = high_and_low(gl.full([32, 2 * ROWS], 0.0, gl.float32, mma), 32, ROWS)
     by_row: gl.constexpr = gl.SliceLayout(0, blank.type.layout)
     row = gl.arange(0, ROWS, layout=by_row)
@@ -814,6 +843,8 @@ def split_mma_kernel(
                     V_BITS,
                     K_SIGNS,
                     V_SIGNS,
+                    K_FINE,
+                    V_FINE,
                     HALVES,
                     part == 1,
                     STARTS,
@@ -838,6 +869,8 @@ def split_mma_kernel(
     kept = block % blocks * R + o_row < rows
     o_ptr += (slot * R + o_row[:, None]) * (V_PLANES * DV) + value[None, :]
     lacking = of_rows(gl.sum(weight, 0), acc0)
+    if V_FINE:
+        lacking = lacking * (1.0 + FINE)
     gl.store(o_ptr, _in_order(2.0 * acc0 + lacking, ROWS, DV, written), mask=kept[:, None])
     if V_PLANES > 1:
         gl.store(o_ptr + DV, _in_order(2.0 * acc1 + lacking, ROWS, DV, written), mask=kept[:, None])

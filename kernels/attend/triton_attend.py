@@ -128,7 +128,8 @@ def _readable_side(side: PackedSide) -> bool:
         return operands.bits in SIGN_WIDTHS and operands.head_dim in SIGN_HEAD_DIMS
     if not isinstance(operands, ScalarOperands):
         return False
-    return operands.bits in WIDTHS and operands.codebook.form == "int8" and operands.head_dim in HEAD_DIMS
+    fits = operands.bits in WIDTHS and (operands.bits < 8 or not operands.fine)
+    return fits and operands.head_dim in HEAD_DIMS
 
 
 def _readable_in_parts(pages: PackedSegment) -> bool:
@@ -442,8 +443,8 @@ class _Call:
             from quantpress.kernels.attend.split_plain import split_plain_kernel
 
             levels = [
-                torch.tensor(book.scaled if book else (-1, 1), dtype=torch.float32, device=self.query.device)
-                for book in books
+                torch.tensor(side.levels, dtype=torch.float32, device=self.query.device)
+                for side in (self.keys, self.values)
             ]
             split_plain_kernel[grid](
                 q,
@@ -464,6 +465,7 @@ class _Call:
             from quantpress.kernels.attend.lookup import lookup_table
             from quantpress.kernels.attend.split_mma import split_mma_kernel
 
+            constants |= {"K_FINE": self.keys.fine, "V_FINE": self.values.fine}
             steps = steps_of_page(self.keys, self.values, self.computed, self.table is not None)
             quick(split_mma_kernel)[(grid[0] + opening.beside, grid[1])](
                 lookup_table(*books, self.query.device),
@@ -724,7 +726,8 @@ def steps_of_page(keys: KernelOperands, values: KernelOperands, rows: int, paged
         paged: whether heads have page tables, which need registers too.
     """
     bits, few = max(keys.bits, values.bits), rows <= FEW_ROWS
-    large = bits > 4 or max(keys.head_dim, values.head_dim) > 128 or rows > 8
+    fine = bits == 4 and (keys.fine or values.fine)
+    large = fine or bits > 4 or max(keys.head_dim, values.head_dim) > 128 or rows > 8
     many = (bits == 4 and (paged or not few)) or (three_planes(keys, values) and not few)
     return 2 if large or many else 1
 

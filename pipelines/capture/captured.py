@@ -35,9 +35,9 @@ def captured_decoding(
     Nothing else changes: `model.generate` works with sampling, stopping criteria, processors and streamers,
     and logits are the caller's own copy. The first two tokens run without a graph. The third is captured,
     which takes about as long as one forward, and so is the next token after the cache has outgrown its
-    capacity. Other forwards run without a graph: several tokens at once, padded batches, and caches in which
-    a packed layer has no full page yet. docs/limits.md lists everything that rules a graph out. Where speed
-    could be expected and cannot be had, one warning says why.
+    capacity. Other forwards run without a graph: several tokens at once, batches padded in other ways than
+    on the left, and caches in which a packed layer has no full page yet. docs/limits.md lists everything that
+    rules a graph out. Where speed could be expected and cannot be had, one warning says why.
 
     Several threads may be inside, each in a context of its own or all in one. `DynamicCache`'s own layers,
     full and sliding, take part, in memory of their own.

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from transformers import Cache, PreTrainedModel
 
+from quantpress.cache.attention.causal import left_padding
 from quantpress.cache.fixed.cache import FixedCache
 from quantpress.cache.layer import PackedLayer
 from quantpress.pipelines.capture.eligibility import JoinKernels, refuse, why_not
@@ -72,7 +73,8 @@ class CapturedDecoding:
         self._eager_left = WARM_STEPS  # steps to run eagerly before the next capture
         self._given_up = self._was_step = False
         self._changes = 0
-        self._unpadded = -1  # width of the last mask that is known to hide nothing
+        self._seen = -1  # width of the last mask that was looked at
+        self._padding: torch.Tensor | None = None  # what it hides in front of each sequence
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The model's forward."""
@@ -85,7 +87,7 @@ class CapturedDecoding:
         if step is None or not eligible or not self._enter(step):
             self._was_step = False
             if step is None:
-                self._unpadded = -1
+                self._seen = -1
             return self._forward(*args, **kwargs)
         self._was_step = True
         try:
@@ -116,13 +118,13 @@ class CapturedDecoding:
         known = self._cache is not None and self._cache.cache is step.cache
         if self._cache is not None and known and self._cache.entered:
             self._changes = 0
-            return self._hides_nothing(step.mask)
+            return self._reads(step) and self._pad()
         if why_not(cache=step.cache):
             reasons = why_not(cache=step.cache, lasting=True)
             if reasons and any(isinstance(layer, PackedLayer) for layer in step.cache.layers):
                 self._warn(reasons)
             return False
-        if not self._hides_nothing(step.mask):
+        if not self._reads(step):
             return False
         self._changes += known and self._was_step
         shared = self._model, step.cache
@@ -130,7 +132,7 @@ class CapturedDecoding:
             self._give_up(reasons)
             return False
         self._fix(step.cache)
-        return True
+        return self._pad()
 
     def _fix(self, cache: Cache) -> None:
         if self._cache is None or not self._cache.fits(cache):
@@ -147,14 +149,31 @@ class CapturedDecoding:
         if addresses != self._addresses:
             self._addresses, self._graph = addresses, None
 
-    def _hides_nothing(self, mask: torch.Tensor | None) -> bool:
-        """Whether a mask hides no token. A mask one token wider than the last is trusted without a look."""
+    def _reads(self, step: SingleToken) -> bool:
+        """Whether steps can hide what the mask hides.
+
+        A mask one token wider than the last is trusted without a look.
+        """
+        mask = step.mask
         if mask is None:
+            self._padding = None
             return True
-        grown = mask.dim() == 2 and mask.shape[1] == self._unpadded + 1
-        if not grown and why_not(mask=mask):
+        if mask.dim() == 2 and mask.shape[1] == self._seen + 1:
+            self._seen += 1
+            return True
+        if why_not(mask=mask):
             return False
-        self._unpadded = mask.shape[1]
+        found = left_padding(mask, 1, mask.shape[1])
+        padding = found.starts if found is not None and found.most else None
+        if padding is not None and why_not(padded=(mask, step.cache)):
+            return False
+        self._seen, self._padding = mask.shape[1], padding
+        return True
+
+    def _pad(self) -> bool:
+        """Hide the padding from the next step; always True."""
+        if self._fixed().pad(self._padding):
+            self._graph = None
         return True
 
     def _run(self, step: SingleToken) -> Any:

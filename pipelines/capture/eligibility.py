@@ -12,6 +12,7 @@ from torch import nn
 from transformers import Cache, PreTrainedModel
 from transformers.generation.configuration_utils import GenerationMode
 
+from quantpress.cache.attention.causal import left_padding
 from quantpress.cache.fixed.fixable import CACHE_RULES
 from quantpress.cache.layer import PackedLayer
 from quantpress.cache.ranks import ranks_of
@@ -108,6 +109,23 @@ def _masks_slots(model: nn.Module) -> bool:
     return any(named_to_hide(module) is not None for module in attention_modules(model))
 
 
+def _holds_others(padded: tuple[torch.Tensor, Cache]) -> Found:
+    """The first layer whose tokens before the newest are not those of the mask, one after the other."""
+    tokens = padded[0].shape[1] - 1
+    layers = enumerate(getattr(padded[1], "layers", ()))
+    index = next((index for index, layer in layers if not _holds_all(layer, tokens)), None)
+    return None if index is None else {"layer": index}
+
+
+def _holds_all(layer: object, tokens: int) -> bool:
+    if not isinstance(layer, PackedLayer):
+        return False
+    if layer.fixed is not None:
+        return len(layer.fixed) == tokens and layer.fixed.in_order
+    held = layer.tokens
+    return held is not None and len(held) == tokens and held.heads is None and held.demoted is None
+
+
 RULES: dict[str, tuple[Rule, ...]] = {
     "device": (Rule("the model is on {device}", _off_cuda),),
     "press": (Rule("{press} acts during decoding", _decode_time_press),),
@@ -155,8 +173,16 @@ RULES: dict[str, tuple[Rule, ...]] = {
     ),
     "mask": (
         Rule(
-            "the attention mask hides tokens",
-            lambda mask: mask.dim() != 2 or not bool(mask.all()),
+            "the attention mask hides more than padding on the left",
+            lambda mask: mask.dim() != 2 or left_padding(mask, 1, mask.shape[1]) is None,
+            lasting=False,
+        ),
+    ),
+    "padded": (
+        Rule(
+            "the batch is padded, and layer {layer} of the cache is not packed, was evicted from, or holds "
+            "demoted tokens",
+            _holds_others,
             lasting=False,
         ),
     ),
@@ -177,6 +203,7 @@ def why_not(
     changes: int = 0,
     compiled_under: BasePress | None = None,
     mask: torch.Tensor | None = None,
+    padded: tuple[torch.Tensor, Cache] | None = None,
     gradients: bool = False,
     others_sample: bool = False,
     lasting: bool = False,
@@ -193,6 +220,7 @@ def why_not(
         changes: how many steps in a row found that the cache was changed since the step before.
         compiled_under: the press of an enabled model whose steps are to be compiled.
         mask: the step's attention mask, [B, T] of 0 and 1. Reading it waits for the device.
+        padded: a mask with padding on the left, and the cache, as it is before the step.
         gradients: whether the step records gradients.
         others_sample: whether another call of `generate` on the model may draw random numbers meanwhile.
         lasting: leave out reasons that may go away with a later token.

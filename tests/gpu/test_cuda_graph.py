@@ -415,3 +415,38 @@ def test_a_plain_cache_that_outgrows_its_room_is_captured_again() -> None:
     with captured_decoding(model, cuda_graph=True, new_tokens=10, **EXACT) as steps:
         got = answer(model, read(model, None), max_new_tokens=60)
     assert torch.equal(got, expected) and steps.captures == 2
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"bits": 3}, {"bits": 3.5}, {"bits": 4, "estimator": "prod"}, {"preset": "paper"}],
+    ids=lambda options: "_".join(map(str, options.values())),
+)
+@pytest.mark.parametrize("hidden", [(0, 0), (300, 20)], ids=str)
+def test_padded_batches_and_every_codec_are_replayed(
+    hidden: tuple[int, int], options: dict[str, Any]
+) -> None:
+    """The tokens of steps without a graph, in a batch with padding on the left or without any."""
+    model, ids = model_on_cuda(), prompt(600, batch=2).cuda()
+    mask = torch.stack([(torch.arange(600) >= count).long() for count in hidden]).cuda()
+    name = options.get("preset")
+    press = TurboQuant(**options) if name is None else TurboQuant.preset(name)
+
+    def generated(**chosen: Any) -> tuple[torch.Tensor, int]:
+        cache = DynamicCache()
+        with torch.no_grad(), press(model):
+            model.model(input_ids=ids * mask, attention_mask=mask, past_key_values=cache)
+        with captured_decoding(model, **EXACT, **chosen) as steps:
+            tokens = model.generate(
+                torch.cat((ids * mask, ids[:, :1]), 1),
+                attention_mask=torch.cat((mask, mask[:, -1:]), 1),
+                past_key_values=cache,
+                max_new_tokens=NEW_TOKENS,
+                do_sample=False,
+            )
+        return tokens, steps.replays
+
+    expected, none = generated(cuda_graph=False)
+    got, replays = generated()
+    assert none == 0 and replays > NEW_TOKENS - 10
+    assert torch.equal(got, expected)

@@ -12,14 +12,8 @@ from quantpress.kernels.available import FUSED
 from quantpress.kernels.quick import quick
 from quantpress.quantization.transform import ChannelTransform
 
-WARPS = 4
-"""Warps of a program, at a head_dim up to 128; twice as many above."""
-
-STAGES = 1
-"""Tiles whose words are on their way at a time."""
-
-PROGRAMS = 4
-"""Programs of the split kernel per multiprocessor."""
+PROGRAMS = 8
+"""Programs of the split kernel per multiprocessor that are meant to run at a time."""
 
 MERGED = 32
 """Partial sums that are joined at a time."""
@@ -40,9 +34,14 @@ class Rows:
     slots: torch.Tensor | None
 
 
-def warps(dim: int) -> int:
-    """Warps of a program."""
-    return WARPS if dim <= 128 else 2 * WARPS
+def warps(keys: PartOperands, values: PartOperands) -> int:
+    """Warps of a program of the split kernel: as few as hold its sums in registers.
+
+    On an H200, values in two parts took 275 us with two warps, 285 with one and 465 with four (131072 tokens,
+    3.5 bits), and in one part 179, 274 and 317.
+    """
+    many = max(keys.head_dim, values.head_dim) > 128
+    return (2 if many else 1) * len(values.parts)
 
 
 def turn_queries(
@@ -133,8 +132,8 @@ def attend_parts(
         R=call.block,
         **own_constants,
         **constants,
-        num_warps=warps(max(one.head_dim for one in operands)),
-        num_stages=STAGES,
+        num_warps=warps(*operands),
+        num_stages=1,
         **FUSED,
     )
 
@@ -215,6 +214,6 @@ def merge_parts(
         HAS_SINKS=sinks is not None,
         PARTIAL=into is not None,
         **constants,
-        num_warps=2 * warps(values.head_dim),
+        num_warps=8 if values.head_dim <= 128 else 16,
         **FUSED,
     )

@@ -4,7 +4,7 @@ from functools import lru_cache
 
 import torch
 
-from quantpress.kernels.attend.operands import CodePart, KernelOperands, PartOperands, SignOperands
+from quantpress.kernels.attend.operands import CodePart, KernelOperands, PartOperands
 
 LEAST_CHANNELS = 32
 """Channels of a part are padded to a power of two of at least so many."""
@@ -20,9 +20,7 @@ def as_parts(operands: KernelOperands) -> PartOperands | None:
         return operands
     if operands.page_keys or operands.filters:
         return None
-    book = operands.codebook
-    levels = (-1.0, 1.0) if isinstance(operands, SignOperands) or book is None else book.scaled
-    part = CodePart("codes0", "scale0", operands.bits, operands.head_dim, levels)
+    part = CodePart("codes0", "scale0", operands.bits, operands.head_dim, operands.levels)
     with torch.inference_mode(False):  # kept: must stay usable outside inference mode
         return PartOperands((part,), operands.rotation.matrix() * operands.unit)
 

@@ -9,9 +9,9 @@ from quantpress.kernels.attend.triton_attend import attend_triton, supports
 from tests.cache.paged.paging import dense, exact, random_states, relative_error, small
 
 
-def errors(queries: int, order: list[int]) -> list[float]:
+def errors(queries: int, order: list[int], bits: tuple[float, float]) -> list[float]:
     """Sequences with and without pages, against float64 attention on the decoded tokens."""
-    paged = small(64, bits=(4, 3), recent_tokens=20, max_sequences=3, num_blocks=9)
+    paged = small(64, bits=bits, recent_tokens=20, max_sequences=3, num_blocks=9)
     for tokens in (160, 5, 290):
         paged.add(*random_states(paged, tokens=tokens))
     plan = paged.plan(order)
@@ -24,4 +24,4 @@ def errors(queries: int, order: list[int]) -> list[float]:
 
 
 if __name__ == "__main__":
-    print(json.dumps(errors(3, [2, 1])))
+    print(json.dumps(errors(3, [2, 1], (4, 3)) + errors(1, [1, 2], (3.5, 2.5))))

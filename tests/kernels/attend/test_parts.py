@@ -11,7 +11,6 @@ import torch
 from quantpress.codecs.scalar import ScalarPages
 from quantpress.kernels.attend import DenseSegment, PackedSegment, PackedSide, Segment, Visibility, attend
 from quantpress.kernels.attend.operands import PartOperands
-from quantpress.kernels.attend.parts.launches import warps
 from quantpress.kernels.attend.parts.operands import (
     as_parts,
     half_levels,
@@ -32,7 +31,7 @@ from tests.kernels.ptx import run_ptx
 
 CPU = torch.device("cpu")
 INTERPRETED = [
-    [4, 3, 64, 1, "float32", "lloyd one_transform"],
+    [4, 8, 64, 1, "float32", "lloyd one_transform"],
     [8, 2, 64, 3, "bfloat16", "lloyd lengths sinks softcap out"],
     [3.5, 2.5, 64, 6, "float32", ""],  # two blocks of rows
     [2.25, 3.75, 64, 1, "float32", "haar alone"],
@@ -146,7 +145,7 @@ def test_kernels_compile_without_a_gpu(
     padded = {f"{name}P": own and max(32, 1 << (own - 1).bit_length()) for name, own in channels.items()}
     division = {"STARTS": heads > 0, "HEADS": heads, "SCHEDULED": heads == 1}
     split |= padded | division | {"R": block_rows(rows, dim), "USED": heads > 0, "PLAIN": False}
-    kernel = compiled(split_parts_kernel, split, capability, warps(dim))
+    kernel = compiled(split_parts_kernel, split, capability, len(values) * max(dim // 128, 1))
     assert "mma" in kernel.asm["ptx"] and "prmt.b32" in kernel.asm["ptx"]
     assert kernel.metadata.shared <= 99 * 1024 and len(kernel.asm["cubin"]) > 0
     if dim == 128 and rows <= 8:
@@ -156,7 +155,7 @@ def test_kernels_compile_without_a_gpu(
     merge = shared | division | {"DV": dim, "V": padded["VP"], "V2": padded["V2P"], "R": 8, "SIZE": 32}
     merge |= {"HAS_SINKS": heads == 0, "PARTIAL": heads == 64}
     for other, constants in ((turn_queries_kernel, queries), (merge_parts_kernel, merge)):
-        binary = compiled(other, constants, capability, 4 if other is turn_queries_kernel else 2 * warps(dim))
+        binary = compiled(other, constants, capability, 4 if other is turn_queries_kernel else 8)
         assert binary.metadata.shared <= 99 * 1024 and len(binary.asm["cubin"]) > 0
 
 

@@ -11,8 +11,12 @@ import torch
 
 from quantpress.kernels.attend import PackedSegment, Visibility
 from quantpress.kernels.attend import triton_attend as launching
+from quantpress.kernels.attend.lookup import FINE, bytes_of_levels
+from quantpress.kernels.attend.operands import ScalarOperands
 from quantpress.kernels.attend.reference import attend_reference
 from quantpress.kernels.attend.schedule import PageSchedule
+from quantpress.quantization.codebook import codebook
+from quantpress.quantization.rotation import Rotation
 from tests.kernels.attend import emulate_gluon
 from tests.kernels.attend.test_attend import (
     BATCH,
@@ -217,6 +221,32 @@ def test_widths_and_head_dims(
         *run(PackedSegment(keys.keys, values.values), queries), 1e-3 if 1 in (key_bits, value_bits) else 2e-4
     )
     assert len(emulated.launches) == 1
+
+
+@pytest.mark.parametrize(
+    ("key_bits", "value_bits", "dim", "queries"), [(4, 4, 128, 1), (3, 2, 64, 5), (2, 3, 256, 1)]
+)
+def test_levels_of_two_bytes(
+    key_bits: int, value_bits: int, dim: int, queries: int, emulated: Emulated
+) -> None:
+    """Those of Lloyd and Max; keys alone, and both."""
+    keys, plain = packed(dim, dim, key_bits, codebook="lloyd_max"), packed(dim, dim, value_bits)
+    check(*run(PackedSegment(keys.keys, plain.values), queries))
+    values = packed(dim, dim, value_bits, codebook="lloyd_max")
+    check(*run(PackedSegment(keys.keys, values.values), queries))
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize("dim", [64, 128, 256])
+def test_two_bytes_are_as_fine_as_16_bits(dim: int, bits: int) -> None:
+    book = codebook(bits, dim, "lloyd_max")
+    operands = ScalarOperands(Rotation(dim), book)
+    coarse, fine = bytes_of_levels(book)
+    assert all(level % 2 == 1 and abs(level) <= 255 for level in coarse + fine)
+    assert coarse == [-level for level in reversed(coarse)] and fine == [-level for level in reversed(fine)]
+    found = [(one + other * FINE) * operands.unit for one, other in zip(coarse, fine, strict=True)]
+    off = max(abs(got - exact) for got, exact in zip(found, book.levels, strict=True))
+    assert off <= 1.001 / (255 * 256) * book.levels[-1]
 
 
 @pytest.mark.parametrize(

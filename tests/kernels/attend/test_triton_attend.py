@@ -191,27 +191,33 @@ def compiled(kernel: Any, constants: dict[str, Any], capability: int, warps: int
         (1, 3, 128, 8, 90, 1),
         (8, 4, 128, 8, 80, 0),
         (8, 3, 128, 8, 90, 1),
+        (4.1, 4.1, 128, 4, 90, 0),
+        (3.1, 2.1, 128, 8, 80, 1),
+        (4, 3.1, 64, 16, 100, 0),
     ],
 )
 def test_split_kernel_compiles_without_a_gpu(
-    heads: int, capability: int, key_bits: int, value_bits: int, dim: int, rows: int
+    heads: int, capability: int, key_bits: float, value_bits: float, dim: int, rows: int
 ) -> None:
     """On int8 tensor cores; codes go from memory to registers, 3 bits at head_dim 256 by shared memory.
 
-    Negative bits are bit planes.
+    Negative bits are bit planes, and a tenth more means levels of two bytes.
     """
     pytest.importorskip("triton")
     from quantpress.kernels.attend.split_mma import split_mma_kernel
 
+    fine = {"K_FINE": key_bits != int(key_bits), "V_FINE": value_bits != int(value_bits)}
+    form = "lloyd_max" if any(fine.values()) else "int8"
+    key_bits, value_bits = int(key_bits), int(value_bits)
     keys, values = (
-        ScalarPages(CodecSpec(dim, bits, role)) if bits > 0 else TrellisPages(dim, -bits, role)
+        ScalarPages(CodecSpec(dim, bits, role, codebook=form)) if bits > 0 else TrellisPages(dim, -bits, role)
         for bits, role in ((key_bits, "key"), (value_bits, "value"))
     )
     halves = steps_of_page(*(codec.kernel_operands() for codec in (keys, values)), rows, heads > 0)
     staged = 3 in (key_bits, value_bits) and (dim == 256 or key_bits == 8)
     staged = (staged or (-3 in (key_bits, value_bits) and rows > 4)) and capability >= 90
     constants = {"D": dim, "DV": dim, "R": max(rows, 8), "ROWS": rows}
-    constants |= {"K_BITS": abs(key_bits), "V_BITS": abs(value_bits)}
+    constants |= fine | {"K_BITS": abs(key_bits), "V_BITS": abs(value_bits)}
     constants |= {"K_SIGNS": key_bits < 2, "V_SIGNS": value_bits < 2, "USED": heads > 0}
     constants |= {"HALVES": halves}
     constants |= {

@@ -157,7 +157,17 @@ CASES: dict[str, tuple[str, Callable[[], Any], str]] = {
         "numbers positions anew, and a compiled step would not see them (call disable(model) and read under "
         "the press instead)",
     ),
-    "the attention mask": ("mask", lambda: torch.tensor([[0, 1, 1]]), "the attention mask hides tokens"),
+    "the attention mask": (
+        "mask",
+        lambda: torch.tensor([[1, 0, 1]]),
+        "the attention mask hides more than padding on the left",
+    ),
+    "the batch is padded": (
+        "padded",
+        lambda: (torch.tensor([[0, 1, 1]]), cache_with(lambda _: None)),
+        "the batch is padded, and layer 0 of the cache is not packed, was evicted from, or holds demoted "
+        "tokens",
+    ),
     "gradients": ("gradients", lambda: True, "gradients are recorded"),
     "another thread's call": ("others_sample", lambda: True, "another thread's call of generate samples"),
 }
@@ -172,7 +182,8 @@ ALLOWED: dict[str, Callable[[], Any]] = {
     "changes": lambda: MOST_CHANGES - 1,
     "compiled_under": TurboQuant,
     "shared": lambda: (tiny_model("llama"), uneven_cache()),
-    "mask": lambda: torch.ones(2, 3),
+    "mask": lambda: torch.tensor([[0, 1, 1], [1, 1, 1]]),
+    "padded": lambda: (torch.tensor([[0, 1, 1, 1, 1, 1]]), DynamicCache()),
     "gradients": lambda: False,
     "others_sample": lambda: False,
 }
