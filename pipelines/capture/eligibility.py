@@ -242,6 +242,7 @@ def why_not(
         "changes": changes,
         "compiled_under": compiled_under,
         "mask": mask,
+        "padded": padded,
         "gradients": gradients,
         "others_sample": others_sample,
     }

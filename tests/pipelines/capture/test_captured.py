@@ -143,15 +143,16 @@ def test_padded_batches_are_steps(bits: float, hidden: tuple[int, int]) -> None:
     assert steps.eager_steps == 129 + NEW_TOKENS - 1
 
 
-def test_other_masks_are_decoded_as_always() -> None:
+def test_other_masks_and_padded_plain_layers_are_decoded_as_always() -> None:
     model, ids = tiny_model("llama"), prompt(300, batch=2)
-    mask = torch.ones_like(ids)
-    mask[1, 20:40] = 0
+    hole, front = torch.ones_like(ids), torch.ones_like(ids)
+    hole[1, 20:40] = front[1, :40] = 0
     settings = lossless(recent_tokens=16)
-    expected = generate(model, ids, packed_cache(model, settings), attention_mask=mask)
-    with captured_decoding(model) as steps:
-        got = generate(model, ids, packed_cache(model, settings), attention_mask=mask)
-    assert torch.equal(got, expected) and steps.eager_steps == 0
+    for mask, cache in ((hole, lambda: packed_cache(model, settings)), (front, DynamicCache)):
+        expected = generate(model, ids, cache(), attention_mask=mask)
+        with captured_decoding(model) as steps:
+            got = generate(model, ids, cache(), attention_mask=mask)
+        assert torch.equal(got, expected) and steps.eager_steps == 0
 
 
 def test_a_short_context_is_fixed_once_it_is_packed() -> None:
