@@ -653,7 +653,8 @@ class _PartsCall(_Call):
     def _programs(self) -> int:
         if self.table is not None:  # a schedule is for these
             return super()._programs()
-        return PLAIN_PROGRAMS if self.plain else launches.PROGRAMS * self._multiprocessors()
+        own = launches.programs(self.keys, self.values)
+        return PLAIN_PROGRAMS if self.plain else own * self._multiprocessors()
 
     def merge(
         self,

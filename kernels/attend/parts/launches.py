@@ -12,8 +12,8 @@ from quantpress.kernels.available import FUSED
 from quantpress.kernels.quick import quick
 from quantpress.quantization.transform import ChannelTransform
 
-PROGRAMS = 8
-"""Programs of the split kernel per multiprocessor that are meant to run at a time."""
+MOST_WARPS = 8
+"""Warps of the split kernel for which a multiprocessor has registers, as the assembler gives them out."""
 
 MERGED = 32
 """Partial sums that are joined at a time."""
@@ -37,11 +37,21 @@ class Rows:
 def warps(keys: PartOperands, values: PartOperands) -> int:
     """Warps of a program of the split kernel: as few as hold its sums in registers.
 
-    On an H200, values in two parts took 275 us with two warps, 285 with one and 465 with four (131072 tokens,
-    3.5 bits), and in one part 179, 274 and 317.
+    On an H200, values in two parts took 285, 275 and 465 us with one, two and four warps (131072 tokens, 3.5
+    bits), and in one part 179, 274 and 317.
     """
     many = max(keys.head_dim, values.head_dim) > 128
     return (2 if many else 1) * len(values.parts)
+
+
+def programs(keys: PartOperands, values: PartOperands) -> int:
+    """Programs of the split kernel that a multiprocessor runs at a time; more of them would begin late.
+
+    Two channel groups of 128 take 168 registers a thread: twelve warps.
+    """
+    own = warps(keys, values)
+    spared = own == 2 and max(keys.head_dim, values.head_dim) <= 128
+    return 6 if spared else MOST_WARPS // own
 
 
 def turn_queries(

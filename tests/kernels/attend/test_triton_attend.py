@@ -143,7 +143,7 @@ POINTERS = {
 }
 
 
-def compiled(kernel: Any, constants: dict[str, Any], capability: int, warps: int) -> Any:
+def compiled(kernel: Any, constants: dict[str, Any], capability: int, warps: int, stages: int = 3) -> Any:
     """A kernel as machine code for a GPU that need not be here."""
     import triton
     from triton.backends.compiler import GPUTarget
@@ -168,7 +168,7 @@ def compiled(kernel: Any, constants: dict[str, Any], capability: int, warps: int
         {(names.index(name),): value for name, value in constants.items()},
         {(index,): [["tt.divisibility", 16]] for index in aligned},
     )
-    options = {"num_warps": warps} | FUSED
+    options = {"num_warps": warps, "num_stages": stages} | FUSED
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 
 

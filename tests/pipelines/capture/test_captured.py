@@ -126,21 +126,20 @@ def test_other_ways_of_decoding_are_still_right(arguments: dict[str, Any]) -> No
     assert torch.equal(getattr(got, "sequences", got), getattr(expected, "sequences", expected))
 
 
-@pytest.mark.parametrize("hidden", [(0, 40), (290, 3)], ids=str)
-@pytest.mark.parametrize("bits", [16, 3.5])
+@pytest.mark.parametrize(("bits", "hidden"), [(16, (370, 3)), (3.5, (0, 140))], ids=str)
 def test_padded_batches_are_steps(bits: float, hidden: tuple[int, int]) -> None:
-    """Padding in front of sinks, of pages or of recent tokens, of which pages are made meanwhile."""
-    model, ids = tiny_model("llama"), prompt(300, batch=2)
+    """Padding ends in sinks, in pages or in recent tokens, of which a page is made meanwhile."""
+    model, ids = tiny_model("llama"), prompt(CONTEXT_TOKENS, batch=2)
     settings = lossless(recent_tokens=16) if bits == 16 else scalar(bits=bits, recent_tokens=16)
-    mask = torch.stack([(torch.arange(300) >= count).long() for count in hidden])
-    options: dict[str, Any] = {"attention_mask": mask, "max_new_tokens": 130}
+    mask = torch.stack([(torch.arange(CONTEXT_TOKENS) >= count).long() for count in hidden])
+    options: dict[str, Any] = {"attention_mask": mask}
     expected = generate(model, ids * mask, packed_cache(model, settings), **options)
     with captured_decoding(model) as steps:
         got = generate(model, ids * mask, packed_cache(model, settings), **options)
-        assert torch.equal(got, expected) and steps.eager_steps == 129
+        assert torch.equal(got, expected) and steps.eager_steps == NEW_TOKENS - 1
         plain = generate(model, ids, packed_cache(model, settings))
     assert torch.equal(plain, generate(model, ids, packed_cache(model, settings)))
-    assert steps.eager_steps == 129 + NEW_TOKENS - 1
+    assert steps.eager_steps == 2 * (NEW_TOKENS - 1)
 
 
 def test_other_masks_and_padded_plain_layers_are_decoded_as_always() -> None:
