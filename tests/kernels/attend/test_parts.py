@@ -32,14 +32,11 @@ from tests.kernels.ptx import run_ptx
 
 CPU = torch.device("cpu")
 INTERPRETED = [
-    [4, 8, 64, 1, "float32", "lloyd one_transform"],
     [8, 2, 64, 3, "bfloat16", "lloyd lengths sinks softcap out"],
-    [3.5, 2.5, 64, 6, "float32", ""],  # two blocks of rows
     [2.25, 3.75, 64, 1, "float32", "haar alone"],
-    [3, 3, 64, 2, "float32", "prod lengths"],
     [2, 4, 64, 3, "float32", "prod pool few side_by_side"],
-    [3.5, 2.5, 64, 4, "float32", "pool dense_tables shared sinks_in_pages one_transform side_by_side"],
-    [3.5, 4, 64, 2, "float32", "two lengths sinks"],
+    [3.5, 2.5, 64, 6, "float32", "pool dense_tables shared sinks_in_pages one_transform side_by_side"],
+    [3.5, 4, 64, 1, "float32", "two lengths sinks"],
     [1, 1, 256, 1, "float32", "alone"],
 ]
 
