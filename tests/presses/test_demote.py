@@ -10,6 +10,7 @@ import pytest
 import torch
 from transformers import DynamicCache
 
+from quantpress import presses
 from quantpress.cache import PackedLayer, cache_memory
 from quantpress.cache.attention.dispatch import _attend_view
 from quantpress.cache.attention.states import PackedStates
@@ -63,6 +64,19 @@ def test_what_falls_is_what_the_press_would_evict() -> None:
         expected = middle.gather(2, largest.unsqueeze(-1).expand(-1, -1, -1, middle.shape[-1]))
         found = layer.keys[:, :, : 4 + count] + 0
         assert torch.equal(found[:, :, 4:], expected) and torch.equal(found[:, :, :4], before[:, :, :4])
+
+
+@pytest.mark.parametrize(
+    "name", ["Compactor", "CUR", "ExpectedAttention", "KeyDiff", "LagKV", "SnapKV", "TOVA"]
+)
+def test_scores_of_kvpress_alone(name: str) -> None:
+    """What kvpress's contexts give to attention modules is there, and gone afterwards."""
+    model = tiny_model("qwen3")
+    before = [sorted(vars(layer.self_attn)["_modules"]) for layer in model.model.layers]
+    cache = read(model, Compose([Demote(getattr(presses, name)(0.5)), lossless()]), IDS)
+    assert cache.layers[-1].tokens.demoted_tokens == 256
+    assert answer(model, cache, TOKENS) == answer(model, read(model, lossless(), IDS), TOKENS)
+    assert [sorted(vars(layer.self_attn)["_modules"]) for layer in model.model.layers] == before
 
 
 @pytest.mark.parametrize("tokens", [9, 40, 205])
