@@ -24,6 +24,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from datetime import date
 from functools import partial
+from itertools import zip_longest
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -110,10 +111,10 @@ class Measurement:
         return template.format(line["ratio"])
 
     def jobs(self, press: str) -> list[Callable[[], None]]:
-        """What is still to be measured of a press."""
+        """What is still to be measured of a press, deep and shallow cases in turn."""
         asked = [
             partial(self._answer, press, case, way)
-            for case in self.cases
+            for case in (*self.cases[::2], *self.cases[1::2])
             for way in WAYS
             if not self.records.has("tasks", press, f"{case.name}, {way}")
         ]
@@ -122,7 +123,7 @@ class Measurement:
             for name in self.pieces
             if press != UNCOMPRESSED and not self.records.has("divergence", press, name)
         ]
-        return [*asked, *scored]
+        return [*scored, *asked]
 
     def _ask(self, press: str, case: Case, question_aware: bool) -> TaskResult:
         make = (lambda: None) if press == UNCOMPRESSED else partial(parse_press, press)
@@ -155,7 +156,7 @@ def rows(records: Records, presses: Sequence[str]) -> list[dict[str, Any]]:
         kl = [line["kl"] for line in records.of("divergence", press)]
         diverged = {"KL": float(f"{mean(kl):.3g}")} if kl else {}
         found.append(
-            {"cache": press, "cases": len(lines) // 2, **ways, **diverged, "ratio": round(whole / kept, 2)}
+            {"cache": press, "cases": len(seen), **ways, **diverged, "ratio": round(whole / kept, 2)}
         )
     return found
 
@@ -187,7 +188,8 @@ def main() -> None:
         for template in templates:
             status.update(f"the ratio of {template}")
             presses.append(run.press_of(template, args.share))
-    jobs = [job for press in presses for job in run.jobs(press)]
+    in_turn = zip_longest(*(run.jobs(press) for press in presses))
+    jobs = [job for some in in_turn for job in some if job is not None]
     for job in track(jobs, console=Console(stderr=True)):
         job()
     report = {
