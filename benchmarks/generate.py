@@ -168,8 +168,8 @@ def show(arguments: argparse.Namespace, weights: int, results: Sequence[Result],
     of_each = f" of each of {gpus} GPUs" if gpus > 1 else ""
     device = torch.cuda.get_device_properties(0)
     table = Table(
-        title=f"{arguments.batch} x {arguments.tokens} tokens of context, {arguments.new_tokens} new; weights "
-        "are random: the text means nothing",
+        title=f"{arguments.batch} x {arguments.tokens} tokens of context, {arguments.new_tokens} new; "
+        "weights are random: the text means nothing",
         caption=f"{device.name}, Python {platform.python_version()}, torch {torch.__version__}, triton "
         f"{triton.__version__}, transformers {transformers.__version__}; weights {weights / GB:.2f} GB "
         f"(10^9 bytes){of_each}",
