@@ -229,6 +229,8 @@ def test_widths_and_head_dims(
         (4, 2, "values", 128, 1),
         (3, 3, "keys", 64, 1),
         (8, 3, "values", 64, 1),
+        (4, 4, "keys values", 64, 5),
+        (4, 2, "keys", 128, 1),
     ],
 )
 def test_bit_planes(
