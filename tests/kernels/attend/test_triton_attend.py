@@ -277,8 +277,9 @@ def test_kernels_around_it_compile_without_a_gpu(capability: int, heads: int, di
     first |= {"FIRST_STARTS": heads == 0, "RECENT_STARTS": True, "SLOTS": heads == 64, "SHARED": heads == 32}
     first |= {"FIRST_PAGE": 4 if heads < 64 else 0, "RECENT_PAGE": 128 if heads < 64 else 0}
     merge = chained | {"HAS_SINKS": True, "SIZE": MERGED[heads > 0], "HEADS": heads, "STARTS": heads > 0}
-    merge |= {"EACH": 4 if heads else 1, "SCHEDULED": heads == 32, "PLANES": heads and 3}
-    merge |= {"FILTERS": taps(heads and 3), "PARTIAL": heads == 64}
+    planes = {0: 0, 64: 3, 32: 4}[heads]
+    merge |= {"EACH": 4 if heads else 1, "SCHEDULED": heads == 32, "PLANES": planes}
+    merge |= {"FILTERS": taps(planes), "PARTIAL": heads == 64}
     schedule = {"HEADS": max(heads, 2), "SIZE": SCHEDULE_TILE, "STARTS": heads == 64}
     means = {"D": dim, "R": 8, "SIZE": PAGES_OF_SCORES, "HAS_WEIGHT": True, "SHARED": heads == 32}
     means |= {"SLOTS": heads == 64, "USED": True, "STARTS": heads > 0, "PAGED": heads > 0}
