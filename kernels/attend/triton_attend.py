@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from quantpress.kernels.attend.merge.settings import MERGED, rows_of_merge, warps_of_merge
+from quantpress.kernels.attend.merge.settings import MERGED, rows_of_merge, warps_by_matrix, warps_of_merge
 from quantpress.kernels.attend.opening.arguments import (
     NOTHING,
     DenseArguments,
@@ -548,7 +548,7 @@ class _Call:
                 HEADS=self.padded if self.schedule is None else 1,
                 STARTS=self.starts is not None,
                 EACH=each,
-                num_warps=4 if value_dim <= 128 else 8,
+                num_warps=warps_by_matrix(value_dim, len(self.values.filters)),
                 **constants,
                 **self.options,
             )

@@ -20,7 +20,7 @@ from quantpress.codecs.scalar import ScalarPages
 from quantpress.codecs.trellis import TrellisPages
 from quantpress.errors import InvalidInputError
 from quantpress.kernels.attend import DenseSegment, PackedSegment, PackedSide, Segment, Visibility, attend
-from quantpress.kernels.attend.merge.settings import MERGED
+from quantpress.kernels.attend.merge.settings import MERGED, warps_by_matrix
 from quantpress.kernels.attend.opening.arguments import tile_tokens
 from quantpress.kernels.attend.reference import attend_reference
 from quantpress.kernels.attend.schedule import SCHEDULE_TILE, PageSchedule, page_schedule, schedule_programs
@@ -290,9 +290,12 @@ def test_kernels_around_it_compile_without_a_gpu(capability: int, heads: int, di
         page_scores_kernel: means,
     }
     for kernel, constants in kernels.items():
-        binary = compiled(kernel, constants, capability, 8 if dim > 128 else 4)
+        warps = warps_by_matrix(dim, planes if kernel is merge_kernel else 0)
+        binary = compiled(kernel, constants, capability, warps)
         assert len(binary.asm["cubin"]) > 0
         assert binary.metadata.shared <= 99 * 1024  # of consumer GPUs
+        if kernel is merge_kernel and planes > 3:
+            assert "STACK:0" in resources(binary), "registers are spilled"
 
 
 @pytest.mark.parametrize("page", [0, 128])
