@@ -2,6 +2,7 @@
 
     python benchmarks/generate.py             Llama-3.1-8B's shape, 131072 tokens of context, 3/3 bits
     python benchmarks/generate.py --tokens 32768 --bits 4 4 --new-tokens 128
+    python benchmarks/generate.py --tokens 32768 --batch 8      eight sequences; tokens a second of all
     python benchmarks/generate.py --json out.json
     torchrun --nproc-per-node 2 benchmarks/generate.py    the same model shared by two GPUs
 
@@ -55,8 +56,8 @@ class Result:
     Args:
         name: the side.
         first_token_s: seconds from nothing to the first new id.
-        tokens_per_s: after the first `skip` new ids.
-        all_tokens_per_s: of all new ids after the first, capturing included.
+        tokens_per_s: of all sequences, after the first `skip` new ids of each.
+        all_tokens_per_s: of all new ids after the first of each, capturing included.
         decode_peak_bytes: most memory allocated while decoding, on one GPU.
         prefill_peak_bytes: most while reading.
         cache_bytes: of the cache after reading, on one GPU.
@@ -139,8 +140,8 @@ def measure(
     own = Result(
         name=name,
         first_token_s=times[0] - start,
-        tokens_per_s=(len(times) - 1 - skip) / (times[-1] - times[skip]),
-        all_tokens_per_s=(len(times) - 1) / (times[-1] - times[0]),
+        tokens_per_s=(len(times) - 1 - skip) / (times[-1] - times[skip]) * len(ids),
+        all_tokens_per_s=(len(times) - 1) / (times[-1] - times[0]) * len(ids),
         decode_peak_bytes=torch.cuda.max_memory_allocated(),
         prefill_peak_bytes=prefill_peak,
         cache_bytes=cache_bytes,
@@ -167,8 +168,8 @@ def show(arguments: argparse.Namespace, weights: int, results: Sequence[Result],
     of_each = f" of each of {gpus} GPUs" if gpus > 1 else ""
     device = torch.cuda.get_device_properties(0)
     table = Table(
-        title=f"{arguments.tokens} tokens of context, {arguments.new_tokens} new; weights are random: "
-        "the text means nothing",
+        title=f"{arguments.batch} x {arguments.tokens} tokens of context, {arguments.new_tokens} new; "
+        "weights are random: the text means nothing",
         caption=f"{device.name}, Python {platform.python_version()}, torch {torch.__version__}, triton "
         f"{triton.__version__}, transformers {transformers.__version__}; weights {weights / GB:.2f} GB "
         f"(10^9 bytes){of_each}",
@@ -219,6 +220,7 @@ def main() -> None:
     for name, default in shape.items():
         parser.add_argument(f"--{name}", type=int, default=default, help=f"{default}")
     parser.add_argument("--tokens", type=int, default=131072, help="of context, question included")
+    parser.add_argument("--batch", type=int, default=1, help="sequences of as many tokens each")
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--skip", type=int, default=8, help="new tokens before counting")
     parser.add_argument("--bits", type=float, nargs=2, default=(3, 3), metavar=("KEY", "VALUE"))
@@ -235,7 +237,7 @@ def main() -> None:
     ranks = ranks_of(model)
     first, gpus = (True, 1) if ranks is None else (ranks.first, ranks.count)
     weights = sum(parameter.nbytes for parameter in model.parameters())
-    ids = torch.randint(arguments.vocab, (1, arguments.tokens), device=model.device)
+    ids = torch.randint(arguments.vocab, (arguments.batch, arguments.tokens), device=model.device)
     press = TurboQuant(key_bits=arguments.bits[0], value_bits=arguments.bits[1])
     packed = f"TurboQuant {arguments.bits[0]:g}/{arguments.bits[1]:g}"
     sides: list[tuple[str, TurboQuant | None, dict[str, Any]]] = [

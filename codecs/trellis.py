@@ -3,7 +3,7 @@
 The planes take the bytes of those of `ScalarPages` with the same width. Plane "codes0" is uint8
 [B, Hkv, P, bits * 16 * D]: a page of 1 bit for each bit of the codes, as in
 `quantpress.kernels.trellis.bit_planes`. At 2 bits the squared error is two thirds of a scalar code's. On a
-GPU a kernel searches the codes, and attention reads 2 and 3 bits straight from the pages.
+GPU a kernel searches the codes, and attention reads 2 to 4 bits straight from the pages.
 """
 
 from dataclasses import dataclass, replace

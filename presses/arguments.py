@@ -5,7 +5,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from numbers import Integral, Real
 from types import UnionType
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
+
+import torch
 
 from quantpress.errors import InvalidInputError, did_you_mean
 from quantpress.presses.base_press import BasePress, ScorerPress
@@ -72,14 +74,22 @@ def check_kinds(press: Any) -> None:
             raise InvalidInputError(f"{type(press).__name__}: {field.name} is {value!r}; give {words}")
 
 
-def inner_press(owner: object, press: Any) -> ScorerPress:
-    """The press inside another; a class means its defaults.
+@runtime_checkable
+class ScoresTokens(Protocol):
+    """A press that scores tokens, whether or not it evicts by these scores alone, as a `ScorerPress` does."""
+
+    def score(self, *states: Any) -> torch.Tensor:
+        """[B, Hkv, T] scores of the tokens of a prefill."""
+
+
+def inner_press(owner: object, press: Any, kind: type = ScorerPress) -> Any:
+    """The press inside another, of the given kind; a class means its defaults.
 
     Raises:
         InvalidInputError: the press does not score tokens.
     """
-    press = press() if isinstance(press, type) and issubclass(press, ScorerPress) else press
-    if not isinstance(press, ScorerPress):
+    press = press() if isinstance(press, type) and issubclass(press, kind) else press
+    if not isinstance(press, kind):
         raise InvalidInputError(
             f"{type(owner).__name__}: press is {press!r}; give one that scores tokens, such as SnapKV(0.5)"
         )

@@ -172,6 +172,8 @@ class WrappingPress(NamedPress):
     """
 
     press: ScorerPress
+    inner_kind: ClassVar[type] = ScorerPress
+    """What the press inside has to be."""
     remedies: ClassVar[Mapping[str, str]] = {
         **NamedPress.remedies,
         "compression_ratio": "give it to the press inside, {press}(SnapKV(compression_ratio=0.5))",
@@ -183,7 +185,7 @@ class WrappingPress(NamedPress):
         super().__init_subclass__(**traits)
 
     def __post_init__(self) -> None:
-        self.press = inner_press(self, self.press)
+        self.press = inner_press(self, self.press, self.inner_kind)
         super().__post_init__()
 
 

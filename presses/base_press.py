@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from quantpress.errors import InvalidInputError
-from quantpress.presses.models.attention import hooked
+from quantpress.presses.models.attention import given_rotary_embedding, hooked
 from quantpress.presses.packing.prefill_hook import plain_states, prefill_call
 
 if TYPE_CHECKING:
@@ -117,7 +117,7 @@ class BasePress(metaclass=_AlsoOfKvpress):
     def __call__(self, model: "PreTrainedModel") -> Iterator[None]:
         """Compress every prefill inside the context."""
         self.post_init_from_model(model)
-        with hooked(model, self.forward_hook):
+        with given_rotary_embedding(model), hooked(model, self.forward_hook):
             yield
 
 

@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from quantpress.cache.tokens.demotion import Demotion
+from quantpress.presses.arguments import ScoresTokens
 from quantpress.presses.base import WrappingPress
 from quantpress.presses.base_press import BasePress
 from quantpress.presses.traits import import_kvpress
@@ -42,7 +43,7 @@ class Demote(WrappingPress, BasePress, inner=_snapkv, demotes=True, keeps_tokens
     answers are packed like the tokens that are not demoted.
 
     Args:
-        press: scores tokens; its compression_ratio is the share to demote.
+        press: scores tokens; its compression_ratio is the share to demote. ChunkKV takes whole chunks.
         bits: code width of keys and values of demoted tokens.
         key_bits: code width of their keys, if it differs.
         value_bits: code width of their values, if it differs.
@@ -57,6 +58,7 @@ class Demote(WrappingPress, BasePress, inner=_snapkv, demotes=True, keeps_tokens
         Compose(Demote(Knorm(0.75)) | TurboQuant(4))
     """
 
+    inner_kind = ScoresTokens
     bits: float = 2
     key_bits: float | None = None
     value_bits: float | None = None

@@ -8,10 +8,13 @@ need has no natural default.
 To add a press, write one class statement here; `quantpress.presses.base` says which keywords it takes.
 """
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import kvpress
+import torch
 from kvpress.presses.kvgrad_press import ReadOnlyDynamicLayer
+from torch import nn
+from torch.nn import functional
 
 from quantpress.presses.arguments import inner_press
 from quantpress.presses.base import (
@@ -175,6 +178,25 @@ class Chunk(WrappingPress, kvpress.ChunkPress, inner=SnapKV, whole_context=True)
 
 class ChunkKV(WrappingPress, kvpress.ChunkKVPress, inner=SnapKV, compares_heads=True):
     """Keeps or evicts chunks as a whole."""
+
+    def score(
+        self,
+        module: nn.Module,
+        hidden_states: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        attentions: torch.Tensor | None,
+        kwargs: dict[str, Any],
+    ) -> torch.Tensor:
+        """[B, Hkv, T] scores of tokens, in every head the mean of their chunk over its tokens and all heads.
+
+        By them `Demote` takes chunks, as this press does when it evicts.
+        """
+        scores = self.press.score(module, hidden_states, keys, values, attentions, kwargs)
+        tokens, length = scores.shape[2], self.chunk_length
+        padded = functional.pad(scores.mean(dim=1), (0, -tokens % length), value=torch.nan)
+        chunks = padded.unflatten(1, (-1, length)).nanmean(dim=-1)
+        return chunks.repeat_interleave(length, dim=1)[:, None, :tokens].expand_as(scores)
 
 
 class CriticalAdaKV(

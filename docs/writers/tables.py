@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
+import answer_tables as answers
 import evaluation_tables as evaluation
 import pictures
 import plan_tables as plans
@@ -45,12 +46,6 @@ FIRST_ROWS = {
     "SnapKV(0.5) | preset small": '`SnapKV(0.5) | TurboQuant.preset("small")`',
     "as published 3/3": "TurboQuant as published, 3 bits",
     "FP8 per tensor": "FP8 as vLLM stores it, without calibrated scales",
-}
-IN_VIEW = {
-    "cache": "`{cache}`",
-    "right, question behind": "{blind} of {cases}",
-    "right, question in view": "{in view} of {cases}",
-    "smaller": "{ratio:.1f}x",
 }
 MEMORY = {"cache": "{cache}", "131072 tokens": "{gib:.1f} GiB", "smaller": "{ratio:.1f}x"}
 
@@ -147,7 +142,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "full": lambda: evaluation.divergence("evaluation_full", "median", "perplexity", "attention KL"),
     "full-pairs": lambda: evaluation.pairs("evaluation_full"),
     "full-tasks": lambda: evaluation.tasks("evaluation_full"),
-    "question-in-view": lambda: formatted(results("question_in_view")["rows"], IN_VIEW),
+    **answers.TABLES,
     "capture-rules": capture_rules,
     "families": families,
     "vllm-speed": vllm.speed,

@@ -1,9 +1,9 @@
 """Attention straight from packed codes, on int8 tensor cores (Gluon), for NVIDIA GPUs from Ampere on.
 
 One program is one warp; it reads the packed tokens of one split of one KV head, a page at a time, and keeps
-everything in registers but words of 3 bits at a head_dim of 256, of three bit planes, and of 3 bits and bit
-planes beside codes of 8 bits. For token t and row r (a query head of the group and a query token), in units
-of log 2, with b the signed bytes of a codebook's odd levels:
+everything in registers but words of 3 bits at a head_dim of 256, of three and four bit planes, and of 3 bits
+and bit planes beside codes of 8 bits. For token t and row r (a query head of the group and a query token), in
+units of log 2, with b the signed bytes of a codebook's odd levels:
 
     s[t, r] = k_scale[t] factor[r] sum_c (2 b[t, c] + 1) q[c, r],    p[t, r] = exp2(s[t, r] - m[r])
     o[r] += sum_t p[t, r] v_scale[t] (2 b[t, :] + 1),                l[r] += sum_t p[t, r]
@@ -182,18 +182,22 @@ def _step(
     ka,
     kb,
     kc,
+    kd,
     va,
     vb,
     vc,
+    vd,
     m,
     total,
     weight,
     acc0,
     acc1,
     acc2,
+    acc3,
     q0,
     q1,
     q2,
+    q3,
     start,
     factor,
     bias,
@@ -240,16 +244,16 @@ def _step(
 ):
     """Add a page, or half of it, to the sums; its keys are loaded already, and the next ones are fetched.
 
-    step: counts pages, or halves of pages if HALVES is 2; pool_row: of the page; ka, kb, kc and va, vb, vc:
-    words of keys and values; m [ROWS], total, weight [8, ROWS], acc0, acc1, acc2 [DV, ROWS]: the sums so far;
-    q0, q1, q2, start, factor, bias: the queries; acc1, acc2, q1, q2: for more bit planes than one;
+    step: counts pages, or halves of pages if HALVES is 2; pool_row: of the page; ka to kd and va to vd: words
+    of keys and values; m [ROWS], total, weight [8, ROWS], acc0 to acc3 [DV, ROWS]: the sums so far; q0 to q3,
+    start, factor, bias: the queries; acc1 to acc3, q1 to q3: for more bit planes than one;
     page_scores_ptr: of this block of rows; tables: `lookup_table` in shared memory; key_buffer, value_buffer:
     of `words_buffer`; the pointers and strides: of this head; first, stride, count, lead: its pages, as
     `_page` has them; unused, used: first token in use and one past the last.
 
     MASKED: some of the tokens may not be in use. PAGED: pages go by the page table. Words of 3 bits, and of
     bit planes, hold both halves: they are loaded for the first and kept for the second, in shared memory if
-    STAGED_K or STAGED_V, else in ka, kb, kc, va, vb, vc; HALF is then which half it is, and -1 where nothing
+    STAGED_K or STAGED_V, else in ka to kd, va to vd; HALF is then which half it is, and -1 where nothing
     is kept.
     """
     WHOLE_K: gl.constexpr = K_BITS == 3 or K_SIGNS
@@ -267,7 +271,7 @@ def _step(
             HALVES,
         )
     elif HALF != 1 or not WHOLE_V:
-        va, vb, vc = value_words(v_ptr + pool_row * v_page, step, DV, V_BITS, V_SIGNS, HALVES)
+        va, vb, vc, vd = value_words(v_ptr + pool_row * v_page, step, DV, V_BITS, V_SIGNS, HALVES)
     ks = load_scales(ks_ptr + pool_row * ks_page, step, HALVES)
     vs = load_scales(vs_ptr + pool_row * vs_page, step, HALVES)
     if PAGE_KEYS:
@@ -277,23 +281,26 @@ def _step(
         sink_score = gl.load(page_scores_ptr + at + R)
     if STAGED_K:
         async_copy.wait_group(1 if STAGED_V else 0)
-        a, b, c = fetched_words(key_buffer, D // 32)
+        a, b, c, d = fetched_words(key_buffer, D // 32, K_BITS)
     else:
         _order(step)
-        a, b, c = ka, kb, kc
+        a, b, c, d = ka, kb, kc, kd
     if K_SIGNS:
         k0, k1, k2, k3 = signs_of(a, step, D, HALVES)
         l0, l1, l2, l3 = k0, k1, k2, k3
         n0, n1, n2, n3 = k0, k1, k2, k3
+        o0, o1, o2, o3 = k0, k1, k2, k3
         if K_BITS > 1:
             l0, l1, l2, l3 = signs_of(b, step, D, HALVES)
         if K_BITS > 2:
             n0, n1, n2, n3 = signs_of(c, step, D, HALVES)
-        s0 = sums_with_signs(q0, q1, q2, k0, l0, n0, start, ROWS, D, mma, K_BITS)
-        s1 = sums_with_signs(q0, q1, q2, k1, l1, n1, start, ROWS, D, mma, K_BITS)
+        if K_BITS > 3:
+            o0, o1, o2, o3 = signs_of(d, step, D, HALVES)
+        s0 = sums_with_signs(q0, q1, q2, q3, k0, l0, n0, o0, start, ROWS, D, mma, K_BITS)
+        s1 = sums_with_signs(q0, q1, q2, q3, k1, l1, n1, o1, start, ROWS, D, mma, K_BITS)
         if HALVES == 1:
-            s2 = sums_with_signs(q0, q1, q2, k2, l2, n2, start, ROWS, D, mma, K_BITS)
-            s3 = sums_with_signs(q0, q1, q2, k3, l3, n3, start, ROWS, D, mma, K_BITS)
+            s2 = sums_with_signs(q0, q1, q2, q3, k2, l2, n2, o2, start, ROWS, D, mma, K_BITS)
+            s3 = sums_with_signs(q0, q1, q2, q3, k3, l3, n3, o3, start, ROWS, D, mma, K_BITS)
     else:
         k0, k1, k2, k3 = levels_of(a, b, c, step, tables, 0, D, K_BITS, HALVES)
         s0 = sums_with_keys(q0, k0, start, ROWS, D, mma)
@@ -320,7 +327,7 @@ def _step(
             HALVES,
         )
     elif HALF != 0 or not WHOLE_K:
-        ka, kb, kc = key_words(k_ptr + pool_row * k_page, ahead, D, K_BITS, K_SIGNS, HALVES)
+        ka, kb, kc, kd = key_words(k_ptr + pool_row * k_page, ahead, D, K_BITS, K_SIGNS, HALVES)
     _order(step)
 
     ks0, ks1, ks2, ks3 = scales_of_tiles(ks, HALVES)
@@ -386,9 +393,9 @@ def _step(
     units = (MOST / most)[None, :]
     if STAGED_V:
         async_copy.wait_group(1 if STAGED_K else 0)
-        a, b, c = fetched_words(value_buffer, DV // 32)
+        a, b, c, d = fetched_words(value_buffer, DV // 32, V_BITS)
     else:
-        a, b, c = va, vb, vc
+        a, b, c, d = va, vb, vc, vd
     n0, n1 = weight_operand(w0 * units, ROWS, mma), weight_operand(w1 * units, ROWS, mma)
     n2, n3 = n0, n1
     if HALVES == 1:
@@ -403,6 +410,9 @@ def _step(
         if V_BITS > 2:
             v0, v1, v2, v3 = signs_of(c, step, DV, HALVES)
             acc2 = acc2 * fade + weighted_sums(n0, n1, n2, n3, v0, v1, v2, v3, ROWS, DV, mma, HALVES) * grow
+        if V_BITS > 3:
+            v0, v1, v2, v3 = signs_of(d, step, DV, HALVES)
+            acc3 = acc3 * fade + weighted_sums(n0, n1, n2, n3, v0, v1, v2, v3, ROWS, DV, mma, HALVES) * grow
     else:
         v0, v1, v2, v3 = levels_of(a, b, c, step, tables, 1, DV, V_BITS, HALVES)
         acc0 = acc0 * fade + weighted_sums(n0, n1, n2, n3, v0, v1, v2, v3, ROWS, DV, mma, HALVES) * grow
@@ -410,7 +420,7 @@ def _step(
             v0, v1, v2, v3 = levels_of(a, b, c, step, tables, 3, DV, V_BITS, HALVES)
             grow = grow * FINE
             acc0 += weighted_sums(n0, n1, n2, n3, v0, v1, v2, v3, ROWS, DV, mma, HALVES) * grow
-    return pool_row, ka, kb, kc, va, vb, vc, m, total, weight, acc0, acc1, acc2
+    return pool_row, ka, kb, kc, kd, va, vb, vc, vd, m, total, weight, acc0, acc1, acc2, acc3
 
 
 @gluon.jit
@@ -701,14 +711,14 @@ def split_mma_kernel(
     V_PLANES: gl.constexpr = V_BITS if V_SIGNS else 1
     STAGED_K: gl.constexpr = STAGED and (K_BITS == 3 or K_SIGNS)
     STAGED_V: gl.constexpr = STAGED and (V_BITS == 3 or V_SIGNS)
-    key_buffer, value_buffer = words_buffer(4 * D, STAGED_K), words_buffer(4 * DV, STAGED_V)
+    key_buffer, value_buffer = words_buffer(4 * D, K_BITS, STAGED_K), words_buffer(4 * DV, V_BITS, STAGED_V)
     if STAGED_K:
-        ka, kb, kc = first, first, first
+        ka, kb, kc, kd = first, first, first, first
         fetch_words(
             key_buffer, k_ptr + pool_row * k_page, key_offsets(0, D // 32, D, 16), 0, 4 * D, K_BITS, HALVES
         )
     else:
-        ka, kb, kc = key_words(k_ptr + pool_row * k_page, 0, D, K_BITS, K_SIGNS, HALVES)
+        ka, kb, kc, kd = key_words(k_ptr + pool_row * k_page, 0, D, K_BITS, K_SIGNS, HALVES)
     tables = gl.allocate_shared_memory(
         gl.int32, [8 if K_FINE or V_FINE else 4, 32], gl.SwizzledSharedLayout(1, 1, 1, [0])
     )
@@ -751,7 +761,7 @@ def split_mma_kernel(
         if CHAINED:
             _start_next()
         q0 = query_operand(turned, ROWS, D, mma)
-        q1, q2 = q0, q0
+        q1, q2, q3 = q0, q0, q0
         start = gl.join(0 * lacking, lacking).reshape([2 * ROWS])
         start = gl.convert_layout(start, gl.SliceLayout(0, mma))[None, :]
         factor, bias = gl.convert_layout(factor, by_row), gl.convert_layout(bias, by_row)
@@ -763,12 +773,14 @@ def split_mma_kernel(
         q_column = gl.arange(0, 2 * ROWS, layout=gl.SliceLayout(0, right))
         q_ptr += (block * (K_PLANES * 2 * R) + q_column[None, :]) * D + channel[:, None]
         q0 = gl.load(q_ptr)
-        q1, q2 = q0, q0
+        q1, q2, q3 = q0, q0, q0
         if K_PLANES > 1:
             q1 = gl.load(q_ptr + 2 * R * D)
             q2 = q1
         if K_PLANES > 2:
             q2 = gl.load(q_ptr + 4 * R * D)
+        if K_PLANES > 3:
+            q3 = gl.load(q_ptr + 6 * R * D)
         s_column = gl.arange(0, 2 * ROWS, layout=gl.SliceLayout(0, mma))
         start = gl.load(start_ptr + block * (2 * R) + s_column)[None, :]
         factor = gl.load(factor_ptr + block * R + row)
@@ -780,37 +792,43 @@ def split_mma_kernel(
     total = sums_of_lanes(blank, ROWS)
     weight = total
     acc0, _ = high_and_low(gl.full([DV, 2 * ROWS], 0.0, gl.float32, mma), DV, ROWS)
-    acc1, acc2 = first, first  # no sums
+    acc1, acc2, acc3 = first, first, first  # no sums
     if V_PLANES > 1:
         acc1 = acc0
     if V_PLANES > 2:
         acc2 = acc0
+    if V_PLANES > 3:
+        acc3 = acc0
     WHOLE: gl.constexpr = K_BITS == 3 or V_BITS == 3 or K_SIGNS or V_SIGNS
     KEPT: gl.constexpr = HALVES == 2 and WHOLE and max(D, DV) <= 128
     STEPS: gl.constexpr = 2 if KEPT else 1  # words of 3 bits stay in registers for both
     begin = 0
     for part in gl.static_range(2 if USED or STARTS else 1):  # the second: pages with tokens not in use
         for turns in range(begin // STEPS, clean // STEPS):
-            va, vb, vc = ka, kb, kc  # in the place of values, which are loaded first
+            va, vb, vc, vd = ka, kb, kc, kd  # in the place of values, which are loaded first
             for half in gl.static_range(STEPS):
-                pool_row, ka, kb, kc, va, vb, vc, m, total, weight, acc0, acc1, acc2 = _step(
+                pool_row, ka, kb, kc, kd, va, vb, vc, vd, m, total, weight, acc0, acc1, acc2, acc3 = _step(
                     STEPS * turns + half,
                     pool_row,
                     ka,
                     kb,
                     kc,
+                    kd,
                     va,
                     vb,
                     vc,
+                    vd,
                     m,
                     total,
                     weight,
                     acc0,
                     acc1,
                     acc2,
+                    acc3,
                     q0,
                     q1,
                     q2,
+                    q3,
                     start,
                     factor,
                     bias,
@@ -876,6 +894,8 @@ def split_mma_kernel(
         gl.store(o_ptr + DV, _in_order(2.0 * acc1 + lacking, ROWS, DV, written), mask=kept[:, None])
     if V_PLANES > 2:
         gl.store(o_ptr + 2 * DV, _in_order(2.0 * acc2 + lacking, ROWS, DV, written), mask=kept[:, None])
+    if V_PLANES > 3:
+        gl.store(o_ptr + 3 * DV, _in_order(2.0 * acc3 + lacking, ROWS, DV, written), mask=kept[:, None])
     at = (gl.program_id(1).to(gl.int64) * R + row) * splits + split
     gl.store(m_ptr + at, m)
     gl.store(l_ptr + at, gl.convert_layout(gl.sum(total, 0), by_row, assert_trivial=True))

@@ -89,21 +89,25 @@ def sums_with_signs(
     q0,
     q1,
     q2,
+    q3,
     k0,
     k1,
     k2,
+    k3,
     start,
     R: gl.constexpr,
     D: gl.constexpr,
     mma: gl.constexpr,
     PLANES: gl.constexpr,
 ):
-    """The same over PLANES bit planes, 1 to 3, with queries and bytes of their own each."""
+    """The same over PLANES bit planes, 1 to 4, with queries and bytes of their own each."""
     x = mma_v2(key_operand(k0, D, mma), q0, start)
     if PLANES > 1:
         x = mma_v2(key_operand(k1, D, mma), q1, x)
     if PLANES > 2:
         x = mma_v2(key_operand(k2, D, mma), q2, x)
+    if PLANES > 3:
+        x = mma_v2(key_operand(k3, D, mma), q3, x)
     return _joined(x, 32, R)
 
 

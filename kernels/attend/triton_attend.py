@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from quantpress.kernels.attend.merge.settings import MERGED, rows_of_merge, warps_of_merge
+from quantpress.kernels.attend.merge.settings import MERGED, rows_of_merge, warps_by_matrix, warps_of_merge
 from quantpress.kernels.attend.opening.arguments import (
     NOTHING,
     DenseArguments,
@@ -53,7 +53,7 @@ from quantpress.quantization.transform import ChannelTransform
 
 HEAD_DIMS = (64, 128, 256)
 WIDTHS = (2, 3, 4, 8)
-SIGN_HEAD_DIMS, SIGN_WIDTHS = (64, 128), (1, 2, 3)
+SIGN_HEAD_DIMS, SIGN_WIDTHS = (64, 128), (1, 2, 3, 4)
 """The same of bit planes."""
 
 MOST_QUERIES = 128
@@ -86,8 +86,8 @@ LOG2_E = math.log2(math.e)
 def supports(query: torch.Tensor, segments: Sequence[Segment], visibility: Visibility) -> bool:
     """Whether the kernels cover this call: causal, packed segments side by side, codes that they read.
 
-    These are codes of 1 to 4 and 8 bits, in one group of channels or two, with or without a sketch; and 2 or
-    3 bit planes. At most one dense segment may lie in front of the packed ones, and one behind them.
+    These are codes of 1 to 4 and 8 bits, in one group of channels or two, with or without a sketch; and 2 to
+    4 bit planes. At most one dense segment may lie in front of the packed ones, and one behind them.
     Where the last segment has lengths, the tokens of several queries must be among its tokens in use.
     """
     packed = [index for index, segment in enumerate(segments) if isinstance(segment, PackedSegment)]
@@ -223,10 +223,10 @@ class _Call:
         self.heads = self.batch * self.kv_heads
         self.group = self.query_heads // self.kv_heads
         self.rows = self.group * self.queries
-        self.block = block_rows(self.rows, dim)
-        self.blocks = -(-self.rows // self.block)
         self.query = query.reshape(self.heads, self.rows, dim).contiguous()
         self.keys, self.values = self._operands()
+        self.block = block_rows(self.rows, dim, most_planes(self.keys, self.values))
+        self.blocks = -(-self.rows // self.block)
         self.used, self.starts = contiguous(packed.lengths), contiguous(packed.starts)
         self.table = packed.table if packed.table is None else _in_rows(packed.table)
         self.pages = packed.pages
@@ -580,7 +580,7 @@ class _Call:
                 HEADS=self.padded if self.schedule is None else 1,
                 STARTS=self.starts is not None,
                 EACH=each,
-                num_warps=4 if value_dim <= 128 else 8,
+                num_warps=warps_by_matrix(value_dim, len(self.values.filters)),
                 **constants,
                 **self.options,
             )
@@ -712,9 +712,9 @@ def pass_bounds(queries: int) -> list[int]:
     return [queries * number // passes for number in range(passes + 1)]
 
 
-def block_rows(rows: int, head_dim: int) -> int:
-    """How many rows share a program, 8 or 16; a head_dim of 256 leaves registers for 8 only."""
-    return 8 if rows <= 8 or head_dim > 128 else 16
+def block_rows(rows: int, head_dim: int, planes: int = 0) -> int:
+    """How many rows share a program, 8 or 16; a head_dim of 256 or four bit planes leave registers for 8."""
+    return 8 if rows <= 8 or head_dim > 128 or planes > 3 else 16
 
 
 def steps_of_page(keys: KernelOperands, values: KernelOperands, rows: int, paged: bool) -> int:
@@ -729,7 +729,8 @@ def steps_of_page(keys: KernelOperands, values: KernelOperands, rows: int, paged
     bits, few = max(keys.bits, values.bits), rows <= FEW_ROWS
     fine = bits == 4 and (keys.fine or values.fine)
     large = fine or bits > 4 or max(keys.head_dim, values.head_dim) > 128 or rows > 8
-    many = (bits == 4 and (paged or not few)) or (three_planes(keys, values) and not few)
+    planes = most_planes(keys, values)
+    many = (bits == 4 and (paged or not few)) or (planes == 3 and not few) or planes > 3
     return 2 if large or many else 1
 
 
@@ -737,19 +738,19 @@ def stages_words(keys: KernelOperands, values: KernelOperands, steps: int, devic
     """Whether words of 3 bits, and of bit planes, wait in shared memory until they are read.
 
     With a head_dim of 256 there are too many for registers, and loading them for both steps of a page takes
-    half as long again. Three bit planes in two steps need the registers for queries and sums, and codes of 8
-    bits beside them need the registers for words.
+    half as long again. Three or four bit planes in two steps need the registers for queries and sums, and
+    codes of 8 bits beside them need the registers for words.
     """
     bits = keys.bits, values.bits
     wide = 3 in bits and max(keys.head_dim, values.head_dim) > 128
     beside = 8 in bits and (3 in bits or None in (keys.codebook, values.codebook))
-    many = wide or beside or (three_planes(keys, values) and steps == 2)
+    many = wide or beside or (most_planes(keys, values) > 2 and steps == 2)
     return many and shared_memory(device) >= PROGRAMS * STAGED_BYTES
 
 
-def three_planes(keys: KernelOperands, values: KernelOperands) -> bool:
-    """Whether keys or values are three bit planes."""
-    return max(len(keys.filters), len(values.filters)) == 3
+def most_planes(keys: KernelOperands, values: KernelOperands) -> int:
+    """Bit planes of keys or of values, whichever has more; 0: neither has several."""
+    return max(len(keys.filters), len(values.filters))
 
 
 def split_count(pages: int, blocks: int, programs: int) -> int:

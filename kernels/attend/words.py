@@ -65,10 +65,10 @@ def _load(ptr, offsets):
 
 
 @gluon.jit
-def words_buffer(WORDS: gl.constexpr, STAGED: gl.constexpr):
-    """Shared memory for up to three planes of WORDS words of a page; next to none if not STAGED."""
+def words_buffer(WORDS: gl.constexpr, PARTS: gl.constexpr, STAGED: gl.constexpr):
+    """Shared memory for three planes of WORDS words of a page, or PARTS; next to none if not STAGED."""
     plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [2, 1, 0])
-    shape: gl.constexpr = [3, WORDS // 128, 32, 4] if STAGED else [3, 1, 1, 4]
+    shape: gl.constexpr = [max(PARTS, 3), WORDS // 128, 32, 4] if STAGED else [3, 1, 1, 4]
     return gl.allocate_shared_memory(gl.int32, shape, plain)
 
 
@@ -87,15 +87,19 @@ def fetch_words(buffer, ptr, offsets, step, PART: gl.constexpr, PARTS: gl.conste
 
 
 @gluon.jit
-def fetched_words(buffer, VECTORS: gl.constexpr):
-    """The words in shared memory: three tensors, as `key_words` returns them."""
+def fetched_words(buffer, VECTORS: gl.constexpr, PARTS: gl.constexpr):
+    """The words of PARTS planes in shared memory: four tensors, as `key_words` returns them."""
     layout: gl.constexpr = gl.SliceLayout(3, bytes_layout(VECTORS))
-    return buffer.index(0).load(layout), buffer.index(1).load(layout), buffer.index(2).load(layout)
+    c = buffer.index(2).load(layout)
+    d = c
+    if PARTS > 3:
+        d = buffer.index(3).load(layout)
+    return buffer.index(0).load(layout), buffer.index(1).load(layout), c, d
 
 
 @gluon.jit
 def key_words(ptr, step, D: gl.constexpr, BITS: gl.constexpr, SIGNS: gl.constexpr, HALVES: gl.constexpr):
-    """Words of the keys of a page, or of one half of it: three tensors, of which `levels_of` uses some.
+    """Words of the keys of a page, or of one half of it: four tensors, some of which may be needed.
 
     ptr: the page; step: odd for the second half, if HALVES is 2; SIGNS: the page has BITS bit planes.
     """
@@ -107,24 +111,27 @@ def key_words(ptr, step, D: gl.constexpr, BITS: gl.constexpr, SIGNS: gl.constexp
             b = _load(ptr + 4 * D, key_offsets(0, D // 32, D, 16))
         if BITS > 2:
             c = _load(ptr + 8 * D, key_offsets(0, D // 32, D, 16))
+        d = c
+        if BITS > 3:
+            d = _load(ptr + 12 * D, key_offsets(0, D // 32, D, 16))
     elif BITS == 8:
         a = _load(ptr + half, key_offsets(32, D // 16, D, 128))
         b = _load(ptr + half + 64 * 16, key_offsets(32, D // 16, D, 128))
-        c = a
+        c, d = a, a
     elif HALVES == 2:
         if BITS == 4:
             a = _load(ptr + half, key_offsets(32, D // 16, D, 64))
         else:
             a = _load(ptr + half, key_offsets(0, D // 32, D, 32))
-        b, c = a, a
+        b, c, d = a, a, a
     elif BITS == 4:
         a = _load(ptr, key_offsets(16, D // 16, D, 64))
         b = _load(ptr + 32 * 16, key_offsets(16, D // 16, D, 64))
-        c = a
+        c, d = a, a
     else:
         a = _load(ptr, key_offsets(16, D // 16, D, 32))
-        b, c = a, a
-    return a, b, c
+        b, c, d = a, a, a
+    return a, b, c, d
 
 
 @gluon.jit
@@ -138,24 +145,27 @@ def value_words(ptr, step, C: gl.constexpr, BITS: gl.constexpr, SIGNS: gl.conste
             b = _load(ptr + 4 * C, value_offsets(0, C // 32, C))
         if BITS > 2:
             c = _load(ptr + 8 * C, value_offsets(0, C // 32, C))
+        d = c
+        if BITS > 3:
+            d = _load(ptr + 12 * C, value_offsets(0, C // 32, C))
     elif BITS == 8:
         a = _load(ptr + half, value_offsets(8, C // 16, C))
         b = _load(ptr + half + 16 * C, value_offsets(8, C // 16, C))
-        c = a
+        c, d = a, a
     elif HALVES == 2:
         if BITS == 4:
             a = _load(ptr + half, value_offsets(8, C // 16, C))
         else:
             a = _load(ptr + half, value_offsets(0, C // 32, C))
-        b, c = a, a
+        b, c, d = a, a, a
     elif BITS == 4:
         a = _load(ptr, value_offsets(4, C // 16, C))
         b = _load(ptr + 8 * C, value_offsets(4, C // 16, C))
-        c = a
+        c, d = a, a
     else:
         a = _load(ptr, value_offsets(4, C // 16, C))
-        b, c = a, a
-    return a, b, c
+        b, c, d = a, a, a
+    return a, b, c, d
 
 
 @gluon.jit

@@ -2,7 +2,7 @@
 
 reference.py        plain PyTorch: `quantpress.quantization.trellis.path`
 bit_planes.py       pages of single bits, in which codes are stored
-triton_kernel.py    Viterbi's algorithm, a vector in half a warp
+triton_kernel.py    Viterbi's algorithm, a vector in half a warp or a whole one
 triton_search.py    launches it: which vectors it takes, its settings and its workspace
 """
 

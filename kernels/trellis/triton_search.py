@@ -8,9 +8,10 @@ import triton
 from torch import Tensor
 
 from quantpress.kernels.available import ROUNDED
-from quantpress.kernels.trellis.triton_kernel import LANES, search_kernel
+from quantpress.kernels.trellis.triton_kernel import search_kernel
 from quantpress.quantization.trellis import Trellis
 from quantpress.quantization.trellis.code import shared_levels
+from quantpress.quantization.trellis.path import JOIN
 
 WARPS = 1
 CHANNELS = 8
@@ -23,6 +24,7 @@ class SearchSettings:
 
     Args:
         vectors: vectors that a program searches at a time, two in each register; a power of two from 2 to 32.
+            Half as many where a vector takes a whole warp.
         programs: most programs of a multiprocessor.
         registers: most registers per thread; 65536 / 32 of them are for all programs of a multiprocessor.
     """
@@ -49,11 +51,17 @@ def nearest_path_triton(unit: Tensor, trellis: Trellis, settings: SearchSettings
     """
     properties: Any = torch.cuda.get_device_properties(unit.device)
     most = properties.multi_processor_count * settings.programs
-    programs = min(triton.cdiv(len(unit), settings.vectors), most)
+    programs = min(triton.cdiv(len(unit), vectors_of_tile(trellis, settings)), most)
     codes, arguments = search_arguments(unit, trellis, programs, settings)
     with torch.cuda.device(unit.device):
         search_kernel[(programs,)](**arguments, num_warps=WARPS, maxnreg=settings.registers, **ROUNDED)
     return codes
+
+
+def vectors_of_tile(trellis: Trellis, settings: SearchSettings) -> int:
+    """Vectors that a program searches at a time."""
+    lanes = 1 << (trellis.state_bits - 4)  # of one vector, with 16 states each
+    return settings.vectors * 16 // lanes
 
 
 def search_arguments(
@@ -62,7 +70,7 @@ def search_arguments(
     """The codes [N, D] uint8, which the kernel writes, and its arguments by name."""
     count, dim = unit.shape
     codes = unit.new_empty(count, dim, dtype=torch.uint8)
-    kept = unit.new_empty(programs * (dim // 4) * settings.vectors * LANES.value, dtype=torch.int32)
+    kept = unit.new_empty(programs * (dim // 4) * settings.vectors * 16, dtype=torch.int32)
     arguments = {
         "unit_ptr": unit.contiguous(),
         "levels_ptr": shared_levels(trellis, 1, unit.device),
@@ -71,7 +79,9 @@ def search_arguments(
         "vectors": count,
         "factor": dim**0.5,
         "D": dim,
-        "V": settings.vectors,
+        "V": vectors_of_tile(trellis, settings),
         "BITS": trellis.bits,
+        "WINDOW": trellis.state_bits,
+        "JOIN": min(JOIN[trellis.bits], dim // 2),
     }
     return codes, arguments

@@ -84,6 +84,25 @@ def full_attention_modules(model: nn.Module) -> list[nn.Module]:
 
 
 @contextmanager
+def given_rotary_embedding(model: nn.Module) -> Iterator[None]:
+    """Give the modules that a press works on the decoder's `rotary_emb` for a while.
+
+    kvpress's contexts do this, and its ExpectedAttention and others read it. A press on our own base that
+    asks one of them for scores never enters its context.
+    """
+    shared = getattr(decoder_of(model), "rotary_emb", None)
+    modules = () if shared is None else full_attention_modules(model)
+    lacking = [module for module in modules if not hasattr(module, "rotary_emb")]
+    for module in lacking:
+        module.rotary_emb = shared
+    try:
+        yield
+    finally:
+        for module in lacking:
+            del module.rotary_emb
+
+
+@contextmanager
 def hooked(model: nn.Module, hook: Any) -> Iterator[None]:
     """Put a forward hook on every attention module that sees the whole context, for a while.
 

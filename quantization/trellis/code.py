@@ -15,23 +15,21 @@ from torch import Tensor
 from quantpress.errors import UnsupportedBitsError
 
 BITS = (1, 2, 3, 4)
-STATE_BITS = 8
-STATES = 1 << STATE_BITS
 Filters = tuple[tuple[float, ...], ...]
 
 
 @dataclass(frozen=True)
 class Trellis:
-    """A trellis of 256 states, one level each.
+    """A trellis of 2**w states, one level each; w is 8, or 9 at 3 bits.
 
-    The state at channel t is the last 8 bits of codes c_0 ... c_t, c_t lowest: its bit i is bit i % b of the
+    The state at channel t is the last w bits of codes c_0 ... c_t, c_t lowest: its bit i is bit i % b of the
     code i // b channels back. Vectors are tail-biting: c_-1 is the last code of the vector, so that every
     sequence of codes has states, and b bits a channel are all that is stored.
 
     Args:
         bits: code width b, 1 to 4.
-        levels: the level of each state, 256 numbers, for coordinates of unit variance.
-        taps: 8 numbers, where the levels are linear in the bits of the state; see `linear`. Else None.
+        levels: the level of each state, 2**w numbers, for coordinates of unit variance.
+        taps: w numbers, where the levels are linear in the bits of the state; see `linear`. Else None.
 
     Source: trellis coded quantization, Marcellin and Fischer 1990; states that are windows over the codes:
     QTIP, arXiv 2406.11235.
@@ -48,23 +46,32 @@ class Trellis:
         >>> Trellis.linear(2, [0.5, 0.25, 0, 0, 0, 0, 0, 0]).levels[:4]
         (-0.75, 0.25, -0.25, 0.75)
         """
-        levels = (
-            sum(tap if state >> i & 1 else -tap for i, tap in enumerate(taps)) for state in range(STATES)
-        )
+        states = range(1 << len(taps))
+        levels = (sum(tap if state >> i & 1 else -tap for i, tap in enumerate(taps)) for state in states)
         return cls(bits, tuple(levels), tuple(taps))
 
     @property
+    def state_bits(self) -> int:
+        """Bits of a state, w."""
+        return len(self.levels).bit_length() - 1
+
+    @property
+    def state_dtype(self) -> torch.dtype:
+        """In which states are held."""
+        return torch.uint8 if self.state_bits <= 8 else torch.int16
+
+    @property
     def reach(self) -> int:
-        """How many codes a state depends on, its own included: 8 / b, rounded up."""
-        return -(-STATE_BITS // self.bits)
+        """How many codes a state depends on, its own included: w / b, rounded up."""
+        return -(-self.state_bits // self.bits)
 
     def states(self, codes: Tensor) -> Tensor:
-        """States of codes: [..., D] uint8 -> [..., D] uint8; D is at least `reach`."""
-        state, known, back = codes, self.bits, 1
-        while known < STATE_BITS:  # the bits that a state has already; what is beyond 8 bits falls off a byte
+        """States of codes: [..., D] uint8 -> [..., D] of `state_dtype`; D is at least `reach`."""
+        state, known, back = codes.to(self.state_dtype), self.bits, 1
+        while known < self.state_bits:  # the bits that a state has already
             state = state.roll(back, -1).bitwise_left_shift_(known).bitwise_or_(state)
             known, back = 2 * known, 2 * back
-        return state
+        return state & len(self.levels) - 1 if known > self.state_bits else state
 
     @property
     def filters(self) -> Filters:
@@ -79,11 +86,11 @@ class Trellis:
         """
         if self.taps is None:
             return ()
-        padded = *self.taps, *[0.0] * (self.bits * self.reach - STATE_BITS)
+        padded = *self.taps, *[0.0] * (self.bits * self.reach - self.state_bits)
         return tuple(padded[k :: self.bits] for k in range(self.bits))
 
     def level_tensor(self, head_dim: int, device: torch.device | str | None = None) -> Tensor:
-        """[256] float32 levels of unit vectors of this dimension, on the CPU when no device is given."""
+        """[2**w] float32 levels of unit vectors of this dimension, on the CPU when no device is given."""
         levels = torch.tensor(self.levels, dtype=torch.float32, device="cpu" if device is None else device)
         return levels.mul_(head_dim**-0.5)
 
@@ -102,6 +109,8 @@ def trellis(bits: int) -> Trellis:
 
     >>> trellis(2).reach, len(trellis(2).levels), len(trellis(2).filters)
     (4, 256, 2)
+    >>> trellis(3).reach, len(trellis(3).levels), len(trellis(3).filters)
+    (3, 512, 3)
     """
     if bits not in BITS or not isinstance(bits, int):
         raise UnsupportedBitsError(

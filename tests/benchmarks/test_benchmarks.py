@@ -8,6 +8,7 @@ from types import ModuleType
 
 import pytest
 
+from quantpress.evaluation.divergence.documents import Document
 from quantpress.evaluation.sizing.model_outline import outline
 from quantpress.evaluation.suites import QUICK
 from quantpress.evaluation.tasks.cases import Case
@@ -15,6 +16,7 @@ from quantpress.presses import TurboQuant
 from quantpress.presses.expression import parse_press
 from tests.benchmarks.loading import benchmark
 from tests.pipelines.words import ours, text
+from tests.tiny_models import prompt
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +53,9 @@ def test_the_table_compares_with_the_first_press_and_a_run_goes_on(
     assert capsys.readouterr().out == first
 
 
-def test_a_press_sees_the_question_in_view_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_press_sees_the_question_in_view_alone(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     view, pipe = benchmark("question_in_view"), ours(chat=True)
     asked = Case("needle", "one", text(300), " w1 w2", "w3", ("w4",), "recall", 2, 300)
     monkeypatch.setattr(view, "load_pipeline", lambda *names: pipe)
@@ -68,6 +72,19 @@ def test_a_press_sees_the_question_in_view_alone(monkeypatch: pytest.MonkeyPatch
     given = pipe.preprocess(asked.context, questions=[asked.question], answer_prefix=asked.answer_prefix)
     seen, unseen = given["context_ids"].shape[1], given["questions_ids"][0].shape[1]
     assert read["in view"] * seen == read["blind"] * (seen + unseen - 1)
+    more = ["--press", "Knorm({}) | TurboQuant(4, recent_tokens=8)", "--share", "0.3"]
+    pieces = [Document("piece", prompt(428)[0], 300)]
+    monkeypatch.setattr(view, "make_documents", lambda *sizes: pieces)
+    monkeypatch.setattr(sys, "argv", ["question_in_view.py", *words, *more, "--documents", "1"])
+    view.main()
+    first = json.loads(written.read_text())
+    kept = first["rows"][-1]
+    assert kept["ratio"] == pytest.approx(1 / 0.3, rel=0.1) and 0 < first["rows"][1]["KL"] < kept["KL"]
     monkeypatch.delattr(view, "ask")  # nothing is asked twice
+    monkeypatch.delattr(view, "DivergenceProbe")
     view.main()
     assert json.loads(written.read_text()) == first
+    monkeypatch.setattr(sys, "argv", ["question_in_view.py", "--press", "SnapKV({})"])
+    with pytest.raises(SystemExit):
+        view.main()
+    assert "needs --share" in capsys.readouterr().err

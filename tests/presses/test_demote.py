@@ -3,12 +3,14 @@
 import copy
 import pickle
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from transformers import DynamicCache
 
+from quantpress import presses
 from quantpress.cache import PackedLayer, cache_memory
 from quantpress.cache.attention.dispatch import _attend_view
 from quantpress.cache.attention.states import PackedStates
@@ -17,7 +19,7 @@ from quantpress.cache.fixed.fixable import unfixable
 from quantpress.cache.saved.layers import cache_of, cache_parts
 from quantpress.cache.tokens.demotion import Demotion
 from quantpress.errors import CompositionError, InvalidInputError, UnsupportedBitsError
-from quantpress.presses import AdaKV, Compose, Decoding, Demote, Knorm, KVzip, SnapKV, TurboQuant
+from quantpress.presses import AdaKV, ChunkKV, Compose, Decoding, Demote, Knorm, KVzip, SnapKV, TurboQuant
 from tests.cache.caches import lossless as raw
 from tests.cache.caches import scalar
 from tests.cache.saved.test_layers import again
@@ -62,6 +64,40 @@ def test_what_falls_is_what_the_press_would_evict() -> None:
         expected = middle.gather(2, largest.unsqueeze(-1).expand(-1, -1, -1, middle.shape[-1]))
         found = layer.keys[:, :, : 4 + count] + 0
         assert torch.equal(found[:, :, 4:], expected) and torch.equal(found[:, :, :4], before[:, :, :4])
+
+
+@pytest.mark.parametrize(
+    "name", ["Compactor", "CUR", "ExpectedAttention", "KeyDiff", "LagKV", "SnapKV", "TOVA"]
+)
+def test_scores_of_kvpress_alone(name: str) -> None:
+    """What kvpress's contexts give to attention modules is there, and gone afterwards."""
+    model = tiny_model("qwen3")
+    before = [sorted(vars(layer.self_attn)["_modules"]) for layer in model.model.layers]
+    cache = read(model, Compose([Demote(getattr(presses, name)(0.5)), lossless()]), IDS)
+    assert cache.layers[-1].tokens.demoted_tokens == 256
+    assert answer(model, cache, TOKENS) == answer(model, read(model, lossless(), IDS), TOKENS)
+    assert [sorted(vars(layer.self_attn)["_modules"]) for layer in model.model.layers] == before
+
+
+@pytest.mark.parametrize("tokens", [9, 40, 205])
+def test_chunks_fall_as_a_whole(tokens: int) -> None:
+    """Those that kvpress's ChunkKV evicts; the last one is shorter, or the only one."""
+    press, keys = ChunkKV(Knorm(0.5)), torch.randn(1, 3, tokens, DIM)
+    module: Any = SimpleNamespace(head_dim=DIM)
+    kept, _ = press.compress(module, keys, keys, keys, None, {})  # type: ignore[arg-type]
+    scores = press.score(module, keys, keys, keys, None, {})
+    assert scores.shape == keys.shape[:3]
+    if tokens > press.chunk_length:
+        best = scores[0, 0].topk(kept.shape[2]).indices.sort().values
+        torch.testing.assert_close(keys[:, :, best], kept, rtol=0, atol=0)
+    else:
+        assert scores.unique().numel() == 1
+
+
+def test_chunks_of_a_model_fall() -> None:
+    model = tiny_model("llama")
+    cache = read(model, Compose([Demote(ChunkKV(Knorm(0.6))), lossless()]), IDS)
+    assert cache.layers[-1].tokens.demoted_tokens == 384
 
 
 def test_bytes_are_those_of_two_widths() -> None:

@@ -57,11 +57,15 @@ def _join(m, total, y, part_o, part_m, part_l):
 
 
 @triton.jit
-def _of_lag(y0, y1, y2, lag: tl.constexpr, PLANES: tl.constexpr, LAGS: tl.constexpr, FILTERS: tl.constexpr):
+def _of_lag(
+    y0, y1, y2, y3, lag: tl.constexpr, PLANES: tl.constexpr, LAGS: tl.constexpr, FILTERS: tl.constexpr
+):
     """What the taps of one lag make of the sums of all bit planes."""
     z = y0 * FILTERS[lag] + y1 * FILTERS[LAGS + lag]
-    if PLANES == 3:
+    if PLANES > 2:
         z += y2 * FILTERS[2 * LAGS + lag]
+    if PLANES > 3:
+        z += y3 * FILTERS[3 * LAGS + lag]
     return z
 
 
@@ -111,7 +115,7 @@ def merge_kernel(
     o: [N, splits, R, DV], m and l: [N, R, splits], sums over packed tokens in code space, N = heads * blocks;
     dense_o, dense_m, dense_l: the same over 16-bit tokens, with `tiles` in place of `splits`; sinks: [Hkv *
     group] logits, if HAS_SINKS; rotation: [DV, DV] float32, out of code space but for the factor `unit`; out:
-    [BH, rows, DV], written; SIZE: partial sums joined at a time. Where PLANES is 2 or 3, values are so many
+    [BH, rows, DV], written; SIZE: partial sums joined at a time. Where PLANES is 2 to 4, values are so many
     bit planes, o is [N, splits, R, PLANES, DV], and taps FILTERS, plane by plane, make one vector of them.
     Where HEADS, a power of two of at least `heads`, is not 0, heads have page tables: o, m and l are [blocks,
     splits, ...], and the splits belong to heads as `chunks_of_heads` says, of used and starts [heads] int32
@@ -145,11 +149,14 @@ def merge_kernel(
         y = tl.zeros([DV], tl.float32)
         o, ms, ls = _load(o_ptr, m_ptr, l_ptr, begin, end, splits, holder, local, DV, R, SIZE, COUNT)
         if PLANES:
-            one, two = o_ptr + DV, o_ptr + 2 * DV
+            one, two, three = o_ptr + DV, o_ptr + 2 * DV, o_ptr + 3 * DV
             o1, ms, ls = _load(one, m_ptr, l_ptr, begin, end, splits, holder, local, DV, R, SIZE, COUNT)
             o2 = o1
-            if PLANES == 3:
+            if PLANES > 2:
                 o2, ms, ls = _load(two, m_ptr, l_ptr, begin, end, splits, holder, local, DV, R, SIZE, COUNT)
+            o3 = o2
+            if PLANES > 3:
+                o3, ms, ls = _load(three, m_ptr, l_ptr, begin, end, splits, holder, local, DV, R, SIZE, COUNT)
         if not PARTIAL:
             dense_o, dense_ms, dense_ls = _load(
                 dense_o_ptr, dense_m_ptr, dense_l_ptr, 0, tiles, tiles, block, local, DV, R, TILES, 1
@@ -159,6 +166,7 @@ def merge_kernel(
             y = tl.sum(o * weight[:, None], 0)
             y1 = tl.sum(o1 * weight[:, None], 0)
             y2 = tl.sum(o2 * weight[:, None], 0)
+            y3 = tl.sum(o3 * weight[:, None], 0)
         else:
             m, total, y = _join(m, total, y, o, ms, ls)
         for start in range(begin + SIZE, end, SIZE):
@@ -166,22 +174,28 @@ def merge_kernel(
             if PLANES:
                 o1, ms, ls = _load(one, m_ptr, l_ptr, start, end, splits, holder, local, DV, R, SIZE, COUNT)
                 o2 = o1
-                if PLANES == 3:
+                if PLANES > 2:
                     o2, ms, ls = _load(
                         two, m_ptr, l_ptr, start, end, splits, holder, local, DV, R, SIZE, COUNT
+                    )
+                o3 = o2
+                if PLANES > 3:
+                    o3, ms, ls = _load(
+                        three, m_ptr, l_ptr, start, end, splits, holder, local, DV, R, SIZE, COUNT
                     )
                 m, total, decay, weight = joined_weights(m, total, ms, ls)
                 y = y * decay + tl.sum(o * weight[:, None], 0)
                 y1 = y1 * decay + tl.sum(o1 * weight[:, None], 0)
                 y2 = y2 * decay + tl.sum(o2 * weight[:, None], 0)
+                y3 = y3 * decay + tl.sum(o3 * weight[:, None], 0)
             else:
                 m, total, y = _join(m, total, y, o, ms, ls)
         if PLANES:
             LAGS: tl.constexpr = len(FILTERS) // PLANES
             of_planes = y
-            y = _of_lag(of_planes, y1, y2, 0, PLANES, LAGS, FILTERS)
+            y = _of_lag(of_planes, y1, y2, y3, 0, PLANES, LAGS, FILTERS)
             for lag in tl.static_range(1, LAGS):
-                later = _of_lag(of_planes, y1, y2, lag, PLANES, LAGS, FILTERS)
+                later = _of_lag(of_planes, y1, y2, y3, lag, PLANES, LAGS, FILTERS)
                 y += tl.gather(later, (value + (DV - lag)) % DV, 0)
         turned = tl.sum(turn * (y * unit)[:, None], 0)
         if PARTIAL:

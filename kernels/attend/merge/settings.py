@@ -23,6 +23,11 @@ def warps_of_merge(sums: int, rows: int) -> tuple[int, int, int, int]:
     return 1, min(4, 1 << (rows - 1).bit_length()), (4 if sums <= 4 else 16), 16
 
 
+def warps_by_matrix(head_dim: int, planes: int) -> int:
+    """Warps of a program of `by_matrix`: sums of four bit planes need the registers of eight."""
+    return 8 if head_dim > 128 or planes > 3 else 4
+
+
 def rows_of_merge(rows: int, heads: int, multiprocessors: int) -> int:
     """How many rows a program of `by_matrix` takes one after the other; it reads the matrix once for all.
 

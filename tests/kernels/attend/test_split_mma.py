@@ -259,6 +259,8 @@ def test_two_bytes_are_as_fine_as_16_bits(dim: int, bits: int) -> None:
         (4, 2, "values", 128, 1),
         (3, 3, "keys", 64, 1),
         (8, 3, "values", 64, 1),
+        (4, 4, "keys values", 64, 5),
+        (4, 2, "keys", 128, 1),
     ],
 )
 def test_bit_planes(

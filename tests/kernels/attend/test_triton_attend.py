@@ -20,7 +20,7 @@ from quantpress.codecs.scalar import ScalarPages
 from quantpress.codecs.trellis import TrellisPages
 from quantpress.errors import InvalidInputError
 from quantpress.kernels.attend import DenseSegment, PackedSegment, PackedSide, Segment, Visibility, attend
-from quantpress.kernels.attend.merge.settings import MERGED
+from quantpress.kernels.attend.merge.settings import MERGED, warps_by_matrix
 from quantpress.kernels.attend.opening.arguments import tile_tokens
 from quantpress.kernels.attend.reference import attend_reference
 from quantpress.kernels.attend.schedule import SCHEDULE_TILE, PageSchedule, page_schedule, schedule_programs
@@ -69,6 +69,7 @@ INTERPRETED = [
     [8, 2, 64, 2, "bfloat16", "haar one_transform"],
     [2, 3, 64, 3, "float32", "planes lengths"],
     [3, 2, 64, 1, "bfloat16", "planes pool"],
+    [4, 4, 64, 3, "float32", "planes lengths"],
     [1, 1, 64, 3, "float32", "lengths softcap"],
     [3, 2, 64, 4, "float32", "passes lengths sinks softcap out"],
     [2, 3, 64, 2, "bfloat16", "two planes lengths sinks softcap"],
@@ -188,6 +189,8 @@ def compiled(kernel: Any, constants: dict[str, Any], capability: int, warps: int
         (-3, -3, 128, 4, 90, 0),
         (-3, -3, 128, 8, 90, 1),
         (4, -2, 64, 16, 100, 64),
+        (-4, -4, 128, 4, 90, 0),
+        (-4, 3, 64, 8, 80, 64),
         (1, 3, 128, 8, 90, 1),
         (8, 4, 128, 8, 80, 0),
         (8, 3, 128, 8, 90, 1),
@@ -215,7 +218,8 @@ def test_split_kernel_compiles_without_a_gpu(
     )
     halves = steps_of_page(*(codec.kernel_operands() for codec in (keys, values)), rows, heads > 0)
     staged = 3 in (key_bits, value_bits) and (dim == 256 or key_bits == 8)
-    staged = (staged or (-3 in (key_bits, value_bits) and rows > 4)) and capability >= 90
+    planes = -min(key_bits, value_bits)
+    staged = (staged or planes > 3 or (planes == 3 and rows > 4)) and capability >= 90
     constants = {"D": dim, "DV": dim, "R": max(rows, 8), "ROWS": rows}
     constants |= fine | {"K_BITS": abs(key_bits), "V_BITS": abs(value_bits)}
     constants |= {"K_SIGNS": key_bits < 2, "V_SIGNS": value_bits < 2, "USED": heads > 0}
@@ -247,6 +251,8 @@ def test_split_kernel_compiles_without_a_gpu(
     assert ("cp.async" in kernel.asm["ptx"]) == staged
     if staged:  # an empty split's words must not come after the output has taken their place
         assert re.search(r"cp\.async\.wait_group\s+0", kernel.asm["ptx"].rsplit("mma.sync", 1)[1])
+    if planes > 3 and capability >= 90:
+        assert int(re.findall(r"STACK:(\d+)", resources(kernel))[0]) <= 64, "registers are spilled"
     if opens and rows == 4:
         assert "STACK:0" in resources(kernel), "registers are spilled"
     assert len(kernel.asm["cubin"]) > 0
@@ -282,8 +288,9 @@ def test_kernels_around_it_compile_without_a_gpu(capability: int, heads: int, di
     first |= {"FIRST_STARTS": heads == 0, "RECENT_STARTS": True, "SLOTS": heads == 64, "SHARED": heads == 32}
     first |= {"FIRST_PAGE": 4 if heads < 64 else 0, "RECENT_PAGE": 128 if heads < 64 else 0}
     merge = chained | {"HAS_SINKS": True, "SIZE": MERGED[heads > 0], "HEADS": heads, "STARTS": heads > 0}
-    merge |= {"EACH": 4 if heads else 1, "SCHEDULED": heads == 32, "PLANES": heads and 3}
-    merge |= {"FILTERS": taps(heads and 3), "PARTIAL": heads == 64}
+    planes = {0: 0, 64: 3, 32: 4}[heads]
+    merge |= {"EACH": 4 if heads else 1, "SCHEDULED": heads == 32, "PLANES": planes}
+    merge |= {"FILTERS": taps(planes), "PARTIAL": heads == 64}
     schedule = {"HEADS": max(heads, 2), "SIZE": SCHEDULE_TILE, "STARTS": heads == 64}
     means = {"D": dim, "R": 8, "SIZE": PAGES_OF_SCORES, "HAS_WEIGHT": True, "SHARED": heads == 32}
     means |= {"SLOTS": heads == 64, "USED": True, "STARTS": heads > 0, "PAGED": heads > 0}
@@ -294,9 +301,12 @@ def test_kernels_around_it_compile_without_a_gpu(capability: int, heads: int, di
         page_scores_kernel: means,
     }
     for kernel, constants in kernels.items():
-        binary = compiled(kernel, constants, capability, 8 if dim > 128 else 4)
+        warps = warps_by_matrix(dim, planes if kernel is merge_kernel else 0)
+        binary = compiled(kernel, constants, capability, warps)
         assert len(binary.asm["cubin"]) > 0
         assert binary.metadata.shared <= 99 * 1024  # of consumer GPUs
+        if kernel is merge_kernel and planes > 3:
+            assert "STACK:0" in resources(binary), "registers are spilled"
 
 
 @pytest.mark.parametrize("page", [0, 128])
@@ -482,7 +492,10 @@ def test_error_on_a_gpu(dim: int, bits: tuple[int, int], tokens: int) -> None:
 @pytest.mark.parametrize("tokens", [128, 384, 8192, 131072])
 @pytest.mark.parametrize(
     "bits",
-    [(-2, -2), (-3, -3), (-3, -2), (4, -2), (-3, 3), (1, 1), (3, 1), (8, 1), (8, -2), (-3, 8)],
+    [
+        *((-2, -2), (-3, -3), (-3, -2), (4, -2), (-3, 3), (-4, -4), (-4, -3)),
+        *((1, 1), (3, 1), (8, 1), (8, -2), (-3, 8), (4, -4)),
+    ],
     ids=lambda b: f"{b[0]}_{b[1]}",
 )
 @pytest.mark.parametrize("dim", [64, 128])
