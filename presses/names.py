@@ -192,10 +192,10 @@ class ChunkKV(WrappingPress, kvpress.ChunkKVPress, inner=SnapKV, compares_heads=
 
         By them `Demote` takes chunks, as this press does when it evicts.
         """
-        scores = self.press.score(module, hidden_states, keys, values, attentions, kwargs)
+        scores: torch.Tensor = self.press.score(module, hidden_states, keys, values, attentions, kwargs)
         tokens, length = scores.shape[2], self.chunk_length
         padded = functional.pad(scores.mean(dim=1), (0, -tokens % length), value=torch.nan)
-        chunks = padded.unflatten(1, (-1, length)).nanmean(dim=-1)
+        chunks = padded.reshape(len(padded), -1, length).nanmean(dim=-1)
         return chunks.repeat_interleave(length, dim=1)[:, None, :tokens].expand_as(scores)
 
 

@@ -90,7 +90,7 @@ def given_rotary_embedding(model: nn.Module) -> Iterator[None]:
     kvpress's contexts do this, and its ExpectedAttention and others read it. A press on our own base that
     asks one of them for scores never enters its context.
     """
-    shared = getattr(decoder_of(model), "rotary_emb", None)
+    shared: Any = getattr(decoder_of(model), "rotary_emb", None)
     modules = () if shared is None else full_attention_modules(model)
     lacking = [module for module in modules if not hasattr(module, "rotary_emb")]
     for module in lacking:
