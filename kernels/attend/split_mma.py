@@ -87,23 +87,18 @@ def _order(x):
 
 
 @gluon.jit
-def _start_next():
-    """Let the next kernel start (Hopper and later)."""
+def _wait():
+    """Wait for the kernel before this one (Hopper and later)."""
     gl.inline_asm_elementwise(
-        "griddepcontrol.launch_dependents; // $0",
-        "=r,~{memory}",
-        [],
-        dtype=gl.int32,
-        is_pure=False,
-        pack=1,
+        "griddepcontrol.wait; // $0", "=r,~{memory}", [], dtype=gl.int32, is_pure=False, pack=1
     )
 
 
 @gluon.jit
-def _wait_for_queries():
-    """Wait for the kernel before this one, and let the next one start (Hopper and later)."""
+def _start_next():
+    """Let the next kernel start (Hopper and later)."""
     gl.inline_asm_elementwise(
-        "griddepcontrol.wait; griddepcontrol.launch_dependents; // $0",
+        "griddepcontrol.launch_dependents; // $0",
         "=r,~{memory}",
         [],
         dtype=gl.int32,
@@ -576,7 +571,7 @@ def split_mma_kernel(
 
     HALVES is 2 to take a page in two steps, groups of tokens 0, 2, 4, 6 before 1, 3, 5, 7. STAGED: words of 3
     bits, or of bit planes, are read from shared memory. CHAINED: the next kernel may start before this one
-    has ended, and this one, unless OPENS, was started before `prepare_kernel` has ended.
+    has ended, and this one was started before the one in front has, which is `prepare_kernel` unless OPENS.
 
     OPENS: queries are prepared here as by `prepare_kernel`, which has the arguments from query to slots, from
     scale to kv_heads and from hidden on; signs: [D] float32, row 0 of the rotation, a Walsh-Hadamard matrix
@@ -588,6 +583,8 @@ def split_mma_kernel(
     right: gl.constexpr = gl.DotOperandLayout(1, mma, 4)
     split = gl.program_id(0)
     splits = gl.num_programs(0)
+    if OPENS and CHAINED:
+        _wait()
     if OPENS:
         if HEADS:
             dense_head = (split // gl.maximum(parts, 1)).to(gl.int64)
@@ -668,7 +665,8 @@ def split_mma_kernel(
             mine, first, last = _assigned(used_ptr, starts_ptr, heads, pages, split, splits, HEADS, STARTS)
         if first >= last:
             if CHAINED and not OPENS:  # the merge must not start before `prepare_kernel` has ended
-                _wait_for_queries()
+                _wait()
+                _start_next()
             return
         stride, count = 1, last - first
         head = mine.to(gl.int64)
@@ -767,7 +765,8 @@ def split_mma_kernel(
         factor, bias = gl.convert_layout(factor, by_row), gl.convert_layout(bias, by_row)
     else:
         if CHAINED:
-            _wait_for_queries()
+            _wait()
+            _start_next()
         at = gl.arange(0, D, layout=gl.SliceLayout(1, right))
         channel = at // 64 * 64 + at // 4 % 4 * 16 + at // 16 % 4 * 4 + at % 4
         q_column = gl.arange(0, 2 * ROWS, layout=gl.SliceLayout(0, right))

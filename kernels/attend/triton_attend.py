@@ -280,7 +280,7 @@ class _Call:
     def _opening(
         self, ends: DenseArguments, constants: dict[str, Any], hidden: int, spare: int
     ) -> tuple[Opening, list[torch.Tensor]]:
-        """The split kernel's part; it is launched after all before it, and the merge waits for it alone.
+        """The split kernel's part; it waits for all before it at its top, and the merge waits for it alone.
 
         So no kernel that was started early still reads or writes the memory of the sums.
         """
@@ -491,8 +491,7 @@ class _Call:
                 CHAINED=self.chained,
                 num_warps=1,
                 maxnreg=255,  # left out, the assembler saves registers for more programs than run at a time
-                **FUSED,
-                **(self.early if opening is NOTHING else {}),
+                **self.options,
             )
         return sums
 
