@@ -37,6 +37,7 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from quantpress.kernels.attend.opening.queries import (
     load_channels,
     load_rows,
+    numbers_of_rows,
     query_operand,
     turned_queries,
 )
@@ -105,6 +106,20 @@ def _start_next():
         is_pure=False,
         pack=1,
     )
+
+
+@gluon.jit
+def _behind(x, unity):
+    """x of `load_rows` or `load_channels`, but what is computed from it stays behind the last `_order`.
+
+    unity: 1 in shared memory, which is read here. Without it the assembler puts all loads of codes behind the
+    last sum of `turned_queries`.
+    """
+    if len(x.shape) == 2:
+        x = x * unity.load(gl.SliceLayout(1, x.type.layout))[:, None]
+    else:
+        x = x * unity.load(x.type.layout)
+    return x
 
 
 @gluon.constexpr_function
@@ -253,7 +268,9 @@ def _step(
     """
     WHOLE_K: gl.constexpr = K_BITS == 3 or K_SIGNS
     WHOLE_V: gl.constexpr = V_BITS == 3 or V_SIGNS
-    ahead = gl.minimum(step + 1, HALVES * count - 1)
+    more = step + 1 < HALVES * count
+    ahead = gl.where(more, step + 1, step)
+    live = more.to(gl.int32)  # behind the last page, one vector for all lanes: a branch would cost more
     next_row = _pool_row(page_table_ptr, _page(ahead // HALVES, first, stride, count, lead, STARTS), PAGED)
     if STAGED_V:
         fetch_words(
@@ -322,7 +339,7 @@ def _step(
             HALVES,
         )
     elif HALF != 0 or not WHOLE_K:
-        ka, kb, kc, kd = key_words(k_ptr + pool_row * k_page, ahead, D, K_BITS, K_SIGNS, HALVES)
+        ka, kb, kc, kd = key_words(k_ptr + pool_row * k_page, ahead, D, K_BITS, K_SIGNS, HALVES, live)
     _order(step)
 
     ks0, ks1, ks2, ks3 = scales_of_tiles(ks, HALVES)
@@ -710,6 +727,22 @@ def split_mma_kernel(
     STAGED_K: gl.constexpr = STAGED and (K_BITS == 3 or K_SIGNS)
     STAGED_V: gl.constexpr = STAGED and (V_BITS == 3 or V_SIGNS)
     key_buffer, value_buffer = words_buffer(4 * D, K_BITS, STAGED_K), words_buffer(4 * DV, V_BITS, STAGED_V)
+    if OPENS:  # in front of the codes, which take longer and keep what is asked for later
+        unity = gl.allocate_shared_memory(gl.float32, [1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+        unity.store(gl.full([1], 1.0, gl.float32, gl.BlockedLayout([1], [32], [1], [0])))
+        own = head
+        if SLOTS:
+            own = gl.load(slots_ptr + head // kv_heads) * kv_heads + head % kv_heads
+        if SHARED:
+            own = head % kv_heads
+        x = load_rows(query_ptr, head, gl.program_id(1) % blocks * R, rows, ROWS, D)
+        signs = load_channels(signs_ptr, ROWS, D)
+        weights, mean = signs, signs
+        if HAS_WEIGHT:
+            weights = load_channels(weight_ptr + own * D, ROWS, D)
+        if HAS_MEAN:
+            mean = load_channels(mean_ptr + own * D, ROWS, D)
+        _order(first)
     if STAGED_K:
         ka, kb, kc, kd = first, first, first, first
         fetch_words(
@@ -726,20 +759,11 @@ def split_mma_kernel(
     if K_FINE or V_FINE:
         low_fine_k, high_fine_k = gl.load(table + 128), gl.load(table + 160)
         low_fine_v, high_fine_v = gl.load(table + 192), gl.load(table + 224)
-    if OPENS:  # behind the codes: the assembler would put off what follows the first sum
-        own = head
-        if SLOTS:
-            own = gl.load(slots_ptr + head // kv_heads) * kv_heads + head % kv_heads
-        if SHARED:
-            own = head % kv_heads
-        x = load_rows(query_ptr, head, gl.program_id(1) % blocks * R, rows, ROWS, D)
-        signs = load_channels(signs_ptr, ROWS, D)
-        weights, mean = signs, signs
-        if HAS_WEIGHT:
-            weights = load_channels(weight_ptr + own * D, ROWS, D)
-        if HAS_MEAN:
-            mean = load_channels(mean_ptr + own * D, ROWS, D)
+    if OPENS:
         _order(first)
+        x = _behind(x, unity)
+        if HAS_WEIGHT:
+            weights = _behind(weights, unity)
     tables.index(0).store(low_k)
     tables.index(1).store(high_k)
     tables.index(2).store(low_v)
@@ -760,9 +784,10 @@ def split_mma_kernel(
             _start_next()
         q0 = query_operand(turned, ROWS, D, mma)
         q1, q2, q3 = q0, q0, q0
-        start = gl.join(0 * lacking, lacking).reshape([2 * ROWS])
-        start = gl.convert_layout(start, gl.SliceLayout(0, mma))[None, :]
-        factor, bias = gl.convert_layout(factor, by_row), gl.convert_layout(bias, by_row)
+        start, factor, bias = numbers_of_rows(lacking, factor, bias, ROWS)
+        start = gl.convert_layout(start, gl.SliceLayout(0, mma), assert_trivial=True)[None, :]
+        factor = gl.convert_layout(factor, by_row, assert_trivial=True)
+        bias = gl.convert_layout(bias, by_row, assert_trivial=True)
     else:
         if CHAINED:
             _wait()

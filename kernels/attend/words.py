@@ -30,10 +30,11 @@ def bytes_layout(VECTORS):
 
 
 @gluon.jit
-def key_offsets(GAP: gl.constexpr, VECTORS: gl.constexpr, D: gl.constexpr, ROWS: gl.constexpr):
+def key_offsets(GAP: gl.constexpr, VECTORS: gl.constexpr, D: gl.constexpr, ROWS: gl.constexpr, live=1):
     """Offsets in words of 16 or 32 rows of packed keys: [VECTORS, 32, 4].
 
-    GAP: rows from one group of 16 rows to the next; ROWS: rows R of a part of the page.
+    GAP: rows from one group of 16 rows to the next; ROWS: rows R of a part of the page; live: 1, or 0 for one
+    vector of 16 bytes that all lanes load.
     """
     layout: gl.constexpr = gl.SliceLayout(3, bytes_layout(VECTORS))
     vector = gl.arange(0, VECTORS, layout=gl.SliceLayout(1, gl.SliceLayout(2, layout)))
@@ -41,7 +42,7 @@ def key_offsets(GAP: gl.constexpr, VECTORS: gl.constexpr, D: gl.constexpr, ROWS:
     word = gl.arange(0, 4, layout=gl.SliceLayout(0, gl.SliceLayout(1, layout)))
     blocks: gl.constexpr = D // 64
     row = vector // blocks % 2 * 2 + vector // (2 * blocks) * GAP
-    own = (lane // 4 % 2 + lane // 8 * 4) * 16 + lane % 4 * 4
+    own = ((lane // 4 % 2 + lane // 8 * 4) * 16 + lane % 4 * 4) * live
     at = row * 16 + vector % blocks * (16 * ROWS)
     return at[:, None, None] + own[None, :, None] + word[None, None, :]
 
@@ -98,38 +99,41 @@ def fetched_words(buffer, VECTORS: gl.constexpr, PARTS: gl.constexpr):
 
 
 @gluon.jit
-def key_words(ptr, step, D: gl.constexpr, BITS: gl.constexpr, SIGNS: gl.constexpr, HALVES: gl.constexpr):
+def key_words(
+    ptr, step, D: gl.constexpr, BITS: gl.constexpr, SIGNS: gl.constexpr, HALVES: gl.constexpr, live=1
+):
     """Words of the keys of a page, or of one half of it: four tensors, some of which may be needed.
 
-    ptr: the page; step: odd for the second half, if HALVES is 2; SIGNS: the page has BITS bit planes.
+    ptr: the page; step: odd for the second half, if HALVES is 2; SIGNS: the page has BITS bit planes;
+    live: 0 where the words are not needed, see `key_offsets`.
     """
     half = step % 2 * (16 * 16)
     if BITS == 3 or SIGNS:  # both halves lie in each word
-        a = _load(ptr, key_offsets(0, D // 32, D, 16))
+        a = _load(ptr, key_offsets(0, D // 32, D, 16, live))
         b, c = a, a
         if BITS > 1:
-            b = _load(ptr + 4 * D, key_offsets(0, D // 32, D, 16))
+            b = _load(ptr + 4 * D, key_offsets(0, D // 32, D, 16, live))
         if BITS > 2:
-            c = _load(ptr + 8 * D, key_offsets(0, D // 32, D, 16))
+            c = _load(ptr + 8 * D, key_offsets(0, D // 32, D, 16, live))
         d = c
         if BITS > 3:
-            d = _load(ptr + 12 * D, key_offsets(0, D // 32, D, 16))
+            d = _load(ptr + 12 * D, key_offsets(0, D // 32, D, 16, live))
     elif BITS == 8:
-        a = _load(ptr + half, key_offsets(32, D // 16, D, 128))
-        b = _load(ptr + half + 64 * 16, key_offsets(32, D // 16, D, 128))
+        a = _load(ptr + half, key_offsets(32, D // 16, D, 128, live))
+        b = _load(ptr + half + 64 * 16, key_offsets(32, D // 16, D, 128, live))
         c, d = a, a
     elif HALVES == 2:
         if BITS == 4:
-            a = _load(ptr + half, key_offsets(32, D // 16, D, 64))
+            a = _load(ptr + half, key_offsets(32, D // 16, D, 64, live))
         else:
-            a = _load(ptr + half, key_offsets(0, D // 32, D, 32))
+            a = _load(ptr + half, key_offsets(0, D // 32, D, 32, live))
         b, c, d = a, a, a
     elif BITS == 4:
-        a = _load(ptr, key_offsets(16, D // 16, D, 64))
-        b = _load(ptr + 32 * 16, key_offsets(16, D // 16, D, 64))
+        a = _load(ptr, key_offsets(16, D // 16, D, 64, live))
+        b = _load(ptr + 32 * 16, key_offsets(16, D // 16, D, 64, live))
         c, d = a, a
     else:
-        a = _load(ptr, key_offsets(16, D // 16, D, 32))
+        a = _load(ptr, key_offsets(16, D // 16, D, 32, live))
         b, c, d = a, a, a
     return a, b, c, d
 

@@ -114,6 +114,28 @@ def turned_queries(
     return both.permute([0, 2, 1]).reshape([2 * ROWS, D]), gl.sum(n, 1) >> 1, factor, bias
 
 
+@gluon.constexpr_function
+def _by_thread(ROWS):
+    """[ROWS, 2, 2]: the numbers of rows t, t + 4, ... in the lanes 4 * g + t."""
+    rows = [[4 << bit, 0, 0] for bit in range((ROWS // 4).bit_length() - 1)]
+    lanes = [[1, 0, 0], [2, 0, 0], [0, 0, 0], [0, 0, 0], [0, 0, 0]]
+    return gl.DistributedLinearLayout([[0, 0, 1], [0, 1, 0], *rows], lanes, [], [], [ROWS, 2, 2])
+
+
+@gluon.jit
+def numbers_of_rows(lacking, factor, bias, ROWS: gl.constexpr):
+    """From all lanes to those of the scores, in one exchange.
+
+    lacking, factor, bias: [ROWS], of `turned_queries`. Returns what sums over bytes begin with [2 ROWS],
+    0 in even places; factor; bias. The 0 comes with the others: a constant would be copied for each product.
+    """
+    begin = gl.join(0 * lacking, lacking).to(gl.float32, bitcast=True)
+    every = gl.join(gl.join(factor, bias), begin)
+    scales, begin = gl.split(gl.convert_layout(every, _by_thread(ROWS)))
+    factor, bias = gl.split(scales)
+    return begin.to(gl.int32, bitcast=True).reshape([2 * ROWS]), factor, bias
+
+
 @gluon.jit
 def query_operand(x, R: gl.constexpr, D: gl.constexpr, mma: gl.constexpr):
     """Bytes [2 R, D] as the right operand of the scores, [D, 2 R], channels as `key_operand` has them."""

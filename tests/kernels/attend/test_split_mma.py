@@ -52,11 +52,11 @@ class Emulated:
             *arguments: Any,
             num_warps: int,
             maxnreg: int,
-            launch_pdl: bool = False,
+            launch_pdl: bool,
             enable_fp_fusion: bool,
             **constants: Any,
         ) -> None:
-            assert (num_warps, maxnreg) == (1, 255) and enable_fp_fusion
+            assert (num_warps, maxnreg) == (1, 255) and enable_fp_fusion and launch_pdl
             given = dict(zip(self.arg_names, arguments, strict=False)) | constants
             self.launches.append(given)
             emulate(self.module, "split_mma_kernel", given, grid)
@@ -381,6 +381,7 @@ def test_words_are_read_once(
     words = pages.keys.planes["codes0"].view(torch.int32).numel()
     page = words // (pages.pages * launch["heads"])
     assert times[0].shape == (words,) and int(times[0].sum()) <= words + ahead * page
+    assert int((times[0] > 1).sum()) <= ahead * page // 32, "behind the last page all lanes load the same"
 
 
 def test_padding_in_front(emulated: Emulated) -> None:
