@@ -1,7 +1,6 @@
 """Attention over codes in parts, and over levels that are no bytes."""
 
 import json
-import re
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +25,10 @@ from quantpress.quantization.codebook import codebook
 from quantpress.quantization.spec import CodecSpec
 from quantpress.quantization.transform import key_statistics, value_statistics
 from tests.kernels.attend.test_attend import pooled, side_by_side
-from tests.kernels.attend.test_triton_attend import compiled, double_attention, resources, unused
+from tests.kernels.attend.test_triton_attend import compiled, double_attention, unused
 from tests.kernels.interpreter import interpret
 from tests.kernels.ptx import run_ptx
+from tests.kernels.triton_cases import resources
 
 CPU = torch.device("cpu")
 INTERPRETED = [
@@ -145,9 +145,9 @@ def test_kernels_compile_without_a_gpu(
     assert "mma" in kernel.asm["ptx"] and "prmt.b32" in kernel.asm["ptx"]
     assert kernel.metadata.shared <= 99 * 1024 and len(kernel.asm["cubin"]) > 0
     if dim == 128 and rows <= 8:
-        assert int(re.findall(r"STACK:(\d+)", resources(kernel))[-1]) <= 16, "registers are spilled"
+        assert resources(kernel)["STACK"] <= 16, "registers are spilled"
     if len(values) == 2:  # six programs of two warps a multiprocessor
-        assert int(re.findall(r"REG:(\d+)", resources(kernel))[-1]) <= 168
+        assert resources(kernel)["REG"] <= 168
     shared = {"ORDERED": len(keys) > 1, "SHARED": heads == 64, "SLOTS": heads == 1}
     queries = shared | {"D": dim, "SIZE": 32, "HAS_WEIGHT": True, "HAS_MEAN": heads > 0}
     merge = shared | division | {"DV": dim, "V": padded["VP"], "V2": padded["V2P"], "R": 8, "SIZE": 32}

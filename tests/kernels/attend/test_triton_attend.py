@@ -51,6 +51,7 @@ from tests.kernels.attend.test_attend import (
     side_by_side,
 )
 from tests.kernels.interpreter import interpret
+from tests.kernels.triton_cases import resources
 
 PLAIN = ChannelTransform()
 INTERPRETED = [
@@ -252,24 +253,24 @@ def test_split_kernel_compiles_without_a_gpu(
     if staged:  # an empty split's words must not come after the output has taken their place
         assert re.search(r"cp\.async\.wait_group\s+0", kernel.asm["ptx"].rsplit("mma.sync", 1)[1])
     if planes > 3 and capability >= 90:
-        assert int(re.findall(r"STACK:(\d+)", dumped(kernel, "-res-usage"))[0]) <= 64, "registers are spilled"
+        assert resources(kernel)["STACK"] <= 64, "registers are spilled"
     if opens:  # the first codes are on their way before the queries are turned, which takes many shuffles
-        code = dumped(kernel, "-sass")
+        code = machine_code(kernel)
         first = code.index("LDG.E.EF")
         assert "SHFL" not in code[code.rindex("EXIT", 0, first) : first]
     if opens and rows == 4:
-        assert "STACK:0" in dumped(kernel, "-res-usage"), "registers are spilled"
+        assert resources(kernel)["STACK"] == 0, "registers are spilled"
     assert len(kernel.asm["cubin"]) > 0
 
 
-def dumped(kernel: Any, what: str) -> str:
-    """Its machine code, or what the assembler says of registers and local memory."""
+def machine_code(kernel: Any) -> str:
+    """Its instructions."""
     import triton
 
     with NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
-        command = [triton.knobs.nvidia.cuobjdump.path, what, file.name]
+        command = [triton.knobs.nvidia.cuobjdump.path, "-sass", file.name]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
@@ -310,7 +311,7 @@ def test_kernels_around_it_compile_without_a_gpu(capability: int, heads: int, di
         assert len(binary.asm["cubin"]) > 0
         assert binary.metadata.shared <= 99 * 1024  # of consumer GPUs
         if kernel is merge_kernel and planes > 3:
-            assert "STACK:0" in dumped(binary, "-res-usage"), "registers are spilled"
+            assert resources(binary)["STACK"] == 0, "registers are spilled"
 
 
 @pytest.mark.parametrize("page", [0, 128])
