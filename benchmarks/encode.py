@@ -101,7 +101,8 @@ def measure(
     """Time one pair of widths on random bfloat16 keys and values."""
     lead = (1, heads, dim)
     keys, values = (torch.randn(1, heads, tokens, dim, device="cuda").bfloat16() for _ in range(2))
-    transform = ChannelTransform(torch.randn(lead, device="cuda"), torch.rand(lead, device="cuda") + 0.5)
+    weight = (torch.rand(lead, device="cuda") + 0.5).to(torch.bfloat16).float()  # as caches have it
+    transform = ChannelTransform(torch.randn(lead, device="cuda"), weight)
     sides = [
         (keys, CodecSpec(dim, key_bits, "key"), transform),
         (values, CodecSpec(dim, value_bits, "value"), ChannelTransform()),

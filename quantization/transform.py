@@ -170,7 +170,8 @@ def key_statistics(
 ) -> ChannelTransform:
     """The transform of keys: subtract the mean key, balance channels against queries, outlier channels first.
 
-    weight_j = (E[q_j^2] / E[(k_j - mu_j)^2])^(1/4), scaled so that its geometric mean over channels is 1.
+    weight_j = (E[q_j^2] / E[(k_j - mu_j)^2])^(1/4), scaled so that its geometric mean over channels is 1, and
+    rounded to bfloat16: tensor cores multiply keys by such weights without error.
     With several groups the channels are ordered by descending energy of the weighted, centred key.
 
     Args:
@@ -264,7 +265,7 @@ def _gather(x: Tensor, order: Tensor) -> Tensor:
 def _balance(query_moment: Tensor, key_moment: Tensor, floor: float) -> Tensor:
     ratio = relative_moment(query_moment, floor) / relative_moment(key_moment, floor)
     log_weight = ratio.log() * _BALANCE_EXPONENT
-    weight = (log_weight - log_weight.mean(-1, keepdim=True)).exp()
+    weight = (log_weight - log_weight.mean(-1, keepdim=True)).exp().to(torch.bfloat16).float()
     return weight.where(query_moment.amax(-1, keepdim=True) > 0, 1.0)  # queries that are not known
 
 

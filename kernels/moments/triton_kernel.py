@@ -98,7 +98,7 @@ def key_transform_kernel(
     E[q^2], if WEIGHT; mean: [BH, D] float32, written if MEAN; weight: likewise, if WEIGHT; energy: likewise,
     if ENERGY, of weighted keys; found: [BH, 3] float32, written: 1 where the statistics are not finite, 1
     where the moment is not, the least moment; floor: of
-    `quantpress.quantization.transform.key_statistics`.
+    `quantpress.quantization.transform.key_statistics`, as is what weights are rounded to.
     """
     head = tl.program_id(0).to(tl.int64)
     split, channel = tl.arange(0, SPLITS), tl.arange(0, CHANNELS)
@@ -124,6 +124,9 @@ def key_transform_kernel(
         ratio = _relative(moment, inside, floor, D) / _relative(energy, inside, floor, D)
         power = tl.log(tl.where(inside, ratio, 1.0)) * 0.25
         weight = tl.exp(power - tl.sum(power, 0) / D)
+        bits = weight.to(tl.int32, bitcast=True)  # to bfloat16, of which the interpreter would cut bits off
+        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000
+        weight = bits.to(tl.float32, bitcast=True)
         weight = tl.where(tl.max(tl.where(inside, moment, 0.0), 0) > 0, weight, 1.0)
         tl.store(weight_ptr + head * D + channel, weight, mask=inside)
         energy *= weight * weight
