@@ -8,13 +8,13 @@ from torch import Tensor
 
 from quantpress.kernels.available import FUSED
 from quantpress.kernels.encode.octets import (
-    FACTOR,
     GATHER_CONSTRAINTS,
     gather_assembly,
     octet_assembly,
     octet_constraints,
     octet_table,
     steepness,
+    sum_unit,
     zero_fields,
 )
 from quantpress.kernels.layout import PAGE_TOKENS
@@ -33,8 +33,11 @@ WARPS = 4
 
 _ALIGNED = 16  # bytes that a thread copies at once; Triton must know that strides are multiples of it
 _KEY_SHORT = 2.0**-4  # least norm of a key over the largest weight: float16 holds the numbers of longer ones
-_VALUE_UNITS = {torch.bfloat16: 2.0**30, torch.float16: 2.0**10}  # of the rotation; norms to 2**26, all norms
-_VALUE_SHORT = 2.0**-16  # least norm of a product whose sums with levels are normal float32 numbers
+_VALUE_UNITS = {torch.bfloat16: 2.0**-32, torch.float16: 2.0**-24}  # of the rotation; norms to 2**21, 2**13
+_PAIR_UNITS = {torch.bfloat16: 2.0**30, torch.float16: 2.0**10}  # at 2 bits; norms to 2**26, all norms
+_VALUE_SHORT, _VALUE_LONG = 2.0**-60, 2.0**-7  # norms of products that become whole numbers
+_PAIR_SHORT = 2.0**-16  # least norm of a product whose sums with levels are normal float32 numbers
+_LONG = 2.0**60  # largest norm of other products
 
 
 def covers(x: Tensor, spec: CodecSpec, transform: ChannelTransform) -> bool:
@@ -56,7 +59,9 @@ def covers(x: Tensor, spec: CodecSpec, transform: ChannelTransform) -> bool:
 
 def launch_settings(spec: CodecSpec) -> tuple[int, int]:
     """Most registers of a thread, and programs for each multiprocessor, whether or not all run at once."""
-    return (96, 10) if spec.role == "value" and spec.bits == 2 else (128, 4)
+    if spec.role == "key":
+        return 128, 4  # each program makes a matrix
+    return (96, 10) if spec.bits == 2 else (128, 16)
 
 
 @lru_cache(maxsize=16)
@@ -124,22 +129,27 @@ def hopper_arguments(
 def _constants(spec: CodecSpec, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
     """The arguments that are the same for every layer."""
     values, book = spec.role == "value", spec.codebook_of(0)
-    unit, zeros = _VALUE_UNITS[dtype] if values else 1.0, zero_fields(book.bits, values)
+    zeros, steep = zero_fields(book.bits, values), steepness(book, values)
+    unit, pairs = 1.0, book.bits == 2
+    if values:
+        unit = (_PAIR_UNITS if pairs else _VALUE_UNITS)[dtype]
     matrix, factor = _matrix(spec.rotation_of(0), values, dtype if values else torch.float16, unit, device)
-    unit_of_sum = book.unit * (2.0**149 / FACTOR if values else 1.0)
+    short = (_PAIR_SHORT if pairs else _VALUE_SHORT) if values else _KEY_SHORT / factor
     return {
         "matrix_ptr": matrix,
         "table_ptr": _table(book, values, device),
-        "factor": factor / unit / unit_of_sum,
+        "factor": factor / unit / (sum_unit(book, values) if values else book.unit),
         "largest": torch.finfo(spec.torch_scale_dtype).max,
-        "least": (_VALUE_SHORT if values else _KEY_SHORT / factor) ** 2,
+        "least": short**2,
+        "most": (_VALUE_LONG if values and not pairs else _LONG) ** 2,
         "ASM": octet_assembly(book, values),
-        "REGISTERS": octet_constraints(values),
+        "REGISTERS": octet_constraints(book, values),
         "GATHER": gather_assembly(book.bits),
         "GATHER_REGISTERS": GATHER_CONSTRAINTS,
         "ZERO0": zeros[0],
         "ZERO1": zeros[1],
-        "STEEP": steepness(book, values),
+        "STEEP": steep[0],
+        "TINY": steep[1],
         "BITS": book.bits,
         "VALUES": values,
     }
@@ -161,7 +171,7 @@ def _matrix(
 
 @lru_cache(maxsize=64)
 def _table(book: Codebook, values: bool, device: torch.device) -> Tensor:
-    """[40] int32: each word of `octet_table` four times, once for each t, and its others."""
+    """[20] int32: each word of `octet_table` four times, once for each t."""
     with torch.inference_mode(False), torch.no_grad():
-        low, high, *own = octet_table(book, values)
-        return torch.tensor([low] * 4 + [high] * 4 + own, dtype=torch.int32, device="cpu").to(device)
+        words = [word for word in octet_table(book, values) for _ in range(4)]
+        return torch.tensor(words, dtype=torch.int32, device="cpu").to(device)

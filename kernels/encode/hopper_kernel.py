@@ -23,8 +23,10 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared
 
 from quantpress.kernels.encode.hopper_product import (
+    exact_key_halves,
     fetch,
     half_layout,
+    in_dtype,
     in_octets,
     key_halves,
     signs,
@@ -37,8 +39,6 @@ from quantpress.kernels.encode.hopper_product import (
 from quantpress.kernels.encode.hopper_words import store_scales, words_of
 from quantpress.kernels.gluon_index import index_along
 
-MOST_SQUARE = gl.constexpr(2.0**120)  # squared norm of a vector as it leaves the product
-
 
 @gluon.jit
 def _row_sum(x):
@@ -47,27 +47,29 @@ def _row_sum(x):
 
 
 @gluon.jit
-def _in_range(square, least, VANISHES: gl.constexpr):
-    good = (square < MOST_SQUARE) & (square > least)  # false for NaN
+def _in_range(square, least, most, VANISHES: gl.constexpr):
+    good = (square < most) & (square > least)  # false for NaN
     if VANISHES:  # what the scale's dtype cannot hold has scale 0
         good = good | (square == 0)
     return good
 
 
 @gluon.jit
-def _scale(square, over, added, factor, largest, VALUES: gl.constexpr):
+def _scale(square, over, added, factor, largest, VALUES: gl.constexpr, BITS: gl.constexpr):
     """The scale of vectors [w, g], from what the assembly added up for each octet."""
     norm = square * over
     if VALUES:
         inverse = gl.inline_asm_elementwise(
             "rcp.approx.ftz.f32 $0, $1;",
             "=f,f",
-            [_row_sum(added)],
+            [_row_sum(added).to(gl.float32)],
             dtype=gl.float32,
             is_pure=True,
             pack=1,
         )
-        scale = gl.where(square == 0, 0.0, norm * factor * (norm * inverse))
+        if BITS == 2:
+            inverse *= norm
+        scale = gl.where(square == 0, 0.0, norm * factor * inverse)
     else:
         scale = norm * factor * gl.rsqrt(_row_sum(added).to(gl.float32))
     return gl.minimum(scale, largest)
@@ -91,6 +93,7 @@ def encode_hopper_kernel(
     factor,
     largest,
     least,
+    most,
     ASM: gl.constexpr,
     REGISTERS: gl.constexpr,
     GATHER: gl.constexpr,
@@ -98,6 +101,7 @@ def encode_hopper_kernel(
     ZERO0: gl.constexpr,
     ZERO1: gl.constexpr,
     STEEP: gl.constexpr,
+    TINY: gl.constexpr,
     BITS: gl.constexpr,
     VALUES: gl.constexpr,
     MEAN: gl.constexpr,
@@ -108,14 +112,14 @@ def encode_hopper_kernel(
     x: [B, heads, T, 128] 16-bit with strides stride_b, stride_h, stride_t, channels contiguous, every vector
     at a multiple of 16 bytes; stride_t is a constant, so the kernel is compiled for each; mean, weight:
     [B * Hkv, 128], for keys, if MEAN and WEIGHT; matrix: [128, 64], half of the rotation without its factor,
-    columns in the order of the tiles; table: [40] int32, the words of `octet_table` four times each, then its
-    32 others; words: [B, Hkv, P, bytes / 4] int32 and scale: [B, Hkv, P, 128], written; factor: the scale is
-    factor times |y|^2 over what ASM adds up (values), or |y| over its root (keys), with y as it leaves the
-    product; largest: of the scale's dtype; ASM, REGISTERS: of `octet_assembly`; GATHER, GATHER_REGISTERS: of
-    `gather_assembly`; ZERO0, ZERO1: of `zero_fields`; STEEP: what 1 / |y| is multiplied by for ASM.
+    columns in the order of the tiles; table: [20] int32, each word of `octet_table` four times; words:
+    [B, Hkv, P, bytes / 4] int32 and scale: [B, Hkv, P, 128], written; factor: the scale is factor times |y|
+    over what ASM adds up (values; at 2 bits times |y| again) or over its root (keys), with y as it leaves the
+    product; largest: of the scale's dtype; ASM, REGISTERS: of `octet_assembly`; GATHER, GATHER_REGISTERS:
+    of `gather_assembly`; ZERO0, ZERO1: of `zero_fields`; STEEP, TINY: what 1 / |y| is multiplied by for ASM.
 
-    flag [1] becomes 2 where |y|^2 is not above `least` (of keys: times the squared largest weight), is too
-    large or is not finite, or where weights differ too much; the planes are not valid then.
+    flag [1] becomes 2 where |y|^2 is not between `least` (of keys: times the squared largest weight) and
+    `most` or is not finite, or where weights differ too much; the planes are not valid then.
     """
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [4, 1], [1, 0])
     TILES: gl.constexpr = 4 if BITS == 3 else 2
@@ -129,6 +133,13 @@ def encode_hopper_kernel(
     page = gl.program_id(0) * PAGES
     step = gl.num_programs(0) * PAGES
 
+    row = gl.arange(0, 64, layout=gl.SliceLayout(1, layout))
+    channel = gl.arange(0, 128, layout=gl.SliceLayout(0, layout))
+    element = token_of(row, BITS)[:, None] * stride_t + channel[None, :]
+    second = (row // 32)[:, None]
+    if BITS > 2 or not VALUES:
+        xs = gl.allocate_shared_memory(x_ptr.dtype.element_ty, [64, 128], swizzled(128))
+        fetch(x_ptr, element, second, xs, page, 0, pages, stride_t, BITS)
     if VALUES:
         matrix = gl.allocate_shared_memory(
             x_ptr.dtype.element_ty, [128, 64], swizzled(128), signs(matrix_ptr)
@@ -136,19 +147,21 @@ def encode_hopper_kernel(
         lows = matrix
         columns = matrix
         means = matrix
+        exact = True
     else:
-        matrix, lows, columns, means, unit, heaviest = weighted(
-            matrix_ptr, mean_ptr + head * 128, weight_ptr + head * 128, MEAN, WEIGHT
+        exact, matrix, lows, columns, means, unit, heaviest = weighted(
+            matrix_ptr,
+            mean_ptr + head * 128,
+            weight_ptr + head * 128,
+            x_ptr.dtype.element_ty,
+            MEAN,
+            WEIGHT,
         )
         factor = factor / unit
         least = least * heaviest * heaviest
-
-    xs = gl.allocate_shared_memory(x_ptr.dtype.element_ty, [64, 128], swizzled(128))
-    row = gl.arange(0, 64, layout=gl.SliceLayout(1, layout))
-    channel = gl.arange(0, 128, layout=gl.SliceLayout(0, layout))
-    element = token_of(row, BITS)[:, None] * stride_t + channel[None, :]
-    second = (row // 32)[:, None]
-    fetch(x_ptr, element, second, xs, page, 0, pages, stride_t, BITS)
+    if VALUES and BITS == 2:  # in front of the matrix it is slower
+        xs = gl.allocate_shared_memory(x_ptr.dtype.element_ty, [64, 128], swizzled(128))
+        fetch(x_ptr, element, second, xs, page, 0, pages, stride_t, BITS)
     next_page = page
     next_tile = 1
 
@@ -158,8 +171,13 @@ def encode_hopper_kernel(
     lanes: gl.constexpr = kept.type.layout
     t = index_along(3, 4, 4, lanes)
     low = gl.load(table_ptr + t)
-    high = gl.load(table_ptr + 4 + t)
-    own = gl.load(table_ptr + 8 + 4 * index_along(1, 8, 4, lanes) + t).to(gl.float32, bitcast=True)
+    if BITS == 2:  # the others are not used, nor kept in registers
+        high, added_low, added_high, offset = low, low, low, low
+    else:
+        high = gl.load(table_ptr + 4 + t)
+        added_low = gl.load(table_ptr + 8 + t)
+        added_high = gl.load(table_ptr + 12 + t)
+        offset = gl.load(table_ptr + 16 + t)
     tile = 0
     fence_async_shared()
     while page < pages:
@@ -169,11 +187,19 @@ def encode_hopper_kernel(
             u, v = value_halves(xs, matrix)
             fetch(x_ptr, element, second, xs, next_page, next_tile, pages, stride_t, BITS)
         else:
-            left_layout: gl.constexpr = gl.DotOperandLayout(0, half_layout(), 2)
-            x = xs.slice(0, 64, 1).load(left_layout)
-            z = xs.slice(64, 64, 1).load(left_layout)
-            fetch(x_ptr, element, second, xs, next_page, next_tile, pages, stride_t, BITS)
-            u, v = key_halves(x, z, matrix, lows, columns, means)
+            if exact:
+                fence_async_shared()
+                DTYPE: gl.constexpr = x_ptr.dtype.element_ty
+                u, v = exact_key_halves(
+                    xs, in_dtype(matrix, DTYPE), in_dtype(columns, DTYPE), in_dtype(means, DTYPE)
+                )
+                fetch(x_ptr, element, second, xs, next_page, next_tile, pages, stride_t, BITS)
+            else:
+                left_layout: gl.constexpr = gl.DotOperandLayout(0, half_layout(), 2)
+                x = xs.slice(0, 64, 1).load(left_layout)
+                z = xs.slice(64, 64, 1).load(left_layout)
+                fetch(x_ptr, element, second, xs, next_page, next_tile, pages, stride_t, BITS)
+                u, v = key_halves(x, z, matrix, lows, columns, means)
         next_tile += 1
         if next_tile == TILES:
             next_tile = 0
@@ -181,23 +207,25 @@ def encode_hopper_kernel(
         a0, b0, c0, d0, a1, b1, c1, d1 = in_octets(u + v, u - v)
         square0 = _row_sum(a0 * a0 + b0 * b0 + c0 * c0 + d0 * d0)
         square1 = _row_sum(a1 * a1 + b1 * b1 + c1 * c1 + d1 * d1)
-        good = _in_range(square0, least, VANISHES) & _in_range(square1, least, VANISHES)
+        good = _in_range(square0, least, most, VANISHES) & _in_range(square1, least, most, VANISHES)
         over0 = gl.rsqrt(gl.where(square0 > 0, square0, 1.0))
         over1 = gl.rsqrt(gl.where(square1 > 0, square1, 1.0))
         zero = gl.where(square0 == 0, ZERO0, 0) | gl.where(square1 == 0, ZERO1, 0)
-        steep0 = (over0 * STEEP)[:, :, None][:, :, None, :]
-        steep1 = (over1 * STEEP)[:, :, None][:, :, None, :]
+        steep0 = (over0 * STEEP * TINY)[:, :, None][:, :, None, :]
+        steep1 = (over1 * STEEP * TINY)[:, :, None][:, :, None, :]
         zero = zero[:, :, None][:, :, None, :]
         octets, added0, added1 = gl.inline_asm_elementwise(
             ASM,
             REGISTERS,
-            [a0, b0, c0, d0, a1, b1, c1, d1, steep0, steep1, zero, low, high, own],
-            dtype=(gl.int32, gl.float32, gl.float32) if VALUES else (gl.int32, gl.int32, gl.int32),
+            [a0, b0, c0, d0, a1, b1, c1, d1, steep0, steep1, zero, low, high, added_low, added_high, offset],
+            dtype=(gl.int32, gl.float32, gl.float32)
+            if VALUES and BITS == 2
+            else (gl.int32, gl.int32, gl.int32),
             is_pure=True,
             pack=1,
         )
-        scale0 = _scale(square0, over0, added0, factor, largest, VALUES)
-        scale1 = _scale(square1, over1, added1, factor, largest, VALUES)
+        scale0 = _scale(square0, over0, added0, factor, largest, VALUES, BITS)
+        scale1 = _scale(square1, over1, added1, factor, largest, VALUES, BITS)
         start = tile_start(tile, BITS)
         left = pages - page
         store_scales(scale_ptr + page.to(gl.int64) * 128, flag_ptr, scale0, scale1, good, left, start, BITS)

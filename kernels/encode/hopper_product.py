@@ -6,10 +6,12 @@ The rotation is a Hadamard matrix with signs, so with the 64 channels of each ha
     y[:64] = x[:64] a + x[64:] b,   y[64:] = x[:64] a - x[64:] b
 
 and the tensor cores do half of the work. Entries are +1 and -1 times a power of two, so a 16-bit product is
-as good as float32 for values. For keys the weights go into the matrix, as the sum of two float16 matrices
-that hold 22 bits, and the vectors into float16, which holds all bfloat16 numbers but the smallest and the
-largest. The mean comes in as further rows of the product, times constant columns, so that nothing is done to
-single channels. What float32 loses is then relative to the key, not to its distance from the mean.
+as good as float32 for values. For keys the weights go into the matrix. Those that caches have are numbers of
+bfloat16 (`quantpress.quantization.transform`), so a matrix of the keys' own dtype holds them. Other weights
+take the sum of two float16 matrices that hold 22 bits, and the keys go into float16, which holds all bfloat16
+numbers but the smallest and the largest. The mean comes in as further rows of the product, times constant
+columns, so that nothing is done to single channels. What float32 loses is then relative to the key, not to
+its distance from the mean.
 """
 
 from triton.experimental import gluon
@@ -85,13 +87,15 @@ def signs(matrix_ptr):
 
 
 @gluon.jit
-def weighted(matrix_ptr, mean_ptr, weight_ptr, MEAN: gl.constexpr, WEIGHT: gl.constexpr):
+def weighted(matrix_ptr, mean_ptr, weight_ptr, DTYPE: gl.constexpr, MEAN: gl.constexpr, WEIGHT: gl.constexpr):
     """Matrices for keys in shared memory, of one head.
 
     Returns:
-        The high and the low parts of the weighted rotation [128, 64]; the constant columns [64, 16]; the rows
-        of the mean [32, 64], 16 for each half, that these are multiplied by; the power of two that all is
-        multiplied by; and the largest weight times that, infinite where weights differ too much.
+        Whether DTYPE, that of the vectors, holds the weights exactly; the high and the low parts of the
+        weighted rotation [128, 64]; the constant columns [64, 16]; the rows of the mean [32, 64], 16 for each
+        half, that these are multiplied by; the power of two that all is multiplied by; and the largest weight
+        times that, infinite where weights differ too much. Where DTYPE is exact there are no low parts, and
+        the other matrices are in DTYPE, else in float16.
     """
     row = gl.arange(0, 128, layout=gl.SliceLayout(1, matrix_layout()))
     weight = gl.full([128], 1.0, gl.float32, row.type.layout)
@@ -99,38 +103,61 @@ def weighted(matrix_ptr, mean_ptr, weight_ptr, MEAN: gl.constexpr, WEIGHT: gl.co
         weight = gl.load(weight_ptr + row).to(gl.float32)
     most = gl.max(weight, 0)
     unit = ((127 + 127 + 5 - (most.to(gl.int32, bitcast=True) >> 23)) << 23).to(gl.float32, bitcast=True)
-    exact = signs(matrix_ptr).to(gl.float32) * (weight * unit)[:, None]
-    high = exact.to(gl.float16)
-    low = (exact - high.to(gl.float32)).to(gl.float16)
+    weight *= unit
+    exact = gl.max(gl.abs(weight - weight.to(DTYPE).to(gl.float32)), 0) == 0  # false for NaN
+    rotation = signs(matrix_ptr).to(gl.float32) * weight[:, None]
     mean = gl.full([128], 0.0, gl.float32, row.type.layout)
     if MEAN:
         mean -= gl.load(mean_ptr + row).to(gl.float32)
-    moved = (high.to(gl.float32) + low.to(gl.float32)) * mean[:, None]
-    first = (row < 64)[:, None]
-    highs = gl.allocate_shared_memory(gl.float16, [128, 64], swizzled(128), high)
-    lows = gl.allocate_shared_memory(gl.float16, [128, 64], swizzled(128), low)
+    halves = gl.sum(gl.reshape(rotation * mean[:, None], [2, 64, 64]), 1)
+    mean_u, mean_v = gl.split(gl.permute(halves, [1, 0]))
+    mean_u = gl.convert_layout(mean_u, gl.SliceLayout(0, matrix_layout()))
+    mean_v = gl.convert_layout(mean_v, gl.SliceLayout(0, matrix_layout()))
+    highs = gl.allocate_shared_memory(gl.float16, [128, 64], swizzled(128))
+    lows = gl.allocate_shared_memory(gl.float16, [128, 64], swizzled(128))
     means = gl.allocate_shared_memory(gl.float16, [32, 64], swizzled(128))
-    means.slice(0, 16, 0).store(_three_parts(gl.sum(gl.where(first, moved, 0.0), 0)))
-    means.slice(16, 16, 0).store(_three_parts(gl.sum(gl.where(first, 0.0, moved), 0)))
-    token = gl.arange(0, 64, layout=row.type.layout)[:, None]
-    part = gl.arange(0, 16, layout=gl.SliceLayout(0, matrix_layout()))[None, :]
-    column = gl.where(part == 0, OUTWEIGH, gl.where(part == 1, 1.0, gl.where(part == 2, 1 / OUTWEIGH, 0.0)))
-    column = (column + 0.0 * token).to(gl.float16)
-    columns = gl.allocate_shared_memory(gl.float16, [64, 16], swizzled(32), column)
-    largest = gl.where(gl.max(-weight, 0) * -WEIGHT_RANGE < most, float("inf"), most * unit)
-    return highs, lows, columns, means, unit, largest
+    columns = gl.allocate_shared_memory(gl.float16, [64, 16], swizzled(32))
+    if exact:
+        in_dtype(highs, DTYPE).store(rotation.to(DTYPE))
+        in_dtype(means, DTYPE).slice(0, 16, 0).store(_three_parts(mean_u, DTYPE))
+        in_dtype(means, DTYPE).slice(16, 16, 0).store(_three_parts(mean_v, DTYPE))
+        in_dtype(columns, DTYPE).store(_constant_columns(DTYPE))
+    else:
+        high = rotation.to(gl.float16)
+        highs.store(high)
+        lows.store((rotation - high.to(gl.float32)).to(gl.float16))
+        means.slice(0, 16, 0).store(_three_parts(mean_u, gl.float16))
+        means.slice(16, 16, 0).store(_three_parts(mean_v, gl.float16))
+        columns.store(_constant_columns(gl.float16))
+    largest = gl.where(gl.max(-weight, 0) * -WEIGHT_RANGE < most * unit, float("inf"), most * unit)
+    return exact, highs, lows, columns, means, unit, largest
 
 
 @gluon.jit
-def _three_parts(row):
-    """[64] float32 -> [16, 64] float16, whose first three rows times the constant columns add up to it."""
-    high = (row * (1 / OUTWEIGH)).to(gl.float16)
+def in_dtype(shared, DTYPE: gl.constexpr):
+    """Shared memory of float16 numbers as that of another 16-bit dtype."""
+    return shared._reinterpret(DTYPE, shared.shape, shared.layout)
+
+
+@gluon.jit
+def _constant_columns(DTYPE: gl.constexpr):
+    """[64, 16] of the powers of two that parts of a mean are multiplied by."""
+    token = gl.arange(0, 64, layout=gl.SliceLayout(1, matrix_layout()))[:, None]
+    part = gl.arange(0, 16, layout=gl.SliceLayout(0, matrix_layout()))[None, :]
+    column = gl.where(part == 0, OUTWEIGH, gl.where(part == 1, 1.0, gl.where(part == 2, 1 / OUTWEIGH, 0.0)))
+    return (column + 0.0 * token).to(DTYPE)
+
+
+@gluon.jit
+def _three_parts(row, DTYPE: gl.constexpr):
+    """[64] float32 -> [16, 64] whose first three rows times the constant columns add up to it."""
+    high = (row * (1 / OUTWEIGH)).to(DTYPE)
     row -= high.to(gl.float32) * OUTWEIGH
-    middle = row.to(gl.float16)
+    middle = row.to(DTYPE)
     row -= middle.to(gl.float32)
-    low = (row * OUTWEIGH).to(gl.float16)
+    low = (row * OUTWEIGH).to(DTYPE)
     part = gl.arange(0, 16, layout=gl.SliceLayout(1, matrix_layout()))[:, None]
-    none = gl.full([64], 0.0, gl.float16, row.type.layout)[None, :]
+    none = gl.full([64], 0.0, DTYPE, row.type.layout)[None, :]
     others = gl.where(part == 1, middle[None, :], gl.where(part == 2, low[None, :], none))
     return gl.where(part == 0, high[None, :], others)
 
@@ -141,6 +168,18 @@ def value_halves(xs, matrix):
     zero = gl.full([64, 64], 0.0, gl.float32, half_layout())
     u = warpgroup_mma(xs.slice(0, 64, 1), matrix.slice(0, 64, 0), zero, use_acc=False, is_async=True)
     v = warpgroup_mma(xs.slice(64, 64, 1), matrix.slice(64, 64, 0), zero, use_acc=False, is_async=True)
+    u, v = warpgroup_mma_wait(0, [u, v])
+    return u, v
+
+
+@gluon.jit
+def exact_key_halves(xs, matrix, columns, means):
+    """Products of both halves of the channels of keys, less their mean; their dtype holds the weights."""
+    zero = gl.full([64, 64], 0.0, gl.float32, half_layout())
+    u = warpgroup_mma(columns, means.slice(0, 16, 0), zero, use_acc=False, is_async=True)
+    u = warpgroup_mma(xs.slice(0, 64, 1), matrix.slice(0, 64, 0), u, is_async=True)
+    v = warpgroup_mma(columns, means.slice(16, 16, 0), zero, use_acc=False, is_async=True)
+    v = warpgroup_mma(xs.slice(64, 64, 1), matrix.slice(64, 64, 0), v, is_async=True)
     u, v = warpgroup_mma_wait(0, [u, v])
     return u, v
 

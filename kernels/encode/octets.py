@@ -2,41 +2,43 @@
 
 A thread holds two rows of the product and four columns of each: y[h][i]. Their fields are found thus:
 
-    2 bits           thresholds are evenly spaced: the code is three times a clamped multiply-add, rounded
-    keys, 3 and 4    by `cell_rounding`, with the cells in the lanes of a warp. Fields are multiples of the
-                     smallest float16 number, and a conversion to float16 rounds two at a time
-    values, 3 and 4  by `polynomial_rounding`
+    2 bits        thresholds are evenly spaced: the code is three times a clamped multiply-add, rounded. An
+                  addition of 2**23 leaves it in the low bits, which `prmt` takes as the index of the level
+    3 and 4 bits  by `byte_rounding`, the four columns of a row in the bytes of a word. Levels are looked up
+                  four at a time, too
 
-What rounds one field at a time is a multiply-add that adds 2**23, which leaves the field in the low bits, and
-another number, which makes the low 16 bits a selector of `prmt`: a byte permutation of the levels by it gives
-the level. The results of eight coordinates are shifted and added up as they are; the constants that they hold
-beside their fields are subtracted at the end.
+At 3 and 4 bits coordinates become whole numbers by what a product with them is rounded to: keys as multiples
+of float16's smallest number, values, several steps a unit, as multiples of float32's. Sums of values with
+levels are then of whole numbers, and scales good to 2**-15.
 """
 
 from functools import lru_cache
 
+import numpy as np
+
 from quantpress.kernels.encode.assembly import float_bits, hex_float
-from quantpress.kernels.encode.rounding import (
-    CELLS,
-    STEEPNESS,
-    cell_rounding,
-    polynomial_rounding,
-)
+from quantpress.kernels.encode.rounding import ByteRounding, byte_rounding
 from quantpress.quantization.codebook import Codebook
+from quantpress.quantization.density import CoordinateDensity
 
 FACTOR = 2.0**64
-"""Factor on coordinates of values: levels are read as level * 2**-149, and products must be normal."""
+"""Factor on coordinates of values at 2 bits: levels are read as level * 2**-149, products must be normal."""
+
+STEP_BITS = {2: 0, 3: 5, 4: 6}
+"""Powers of two: a unit has so many steps, which coordinates of values are rounded to. 16 bits hold 1."""
 
 GATHER_CONSTRAINTS = "=&r,=&r,=&r,=&r,r,r,r,r"
 
-_MAGIC = {2: 2.0**23 + 0x9990, 3: 2.0**23 + 0x8880, 4: 2.0**23 + 0x8880}
+_MAGIC = 2.0**23 + 0x9990
 """The last four bits take the field; `prmt` then picks one byte and the sign of another, which has none."""
 
-_BASE = {4: 0, 3: 4}
-"""The field of magnitude 0, by width: 2**(bits - 1), but 0 for the sign and magnitude of 4 bits."""
-
-_TINY = 2.0**-24  # the smallest number of float16
+_TINY16 = 2.0**-24  # the smallest number of float16
+_TINY32 = 2.0**-149
 _HALF = 0.5 - 2.0**-25  # a coordinate of 0 takes the lower code
+_UPPER = 0xE0E0E0E0  # three bits of each byte
+_NIBBLES = (
+    2**27 + 2**15
+)  # the upper half of a product with it has those of bytes 0, 2, 1, 3 as nibbles 0 to 3
 
 
 @lru_cache(maxsize=64)
@@ -49,63 +51,67 @@ def octet_assembly(book: Codebook, values: bool) -> str:
 
     Returns:
         Assembly. Inputs: y[0][0 to 3] and y[1][0 to 3]; for each row `steepness` over the vector's norm; the
-        `zero_fields` of zero vectors, joined; the two words of `octet_table`, and the lane's number of its
-        others. Outputs: the word, with the nibble of y[h][i] at bit 8 i + 4 h (values) or 16 h + 4 i (keys);
-        for each row the sum over i of |y| FACTOR level 2**-149 (values) or of level**2 (keys), with levels in
-        units of the codebook's.
+        `zero_fields` of zero vectors, joined; the words of `octet_table`, at 2 bits the first one only.
+        Outputs: the word, with the nibble of y[h][i] at bit 8 i + 4 h (values) or 16 h + 4 i (keys); for each
+        row the sum over i of level**2 (keys), of |y| FACTOR level 2**-149 (values at 2 bits), or of level
+        times |u| in steps, rounded down (values), with levels in units of the codebook's.
     """
-    lines = ["mov.b32 lo, $14;", "mov.b32 hi, $15;"]  # inputs: constants would be copied at each use
-    if book.bits == 2 or values:
-        lines += _added_fields(book, values)
-    else:
-        lines += _converted_fields(book)
-    if values:
-        lines += ["mov.b32 $1, q0;", "mov.b32 $2, q1;"]
-    else:
-        for row in range(2):
-            lines += [f"shr.u32 m, w, {16 * row};", "prmt.b32 t, lo, hi, m;"]
-            lines.append(f"dp4a.u32.u32 ${1 + row}, t, t, 0;")
-    lines += _signs(book.bits) if _signed_apart(book.bits, values) else ["mov.b32 $0, w;"]
-    registers = ".reg .b32 a, b, g, v, v0, v1, q0, q1, m, t, w, lo, hi, A, B;"
-    return "{ " + registers + "\n" + "\n".join(lines) + "\n}"
+    lines = _added_fields(book, values) if book.bits == 2 else _byte_fields(book, values)
+    names = "b, c, d, e, g, g0, g1, f0, f1, m, n, q0, q1, s0, s1, t, v, w, A, B, y0, y1, y2, y3"
+    return "{ .reg .b32 " + names + ";\n" + "\n".join(lines) + "\n}"
 
 
-def octet_constraints(values: bool) -> str:
+def octet_constraints(book: Codebook, values: bool) -> str:
     """Register constraints of `octet_assembly`."""
-    return ("=&r,=&f,=&f" if values else "=&r,=&r,=&r") + ",f" * 10 + ",r,r,r,f"
+    sums = ",=&f,=&f" if values and book.bits == 2 else ",=&r,=&r"
+    return "=&r" + sums + ",f" * 10 + ",r" * 6
 
 
-def steepness(book: Codebook, values: bool) -> float:
-    """What one over a vector's norm is multiplied by before it goes into `octet_assembly`."""
+def steepness(book: Codebook, values: bool) -> tuple[float, float]:
+    """What one over a vector's norm is multiplied by before it goes into `octet_assembly`.
+
+    By one after the other: float32 would hold few bits of the product of the two.
+    """
     if book.bits == 2:
-        return 1 / (3 * book.thresholds[-1])
-    return polynomial_rounding(book).scale / FACTOR if values else cell_rounding(book).scale
+        return 1 / (3 * book.thresholds[-1]), 1.0
+    return (2.0 ** STEP_BITS[book.bits] / book.unit, _TINY32) if values else (_TINY16 / book.unit, 1.0)
+
+
+def sum_unit(book: Codebook, values: bool) -> float:
+    """What the sums over rows stand for, times one over the vector's norm for values at 3 and 4 bits."""
+    if not values:
+        return book.unit**2
+    if book.bits == 2:
+        return book.unit / _TINY32 / FACTOR
+    half, density = len(book.levels) // 2, CoordinateDensity(book.head_dim)
+    levels, low = np.array(book.scaled[half:]), np.array(book.thresholds[half - 1 :])
+    high = np.array((*book.thresholds[half:], 1.0))
+    lost = 0.5 * (levels * density.mass(low, high)).sum() / (levels * density.first_moment(low, high)).sum()
+    steps = 1 << STEP_BITS[book.bits]
+    return book.unit**2 / steps * float(1 + lost * book.unit / steps)  # half a step is lost by rounding down
 
 
 def octet_table(book: Codebook, values: bool) -> list[int]:
-    """[34] int32 numbers: levels as the bytes of two words, and the bits of a float32 for each lane.
+    """[5] int32: levels as bytes of two words, what `byte_rounding` adds in cells likewise, its offset twice.
 
-    Levels are looked up by code where fields are codes, else by magnitude.
+    Levels are looked up by code, at 4 bits by magnitude.
     """
     levels = [abs(int(level)) for level in book.scaled]
-    if _signed_apart(book.bits, values):
-        levels = levels[len(levels) // 2 :]
-    levels = (levels + [0] * 8)[:8]
-    words = [sum(level << (8 * i) for i, level in enumerate(levels[at : at + 4])) for at in (0, 4)]
-    own: tuple[float, ...] = (0.0,) * CELLS
-    if book.bits > 2 and values:
-        own = polynomial_rounding(book).coefficients[:1] * CELLS
-    elif book.bits > 2:
-        own = tuple(start * _TINY for start in cell_rounding(book).starts)
-    return [_signed(word) for word in (*words, *map(float_bits, own))]
+    levels = levels[len(levels) // 2 :] if book.bits == 4 else (levels + [0] * 8)[:8]
+    by = byte_rounding(book) if book.bits > 2 else ByteRounding(0, (0,) * 8)
+    both = (*levels, *by.added)
+    words = [sum(byte << (8 * i) for i, byte in enumerate(both[at : at + 4])) for at in (0, 4, 8, 12)]
+    return [*map(_signed, words), (by.offset << _step_bits(book, values)) * 0x10001]
 
 
 def zero_fields(bits: int, values: bool) -> tuple[int, int]:
-    """What gives zero vectors the codes of negative numbers, in row 0 and in row 1."""
-    if not _signed_apart(bits, values):
+    """The bits of a word that row 0 and row 1 have, which zero vectors get from elsewhere."""
+    if bits == 2:  # rounded as they should be
         return 0, 0
-    masks = (0x80808080, 0x08080808) if bits == 4 else (0x0F0F0F0F, 0xF0F0F0F0)
-    return _signed(masks[0]), _signed(masks[1])
+    first, second = (0x0F0F0F0F, 0xF0F0F0F0) if values else (0x0000FFFF, 0xFFFF0000)
+    if bits == 4:  # signs are elsewhere
+        first, second = first & 0x77777777 | 0x80808080, second & 0x77777777 | 0x08080808
+    return _signed(first), _signed(second)
 
 
 @lru_cache(maxsize=64)
@@ -127,76 +133,95 @@ def gather_assembly(bits: int) -> str:
     return "{ .reg .b32 a, b, A, B, C, D;\n" + "\n".join(lines) + "\n}"
 
 
-def _signed_apart(bits: int, values: bool) -> bool:
-    """Whether fields are magnitudes first, and the signs are put in at the end."""
-    return bits == 4 or (bits == 3 and values)
-
-
 def _input(row: int, column: int) -> str:
     return f"${3 + 4 * row + column}"
 
 
 def _added_fields(book: Codebook, values: bool) -> list[str]:
-    """w = the fields of eight coordinates, rounded by addition; q0, q1 = sums of values."""
-    lines, surplus = [], 0
-    magic = _MAGIC[book.bits]
+    """The fields of 2 bits, rounded by addition one by one, and their sums."""
+    lines, surplus = ["mov.b32 c, $14;"], 0  # inputs: constants would be copied at each use
     for row in range(2):
         for column in range(4):
             y = _input(row, column)
+            lines.append(f"fma.rn.sat.f32 b, {y}, ${11 + row}, {hex_float(_HALF)};")
+            lines.append(f"fma.rn.f32 v, b, {hex_float(3)}, {hex_float(_MAGIC)};")
             if values:
-                lines += [f"abs.f32 a, {y};", f"mul.f32 a, a, {hex_float(FACTOR)};"]
-            if book.bits == 2:
-                lines.append(f"fma.rn.sat.f32 b, {y}, ${11 + row}, {hex_float(_HALF)};")
-                lines.append(f"fma.rn.f32 v, b, {hex_float(3)}, {hex_float(magic)};")
-            else:
-                rounding = polynomial_rounding(book)
-                lines.append(f"fma.rn.sat.f32 b, a, ${11 + row}, {hex_float(rounding.shift)};")
-                lines += _horner(rounding.coefficients, magic)
-            if values:
-                lines.append("prmt.b32 t, lo, hi, v;")
-                lines.append(f"fma.rn.f32 q{row}, a, t, q{row};" if column else f"mul.rn.f32 q{row}, a, t;")
+                lines += [f"abs.f32 m, {y};", f"mul.f32 m, m, {hex_float(FACTOR)};"]
+                lines.append("prmt.b32 t, c, c, v;")
+                lines.append(f"fma.rn.f32 q{row}, m, t, q{row};" if column else f"mul.rn.f32 q{row}, m, t;")
             shift = 8 * column + 4 * row if values else 16 * row + 4 * column
-            surplus += (float_bits(magic) - _BASE.get(book.bits, 0)) << shift
+            surplus += float_bits(_MAGIC) << shift
             lines += [f"shl.b32 m, v, {shift};", "add.u32 w, w, m;"] if shift else ["mov.b32 w, v;"]
-    return [*lines, f"add.u32 w, w, {-surplus & 0xFFFFFFFF:#x};"]
-
-
-def _converted_fields(book: Codebook) -> list[str]:
-    """w = the fields of eight coordinates of keys, rounded by conversion, two rows at a time."""
-    shift, lines = cell_rounding(book).shift, []
-    for column in range(4):
-        for row in range(2):
-            y = _input(row, column)
-            if shift:
-                lines.append(f"fma.rn.sat.f32 b, {y}, ${11 + row}, {hex_float(_HALF)};")
-            else:
-                lines += [f"abs.f32 a, {y};", f"mul.rn.sat.f32 b, a, ${11 + row};"]
-            lines.append(f"fma.rn.f32 g, b, {hex_float(CELLS - 1)}, {hex_float(2.0**23)};")
-            lines.append("shfl.sync.idx.b32 t, $16, g, 0x1f, 0xffffffff;")
-            lines.append(f"fma.rn.f32 v{row}, b, {hex_float(STEEPNESS * _TINY)}, t;")
-        lines.append("cvt.rn.f16x2.f32 m, v1, v0;")
-        lines += [f"shl.b32 m, m, {4 * column};", "add.u32 w, w, m;"] if column else ["mov.b32 w, m;"]
+    lines += [f"add.u32 w, w, {-surplus & 0xFFFFFFFF:#x};", "mov.b32 $0, w;"]
+    if values:
+        return [*lines, "mov.b32 $1, q0;", "mov.b32 $2, q1;"]
+    for row in range(2):
+        lines += [f"shr.u32 m, w, {16 * row};", "prmt.b32 t, c, c, m;", f"dp4a.u32.u32 ${1 + row}, t, t, 0;"]
     return lines
 
 
-def _horner(coefficients: tuple[float, ...], magic: float) -> list[str]:
-    """v = f(b) + magic; the first coefficient is an input."""
-    steps = [f"fma.rn.f32 g, b, $16, {hex_float(coefficients[1])};"]
-    steps += [f"fma.rn.f32 g, g, b, {hex_float(c)};" for c in coefficients[2:]]
-    return [*steps, f"fma.rn.f32 v, g, b, {hex_float(magic)};"]
+def _byte_fields(book: Codebook, values: bool) -> list[str]:
+    """The fields of 3 and 4 bits in bytes, the word, and the sums.
+
+    Half words hold two columns, A and B; `n` has a byte for each column; upper three bits of `e` are fields.
+    """
+    steps = _step_bits(book, values)
+    first, second = ((0, 2), (1, 3)) if values else ((0, 1), (2, 3))  # columns of A and B: low, high
+    order = (0, 1, 2, 3) if values else (0, 2, 1, 3)  # columns of bytes
+    lines = [f"mov.b32 b, {((256 << steps) - 1) * 0x10001:#x};"]
+    for row in range(2):
+        for column in range(4):
+            lines.append(f"abs.f32 y{column}, {_input(row, column)};")
+            lines.append(f"mul.{'rz' if values else 'rn'}.f32 y{column}, y{column}, ${11 + row};")
+        for half, (low, high) in (("A", first), ("B", second)):
+            if values:
+                lines.append(f"mad.lo.u32 {half}, y{high}, 65536, y{low};")
+            else:
+                lines.append(f"cvt.rz.f16x2.f32 {half}, y{high}, y{low};")
+        for half, cell in (("A", "m"), ("B", "n")):
+            lines += [f"add.u16x2 {cell}, {half}, $18;", f"min.u16x2 {cell}, {cell}, b;"]
+        if values:
+            lines += [f"shl.b32 {cell}, {cell}, {8 - steps};" for cell in "mn"]
+            lines.append("prmt.b32 n, m, n, 0x7351;")
+        else:
+            lines += ["shl.b32 n, n, 8;", "add.u32 n, n, m;"]
+        lines += [
+            f"and.b32 c, n, {_UPPER:#x};",
+            f"mul.hi.u32 c, c, {_NIBBLES:#x};",
+            "prmt.b32 d, $16, $17, c;",
+        ]
+        lines += ["prmt.b32 d, d, d, 0x3120;", "add.u32 e, n, d;"]
+        if book.bits == 3:
+            lines += _sign_bytes("g", [_input(row, i) for i in order])
+            lines.append(f"lop3.b32 e, e, g, {_UPPER:#x}, 0x28;")  # (e ^ g) & upper
+        else:
+            lines.append(f"and.b32 e, e, {_UPPER:#x};")
+        lines += [f"mul.hi.u32 f{row}, e, {_NIBBLES:#x};", f"prmt.b32 t, $14, $15, f{row};"]
+        if values:
+            lines.append(f"shr.u32 f{row}, e, {1 if row else 5};")
+            lines += ["dp2a.lo.u32.u32 g, A, t, 0;", f"dp2a.hi.u32.u32 s{row}, B, t, g;"]
+        else:
+            lines.append(f"dp4a.u32.u32 s{row}, t, t, 0;")
+    lines.append("add.u32 w, f0, f1;" if values else "prmt.b32 w, f0, f1, 0x5410;")
+    if book.bits == 4:
+        for row in range(2):
+            lines += _sign_bytes(f"g{row}", [_input(row, i) for i in range(4)])
+        lines.append("lop3.b32 A, g0, g1, 0xf0f0f0f0, 0xE4;")  # A where the mask is set, else B
+        lines.append("lop3.b32 w, A, 0x88888888, w, 0xEA;")  # (A & mask) | w
+    zeros = 0x88888888 if book.bits == 4 else 0x33333333
+    lines.append(f"lop3.b32 $0, w, $13, {zeros:#x}, 0xB8;")  # zeros where $13 is set, else w
+    return [*lines, "mov.b32 $1, s0;", "mov.b32 $2, s1;"]
 
 
-def _signs(bits: int) -> list[str]:
-    """Put the signs into the word: at 4 bits as bits of their own, else by inverting negative fields."""
-    lines = []
-    for row, out in enumerate("AB"):  # byte i is 0xFF where y[row][i] is negative
-        a, b, c, d = (_input(row, i) for i in range(4))
-        lines += [f"prmt.b32 {out}, {a}, {b}, 0x00fb;", f"prmt.b32 {out}, {out}, {c}, 0x0f10;"]
-        lines.append(f"prmt.b32 {out}, {out}, {d}, 0xf210;")
-    join, mask, put = ("0xf0f0f0f0", "0x88888888", "or") if bits == 4 else ("0x0f0f0f0f", "0x77777777", "xor")
-    lines.append(f"lop3.b32 A, A, B, {join}, 0xE4;")  # A where the mask is set, else B
-    lines.append(f"lop3.b32 A, A, $13, {mask}, 0xA8;")  # (A | zero) & mask
-    return [*lines, f"{put}.b32 $0, w, A;"]
+def _sign_bytes(out: str, numbers: list[str]) -> list[str]:
+    """Byte i is 0xFF where number i is negative."""
+    a, b, c, d = numbers
+    lines = [f"prmt.b32 {out}, {a}, {b}, 0x00fb;", f"prmt.b32 {out}, {out}, {c}, 0x0f10;"]
+    return [*lines, f"prmt.b32 {out}, {out}, {d}, 0xf210;"]
+
+
+def _step_bits(book: Codebook, values: bool) -> int:
+    return STEP_BITS[book.bits] if values else 0
 
 
 def _signed(word: int) -> int:

@@ -33,6 +33,8 @@ def run_ptx(text: str, inputs: list[Words], outputs: int) -> list[Words]:
 def _step(name: str, words: list[Words]) -> Words:
     if name == "cvt.rn.f16x2.f32":
         return _packed(*words)
+    if name == "cvt.rz.f16x2.f32":
+        return _packed(*(_cut(word) for word in words))
     if name == "shfl.sync.idx.b32":
         return _from_lane(*words[:2])
     if ".f32" in name:
@@ -50,6 +52,28 @@ def _step(name: str, words: list[Words]) -> Words:
         return _transposed(first)
     if name == "dp4a.u32.u32":
         return others[1] + sum((_byte(first, k) * _byte(others[0], k) for k in range(4)), np.uint32(0))
+    if name.startswith("dp2a.") and name.endswith(".u32.u32"):
+        start = 2 * (name[5:7] == "hi")
+        return others[1] + sum(
+            (
+                (first >> np.uint32(16 * k) & np.uint32(0xFFFF)) * _byte(others[0], start + k)
+                for k in range(2)
+            ),
+            np.uint32(0),
+        )
+    if name == "abs.f16x2":
+        return first & np.uint32(0x7FFF7FFF)
+    if name in (
+        "add.u16x2",
+        "min.u16x2",
+        "min.f16x2",
+    ):  # float16 numbers above 0 are in the order of their bits
+        halves = (np.ascontiguousarray(word).view(np.uint16) for word in (first, others[0]))
+        return (np.add if name[0] == "a" else np.minimum)(*halves).view(np.uint32)
+    if name == "mul.hi.u32":
+        return (first.astype(np.uint64) * others[0] >> np.uint64(32)).astype(np.uint32)
+    if name == "mad.lo.u32":
+        return first * others[0] + others[1]
     two = {"add.u32": np.add, "and.b32": np.bitwise_and, "or.b32": np.bitwise_or, "xor.b32": np.bitwise_xor}
     two |= {"shl.b32": np.left_shift, "shr.u32": np.right_shift}
     return np.asarray(two[name](first, others[0]), np.uint32)
@@ -64,6 +88,10 @@ def _floating(name: str, x: list[NDArray[np.float32]]) -> NDArray[np.float32]:
     if name.startswith("fma"):
         exact = x[0].astype(np.float64) * x[1] + x[2]
         return np.asarray(exact.clip(0, 1) if ".sat" in name else exact, np.float32)
+    if name == "mul.rz.f32":
+        exact = x[0].astype(np.float64) * x[1]
+        nearest = np.float32(exact)
+        return np.where(np.abs(nearest) > np.abs(exact), np.nextafter(nearest, np.float32(0)), nearest)
     if name == "mul.rn.sat.f32":
         return np.asarray(np.multiply(*x).clip(0, 1), np.float32)
     two = {"mul.f32": np.multiply, "mul.rn.f32": np.multiply, "add.f32": np.add, "add.rn.f32": np.add}
@@ -80,6 +108,14 @@ def _packed(high: Words, low: Words) -> Words:
     """Two float32 numbers as float16, to nearest."""
     halves = (np.float16(word.view(np.float32)).view(np.uint16).astype(np.uint32) for word in (high, low))
     return np.asarray(next(halves) << np.uint32(16) | next(halves), np.uint32)
+
+
+def _cut(word: Words) -> Words:
+    """float32 numbers that float16 holds, rounded towards 0."""
+    x = word.view(np.float32)
+    nearest = np.float16(x)
+    cut = np.where(np.abs(nearest) > np.abs(x), np.nextafter(nearest, np.float16(0)), nearest)
+    return np.float32(cut).view(np.uint32)
 
 
 def _from_lane(word: Words, lane: Words) -> Words:

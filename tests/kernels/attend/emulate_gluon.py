@@ -77,6 +77,15 @@ class Shared:
     def slice(self, start: int, length: int, dim: int = 0) -> "Shared":
         return Shared(self.held.narrow(dim, start, length))
 
+    @property
+    def shape(self) -> Any:
+        return self.held.shape
+
+    layout = None
+
+    def _reinterpret(self, dtype: torch.dtype, shape: Any, layout: Any) -> "Shared":
+        return Shared(self.held.view(dtype))
+
     def load(self, layout: Any) -> Any:
         return self.held.clone().as_subclass(Tile)
 

@@ -1,5 +1,7 @@
 """The Hopper encode kernel: its assembly in numpy, compiled without a GPU, and on a GPU."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -8,18 +10,20 @@ from quantpress.errors import NonFiniteError
 from quantpress.kernels.encode import hopper_encode
 from quantpress.kernels.encode.octets import (
     FACTOR,
+    STEP_BITS,
     gather_assembly,
     octet_assembly,
     octet_table,
     steepness,
     zero_fields,
 )
-from quantpress.kernels.encode.rounding import CELLS, STEEPNESS, cell_rounding, polynomial_rounding
+from quantpress.kernels.encode.rounding import CELL, byte_rounding
 from quantpress.kernels.layout import PAGE_TOKENS, page_bytes
 from quantpress.quantization.spec import CodecSpec
 from quantpress.quantization.transform import ChannelTransform
 from tests.kernels.attend.emulate_gluon import emulate
-from tests.kernels.encode.test_triton_encode import check, on_gpu
+from tests.kernels.encode.test_triton_encode import check as check_pages
+from tests.kernels.encode.test_triton_encode import on_gpu
 from tests.kernels.ptx import Words, run_ptx
 from tests.kernels.triton_cases import NEAR_TIE, compile_only, resources, transform_of, vectors
 
@@ -29,6 +33,13 @@ BITS = (2, 3, 4)
 ROLES = ("key", "value")
 PLAIN = ChannelTransform()
 DTYPES = (torch.bfloat16, torch.float16)
+
+
+def check(
+    planes: dict[str, torch.Tensor], x: torch.Tensor, spec: CodecSpec, transform: ChannelTransform
+) -> None:
+    """Scales of values are made of whole numbers; see `octets`."""
+    check_pages(planes, x, spec, transform, 2.0**-15 if spec.role == "value" else 4e-6)
 
 
 def codes_of(unit: torch.Tensor, spec: CodecSpec) -> tuple[torch.Tensor, torch.Tensor]:
@@ -46,38 +57,16 @@ def near_and_far(spec: CodecSpec) -> torch.Tensor:
     return torch.cat((near, far, torch.tensor([0.0, 1.0, -1.0]))).float()
 
 
-def rounded(bits: int, cells: bool, unit: torch.Tensor) -> torch.Tensor:
-    """Magnitudes by the polynomial, or fields by the cells, in float32."""
-    book = CodecSpec(128, bits, "key").codebook_of(0)
-    x = unit.double().numpy()
-    if cells:
-        by = cell_rounding(book)
-        u = x if by.shift else np.abs(x)
-        b = np.float32(u * np.float32(by.scale) + by.shift).clip(0, 1).astype(np.float64)
-        starts = np.float32(by.starts).astype(np.float64)[np.rint(b * (CELLS - 1)).astype(int)]
-        lines = np.float32(b * STEEPNESS + starts)
-        assert (lines >= 0).all() and not np.signbit(lines).any()
-        return torch.from_numpy(np.rint(lines))
-    polynomial = polynomial_rounding(book)
-    scale, shift, *coefficients = np.float32((polynomial.scale, polynomial.shift, *polynomial.coefficients))
-    b = np.float32(np.abs(x) * scale + shift).clip(0, 1)
-    f = np.zeros_like(b)
-    for coefficient in coefficients:
-        f = np.float32(f.astype(np.float64) * b + coefficient)
-    return torch.from_numpy(np.rint(f.astype(np.float64) * b))
-
-
-@pytest.mark.parametrize("cells", [False, True])
 @pytest.mark.parametrize("bits", [3, 4])
-def test_rounds_to_the_nearest_level(bits: int, cells: bool) -> None:
-    """Near the thresholds, up to 1, and at 0, where either code is as near."""
-    spec = CodecSpec(128, bits, "key")
-    unit, half = near_and_far(spec), 2 ** (bits - 1)
-    codes, tie = codes_of(unit, spec)
-    fields = codes if cells and bits == 3 else torch.where(codes < half, half - 1 - codes, codes - half)
-    wrong = rounded(bits, cells, unit) != fields
-    assert not (wrong & ~tie).any()
-    assert tie.sum() > 1000 and (~tie).sum() > 100000
+def test_bytes_round_to_the_nearest_level(bits: int) -> None:
+    """Every whole number of units that a unit vector may have."""
+    book = CodecSpec(128, bits, "key").codebook_of(0)
+    by = byte_rounding(book)
+    units = np.arange(round(1 / book.unit) + 2)
+    m = np.minimum(units + by.offset, 255)
+    fields = (m + np.array(by.added)[m // CELL]) // CELL
+    above = np.searchsorted(np.array(book.thresholds) / book.unit, units + 0.5)
+    assert (fields == above - (8 if bits == 4 else 0)).all()
 
 
 def octets(spec: CodecSpec, y: torch.Tensor) -> tuple[Words, torch.Tensor, torch.Tensor]:
@@ -89,16 +78,16 @@ def octets(spec: CodecSpec, y: torch.Tensor) -> tuple[Words, torch.Tensor, torch
     book, values = spec.codebook_of(0), spec.role == "value"
     norm = y.norm(dim=-1, keepdim=True) * 32**0.5
     over = 1 / norm.masked_fill(norm == 0, 1)
-    steep = (over * steepness(book, values)).squeeze(-1)
+    steep, tiny = steepness(book, values)
+    steep = (over * steep * tiny).squeeze(-1)
     zeros = torch.tensor(zero_fields(spec.groups[0].bits, values))
     zero = (torch.where(norm.squeeze(-1) == 0, zeros, 0)).sum(-1).to(torch.int32)
-    table = torch.tensor(octet_table(book, values), dtype=torch.int32)
-    own = table[2 + torch.arange(len(y)) % CELLS]
-    table = torch.cat((table[:2].expand(len(y), 2), own[:, None]), 1)
+    table = torch.tensor(octet_table(book, values), dtype=torch.int32).expand(len(y), 5)
     floats = torch.cat((y.flatten(1), steep), 1).float().view(torch.int32)
     inputs = torch.cat((floats, zero[:, None], table), 1).T.contiguous()
     word, *sums = run_ptx(octet_assembly(book, values), list(inputs.numpy().view(np.uint32)), 3)
-    added = np.stack([part.view(np.float32) if values else part for part in sums], 1).astype(np.float64)
+    floats = values and book.bits == 2
+    added = np.stack([part.view(np.float32) if floats else part for part in sums], 1).astype(np.float64)
     return word, torch.from_numpy(added), y * over
 
 
@@ -109,7 +98,9 @@ def test_eight_coordinates_in_assembly(bits: int, role: str) -> None:
     spec = CodecSpec(128, bits, role)
     book, values = spec.codebook_of(0), role == "value"
     length = torch.rand(4096, 2, 1).mul(60).exp2() if values else torch.rand(4096, 2, 1).mul(8).exp2()
-    y = torch.randn(4096, 2, 4).mul(length * (2.0**-10 if values else 1.0)).float()
+    if values and bits > 2:
+        length = torch.rand(4096, 2, 1).mul(48).sub(60).exp2()
+    y = torch.randn(4096, 2, 4).mul(length * (2.0**-10 if values and bits == 2 else 1.0)).float()
     y[5, 0], y[6, 1], y[7] = 0, 0, 0
     word, sums, unit = octets(spec, y)
     codes, tie = codes_of(unit, spec)
@@ -122,6 +113,11 @@ def test_eight_coordinates_in_assembly(bits: int, role: str) -> None:
     assert ((got == codes) | tie).all() and tie.float().mean() < 1e-3
     assert all((got[at] == 2 ** (bits - 1) - 1).all() for at in ((5, 0), (6, 1), 7)), "zero vectors"
     levels = torch.tensor(book.scaled, dtype=torch.float64)[got]
+    if values and bits > 2:
+        steps = unit.double().abs() * (2 ** STEP_BITS[bits] / book.unit)
+        levels, half = levels.abs() * steps.sub(0.5).clamp(min=0), levels.abs().sum(-1) / 2
+        assert ((sums - levels.sum(-1)).abs() <= 1.01 * half).all()
+        return
     levels = levels * y * FACTOR * 2.0**-149 if values else levels.square()
     torch.testing.assert_close(sums, levels.sum(-1), rtol=1e-6, atol=0)
 
@@ -138,7 +134,7 @@ def fields(word: torch.Tensor, shift: torch.Tensor, sign_at: torch.Tensor, bits:
 def test_lanes_join_the_words_of_values(bits: int) -> None:
     """Four lanes, tokens of two parts, each with four channels: a channel's word is as the layout says."""
     spec = CodecSpec(128, bits, "value")
-    y = torch.randn(1000, 4, 2, 4)  # [n, lane, part, channel]
+    y = torch.randn(1000, 4, 2, 4) * 2.0**-20  # [n, lane, part, channel]
     lanes = [octets(spec, y[:, lane])[0] for lane in range(4)]
     unit = torch.stack([octets(spec, y[:, lane])[2] for lane in range(4)], 1)
     words = np.stack(run_ptx(gather_assembly(bits), lanes, 4), -1).astype(np.int64)  # [n, channel]
@@ -147,6 +143,12 @@ def test_lanes_join_the_words_of_values(bits: int) -> None:
     word = torch.from_numpy(words)[:, None, None, :]
     got = fields(word, 16 * part + 4 * lane, 8 * lane + 7 - 4 * part, bits)
     assert ((got == codes) | tie).all()
+
+
+def in_bfloat16(transform: ChannelTransform) -> ChannelTransform:
+    """With weights as caches have them."""
+    assert transform.weight is not None
+    return replace(transform, weight=transform.weight.to(torch.bfloat16).float())
 
 
 def emulated(
@@ -168,38 +170,51 @@ def emulated(
 def test_emulated(bits: int, dtype: torch.dtype, role: str) -> None:
     spec, x = CodecSpec(128, bits, role), torch.randn(1, 2, 3 * PAGE_TOKENS + 1, 128).to(dtype)[:, :, 1:]
     x[0, 1, 7] = 0
-    transform = transform_of(spec) if role == "key" else PLAIN
-    planes, flag = emulated(x, spec, transform)
-    assert flag == 0
-    check(planes, x, spec, transform)
+    transforms = [transform_of(spec), in_bfloat16(transform_of(spec))] if role == "key" else [PLAIN]
+    for transform in transforms:
+        planes, flag = emulated(x, spec, transform)
+        assert flag == 0
+        check(planes, x, spec, transform)
 
 
 @pytest.mark.parametrize(
-    ("role", "inside", "outside"), [("key", (-7, 11), (-9, 17)), ("value", (-51, 21), (-57, 26))]
+    ("role", "bits", "weight", "inside", "outside"),
+    [
+        ("key", 4, 1.0, (-7, 45), (-9, 55)),
+        ("key", 4, 1.0 + 2.0**-12, (-7, 11), (-9, 17)),  # not in bfloat16
+        ("value", 2, None, (-51, 21), (-57, 26)),
+        ("value", 4, None, (-34, 17), (-37, 20)),
+    ],
 )
-def test_emulated_lengths(role: str, inside: tuple[int, ...], outside: tuple[int, ...]) -> None:
+def test_emulated_lengths(
+    role: str, bits: int, weight: float | None, inside: tuple[int, ...], outside: tuple[int, ...]
+) -> None:
     """Right up to where the flag is raised."""
-    spec = CodecSpec(128, 4, role, scale_dtype="float32")
+    spec = CodecSpec(128, bits, role, scale_dtype="float32")
+    transform = PLAIN if weight is None else ChannelTransform(weight=torch.full((1, 1, 128), weight))
     for power in (*inside, *outside):
         x = torch.randn(1, 1, PAGE_TOKENS, 128).bfloat16()
         x[0, 0, 77] *= 2.0**power
-        planes, flag = emulated(x, spec, PLAIN)
+        planes, flag = emulated(x, spec, transform)
         assert flag == (2 if power in outside else 0), power
         if not flag:
-            check(planes, x, spec, PLAIN)
+            check(planes, x, spec, transform)
 
 
+@pytest.mark.parametrize("rounded", [False, True])
 @pytest.mark.parametrize(("ratio", "flagged"), [(1000.0, False), (10000.0, True)])
-def test_emulated_means_and_weights(ratio: float, flagged: bool) -> None:
+def test_emulated_means_and_weights(ratio: float, flagged: bool, rounded: bool) -> None:
     """Of a model with large biases of keys; weights that differ too much are left to the other kernel."""
     spec = CodecSpec(128, 4, "key")
     mean, weight = torch.randn(1, 1, 128), torch.rand(1, 1, 128) + 0.5
     mean[0, 0, 5:9], weight[0, 0, 77] = 300, 1.0 / ratio
+    transform = ChannelTransform(mean, weight)
+    transform = in_bfloat16(transform) if rounded else transform
     x = (torch.randn(1, 1, PAGE_TOKENS, 128) + mean[:, :, None]).bfloat16()
-    planes, flag = emulated(x, spec, ChannelTransform(mean, weight))
+    planes, flag = emulated(x, spec, transform)
     assert flag == (2 if flagged else 0)
     if not flagged:
-        check(planes, x, spec, ChannelTransform(mean, weight))
+        check(planes, x, spec, transform)
 
 
 def planes_for(x: torch.Tensor, spec: CodecSpec) -> dict[str, torch.Tensor]:
@@ -314,9 +329,10 @@ def test_pages_on_a_gpu(
         monkeypatch.setattr(hopper_encode, "launch_settings", lambda spec: (128, 0))
     spec, x = CodecSpec(128, bits, role), ordinary(dtype, pages)
     x[0, 0, 7] = 0
-    transform = transform_of(spec, heads=3, batch=2) if role == "key" else PLAIN
-    assert launched(x, spec, transform) == 0
-    check(on_gpu(x, spec, transform), x, spec, transform)
+    moved = transform_of(spec, heads=3, batch=2)
+    for transform in (moved, in_bfloat16(moved)) if role == "key" else (PLAIN,):
+        assert launched(x, spec, transform) == 0
+        check(on_gpu(x, spec, transform), x, spec, transform)
 
 
 @gpu
@@ -332,7 +348,7 @@ def test_parts_of_a_transform_and_scale_dtypes_on_a_gpu(bits: int, scale_dtype: 
 
 
 @gpu
-@pytest.mark.parametrize(("role", "power"), [("key", -16), ("key", 20), ("value", -60), ("value", 40)])
+@pytest.mark.parametrize(("role", "power"), [("key", -16), ("key", 50), ("value", -60), ("value", 40)])
 @pytest.mark.parametrize("bits", BITS)
 def test_lengths_out_of_range_are_encoded_again_on_a_gpu(bits: int, role: str, power: int) -> None:
     spec = CodecSpec(128, bits, role, scale_dtype="float32")
