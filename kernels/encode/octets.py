@@ -167,24 +167,33 @@ def _byte_fields(book: Codebook, values: bool) -> list[str]:
     """
     steps = _step_bits(book, values)
     first, second = ((0, 2), (1, 3)) if values else ((0, 1), (2, 3))  # columns of A and B: low, high
-    order = (0, 1, 2, 3) if values else (0, 2, 1, 3)  # columns of bytes
-    lines = [f"mov.b32 b, {((256 << steps) - 1) * 0x10001:#x};"]
+    offset = byte_rounding(book).offset
+    most = ((256 << steps) - 1) if values else 255 - offset
+    lines = [f"mov.b32 b, {most * 0x10001:#x};"]
     for row in range(2):
         for column in range(4):
-            lines.append(f"abs.f32 y{column}, {_input(row, column)};")
-            lines.append(f"mul.{'rz' if values else 'rn'}.f32 y{column}, y{column}, ${11 + row};")
+            if values:
+                lines.append(f"abs.f32 y{column}, {_input(row, column)};")
+                lines.append(f"mul.rz.f32 y{column}, y{column}, ${11 + row};")
+            else:
+                lines.append(f"mul.rn.f32 y{column}, {_input(row, column)}, ${11 + row};")
         for half, (low, high) in (("A", first), ("B", second)):
             if values:
                 lines.append(f"mad.lo.u32 {half}, y{high}, 65536, y{low};")
             else:
                 lines.append(f"cvt.rz.f16x2.f32 {half}, y{high}, y{low};")
         for half, cell in (("A", "m"), ("B", "n")):
-            lines += [f"add.u16x2 {cell}, {half}, $18;", f"min.u16x2 {cell}, {cell}, b;"]
+            if values:
+                lines += [f"add.u16x2 {cell}, {half}, $18;", f"min.u16x2 {cell}, {cell}, b;"]
+            else:
+                lines += [f"abs.f16x2 {cell}, {half};", f"min.f16x2 {cell}, {cell}, b;"]
         if values:
             lines += [f"shl.b32 {cell}, {cell}, {8 - steps};" for cell in "mn"]
             lines.append("prmt.b32 n, m, n, 0x7351;")
         else:
             lines += ["shl.b32 n, n, 8;", "add.u32 n, n, m;"]
+            if offset:
+                lines.append(f"add.u32 n, n, {offset * 0x01010101:#x};")
         lines += [
             f"and.b32 c, n, {_UPPER:#x};",
             f"mul.hi.u32 c, c, {_NIBBLES:#x};",
@@ -192,10 +201,13 @@ def _byte_fields(book: Codebook, values: bool) -> list[str]:
         ]
         lines += ["prmt.b32 d, d, d, 0x3120;", "add.u32 e, n, d;"]
         if book.bits == 3:
-            lines += _sign_bytes("g", [_input(row, i) for i in order])
+            numbers = [_input(row, i) for i in range(4)]
+            lines += _sign_bytes("g", numbers) if values else ["prmt.b32 g, A, B, 0xfbd9;"]
             lines.append(f"lop3.b32 e, e, g, {_UPPER:#x}, 0x28;")  # (e ^ g) & upper
         else:
             lines.append(f"and.b32 e, e, {_UPPER:#x};")
+            if not values:
+                lines.append(f"prmt.b32 g{row}, A, B, 0xfdb9;")
         lines += [f"mul.hi.u32 f{row}, e, {_NIBBLES:#x};", f"prmt.b32 t, $14, $15, f{row};"]
         if values:
             lines.append(f"shr.u32 f{row}, e, {1 if row else 5};")
@@ -204,7 +216,7 @@ def _byte_fields(book: Codebook, values: bool) -> list[str]:
             lines.append(f"dp4a.u32.u32 s{row}, t, t, 0;")
     lines.append("add.u32 w, f0, f1;" if values else "prmt.b32 w, f0, f1, 0x5410;")
     if book.bits == 4:
-        for row in range(2):
+        for row in range(2 * values):
             lines += _sign_bytes(f"g{row}", [_input(row, i) for i in range(4)])
         lines.append("lop3.b32 A, g0, g1, 0xf0f0f0f0, 0xE4;")  # A where the mask is set, else B
         lines.append("lop3.b32 w, A, 0x88888888, w, 0xEA;")  # (A & mask) | w
