@@ -10,6 +10,7 @@ from quantpress.quantization.codebook import codebook
 from quantpress.quantization.rotation import Rotation
 from quantpress.quantization.transform import ChannelTransform, key_statistics, value_statistics
 
+ROUNDING = 2**-8  # of weights to bfloat16
 ONE_GROUP = split_channels(3, 64)
 TWO_GROUPS = split_channels(2.5, 64)
 
@@ -45,7 +46,7 @@ def test_mean_and_weight_follow_their_formulas() -> None:
     exact_weight /= exact_weight.log().mean(-1, keepdim=True).exp()
     assert t.mean is not None and t.weight is not None and t.order is None
     assert torch.allclose(t.mean.double(), exact_mean, atol=1e-5)
-    assert torch.allclose(t.weight.double(), exact_weight, rtol=1e-4)
+    assert torch.allclose(t.weight.double(), exact_weight, rtol=ROUNDING + 1e-4)
     assert t.mean.dtype == t.weight.dtype == torch.float32
 
 
@@ -81,7 +82,7 @@ def test_the_weight_reaches_the_cauchy_schwarz_bound_and_nothing_near_it_is_bett
         return (weight.square() * variance).sum(-1) * (query / weight.square()).sum(-1)
 
     best = objective(t.weight.double())
-    assert torch.allclose(best, (variance * query).sqrt().sum(-1).square(), rtol=1e-6)
+    assert torch.allclose(best, (variance * query).sqrt().sum(-1).square(), rtol=1e-4)
     for seed in range(20):
         noise = torch.randn(
             t.weight.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
@@ -95,9 +96,9 @@ def test_the_geometric_mean_of_the_weights_is_one_and_the_floor_bounds_them() ->
     for floor in (0.02, 0.1, 1.0):
         weight = key_statistics(keys, moment, ONE_GROUP, floor=floor).weight
         assert weight is not None
-        assert torch.allclose(weight.log().mean(-1), torch.zeros(1, 2), atol=1e-5)
+        assert torch.allclose(weight.log().mean(-1), torch.zeros(1, 2), atol=ROUNDING)
         weights[floor] = (weight.amax(-1) / weight.amin(-1)).max().item()
-        assert weights[floor] <= (64 / floor) ** 0.5
+        assert weights[floor] <= (64 / floor) ** 0.5 * (1 + 2 * ROUNDING)
     assert weights[1.0] < weights[0.1] < weights[0.02]
 
 
@@ -106,7 +107,7 @@ def test_the_weight_ignores_the_scale_of_keys_and_of_queries() -> None:
     one = key_statistics(keys, moment, ONE_GROUP).weight
     other = key_statistics(keys * 100, moment * 1e-4, ONE_GROUP).weight
     assert one is not None and other is not None
-    assert torch.allclose(one, other, rtol=1e-4)
+    assert torch.allclose(one, other, rtol=2 * ROUNDING + 1e-4)
 
 
 def test_parts_that_are_not_asked_for_are_absent() -> None:
@@ -148,7 +149,9 @@ def test_a_large_key_bias_in_bfloat16_does_not_swamp_the_variance(offset: float)
     expected = exact.var(2, correction=0) ** -0.25
     assert t.mean is not None and t.weight is not None
     assert torch.allclose(t.mean.double(), exact.mean(2), rtol=1e-5, atol=1e-5)
-    assert torch.allclose(t.weight.double() / t.weight[..., :1], expected / expected[..., :1], rtol=1e-3)
+    assert torch.allclose(
+        t.weight.double() / t.weight[..., :1], expected / expected[..., :1], rtol=2 * ROUNDING + 1e-3
+    )
 
 
 def test_statistics_do_not_depend_on_how_tokens_are_chunked(monkeypatch: pytest.MonkeyPatch) -> None:

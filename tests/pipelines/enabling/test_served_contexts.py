@@ -115,12 +115,13 @@ def test_a_conversation_that_grows_goes_on_from_what_is_stored(
         for turn in range(4):
             contents.append(said(served, contents))
             contents.append(text((9, 9, 400, 9)[turn], seed=turn))
-        context = 1 + 301 + 7
+        answers = [len(answer.split()) + 1 for answer in contents[1::2]]  # a special token has no text
+        context = 1 + 301 + answers[0]
         assert [note.stored_tokens for note in served.notes] == [0, 0, context, context]
         assert len(list(tmp_path.iterdir())) == 1
         lengths.clear()
         said(served, contents)
-        longer = context + 10 + 7 + 10 + 7 + 401 + 7
+        longer = context + 10 + answers[1] + 10 + answers[2] + 401 + answers[3]
         assert lengths == [longer, 11] and len(list(tmp_path.iterdir())) == 2
 
 
