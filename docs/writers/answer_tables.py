@@ -1,7 +1,10 @@
 """Tables of docs/choosing.md: which presses keep answers, with the question in view and without it."""
 
+import re
+
 from results import Row, formatted, results
 
+from quantpress.evaluation.arms import UNCOMPRESSED
 from quantpress.evaluation.results.markdown import table
 
 IN_VIEW = {
@@ -23,7 +26,8 @@ def equal_bytes() -> str:
     columns = [
         name for run in runs for name in (f"{run['called']}, {run['context']:,} tokens: right", "KL, nats")
     ]
-    presses = list(dict.fromkeys(row["press"] for run in runs for row in run["rows"]))
+    presses = list(dict.fromkeys(row["press"] for run in reversed(runs) for row in run["rows"]))
+    presses.sort(key=_evictor)
     by_press = [{row["press"]: row for row in run["rows"]} for run in runs]
     lines = [
         [f"`{press.replace('{}', 'r')}`", *(cell for rows in by_press for cell in _cells(rows.get(press)))]
@@ -32,11 +36,19 @@ def equal_bytes() -> str:
     return table(["cache", *columns], lines) + "\n"
 
 
+def _evictor(press: str) -> tuple[bool, bool, str, int]:
+    """Presses with a ratio behind the others; those of one evictor together, shortest first."""
+    name = re.sub(r"^Demote\(|, bits=.*|\({}.*", "", press)
+    return "{}" in press, press != UNCOMPRESSED, name, len(press)
+
+
 def _cells(row: Row | None) -> tuple[str, str]:
     if row is None:
-        return "not run", ""
+        return "", ""
+    kl = f"{row['kl']:.3f}" if "kl" in row else ""
+    if "cases" not in row:
+        return "", kl
     share = "" if row["equal"] else f", {row['ratio']:.1f}x"
-    kl = "" if row.get("kl") is None else f"{row['kl']:.3f}"
     return f"{row['blind']}, {row['in_view']} of {row['cases']}{share}", kl
 
 

@@ -81,14 +81,20 @@ def test_what_rules_steps_out_by_its_nature_does_so_silently(
     assert "forward" not in vars(model)
 
 
-def test_a_prompt_too_short_to_pack_and_a_padded_batch_decode_as_always(made: list[CapturedDecoding]) -> None:
+def test_a_prompt_too_short_to_pack_decodes_as_always(made: list[CapturedDecoding]) -> None:
+    with enable(model := tiny_model("llama"), lossless(), cuda_graph=True):
+        model.generate(prompt(30), **GREEDY)
+    assert [steps.eager_steps for steps in made] == [0]
+
+
+def test_a_padded_batch_decodes_in_steps(made: list[CapturedDecoding]) -> None:
     model, ids = tiny_model("llama"), prompt(TOKENS, batch=2, seed=3)
     mask = torch.ones_like(ids)
     mask[1, :37] = 0
+    expected = model.generate(ids, attention_mask=mask, **GREEDY)
     with enable(model, lossless(), cuda_graph=True):
-        model.generate(prompt(30), **GREEDY)
-        model.generate(ids, attention_mask=mask, **GREEDY)
-    assert [steps.eager_steps for steps in made] == [0, 0]
+        assert torch.equal(model.generate(ids, attention_mask=mask, **GREEDY), expected)
+    assert [steps.eager_steps for steps in made] == [GREEDY["max_new_tokens"] - 1]
 
 
 def test_one_warning_for_all_calls(made: list[CapturedDecoding]) -> None:
