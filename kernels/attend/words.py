@@ -17,7 +17,7 @@ from quantpress.kernels.attend.lookup import (
     SIGNS,
     SIGNS_HALF,
 )
-from quantpress.kernels.gluon_copy import async_load
+from quantpress.kernels.gluon_names import async_load
 
 READ_ONCE = gl.constexpr("evict_first")
 """Codes leave the L2 cache first: nearly all are read once, and push out nothing that is read again."""

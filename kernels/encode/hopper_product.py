@@ -19,7 +19,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma, warpgroup_mma_wait
 
-from quantpress.kernels.gluon_copy import async_load
+from quantpress.kernels.gluon_names import async_load, reinterpret
 
 WEIGHT_RANGE = gl.constexpr(2048.0)
 """Largest weight over least; beyond, float16 does not hold the small ones."""
@@ -136,7 +136,7 @@ def weighted(matrix_ptr, mean_ptr, weight_ptr, DTYPE: gl.constexpr, MEAN: gl.con
 @gluon.jit
 def in_dtype(shared, DTYPE: gl.constexpr):
     """Shared memory of float16 numbers as that of another 16-bit dtype."""
-    return shared._reinterpret(DTYPE, shared.shape, shared.layout)
+    return reinterpret(shared, DTYPE, shared.shape, shared.layout)
 
 
 @gluon.jit

@@ -83,9 +83,6 @@ class Shared:
 
     layout = None
 
-    def _reinterpret(self, dtype: torch.dtype, shape: Any, layout: Any) -> "Shared":
-        return Shared(self.held.view(dtype))
-
     def load(self, layout: Any) -> Any:
         return self.held.clone().as_subclass(Tile)
 
@@ -233,6 +230,7 @@ def emulate(module: ModuleType, kernel: str, arguments: dict[str, Any], grid: tu
     held_by_name = everything_in(module)
     names: dict[str, Any] = {name: getattr(held, "value", held) for name, held in held_by_name.items()}
     names |= {"async_load": lambda to, pointer, mask=True: to.held.copy_(pointer.read(mask))}
+    names |= {"reinterpret": lambda shared, dtype, shape, layout: Shared(shared.held.view(dtype))}
     names |= {"async_copy": copies, "fence_async_shared": lambda: None, "warpgroup_mma": _product}
     names |= {"warpgroup_mma_wait": lambda count, results: results if results[1:] else results[0]}
     names |= {"mma_v2": _small_product}
