@@ -24,9 +24,10 @@ pytestmark = [pytest.mark.ranks, pytest.mark.multi_gpu]
 
 GPUS = torch.cuda.device_count()
 COUNTS = [2, 4]
-LOSSLESS, LOSSY = 1e-3, 0.25
+LOSSLESS, LOSSY = 1e-3, 0.6
 """Largest differences of a logit, where logits are of a size of 10. Processes add up in another order. That
-may move single numbers to the next level of their code, and with them tokens whose logits are this near."""
+may move single numbers to the next level of their code, and a channel's weight to the next number of
+bfloat16, and with them tokens whose logits are this near."""
 
 _HEADS: dict[str, Any] = {**_COMMON, "head_dim": 64, "num_attention_heads": 8, "num_key_value_heads": 4}
 _OTHERS = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 4}
