@@ -119,6 +119,7 @@ class CapturedDecoding:
         if self._cache is not None and known and self._cache.entered:
             self._changes = 0
             return self._reads(step) and self._pad()
+        self._seen = -1  # the cache is another one, or was changed: its mask may hide other tokens
         if why_not(cache=step.cache):
             reasons = why_not(cache=step.cache, lasting=True)
             if reasons and any(isinstance(layer, PackedLayer) for layer in step.cache.layers):

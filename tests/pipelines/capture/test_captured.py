@@ -142,6 +142,41 @@ def test_padded_batches_are_steps(bits: float, hidden: tuple[int, int]) -> None:
     assert steps.eager_steps == 2 * (NEW_TOKENS - 1)
 
 
+@pytest.mark.parametrize("way", ["another cache", "sequences change places"])
+def test_a_mask_one_token_wider_may_hide_others(way: str) -> None:
+    """It is looked at again if it belongs to another cache, or the cache was changed since the last step."""
+    model, settings = tiny_model("llama"), lossless(recent_tokens=16)
+    masks = [torch.ones(2, tokens, dtype=torch.long) for tokens in (301, 302)]
+    masks[1][1, :200] = 0
+    if way != "another cache":
+        masks[0][0, :200] = 0
+
+    def read(mask: torch.Tensor) -> Any:
+        ids, cache = prompt(mask.shape[1] - 1, batch=2), packed_cache(model, settings)
+        model(ids * mask[:, :-1], attention_mask=mask[:, :-1], past_key_values=cache)
+        return cache
+
+    def step(mask: torch.Tensor, cache: Any) -> torch.Tensor:
+        at = mask.sum(-1, keepdim=True) - 1
+        found = model(prompt(1, batch=2), attention_mask=mask, position_ids=at, past_key_values=cache)
+        logits: torch.Tensor = found.logits
+        return logits
+
+    def steps(first: Any, other: Any) -> list[torch.Tensor]:
+        before = step(masks[0], first)
+        if way != "another cache":
+            first.reorder_cache(torch.tensor([1, 0]))
+            other = first
+        return [before, step(masks[1], other)]
+
+    with torch.inference_mode():
+        expected, caches = steps(*map(read, masks)), [*map(read, masks)]
+        with captured_decoding(model) as decoding:
+            got = steps(*caches)
+    assert decoding.eager_steps == 2
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-5)
+
+
 def test_other_masks_and_padded_plain_layers_are_decoded_as_always() -> None:
     model, ids = tiny_model("llama"), prompt(300, batch=2)
     hole, front = torch.ones_like(ids), torch.ones_like(ids)
