@@ -22,8 +22,8 @@ TRIALS = 4
 """Random inputs of each proof."""
 
 MANY_ROWS = 512
-"""Tokens from which on one proof holds for any number: PyTorch adds up each row in the same order however many
-there are (`adding_orders`), and the other pieces treat each number by itself."""
+"""Tokens from which on one proof holds for any number: PyTorch adds up each row in the same order, however
+many there are (`adding_orders`), and the other pieces treat each number by itself."""
 
 PROVEN: WeakKeyDictionary[Any, dict[Hashable, Choice]] = WeakKeyDictionary()
 """By module, class of norms or function, what was found out about its calls; for the life of the process."""
