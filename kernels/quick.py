@@ -27,13 +27,16 @@ class QuickKernel:
     def __getitem__(self, grid: tuple[int, ...]) -> Any:
         def launch(*arguments: Any, **named: Any) -> None:
             given = (*arguments, *named.values())
-            key = (*named, *map(type, given), *_kinds(given))
+            kinds, passed = _described(given)
+            key = (*named, *map(type, given), *kinds)
             compiled = self._compiled.get(key)
             if compiled is None:
                 self._compile(key, self.jit[grid](*arguments, **named))
                 return
-            rest = (named[name] for name in self.jit.arg_names[len(arguments) :])
-            compiled[(*grid, 1, 1)[:3]](*arguments, *rest)
+            count = len(arguments)
+            by_name = dict(zip(named, passed[count:], strict=True))
+            rest = (by_name[name] for name in self.jit.arg_names[count:])
+            compiled[(*grid, 1, 1)[:3]](*passed[:count], *rest)
 
         return launch
 
@@ -44,12 +47,22 @@ class QuickKernel:
             self._compiled[key] = compiled
 
 
-def _kinds(arguments: tuple[Any, ...]) -> list[Any]:
-    """All that Triton compiles for: of a tensor dtype, alignment and device, of other arguments the value."""
-    return [
-        (one.dtype, one.data_ptr() % 16, one.get_device()) if isinstance(one, Tensor) else one
-        for one in arguments
-    ]
+def _described(arguments: tuple[Any, ...]) -> tuple[list[Any], list[Any]]:
+    """All that Triton compiles for, and what its launcher is given.
+
+    Of a tensor these are dtype, alignment and device, and its address: of a tensor itself the launcher would
+    ask the driver where it lies. Of other arguments both are the value.
+    """
+    kinds, passed = list[Any](), list[Any]()
+    for one in arguments:
+        if isinstance(one, Tensor):
+            address = one.data_ptr()
+            kinds.append((one.dtype, address % 16, one.get_device()))
+            passed.append(address)
+        else:
+            kinds.append(one)
+            passed.append(one)
+    return kinds, passed
 
 
 _QUICK: dict[int, QuickKernel] = {}

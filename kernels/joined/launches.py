@@ -14,6 +14,9 @@ from quantpress.kernels.quick import quick
 BLOCK = 512
 """Channels of one program of `silu_product`."""
 
+ALONE = 512
+"""Rows from which on a kernel waits until those before it have ended."""
+
 TOKENS = 16
 """Tokens of one program of `rotary`, at most."""
 
@@ -28,9 +31,12 @@ def power_above(number: int) -> int:
     return 1 << (number - 1).bit_length()
 
 
-def chained(device: torch.device) -> dict[str, bool]:
-    """Arguments of a kernel that may start before the last one has ended, where the device can do that."""
-    return {"CHAINED": True, "launch_pdl": True} if chains(device) else {"CHAINED": False}
+def chained(device: torch.device, rows: int = 1) -> dict[str, bool]:
+    """Arguments of a kernel that may start before the last one has ended, where the device can do that.
+
+    One over many rows may not: its programs would hold registers that those before it could use.
+    """
+    return {"CHAINED": True, "launch_pdl": True} if chains(device) and rows < ALONE else {"CHAINED": False}
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, form: int, order: AddingOrder) -> Tensor:
@@ -63,7 +69,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, form: int, order: AddingOrde
             NEIGHBOURS_FIRST=order.neighbours_first,
             FORM=form,
             num_warps=max(1, min(4, threads // 32)),
-            **chained(x.device),
+            **chained(x.device, x.numel() // size),
             **ROUNDED,
         )
     return output
@@ -105,7 +111,7 @@ def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tens
             CHANNELS=power_above(half),
             TOKENS=block,
             num_warps=1 if block == 1 else 4,
-            **chained(q.device),
+            **chained(q.device, tokens),
             **ROUNDED,
         )
     return turned[0], turned[1]
