@@ -163,7 +163,11 @@ def compiled(kernel: Any, constants: dict[str, Any], capability: int, warps: int
         else POINTERS.get(name, "*fp32" if name.endswith("_ptr") else "fp32" if name in FLOATS else "i32")
         for name in names
     }
-    aligned = [index for index, name in enumerate(names) if name.endswith(("_ptr", "_head", "_page"))]
+    aligned = [
+        index
+        for index, name in enumerate(names)
+        if name not in constants and name.endswith(("_ptr", "_head", "_page"))
+    ]
     source = source_type(
         kernel,
         signature,

@@ -1,0 +1,132 @@
+"""Two channel groups on int8 tensor cores: both kernels in PyTorch, through their launches, and compiled."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from quantpress.kernels.attend import DenseSegment, PackedSegment, Segment, Visibility
+from quantpress.kernels.attend import triton_attend as launching
+from quantpress.kernels.attend.opening.arguments import Opening
+from quantpress.kernels.attend.reference import attend_reference
+from quantpress.kernels.attend.schedule import PageSchedule
+from tests.kernels.attend.test_attend import (
+    BATCH,
+    GROUP,
+    KV_HEADS,
+    dense,
+    in_use,
+    packed,
+    pooled,
+    some_lengths,
+)
+from tests.kernels.attend.test_merge import Emulated as EmulatedMerge
+from tests.kernels.attend.test_split_mma import Emulated, bounds_of_call, emulated, with_schedule
+
+pytest.importorskip("triton")
+
+BF16, FP16 = torch.bfloat16, torch.float16
+__all__ = ["emulated"]  # a fixture
+
+
+@pytest.fixture(autouse=True)
+def _merge(emulated: Emulated, monkeypatch: pytest.MonkeyPatch) -> None:
+    kernel = EmulatedMerge()
+    monkeypatch.setattr(kernel.module, "merge_by_warps_kernel", kernel)
+
+
+def pages_of(key_bits: float, value_bits: float) -> PackedSegment:
+    return PackedSegment(packed(128, 128, key_bits).keys, packed(128, 128, value_bits).values)
+
+
+def queries(count: int, dtype: torch.dtype = BF16) -> torch.Tensor:
+    return torch.randn(BATCH, KV_HEADS * GROUP, count, 128).to(dtype)
+
+
+def check(query: torch.Tensor, segments: list[Segment], softcap: float | None = None, **options: Any) -> None:
+    """The error is that of the output's dtype, which the last launch rounds to."""
+    visibility = Visibility(query.shape[2], sum(segment.tokens for segment in segments))
+    given: dict[str, Any] = {"scaling": 0.2, "softcap": softcap} | options
+    assert launching.supports(query, segments, visibility)
+    out = torch.empty(query.shape, dtype=torch.float32)
+    got = launching.attend_triton(query, segments, visibility, out=out, **given)
+    slots = given.pop("slots", None)
+    if slots is not None:
+        segments = [segment.of_slots(slots) for segment in segments]
+    expected = attend_reference(query.double(), segments, visibility, **given)
+    assert float((got - expected).norm() / expected.norm()) < 2e-4
+
+
+@pytest.mark.parametrize(
+    ("key_bits", "value_bits", "count", "dtype"),
+    [(3.5, 3.5, 1, BF16), (2.5, 2.5, 1, FP16), (4, 3.5, 1, BF16), (2.5, 3, 2, BF16), (3.5, 2.5, 5, BF16)],
+)
+def test_widths(
+    key_bits: float, value_bits: float, count: int, dtype: torch.dtype, emulated: Emulated
+) -> None:
+    """One group beside two, and both; with 16-bit tokens around them, learned logits, a softcap."""
+    pages, sinks = pages_of(key_bits, value_bits), torch.randn(KV_HEADS * GROUP)
+    check(queries(count, dtype), [dense(4, 128, 128, dtype), pages, dense(40, 128, 128, dtype)], sinks=sinks)
+    launch = emulated.launches[-1]
+    narrow = [bits // 1 if bits % 1 else 0 for bits in (key_bits, value_bits)]
+    assert [launch["K2_BITS"], launch["V2_BITS"]] == narrow and launch["OPENS"]
+    check(queries(1, dtype), [pages], softcap=3.0)
+
+
+@pytest.mark.parametrize("bits", [2.5, 3.5])
+def test_what_is_in_use(bits: float, emulated: Emulated, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lengths, starts, a schedule, one transform for all, pages of another kind; NaN in what is not in use."""
+    pages, recent = pages_of(bits, 6 - bits), dense(70, 128, 128, BF16)
+    some = some_lengths(pages.tokens)
+    starts = (torch.rand(some.shape) * (pages.tokens - some + 1)).int()
+    check(queries(1), [in_use(pages, some)[0], recent])
+    sides = (
+        replace(one, transform=one.transform.map(lambda part: part[:1])) for one in (pages.keys, pages.values)
+    )
+    scheduled = with_schedule(pooled(PackedSegment(*sides), some, starts))
+    check(queries(2), [scheduled, recent])
+    assert emulated.launches[-1]["SCHEDULED"] and emulated.launches[-1]["HALVES"] == 2
+    check(queries(1), [pages, packed(128, 128, 3), recent])
+
+
+def test_tables_without_a_schedule_and_slots(emulated: Emulated) -> None:
+    pages, recent = pages_of(3.5, 3.5), dense(33, 128, 128, BF16)
+    some = some_lengths(pages.tokens)
+    held, slots = pooled(pages, some, 0 * some), torch.tensor([1, 0])
+    table, lengths, starts = held.table, held.lengths, held.starts
+    assert table is not None and starts is not None and isinstance(lengths, torch.Tensor)
+    turned = replace(held, table=table[slots], lengths=lengths[slots], starts=starts[slots])
+    query = queries(1)
+    call = launching._GroupsCall(query, turned, slots, 0.2 * launching.LOG2_E, 0.0, plain=False)
+    opening, of_dense = call.first(None, recent)
+    assert isinstance(opening, Opening) and not call._merged_by_warps()
+    sums = call.attend(opening)
+    call.schedule = PageSchedule(torch.empty(0), bounds_of_call(call).int())
+    got = call.merge(sums, of_dense, out=torch.empty(query.shape))
+    expected = attend_reference(
+        query[slots].double(), [held, recent], Visibility(1, held.tokens + 33), scaling=0.2
+    )
+    assert float((got - expected[slots]).norm() / expected.norm()) < 2e-4
+
+
+def test_which_pages_these_are() -> None:
+    """Others stay with the kernels for parts."""
+    kinds = {
+        "3.5": packed(128, 128, 3.5),
+        "2.5": packed(128, 128, 2.5),
+        "1.5": packed(128, 128, 1.5),
+        "2.25": packed(128, 128, 2.25),
+        "lloyd": packed(128, 128, 3.5, codebook="lloyd_max"),
+        "haar": packed(128, 128, 3.5, rotation="haar"),
+        "prod": packed(128, 128, 3, estimator="prod"),
+        "64": packed(64, 64, 3.5),
+    }
+    found = {
+        kind: launching._call(queries(1), pages, False) is launching._GroupsCall
+        for kind, pages in kinds.items()
+    }
+    assert [kind for kind, one in found.items() if one] == ["3.5", "2.5"]
+    assert launching._call(queries(1, torch.float32), kinds["3.5"], False) is launching._PartsCall
+    assert launching._call(queries(1), kinds["3.5"], True) is launching._PartsCall
+    assert isinstance(dense(1, 128, 128), DenseSegment)
