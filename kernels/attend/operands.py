@@ -215,7 +215,7 @@ class PartOperands:
     Args:
         parts: one or two.
         turn: [C of all parts, D] float64 on the CPU, the rows of turn_i one after the other.
-        groups: the same as codes of channels side by side, each group with a rotation, if they are that.
+        groups: those of the parts, from the first on, that are codes of channels side by side.
     """
 
     parts: tuple[CodePart, ...]

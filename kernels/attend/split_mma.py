@@ -38,10 +38,12 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 
 from quantpress.kernels.attend.opening.queries import (
+    load_biases,
     load_channels,
     load_channels_of,
     load_rows,
     load_rows_of,
+    numbers_of_parts,
     numbers_of_rows,
     query_operand,
     query_operands,
@@ -81,6 +83,9 @@ from quantpress.kernels.attend.words import (
 
 PAGE_TOKENS = gl.constexpr(128)
 FINE = gl.constexpr(1 / 256)
+BESIDE = gl.constexpr(128.0)
+"""What a bit plane of keys counts beside wider codes: their levels are up to 255, those of bits are 1. So the
+queries of both are about as large, and have the same units."""
 
 
 @gluon.jit
@@ -295,8 +300,8 @@ def _step(
     """
     WHOLE_K: gl.constexpr = K_BITS == 3 or K_SIGNS
     WHOLE_V: gl.constexpr = V_BITS == 3 or V_SIGNS
-    WHOLE_K2: gl.constexpr = K2_BITS == 3
-    WHOLE_V2: gl.constexpr = V2_BITS == 3
+    WHOLE_K2: gl.constexpr = K2_BITS == 3 or K2_BITS == 1
+    WHOLE_V2: gl.constexpr = V2_BITS == 3 or V2_BITS == 1
     more = step + 1 < HALVES * count
     ahead = gl.where(more, step + 1, step)
     live = more.to(gl.int32)  # behind the last page, one vector for all lanes: a branch would cost more
@@ -314,7 +319,7 @@ def _step(
     elif HALF != 1 or not WHOLE_V:
         va, vb, vc, vd = value_words(v_ptr + pool_row * v_page, step, DV, V_BITS, V_SIGNS, HALVES)
     if V2_BITS and (HALF != 1 or not WHOLE_V2):
-        v2a, v2b, v2c, _ = value_words(v2_ptr + pool_row * v2_page, step, DV, V2_BITS, False, HALVES)
+        v2a, v2b, v2c, _ = value_words(v2_ptr + pool_row * v2_page, step, DV, V2_BITS, V2_BITS == 1, HALVES)
     ks = load_scales(ks_ptr + pool_row * ks_page, step, HALVES)
     vs = load_scales(vs_ptr + pool_row * vs_page, step, HALVES)
     if K2_BITS:
@@ -363,7 +368,10 @@ def _step(
                 s2 += sums_with_keys(q0, k2, start, ROWS, D, mma) * FINE
                 s3 += sums_with_keys(q0, k3, start, ROWS, D, mma) * FINE
     if K2_BITS:
-        k0, k1, k2, k3 = levels_of(k2a, k2b, k2c, step, tables, 2, D, K2_BITS, HALVES)
+        if K2_BITS == 1:
+            k0, k1, k2, k3 = signs_of(k2a, step, D, HALVES)
+        else:
+            k0, k1, k2, k3 = levels_of(k2a, k2b, k2c, step, tables, 2, D, K2_BITS, HALVES)
         t0 = sums_with_keys(q1, k0, start2, ROWS, D, mma)
         t1 = sums_with_keys(q1, k1, start2, ROWS, D, mma)
         if HALVES == 1:
@@ -383,7 +391,9 @@ def _step(
     elif HALF != 0 or not WHOLE_K:
         ka, kb, kc, kd = key_words(k_ptr + pool_row * k_page, ahead, D, K_BITS, K_SIGNS, HALVES, live)
     if K2_BITS and (HALF != 0 or not WHOLE_K2):
-        k2a, k2b, k2c, _ = key_words(k2_ptr + pool_row * k2_page, ahead, D, K2_BITS, False, HALVES, live)
+        k2a, k2b, k2c, _ = key_words(
+            k2_ptr + pool_row * k2_page, ahead, D, K2_BITS, K2_BITS == 1, HALVES, live
+        )
     _order(step)
 
     ks0, ks1, ks2, ks3 = scales_of_tiles(ks, HALVES)
@@ -392,6 +402,8 @@ def _step(
         s2, s3 = s2 * of_tokens(ks2, s2), s3 * of_tokens(ks3, s3)
     if K2_BITS:
         ks0, ks1, ks2, ks3 = scales_of_tiles(k2s, HALVES)
+        if K2_BITS == 1 and K_BITS > 1:
+            ks0, ks1, ks2, ks3 = ks0 * BESIDE, ks1 * BESIDE, ks2 * BESIDE, ks3 * BESIDE
         s0, s1 = s0 + t0 * of_tokens(ks0, s0), s1 + t1 * of_tokens(ks1, s1)
         if HALVES == 1:
             s2, s3 = s2 + t2 * of_tokens(ks2, s2), s3 + t3 * of_tokens(ks3, s3)
@@ -501,7 +513,10 @@ def _step(
         n2, n3 = n0, n1
         if HALVES == 1:
             n2, n3 = weight_operand(x2 * units, ROWS, mma), weight_operand(x3 * units, ROWS, mma)
-        v0, v1, v2, v3 = levels_of(v2a, v2b, v2c, step, tables, 3, DV, V2_BITS, HALVES)
+        if V2_BITS == 1:
+            v0, v1, v2, v3 = signs_of(v2a, step, DV, HALVES)
+        else:
+            v0, v1, v2, v3 = levels_of(v2a, v2b, v2c, step, tables, 3, DV, V2_BITS, HALVES)
         acc1 = acc1 * fade + weighted_sums(n0, n1, n2, n3, v0, v1, v2, v3, ROWS, DV, mma, HALVES) * grow
     return (
         pool_row,
@@ -652,6 +667,7 @@ def split_mma_kernel(
     V_FINE: gl.constexpr,
     K2_BITS: gl.constexpr,
     V2_BITS: gl.constexpr,
+    SKETCH: gl.constexpr,
     HALVES: gl.constexpr,
     USED: gl.constexpr,
     STARTS: gl.constexpr,
@@ -694,11 +710,13 @@ def split_mma_kernel(
 
     K_FINE, V_FINE: a level of keys, or of values, is one byte and another one of a 256th; lookup is [8, 32].
 
-    K2_BITS, V2_BITS: not 0 where the second half of the channels of keys, or of values, is a group of its own,
-    with codes of so many bits, k2 or v2, and scales, k2s or v2s; K_BITS, V_BITS are those of the first half.
-    lookup is [8, 32], and OPENS. If K2_BITS, order is that of the keys' transform, [BH, D] int16, and signs
-    are the first rows of both rotations one after the other, times the units of levels. o has the sums of
-    both groups of values side by side.
+    K2_BITS, V2_BITS: not 0 where the second half of the channels of keys, or of values, is a group of its
+    own, with codes of so many bits, k2 or v2, and scales, k2s or v2s; K_BITS, V_BITS are those of the first
+    half. 1 bit is a bit plane. lookup is [8, 32], and OPENS. If K2_BITS, order is that of the keys'
+    transform, [BH, D] int16, and signs are the first rows of both rotations one after the other, times the
+    units of levels. o has the sums of both groups of values side by side. SKETCH: k2 are bits of a sketch of
+    all D channels. q [BH, rows, 2 D] float32 and bias [BH, rows] are then those of `turn_queries_kernel`,
+    which knows of weights, means and rotations.
 
     ROWS: rows that are computed, R, or 4 where no head has more.
 
@@ -846,7 +864,7 @@ def split_mma_kernel(
         )
     K_PLANES: gl.constexpr = K_BITS if K_SIGNS else 1
     V_PLANES: gl.constexpr = V_BITS if V_SIGNS else (2 if V2_BITS else 1)
-    KC: gl.constexpr = D // 2 if K2_BITS else D
+    KC: gl.constexpr = D // 2 if K2_BITS and not SKETCH else D
     VC: gl.constexpr = DV // 2 if V2_BITS else DV
     STAGED_K: gl.constexpr = STAGED and (K_BITS == 3 or K_SIGNS)
     STAGED_V: gl.constexpr = STAGED and (V_BITS == 3 or V_SIGNS)
@@ -859,21 +877,25 @@ def split_mma_kernel(
             own = gl.load(slots_ptr + head // kv_heads) * kv_heads + head % kv_heads
         if SHARED:
             own = head % kv_heads
-        if K2_BITS:
+        if SKETCH:
+            x = load_rows(q_ptr, head, gl.program_id(1) % blocks * R, rows, ROWS, 2 * D)
+            own_bias = load_biases(bias_ptr, head, gl.program_id(1) % blocks * R, rows, ROWS, 2 * D)
+        elif K2_BITS:
             order = load_channels(order_ptr + own * D, ROWS, D)
             x = load_rows_of(query_ptr, order, head, gl.program_id(1) % blocks * R, rows, ROWS, D)
         else:
             x = load_rows(query_ptr, head, gl.program_id(1) % blocks * R, rows, ROWS, D)
-        signs = load_channels(signs_ptr, ROWS, D)
-        weights, mean = signs, signs
-        if HAS_WEIGHT and K2_BITS:
-            weights = load_channels_of(weight_ptr + own * D, order)
-        elif HAS_WEIGHT:
-            weights = load_channels(weight_ptr + own * D, ROWS, D)
-        if HAS_MEAN and K2_BITS:
-            mean = load_channels_of(mean_ptr + own * D, order)
-        elif HAS_MEAN:
-            mean = load_channels(mean_ptr + own * D, ROWS, D)
+        if not SKETCH:
+            signs = load_channels(signs_ptr, ROWS, D)
+            weights, mean = signs, signs
+            if HAS_WEIGHT and K2_BITS:
+                weights = load_channels_of(weight_ptr + own * D, order)
+            elif HAS_WEIGHT:
+                weights = load_channels(weight_ptr + own * D, ROWS, D)
+            if HAS_MEAN and K2_BITS:
+                mean = load_channels_of(mean_ptr + own * D, order)
+            elif HAS_MEAN:
+                mean = load_channels(mean_ptr + own * D, ROWS, D)
         _order(first)
     if STAGED_K:
         ka, kb, kc, kd = first, first, first, first
@@ -884,7 +906,7 @@ def split_mma_kernel(
         ka, kb, kc, kd = key_words(k_ptr + pool_row * k_page, 0, KC, K_BITS, K_SIGNS, HALVES)
     k2a, k2b, k2c = first, first, first
     if K2_BITS:
-        k2a, k2b, k2c, _ = key_words(k2_ptr + pool_row * k2_page, 0, KC, K2_BITS, False, HALVES)
+        k2a, k2b, k2c, _ = key_words(k2_ptr + pool_row * k2_page, 0, KC, K2_BITS, K2_BITS == 1, HALVES)
     MORE_LEVELS: gl.constexpr = K_FINE or V_FINE or K2_BITS > 0 or V2_BITS > 0
     tables = gl.allocate_shared_memory(
         gl.int32, [8 if MORE_LEVELS else 4, 32], gl.SwizzledSharedLayout(1, 1, 1, [0])
@@ -898,7 +920,7 @@ def split_mma_kernel(
     if OPENS:
         _order(first)
         x = _behind(x, unity)
-        if HAS_WEIGHT:
+        if HAS_WEIGHT and not SKETCH:
             weights = _behind(weights, unity)
     tables.index(0).store(low_k)
     tables.index(1).store(high_k)
@@ -913,7 +935,10 @@ def split_mma_kernel(
     by_row: gl.constexpr = gl.SliceLayout(0, blank.type.layout)
     row = gl.arange(0, ROWS, layout=by_row)
     if OPENS:
-        if K2_BITS:
+        if SKETCH:
+            turned, lacking, lacking2, factor = numbers_of_parts(x, ROWS, 2 * D)
+            bias = own_bias
+        elif K2_BITS:
             turned, lacking, lacking2, factor, bias = turned_groups(
                 x, weights, mean, signs, scale, unit, ROWS, D, HAS_WEIGHT, HAS_MEAN
             )
@@ -924,7 +949,7 @@ def split_mma_kernel(
         if CHAINED:
             _start_next()
         if K2_BITS:
-            q0, q1 = query_operands(turned, ROWS, D, mma)
+            q0, q1 = query_operands(turned, ROWS, 2 * KC, mma)
             q2, q3 = q0, q0
             start2, _, _ = numbers_of_rows(lacking2, factor, bias, ROWS)
             start2 = gl.convert_layout(start2, gl.SliceLayout(0, mma), assert_trivial=True)[None, :]
@@ -977,7 +1002,7 @@ def split_mma_kernel(
         acc2 = acc0
     if V_PLANES > 3:
         acc3 = acc0
-    MORE: gl.constexpr = K2_BITS == 3 or V2_BITS == 3
+    MORE: gl.constexpr = K2_BITS == 3 or V2_BITS == 3 or K2_BITS == 1 or V2_BITS == 1
     WHOLE: gl.constexpr = K_BITS == 3 or V_BITS == 3 or K_SIGNS or V_SIGNS or MORE
     KEPT: gl.constexpr = HALVES == 2 and WHOLE and max(D, DV) <= 128
     STEPS: gl.constexpr = 2 if KEPT else 1  # words of 3 bits stay in registers for both

@@ -44,8 +44,11 @@ from quantpress.kernels.attend.parts.groups import (
     groups_of,
     lookup_of_groups,
     readable_groups,
+    second_part,
     signs_of_groups,
+    sketch_of,
     steps_of_groups,
+    with_planes,
 )
 from quantpress.kernels.attend.parts.operands import as_parts, padded_channels
 from quantpress.kernels.attend.schedule import (
@@ -315,7 +318,11 @@ class _Call:
         numbers += [parts, beside, parts + spare, hidden, *ends.strides]
         return Opening(pointers, numbers, constants | {"OPENS": True, "TILE": tile}, beside), sums
 
-    def _signs(self) -> tuple[torch.Tensor, float]:
+    def _turned(self) -> list[torch.Tensor | None]:
+        """Queries in code space, their factor, what sums begin with, and bias, where the kernel `opens`."""
+        return [None] * 4
+
+    def _signs(self) -> tuple[torch.Tensor | None, float]:
         """The keys' rotation as signs with its factor [D], and the unit of their levels."""
         return self.keys.rotation.matrix(self.query.device, torch.float32)[0], self.keys.unit
 
@@ -429,7 +436,7 @@ class _Call:
     def attend(self, prepared: list[torch.Tensor] | Opening) -> list[torch.Tensor]:
         """Sums over the packed tokens, in code space."""
         opening = prepared if isinstance(prepared, Opening) else NOTHING
-        q, factor, start, bias = [None] * 4 if isinstance(prepared, Opening) else prepared
+        q, factor, start, bias = self._turned() if isinstance(prepared, Opening) else prepared
         sides = (self.packed.keys, self.packed.values)
         codes = [side.planes["codes0"] for side in sides]
         scales = [side.planes["scale0"] for side in sides]
@@ -488,7 +495,8 @@ class _Call:
 
             constants |= {"K_FINE": self.keys.fine, "V_FINE": self.values.fine}
             steps = self._steps()
-            second, second_strides, order, widths = self._second_groups()
+            second, second_strides, order, kinds = self._second_parts()
+            constants |= kinds
             quick(split_mma_kernel)[(grid[0] + opening.beside, grid[1])](
                 self._lookup(),
                 q,
@@ -511,7 +519,6 @@ class _Call:
                 self.softcap,
                 *opening.numbers,
                 **constants,
-                **widths,
                 **opening.constants,
                 ROWS=self.computed,
                 HALVES=steps,
@@ -532,9 +539,9 @@ class _Call:
     def _steps(self) -> int:
         return steps_of_page(self.keys, self.values, self.computed, self.table is not None)
 
-    def _second_groups(self) -> tuple[list[Any], list[Any], torch.Tensor | None, dict[str, int]]:
-        """Planes of second channel groups, their strides, the order of the keys' channels, and widths."""
-        return [None] * 4, [None] * 8, None, {"K2_BITS": 0, "V2_BITS": 0}
+    def _second_parts(self) -> tuple[list[Any], list[Any], torch.Tensor | None, dict[str, Any]]:
+        """Planes of second parts of keys and values, their strides, the order of the keys, and kinds."""
+        return [None] * 4, [None] * 8, None, {"K2_BITS": 0, "V2_BITS": 0, "SKETCH": False}
 
     @cached_property
     def splits(self) -> int:
@@ -751,7 +758,7 @@ class _PartsCall(_Call):
 
 
 class _GroupsCall(_Call):
-    """A call over two channel groups of keys, of values or of both, on int8 tensor cores."""
+    """A call over keys or values in two channel groups, or keys with a sketch, on int8 tensor cores."""
 
     def _block_rows(self) -> int:
         return ROWS
@@ -759,31 +766,42 @@ class _GroupsCall(_Call):
     def _opens(self) -> bool:
         return True
 
-    def _signs(self) -> tuple[torch.Tensor, float]:
-        return _signs(self.keys, self.query.device)
+    def _turned(self) -> list[torch.Tensor | None]:
+        if sketch_of(self.keys) is None:
+            return super()._turned()
+        transform = self.packed.keys.transform
+        shared = self._is_shared(transform)
+        y, bias = launches.turn_queries(self._rows(), with_planes(self.keys), transform, shared, self.scale)
+        return [y, None, None, bias]
+
+    def _signs(self) -> tuple[torch.Tensor | None, float]:
+        if sketch_of(self.keys) is not None:
+            return None, 1.0
+        return signs_of_groups(groups_of(self.keys), self.query.device, keys=True), 1.0
 
     def _lookup(self) -> torch.Tensor:
         return lookup_of_groups(groups_of(self.keys), groups_of(self.values), self.query.device)
 
     def _steps(self) -> int:
-        groups = groups_of(self.keys), groups_of(self.values)
-        return steps_of_groups(*groups, self.computed, self.table is not None)
+        return steps_of_groups(self.computed, self.table is not None)
 
-    def _second_groups(self) -> tuple[list[Any], list[Any], torch.Tensor | None, dict[str, int]]:
-        planes, strides, widths = list[Any](), list[Any](), dict[str, int]()
+    def _second_parts(self) -> tuple[list[Any], list[Any], torch.Tensor | None, dict[str, Any]]:
+        planes, strides = list[Any](), list[Any]()
+        kinds: dict[str, Any] = {"SKETCH": sketch_of(self.keys) is not None}
+        kinds["K_SIGNS"] = groups_of(self.keys)[0].bits == 1
         sides = ("K2_BITS", self.packed.keys, self.keys), ("V2_BITS", self.packed.values, self.values)
         for name, side, operands in sides:
-            groups = groups_of(operands)
-            if groups[1:]:
-                own = side.planes["codes1"].view(torch.int32), side.planes["scale1"]
-                planes, strides = [*planes, *own], [*strides, *_strides(own[0]), *_strides(own[1])]
-            else:
+            part = second_part(operands)
+            kinds[name] = 0 if part is None else part.bits
+            if part is None:
                 planes, strides = [*planes, None, None], [*strides, None, None, None, None]
-            widths[name] = groups[1].bits if groups[1:] else 0
-        return planes, strides, contiguous(self.packed.keys.transform.order), widths
+            else:
+                own = side.planes[part.codes].view(torch.int32), side.planes[part.scales]
+                planes, strides = [*planes, *own], [*strides, *_strides(own[0]), *_strides(own[1])]
+        return planes, strides, contiguous(self.packed.keys.transform.order), kinds
 
     def _turn_of_values(self) -> tuple[torch.Tensor, float]:
-        return _signs(self.values, self.query.device)
+        return signs_of_groups(groups_of(self.values), self.query.device, keys=False), 1.0
 
     def _order_of_values(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         order = contiguous(self.packed.values.transform.order)
@@ -811,13 +829,6 @@ class _GroupsCall(_Call):
         values = as_parts(self.values)
         assert values is not None
         return self._merge_parts(values, sums, dense, sinks, out, into)
-
-
-def _signs(operands: Any, device: torch.device) -> tuple[torch.Tensor, float]:
-    """First rows of the groups' rotations, with the units of their levels, which become 1."""
-    groups = groups_of(operands)
-    units = tuple(group.unit for group in groups)
-    return signs_of_groups(tuple(group.rotation for group in groups), units, device), 1.0
 
 
 def _groups(operands: KernelOperands) -> Any:

@@ -36,6 +36,13 @@ def load_rows(query_ptr, head, skipped, rows, ROWS: gl.constexpr, D: gl.constexp
 
 
 @gluon.jit
+def load_biases(ptr, head, skipped, rows, ROWS: gl.constexpr, D: gl.constexpr):
+    """A number of each row [ROWS], of [BH, rows]; for rows as `load_rows` loads them."""
+    row = skipped + gl.arange(0, ROWS, layout=gl.SliceLayout(1, rows_layout(ROWS, D)))
+    return gl.load(ptr + head * rows + row, mask=row < rows, other=0.0)
+
+
+@gluon.jit
 def load_channels(ptr, ROWS: gl.constexpr, D: gl.constexpr):
     """A number of each channel, [D], as `turned_queries` takes them."""
     return gl.load(ptr + gl.arange(0, D, layout=gl.SliceLayout(0, rows_layout(ROWS, D))))
@@ -146,45 +153,30 @@ def turned_groups(
 
     What sums over bytes lack comes twice, for either half; signs have the unit of the half's levels, too.
     """
-    n, factor, bias = _numbers(x, weight, mean, signs, scale, unit, ROWS, D, HAS_WEIGHT, HAS_MEAN, 2)
-    channel = gl.arange(0, D, layout=gl.SliceLayout(0, rows_layout(ROWS, D)))
-    first = gl.sum(gl.where((channel < D // 2)[None, :], n, 0), 1)
-    return _bytes(n, ROWS, D), first >> 1, (gl.sum(n, 1) - first) >> 1, factor, bias
-
-
-@gluon.jit
-def _numbers(
-    x,
-    weight,
-    mean,
-    signs,
-    scale,
-    unit,
-    ROWS: gl.constexpr,
-    D: gl.constexpr,
-    HAS_WEIGHT: gl.constexpr,
-    HAS_MEAN: gl.constexpr,
-    GROUPS: gl.constexpr,
-):
-    """The whole numbers [ROWS, D] of `turned_queries`, the factor on scores and q . mean."""
     y = x * signs[None, :]
     if HAS_WEIGHT:
         y = y * (1.0 / weight)[None, :]
-    y = _transformed(y, ROWS, D, GROUPS)
-    largest = gl.maximum(gl.max(gl.abs(y), 1), 1e-30)
-    n = (y * (MOST / largest)[:, None] + _WHOLE).to(gl.int32, bitcast=True) - _WHOLE_BITS
-    bias = 0.0 * largest
+    turned, lacking, lacking2, factor = numbers_of_parts(_transformed(y, ROWS, D, 2), ROWS, D)
+    bias = 0.0 * factor
     if HAS_MEAN:
         bias = gl.sum(x * mean[None, :], 1) * scale
-    return n, largest * (2.0 / MOST * scale * unit), bias
+    return turned, lacking, lacking2, factor * (scale * unit), bias
 
 
 @gluon.jit
-def _bytes(n, ROWS: gl.constexpr, D: gl.constexpr):
-    """Numbers [ROWS, D] as bytes [2 ROWS, D], high parts in rows 2 r and low parts in rows 2 r + 1."""
+def numbers_of_parts(y, ROWS: gl.constexpr, D: gl.constexpr):
+    """Queries in code space [ROWS, D] as whole numbers; the halves of D are for codes of their own.
+
+    Returns bytes [2 ROWS, D] as `turned_queries`, what sums over bytes lack of either half, and the factor on
+    scores.
+    """
+    largest = gl.maximum(gl.max(gl.abs(y), 1), 1e-30)
+    n = (y * (MOST / largest)[:, None] + _WHOLE).to(gl.int32, bitcast=True) - _WHOLE_BITS
     high = (n + 128) >> 8
-    both = gl.join(high.to(gl.int8), (n - 256 * high).to(gl.int8))  # [ROWS, D, 2]
-    return both.permute([0, 2, 1]).reshape([2 * ROWS, D])
+    both = gl.join(high.to(gl.int8), (n - 256 * high).to(gl.int8)).permute([0, 2, 1]).reshape([2 * ROWS, D])
+    channel = gl.arange(0, D, layout=gl.SliceLayout(0, rows_layout(ROWS, D)))
+    first = gl.sum(gl.where((channel < D // 2)[None, :], n, 0), 1)
+    return both, first >> 1, (gl.sum(n, 1) - first) >> 1, largest * (2.0 / MOST)
 
 
 @gluon.constexpr_function

@@ -9,6 +9,7 @@ import torch
 from quantpress.kernels.attend import DenseSegment, PackedSegment, Segment, Visibility
 from quantpress.kernels.attend import triton_attend as launching
 from quantpress.kernels.attend.opening.arguments import Opening
+from quantpress.kernels.attend.parts.operands import turn_matrix
 from quantpress.kernels.attend.reference import attend_reference
 from quantpress.kernels.attend.schedule import PageSchedule
 from tests.kernels.attend.test_attend import (
@@ -60,7 +61,7 @@ def check(query: torch.Tensor, segments: list[Segment], softcap: float | None = 
 
 @pytest.mark.parametrize(
     ("key_bits", "value_bits", "count", "dtype"),
-    [(3.5, 3.5, 1, BF16), (2.5, 2.5, 1, FP16), (4, 3.5, 1, BF16), (2.5, 3, 2, BF16), (3.5, 2.5, 5, BF16)],
+    [(3.5, 3.5, 1, BF16), (2.5, 2.5, 1, FP16), (4, 3.5, 1, BF16), (1.5, 3, 2, BF16), (3.5, 1.5, 5, BF16)],
 )
 def test_widths(
     key_bits: float, value_bits: float, count: int, dtype: torch.dtype, emulated: Emulated
@@ -74,9 +75,32 @@ def test_widths(
     check(queries(1, dtype), [pages], softcap=3.0)
 
 
+@pytest.mark.parametrize(("bits", "value_bits"), [(4, 4), (3, 2.5), (2, 3)])
+def test_sketches(bits: int, value_bits: float, emulated: Emulated, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of keys, beside codes of one bit less; queries are turned by a launch before."""
+    keys = packed(128, 128, bits, estimator="prod").keys
+    pages = PackedSegment(keys, packed(128, 128, value_bits).values)
+
+    def turn(rows: Any, operands: Any, transform: Any, shared: bool, scale: float) -> list[torch.Tensor]:
+        query = rows.query.double() * scale
+        y = (
+            query
+            / transform.weight.double().flatten(0, 1).unsqueeze(1)
+            @ turn_matrix(operands, query.device).double().T
+        )
+        return [y.float(), (query @ transform.mean.double().flatten(0, 1).unsqueeze(2)).squeeze(2).float()]
+
+    monkeypatch.setattr(launching.launches, "turn_queries", turn)
+    check(queries(1), [dense(4, 128, 128, BF16), pages, dense(40, 128, 128, BF16)])
+    check(queries(2), [pages, dense(40, 128, 128, BF16)])
+    assert emulated.launches[-1]["SKETCH"]
+    some = some_lengths(pages.tokens)
+    check(queries(1), [with_schedule(pooled(pages, some, 0 * some)), dense(40, 128, 128, BF16)])
+
+
 @pytest.mark.parametrize("bits", [2.5, 3.5])
 def test_what_is_in_use(bits: float, emulated: Emulated, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Lengths, starts, a schedule, one transform for all, pages of another kind; NaN in what is not in use."""
+    """Lengths, starts, a schedule, one transform for all, pages beside; NaN in what is not in use."""
     pages, recent = pages_of(bits, 6 - bits), dense(70, 128, 128, BF16)
     some = some_lengths(pages.tokens)
     starts = (torch.rand(some.shape) * (pages.tokens - some + 1)).int()
@@ -120,13 +144,14 @@ def test_which_pages_these_are() -> None:
         "lloyd": packed(128, 128, 3.5, codebook="lloyd_max"),
         "haar": packed(128, 128, 3.5, rotation="haar"),
         "prod": packed(128, 128, 3, estimator="prod"),
+        "prod 64": packed(64, 64, 3, estimator="prod"),
         "64": packed(64, 64, 3.5),
     }
     found = {
         kind: launching._call(queries(1), pages, False) is launching._GroupsCall
         for kind, pages in kinds.items()
     }
-    assert [kind for kind, one in found.items() if one] == ["3.5", "2.5"]
+    assert [kind for kind, one in found.items() if one] == ["3.5", "2.5", "1.5", "prod"]
     assert launching._call(queries(1, torch.float32), kinds["3.5"], False) is launching._PartsCall
     assert launching._call(queries(1), kinds["3.5"], True) is launching._PartsCall
     assert isinstance(dense(1, 128, 128), DenseSegment)
