@@ -1,4 +1,4 @@
-"""The last launch without a matrix (Gluon): for Hadamard rotations and codes that are not bit planes.
+"""The last launch without a matrix (Gluon): for Hadamard rotations, one or two, and no planes of filters.
 
 Every lane of a warp holds a few channels of all partial sums that the warp joins, and all of their scores, so
 that joining them needs no other lane. The warp then rotates its sum back by a fast Walsh-Hadamard transform,

@@ -8,7 +8,8 @@ import torch
 
 from quantpress.kernels.attend import DenseSegment, PackedSegment, Segment, Visibility
 from quantpress.kernels.attend import triton_attend as launching
-from quantpress.kernels.attend.opening.arguments import Opening
+from quantpress.kernels.attend.opening.arguments import Opening, tile_tokens
+from quantpress.kernels.attend.parts.groups import ROWS, steps_of_groups
 from quantpress.kernels.attend.parts.operands import turn_matrix
 from quantpress.kernels.attend.reference import attend_reference
 from quantpress.kernels.attend.schedule import PageSchedule
@@ -24,6 +25,8 @@ from tests.kernels.attend.test_attend import (
 )
 from tests.kernels.attend.test_merge import Emulated as EmulatedMerge
 from tests.kernels.attend.test_split_mma import Emulated, bounds_of_call, emulated, with_schedule
+from tests.kernels.attend.test_triton_attend import POINTERS, compiled, machine_code, without_second_parts
+from tests.kernels.triton_cases import resources
 
 pytest.importorskip("triton")
 
@@ -32,7 +35,9 @@ __all__ = ["emulated"]  # a fixture
 
 
 @pytest.fixture(autouse=True)
-def _merge(emulated: Emulated, monkeypatch: pytest.MonkeyPatch) -> None:
+def _merge(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if "emulated" not in request.fixturenames:
+        return
     kernel = EmulatedMerge()
     monkeypatch.setattr(kernel.module, "merge_by_warps_kernel", kernel)
 
@@ -61,7 +66,7 @@ def check(query: torch.Tensor, segments: list[Segment], softcap: float | None = 
 
 @pytest.mark.parametrize(
     ("key_bits", "value_bits", "count", "dtype"),
-    [(3.5, 3.5, 1, BF16), (2.5, 2.5, 1, FP16), (4, 3.5, 1, BF16), (1.5, 3, 2, BF16), (3.5, 1.5, 5, BF16)],
+    [(3.5, 3.5, 1, BF16), (2.5, 4, 1, FP16), (1.5, 3, 2, BF16), (3.5, 1.5, 5, BF16)],
 )
 def test_widths(
     key_bits: float, value_bits: float, count: int, dtype: torch.dtype, emulated: Emulated
@@ -75,7 +80,7 @@ def test_widths(
     check(queries(1, dtype), [pages], softcap=3.0)
 
 
-@pytest.mark.parametrize(("bits", "value_bits"), [(4, 4), (3, 2.5), (2, 3)])
+@pytest.mark.parametrize(("bits", "value_bits"), [(3, 2.5), (2, 3)])
 def test_sketches(bits: int, value_bits: float, emulated: Emulated, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of keys, beside codes of one bit less; queries are turned by a launch before."""
     keys = packed(128, 128, bits, estimator="prod").keys
@@ -155,3 +160,49 @@ def test_which_pages_these_are() -> None:
     assert launching._call(queries(1, torch.float32), kinds["3.5"], False) is launching._PartsCall
     assert launching._call(queries(1), kinds["3.5"], True) is launching._PartsCall
     assert isinstance(dense(1, 128, 128), DenseSegment)
+
+
+@pytest.mark.parametrize(
+    ("keys", "values", "rows", "capability", "heads", "spilled"),
+    [
+        ((4, 3), (4, 3), 4, 90, 0, 48),
+        ((2, 1), (4,), 4, 100, 0, 16),
+        ((3, -1), (3, 2), 8, 80, 0, 512),
+    ],
+)
+def test_kernel_compiles_without_a_gpu(
+    keys: tuple[int, ...],
+    values: tuple[int, ...],
+    rows: int,
+    capability: int,
+    heads: int,
+    spilled: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """-1 is a sketch. Few registers are spilled, with four rows hardly any."""
+    from quantpress.kernels.attend.split_mma import split_mma_kernel
+
+    sketch = keys[-1] == -1
+    constants: dict[str, Any] = {"D": 128, "DV": 128, "R": ROWS, "ROWS": rows, "HALVES": 1, "SKETCH": sketch}
+    constants |= {"HALVES": steps_of_groups(rows, heads > 0), "STAGED": False, "PAGE_KEYS": False}
+    constants |= {"K_BITS": keys[0], "V_BITS": values[0], "K_SIGNS": keys[0] == 1, "V_SIGNS": False}
+    constants |= {"K_FINE": False, "V_FINE": False, "CAPPED": capability == 80, "CHAINED": capability >= 90}
+    constants |= {"USED": heads > 0, "STARTS": heads > 0, "HEADS": heads, "SCHEDULED": heads == 1}
+    constants |= {"OPENS": True, "TILE": tile_tokens(rows, 128), "SHARED": heads == 0, "SLOTS": heads > 0}
+    constants |= dict.fromkeys(("HAS_WEIGHT", "HAS_MEAN", "RECENT_USED", "RECENT_STARTS"), True)
+    constants |= {"FIRST_USED": heads > 0, "FIRST_STARTS": False}
+    constants |= {"FIRST_PAGE": heads and 4, "RECENT_PAGE": heads and 128}
+    alone = len(keys) == 1, len(values) == 1
+    constants |= without_second_parts(split_mma_kernel, *alone, alone[0] or sketch) | {"SKETCH": sketch}
+    constants |= {} if alone[0] else {"K2_BITS": abs(keys[1])}
+    constants |= {} if alone[1] else {"V2_BITS": values[1]}
+    if sketch:
+        constants["signs_ptr"] = None
+        monkeypatch.setitem(POINTERS, "q_ptr", "*fp32")
+    kernel = compiled(split_mma_kernel, constants, capability, 1)
+    assert "mma.sync.aligned.m16n8k32.row.col.satfinite.s32.s8.s8.s32" in kernel.asm["ptx"]
+    assert kernel.metadata.shared <= 8 * 1024
+    code = machine_code(kernel)
+    first = code.index("LDG.E.EF")  # the first codes are on their way before queries are turned
+    assert "SHFL" not in code[code.rindex("EXIT", 0, first) : first]
+    assert resources(kernel)["STACK"] <= spilled, "registers are spilled"
