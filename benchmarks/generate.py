@@ -6,8 +6,9 @@
     python benchmarks/generate.py --json out.json
     torchrun --nproc-per-node 2 benchmarks/generate.py    the same model shared by two GPUs
 
-Both sides read the same random ids in the same way (`read_context`: one exact forward, feed-forwards in
-chunks), once without a press into a DynamicCache and once under TurboQuant. Time to first token runs from
+Both sides read the same random ids (`read_context`: one exact forward, feed-forwards in chunks), once without
+a press into a DynamicCache, through PyTorch's kernels alone, and once under TurboQuant, as the pipeline does:
+kernels of ours stand in for norms, gates and rotary positions, to the last bit. Time to first token runs from
 there to the first id on the host, prefill, packing and the first forward of the question included. Then
 `model.generate` decodes greedily; tokens a second count from the id after `--skip` to the last, peak memory
 is `torch.cuda.max_memory_allocated` over the whole decode phase, weights included. A short run of each side
@@ -122,7 +123,8 @@ def measure(
     start = time.perf_counter()
     cache = DynamicCache()
     with torch.no_grad():
-        position = read_context(model, context, cache, press, progress=False)
+        joins = press is not None and options.get("join_kernels", True) is not False
+        position = read_context(model, context, cache, press, progress=False, join_kernels=joins)
     prefill_peak = torch.cuda.max_memory_allocated()
     total = QUESTION + new_tokens
     for layer in cache.layers:

@@ -15,6 +15,7 @@ press_argument.py      what `press=` may be, made into a press
 ranks.py               the same decisions in all processes that share a model
 reading/               how a context is read: one forward in chunks, with a progress bar
 capture/               decode steps as replays of one CUDA graph, and the rules against it
+joined/                kernels of ours in place of pieces of a model, each proven first
 contexts/              contexts that are read once, and their files
 enabling/              every later `model.generate` with a compressed cache
 patching/              attention on keys and values packed and restored just before, live

@@ -81,7 +81,8 @@ class TextGenerationPipeline(Pipeline):
             during decoding, a context too short to be packed). False never does.
         compile: first run the captured step through torch.compile(fullgraph=True), which fuses the small
             kernels and takes about a minute for each model and shape. What rules a graph out is refused.
-        join_kernels: which kernels of ours the graph has in place of PyTorch's, as for `captured_decoding`.
+        join_kernels: which kernels of ours the graph, and on CUDA the reading of the context, has in place of
+            PyTorch's, as for `captured_decoding`.
             "exact" leaves logits equal to the last bit, False leaves the model's own kernels.
         **generation: everything else that `model.generate` takes: do_sample, temperature, top_p, num_beams,
             stop_strings, streamer, prompt_lookup_num_tokens, assistant_model, logits_processor, ... Greedy
@@ -274,6 +275,7 @@ class TextGenerationPipeline(Pipeline):
         warn_of_positions(self.model.config, context_ids, questions, config.max_new_tokens)
         watch = Stopwatch(self.model.device) if report else None
         how: dict[str, Any] = {"chunk_tokens": chunk_tokens, "progress": progress, "watch": watch}
+        how["join_kernels"] = bool(join_kernels)
         graphs = None if cuda_graph is False or reasons else (cuda_graph, compile, join_kernels)
         ids: list[torch.Tensor] = []
         memories: list[tuple[CacheMemory, int]] = []

@@ -36,7 +36,7 @@ HOSTS = {"engines": "cache"}  # imports itself, and from that folder on; no othe
 PACKAGED = (*ARROWS[1:], *HOSTS)
 ROOMS = {
     "evaluation": ("adapters", "fitting", "results", "sizing", "divergence", "tasks"),
-    "pipelines": ("enabling", "contexts", "capture", "reading", "patching", "default_model"),
+    "pipelines": ("enabling", "contexts", "capture", "reading", "joined", "patching", "default_model"),
     "engines": ("vllm",),
     "presses": ("packing", "models"),
     "cache": ("saved", "paged", "fixed", "attention", "tokens"),

@@ -9,9 +9,13 @@ from torch import Tensor
 from quantpress.kernels.available import ROUNDED, chains
 from quantpress.kernels.joined.order import AddingOrder
 from quantpress.kernels.joined.reference import ROUNDED_THEN_WEIGHED
+from quantpress.kernels.quick import quick
 
 BLOCK = 512
 """Channels of one program of `silu_product`."""
+
+TOKENS = 16
+"""Tokens of one program of `rotary`, at most."""
 
 
 def device_of(tensor: Tensor) -> AbstractContextManager[object]:
@@ -45,7 +49,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, form: int, order: AddingOrde
     mixed = torch.promote_types(x.dtype, weight.dtype) if form == ROUNDED_THEN_WEIGHED else x.dtype
     output = torch.empty_like(x, dtype=mixed)
     with device_of(x):
-        rms_norm_kernel[(x.numel() // size,)](
+        quick(rms_norm_kernel)[(x.numel() // size,)](
             x,
             weight,
             output,
@@ -66,39 +70,41 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, form: int, order: AddingOrde
 
 
 def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    """As `rotary_reference`, for one token.
+    """As `rotary_reference`.
 
     Args:
-        q: [B, Hq, 1, D], channels contiguous, D even.
-        k: [B, Hkv, 1, D], likewise.
-        cos: [B or 1, 1, D], likewise.
+        q: [B, Hq, T, D], channels contiguous, D even.
+        k: [B, Hkv, T, D], likewise.
+        cos: [B or 1, T, D], likewise.
         sin: like cos.
 
     Returns:
-        The queries and the keys, contiguous.
+        The queries and the keys, in memory as q and k are; contiguous for one token.
     """
     from quantpress.kernels.joined.rotary_kernel import rotary_kernel
 
+    tokens = q.shape[2]
     turned = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k)]
-    of_batch = [0 if x.shape[0] == 1 else x.stride(0) for x in (cos, sin)]
-    half = q.shape[-1] // 2
+    if tokens > 1:
+        turned = [torch.empty_like(x) for x in (q, k)]
+    block, half = min(TOKENS, power_above(tokens)), q.shape[-1] // 2
+    strides = [x.stride(dim) for x in (q, k, *turned) for dim in range(3)]
+    for x in (cos, sin):
+        strides += [0 if x.shape[0] == 1 else x.stride(0), x.stride(1)]
     with device_of(q):
-        rotary_kernel[(q.shape[1] + k.shape[1], q.shape[0])](
+        quick(rotary_kernel)[(q.shape[1] + k.shape[1], -(-tokens // block), q.shape[0])](
             q,
             k,
             cos,
             sin,
             *turned,
             q.shape[1],
-            k.shape[1],
-            q.stride(0),
-            q.stride(1),
-            k.stride(0),
-            k.stride(1),
-            *of_batch,
+            tokens,
+            *strides,
             HALF=half,
             CHANNELS=power_above(half),
-            num_warps=1,
+            TOKENS=block,
+            num_warps=1 if block == 1 else 4,
             **chained(q.device),
             **ROUNDED,
         )
@@ -120,7 +126,7 @@ def silu_product(gate: Tensor, up: Tensor) -> Tensor:
     output, channels = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device), gate.shape[-1]
     rows = [one.view(-1, channels) for one in (gate, up)]
     with device_of(gate):
-        silu_product_kernel[(-(-channels // BLOCK), rows[0].shape[0])](
+        quick(silu_product_kernel)[(-(-channels // BLOCK), rows[0].shape[0])](
             *rows,
             output,
             channels,

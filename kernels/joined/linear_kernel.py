@@ -83,7 +83,11 @@ def linear_kernel(
     own_ptr, own_bias_ptr = weight_ptr, bias_ptr
     if PARTS > 1:
         blocks, more = tl.cdiv(n, CHANNELS), tl.cdiv(second_n, CHANNELS)
-        if block >= blocks + more:
+        if PARTS == 2:  # a branch that a program takes may not name a third: it is None
+            if block >= blocks:
+                block, before = block - blocks, n
+                own_ptr, own_bias_ptr, n = second_ptr, second_bias_ptr, second_n
+        elif block >= blocks + more:
             block, before = block - blocks - more, n + second_n
             own_ptr, own_bias_ptr, n = third_ptr, third_bias_ptr, third_n
         elif block >= blocks:

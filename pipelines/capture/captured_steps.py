@@ -15,8 +15,9 @@ from quantpress.cache.attention.causal import left_padding
 from quantpress.cache.fixed.cache import FixedCache
 from quantpress.cache.layer import PackedLayer
 from quantpress.pipelines.capture.eligibility import JoinKernels, refuse, why_not
-from quantpress.pipelines.capture.joined_step import JoinedStep
 from quantpress.pipelines.capture.single_token import SingleToken, copied
+from quantpress.pipelines.joined.piece import MANY_ROWS
+from quantpress.pipelines.joined.step import JoinedStep, joined_reading
 from quantpress.presses.models.attention import attention_modules, is_sliding, window_of
 
 WARM_STEPS = 2
@@ -88,6 +89,9 @@ class CapturedDecoding:
             self._was_step = False
             if step is None:
                 self._seen = -1
+                if self._joins is not None and _tokens(args, kwargs) >= MANY_ROWS:
+                    with joined_reading(self._model):
+                        return self._forward(*args, **kwargs)
             return self._forward(*args, **kwargs)
         self._was_step = True
         try:
@@ -235,6 +239,12 @@ class CapturedDecoding:
             self.warned = True
             said = ", and ".join(reasons)
             warnings.warn(f"decoding runs without a CUDA graph, which is slower: {said}", stacklevel=2)
+
+
+def _tokens(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+    """Tokens of a forward that is given ids; 0 if it is not."""
+    ids = kwargs.get("input_ids", args[0] if args else None)
+    return ids.numel() if isinstance(ids, torch.Tensor) else 0
 
 
 def _windows(model: PreTrainedModel) -> dict[int, int]:

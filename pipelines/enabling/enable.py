@@ -48,7 +48,8 @@ def enable(
             by its nature (beams, guesses, presses that act during decoding) decodes without a graph and
             without a warning, anything else after one warning. True turns both into errors. False never makes
             a graph.
-        join_kernels: which kernels of ours the graphs have in place of PyTorch's, as for `captured_decoding`.
+        join_kernels: which kernels of ours the graphs, and the forward over the prompt, have in place of
+            PyTorch's, as for `captured_decoding`.
             "exact" leaves logits equal to the last bit, False leaves the model's own kernels.
         question_aware: True, which cannot be changed: `generate` is given a whole prompt, and the press sees
             all of it, with the question at its end. kvpress's evaluation calls this query_aware. To read a

@@ -11,6 +11,7 @@ from transformers import Cache, PreTrainedModel
 from quantpress.cache import host
 from quantpress.cache.ranks import ranks_of
 from quantpress.errors import InvalidInputError
+from quantpress.pipelines.joined.step import joined_reading
 from quantpress.pipelines.reading.chunk_sizes import chunk_length
 from quantpress.pipelines.reading.chunked_prefill import (
     backbone,
@@ -47,6 +48,7 @@ def read_context(
     chunk_tokens: int | None = None,
     progress: bool | None = None,
     watch: Stopwatch | None = None,
+    join_kernels: bool = True,
 ) -> int:
     """Fill a cache with a context, compressed by a press.
 
@@ -58,6 +60,7 @@ def read_context(
         chunk_tokens: as for `chunked_prefill`. 0 reads whole, None decides by length (`chunk_length`).
         progress: as for `layer_progress`.
         watch: adds up "prefill" and "compress".
+        join_kernels: kernels of ours stand in for norms and the like, to the last bit; see `joined_reading`.
 
     Returns:
         The position of the next token, which is T unless a press numbers the kept tokens anew.
@@ -76,7 +79,7 @@ def read_context(
         count_kept(model, cache)
     warn_of_chance(model)
     tokens = context_ids.shape[1]
-    with named_assertion(press, tokens):
+    with named_assertion(press, tokens), joined_reading(model) if join_kernels else nullcontext():
         position = _read(model, context_ids, cache, press, chunk_tokens, progress, watch)
     check_filled(model, cache)
     return position

@@ -16,6 +16,7 @@ from quantpress.kernels.joined.reference import (
     rotary_reference,
     silu_product_reference,
 )
+from quantpress.pipelines.joined.piece import MANY_ROWS
 from tests.kernels.interpreter import interpret
 from tests.kernels.triton_cases import compile_only
 
@@ -77,13 +78,15 @@ def check_norms() -> None:
             torch.testing.assert_close(got, expected)
 
 
-def check_rotary(device: str, dtype: torch.dtype, head_dim: int, batch: int) -> None:
-    """Queries and keys as attention has them: views of a projection."""
+def check_rotary(device: str, dtype: torch.dtype, head_dim: int, batch: int, tokens: int = 1) -> None:
+    """Queries and keys as attention has them, views of a projection; results lie in memory as PyTorch's."""
     q, k = (
-        torch.randn(batch, 1, heads, head_dim, device=device, dtype=dtype).transpose(1, 2) for heads in (4, 2)
+        torch.randn(batch, tokens, heads, head_dim, device=device, dtype=dtype).transpose(1, 2)
+        for heads in (4, 2)
     )
-    cos, sin = torch.randn(2, 1, 1, head_dim, device=device).to(dtype)
+    cos, sin = torch.randn(2, batch if tokens > 1 else 1, tokens, head_dim, device=device).to(dtype)
     for one, other in zip(rotary(q, k, cos, sin), rotary_reference(q, k, cos, sin), strict=True):
+        assert one.stride() == other.stride()
         if device == "cpu" and dtype == torch.bfloat16:  # which Triton's interpreter cuts off
             torch.testing.assert_close(one, other, rtol=0.02, atol=0.02)
         else:
@@ -115,6 +118,12 @@ def test_references_are_what_models_compute() -> None:
     mlp = LlamaMLP(LlamaConfig(hidden_size=64, intermediate_size=96))
     product = silu_product_reference(mlp.gate_proj(gate), mlp.up_proj(gate))
     assert torch.equal(mlp.down_proj(product), mlp(gate))
+
+
+@pytest.mark.parametrize("size", [4, 64, 128, 896, 4096, 16384])
+def test_many_rows_have_one_order(size: int) -> None:
+    found = {adding_orders(rows, size) for rows in (MANY_ROWS, MANY_ROWS + 1, 3 * MANY_ROWS - 1, 1 << 20)}
+    assert len(found) == 1
 
 
 def test_orders_of_pytorch() -> None:
@@ -161,26 +170,34 @@ def test_compiles_without_a_gpu(dtype: torch.dtype, capability: int) -> None:
         "NEIGHBOURS_FIRST": False,
     }
     norm = compiled(rms_norm_kernel, {**order, "FORM": 0, "inverse": 0.5, "eps": 0.5}, dtype, capability)
-    rotation = compiled(rotary_kernel, {"HALF": 64, "CHANNELS": 64}, dtype, capability)
+    turns = {"HALF": 64, "CHANNELS": 64}
+    rotation = compiled(rotary_kernel, {**turns, "TOKENS": 1}, dtype, capability)
+    many = compiled(rotary_kernel, {**turns, "TOKENS": 16}, dtype, capability)
     product = compiled(silu_product_kernel, {"BLOCK": 512, "LIBRARY": True}, dtype, capability)
     newest = {"newest_ptr": torch.empty(1, dtype=torch.int64), "D": 128, "DV": 128, "CHANNELS": 128}
     write = compiled(write_token_kernel, newest, dtype, capability)
-    waits = ["griddepcontrol.wait" in one["ptx"] for one in (norm, rotation, write)]
-    assert waits == [capability >= 90] * 3
-    assert "fma.rn.f32" not in norm["ptx"] + rotation["ptx"]  # each product is rounded
+    waits = ["griddepcontrol.wait" in one["ptx"] for one in (norm, rotation, many, write)]
+    assert waits == [capability >= 90] * 4
+    assert "fma.rn.f32" not in norm["ptx"] + rotation["ptx"] + many["ptx"]  # each product is rounded
     assert "div.rn.f32" in product["ptx"] and "rsqrt.approx" in norm["ptx"]
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
-    "shape", [*ROWS_AND_SIZES, (1, 14336), (32, 128), (40, 3584), (16, 5120), (8, 4096)], ids=str
+    "shape",
+    [
+        *ROWS_AND_SIZES,
+        *((1, 14336), (32, 128), (40, 3584), (16, 5120), (8, 4096)),
+        *((512, 4096), (2048, 4096), (8191, 896), (3000, 128), (700, 64)),
+    ],
+    ids=str,
 )
 def test_norms_on_a_gpu(shape: tuple[int, int], dtype: torch.dtype) -> None:
     """In one of the orders equal to the last bit, whatever version of PyTorch this is."""
     for form in NORM_FORMS:
         norm = norm_of(form, shape[1], dtype, "cuda")
-        x = [torch.randn(shape, device="cuda").mul(3).to(dtype) for _ in range(10)]
+        x = [torch.randn(shape, device="cuda").mul(3).to(dtype) for _ in range(10 if shape[0] < 100 else 2)]
         expected, weight = [norm(one) for one in x], norm.weight
         assert any(
             all(
@@ -196,6 +213,7 @@ def test_norms_on_a_gpu(shape: tuple[int, int], dtype: torch.dtype) -> None:
 def test_others_on_a_gpu(dtype: torch.dtype) -> None:
     for head_dim in (64, 80, 128, 256):
         check_rotary("cuda", dtype, head_dim, 3)
+        check_rotary("cuda", dtype, head_dim, 2, 1000)
     gate, up = torch.randn(3, 1, 2 * 14336, device="cuda").mul(4).to(dtype).chunk(2, dim=-1)
     assert torch.equal(silu_product(gate, up), silu_product_reference(gate, up))
     check_write("cuda", dtype, torch.float32)
@@ -209,6 +227,7 @@ if __name__ == "__main__":
     check_norms()
     for dtype, head_dim, batch in ((torch.float32, 32, 2), (torch.bfloat16, 80, 1), (torch.float16, 256, 3)):
         check_rotary("cpu", dtype, head_dim, batch)
+        check_rotary("cpu", dtype, head_dim, batch, 17)
         check_write("cpu", dtype, dtype if dtype == torch.bfloat16 else torch.float32)
     gate, up = torch.randn(2, 1, 2 * 700).chunk(2, dim=-1)  # halves of one projection
     torch.testing.assert_close(silu_product(gate, up), silu_product_reference(gate, up))

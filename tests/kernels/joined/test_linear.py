@@ -79,8 +79,12 @@ def test_compiles_without_a_gpu(capability: int, rows: int) -> None:
     from quantpress.kernels.joined.linear_kernel import gated_linear_kernel, linear_kernel
 
     sizes = {"K": 4096, "R": rows, "ROWS": rows, "CHANNELS": 2, "BLOCK": 1024, "CHAINED": capability >= 90}
-    unbiased = {"PARTS": 3, **dict.fromkeys(("bias_ptr", "second_bias_ptr", "third_bias_ptr"))}
-    ways = (linear_kernel, {"PARTS": 3}), (linear_kernel, unbiased), (gated_linear_kernel, {"LIBRARY": True})
+    third, biases = ("third_ptr", "third_bias_ptr"), ("bias_ptr", "second_bias_ptr", "third_bias_ptr")
+    left_out = {1: ("second_ptr", "second_bias_ptr", *third), 2: third, 3: ()}
+    ways: list[tuple[Any, dict[str, Any]]] = [(gated_linear_kernel, {"LIBRARY": True})]
+    for parts, names in left_out.items():
+        ways.append((linear_kernel, {"PARTS": parts, **dict.fromkeys(names)}))
+    ways.append((linear_kernel, {"PARTS": 3, **dict.fromkeys(biases)}))
     for kernel, values in ways:
         arguments: dict[str, Any] = {}
         for name in kernel.arg_names:

@@ -1,7 +1,7 @@
 """Norms, feed-forwards and rotary positions of a model, and all of its pieces.
 
 Kernels for these give what the model's own code gives, to the last bit. Only products of weights, and so a
-feed-forward that has them in its kernel, are held to another rule; see `joined_products`.
+feed-forward that has them in its kernel, are held to another rule; see `products`.
 """
 
 import inspect
@@ -17,7 +17,8 @@ from quantpress.kernels.joined.launches import rms_norm, rotary, silu_product
 from quantpress.kernels.joined.linear_launches import Weights, gated_linear
 from quantpress.kernels.joined.order import adding_orders
 from quantpress.kernels.joined.reference import NORM_FORMS
-from quantpress.pipelines.capture.joined_piece import (
+from quantpress.pipelines.joined.piece import (
+    MANY_ROWS,
     PROVEN,
     TRIALS,
     Choice,
@@ -29,7 +30,7 @@ from quantpress.pipelines.capture.joined_piece import (
     trial_inputs,
     unchanged,
 )
-from quantpress.pipelines.capture.joined_products import (
+from quantpress.pipelines.joined.products import (
     Product,
     SharedInput,
     call_of,
@@ -38,13 +39,16 @@ from quantpress.pipelines.capture.joined_products import (
     no_less_exact,
     weights_of,
 )
-from quantpress.pipelines.capture.residual_sums import ResidualSums
-from quantpress.pipelines.capture.seams import Named, function_in
+from quantpress.pipelines.joined.residual_sums import ResidualSums
+from quantpress.pipelines.joined.seams import Named, function_in
 from quantpress.presses.models.attention import attention_modules
 
 ORDER_ROWS = 256
 """Random rows in float32 on which the order is proven in which a class of norms adds. Of the orders of
 `adding_orders`, a wrong one shows in a tenth of them."""
+
+MOST_ROWS_AT_ONCE = 65535
+"""Rows of one launch of `silu_product`."""
 
 ROTARY = "apply_rotary_pos_emb"
 """The name by which attention of transformers calls rotary positions."""
@@ -75,7 +79,7 @@ class Norm(JoinedPiece):
         alone = set(weights) == {"weight"} and not [*module.buffers()] and plain(weights["weight"])
         return alone and weights["weight"].dim() == 1
 
-    def kind_of_call(self, *args: Any) -> Hashable:
+    def kind_of_call(self, *args: Any) -> tuple[Any, ...] | None:
         x, weight = args[0], self._module.weight
         if len(args) != 1 or not plain(x) or not x.is_contiguous() or x.data_ptr() % 16 or not x.numel():
             return None
@@ -95,6 +99,22 @@ class Norm(JoinedPiece):
                 of_class[call] = choice
                 return choice
         return None
+
+    def kind_of_many(self, *args: Any) -> Hashable:
+        call = self.kind_of_call(*args)
+        if call is None or args[0].numel() < MANY_ROWS * args[0].shape[-1]:
+            return None
+        device, shape, *others = call
+        return ("many", device, shape[-1], *others)
+
+    def prove_many(self, own: Callable[..., Any], output: Any, *args: Any) -> Choice:
+        x, of_class = args[0], PROVEN.setdefault(type(self._module), {})
+        call = self.kind_of_many(x)
+        if of_class.get(call) is None:
+            some = x.reshape(1, -1, x.shape[-1])[:, :MANY_ROWS]
+            of_class[call] = self.prove(own, own(some), some)
+        choice = of_class[call]
+        return choice if choice and same_bits(self.join(choice, x), output) else None
 
     def join(self, choice: Choice, *args: Any) -> Any:
         form, order = choice
@@ -139,10 +159,7 @@ class GatedProduct(JoinedPiece):
         return (x.device, x.shape, x.dtype, type(self._act), products) if fits else None
 
     def prove(self, own: Callable[..., Any], output: Any, *args: Any) -> Choice:
-        gate = _every_number(args[0])
-        up = torch.randn(gate.shape, dtype=torch.float32, device=gate.device, generator=own_generator(gate))
-        up = up.to(gate.dtype)
-        if not same_bits(silu_product(gate, up), self._act(gate) * up):
+        if not self._gates_every_number(args[0]):
             return None
         trials = [(args[0], output), *((noise, own(noise)) for noise in trial_inputs(args[0]))]
         if not all(same_bits(self.join(ACTIVATION, x), expected) for x, expected in trials):
@@ -150,6 +167,21 @@ class GatedProduct(JoinedPiece):
         together = self._layers and call_of(args, self._layers) is not None
         inputs = [args[0], *trial_inputs(args[0], count=2)]
         return WITH_PRODUCTS if together and all(map(self._products_are_right, inputs)) else ACTIVATION
+
+    def kind_of_many(self, *args: Any) -> Hashable:
+        x = args[0]
+        fits = len(args) == 1 and plain(x) and MANY_ROWS <= x.numel() // x.shape[-1] <= MOST_ROWS_AT_ONCE
+        return ("many", x.device, x.shape[-1], x.dtype, type(self._act)) if fits else None
+
+    def prove_many(self, own: Callable[..., Any], output: Any, *args: Any) -> Choice:
+        right = self._gates_every_number(args[0]) and same_bits(self.join(ACTIVATION, args[0]), output)
+        return ACTIVATION if right else None
+
+    def _gates_every_number(self, like: Tensor) -> bool:
+        gate = _every_number(like)
+        up = torch.randn(gate.shape, dtype=torch.float32, device=gate.device, generator=own_generator(gate))
+        up = up.to(gate.dtype)
+        return same_bits(silu_product(gate, up), self._act(gate) * up)
 
     def _products_are_right(self, x: Tensor) -> bool:
         gate, up = self._gate_and_up(x)
@@ -172,7 +204,7 @@ class GatedProduct(JoinedPiece):
 
 
 class Rotary(JoinedPiece):
-    """Rotary positions of the queries and keys of one token, a function of a Python module."""
+    """Rotary positions of queries and keys, a function of a Python module."""
 
     kind = "rotary positions"
 
@@ -180,16 +212,7 @@ class Rotary(JoinedPiece):
         super().__init__(named, named.function)
 
     def kind_of_call(self, *args: Any) -> Hashable:
-        if len(args) != 4 or not all(map(plain, args)):
-            return None
-        q, k, cos, sin = args
-        shapes, dim = tuple(one.shape for one in args), q.shape[-1]
-        if (q.dim(), k.dim(), cos.dim()) != (4, 4, 3) or dim % 2 or cos.shape[0] not in (1, q.shape[0]):
-            return None
-        fits = q.shape[2] == k.shape[2] == 1 and q.shape[0] == k.shape[0] and k.shape[-1] == dim
-        fits = fits and cos.shape == sin.shape and cos.shape[1:] == (1, dim)
-        fits = fits and all(one.stride(-1) == 1 and one.data_ptr() % 16 == 0 for one in args)
-        return (q.device, shapes, q.dtype) if fits and len({one.dtype for one in args}) == 1 else None
+        return (args[0].device, *(one.shape for one in args), args[0].dtype) if _turns(args, 1) else None
 
     def prove(self, own: Callable[..., Any], output: Any, *args: Any) -> Choice:
         trials = [(args, output)]
@@ -200,9 +223,37 @@ class Rotary(JoinedPiece):
                 return None
         return True
 
+    def kind_of_many(self, *args: Any) -> Hashable:
+        tokens = args[0].shape[2] if len(args) == 4 and args[0].dim() == 4 else 0
+        if tokens < MANY_ROWS or not _turns(args, tokens):
+            return None
+        orders = (sorted(range(4), key=one.stride().__getitem__) for one in args[:2])
+        return ("many", args[0].device, args[0].shape[-1], args[0].dtype, *map(tuple, orders))
+
+    def prove_many(self, own: Callable[..., Any], output: Any, *args: Any) -> Choice:
+        found = self.join(True, *args)
+        alike = all(one.stride() == other.stride() for one, other in zip(found, output, strict=True))
+        some = [one[..., :MANY_ROWS, :] for one in args]
+        right = alike and all(map(same_bits, found, output))
+        return True if right and self.prove(own, own(*some), *some) else None
+
     def join(self, choice: Choice, *args: Any) -> Any:
         q, k, cos, sin = args
         return rotary(q, k, cos, sin)
+
+
+def _turns(args: tuple[Any, ...], tokens: int) -> bool:
+    """Whether the kernel takes queries, keys, cosines and sines of so many tokens."""
+    if len(args) != 4 or not all(map(plain, args)):
+        return False
+    q, k, cos, sin = args
+    dim = q.shape[-1]
+    if (q.dim(), k.dim(), cos.dim()) != (4, 4, 3) or dim % 2 or cos.shape[0] not in (1, q.shape[0]):
+        return False
+    fits = q.shape[2] == k.shape[2] == tokens and q.shape[0] == k.shape[0] and k.shape[-1] == dim
+    fits = fits and cos.shape == sin.shape and cos.shape[1:] == (tokens, dim)
+    fits = fits and all(one.stride(-1) == 1 and one.data_ptr() % 16 == 0 for one in args)
+    return fits and len({one.dtype for one in args}) == 1
 
 
 def pieces_of(model: nn.Module, sums: ResidualSums | None) -> Iterator[JoinedPiece]:

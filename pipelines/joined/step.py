@@ -1,4 +1,4 @@
-"""`JoinedStep`: while a decode step is captured, kernels of ours stand in for proven pieces of the model."""
+"""Kernels of ours stand in for proven pieces of a model, in a captured step and while a context is read."""
 
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -10,10 +10,10 @@ from transformers import PreTrainedModel
 
 from quantpress.cache.ranks import ranks_of
 from quantpress.kernels.available import runs_triton
-from quantpress.pipelines.capture.joined_piece import JoinedPiece
-from quantpress.pipelines.capture.joined_pieces import pieces_of
-from quantpress.pipelines.capture.residual_sums import ResidualSums
-from quantpress.pipelines.capture.seams import replaced_here
+from quantpress.pipelines.joined.piece import JoinedPiece
+from quantpress.pipelines.joined.pieces import pieces_of
+from quantpress.pipelines.joined.residual_sums import ResidualSums
+from quantpress.pipelines.joined.seams import replaced_here
 
 
 class JoinedStep:
@@ -48,12 +48,31 @@ class JoinedStep:
             yield
 
     def _pieces(self) -> list[JoinedPiece]:
-        return [*pieces_of(self._model, self._sums)] if self._possible() else []
+        return [*pieces_of(self._model, self._sums)] if _possible(self._model, self._forward) else []
 
-    def _possible(self) -> bool:
-        """On one GPU; not under autocast, where modules compute in other dtypes, nor in compiled modules."""
-        model, device = self._model, self._model.device
-        if not runs_triton(device) or torch.is_autocast_enabled(device.type) or ranks_of(model) is not None:
-            return False
-        compiled = any(module._compiled_call_impl is not None for module in model.modules())
-        return not compiled and not hasattr(self._forward, "_torchdynamo_orig_callable")
+
+@contextmanager
+def joined_reading(model: PreTrainedModel) -> Iterator[None]:
+    """While inside, this thread's forwards over many tokens run norms, gates and rotary positions by kernels.
+
+    These give what the model's own code gives, to the last bit. Each is proven at its first call, and then
+    holds for any number of tokens from `MANY_ROWS` on. Linear layers stay PyTorch's. Nothing happens where
+    gradients are recorded, nor where a step could not be joined.
+
+    Args:
+        model: the model. Nothing is left on it.
+    """
+    if torch.is_grad_enabled() or not _possible(model, model.forward):
+        yield
+        return
+    with replaced_here([(piece.named, piece.read) for piece in pieces_of(model, None)]):
+        yield
+
+
+def _possible(model: PreTrainedModel, forward: Callable[..., Any]) -> bool:
+    """On one GPU; not under autocast, where modules compute in other dtypes, nor in compiled modules."""
+    device = model.device
+    if not runs_triton(device) or torch.is_autocast_enabled(device.type) or ranks_of(model) is not None:
+        return False
+    compiled = any(module._compiled_call_impl is not None for module in model.modules())
+    return not compiled and not hasattr(forward, "_torchdynamo_orig_callable")

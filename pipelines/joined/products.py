@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from quantpress.kernels.joined.linear_launches import MOST_ROWS, Weights, linear
-from quantpress.pipelines.capture.joined_piece import (
+from quantpress.pipelines.joined.piece import (
     PROVEN,
     Choice,
     JoinedPiece,
@@ -20,7 +20,7 @@ from quantpress.pipelines.capture.joined_piece import (
     trial_inputs,
     unchanged,
 )
-from quantpress.pipelines.capture.residual_sums import ResidualSums
+from quantpress.pipelines.joined.residual_sums import ResidualSums
 
 SIXTEEN_BITS = (torch.bfloat16, torch.float16)
 CHANNELS = 1024

@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 
 from quantpress.kernels.joined import reference
-from quantpress.pipelines.capture import joined_pieces, joined_products, joined_step, residual_sums
-from quantpress.pipelines.capture.joined_piece import PROVEN
+from quantpress.pipelines.joined import pieces, products, residual_sums, step
+from quantpress.pipelines.joined.piece import PROVEN
 
 
 @pytest.fixture
@@ -30,10 +30,10 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
         "linear": reference.linear_reference,
     }
     for name, function in kernels.items():
-        for place in (joined_pieces, joined_products, residual_sums):
+        for place in (pieces, products, residual_sums):
             if hasattr(place, name):
                 monkeypatch.setattr(place, name, noted(name, function))
-    monkeypatch.setattr(joined_step, "runs_triton", lambda device: True)
+    monkeypatch.setattr(step, "runs_triton", lambda device: True)
     PROVEN.clear()
     yield names
     PROVEN.clear()

@@ -2,20 +2,25 @@
 
 import itertools
 import threading
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from transformers import DynamicCache
 from transformers.models.llama import modeling_llama
 
 from quantpress.errors import InvalidInputError
-from quantpress.pipelines.capture import joined_pieces
 from quantpress.pipelines.capture.captured import captured_decoding
-from quantpress.pipelines.capture.joined_step import JoinedStep
-from quantpress.pipelines.capture.seams import Named, replaced_here
-from tests.pipelines.capture.joined_steps import LAYERS, joined, step
-from tests.tiny_models import tiny_model
+from quantpress.pipelines.joined import pieces
+from quantpress.pipelines.joined.piece import MANY_ROWS
+from quantpress.pipelines.joined.seams import Named, replaced_here
+from quantpress.pipelines.joined.step import JoinedStep, joined_reading
+from quantpress.pipelines.reading.read_context import read_context
+from tests.pipelines.joined.steps import LAYERS, joined, step
+from tests.pipelines.words import ours, text
+from tests.tiny_models import prompt, tiny_model
 
 BOTH = {"norms": 2 * LAYERS + 1, "activations": LAYERS, "rotary positions": 1}
 
@@ -48,7 +53,7 @@ def test_what_is_joined(family: str, expected: dict[str, int], launched: list[st
 def test_a_kernel_that_differs_in_one_bit_is_not_used(
     name: str, launched: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    kernel = getattr(joined_pieces, name)
+    kernel = getattr(pieces, name)
 
     def off_by_a_bit(*args: Any) -> Any:
         output = kernel(*args)
@@ -56,7 +61,7 @@ def test_a_kernel_that_differs_in_one_bit_is_not_used(
         first.view(torch.int32).view(-1)[0] ^= 1
         return output
 
-    monkeypatch.setattr(joined_pieces, name, off_by_a_bit)
+    monkeypatch.setattr(pieces, name, off_by_a_bit)
     model = tiny_model("llama")
     logits, found = joined(model)
     kind = {"rms_norm": "norms", "rotary": "rotary positions", "silu_product": "activations"}[name]
@@ -68,19 +73,19 @@ def test_a_norm_that_differs_in_few_rows_is_not_used(
     launched: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As one does that adds in another order."""
-    kernel, calls = joined_pieces.rms_norm, itertools.count(1)
+    kernel, calls = pieces.rms_norm, itertools.count(1)
 
     def seldom_off(*args: Any) -> Any:
         output = kernel(*args)
         output.view(torch.int32).view(-1)[0] ^= next(calls) % 50 == 0
         return output
 
-    monkeypatch.setattr(joined_pieces, "rms_norm", seldom_off)
+    monkeypatch.setattr(pieces, "rms_norm", seldom_off)
     assert "norms" not in joined(tiny_model("llama"))[1]
 
 
 def test_a_kernel_that_fails_is_not_used(launched: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(joined_pieces, "rms_norm", lambda *args: 1 / 0)
+    monkeypatch.setattr(pieces, "rms_norm", lambda *args: 1 / 0)
     assert "norms" not in joined(tiny_model("llama"))[1]
 
 
@@ -168,3 +173,87 @@ def test_wrong_choice() -> None:
         captured_decoding(tiny_model("llama"), join_kernels=wrong),
     ):
         pass
+
+
+def read(model: Any, tokens: int, batch: int = 1, inside: AbstractContextManager[None] | None = None) -> Any:
+    with torch.no_grad(), inside or nullcontext():
+        return model(prompt(tokens, batch=batch), past_key_values=DynamicCache()).logits
+
+
+@pytest.mark.parametrize(
+    ("family", "expected"),
+    [
+        ("llama", BOTH),
+        ("qwen3", {**BOTH, "norms": 4 * LAYERS + 1}),
+        ("phi3", {**BOTH, "rotary positions": 0}),  # lie otherwise in memory
+        ("gpt2", {}),
+    ],
+)
+def test_a_reading_is_joined_once_it_is_proven(
+    family: str, expected: dict[str, int], launched: list[str]
+) -> None:
+    """The first reading proves; later ones of other lengths need no proof. Few tokens are left alone."""
+    model = tiny_model(family)
+    right = [read(model, tokens) for tokens in (600, 700)]
+    assert torch.equal(read(model, 600, inside=joined_reading(model)), right[0])
+    launched.clear()
+    assert torch.equal(read(model, 700, inside=joined_reading(model)), right[1])
+    calls = {"rms_norm": expected.get("norms", 0), "silu_product": expected.get("activations", 0)}
+    calls["rotary"] = LAYERS * expected.get("rotary positions", 0)
+    assert {name: launched.count(name) for name in calls} == calls
+    assert sum(calls.values()) == len(launched)
+    launched.clear()
+    read(model, MANY_ROWS - 1, inside=joined_reading(model))
+    assert launched == ["rms_norm"] * (2 * LAYERS if family == "qwen3" else 0)  # heads are rows of these
+    assert not [module for module in model.modules() if "forward" in vars(module)]
+
+
+def test_a_reading_in_chunks_is_joined(launched: list[str]) -> None:
+    model, caches = tiny_model("llama"), [DynamicCache() for _ in range(3)]
+    for cache, join in zip(caches, (False, True, True), strict=True):
+        launched.clear()
+        with torch.no_grad():
+            read_context(model, prompt(1800), cache, chunk_tokens=600, progress=False, join_kernels=join)
+        for layer, plain in zip(cache.layers, caches[0].layers, strict=True):
+            assert torch.equal(layer.keys, plain.keys) and torch.equal(layer.values, plain.values)
+    assert launched.count("rms_norm") == 3 * (3 * LAYERS + 1)  # before attention twice: `layer_in_chunks`
+    assert launched.count("rotary") == LAYERS
+
+
+@pytest.mark.parametrize("name", ["rms_norm", "rotary", "silu_product"])
+def test_a_kernel_that_differs_in_one_bit_of_a_reading_is_not_used(
+    name: str, launched: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kernel = getattr(pieces, name)
+
+    def off_by_a_bit(*args: Any) -> Any:
+        output = kernel(*args)
+        last = output[1] if name == "rotary" else output
+        end = last[(-1,) * last.dim()]
+        end.copy_(torch.nextafter(end, torch.full_like(end, 9.0)))
+        return output
+
+    monkeypatch.setattr(pieces, name, off_by_a_bit)
+    model = tiny_model("llama")
+    right = read(model, 600)
+    for _ in range(2):
+        launched.clear()
+        assert torch.equal(read(model, 600, inside=joined_reading(model)), right)
+    assert name not in launched and launched
+
+
+def test_a_reading_with_gradients_is_left_alone(launched: list[str]) -> None:
+    model = tiny_model("llama")
+    with joined_reading(model):
+        model(prompt(600))
+    assert launched == []
+
+
+def test_the_pipeline_joins_its_reading_unless_told_not_to(launched: list[str]) -> None:
+    pipe, context = ours(), text(700)
+    answers = []
+    for join in (True, True, "exact", False):
+        launched.clear()
+        answers.append(pipe(context, question="w1 w2", max_new_tokens=3, join_kernels=join)["answer"])
+        assert bool(launched) == bool(join)
+    assert len(set(answers)) == 1

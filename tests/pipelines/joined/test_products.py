@@ -10,11 +10,11 @@ from torch import nn
 
 from quantpress.kernels.joined import reference
 from quantpress.kernels.joined.linear_launches import MOST_ROWS
-from quantpress.pipelines.capture import joined_pieces, joined_products
-from quantpress.pipelines.capture.joined_products import SharedInput, no_less_exact, weights_of
-from quantpress.pipelines.capture.joined_step import JoinedStep
-from quantpress.pipelines.capture.residual_sums import ResidualSums
-from tests.pipelines.capture.joined_steps import LAYERS, joined, step
+from quantpress.pipelines.joined import pieces, products
+from quantpress.pipelines.joined.products import SharedInput, no_less_exact, weights_of
+from quantpress.pipelines.joined.residual_sums import ResidualSums
+from quantpress.pipelines.joined.step import JoinedStep
+from tests.pipelines.joined.steps import LAYERS, joined, step
 from tests.tiny_models import prompt, tiny_model
 
 OF_LAYER = 7
@@ -68,7 +68,7 @@ def test_few_rows(batch: int, launched: list[str]) -> None:
 def test_a_product_with_a_larger_error_is_not_used(
     name: str, launched: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    place = joined_products if name == "linear" else joined_pieces
+    place = products if name == "linear" else pieces
     kernel: Callable[..., Any] = getattr(place, name)
 
     def less_exact(*args: Any) -> Any:
@@ -88,7 +88,7 @@ def test_one_wrong_output_is_far_apart() -> None:
     own = exact.bfloat16()
     wrong = own.clone()
     wrong[0, 1] += 1
-    channels = joined_products.checked_channels(own)
+    channels = products.checked_channels(own)
     assert len(channels) == 1024 and 1 not in channels
     assert no_less_exact(own, own, exact[:, channels], channels)
     assert not no_less_exact(wrong, own, exact[:, channels], channels)

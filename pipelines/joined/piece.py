@@ -1,7 +1,7 @@
 """A piece of a model that one kernel of ours can stand in for, and the proof that it may.
 
 A piece is proven for one kind of call (shapes, dtypes) at a time, on the tensors of a real step and on random
-ones. What is not proven stays as it is.
+ones; while a context is read, once for any number of tokens. What is not proven stays as it is.
 """
 
 from abc import ABC, abstractmethod
@@ -12,7 +12,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from quantpress.pipelines.capture.seams import Named, Seam, function_in
+from quantpress.pipelines.joined.seams import Named, Seam, function_in
 
 Choice = Any
 """What `prove` has found out about a kind of call: which variant of the kernel is right; None: none is."""
@@ -20,6 +20,10 @@ Choice = Any
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 TRIALS = 4
 """Random inputs of each proof."""
+
+MANY_ROWS = 512
+"""Tokens from which on one proof holds for any number: PyTorch adds up each row in the same order, however
+many there are (`adding_orders`), and the other pieces treat each number by itself."""
 
 PROVEN: WeakKeyDictionary[Any, dict[Hashable, Choice]] = WeakKeyDictionary()
 """By module, class of norms or function, what was found out about its calls; for the life of the process."""
@@ -56,6 +60,21 @@ class JoinedPiece(ABC):
         choice = None if call is None else self._proven.get(call)
         return own(*args, **kwargs) if choice is None else self.join(choice, *args)
 
+    def read(self, own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Over many tokens run the kernel; at the first call of its kind prove it, in place of that."""
+        call = None if kwargs else self.kind_of_many(*args)
+        if call is None:
+            return own(*args, **kwargs)
+        if call not in self._proven:
+            output = own(*args)
+            try:
+                self._proven[call] = self.prove_many(own, output, *args)
+            except Exception:  # as in `watch`
+                self._proven[call] = None
+            return output
+        choice = self._proven[call]
+        return own(*args) if choice is None else self.join(choice, *args)
+
     @property
     def proven(self) -> bool:
         """Whether the kernel stands in for some kind of call."""
@@ -68,6 +87,14 @@ class JoinedPiece(ABC):
     @abstractmethod
     def prove(self, own: Callable[..., Any], output: Any, *args: Any) -> Choice:
         """Find the variant of the kernel that gives `output` and whatever else `own` gives."""
+
+    def kind_of_many(self, *args: Any) -> Hashable:
+        """As `kind_of_call`, for `MANY_ROWS` tokens or more and the same for any number of them."""
+        return None
+
+    def prove_many(self, own: Callable[..., Any], output: Any, *args: Any) -> Choice:
+        """As `prove`, for a call of which `kind_of_many` tells the kind."""
+        return None
 
     @abstractmethod
     def join(self, choice: Choice, *args: Any) -> Any:

@@ -5,7 +5,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
-from quantpress.pipelines.capture.joined_step import JoinedStep
+from quantpress.pipelines.joined.step import JoinedStep
 from tests.tiny_models import prompt
 
 LAYERS = 3
