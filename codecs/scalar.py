@@ -153,7 +153,8 @@ def _parts_of(spec: CodecSpec) -> PartOperands:
             parts.append(CodePart("sketch", "residual", 1, spec.head_dim, (-1.0, 1.0)))
             sketch = spec.sketch_matrix() @ spec.rotation_of(0).matrix()
             turn = torch.cat([turn, sketch * (SQRT_HALF_PI / spec.head_dim)])
-        return PartOperands(tuple(parts), turn)
+        books = [(spec.rotation_of(number), spec.codebook_of(number)) for number in range(len(spec.groups))]
+        return PartOperands(tuple(parts), turn, tuple(ScalarOperands(*own) for own in books))
 
 
 def gather_codes(planes: Planes, tokens: Tensor, widths: dict[str, tuple[int, int]], role: str) -> Planes:

@@ -7,7 +7,7 @@ prepare.py          a first launch, where the next one cannot do it: queries int
 split_mma.py        all tokens, on int8 tensor cores: words.py, lookup.py, tiles.py
 opening/            what its programs do before packed tokens: turn queries, attend 16-bit tokens
 split_plain.py      packed tokens in float32, for Triton's interpreter
-parts/              the launches for codes in two parts, and for levels that are no bytes
+parts/              the launches for what int8 does not read: codes in parts, other levels
 merge/              the last launch: partial sums become the output
 triton_dense.py, dense.py            16-bit tokens alone
 schedule.py, schedule_kernel.py      which program reads which pages, where heads have page tables

@@ -215,10 +215,12 @@ class PartOperands:
     Args:
         parts: one or two.
         turn: [C of all parts, D] float64 on the CPU, the rows of turn_i one after the other.
+        groups: those of the parts, from the first on, that are codes of channels side by side.
     """
 
     parts: tuple[CodePart, ...]
     turn: torch.Tensor
+    groups: tuple[ScalarOperands, ...] = ()
     codebook: ClassVar[None] = None
     fine: ClassVar[bool] = False
     levels: ClassVar[tuple[float, ...]] = ()

@@ -17,6 +17,9 @@ Over bit planes (K_SIGNS, V_SIGNS) a byte is 0 or -1, and a vector has a level f
 a sum over planes, each with queries of its own, and every plane of the values has its own sum o. Levels that
 are not whole (K_FINE, V_FINE) have a second byte, which counts a 256th, and a second product.
 
+Channels in two groups (K2_BITS, V2_BITS) have codes and a scale of each group: the scores are a sum over
+both, and each group of the values has a sum o of its own, of half of the channels.
+
 A packed word goes from memory to the tensor core without leaving its thread (`words`): `prmt` makes bytes of
 its codes (`lookup`), and the rows and columns of the products are numbered so that each thread loads 16 bytes
 at a time. Both are left operands. A tile is 32 tokens, two groups x of 16:
@@ -35,10 +38,16 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 
 from quantpress.kernels.attend.opening.queries import (
+    load_biases,
     load_channels,
+    load_channels_of,
     load_rows,
+    load_rows_of,
+    numbers_of_parts,
     numbers_of_rows,
     query_operand,
+    query_operands,
+    turned_groups,
     turned_queries,
 )
 from quantpress.kernels.attend.opening.tokens import attend_tokens
@@ -74,6 +83,9 @@ from quantpress.kernels.attend.words import (
 
 PAGE_TOKENS = gl.constexpr(128)
 FINE = gl.constexpr(1 / 256)
+BESIDE = gl.constexpr(128.0)
+"""What a bit plane of keys counts beside wider codes: their levels are up to 255, those of bits are 1. So the
+queries of both are about as large, and have the same units."""
 
 
 @gluon.jit
@@ -197,9 +209,16 @@ def _step(
     vb,
     vc,
     vd,
+    k2a,
+    k2b,
+    k2c,
+    v2a,
+    v2b,
+    v2c,
     m,
     total,
     weight,
+    weight2,
     acc0,
     acc1,
     acc2,
@@ -209,6 +228,7 @@ def _step(
     q2,
     q3,
     start,
+    start2,
     factor,
     bias,
     page_scores_ptr,
@@ -220,10 +240,18 @@ def _step(
     ks_ptr,
     v_ptr,
     vs_ptr,
+    k2_ptr,
+    k2s_ptr,
+    v2_ptr,
+    v2s_ptr,
     k_page,
     ks_page,
     v_page,
     vs_page,
+    k2_page,
+    k2s_page,
+    v2_page,
+    v2s_page,
     first,
     stride,
     count,
@@ -242,6 +270,8 @@ def _step(
     V_SIGNS: gl.constexpr,
     K_FINE: gl.constexpr,
     V_FINE: gl.constexpr,
+    K2_BITS: gl.constexpr,
+    V2_BITS: gl.constexpr,
     HALVES: gl.constexpr,
     MASKED: gl.constexpr,
     STARTS: gl.constexpr,
@@ -256,7 +286,9 @@ def _step(
 
     step: counts pages, or halves of pages if HALVES is 2; pool_row: of the page; ka to kd and va to vd: words
     of keys and values; m [ROWS], total, weight [8, ROWS], acc0 to acc3 [DV, ROWS]: the sums so far; q0 to q3,
-    start, factor, bias: the queries; acc1 to acc3, q1 to q3: for more bit planes than one;
+    start, factor, bias: the queries; acc1 to acc3, q1 to q3: for more bit planes than one; k2a to k2c, q1 and
+    start2, v2a to v2c, acc1 and weight2: of a second group of channels, if K2_BITS, or V2_BITS (D, or DV, is
+    then that of a group);
     page_scores_ptr: of this block of rows; tables: `lookup_table` in shared memory; key_buffer, value_buffer:
     of `words_buffer`; the pointers and strides: of this head; first, stride, count, lead: its pages, as
     `_page` has them; unused, used: first token in use and one past the last.
@@ -268,6 +300,8 @@ def _step(
     """
     WHOLE_K: gl.constexpr = K_BITS == 3 or K_SIGNS
     WHOLE_V: gl.constexpr = V_BITS == 3 or V_SIGNS
+    WHOLE_K2: gl.constexpr = K2_BITS == 3 or K2_BITS == 1
+    WHOLE_V2: gl.constexpr = V2_BITS == 3 or V2_BITS == 1
     more = step + 1 < HALVES * count
     ahead = gl.where(more, step + 1, step)
     live = more.to(gl.int32)  # behind the last page, one vector for all lanes: a branch would cost more
@@ -284,8 +318,14 @@ def _step(
         )
     elif HALF != 1 or not WHOLE_V:
         va, vb, vc, vd = value_words(v_ptr + pool_row * v_page, step, DV, V_BITS, V_SIGNS, HALVES)
+    if V2_BITS and (HALF != 1 or not WHOLE_V2):
+        v2a, v2b, v2c, _ = value_words(v2_ptr + pool_row * v2_page, step, DV, V2_BITS, V2_BITS == 1, HALVES)
     ks = load_scales(ks_ptr + pool_row * ks_page, step, HALVES)
     vs = load_scales(vs_ptr + pool_row * vs_page, step, HALVES)
+    if K2_BITS:
+        k2s = load_scales(k2s_ptr + pool_row * k2s_page, step, HALVES)
+    if V2_BITS:
+        v2s = load_scales(v2s_ptr + pool_row * v2s_page, step, HALVES)
     if PAGE_KEYS:
         at = _page(step // HALVES, first, stride, count, lead, STARTS) * (2 * R)
         at += gl.arange(0, ROWS, layout=m.type.layout)
@@ -327,6 +367,16 @@ def _step(
             if HALVES == 1:
                 s2 += sums_with_keys(q0, k2, start, ROWS, D, mma) * FINE
                 s3 += sums_with_keys(q0, k3, start, ROWS, D, mma) * FINE
+    if K2_BITS:
+        if K2_BITS == 1:
+            k0, k1, k2, k3 = signs_of(k2a, step, D, HALVES)
+        else:
+            k0, k1, k2, k3 = levels_of(k2a, k2b, k2c, step, tables, 2, D, K2_BITS, HALVES)
+        t0 = sums_with_keys(q1, k0, start2, ROWS, D, mma)
+        t1 = sums_with_keys(q1, k1, start2, ROWS, D, mma)
+        if HALVES == 1:
+            t2 = sums_with_keys(q1, k2, start2, ROWS, D, mma)
+            t3 = sums_with_keys(q1, k3, start2, ROWS, D, mma)
     pool_row = next_row
     if STAGED_K:
         fetch_words(
@@ -340,12 +390,23 @@ def _step(
         )
     elif HALF != 0 or not WHOLE_K:
         ka, kb, kc, kd = key_words(k_ptr + pool_row * k_page, ahead, D, K_BITS, K_SIGNS, HALVES, live)
+    if K2_BITS and (HALF != 0 or not WHOLE_K2):
+        k2a, k2b, k2c, _ = key_words(
+            k2_ptr + pool_row * k2_page, ahead, D, K2_BITS, K2_BITS == 1, HALVES, live
+        )
     _order(step)
 
     ks0, ks1, ks2, ks3 = scales_of_tiles(ks, HALVES)
     s0, s1 = s0 * of_tokens(ks0, s0), s1 * of_tokens(ks1, s1)
     if HALVES == 1:
         s2, s3 = s2 * of_tokens(ks2, s2), s3 * of_tokens(ks3, s3)
+    if K2_BITS:
+        ks0, ks1, ks2, ks3 = scales_of_tiles(k2s, HALVES)
+        if K2_BITS == 1 and K_BITS > 1:
+            ks0, ks1, ks2, ks3 = ks0 * BESIDE, ks1 * BESIDE, ks2 * BESIDE, ks3 * BESIDE
+        s0, s1 = s0 + t0 * of_tokens(ks0, s0), s1 + t1 * of_tokens(ks1, s1)
+        if HALVES == 1:
+            s2, s3 = s2 + t2 * of_tokens(ks2, s2), s3 + t3 * of_tokens(ks3, s3)
     if PAGE_KEYS:
         sink_score = (sink_score - mean_score) / gl.maximum(factor, 1e-36)
         s0, s1 = with_sink(s0, ks0, sink_score), with_sink(s1, ks1, sink_score)
@@ -393,6 +454,19 @@ def _step(
             w3 = seen_or(w3, token + 96, unused, used, 0.0)
         p, w = p + p2 + p3, w + w2 + w3
         heaviest = gl.maximum(heaviest, gl.maximum(w2, w3))
+    if V2_BITS:  # in the same units, which keep what counts in the output
+        vs0, vs1, vs2, vs3 = scales_of_tiles(v2s, HALVES)
+        x0, x1 = p0 * of_tokens(vs0, p0), p1 * of_tokens(vs1, p1)
+        if MASKED:
+            x0 = seen_or(x0, token, unused, used, 0.0)
+            x1 = seen_or(x1, token + 32 * HALVES, unused, used, 0.0)
+        x, heaviest = x0 + x1, gl.maximum(heaviest, gl.maximum(x0, x1))
+        if HALVES == 1:
+            x2, x3 = p2 * of_tokens(vs2, p2), p3 * of_tokens(vs3, p3)
+            if MASKED:
+                x2 = seen_or(x2, token + 64, unused, used, 0.0)
+                x3 = seen_or(x3, token + 96, unused, used, 0.0)
+            x, heaviest = x + x2 + x3, gl.maximum(heaviest, gl.maximum(x2, x3))
     most = gl.maximum(gl.max(heaviest, 0), 1e-30)
     if PAGE_KEYS and not CAPPED:  # every score of the page lacks it
         top += mean_score
@@ -401,6 +475,8 @@ def _step(
     m = new
     total = total * of_rows(decay, total) + sums_of_lanes(p, ROWS) * of_rows(gain, total)
     weight = weight * of_rows(decay, total) + sums_of_lanes(w, ROWS) * of_rows(gain, total)
+    if V2_BITS:
+        weight2 = weight2 * of_rows(decay, total) + sums_of_lanes(x, ROWS) * of_rows(gain, total)
 
     units = (MOST / most)[None, :]
     if STAGED_V:
@@ -432,7 +508,41 @@ def _step(
             v0, v1, v2, v3 = levels_of(a, b, c, step, tables, 3, DV, V_BITS, HALVES)
             grow = grow * FINE
             acc0 += weighted_sums(n0, n1, n2, n3, v0, v1, v2, v3, ROWS, DV, mma, HALVES) * grow
-    return pool_row, ka, kb, kc, kd, va, vb, vc, vd, m, total, weight, acc0, acc1, acc2, acc3
+    if V2_BITS:
+        n0, n1 = weight_operand(x0 * units, ROWS, mma), weight_operand(x1 * units, ROWS, mma)
+        n2, n3 = n0, n1
+        if HALVES == 1:
+            n2, n3 = weight_operand(x2 * units, ROWS, mma), weight_operand(x3 * units, ROWS, mma)
+        if V2_BITS == 1:
+            v0, v1, v2, v3 = signs_of(v2a, step, DV, HALVES)
+        else:
+            v0, v1, v2, v3 = levels_of(v2a, v2b, v2c, step, tables, 3, DV, V2_BITS, HALVES)
+        acc1 = acc1 * fade + weighted_sums(n0, n1, n2, n3, v0, v1, v2, v3, ROWS, DV, mma, HALVES) * grow
+    return (
+        pool_row,
+        ka,
+        kb,
+        kc,
+        kd,
+        va,
+        vb,
+        vc,
+        vd,
+        k2a,
+        k2b,
+        k2c,
+        v2a,
+        v2b,
+        v2c,
+        m,
+        total,
+        weight,
+        weight2,
+        acc0,
+        acc1,
+        acc2,
+        acc3,
+    )
 
 
 @gluon.jit
@@ -473,10 +583,15 @@ def split_mma_kernel(
     ks_ptr,
     v_ptr,
     vs_ptr,
+    k2_ptr,
+    k2s_ptr,
+    v2_ptr,
+    v2s_ptr,
     used_ptr,
     starts_ptr,
     page_table_ptr,
     schedule_ptr,
+    order_ptr,
     query_ptr,
     weight_ptr,
     mean_ptr,
@@ -510,6 +625,14 @@ def split_mma_kernel(
     v_page,
     vs_head,
     vs_page,
+    k2_head,
+    k2_page,
+    k2s_head,
+    k2s_page,
+    v2_head,
+    v2_page,
+    v2s_head,
+    v2s_page,
     rows,
     softcap,
     scale,
@@ -542,6 +665,9 @@ def split_mma_kernel(
     V_SIGNS: gl.constexpr,
     K_FINE: gl.constexpr,
     V_FINE: gl.constexpr,
+    K2_BITS: gl.constexpr,
+    V2_BITS: gl.constexpr,
+    SKETCH: gl.constexpr,
     HALVES: gl.constexpr,
     USED: gl.constexpr,
     STARTS: gl.constexpr,
@@ -583,6 +709,14 @@ def split_mma_kernel(
     [N, K_BITS, 2R, D], and o [A, S, R, V_BITS, DV], a sum for each plane.
 
     K_FINE, V_FINE: a level of keys, or of values, is one byte and another one of a 256th; lookup is [8, 32].
+
+    K2_BITS, V2_BITS: not 0 where the second half of the channels of keys, or of values, is a group of its
+    own, with codes of so many bits, k2 or v2, and scales, k2s or v2s; K_BITS, V_BITS are those of the first
+    half. 1 bit is a bit plane. lookup is [8, 32], and OPENS. If K2_BITS, order is that of the keys'
+    transform, [BH, D] int16, and signs are the first rows of both rotations one after the other, times the
+    units of levels. o has the sums of both groups of values side by side. SKETCH: k2 are bits of a sketch of
+    all D channels. q [BH, rows, 2 D] float32 and bias [BH, rows] are then those of `turn_queries_kernel`,
+    which knows of weights, means and rotations.
 
     ROWS: rows that are computed, R, or 4 where no head has more.
 
@@ -708,6 +842,12 @@ def split_mma_kernel(
         v_ptr += head * v_head
         ks_ptr += head * ks_head
         vs_ptr += head * vs_head
+        if K2_BITS:
+            k2_ptr += head * k2_head
+            k2s_ptr += head * k2s_head
+        if V2_BITS:
+            v2_ptr += head * v2_head
+            v2s_ptr += head * v2s_head
     lead, clean = 0, count
     if STARTS:  # pages whose tokens are not all in use come last
         lead = (first * PAGE_TOKENS < unused).to(gl.int32)
@@ -723,7 +863,9 @@ def split_mma_kernel(
             page_table_ptr, gl.minimum(_page(0, first, stride, count, lead, STARTS), pages - 1), HEADS > 0
         )
     K_PLANES: gl.constexpr = K_BITS if K_SIGNS else 1
-    V_PLANES: gl.constexpr = V_BITS if V_SIGNS else 1
+    V_PLANES: gl.constexpr = V_BITS if V_SIGNS else (2 if V2_BITS else 1)
+    KC: gl.constexpr = D // 2 if K2_BITS and not SKETCH else D
+    VC: gl.constexpr = DV // 2 if V2_BITS else DV
     STAGED_K: gl.constexpr = STAGED and (K_BITS == 3 or K_SIGNS)
     STAGED_V: gl.constexpr = STAGED and (V_BITS == 3 or V_SIGNS)
     key_buffer, value_buffer = words_buffer(4 * D, K_BITS, STAGED_K), words_buffer(4 * DV, V_BITS, STAGED_V)
@@ -735,13 +877,25 @@ def split_mma_kernel(
             own = gl.load(slots_ptr + head // kv_heads) * kv_heads + head % kv_heads
         if SHARED:
             own = head % kv_heads
-        x = load_rows(query_ptr, head, gl.program_id(1) % blocks * R, rows, ROWS, D)
-        signs = load_channels(signs_ptr, ROWS, D)
-        weights, mean = signs, signs
-        if HAS_WEIGHT:
-            weights = load_channels(weight_ptr + own * D, ROWS, D)
-        if HAS_MEAN:
-            mean = load_channels(mean_ptr + own * D, ROWS, D)
+        if SKETCH:
+            x = load_rows(q_ptr, head, gl.program_id(1) % blocks * R, rows, ROWS, 2 * D)
+            own_bias = load_biases(bias_ptr, head, gl.program_id(1) % blocks * R, rows, ROWS, 2 * D)
+        elif K2_BITS:
+            order = load_channels(order_ptr + own * D, ROWS, D)
+            x = load_rows_of(query_ptr, order, head, gl.program_id(1) % blocks * R, rows, ROWS, D)
+        else:
+            x = load_rows(query_ptr, head, gl.program_id(1) % blocks * R, rows, ROWS, D)
+        if not SKETCH:
+            signs = load_channels(signs_ptr, ROWS, D)
+            weights, mean = signs, signs
+            if HAS_WEIGHT and K2_BITS:
+                weights = load_channels_of(weight_ptr + own * D, order)
+            elif HAS_WEIGHT:
+                weights = load_channels(weight_ptr + own * D, ROWS, D)
+            if HAS_MEAN and K2_BITS:
+                mean = load_channels_of(mean_ptr + own * D, order)
+            elif HAS_MEAN:
+                mean = load_channels(mean_ptr + own * D, ROWS, D)
         _order(first)
     if STAGED_K:
         ka, kb, kc, kd = first, first, first, first
@@ -749,26 +903,30 @@ def split_mma_kernel(
             key_buffer, k_ptr + pool_row * k_page, key_offsets(0, D // 32, D, 16), 0, 4 * D, K_BITS, HALVES
         )
     else:
-        ka, kb, kc, kd = key_words(k_ptr + pool_row * k_page, 0, D, K_BITS, K_SIGNS, HALVES)
+        ka, kb, kc, kd = key_words(k_ptr + pool_row * k_page, 0, KC, K_BITS, K_SIGNS, HALVES)
+    k2a, k2b, k2c = first, first, first
+    if K2_BITS:
+        k2a, k2b, k2c, _ = key_words(k2_ptr + pool_row * k2_page, 0, KC, K2_BITS, K2_BITS == 1, HALVES)
+    MORE_LEVELS: gl.constexpr = K_FINE or V_FINE or K2_BITS > 0 or V2_BITS > 0
     tables = gl.allocate_shared_memory(
-        gl.int32, [8 if K_FINE or V_FINE else 4, 32], gl.SwizzledSharedLayout(1, 1, 1, [0])
+        gl.int32, [8 if MORE_LEVELS else 4, 32], gl.SwizzledSharedLayout(1, 1, 1, [0])
     )
     table = lookup_ptr + gl.arange(0, 32, layout=gl.BlockedLayout([1], [32], [1], [0]))
     low_k, high_k = gl.load(table), gl.load(table + 32)
     low_v, high_v = gl.load(table + 64), gl.load(table + 96)
-    if K_FINE or V_FINE:
+    if MORE_LEVELS:
         low_fine_k, high_fine_k = gl.load(table + 128), gl.load(table + 160)
         low_fine_v, high_fine_v = gl.load(table + 192), gl.load(table + 224)
     if OPENS:
         _order(first)
         x = _behind(x, unity)
-        if HAS_WEIGHT:
+        if HAS_WEIGHT and not SKETCH:
             weights = _behind(weights, unity)
     tables.index(0).store(low_k)
     tables.index(1).store(high_k)
     tables.index(2).store(low_v)
     tables.index(3).store(high_v)
-    if K_FINE or V_FINE:
+    if MORE_LEVELS:
         tables.index(4).store(low_fine_k)
         tables.index(5).store(high_fine_k)
         tables.index(6).store(low_fine_v)
@@ -777,13 +935,27 @@ def split_mma_kernel(
     by_row: gl.constexpr = gl.SliceLayout(0, blank.type.layout)
     row = gl.arange(0, ROWS, layout=by_row)
     if OPENS:
-        turned, lacking, factor, bias = turned_queries(
-            x, weights, mean, signs, scale, unit, ROWS, D, HAS_WEIGHT, HAS_MEAN
-        )
+        if SKETCH:
+            turned, lacking, lacking2, factor = numbers_of_parts(x, ROWS, 2 * D)
+            bias = own_bias
+        elif K2_BITS:
+            turned, lacking, lacking2, factor, bias = turned_groups(
+                x, weights, mean, signs, scale, unit, ROWS, D, HAS_WEIGHT, HAS_MEAN
+            )
+        else:
+            turned, lacking, factor, bias = turned_queries(
+                x, weights, mean, signs, scale, unit, ROWS, D, HAS_WEIGHT, HAS_MEAN
+            )
         if CHAINED:
             _start_next()
-        q0 = query_operand(turned, ROWS, D, mma)
-        q1, q2, q3 = q0, q0, q0
+        if K2_BITS:
+            q0, q1 = query_operands(turned, ROWS, 2 * KC, mma)
+            q2, q3 = q0, q0
+            start2, _, _ = numbers_of_rows(lacking2, factor, bias, ROWS)
+            start2 = gl.convert_layout(start2, gl.SliceLayout(0, mma), assert_trivial=True)[None, :]
+        else:
+            q0 = query_operand(turned, ROWS, D, mma)
+            q1, q2, q3 = q0, q0, q0
         start, factor, bias = numbers_of_rows(lacking, factor, bias, ROWS)
         start = gl.convert_layout(start, gl.SliceLayout(0, mma), assert_trivial=True)[None, :]
         factor = gl.convert_layout(factor, by_row, assert_trivial=True)
@@ -810,12 +982,19 @@ def split_mma_kernel(
         factor = gl.load(factor_ptr + block * R + row)
         bias = gl.load(bias_ptr + block * R + row)
     start += gl.full([32, 2 * ROWS], 0, gl.int32, mma)
+    if K2_BITS:
+        start2 += gl.full([32, 2 * ROWS], 0, gl.int32, mma)
+    else:
+        start2 = start
     if PAGE_KEYS:
         page_scores_ptr += block * pages * (2 * R)
     m = gl.full([ROWS], -1e30, gl.float32, by_row)
     total = sums_of_lanes(blank, ROWS)
     weight = total
-    acc0, _ = high_and_low(gl.full([DV, 2 * ROWS], 0.0, gl.float32, mma), DV, ROWS)
+    weight2 = first  # no sums
+    if V2_BITS:
+        weight2 = total
+    acc0, _ = high_and_low(gl.full([VC, 2 * ROWS], 0.0, gl.float32, mma), VC, ROWS)
     acc1, acc2, acc3 = first, first, first  # no sums
     if V_PLANES > 1:
         acc1 = acc0
@@ -823,15 +1002,41 @@ def split_mma_kernel(
         acc2 = acc0
     if V_PLANES > 3:
         acc3 = acc0
-    WHOLE: gl.constexpr = K_BITS == 3 or V_BITS == 3 or K_SIGNS or V_SIGNS
+    MORE: gl.constexpr = K2_BITS == 3 or V2_BITS == 3 or K2_BITS == 1 or V2_BITS == 1
+    WHOLE: gl.constexpr = K_BITS == 3 or V_BITS == 3 or K_SIGNS or V_SIGNS or MORE
     KEPT: gl.constexpr = HALVES == 2 and WHOLE and max(D, DV) <= 128
     STEPS: gl.constexpr = 2 if KEPT else 1  # words of 3 bits stay in registers for both
     begin = 0
     for part in gl.static_range(2 if USED or STARTS else 1):  # the second: pages with tokens not in use
         for turns in range(begin // STEPS, clean // STEPS):
             va, vb, vc, vd = ka, kb, kc, kd  # in the place of values, which are loaded first
+            v2a, v2b, v2c = first, first, first
             for half in gl.static_range(STEPS):
-                pool_row, ka, kb, kc, kd, va, vb, vc, vd, m, total, weight, acc0, acc1, acc2, acc3 = _step(
+                (
+                    pool_row,
+                    ka,
+                    kb,
+                    kc,
+                    kd,
+                    va,
+                    vb,
+                    vc,
+                    vd,
+                    k2a,
+                    k2b,
+                    k2c,
+                    v2a,
+                    v2b,
+                    v2c,
+                    m,
+                    total,
+                    weight,
+                    weight2,
+                    acc0,
+                    acc1,
+                    acc2,
+                    acc3,
+                ) = _step(
                     STEPS * turns + half,
                     pool_row,
                     ka,
@@ -842,9 +1047,16 @@ def split_mma_kernel(
                     vb,
                     vc,
                     vd,
+                    k2a,
+                    k2b,
+                    k2c,
+                    v2a,
+                    v2b,
+                    v2c,
                     m,
                     total,
                     weight,
+                    weight2,
                     acc0,
                     acc1,
                     acc2,
@@ -854,6 +1066,7 @@ def split_mma_kernel(
                     q2,
                     q3,
                     start,
+                    start2,
                     factor,
                     bias,
                     page_scores_ptr,
@@ -865,10 +1078,18 @@ def split_mma_kernel(
                     ks_ptr,
                     v_ptr,
                     vs_ptr,
+                    k2_ptr,
+                    k2s_ptr,
+                    v2_ptr,
+                    v2s_ptr,
                     k_page,
                     ks_page,
                     v_page,
                     vs_page,
+                    k2_page,
+                    k2s_page,
+                    v2_page,
+                    v2s_page,
                     first,
                     stride,
                     count,
@@ -877,8 +1098,8 @@ def split_mma_kernel(
                     used,
                     softcap,
                     mma,
-                    D,
-                    DV,
+                    KC,
+                    VC,
                     R,
                     ROWS,
                     K_BITS,
@@ -887,6 +1108,8 @@ def split_mma_kernel(
                     V_SIGNS,
                     K_FINE,
                     V_FINE,
+                    K2_BITS,
+                    V2_BITS,
                     HALVES,
                     part == 1,
                     STARTS,
@@ -904,22 +1127,25 @@ def split_mma_kernel(
     if not CAPPED:
         m += bias
     written: gl.constexpr = gl.BlockedLayout(
-        [1, 4], [32 * 4 // DV, DV // 4] if DV < 128 else [1, 32], [1, 1], [1, 0]
+        [1, 4], [32 * 4 // VC, VC // 4] if VC < 128 else [1, 32], [1, 1], [1, 0]
     )
     o_row = gl.arange(0, ROWS, layout=gl.SliceLayout(1, written))
-    value = gl.arange(0, DV, layout=gl.SliceLayout(0, written))
+    value = gl.arange(0, VC, layout=gl.SliceLayout(0, written))
     kept = block % blocks * R + o_row < rows
-    o_ptr += (slot * R + o_row[:, None]) * (V_PLANES * DV) + value[None, :]
+    o_ptr += (slot * R + o_row[:, None]) * (V_PLANES * VC) + value[None, :]
     lacking = of_rows(gl.sum(weight, 0), acc0)
     if V_FINE:
         lacking = lacking * (1.0 + FINE)
-    gl.store(o_ptr, _in_order(2.0 * acc0 + lacking, ROWS, DV, written), mask=kept[:, None])
+    lacking2 = lacking
+    if V2_BITS:
+        lacking2 = of_rows(gl.sum(weight2, 0), acc0)
+    gl.store(o_ptr, _in_order(2.0 * acc0 + lacking, ROWS, VC, written), mask=kept[:, None])
     if V_PLANES > 1:
-        gl.store(o_ptr + DV, _in_order(2.0 * acc1 + lacking, ROWS, DV, written), mask=kept[:, None])
+        gl.store(o_ptr + VC, _in_order(2.0 * acc1 + lacking2, ROWS, VC, written), mask=kept[:, None])
     if V_PLANES > 2:
-        gl.store(o_ptr + 2 * DV, _in_order(2.0 * acc2 + lacking, ROWS, DV, written), mask=kept[:, None])
+        gl.store(o_ptr + 2 * VC, _in_order(2.0 * acc2 + lacking, ROWS, VC, written), mask=kept[:, None])
     if V_PLANES > 3:
-        gl.store(o_ptr + 3 * DV, _in_order(2.0 * acc3 + lacking, ROWS, DV, written), mask=kept[:, None])
+        gl.store(o_ptr + 3 * VC, _in_order(2.0 * acc3 + lacking, ROWS, VC, written), mask=kept[:, None])
     at = (gl.program_id(1).to(gl.int64) * R + row) * splits + split
     gl.store(m_ptr + at, m)
     gl.store(l_ptr + at, gl.convert_layout(gl.sum(total, 0), by_row, assert_trivial=True))

@@ -39,6 +39,17 @@ from quantpress.kernels.attend.operands import (
     Visibility,
 )
 from quantpress.kernels.attend.parts import launches
+from quantpress.kernels.attend.parts.groups import (
+    ROWS,
+    groups_of,
+    lookup_of_groups,
+    readable_groups,
+    second_part,
+    signs_of_groups,
+    sketch_of,
+    steps_of_groups,
+    with_planes,
+)
 from quantpress.kernels.attend.parts.operands import as_parts, padded_channels
 from quantpress.kernels.attend.schedule import (
     PROGRAMS,
@@ -186,7 +197,9 @@ def attend_triton(
     packed = [one for one in segments if isinstance(one, PackedSegment)]
     cap = 0.0 if softcap is None else softcap * LOG2_E
     with torch.cuda.device(query.device) if query.is_cuda else contextlib.nullcontext():
-        *others, call = (_call(one)(query, one, slots, scaling * LOG2_E, cap, plain) for one in packed)
+        *others, call = (
+            _call(query, one, plain)(query, one, slots, scaling * LOG2_E, cap, plain) for one in packed
+        )
         prepared, dense = call.first(before, after, newer, len(others))
         for number, other in enumerate(others, dense[0].shape[1] - len(others)):
             other.merge(other.attend(other.first()[0]), dense, into=number)
@@ -225,7 +238,7 @@ class _Call:
         self.rows = self.group * self.queries
         self.query = query.reshape(self.heads, self.rows, dim).contiguous()
         self.keys, self.values = self._operands()
-        self.block = block_rows(self.rows, dim, most_planes(self.keys, self.values))
+        self.block = self._block_rows()
         self.blocks = -(-self.rows // self.block)
         self.used, self.starts = contiguous(packed.lengths), contiguous(packed.starts)
         self.table = packed.table if packed.table is None else _in_rows(packed.table)
@@ -238,10 +251,16 @@ class _Call:
         self.early = {"launch_pdl": True} if self.chained else {}
         self.options = FUSED | self.early
         self.computed = FEW_ROWS if self.rows <= FEW_ROWS else self.block
-        self.opens = not plain and opens_call(self.query, self.keys, self.values, self.computed)
+        self.opens = self._opens()
 
     def _operands(self) -> Any:
         return _operands(self.packed.keys), _operands(self.packed.values)
+
+    def _block_rows(self) -> int:
+        return block_rows(self.rows, self.query.shape[-1], most_planes(self.keys, self.values))
+
+    def _opens(self) -> bool:
+        return not self.plain and opens_call(self.query, self.keys, self.values, self.computed)
 
     def _new(self, *shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device=self.query.device)
@@ -293,11 +312,19 @@ class _Call:
             at_a_time = self._programs() // self.blocks
             parts, beside = shares_by_table(tiles, self.splits, self.heads, at_a_time)
         sums = self._sums(count, parts + spare, self.values.head_dim)
-        signs = self.keys.rotation.matrix(self.query.device, torch.float32)[0]
+        signs, unit = self._signs()
         pointers = [self.query, transform.weight, transform.mean, signs, *ends.pointers, self.slots, *sums]
-        numbers = [self.scale, self.keys.unit, self.queries, self.kv_heads, *ends.tokens]
+        numbers = [self.scale, unit, self.queries, self.kv_heads, *ends.tokens]
         numbers += [parts, beside, parts + spare, hidden, *ends.strides]
         return Opening(pointers, numbers, constants | {"OPENS": True, "TILE": tile}, beside), sums
+
+    def _turned(self) -> list[torch.Tensor | None]:
+        """Queries in code space, their factor, what sums begin with, and bias, where the kernel `opens`."""
+        return [None] * 4
+
+    def _signs(self) -> tuple[torch.Tensor | None, float]:
+        """The keys' rotation as signs with its factor [D], and the unit of their levels."""
+        return self.keys.rotation.matrix(self.query.device, torch.float32)[0], self.keys.unit
 
     def _prepare(
         self, ends: DenseArguments, constants: dict[str, Any], hidden: int, spare: int
@@ -409,8 +436,7 @@ class _Call:
     def attend(self, prepared: list[torch.Tensor] | Opening) -> list[torch.Tensor]:
         """Sums over the packed tokens, in code space."""
         opening = prepared if isinstance(prepared, Opening) else NOTHING
-        q, factor, start, bias = [None] * 4 if isinstance(prepared, Opening) else prepared
-        books = self.keys.codebook, self.values.codebook
+        q, factor, start, bias = self._turned() if isinstance(prepared, Opening) else prepared
         sides = (self.packed.keys, self.packed.values)
         codes = [side.planes["codes0"] for side in sides]
         scales = [side.planes["scale0"] for side in sides]
@@ -424,13 +450,13 @@ class _Call:
         planes = [codes[0], scales[0], codes[1], scales[1]]
         strides = [stride for plane in planes for stride in _strides(plane)]
         row = 0 if self.table is None else self.table.stride(1)
-        numbers = [*sums, self.pages, self.heads, self.blocks, row, *strides, self.rows, self.softcap]
+        numbers = [self.pages, self.heads, self.blocks, row, *strides]
         constants = {
             "D": self.keys.head_dim,
             "DV": value_dim,
             "R": self.block,
-            "K_BITS": self.keys.bits,
-            "V_BITS": self.values.bits,
+            "K_BITS": _groups(self.keys)[0].bits,
+            "V_BITS": _groups(self.values)[0].bits,
             "K_SIGNS": isinstance(self.keys, SignOperands),
             "V_SIGNS": isinstance(self.values, SignOperands),
             "USED": self.used is not None,
@@ -457,30 +483,40 @@ class _Call:
                 self.starts,
                 self.table,
                 None if self.schedule is None else self.schedule.programs,
+                *sums,
                 *numbers,
+                self.rows,
+                self.softcap,
                 **constants,
                 **FUSED,
             )
         else:
-            from quantpress.kernels.attend.lookup import lookup_table
             from quantpress.kernels.attend.split_mma import split_mma_kernel
 
             constants |= {"K_FINE": self.keys.fine, "V_FINE": self.values.fine}
-            steps = steps_of_page(self.keys, self.values, self.computed, self.table is not None)
+            steps = self._steps()
+            second, second_strides, order, kinds = self._second_parts()
+            constants |= kinds
             quick(split_mma_kernel)[(grid[0] + opening.beside, grid[1])](
-                lookup_table(*books, self.query.device),
+                self._lookup(),
                 q,
                 factor,
                 start,
                 bias,
                 self.page_scores,
                 *planes,
+                *second,
                 self.used,
                 self.starts,
                 self.table,
                 None if self.schedule is None else self.schedule.programs,
+                order,
                 *opening.pointers,
+                *sums,
                 *numbers,
+                *second_strides,
+                self.rows,
+                self.softcap,
                 *opening.numbers,
                 **constants,
                 **opening.constants,
@@ -494,6 +530,18 @@ class _Call:
                 **self.options,
             )
         return sums
+
+    def _lookup(self) -> torch.Tensor:
+        from quantpress.kernels.attend.lookup import lookup_table
+
+        return lookup_table(self.keys.codebook, self.values.codebook, self.query.device)
+
+    def _steps(self) -> int:
+        return steps_of_page(self.keys, self.values, self.computed, self.table is not None)
+
+    def _second_parts(self) -> tuple[list[Any], list[Any], torch.Tensor | None, dict[str, Any]]:
+        """Planes of second parts of keys and values, their strides, the order of the keys, and kinds."""
+        return [None] * 4, [None] * 8, None, {"K2_BITS": 0, "V2_BITS": 0, "SKETCH": False}
 
     @cached_property
     def splits(self) -> int:
@@ -524,11 +572,12 @@ class _Call:
         value_dim = self.values.head_dim
         out = self._output(dense, out, into)
         splits = sums[0].shape[1]
+        turn, unit = self._turn_of_values()
         arguments = (
             *sums,
             *dense,
             sinks,
-            self.values.rotation.matrix(out.device, torch.float32),
+            turn,
             out,
             None if self.schedule is None else self.schedule.heads,
             splits,
@@ -539,7 +588,7 @@ class _Call:
             self.kv_heads,
             self.blocks,
             0 if into is None else into,
-            self.values.unit,
+            unit,
         )
         constants = {
             "DV": value_dim,
@@ -555,12 +604,14 @@ class _Call:
             parts, warps, size, tiles = warps_of_merge(-(-splits // self.scheduled_heads), self.rows)
             quick(merge_by_warps_kernel)[(-(-self.rows * parts // warps), self.heads)](
                 *arguments,
+                *self._order_of_values(),
                 PARTS=parts,
                 WARPS=warps,
                 SIZE=size,
                 TILES=tiles,
                 num_warps=warps,
                 **constants,
+                **self._groups_of_values(),
                 **self.options,
             )
         else:
@@ -585,12 +636,64 @@ class _Call:
             )
         return out
 
+    def _turn_of_values(self) -> tuple[torch.Tensor, float]:
+        """The matrix of the values' rotation, and the unit of their levels."""
+        return self.values.rotation.matrix(self.query.device, torch.float32), self.values.unit
+
+    def _order_of_values(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """The order of channels, and slots, for the last launch by warps; nothing but for two groups."""
+        return None, None
+
+    def _groups_of_values(self) -> dict[str, Any]:
+        return {"GROUPS": 1, "SHARED": False, "SLOTS": False}
+
     def _output(self, dense: list[torch.Tensor], out: torch.Tensor | None, into: int | None) -> torch.Tensor:
         """What `merge` writes."""
         if into is not None:
             return dense[0]
         shape = self.batch, self.query_heads, self.queries, self.values.head_dim
         return self._new(*shape, dtype=self.query.dtype) if out is None else out
+
+    def _rows(self) -> launches.Rows:
+        shape = self.heads, self.kv_heads, self.rows, self.queries, self.group, self.block, self.blocks
+        return launches.Rows(self.query, *shape, self.slots)
+
+    def _division(self) -> dict[str, Any]:
+        """How programs are divided among heads."""
+        return {
+            "STARTS": self.starts is not None,
+            "HEADS": self.padded if self.schedule is None else 1,
+            "SCHEDULED": self.schedule is not None,
+        }
+
+    def _merge_parts(
+        self,
+        values: PartOperands,
+        sums: list[torch.Tensor],
+        dense: list[torch.Tensor],
+        sinks: torch.Tensor | None,
+        out: torch.Tensor | None,
+        into: int | None,
+    ) -> torch.Tensor:
+        """`merge` by the kernel for parts."""
+        out = self._output(dense, out, into)
+        transform = self.packed.values.transform
+        heads = None if self.schedule is None else self.schedule.heads
+        launches.merge_parts(
+            self._rows(),
+            sums,
+            dense,
+            sinks,
+            out,
+            into,
+            values,
+            transform,
+            self._is_shared(transform),
+            [heads, self.used, self.starts],
+            self.pages,
+            self._division(),
+        )
+        return out
 
     def _merged_by_warps(self) -> bool:
         """Whether the merge needs no matrix, no filters, and no division of programs among heads."""
@@ -605,10 +708,6 @@ class _PartsCall(_Call):
 
     def _operands(self) -> Any:
         return tuple(as_parts(_operands(side)) for side in (self.packed.keys, self.packed.values))
-
-    def _rows(self) -> launches.Rows:
-        shape = self.heads, self.kv_heads, self.rows, self.queries, self.group, self.block, self.blocks
-        return launches.Rows(self.query, *shape, self.slots)
 
     def _prepare(
         self, ends: DenseArguments, constants: dict[str, Any], hidden: int, spare: int
@@ -641,14 +740,6 @@ class _PartsCall(_Call):
         )
         return sums
 
-    def _division(self) -> dict[str, Any]:
-        """How programs are divided among heads."""
-        return {
-            "STARTS": self.starts is not None,
-            "HEADS": self.padded if self.schedule is None else 1,
-            "SCHEDULED": self.schedule is not None,
-        }
-
     def _programs(self) -> int:
         if self.table is not None:  # a schedule is for these
             return super()._programs()
@@ -663,28 +754,91 @@ class _PartsCall(_Call):
         out: torch.Tensor | None = None,
         into: int | None = None,
     ) -> torch.Tensor:
-        out = self._output(dense, out, into)
+        return self._merge_parts(self.values, sums, dense, sinks, out, into)
+
+
+class _GroupsCall(_Call):
+    """A call over keys or values in two channel groups, or keys with a sketch, on int8 tensor cores."""
+
+    def _block_rows(self) -> int:
+        return ROWS
+
+    def _opens(self) -> bool:
+        return True
+
+    def _turned(self) -> list[torch.Tensor | None]:
+        if sketch_of(self.keys) is None:
+            return super()._turned()
+        transform = self.packed.keys.transform
+        shared = self._is_shared(transform)
+        y, bias = launches.turn_queries(self._rows(), with_planes(self.keys), transform, shared, self.scale)
+        return [y, None, None, bias]
+
+    def _signs(self) -> tuple[torch.Tensor | None, float]:
+        if sketch_of(self.keys) is not None:
+            return None, 1.0
+        return signs_of_groups(groups_of(self.keys), self.query.device, keys=True), 1.0
+
+    def _lookup(self) -> torch.Tensor:
+        return lookup_of_groups(groups_of(self.keys), groups_of(self.values), self.query.device)
+
+    def _steps(self) -> int:
+        return steps_of_groups(self.computed, self.table is not None)
+
+    def _second_parts(self) -> tuple[list[Any], list[Any], torch.Tensor | None, dict[str, Any]]:
+        planes, strides = list[Any](), list[Any]()
+        kinds: dict[str, Any] = {"SKETCH": sketch_of(self.keys) is not None}
+        kinds["K_SIGNS"] = groups_of(self.keys)[0].bits == 1
+        sides = ("K2_BITS", self.packed.keys, self.keys), ("V2_BITS", self.packed.values, self.values)
+        for name, side, operands in sides:
+            part = second_part(operands)
+            kinds[name] = 0 if part is None else part.bits
+            if part is None:
+                planes, strides = [*planes, None, None], [*strides, None, None, None, None]
+            else:
+                own = side.planes[part.codes].view(torch.int32), side.planes[part.scales]
+                planes, strides = [*planes, *own], [*strides, *_strides(own[0]), *_strides(own[1])]
+        return planes, strides, contiguous(self.packed.keys.transform.order), kinds
+
+    def _turn_of_values(self) -> tuple[torch.Tensor, float]:
+        return signs_of_groups(groups_of(self.values), self.query.device, keys=False), 1.0
+
+    def _order_of_values(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        order = contiguous(self.packed.values.transform.order)
+        return order, None if order is None else self.slots
+
+    def _groups_of_values(self) -> dict[str, Any]:
         transform = self.packed.values.transform
-        heads = None if self.schedule is None else self.schedule.heads
-        launches.merge_parts(
-            self._rows(),
-            sums,
-            dense,
-            sinks,
-            out,
-            into,
-            self.values,
-            transform,
-            self._is_shared(transform),
-            [heads, self.used, self.starts],
-            self.pages,
-            self._division(),
-        )
-        return out
+        if transform.order is None:
+            return super()._groups_of_values()
+        return {"GROUPS": 2, "SHARED": self._is_shared(transform), "SLOTS": self.slots is not None}
+
+    def _merged_by_warps(self) -> bool:
+        return self.table is None or self.schedule is not None
+
+    def merge(
+        self,
+        sums: list[torch.Tensor],
+        dense: list[torch.Tensor],
+        sinks: torch.Tensor | None = None,
+        out: torch.Tensor | None = None,
+        into: int | None = None,
+    ) -> torch.Tensor:
+        if self._merged_by_warps():
+            return super().merge(sums, dense, sinks, out, into)
+        values = as_parts(self.values)
+        assert values is not None
+        return self._merge_parts(values, sums, dense, sinks, out, into)
 
 
-def _call(packed: PackedSegment) -> type[_Call]:
-    return _Call if _readable(packed) else _PartsCall
+def _groups(operands: KernelOperands) -> Any:
+    return operands.groups if isinstance(operands, PartOperands) else (operands,)
+
+
+def _call(query: torch.Tensor, packed: PackedSegment, plain: bool) -> type[_Call]:
+    if _readable(packed):
+        return _Call
+    return _GroupsCall if not plain and readable_groups(query, packed) else _PartsCall
 
 
 def opens_call(query: torch.Tensor, keys: KernelOperands, values: KernelOperands, rows: int) -> bool:

@@ -1,4 +1,4 @@
-"""The last launch without a matrix (Gluon): for Hadamard rotations and codes that are not bit planes.
+"""The last launch without a matrix (Gluon): for Hadamard rotations, one or two, and no planes of filters.
 
 Every lane of a warp holds a few channels of all partial sums that the warp joins, and all of their scores, so
 that joining them needs no other lane. The warp then rotates its sum back by a fast Walsh-Hadamard transform,
@@ -79,16 +79,19 @@ def _load_sums(
     count,
     block,
     local,
+    order_ptr,
     STEP: gl.constexpr,
     SIZE: gl.constexpr,
     DV: gl.constexpr,
     R: gl.constexpr,
     WARPS: gl.constexpr,
+    ORDERED: gl.constexpr,
 ):
     """Partial sums first, first + STEP, ... below `end` of the `count` of each warp's row, at most SIZE.
 
     first, block, local: [WARPS]. Returns o [WARPS, SIZE, DV], its m [WARPS, SIZE] in all lanes, and m and l
-    [WARPS, SIZE] over the lanes, which total up with fewer registers.
+    [WARPS, SIZE] over the lanes, which total up with fewer registers. ORDERED: with channel order[i] in the
+    place of channel i.
     """
     sums: gl.constexpr = by_sum(DV, SIZE, WARPS)
     scores: gl.constexpr = gl.SliceLayout(2, sums)
@@ -101,7 +104,10 @@ def _load_sums(
     step = gl.arange(0, SIZE, layout=gl.SliceLayout(0, scores))[None, :] * STEP
     live = step < _like(left, warps)[:, None]
     m = gl.load(m_ptr + _like(row, warps)[:, None] + step, mask=live, other=-1e30)
-    channel = gl.arange(0, DV, layout=gl.SliceLayout(0, gl.SliceLayout(1, sums)))[None, None, :]
+    channel = gl.arange(0, DV, layout=gl.SliceLayout(0, gl.SliceLayout(1, sums)))
+    if ORDERED:
+        channel = gl.load(order_ptr + channel).to(gl.int32)
+    channel = channel[None, None, :]
     start = _like(((block * count + first) * R + local) * DV, warps)[:, None, None]
     o_ptr = (o_ptr + start) + (step * (R * DV))[:, :, None]
     o = gl.load(o_ptr + channel, mask=live[:, :, None], other=0.0)
@@ -133,8 +139,11 @@ def _butterfly(x, BIT: gl.constexpr, DV: gl.constexpr, WARPS: gl.constexpr):
 
 
 @gluon.jit
-def _transformed(x, DV: gl.constexpr, WARPS: gl.constexpr):
-    """x [WARPS, DV] times the matrix of 1 and -1 of a Walsh-Hadamard transform, in the last layout."""
+def _transformed(x, DV: gl.constexpr, WARPS: gl.constexpr, GROUPS: gl.constexpr):
+    """x [WARPS, DV] times the matrix of 1 and -1 of a Walsh-Hadamard transform, in the last layout.
+
+    If GROUPS is 2, each half of the channels has one of its own.
+    """
     IN_LANES: gl.constexpr = 1 if DV == 64 else 2
     for bit in gl.static_range(IN_LANES):
         x = _butterfly(x, bit, DV, WARPS)
@@ -142,7 +151,8 @@ def _transformed(x, DV: gl.constexpr, WARPS: gl.constexpr):
         x = _butterfly(x, 7, DV, WARPS)
     for step in gl.static_range(5):
         x = gl.convert_layout(x, turning(DV, WARPS, step + 1))
-        x = _butterfly(x, IN_LANES + step, DV, WARPS)
+        if GROUPS == 1 or step < 4:
+            x = _butterfly(x, IN_LANES + step, DV, WARPS)
     return _like(x, turning(DV, WARPS, 5))
 
 
@@ -190,6 +200,8 @@ def merge_by_warps_kernel(
     blocks,
     into,
     unit,
+    order_ptr,
+    slots_ptr,
     DV: gl.constexpr,
     R: gl.constexpr,
     PARTS: gl.constexpr,
@@ -199,6 +211,9 @@ def merge_by_warps_kernel(
     HAS_SINKS: gl.constexpr,
     SCHEDULED: gl.constexpr,
     PARTIAL: gl.constexpr,
+    GROUPS: gl.constexpr,
+    SHARED: gl.constexpr,
+    SLOTS: gl.constexpr,
     CHAINED: gl.constexpr,
 ):
     """Join the splits of WARPS / PARTS rows (axis 0) of one (batch, KV head) (axis 1), PARTS warps a row.
@@ -206,6 +221,10 @@ def merge_by_warps_kernel(
     As `by_matrix.merge_kernel`, but for this: rotation is that of a Walsh-Hadamard matrix with signed
     columns, of which the first row is read; WARPS: of the program; SIZE, TILES: partial sums over packed and
     over 16-bit tokens that a warp joins at a time. Heads with page tables have a schedule.
+
+    If GROUPS is 2, each half of the channels in code space has a rotation of its own. Their first rows are
+    read, one after the other, with the units of levels in them. DV is then 128; order [BH, DV] int16, slots,
+    SHARED and SLOTS are as for `merge_parts_kernel`.
     """
     head = gl.program_id(1).to(gl.int64)
     begin, end = 0, splits
@@ -219,6 +238,13 @@ def merge_by_warps_kernel(
     holder = block
     if SCHEDULED:
         holder = head * 0 + row // R
+    if GROUPS == 2:
+        own = head
+        if SLOTS:
+            own = gl.load(slots_ptr + head // kv_heads) * kv_heads + head % kv_heads
+        if SHARED:
+            own = head % kv_heads
+        order_ptr += own * DV
     turned: gl.constexpr = turning(DV, WARPS, 5)
     signs = gl.load(rotation_ptr + gl.arange(0, DV, layout=gl.SliceLayout(0, turned))) * unit
     packed, dense = (o_ptr, m_ptr, l_ptr), (dense_o_ptr, dense_m_ptr, dense_l_ptr)
@@ -228,25 +254,48 @@ def merge_by_warps_kernel(
     total = gl.full([WARPS], 0.0, gl.float32, by_warp(WARPS))
     y = gl.full([WARPS, DV], 0.0, gl.float32, turning(DV, WARPS, 0))
     z = y
-    sums = _load_sums(*packed, begin + part, end, splits, holder, local, PARTS, SIZE, DV, R, WARPS)
+    sums = _load_sums(
+        *packed, begin + part, end, splits, holder, local, None, PARTS, SIZE, DV, R, WARPS, False
+    )
     if not PARTIAL:
-        dense_sums = _load_sums(*dense, part, tiles, tiles, block, local, PARTS, TILES, DV, R, WARPS)
+        dense_sums = _load_sums(
+            *dense, part, tiles, tiles, block, local, order_ptr, PARTS, TILES, DV, R, WARPS, GROUPS == 2
+        )
         z, y, m, total = _add(z, y, m, total, dense_sums, DV, WARPS)
         # Without this loop the assembler puts loads off until they are needed, which takes 1 us longer.
         for start in range(PARTS * TILES, tiles, PARTS * TILES):
-            more = _load_sums(*dense, start + part, tiles, tiles, block, local, PARTS, TILES, DV, R, WARPS)
+            more = _load_sums(
+                *dense,
+                start + part,
+                tiles,
+                tiles,
+                block,
+                local,
+                order_ptr,
+                PARTS,
+                TILES,
+                DV,
+                R,
+                WARPS,
+                GROUPS == 2,
+            )
             z, y, m, total = _add(z, y, m, total, more, DV, WARPS)
     y, z, m, total = _add(y, z, m, total, sums, DV, WARPS)
     for start in range(begin + PARTS * SIZE, end, PARTS * SIZE):
-        more = _load_sums(*packed, start + part, end, splits, holder, local, PARTS, SIZE, DV, R, WARPS)
+        more = _load_sums(
+            *packed, start + part, end, splits, holder, local, None, PARTS, SIZE, DV, R, WARPS, False
+        )
         y, z, m, total = _add(y, z, m, total, more, DV, WARPS)
-    x = _transformed(y, DV, WARPS) * signs[None, :]
+    x = _transformed(y, DV, WARPS, GROUPS) * signs[None, :]
     if not PARTIAL:
         x += gl.convert_layout(z, turned)
     if PARTS > 1:
         x, m, total = _meeting(x, m, total, DV, PARTS, WARPS)
     by_row: gl.constexpr = gl.SliceLayout(1, x.type.layout)
-    value = gl.arange(0, DV, layout=gl.SliceLayout(0, x.type.layout))[None, :]
+    value = gl.arange(0, DV, layout=gl.SliceLayout(0, x.type.layout))
+    if GROUPS == 2:
+        value = gl.load(order_ptr + value).to(gl.int32)
+    value = value[None, :]
     row = gl.minimum(gl.program_id(0) * ROWS + gl.arange(0, ROWS, layout=by_row), rows - 1)
     m, total = _like(m, by_row), _like(total, by_row)
     if PARTIAL:

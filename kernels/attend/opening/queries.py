@@ -36,9 +36,31 @@ def load_rows(query_ptr, head, skipped, rows, ROWS: gl.constexpr, D: gl.constexp
 
 
 @gluon.jit
+def load_biases(ptr, head, skipped, rows, ROWS: gl.constexpr, D: gl.constexpr):
+    """A number of each row [ROWS], of [BH, rows]; for rows as `load_rows` loads them."""
+    row = skipped + gl.arange(0, ROWS, layout=gl.SliceLayout(1, rows_layout(ROWS, D)))
+    return gl.load(ptr + head * rows + row, mask=row < rows, other=0.0)
+
+
+@gluon.jit
 def load_channels(ptr, ROWS: gl.constexpr, D: gl.constexpr):
     """A number of each channel, [D], as `turned_queries` takes them."""
     return gl.load(ptr + gl.arange(0, D, layout=gl.SliceLayout(0, rows_layout(ROWS, D))))
+
+
+@gluon.jit
+def load_rows_of(query_ptr, order, head, skipped, rows, ROWS: gl.constexpr, D: gl.constexpr):
+    """`load_rows` with channel order[i] in the place of channel i; order: [D], of `load_channels`."""
+    layout: gl.constexpr = rows_layout(ROWS, D)
+    row = skipped + gl.arange(0, ROWS, layout=gl.SliceLayout(1, layout))
+    at = (head * rows + row)[:, None] * D + order.to(gl.int32)[None, :]
+    return gl.load(query_ptr + at, mask=(row < rows)[:, None], other=0.0).to(gl.float32)
+
+
+@gluon.jit
+def load_channels_of(ptr, order):
+    """`load_channels` in this order."""
+    return gl.load(ptr + order.to(gl.int32))
 
 
 @gluon.jit
@@ -64,15 +86,15 @@ def _of_other_lane(y, BIT: gl.constexpr):
 
 
 @gluon.jit
-def _transformed(y, ROWS: gl.constexpr, D: gl.constexpr):
-    """The Walsh-Hadamard transform of each row, without its factor."""
+def _transformed(y, ROWS: gl.constexpr, D: gl.constexpr, GROUPS: gl.constexpr):
+    """The Walsh-Hadamard transform of each row, without its factor; of each half of it if GROUPS is 2."""
     y = _sums_and_differences(y, 1, ROWS, D)
     if D > 64:
         y = _sums_and_differences(y, 2, ROWS, D)
     if D > 128:
         y = _sums_and_differences(y, 4, ROWS, D)
     lane = gl.arange(0, D, layout=gl.SliceLayout(0, rows_layout(ROWS, D))) // (D // 32)
-    for bit in gl.static_range(5):
+    for bit in gl.static_range(5 if GROUPS == 1 else 4):
         sign = gl.where((lane >> bit) % 2 == 1, -1.0, 1.0)
         y = y * sign[None, :] + _of_other_lane(y, 1 << bit)
     return y
@@ -102,7 +124,7 @@ def turned_queries(
     y = x * signs[None, :]
     if HAS_WEIGHT:
         y = y * (1.0 / weight)[None, :]
-    y = _transformed(y, ROWS, D)
+    y = _transformed(y, ROWS, D, 1)
     largest = gl.maximum(gl.max(gl.abs(y), 1), 1e-30)
     n = (y * (MOST / largest)[:, None] + _WHOLE).to(gl.int32, bitcast=True) - _WHOLE_BITS
     high = (n + 128) >> 8
@@ -112,6 +134,49 @@ def turned_queries(
         bias = gl.sum(x * mean[None, :], 1) * scale
     factor = largest * (2.0 / MOST * scale * unit)
     return both.permute([0, 2, 1]).reshape([2 * ROWS, D]), gl.sum(n, 1) >> 1, factor, bias
+
+
+@gluon.jit
+def turned_groups(
+    x,
+    weight,
+    mean,
+    signs,
+    scale,
+    unit,
+    ROWS: gl.constexpr,
+    D: gl.constexpr,
+    HAS_WEIGHT: gl.constexpr,
+    HAS_MEAN: gl.constexpr,
+):
+    """`turned_queries` where each half of the channels has a rotation of its own, all in the same units.
+
+    What sums over bytes lack comes twice, for either half; signs have the unit of the half's levels, too.
+    """
+    y = x * signs[None, :]
+    if HAS_WEIGHT:
+        y = y * (1.0 / weight)[None, :]
+    turned, lacking, lacking2, factor = numbers_of_parts(_transformed(y, ROWS, D, 2), ROWS, D)
+    bias = 0.0 * factor
+    if HAS_MEAN:
+        bias = gl.sum(x * mean[None, :], 1) * scale
+    return turned, lacking, lacking2, factor * (scale * unit), bias
+
+
+@gluon.jit
+def numbers_of_parts(y, ROWS: gl.constexpr, D: gl.constexpr):
+    """Queries in code space [ROWS, D] as whole numbers; the halves of D are for codes of their own.
+
+    Returns bytes [2 ROWS, D] as `turned_queries`, what sums over bytes lack of either half, and the factor on
+    scores.
+    """
+    largest = gl.maximum(gl.max(gl.abs(y), 1), 1e-30)
+    n = (y * (MOST / largest)[:, None] + _WHOLE).to(gl.int32, bitcast=True) - _WHOLE_BITS
+    high = (n + 128) >> 8
+    both = gl.join(high.to(gl.int8), (n - 256 * high).to(gl.int8)).permute([0, 2, 1]).reshape([2 * ROWS, D])
+    channel = gl.arange(0, D, layout=gl.SliceLayout(0, rows_layout(ROWS, D)))
+    first = gl.sum(gl.where((channel < D // 2)[None, :], n, 0), 1)
+    return both, first >> 1, (gl.sum(n, 1) - first) >> 1, largest * (2.0 / MOST)
 
 
 @gluon.constexpr_function
@@ -141,6 +206,20 @@ def query_operand(x, R: gl.constexpr, D: gl.constexpr, mma: gl.constexpr):
     """Bytes [2 R, D] as the right operand of the scores, [D, 2 R], channels as `key_operand` has them."""
     held = gl.allocate_shared_memory(gl.int8, [2 * R, D], gl.SwizzledSharedLayout(16, 1, 1, [1, 0]))
     held.store(x)
+    return _operand(held, R, D, mma)
+
+
+@gluon.jit
+def query_operands(x, R: gl.constexpr, D: gl.constexpr, mma: gl.constexpr):
+    """`query_operand` of each half of the channels."""
+    held = gl.allocate_shared_memory(gl.int8, [2 * R, D], gl.SwizzledSharedLayout(16, 1, 1, [1, 0]))
+    held.store(x)
+    first, second = held.slice(0, D // 2, 1), held.slice(D // 2, D // 2, 1)
+    return _operand(first, R, D // 2, mma), _operand(second, R, D // 2, mma)
+
+
+@gluon.jit
+def _operand(held, R: gl.constexpr, D: gl.constexpr, mma: gl.constexpr):
     x = held.load(gl.BlockedLayout([1, 16], [8, 4], [1, 1], [1, 0]))
     x = x.reshape([2 * R, D // 64, 4, 2, 2, 4])  # r | v t u h i
     x = x.permute([1, 3, 4, 2, 5, 0]).reshape([D, 2 * R])

@@ -161,6 +161,9 @@ def test_warps_meet_once(capability: int, dim: int, sums: int, barriers: int) ->
     parts, warps, size, tiles = warps_of_merge(sums, 4)
     constants = {"DV": dim, "R": 8, "PARTS": parts, "WARPS": warps, "SIZE": size, "TILES": tiles}
     constants |= {"HAS_SINKS": True, "SCHEDULED": dim == 64, "PARTIAL": False}
+    groups = dim == 128
+    constants |= {"GROUPS": 1 + groups, "SHARED": False, "SLOTS": groups}
+    constants |= {} if groups else {"order_ptr": None, "slots_ptr": None}
     kernel = compiled(merge_by_warps_kernel, constants | {"CHAINED": capability >= 90}, capability, warps)
     assert kernel.asm["ptx"].count("bar.sync") == barriers
     assert ("griddepcontrol.wait" in kernel.asm["ptx"]) == (capability >= 90)

@@ -162,6 +162,8 @@ SIDES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "lloyd_3_2": ({"bits": 3, "codebook": "lloyd_max"}, {"bits": 2, "codebook": "lloyd_max"}),
     "lloyd_8_8": ({"bits": 8, "codebook": "lloyd_max"},) * 2,
     "3.5": ({"bits": 3.5},) * 2,
+    "2.5_1.5": ({"bits": 2.5}, {"bits": 1.5}),
+    "prod_4_2.5": ({"bits": 4, "estimator": "prod"}, {"bits": 2.5}),
     "1.25_2.75": ({"bits": 1.25}, {"bits": 2.75}),
     "4_3.5": ({"bits": 4}, {"bits": 3.5}),
     "prod_4_3": ({"bits": 4, "estimator": "prod"}, {"bits": 3}),

@@ -163,7 +163,11 @@ def compiled(kernel: Any, constants: dict[str, Any], capability: int, warps: int
         else POINTERS.get(name, "*fp32" if name.endswith("_ptr") else "fp32" if name in FLOATS else "i32")
         for name in names
     }
-    aligned = [index for index, name in enumerate(names) if name.endswith(("_ptr", "_head", "_page"))]
+    aligned = [
+        index
+        for index, name in enumerate(names)
+        if name not in constants and name.endswith(("_ptr", "_head", "_page"))
+    ]
     source = source_type(
         kernel,
         signature,
@@ -239,6 +243,7 @@ def test_split_kernel_compiles_without_a_gpu(
     constants |= dict.fromkeys(("HAS_WEIGHT", "HAS_MEAN", "RECENT_USED", "RECENT_STARTS"), True)
     constants |= {"FIRST_USED": heads > 0, "FIRST_STARTS": False}
     constants |= {"FIRST_PAGE": heads and 4, "RECENT_PAGE": heads and 128}
+    constants |= without_second_parts(split_mma_kernel)
     kernel = compiled(split_mma_kernel, constants, capability, 1)
     assert "mma.sync.aligned.m16n8k32.row.col.satfinite.s32.s8.s8.s32" in kernel.asm["ptx"]
     assert ("griddepcontrol.wait" in kernel.asm["ptx"]) == (capability >= 90)
@@ -261,6 +266,14 @@ def test_split_kernel_compiles_without_a_gpu(
     if opens and rows == 4:
         assert resources(kernel)["STACK"] == 0, "registers are spilled"
     assert len(kernel.asm["cubin"]) > 0
+
+
+def without_second_parts(kernel: Any, keys: bool = True, values: bool = True, order: bool = True) -> Any:
+    """The constants of the split kernel where keys, or values, are in one part."""
+    sides = [side for side, alone in (("k2", keys), ("v2", values)) if alone]
+    found = {name: None for name in kernel.arg_names if name[:2] in sides}
+    found |= {f"{side.upper()}_BITS": 0 for side in sides} | ({"order_ptr": None} if order else {})
+    return found | {"SKETCH": False}
 
 
 def machine_code(kernel: Any) -> str:
