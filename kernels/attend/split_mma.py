@@ -134,6 +134,24 @@ def _behind(x, unity):
     return x
 
 
+@gluon.jit
+def _load_tables(lookup_ptr, FINE: gl.constexpr):
+    """Rows of the lookup table, [32] each: four, and four more if FINE."""
+    row = lookup_ptr + gl.arange(0, 32, layout=gl.BlockedLayout([1], [32], [1], [0]))
+    a, b, c, d = gl.load(row), gl.load(row + 32), gl.load(row + 64), gl.load(row + 96)
+    e, f, g, h = a, b, c, d
+    if FINE:
+        e, f, g, h = gl.load(row + 128), gl.load(row + 160), gl.load(row + 192), gl.load(row + 224)
+    return a, b, c, d, e, f, g, h
+
+
+@gluon.jit
+def _store_tables(tables, rows, FINE: gl.constexpr):
+    """Rows of `_load_tables` to shared memory."""
+    for index in gl.static_range(8 if FINE else 4):
+        tables.index(index).store(rows[index])
+
+
 @gluon.constexpr_function
 def _heads_layout(HEADS):
     return gl.BlockedLayout([max(HEADS // 32, 1)], [32], [1], [0])
@@ -732,8 +750,19 @@ def split_mma_kernel(
     """
     mma: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [1, 1], [16, 8])
     right: gl.constexpr = gl.DotOperandLayout(1, mma, 4)
+    MORE_LEVELS: gl.constexpr = K_FINE or V_FINE or K2_BITS > 0 or V2_BITS > 0
     split = gl.program_id(0)
     splits = gl.num_programs(0)
+    # What needs no memory that a kernel before this one may write stands in front of the wait. Tables and
+    # signs are made on the host.
+    row_block = gl.program_id(1) % blocks
+    own_head = (gl.program_id(1) // blocks).to(gl.int64)
+    own_split, own_splits = split - beside, splits - beside
+    own_count = (pages - own_split + own_splits - 1) // own_splits
+    if OPENS:
+        rows_of_tables = _load_tables(lookup_ptr, MORE_LEVELS)
+        if not SKETCH:
+            signs = load_channels(signs_ptr, ROWS, D)
     if OPENS and CHAINED:
         _wait()
     if OPENS:
@@ -743,7 +772,7 @@ def split_mma_kernel(
             part, attends = split % gl.maximum(parts, 1), split < beside
         else:
             dense_block = gl.program_id(1).to(gl.int64)
-            dense_head = (gl.program_id(1) // blocks).to(gl.int64)
+            dense_head = own_head
             part, attends = split, split < parts
         if attends:
             dense_own = dense_head
@@ -768,7 +797,7 @@ def split_mma_kernel(
                 dense_block,
                 dense_own,
                 kv_heads,
-                gl.program_id(1) % blocks * R,
+                row_block * R,
                 part,
                 parts,
                 slots,
@@ -805,8 +834,7 @@ def split_mma_kernel(
             )
         if split < beside:
             return
-        split -= beside
-        splits -= beside
+        split, splits = own_split, own_splits
     slot = gl.program_id(1).to(gl.int64) * splits + split
     if HEADS:
         if SCHEDULED:
@@ -824,7 +852,7 @@ def split_mma_kernel(
         block = head * blocks + gl.program_id(1)
         page_table_ptr += head * page_table_row
     else:
-        head = (gl.program_id(1) // blocks).to(gl.int64)
+        head = own_head
         block = gl.program_id(1).to(gl.int64)
     used = pages * PAGE_TOKENS
     unused = 0
@@ -837,7 +865,9 @@ def split_mma_kernel(
         begin = unused // PAGE_TOKENS
         there = (used + PAGE_TOKENS - 1) // PAGE_TOKENS - begin
         first, stride = begin + split, splits  # all programs of a head together read what lies together
-        count = (there - split + splits - 1) // splits
+        count = own_count
+        if USED or STARTS:
+            count = (there - split + splits - 1) // splits
         k_ptr += head * k_head
         v_ptr += head * v_head
         ks_ptr += head * ks_head
@@ -878,15 +908,14 @@ def split_mma_kernel(
         if SHARED:
             own = head % kv_heads
         if SKETCH:
-            x = load_rows(q_ptr, head, gl.program_id(1) % blocks * R, rows, ROWS, 2 * D)
-            own_bias = load_biases(bias_ptr, head, gl.program_id(1) % blocks * R, rows, ROWS, 2 * D)
+            x = load_rows(q_ptr, head, row_block * R, rows, ROWS, 2 * D)
+            own_bias = load_biases(bias_ptr, head, row_block * R, rows, ROWS, 2 * D)
         elif K2_BITS:
             order = load_channels(order_ptr + own * D, ROWS, D)
-            x = load_rows_of(query_ptr, order, head, gl.program_id(1) % blocks * R, rows, ROWS, D)
+            x = load_rows_of(query_ptr, order, head, row_block * R, rows, ROWS, D)
         else:
-            x = load_rows(query_ptr, head, gl.program_id(1) % blocks * R, rows, ROWS, D)
+            x = load_rows(query_ptr, head, row_block * R, rows, ROWS, D)
         if not SKETCH:
-            signs = load_channels(signs_ptr, ROWS, D)
             weights, mean = signs, signs
             if HAS_WEIGHT and K2_BITS:
                 weights = load_channels_of(weight_ptr + own * D, order)
@@ -907,30 +936,17 @@ def split_mma_kernel(
     k2a, k2b, k2c = first, first, first
     if K2_BITS:
         k2a, k2b, k2c, _ = key_words(k2_ptr + pool_row * k2_page, 0, KC, K2_BITS, K2_BITS == 1, HALVES)
-    MORE_LEVELS: gl.constexpr = K_FINE or V_FINE or K2_BITS > 0 or V2_BITS > 0
     tables = gl.allocate_shared_memory(
         gl.int32, [8 if MORE_LEVELS else 4, 32], gl.SwizzledSharedLayout(1, 1, 1, [0])
     )
-    table = lookup_ptr + gl.arange(0, 32, layout=gl.BlockedLayout([1], [32], [1], [0]))
-    low_k, high_k = gl.load(table), gl.load(table + 32)
-    low_v, high_v = gl.load(table + 64), gl.load(table + 96)
-    if MORE_LEVELS:
-        low_fine_k, high_fine_k = gl.load(table + 128), gl.load(table + 160)
-        low_fine_v, high_fine_v = gl.load(table + 192), gl.load(table + 224)
+    if not OPENS:
+        rows_of_tables = _load_tables(lookup_ptr, MORE_LEVELS)
     if OPENS:
         _order(first)
         x = _behind(x, unity)
         if HAS_WEIGHT and not SKETCH:
             weights = _behind(weights, unity)
-    tables.index(0).store(low_k)
-    tables.index(1).store(high_k)
-    tables.index(2).store(low_v)
-    tables.index(3).store(high_v)
-    if MORE_LEVELS:
-        tables.index(4).store(low_fine_k)
-        tables.index(5).store(high_fine_k)
-        tables.index(6).store(low_fine_v)
-        tables.index(7).store(high_fine_v)
+    _store_tables(tables, rows_of_tables, MORE_LEVELS)
     blank, _ = high_and_low(gl.full([32, 2 * ROWS], 0.0, gl.float32, mma), 32, ROWS)
     by_row: gl.constexpr = gl.SliceLayout(0, blank.type.layout)
     row = gl.arange(0, ROWS, layout=by_row)
@@ -1131,7 +1147,7 @@ def split_mma_kernel(
     )
     o_row = gl.arange(0, ROWS, layout=gl.SliceLayout(1, written))
     value = gl.arange(0, VC, layout=gl.SliceLayout(0, written))
-    kept = block % blocks * R + o_row < rows
+    kept = row_block * R + o_row < rows
     o_ptr += (slot * R + o_row[:, None]) * (V_PLANES * VC) + value[None, :]
     lacking = of_rows(gl.sum(weight, 0), acc0)
     if V_FINE:

@@ -64,6 +64,14 @@ def _wait():
 
 
 @gluon.jit
+def _start_next():
+    """Let the next kernel start (Hopper and later)."""
+    gl.inline_asm_elementwise(
+        "griddepcontrol.launch_dependents; // $0", "=r,~{memory}", [], dtype=gl.int32, is_pure=False, pack=1
+    )
+
+
+@gluon.jit
 def _like(x, layout: gl.constexpr):
     """The same numbers in a layout that each thread holds them in already."""
     return gl.convert_layout(x, layout, assert_trivial=True)
@@ -286,6 +294,8 @@ def merge_by_warps_kernel(
             *packed, start + part, end, splits, holder, local, None, PARTS, SIZE, DV, R, WARPS, False
         )
         y, z, m, total = _add(y, z, m, total, more, DV, WARPS)
+    if CHAINED:  # behind its loads: what the next kernel loads first would go before them
+        _start_next()
     x = _transformed(y, DV, WARPS, GROUPS) * signs[None, :]
     if not PARTIAL:
         x += gl.convert_layout(z, turned)

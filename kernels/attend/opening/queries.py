@@ -125,7 +125,8 @@ def turned_queries(
     if HAS_WEIGHT:
         y = y * (1.0 / weight)[None, :]
     y = _transformed(y, ROWS, D, 1)
-    largest = gl.maximum(gl.max(gl.abs(y), 1), 1e-30)
+    bits = gl.abs(y).to(gl.int32, bitcast=True)  # in the same order, and a warp has an instruction for them
+    largest = gl.maximum(gl.max(bits, 1).to(gl.float32, bitcast=True), 1e-30)
     n = (y * (MOST / largest)[:, None] + _WHOLE).to(gl.int32, bitcast=True) - _WHOLE_BITS
     high = (n + 128) >> 8
     both = gl.join(high.to(gl.int8), (n - 256 * high).to(gl.int8))  # [ROWS, D, 2]

@@ -123,5 +123,5 @@ def lookup_of_groups(keys: Groups, values: Groups, device: torch.device) -> torc
         for number in range(2):
             groups = [side[number] if number < len(side) else None for side in (keys, values)]
             books = [None if one is None or one.bits == 1 else one.codebook for one in groups]
-            tables.append(lookup_table(books[0], books[1], device))
-        return torch.cat(tables)
+            tables.append(lookup_table(books[0], books[1], torch.device("cpu")))
+        return torch.cat(tables).to(device)  # no kernel makes it: others read it before they wait for any
