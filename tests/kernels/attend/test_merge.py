@@ -166,6 +166,7 @@ def test_warps_meet_once(capability: int, dim: int, sums: int, barriers: int) ->
     constants |= {} if groups else {"order_ptr": None, "slots_ptr": None}
     kernel = compiled(merge_by_warps_kernel, constants | {"CHAINED": capability >= 90}, capability, warps)
     assert kernel.asm["ptx"].count("bar.sync") == barriers
-    assert ("griddepcontrol.wait" in kernel.asm["ptx"]) == (capability >= 90)
+    for signal in ("griddepcontrol.wait", "griddepcontrol.launch_dependents"):
+        assert (signal in kernel.asm["ptx"]) == (capability >= 90)
     taken = resources(kernel)
     assert taken["REG"] > (size + tiles) * dim // 32 and taken["STACK"] <= 16
