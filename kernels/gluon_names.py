@@ -9,3 +9,6 @@ async_load = getattr(async_copy, "async_load", None) or async_copy.async_copy_gl
 _descriptor = gl.shared_memory_descriptor
 # Shared memory as other numbers, or in another shape or layout; the name had an underscore before Triton 3.9.
 reinterpret = getattr(_descriptor, "reinterpret", None) or _descriptor._reinterpret
+
+# All threads of a program wait for each other; Triton 3.6 has the longer name.
+barrier = getattr(gl, "barrier", None) or gl.thread_barrier

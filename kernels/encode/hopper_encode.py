@@ -9,6 +9,7 @@ from torch import Tensor
 from quantpress.kernels.available import FUSED
 from quantpress.kernels.encode.octets import (
     GATHER_CONSTRAINTS,
+    centre,
     gather_assembly,
     octet_assembly,
     octet_constraints,
@@ -33,10 +34,9 @@ WARPS = 4
 
 _ALIGNED = 16  # bytes that a thread copies at once; Triton must know that strides are multiples of it
 _KEY_SHORT = 2.0**-4  # least norm of a key over the largest weight: float16 holds the numbers of longer ones
-_VALUE_UNITS = {torch.bfloat16: 2.0**-32, torch.float16: 2.0**-24}  # of the rotation; norms to 2**21, 2**13
-_PAIR_UNITS = {torch.bfloat16: 2.0**30, torch.float16: 2.0**10}  # at 2 bits; norms to 2**26, all norms
-_VALUE_SHORT, _VALUE_LONG = 2.0**-60, 2.0**-7  # norms of products that become whole numbers
-_PAIR_SHORT = 2.0**-16  # least norm of a product whose sums with levels are normal float32 numbers
+_PAIR_UNITS = {torch.bfloat16: 2.0**30, torch.float16: 2.0**10}  # of values' rotation at 2 bits
+_PAIR_SHORT = 2.0**-16  # least norm of their product, so that sums with levels are normal float32 numbers
+_VALUE_SHORT, _VALUE_LONG = 2.0**-40, 2.0**40  # norms of other values' products
 _LONG = 2.0**60  # largest norm of other products
 
 
@@ -54,14 +54,14 @@ def covers(x: Tensor, spec: CodecSpec, transform: ChannelTransform) -> bool:
     moved = transform.tensors().keys() <= ({"mean", "weight"} if spec.role == "key" else set())
     steps = [stride for size, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True) if size > 1]
     aligned = x.stride(-1) == 1 and not any(step % _ALIGNED for step in steps) and not x.data_ptr() % _ALIGNED
-    return codec and moved and aligned and x.dtype in _VALUE_UNITS and _is_hopper(x.device)
+    return codec and moved and aligned and x.dtype in _PAIR_UNITS and _is_hopper(x.device)
 
 
 def launch_settings(spec: CodecSpec) -> tuple[int, int]:
     """Most registers of a thread, and programs for each multiprocessor, whether or not all run at once."""
     if spec.role == "key":
         return 128, 4  # each program makes a matrix
-    return (96, 10) if spec.bits == 2 else (128, 16)
+    return (128, 8) if spec.bits == 3 else (96, 10)
 
 
 @lru_cache(maxsize=16)
@@ -88,13 +88,25 @@ def launch_hopper(
     units = -(-pages // 2) if spec.bits == 3 else pages  # what one round of a program encodes
     registers, programs = launch_settings(spec)
     grid = (max(1, min(units, programs * _multiprocessors(x.device) // heads)), heads)
+    arguments = hopper_arguments(x, spec, transform, planes, flag)
+    arguments["turn"] = turn_of(grid[0], _multiprocessors(x.device))
     with torch.cuda.device(x.device):
         quick(encode_hopper_kernel)[grid](
-            **hopper_arguments(x, spec, transform, planes, flag),
+            **arguments,
             num_warps=WARPS,
             maxnreg=registers,
             **FUSED,
         )
+
+
+def turn_of(programs: int, multiprocessors: int) -> int:
+    """Which bit of a head's number turns the order of its programs: 31, none, where a head fills the GPU.
+
+    The first programs of a head have a page more than the last where pages do not come out even. Programs of
+    as many heads as fill the GPU once lie on multiprocessors alike, so the next ones are numbered backwards.
+    """
+    heads = multiprocessors // programs
+    return (heads - 1).bit_length() if heads else 31
 
 
 @lru_cache(maxsize=16)
@@ -120,6 +132,7 @@ def hopper_arguments(
         **strides,
         "heads": x.shape[1],
         "pages": x.shape[2] // PAGE_TOKENS,
+        "turn": 31,
         "MEAN": "mean" in parts,
         "WEIGHT": "weight" in parts,
     }
@@ -129,12 +142,11 @@ def hopper_arguments(
 def _constants(spec: CodecSpec, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
     """The arguments that are the same for every layer."""
     values, book = spec.role == "value", spec.codebook_of(0)
-    zeros, steep = zero_fields(book.bits, values), steepness(book, values)
-    unit, pairs = 1.0, book.bits == 2
-    if values:
-        unit = (_PAIR_UNITS if pairs else _VALUE_UNITS)[dtype]
+    zeros = zero_fields(book.bits, values)
+    pairs = values and book.bits == 2
+    unit = _PAIR_UNITS[dtype] if pairs else 1.0
     matrix, factor = _matrix(spec.rotation_of(0), values, dtype if values else torch.float16, unit, device)
-    short = (_PAIR_SHORT if pairs else _VALUE_SHORT) if values else _KEY_SHORT / factor
+    short = _PAIR_SHORT if pairs else _VALUE_SHORT if values else _KEY_SHORT / factor
     return {
         "matrix_ptr": matrix,
         "table_ptr": _table(book, values, device),
@@ -148,8 +160,8 @@ def _constants(spec: CodecSpec, dtype: torch.dtype, device: torch.device) -> dic
         "GATHER_REGISTERS": GATHER_CONSTRAINTS,
         "ZERO0": zeros[0],
         "ZERO1": zeros[1],
-        "STEEP": steep[0],
-        "TINY": steep[1],
+        "STEEP": steepness(book, values),
+        "CENTRE": centre(book, values),
         "BITS": book.bits,
         "VALUES": values,
     }

@@ -28,7 +28,9 @@ from quantpress.kernels.encode.hopper_product import (
     half_layout,
     in_dtype,
     in_octets,
+    joined,
     key_halves,
+    octets_of_half,
     signs,
     swizzled,
     tile_start,
@@ -44,6 +46,18 @@ from quantpress.kernels.gluon_index import index_along
 def _row_sum(x):
     """[w, g, o, t] -> [w, g]."""
     return gl.sum(gl.sum(x, 2), 2)
+
+
+@gluon.jit
+def _squares(a, b, c, d):
+    return a * a + b * b + c * c + d * d
+
+
+@gluon.jit
+def _sum_and_difference(u, v, steep, CENTRE: gl.constexpr):
+    """(u + v) * steep + CENTRE and (u - v) * steep + CENTRE, in three operations."""
+    scaled = u * steep + CENTRE
+    return joined(scaled + v * steep, scaled - v * steep)
 
 
 @gluon.jit
@@ -75,7 +89,7 @@ def _scale(square, over, added, factor, largest, VALUES: gl.constexpr, BITS: gl.
     return gl.minimum(scale, largest)
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=["turn"])
 def encode_hopper_kernel(
     x_ptr,
     mean_ptr,
@@ -90,6 +104,7 @@ def encode_hopper_kernel(
     stride_t: gl.constexpr,
     heads,
     pages,
+    turn,
     factor,
     largest,
     least,
@@ -101,7 +116,7 @@ def encode_hopper_kernel(
     ZERO0: gl.constexpr,
     ZERO1: gl.constexpr,
     STEEP: gl.constexpr,
-    TINY: gl.constexpr,
+    CENTRE: gl.constexpr,
     BITS: gl.constexpr,
     VALUES: gl.constexpr,
     MEAN: gl.constexpr,
@@ -116,7 +131,8 @@ def encode_hopper_kernel(
     [B, Hkv, P, bytes / 4] int32 and scale: [B, Hkv, P, 128], written; factor: the scale is factor times |y|
     over what ASM adds up (values; at 2 bits times |y| again) or over its root (keys), with y as it leaves the
     product; largest: of the scale's dtype; ASM, REGISTERS: of `octet_assembly`; GATHER, GATHER_REGISTERS:
-    of `gather_assembly`; ZERO0, ZERO1: of `zero_fields`; STEEP, TINY: what 1 / |y| is multiplied by for ASM.
+    of `gather_assembly`; ZERO0, ZERO1: of `zero_fields`; STEEP: what 1 / |y| is multiplied by for ASM;
+    CENTRE: what ASM takes coordinates about, at 3 and 4 bits; turn: of `turn_of`.
 
     flag [1] becomes 2 where |y|^2 is not between `least` (of keys: times the squared largest weight) and
     `most` or is not finite, or where weights differ too much; the planes are not valid then.
@@ -130,7 +146,8 @@ def encode_hopper_kernel(
     x_ptr += (head // heads).to(gl.int64) * stride_b + (head % heads).to(gl.int64) * stride_h
     scale_ptr += head.to(gl.int64) * pages * 128
     words_ptr += head.to(gl.int64) * pages * (BITS * 512)
-    page = gl.program_id(0) * PAGES
+    index = gl.program_id(0)
+    page = (index + (head >> turn & 1) * (gl.num_programs(0) - 1 - 2 * index)) * PAGES
     step = gl.num_programs(0) * PAGES
 
     row = gl.arange(0, 64, layout=gl.SliceLayout(1, layout))
@@ -169,15 +186,16 @@ def encode_hopper_kernel(
     kept = in_octets(none, none)[0]  # the first tile's, at 2 bits
     spread = words_of(kept, pages, GATHER, GATHER_REGISTERS, BITS, VALUES)[0]  # and at 3 bits
     lanes: gl.constexpr = kept.type.layout
+    rows: gl.constexpr = gl.SliceLayout(2, gl.SliceLayout(2, lanes))
     t = index_along(3, 4, 4, lanes)
     low = gl.load(table_ptr + t)
     if BITS == 2:  # the others are not used, nor kept in registers
-        high, added_low, added_high, offset = low, low, low, low
+        high, held0, held1, held2 = low, low, low, low
     else:
         high = gl.load(table_ptr + 4 + t)
-        added_low = gl.load(table_ptr + 8 + t)
-        added_high = gl.load(table_ptr + 12 + t)
-        offset = gl.load(table_ptr + 16 + t)
+        held0 = gl.load(table_ptr + 8 + t)
+        held1 = gl.load(table_ptr + 12 + t)
+        held2 = gl.load(table_ptr + 16 + t)
     tile = 0
     fence_async_shared()
     while page < pages:
@@ -204,20 +222,38 @@ def encode_hopper_kernel(
         if next_tile == TILES:
             next_tile = 0
             next_page += step
-        a0, b0, c0, d0, a1, b1, c1, d1 = in_octets(u + v, u - v)
-        square0 = _row_sum(a0 * a0 + b0 * b0 + c0 * c0 + d0 * d0)
-        square1 = _row_sum(a1 * a1 + b1 * b1 + c1 * c1 + d1 * d1)
+        if BITS == 2:
+            a0, b0, c0, d0, a1, b1, c1, d1 = in_octets(u + v, u - v)
+            square0 = _row_sum(_squares(a0, b0, c0, d0))
+            square1 = _row_sum(_squares(a1, b1, c1, d1))
+        else:
+            a0, b0, c0, d0, a1, b1, c1, d1 = octets_of_half(u)
+            e0, f0, g0, h0, e1, f1, g1, h1 = octets_of_half(v)
+            square0 = 2 * _row_sum(_squares(a0, b0, c0, d0) + _squares(e0, f0, g0, h0))
+            square1 = 2 * _row_sum(_squares(a1, b1, c1, d1) + _squares(e1, f1, g1, h1))
+            halves: gl.constexpr = square0.type.layout
+            square0 = gl.convert_layout(square0, rows, assert_trivial=True)
+            square1 = gl.convert_layout(square1, rows, assert_trivial=True)
         good = _in_range(square0, least, most, VANISHES) & _in_range(square1, least, most, VANISHES)
         over0 = gl.rsqrt(gl.where(square0 > 0, square0, 1.0))
         over1 = gl.rsqrt(gl.where(square1 > 0, square1, 1.0))
         zero = gl.where(square0 == 0, ZERO0, 0) | gl.where(square1 == 0, ZERO1, 0)
-        steep0 = (over0 * STEEP * TINY)[:, :, None][:, :, None, :]
-        steep1 = (over1 * STEEP * TINY)[:, :, None][:, :, None, :]
         zero = zero[:, :, None][:, :, None, :]
+        steep0 = over0 * STEEP
+        steep1 = over1 * STEEP
+        if BITS > 2:
+            of0 = gl.convert_layout(steep0, halves, assert_trivial=True)[:, :, None][:, :, None, :]
+            of1 = gl.convert_layout(steep1, halves, assert_trivial=True)[:, :, None][:, :, None, :]
+            a0, b0 = _sum_and_difference(a0, e0, of0, CENTRE), _sum_and_difference(b0, f0, of0, CENTRE)
+            c0, d0 = _sum_and_difference(c0, g0, of0, CENTRE), _sum_and_difference(d0, h0, of0, CENTRE)
+            a1, b1 = _sum_and_difference(a1, e1, of1, CENTRE), _sum_and_difference(b1, f1, of1, CENTRE)
+            c1, d1 = _sum_and_difference(c1, g1, of1, CENTRE), _sum_and_difference(d1, h1, of1, CENTRE)
+        steep0 = steep0[:, :, None][:, :, None, :]
+        steep1 = steep1[:, :, None][:, :, None, :]
         octets, added0, added1 = gl.inline_asm_elementwise(
             ASM,
             REGISTERS,
-            [a0, b0, c0, d0, a1, b1, c1, d1, steep0, steep1, zero, low, high, added_low, added_high, offset],
+            [a0, b0, c0, d0, a1, b1, c1, d1, steep0, steep1, zero, low, high, held0, held1, held2],
             dtype=(gl.int32, gl.float32, gl.float32)
             if VALUES and BITS == 2
             else (gl.int32, gl.int32, gl.int32),
@@ -244,7 +280,7 @@ def encode_hopper_kernel(
             elif tile == 0:
                 spread = words
             else:
-                words |= ((spread >> (tile - 1)) & 0x11111111) << 3
+                words |= (spread << (4 - tile)) & -0x77777778  # bit 3 of each nibble
                 gl.store(to_ptr + at + (tile - 1) * 512, words, mask=there)
         tile += 1
         if tile == TILES:

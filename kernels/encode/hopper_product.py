@@ -19,7 +19,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma, warpgroup_mma_wait
 
-from quantpress.kernels.gluon_names import async_load, reinterpret
+from quantpress.kernels.gluon_names import async_load, barrier, reinterpret
 
 WEIGHT_RANGE = gl.constexpr(2048.0)
 """Largest weight over least; beyond, float16 does not hold the small ones."""
@@ -36,6 +36,12 @@ def half_layout():
 def matrix_layout():
     """[128, 64] of a matrix on its way to shared memory."""
     return gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+
+
+@gluon.constexpr_function
+def each_warp():
+    """[128] in each warp, so that a reduction needs no other."""
+    return gl.DistributedLinearLayout([[1], [2]], [[4], [8], [16], [32], [64]], [[0], [0]], [], [128])
 
 
 @gluon.constexpr_function
@@ -98,17 +104,22 @@ def weighted(matrix_ptr, mean_ptr, weight_ptr, DTYPE: gl.constexpr, MEAN: gl.con
         the other matrices are in DTYPE, else in float16.
     """
     row = gl.arange(0, 128, layout=gl.SliceLayout(1, matrix_layout()))
+    channel = gl.arange(0, 128, layout=each_warp())
+    rotation = signs(matrix_ptr)  # first: loads do not wait for each other
     weight = gl.full([128], 1.0, gl.float32, row.type.layout)
+    every = gl.full([128], 1.0, gl.float32, channel.type.layout)
+    mean = gl.full([128], 0.0, gl.float32, row.type.layout)
     if WEIGHT:
         weight = gl.load(weight_ptr + row).to(gl.float32)
-    most = gl.max(weight, 0)
-    unit = ((127 + 127 + 5 - (most.to(gl.int32, bitcast=True) >> 23)) << 23).to(gl.float32, bitcast=True)
-    weight *= unit
-    exact = gl.max(gl.abs(weight - weight.to(DTYPE).to(gl.float32)), 0) == 0  # false for NaN
-    rotation = signs(matrix_ptr).to(gl.float32) * weight[:, None]
-    mean = gl.full([128], 0.0, gl.float32, row.type.layout)
+        every = gl.load(weight_ptr + channel).to(gl.float32)
     if MEAN:
         mean -= gl.load(mean_ptr + row).to(gl.float32)
+    most = gl.max(every, 0)
+    unit = ((127 + 127 + 5 - (most.to(gl.int32, bitcast=True) >> 23)) << 23).to(gl.float32, bitcast=True)
+    every *= unit
+    weight *= unit
+    exact = gl.max(gl.abs(weight - weight.to(DTYPE).to(gl.float32)), 0) == 0  # false for NaN
+    rotation = rotation.to(gl.float32) * weight[:, None]
     halves = gl.sum(gl.reshape(rotation * mean[:, None], [2, 64, 64]), 1)
     mean_u, mean_v = gl.split(gl.permute(halves, [1, 0]))
     mean_u = gl.convert_layout(mean_u, gl.SliceLayout(0, matrix_layout()))
@@ -129,7 +140,8 @@ def weighted(matrix_ptr, mean_ptr, weight_ptr, DTYPE: gl.constexpr, MEAN: gl.con
         means.slice(0, 16, 0).store(_three_parts(mean_u, gl.float16))
         means.slice(16, 16, 0).store(_three_parts(mean_v, gl.float16))
         columns.store(_constant_columns(gl.float16))
-    largest = gl.where(gl.max(-weight, 0) * -WEIGHT_RANGE < most * unit, float("inf"), most * unit)
+    largest = gl.where(gl.max(-every, 0) * -WEIGHT_RANGE < most * unit, float("inf"), most * unit)
+    barrier()  # without it Triton 3.9 spills 200 bytes
     return exact, highs, lows, columns, means, unit, largest
 
 
@@ -204,15 +216,16 @@ def key_halves(x, z, highs, lows, columns, means):
 @gluon.jit
 def in_octets(u, v):
     """Columns 0 to 63 and 64 to 127 of y -> eight tensors [w, g, o, t], one for each of (h, (e, s))."""
-    a0, b0, c0, d0, a1, b1, c1, d1 = _octets_of_half(u)
-    e0, f0, g0, h0, e1, f1, g1, h1 = _octets_of_half(v)
-    a0, b0, c0, d0 = _joined(a0, e0), _joined(b0, f0), _joined(c0, g0), _joined(d0, h0)
-    a1, b1, c1, d1 = _joined(a1, e1), _joined(b1, f1), _joined(c1, g1), _joined(d1, h1)
+    a0, b0, c0, d0, a1, b1, c1, d1 = octets_of_half(u)
+    e0, f0, g0, h0, e1, f1, g1, h1 = octets_of_half(v)
+    a0, b0, c0, d0 = joined(a0, e0), joined(b0, f0), joined(c0, g0), joined(d0, h0)
+    a1, b1, c1, d1 = joined(a1, e1), joined(b1, f1), joined(c1, g1), joined(d1, h1)
     return a0, b0, c0, d0, a1, b1, c1, d1
 
 
 @gluon.jit
-def _octets_of_half(y):
+def octets_of_half(y):
+    """A half's columns of a product -> eight tensors [w, g, o % 4, t], one for each of (h, (e, s))."""
     y = gl.permute(gl.reshape(y, [4, 2, 8, 4, 2, 4, 2]), [0, 2, 3, 5, 1, 4, 6])
     even, odd = gl.split(y)
     a, c = gl.split(even)
@@ -225,6 +238,6 @@ def _octets_of_half(y):
 
 
 @gluon.jit
-def _joined(u, v):
+def joined(u, v):
     """Two [w, g, o % 4, t] -> [w, g, o, t]."""
     return gl.reshape(gl.permute(gl.join(u, v), [0, 1, 4, 2, 3]), [4, 8, 8, 4])

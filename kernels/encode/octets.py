@@ -4,12 +4,12 @@ A thread holds two rows of the product and four columns of each: y[h][i]. Their 
 
     2 bits        thresholds are evenly spaced: the code is three times a clamped multiply-add, rounded. An
                   addition of 2**23 leaves it in the low bits, which `prmt` takes as the index of the level
-    3 and 4 bits  by `byte_rounding`, the four columns of a row in the bytes of a word. Levels are looked up
-                  four at a time, too
+    3 and 4 bits  by `rounding`: two columns of a row go into a word as whole numbers of float16, of which
+                  multiply-adds make fields. Two of a row's words add up to fields of four bits. Levels are
+                  looked up four at a time
 
-At 3 and 4 bits coordinates become whole numbers by what a product with them is rounded to: keys as multiples
-of float16's smallest number, values, several steps a unit, as multiples of float32's. Sums of values with
-levels are then of whole numbers, and scales good to 2**-15.
+Values at 3 and 4 bits are whole numbers of steps in their sums with levels, several steps a unit: a
+multiply-add with 2**23 leaves them in the low bits. Scales are then good to 2**-15.
 """
 
 from functools import lru_cache
@@ -17,7 +17,7 @@ from functools import lru_cache
 import numpy as np
 
 from quantpress.kernels.encode.assembly import float_bits, hex_float
-from quantpress.kernels.encode.rounding import ByteRounding, byte_rounding
+from quantpress.kernels.encode.rounding import rounding_of
 from quantpress.quantization.codebook import Codebook
 from quantpress.quantization.density import CoordinateDensity
 
@@ -25,20 +25,19 @@ FACTOR = 2.0**64
 """Factor on coordinates of values at 2 bits: levels are read as level * 2**-149, products must be normal."""
 
 STEP_BITS = {2: 0, 3: 5, 4: 6}
-"""Powers of two: a unit has so many steps, which coordinates of values are rounded to. 16 bits hold 1."""
+"""Powers of two: a unit has so many steps, which values are rounded to in sums. 16 bits hold 1."""
 
 GATHER_CONSTRAINTS = "=&r,=&r,=&r,=&r,r,r,r,r"
 
 _MAGIC = 2.0**23 + 0x9990
 """The last four bits take the field; `prmt` then picks one byte and the sign of another, which has none."""
 
+_WHOLE = 2.0**23
 _TINY16 = 2.0**-24  # the smallest number of float16
 _TINY32 = 2.0**-149
 _HALF = 0.5 - 2.0**-25  # a coordinate of 0 takes the lower code
-_UPPER = 0xE0E0E0E0  # three bits of each byte
-_NIBBLES = (
-    2**27 + 2**15
-)  # the upper half of a product with it has those of bytes 0, 2, 1, 3 as nibbles 0 to 3
+_PAIR = 0x645A6400
+"""1114 and 1024 in float16. With 1114, byte 2 of b * 16 + a and of a * 16 + a has the fields alone."""
 
 
 @lru_cache(maxsize=64)
@@ -50,15 +49,18 @@ def octet_assembly(book: Codebook, values: bool) -> str:
         values: whether the vectors are values, not keys.
 
     Returns:
-        Assembly. Inputs: y[0][0 to 3] and y[1][0 to 3]; for each row `steepness` over the vector's norm; the
-        `zero_fields` of zero vectors, joined; the words of `octet_table`, at 2 bits the first one only.
-        Outputs: the word, with the nibble of y[h][i] at bit 8 i + 4 h (values) or 16 h + 4 i (keys); for each
-        row the sum over i of level**2 (keys), of |y| FACTOR level 2**-149 (values at 2 bits), or of level
-        times |u| in steps, rounded down (values), with levels in units of the codebook's.
+        Assembly. Inputs: y[0][0 to 3] and y[1][0 to 3], at 3 and 4 bits times `steepness` over the vector's
+        norm, plus `centre`; for each row `steepness` over the norm, used at 2 bits; the `zero_fields` of zero
+        vectors, joined; the words of `octet_table`, at 2 bits the first one only. Outputs: the word, with the
+        nibble of y[h][i] at bit 8 i + 4 h (values) or 16 h + 4 i (keys); for each row the sum over i of
+        level**2 (keys), of |y| FACTOR level 2**-149 (values at 2 bits), or of level times |u| in steps,
+        rounded down (values), with levels in units of the codebook's.
     """
-    lines = _added_fields(book, values) if book.bits == 2 else _byte_fields(book, values)
-    names = "b, c, d, e, g, g0, g1, f0, f1, m, n, q0, q1, s0, s1, t, v, w, A, B, y0, y1, y2, y3"
-    return "{ .reg .b32 " + names + ";\n" + "\n".join(lines) + "\n}"
+    lines = _added_fields(book, values) if book.bits == 2 else _half_fields(book, values)
+    names = (
+        "a0, a1, b, b0, b1, c, d, e, f0, f1, g, g0, g1, k0, k1, k2, k3, m, n, q0, q1, s0, s1, t, v, v0, v1"
+    )
+    return "{ .reg .b32 " + names + ", w, x0, x1, y0, y1, y2, y3;\n" + "\n".join(lines) + "\n}"
 
 
 def octet_constraints(book: Codebook, values: bool) -> str:
@@ -67,14 +69,16 @@ def octet_constraints(book: Codebook, values: bool) -> str:
     return "=&r" + sums + ",f" * 10 + ",r" * 6
 
 
-def steepness(book: Codebook, values: bool) -> tuple[float, float]:
-    """What one over a vector's norm is multiplied by before it goes into `octet_assembly`.
-
-    By one after the other: float32 would hold few bits of the product of the two.
-    """
+def steepness(book: Codebook, values: bool) -> float:
+    """What one over a vector's norm is multiplied by before it goes into `octet_assembly`."""
     if book.bits == 2:
-        return 1 / (3 * book.thresholds[-1]), 1.0
-    return (2.0 ** STEP_BITS[book.bits] / book.unit, _TINY32) if values else (_TINY16 / book.unit, 1.0)
+        return 1 / (3 * book.thresholds[-1])
+    return (1.0 if rounding_of(book, values).centre else _TINY16) / book.unit
+
+
+def centre(book: Codebook, values: bool) -> float:
+    """What is added to the coordinates of 3 and 4 bits."""
+    return rounding_of(book, values).centre if book.bits > 2 else 0.0
 
 
 def sum_unit(book: Codebook, values: bool) -> float:
@@ -92,16 +96,15 @@ def sum_unit(book: Codebook, values: bool) -> float:
 
 
 def octet_table(book: Codebook, values: bool) -> list[int]:
-    """[5] int32: levels as bytes of two words, what `byte_rounding` adds in cells likewise, its offset twice.
+    """[5] int32: levels as bytes of two words, then two or three numbers of float16, each twice in a word.
 
     Levels are looked up by code, at 4 bits by magnitude.
     """
     levels = [abs(int(level)) for level in book.scaled]
     levels = levels[len(levels) // 2 :] if book.bits == 4 else (levels + [0] * 8)[:8]
-    by = byte_rounding(book) if book.bits > 2 else ByteRounding(0, (0,) * 8)
-    both = (*levels, *by.added)
-    words = [sum(byte << (8 * i) for i, byte in enumerate(both[at : at + 4])) for at in (0, 4, 8, 12)]
-    return [*map(_signed, words), (by.offset << _step_bits(book, values)) * 0x10001]
+    words = [sum(byte << (8 * i) for i, byte in enumerate(levels[at : at + 4])) for at in (0, 4)]
+    held = rounding_of(book, values).held if book.bits > 2 else ()
+    return [*map(_signed, words), *(_signed(_twice(x)) for x in (*held, 0.0, 0.0, 0.0)[:3])]
 
 
 def zero_fields(bits: int, values: bool) -> tuple[int, int]:
@@ -160,80 +163,62 @@ def _added_fields(book: Codebook, values: bool) -> list[str]:
     return lines
 
 
-def _byte_fields(book: Codebook, values: bool) -> list[str]:
-    """The fields of 3 and 4 bits in bytes, the word, and the sums.
+def _half_fields(book: Codebook, values: bool) -> list[str]:
+    """The fields of 3 and 4 bits, the word, and the sums.
 
-    Half words hold two columns, A and B; `n` has a byte for each column; upper three bits of `e` are fields.
+    Of row r, a{r} holds columns 0 and 2, b{r} columns 1 and 3; q{r} and x{r} have the steps of columns 0 and
+    1 and of 2 and 3.
     """
-    steps = _step_bits(book, values)
-    first, second = ((0, 2), (1, 3)) if values else ((0, 1), (2, 3))  # columns of A and B: low, high
-    offset = byte_rounding(book).offset
-    most = ((256 << steps) - 1) if values else 255 - offset
-    lines = [f"mov.b32 b, {most * 0x10001:#x};"]
+    by = rounding_of(book, values)
+    pair = _PAIR + 0x00040004 * (by.kind == "square")  # positive codes are 4 + magnitude
+    lines = [f"mov.b32 k{i}, {_twice(x):#x};" for i, x in enumerate(by.written)]
+    lines.append(f"mov.b32 k3, {pair:#x};")
     for row in range(2):
-        for column in range(4):
-            if values:
-                lines.append(f"abs.f32 y{column}, {_input(row, column)};")
-                lines.append(f"mul.rz.f32 y{column}, y{column}, ${11 + row};")
-            else:
-                lines.append(f"mul.rn.f32 y{column}, {_input(row, column)}, ${11 + row};")
-        for half, (low, high) in (("A", first), ("B", second)):
-            if values:
-                lines.append(f"mad.lo.u32 {half}, y{high}, 65536, y{low};")
-            else:
-                lines.append(f"cvt.rz.f16x2.f32 {half}, y{high}, y{low};")
-        for half, cell in (("A", "m"), ("B", "n")):
-            if values:
-                lines += [f"add.u16x2 {cell}, {half}, $18;", f"min.u16x2 {cell}, {cell}, b;"]
-            else:
-                lines += [f"abs.f16x2 {cell}, {half};", f"min.f16x2 {cell}, {cell}, b;"]
+        y = [_input(row, i) for i in range(4)]
         if values:
-            lines += [f"shl.b32 {cell}, {cell}, {8 - steps};" for cell in "mn"]
-            lines.append("prmt.b32 n, m, n, 0x7351;")
-        else:
-            lines += ["shl.b32 n, n, 8;", "add.u32 n, n, m;"]
-            if offset:
-                lines.append(f"add.u32 n, n, {offset * 0x01010101:#x};")
-        lines += [
-            f"and.b32 c, n, {_UPPER:#x};",
-            f"mul.hi.u32 c, c, {_NIBBLES:#x};",
-            "prmt.b32 d, $16, $17, c;",
-        ]
-        lines += ["prmt.b32 d, d, d, 0x3120;", "add.u32 e, n, d;"]
-        if book.bits == 3:
-            numbers = [_input(row, i) for i in range(4)]
-            lines += _sign_bytes("g", numbers) if values else ["prmt.b32 g, A, B, 0xfbd9;"]
-            lines.append(f"lop3.b32 e, e, g, {_UPPER:#x}, 0x28;")  # (e ^ g) & upper
-        else:
-            lines.append(f"and.b32 e, e, {_UPPER:#x};")
-            if not values:
-                lines.append(f"prmt.b32 g{row}, A, B, 0xfdb9;")
-        lines += [f"mul.hi.u32 f{row}, e, {_NIBBLES:#x};", f"prmt.b32 t, $14, $15, f{row};"]
+            steps = hex_float(2.0 ** STEP_BITS[book.bits] / _TINY16)
+            for i in range(4):
+                lines.append(f"abs.f32 y{i}, {y[i]};")
+                lines.append(f"fma.rz.f32 y{i}, y{i}, {steps}, {hex_float(_WHOLE)};")
+            lines += [f"prmt.b32 q{row}, y0, y1, 0x5410;", f"prmt.b32 x{row}, y2, y3, 0x5410;"]
+        near = "rn" if by.centre else "rz"
+        lines += [f"cvt.{near}.f16x2.f32 v{i}, {y[2 + i]}, {y[i]};" for i in range(2)]
+        if by.kind != "lines":
+            lines.append(f"prmt.b32 g{row}, v0, v1, 0xfbd9;")  # byte i is 0xFF where column i is negative
+        lines += _rounded(by.kind, "v0", f"a{row}") + _rounded(by.kind, "v1", f"b{row}")
+        lines.append(f"mad.lo.u32 f{row}, b{row}, 16, a{row};")
+    lines += ["prmt.b32 w, f0, f1, 0x6420;", "shr.u32 e, w, 16;"]  # the fields of row 0, of row 1
+    for row, fields in enumerate("we"):
+        lines.append(f"prmt.b32 t, $14, $15, {fields};")
         if values:
-            lines.append(f"shr.u32 f{row}, e, {1 if row else 5};")
-            lines += ["dp2a.lo.u32.u32 g, A, t, 0;", f"dp2a.hi.u32.u32 s{row}, B, t, g;"]
+            lines += [f"dp2a.lo.u32.u32 g, q{row}, t, 0;", f"dp2a.hi.u32.u32 s{row}, x{row}, t, g;"]
         else:
             lines.append(f"dp4a.u32.u32 s{row}, t, t, 0;")
-    lines.append("add.u32 w, f0, f1;" if values else "prmt.b32 w, f0, f1, 0x5410;")
-    if book.bits == 4:
-        for row in range(2 * values):
-            lines += _sign_bytes(f"g{row}", [_input(row, i) for i in range(4)])
-        lines.append("lop3.b32 A, g0, g1, 0xf0f0f0f0, 0xE4;")  # A where the mask is set, else B
-        lines.append("lop3.b32 w, A, 0x88888888, w, 0xEA;")  # (A & mask) | w
+    if values:
+        lines += ["mad.lo.u32 m, a1, 16, a0;", "mad.lo.u32 n, b1, 16, b0;", "prmt.b32 w, m, n, 0x6240;"]
+    if by.kind == "cubic":
+        lines.append("lop3.b32 g, g0, g1, 0xf0f0f0f0, 0xE4;")  # g0 where the mask is set, else g1
+        lines.append("lop3.b32 w, g, 0x88888888, w, 0xEA;")  # (g & mask) | w
+    if by.kind == "square":
+        lines.append("lop3.b32 g, g0, g1, 0x0f0f0f0f, 0xE4;")
+        lines.append("lop3.b32 w, g, 0x77777777, w, 0x6A;")  # (g & mask) ^ w
     zeros = 0x88888888 if book.bits == 4 else 0x33333333
     lines.append(f"lop3.b32 $0, w, $13, {zeros:#x}, 0xB8;")  # zeros where $13 is set, else w
     return [*lines, "mov.b32 $1, s0;", "mov.b32 $2, s1;"]
 
 
-def _sign_bytes(out: str, numbers: list[str]) -> list[str]:
-    """Byte i is 0xFF where number i is negative."""
-    a, b, c, d = numbers
-    lines = [f"prmt.b32 {out}, {a}, {b}, 0x00fb;", f"prmt.b32 {out}, {out}, {c}, 0x0f10;"]
-    return [*lines, f"prmt.b32 {out}, {out}, {d}, 0xf210;"]
+def _rounded(kind: str, number: str, out: str) -> list[str]:
+    """`out` = the fields of two whole numbers, plus 1024 and 1114; see `rounding`."""
+    if kind == "lines":
+        lines = [f"fma.rn.sat.f16x2 m, {number}, $16, k0;", f"fma.rn.sat.f16x2 n, {number}, $17, k1;"]
+        return [*lines, "fma.rn.f16x2 n, n, k2, m;", f"fma.rn.f16x2 {out}, n, $18, k3;"]
+    lines = [f"abs.f16x2 m, {number};", "fma.rn.sat.f16x2 m, m, $16, k0;", "fma.rn.f16x2 n, $17, m, k1;"]
+    lines += ["fma.rn.f16x2 n, n, m, k2;"] * (kind == "cubic")
+    return [*lines, f"fma.rn.f16x2 {out}, n, m, k3;"]
 
 
-def _step_bits(book: Codebook, values: bool) -> int:
-    return STEP_BITS[book.bits] if values else 0
+def _twice(x: float) -> int:
+    return int(np.float16(x).view(np.uint16)) * 0x10001
 
 
 def _signed(word: int) -> int:

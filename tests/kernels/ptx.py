@@ -37,6 +37,10 @@ def _step(name: str, words: list[Words]) -> Words:
         return _packed(*(_cut(word) for word in words))
     if name == "shfl.sync.idx.b32":
         return _from_lane(*words[:2])
+    if name in ("fma.rn.f16x2", "fma.rn.sat.f16x2"):
+        x = [np.ascontiguousarray(word).view(np.float16).astype(np.float64) for word in words]
+        exact = x[0] * x[1] + x[2]
+        return np.float16(exact.clip(0, 1) if ".sat" in name else exact).view(np.uint32)
     if ".f32" in name:
         return _floating(name, [word.view(np.float32) for word in words]).view(np.uint32)
     first, *others = words
@@ -85,17 +89,22 @@ def _floating(name: str, x: list[NDArray[np.float32]]) -> NDArray[np.float32]:
     if name == "rcp.approx.ftz.f32":
         with np.errstate(divide="ignore"):
             return np.asarray(1 / x[0], np.float32)
+    if name == "fma.rz.f32":  # exact in float64 but for the last bits
+        return _toward_zero(x[0].astype(np.float64) * x[1] + x[2])
     if name.startswith("fma"):
         exact = x[0].astype(np.float64) * x[1] + x[2]
         return np.asarray(exact.clip(0, 1) if ".sat" in name else exact, np.float32)
     if name == "mul.rz.f32":
-        exact = x[0].astype(np.float64) * x[1]
-        nearest = np.float32(exact)
-        return np.where(np.abs(nearest) > np.abs(exact), np.nextafter(nearest, np.float32(0)), nearest)
+        return _toward_zero(x[0].astype(np.float64) * x[1])
     if name == "mul.rn.sat.f32":
         return np.asarray(np.multiply(*x).clip(0, 1), np.float32)
     two = {"mul.f32": np.multiply, "mul.rn.f32": np.multiply, "add.f32": np.add, "add.rn.f32": np.add}
     return np.asarray(two[name](*x), np.float32)
+
+
+def _toward_zero(exact: NDArray[np.float64]) -> NDArray[np.float32]:
+    nearest = np.float32(exact)
+    return np.where(np.abs(nearest) > np.abs(exact), np.nextafter(nearest, np.float32(0)), nearest)
 
 
 def _transposed(word: Words) -> Words:

@@ -233,7 +233,7 @@ def emulate(module: ModuleType, kernel: str, arguments: dict[str, Any], grid: tu
     names |= {"reinterpret": lambda shared, dtype, shape, layout: Shared(shared.held.view(dtype))}
     names |= {"async_copy": copies, "fence_async_shared": lambda: None, "warpgroup_mma": _product}
     names |= {"warpgroup_mma_wait": lambda count, results: results if results[1:] else results[0]}
-    names |= {"mma_v2": _small_product}
+    names |= {"mma_v2": _small_product, "barrier": lambda: None}
     for name, held in held_by_name.items():
         if hasattr(held, "arg_names"):
             names[name] = FunctionType(held.fn.__code__, names, name, held.fn.__defaults__)
