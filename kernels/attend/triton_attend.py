@@ -197,9 +197,10 @@ def attend_triton(
     packed = [one for one in segments if isinstance(one, PackedSegment)]
     cap = 0.0 if softcap is None else softcap * LOG2_E
     with torch.cuda.device(query.device) if query.is_cuda else contextlib.nullcontext():
-        *others, call = (
-            _call(query, one, plain)(query, one, slots, scaling * LOG2_E, cap, plain) for one in packed
-        )
+        calls = [_call(query, one, plain)(query, one, slots, scaling * LOG2_E, cap, plain) for one in packed]
+        for one in calls:
+            one.cut(min(other.block for other in calls))
+        *others, call = calls
         prepared, dense = call.first(before, after, newer, len(others))
         for number, other in enumerate(others, dense[0].shape[1] - len(others)):
             other.merge(other.attend(other.first()[0]), dense, into=number)
@@ -238,8 +239,6 @@ class _Call:
         self.rows = self.group * self.queries
         self.query = query.reshape(self.heads, self.rows, dim).contiguous()
         self.keys, self.values = self._operands()
-        self.block = self._block_rows()
-        self.blocks = -(-self.rows // self.block)
         self.used, self.starts = contiguous(packed.lengths), contiguous(packed.starts)
         self.table = packed.table if packed.table is None else _in_rows(packed.table)
         self.pages = packed.pages
@@ -250,7 +249,12 @@ class _Call:
         self.chained = not plain and chains(query.device)
         self.early = {"launch_pdl": True} if self.chained else {}
         self.options = FUSED | self.early
-        self.computed = FEW_ROWS if self.rows <= FEW_ROWS else self.block
+        self.cut(self._block_rows())
+
+    def cut(self, block: int) -> None:
+        """How many rows are a block. Calls whose sums become one output have the same number."""
+        self.block, self.blocks = block, -(-self.rows // block)
+        self.computed = FEW_ROWS if self.rows <= FEW_ROWS else block
         self.opens = self._opens()
 
     def _operands(self) -> Any:

@@ -64,6 +64,15 @@ def check(query: torch.Tensor, segments: list[Segment], softcap: float | None = 
     assert float((got - expected).norm() / expected.norm()) < 2e-4
 
 
+@pytest.mark.parametrize("last", [0, 1])
+def test_pages_of_two_kinds(last: int, emulated: Emulated) -> None:
+    """One kind has at most eight rows in a block, and sums of both become one output."""
+    pages = pages_of(3.5, 3.5), packed(128, 128, 3)
+    query = queries(ROWS // GROUP + 1)
+    check(query, [dense(4, 128, 128, BF16), pages[1 - last], pages[last], dense(40, 128, 128, BF16)])
+    assert {launch["R"] for launch in emulated.launches} == {ROWS}
+
+
 @pytest.mark.parametrize(
     ("key_bits", "value_bits", "count", "dtype"),
     [(3.5, 3.5, 1, BF16), (2.5, 4, 1, FP16), (1.5, 3, 2, BF16), (3.5, 1.5, 5, BF16)],
