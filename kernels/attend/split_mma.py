@@ -695,6 +695,7 @@ def split_mma_kernel(
     PAGE_KEYS: gl.constexpr,
     STAGED: gl.constexpr,
     CHAINED: gl.constexpr,
+    AHEAD: gl.constexpr,
     OPENS: gl.constexpr,
     TILE: gl.constexpr,
     HAS_WEIGHT: gl.constexpr,
@@ -746,25 +747,29 @@ def split_mma_kernel(
     scale to kv_heads and from hidden on; signs: [D] float32, row 0 of the rotation, a Walsh-Hadamard matrix
     with signed columns. The 16-bit tokens are attended here too, TILE at a time: `parts` programs of each
     block of rows write the first of the `slots` sums in dense_o, dense_m and dense_l. The first
-    `beside` programs on axis 0, of all heads where HEADS, attend nothing else.
+    `beside` programs on axis 0, of all heads where HEADS, attend nothing else. AHEAD, only with OPENS: what
+    needs no memory that a kernel before this one may write stands in front of the wait. Tables and signs are
+    among it, as they are made on the host.
     """
     mma: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [1, 1], [16, 8])
     right: gl.constexpr = gl.DotOperandLayout(1, mma, 4)
     MORE_LEVELS: gl.constexpr = K_FINE or V_FINE or K2_BITS > 0 or V2_BITS > 0
     split = gl.program_id(0)
     splits = gl.num_programs(0)
-    # What needs no memory that a kernel before this one may write stands in front of the wait. Tables and
-    # signs are made on the host.
-    row_block = gl.program_id(1) % blocks
-    own_head = (gl.program_id(1) // blocks).to(gl.int64)
-    own_split, own_splits = split - beside, splits - beside
-    own_count = (pages - own_split + own_splits - 1) // own_splits
-    if OPENS:
+    if AHEAD:
+        row_block = gl.program_id(1) % blocks
+        own_head = (gl.program_id(1) // blocks).to(gl.int64)
+        own_split, own_splits = split - beside, splits - beside
+        own_count = (pages - own_split + own_splits - 1) // own_splits
         rows_of_tables = _load_tables(lookup_ptr, MORE_LEVELS)
-        if not SKETCH:
-            signs = load_channels(signs_ptr, ROWS, D)
+        signs = load_channels(signs_ptr, ROWS, D)
     if OPENS and CHAINED:
         _wait()
+    if not AHEAD:
+        row_block = gl.program_id(1) % blocks
+        own_head = (gl.program_id(1) // blocks).to(gl.int64)
+        own_split, own_splits = split - beside, splits - beside
+        own_count = 0
     if OPENS:
         if HEADS:
             dense_head = (split // gl.maximum(parts, 1)).to(gl.int64)
@@ -866,7 +871,7 @@ def split_mma_kernel(
         there = (used + PAGE_TOKENS - 1) // PAGE_TOKENS - begin
         first, stride = begin + split, splits  # all programs of a head together read what lies together
         count = own_count
-        if USED or STARTS:
+        if USED or STARTS or not AHEAD:
             count = (there - split + splits - 1) // splits
         k_ptr += head * k_head
         v_ptr += head * v_head
@@ -916,6 +921,8 @@ def split_mma_kernel(
         else:
             x = load_rows(query_ptr, head, row_block * R, rows, ROWS, D)
         if not SKETCH:
+            if not AHEAD:
+                signs = load_channels(signs_ptr, ROWS, D)
             weights, mean = signs, signs
             if HAS_WEIGHT and K2_BITS:
                 weights = load_channels_of(weight_ptr + own * D, order)
@@ -939,7 +946,7 @@ def split_mma_kernel(
     tables = gl.allocate_shared_memory(
         gl.int32, [8 if MORE_LEVELS else 4, 32], gl.SwizzledSharedLayout(1, 1, 1, [0])
     )
-    if not OPENS:
+    if not AHEAD:
         rows_of_tables = _load_tables(lookup_ptr, MORE_LEVELS)
     if OPENS:
         _order(first)

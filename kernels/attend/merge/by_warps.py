@@ -222,13 +222,15 @@ def merge_by_warps_kernel(
     GROUPS: gl.constexpr,
     SHARED: gl.constexpr,
     SLOTS: gl.constexpr,
+    AHEAD: gl.constexpr,
     CHAINED: gl.constexpr,
 ):
     """Join the splits of WARPS / PARTS rows (axis 0) of one (batch, KV head) (axis 1), PARTS warps a row.
 
     As `by_matrix.merge_kernel`, but for this: rotation is that of a Walsh-Hadamard matrix with signed
     columns, of which the first row is read; WARPS: of the program; SIZE, TILES: partial sums over packed and
-    over 16-bit tokens that a warp joins at a time. Heads with page tables have a schedule.
+    over 16-bit tokens that a warp joins at a time. Heads with page tables have a schedule. AHEAD: the next
+    kernel may start before this one has ended.
 
     If GROUPS is 2, each half of the channels in code space has a rotation of its own. Their first rows are
     read, one after the other, with the units of levels in them. DV is then 128; order [BH, DV] int16, slots,
@@ -294,7 +296,7 @@ def merge_by_warps_kernel(
             *packed, start + part, end, splits, holder, local, None, PARTS, SIZE, DV, R, WARPS, False
         )
         y, z, m, total = _add(y, z, m, total, more, DV, WARPS)
-    if CHAINED:  # behind its loads: what the next kernel loads first would go before them
+    if AHEAD and CHAINED:  # behind its loads: what the next kernel loads first would go before them
         _start_next()
     x = _transformed(y, DV, WARPS, GROUPS) * signs[None, :]
     if not PARTIAL:

@@ -164,9 +164,10 @@ def test_warps_meet_once(capability: int, dim: int, sums: int, barriers: int) ->
     groups = dim == 128
     constants |= {"GROUPS": 1 + groups, "SHARED": False, "SLOTS": groups}
     constants |= {} if groups else {"order_ptr": None, "slots_ptr": None}
-    kernel = compiled(merge_by_warps_kernel, constants | {"CHAINED": capability >= 90}, capability, warps)
+    constants |= {"CHAINED": capability >= 90, "AHEAD": dim == 128}
+    kernel = compiled(merge_by_warps_kernel, constants, capability, warps)
     assert kernel.asm["ptx"].count("bar.sync") == barriers
-    for signal in ("griddepcontrol.wait", "griddepcontrol.launch_dependents"):
-        assert (signal in kernel.asm["ptx"]) == (capability >= 90)
+    assert ("griddepcontrol.wait" in kernel.asm["ptx"]) == (capability >= 90)
+    assert ("griddepcontrol.launch_dependents" in kernel.asm["ptx"]) == (capability == 90)
     taken = resources(kernel)
     assert taken["REG"] > (size + tiles) * dim // 32 and taken["STACK"] <= 16

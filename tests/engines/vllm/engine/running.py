@@ -161,6 +161,7 @@ def sampling_params(new: int, **sampling: Any) -> Any:
 def engine(folder: Path, **options: Any) -> Iterator[Engine]:
     """An engine that is taken down at the end, so that the next one can begin."""
     from vllm.distributed import cleanup_dist_env_and_memory
+    from vllm.platforms import current_platform
 
     made = None
     try:
@@ -172,3 +173,5 @@ def engine(folder: Path, **options: Any) -> Iterator[Engine]:
         del made
         gc.collect()
         cleanup_dist_env_and_memory()
+        # PyTorch fails when graphs share a pool with graphs that are gone
+        type(current_platform)._global_graph_pool = None
