@@ -48,8 +48,9 @@ help:
 demo: $(VENV)/.ready
 	$(BIN)/python -m quantpress demo $(ARGS)
 
+# Tests as pytest rewrites them are kept beside their sources: else each worker does it again, a third of collection.
 test: $(VENV)/.ready-test
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not gpu and not ranks" $(ARGS)
+	OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not gpu and not ranks" $(ARGS)
 
 # The same suites on another version of transformers, in an environment of its own over the pinned one.
 test-transformers: $(HOST)/.ready

@@ -65,6 +65,7 @@ def test_a_suite_writes_results_tables_and_pictures(tiny, tmp_path):
     assert names >= {"results.jsonl", "report.md", "needles.png", "divergence.png", "memory.png", "front.png"}
 
 
+@pytest.mark.usefixtures("few_arms")
 def test_json_holds_every_row_and_a_second_run_adds_nothing(tiny, tmp_path):
     how = ("--output", tmp_path, "--part", "fidelity", "--no-figures", "--json")
     first = json.loads(evaluate(*how))
@@ -72,7 +73,7 @@ def test_json_holds_every_row_and_a_second_run_adds_nothing(tiny, tmp_path):
     assert json.loads(evaluate(*how)) == first
     assert (tmp_path / "results.jsonl").stat().st_size == size
     assert {path.name for path in tmp_path.iterdir()} == {"results.jsonl", "report.md"}
-    assert [row["arm"] for row in first["fidelity"]] == [arm.name for arm in every_arm()]
+    assert [row["arm"] for row in first["fidelity"]] == [arm.name for arm in every_arm()[:3]]
     assert first["fidelity"][0]["kl"]["value"] < 1e-4
     assert first["settings"]["suite"]["context"] == 300
     assert first["grid"] == first["tasks"] == first["refused"] == []

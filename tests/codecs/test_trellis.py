@@ -66,14 +66,11 @@ def test_levels_of_one_bit_are_free() -> None:
 
 def best_of_all_ends(unit: torch.Tensor, bits: int) -> torch.Tensor:
     """[N] least squared error of paths that are searched from each state back to it."""
-    x, code = unit.T.contiguous(), trellis(bits)
-    levels = code.level_tensor(unit.shape[-1])
-    ends = torch.arange(len(levels))
-    errors = [
-        (levels[searched(x, levels, bits, ends[i].expand(x.shape[1])).long()] - x).square().sum(0)
-        for i in range(len(levels))
-    ]
-    return torch.stack(errors).amin(0)
+    levels = trellis(bits).level_tensor(unit.shape[-1])
+    ends = torch.arange(len(levels), device="cpu").repeat_interleave(len(unit))
+    x = unit.T.repeat(1, len(levels))  # every vector for every state
+    errors = (levels[searched(x, levels, bits, ends).long()] - x).square().sum(0)
+    return errors.view(len(levels), -1).amin(0)
 
 
 @pytest.mark.parametrize(("bits", "dim"), [(1, 12), (2, 6)])

@@ -5,6 +5,7 @@ there takes longer than most kernels do. Run as a script, this file is that proc
 """
 
 import functools
+import gc
 import inspect
 import io
 import json
@@ -65,9 +66,13 @@ def _patch_once_a_launch() -> None:
     patch: Any = interpreter._patch_lang
     patched = set[str]()
 
-    def patch_the_rest(function: Any) -> Any:
+    @functools.cache
+    def seen_by(function: Any) -> set[str]:
         seen = (value.__name__ for value in function.__globals__.values() if inspect.ismodule(value))
-        modules = {name for name in seen if name.startswith("triton.language")}
+        return {name for name in seen if name.startswith("triton.language")}
+
+    def patch_the_rest(function: Any) -> Any:
+        modules = seen_by(function)
         if modules <= patched:  # inside a launch, which alone asks for the scope
             return None
         scope = patch(function)
@@ -84,10 +89,79 @@ def _patch_once_a_launch() -> None:
     interpreter._patch_lang = patch_the_rest  # type: ignore[assignment]
 
 
+def _remember_types() -> None:
+    """Every operation makes its types, shapes and NumPy's dtypes anew; there are few, and they do not change.
+
+    What is remembered is what Triton's own functions made.
+    """
+    from triton.language import core
+    from triton.runtime import interpreter
+
+    make_dtype, make_block, make_tensor = (
+        interpreter._get_np_dtype,
+        core.block_type.__init__,
+        core.tensor.__init__,
+    )
+    dtypes, blocks, tensors = dict[str, Any](), dict[Any, dict[str, Any]](), dict[str, dict[str, Any]]()
+
+    def get_dtype(kind: Any) -> Any:
+        name = kind.scalar.name
+        if name not in dtypes:
+            dtypes[name] = make_dtype(kind)
+        return dtypes[name]
+
+    def init_block(self: Any, element_ty: Any, shape: Any) -> None:
+        key = (element_ty.name, *[getattr(size, "value", size) for size in shape])
+        if key not in blocks:
+            make_block(self, element_ty, shape)
+            blocks[key] = vars(self).copy()
+        vars(self).update(blocks[key], element_ty=element_ty)
+
+    def init_tensor(self: Any, handle: Any, type: Any) -> None:
+        name = type.name  # of a block, with its shape
+        if name not in tensors:
+            make_tensor(self, handle, type)
+            tensors[name] = vars(self).copy()
+        vars(self).update(tensors[name], handle=handle, type=type, dtype=type.scalar)
+
+    interpreter._get_np_dtype = get_dtype  # type: ignore[assignment]
+    core.block_type.__init__ = init_block  # type: ignore[method-assign]
+    core.tensor.__init__ = init_tensor  # type: ignore[method-assign]
+
+
+def _check_overflow_in_one_step() -> None:
+    """A sum, difference or product of integers that leaves its type is an error.
+
+    Triton computes each of them again, operation by operation, which takes a third of the time, and then
+    looks at what it found in its debug mode alone.
+    """
+    import numpy
+    from triton.runtime import interpreter
+
+    semantic: Any = type(interpreter.interpreter_semantic)
+    check = semantic.binary_op_sanitize_overflow_impl
+    operations = {"add": numpy.add, "sub": numpy.subtract, "mul": numpy.multiply}
+
+    def check_at_once(self: Any, lhs: Any, rhs: Any, binary_op: Any) -> None:
+        operation, kind = operations.get(binary_op.__name__), lhs.type.scalar
+        if operation is None or kind.int_bitwidth > 32 or not self.builder.options.sanitize_overflow:
+            return check(self, lhs, rhs, binary_op)
+        assert kind == rhs.type.scalar and kind.is_int()
+        one, other = (side.handle.data.astype(numpy.int64) for side in (lhs, rhs))
+        found = operation(one, other)
+        inside = kind.get_int_min_value() <= found.min() and found.max() <= kind.get_int_max_value()
+        assert inside, f"int{kind.int_bitwidth} overflow detected for operation {binary_op.__name__}"
+
+    semantic.binary_op_sanitize_overflow_impl = check_at_once
+
+
 def _serve() -> None:
     import torch
 
     _patch_once_a_launch()
+    _remember_types()
+    _check_overflow_in_one_step()
+    gc.disable()  # next to nothing of what an operation makes is garbage that only a search finds
     for line in sys.stdin:
         failed, printed = "", io.StringIO()
         torch.manual_seed(0)
@@ -98,6 +172,7 @@ def _serve() -> None:
         except Exception:
             failed = traceback.format_exc()
         print(json.dumps([printed.getvalue(), failed]), flush=True)
+        gc.collect()
 
 
 if __name__ == "__main__":

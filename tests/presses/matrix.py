@@ -40,7 +40,7 @@ catalogue = _catalogue()
 CONTEXT_TOKENS = 640  # half of them: 4 sinks, one or two pages, the rest recent
 CONTEXT = f"{text(CONTEXT_TOKENS - 22)} <user> {text(catalogue.FINCH_WINDOW, seed=5)}"
 QUESTION = text(5, seed=1)
-NEW_TOKENS = 12
+NEW_TOKENS = 8
 
 
 @functools.cache

@@ -1,6 +1,8 @@
 """A Gluon kernel's source run in PyTorch, its assembly in numpy: what it computes, whatever its layouts."""
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FunctionType, ModuleType, SimpleNamespace
 from typing import Any
 
@@ -9,28 +11,30 @@ import torch
 
 from tests.kernels.ptx import run_ptx
 
+Tile = torch.Tensor
+"""While a kernel runs, torch's tensors are what the language's are (`as_in_the_language`)."""
 
-class Tile(torch.Tensor):
-    """A tensor with what the language's tensors have beside."""
 
-    type: Any = SimpleNamespace(layout=None)
+@contextmanager
+def as_in_the_language() -> Iterator[None]:
+    """Tensors with what the language's have beside; a class of its own costs more than the arithmetic."""
+    plain = torch.Tensor.to
 
-    @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """As torch has it, without what is for other subclasses: tensors that come out are tiles."""
-        with torch._C.DisableTorchFunctionSubclass():
-            found = func(*args, **(kwargs or {}))
-        if isinstance(found, torch.Tensor):
-            return found.as_subclass(cls)
-        if type(found) in (tuple, list):
-            return type(found)(x.as_subclass(cls) if isinstance(x, torch.Tensor) else x for x in found)
-        return found
+    def to(self: Any, dtype: Any, bitcast: bool = False) -> Any:
+        return self.view(dtype) if bitcast else plain(self, dtype)
 
-    def to(self, dtype: torch.dtype, bitcast: bool = False) -> Any:
-        return self.view(dtype) if bitcast else super().to(dtype)
-
-    def __iadd__(self, other: Any) -> Any:  # a new value, as there
+    def add(self: Any, other: Any) -> Any:  # a new value, as there
         return self + other
+
+    own = {"to": to, "__iadd__": add, "type": SimpleNamespace(layout=None)}
+    assert not own.keys() & vars(torch.Tensor).keys()
+    for name, value in own.items():
+        setattr(torch.Tensor, name, value)
+    try:
+        yield
+    finally:
+        for name in own:
+            delattr(torch.Tensor, name)
 
 
 class Pointer:
@@ -240,6 +244,7 @@ def emulate(module: ModuleType, kernel: str, arguments: dict[str, Any], grid: tu
         elif hasattr(held, "fn"):  # of layouts
             names[name] = lambda *_: None
     call = {name: Pointer(one) if isinstance(one, torch.Tensor) else one for name, one in arguments.items()}
-    for program in ((i, j) for j in range(grid[1]) for i in range(grid[0])):
-        names["gl"] = Language(program, grid)
-        names[kernel](**call)
+    with as_in_the_language():
+        for program in ((i, j) for j in range(grid[1]) for i in range(grid[0])):
+            names["gl"] = Language(program, grid)
+            names[kernel](**call)
