@@ -174,7 +174,7 @@ def test_which_pages_these_are() -> None:
 @pytest.mark.parametrize(
     ("keys", "values", "rows", "capability", "heads", "spilled"),
     [
-        ((4, 3), (4, 3), 4, 90, 0, 48),
+        ((4, 3), (4, 3), 4, 90, 0, 56),  # bytes: with Triton 3.9, and 48 with 3.7
         ((2, 1), (4,), 4, 100, 0, 16),
         ((3, -1), (3, 2), 8, 80, 0, 512),
     ],
