@@ -275,7 +275,7 @@ class TextGenerationPipeline(Pipeline):
         warn_of_positions(self.model.config, context_ids, questions, config.max_new_tokens)
         watch = Stopwatch(self.model.device) if report else None
         how: dict[str, Any] = {"chunk_tokens": chunk_tokens, "progress": progress, "watch": watch}
-        how["join_kernels"] = bool(join_kernels)
+        how["join_kernels"] = bool(join_kernels) and not compile
         graphs = None if cuda_graph is False or reasons else (cuda_graph, compile, join_kernels)
         ids: list[torch.Tensor] = []
         memories: list[tuple[CacheMemory, int]] = []

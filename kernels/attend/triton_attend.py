@@ -795,7 +795,9 @@ class _GroupsCall(_Call):
             return super()._turned()
         transform = self.packed.keys.transform
         shared = self._is_shared(transform)
-        y, bias = launches.turn_queries(self._rows(), with_planes(self.keys), transform, shared, self.scale)
+        y, bias = launches.turn_queries(
+            self._rows(), with_planes(self.keys, True), transform, shared, self.scale
+        )
         return [y, None, None, bias]
 
     def _signs(self) -> tuple[torch.Tensor | None, float]:
@@ -852,7 +854,7 @@ class _GroupsCall(_Call):
             return super().merge(sums, dense, sinks, out, into)
         values = as_parts(self.values)
         assert values is not None
-        return self._merge_parts(values, sums, dense, sinks, out, into)
+        return self._merge_parts(with_planes(values, False), sums, dense, sinks, out, into)
 
 
 def _groups(operands: KernelOperands) -> Any:

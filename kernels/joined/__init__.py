@@ -1,7 +1,7 @@
-"""Small pieces of a decode step of transformers, one launch each in place of two to ten.
+"""Small pieces of a model of transformers, one launch each in place of two to ten, for a step or a reading.
 
 Each rounds where PyTorch rounds. All but linear layers add in the order in which PyTorch adds, so that
-their results are equal to the last bit. `quantpress.pipelines.capture` compares each with the model's own
+their results are equal to the last bit. `quantpress.pipelines.joined` compares each with the model's own
 code before use.
 
 order.py            the order in which PyTorch's mean adds up a row

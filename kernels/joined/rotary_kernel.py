@@ -55,7 +55,7 @@ def rotary_kernel(
     if CHAINED:
         gdc_launch_dependents()
         gdc_wait()
-    head, sequence = tl.program_id(0), tl.program_id(2).to(tl.int64)
+    head, sequence = tl.program_id(0).to(tl.int64), tl.program_id(2).to(tl.int64)
     token = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
     row = token.to(tl.int64)[:, None]
     if head < q_heads:

@@ -59,8 +59,8 @@ def captured_decoding(
             results are equal to the last bit. True: also linear layers in float16 or bfloat16 at a batch of
             one or two, where the error against float64 is no larger than PyTorch's. Their sums are added
             in another order, so logits differ by roundings, as they do in PyTorch between batch sizes.
-            False, and compile=True: the model's own kernels. Forwards over 512 tokens and more have those of
-            "exact", unless it is False.
+            False, and compile=True: the model's own kernels. In the same way forwards over 512 tokens and
+            more have the kernels of "exact", with a graph or without one.
 
     Returns:
         A `CapturedDecoding`, which counts what it did.

@@ -64,6 +64,7 @@ class CapturedDecoding:
         self._capture = model.device.type == "cuda" and cuda_graph is not False
         self._cuda_graph = cuda_graph
         self._step_forward = torch.compile(forward, fullgraph=True, dynamic=False) if compile else forward
+        self._reads_joined = bool(join_kernels) and not compile
         joins = self._capture and join_kernels and not compile
         self._joins = JoinedStep(model, forward, join_kernels is True) if joins else None
         self._signature = inspect.signature(forward)
@@ -89,8 +90,8 @@ class CapturedDecoding:
             self._was_step = False
             if step is None:
                 self._seen = -1
-                if self._joins is not None and _tokens(args, kwargs) >= MANY_ROWS:
-                    with joined_reading(self._model):
+                if self._reads_joined and _tokens(args, kwargs) >= MANY_ROWS:
+                    with joined_reading(self._model, self._forward):
                         return self._forward(*args, **kwargs)
             return self._forward(*args, **kwargs)
         self._was_step = True

@@ -6,6 +6,7 @@ ones; while a context is read, once for any number of tokens. What is not proven
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable
+from dataclasses import dataclass
 from typing import Any, ClassVar
 from weakref import WeakKeyDictionary
 
@@ -29,18 +30,29 @@ PROVEN: WeakKeyDictionary[Any, dict[Hashable, Choice]] = WeakKeyDictionary()
 """By module, class of norms or function, what was found out about its calls; for the life of the process."""
 
 
+@dataclass(frozen=True)
+class Many:
+    """A kind of call over `MANY_ROWS` tokens or more, however many they are."""
+
+    call: Hashable
+
+
 class JoinedPiece(ABC):
     """A function of a model, and the kernel that gives the same.
 
     Args:
         named: the function.
         owner: what the proof is kept with: a module, or the function.
+
+    Attributes:
+        code: the function as its class has it. Proofs hold for it alone: it may be replaced in the class.
     """
 
     kind: ClassVar[str]
 
     def __init__(self, named: Named, owner: Any) -> None:
         self.named = named
+        self.code = code_of(named.function)
         self._proven = PROVEN.setdefault(owner, {})
 
     def watch(self, own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -62,13 +74,16 @@ class JoinedPiece(ABC):
 
     def read(self, own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Over many tokens run the kernel; at the first call of its kind prove it, in place of that."""
-        call = None if kwargs else self.kind_of_many(*args)
+        call = None if kwargs or torch.is_grad_enabled() else self.kind_of_many(*args)
         if call is None:
             return own(*args, **kwargs)
+        call = Many(call)
         if call not in self._proven:
             output = own(*args)
             try:
                 self._proven[call] = self.prove_many(own, output, *args)
+            except torch.OutOfMemoryError:  # another time there may be room
+                pass
             except Exception:  # as in `watch`
                 self._proven[call] = None
             return output
@@ -77,8 +92,9 @@ class JoinedPiece(ABC):
 
     @property
     def proven(self) -> bool:
-        """Whether the kernel stands in for some kind of call."""
-        return any(choice is not None for choice in self._proven.values())
+        """Whether the kernel stands in for some kind of call in a step."""
+        found = self._proven.items()
+        return any(choice is not None and not isinstance(call, Many) for call, choice in found)
 
     @abstractmethod
     def kind_of_call(self, *args: Any) -> Hashable:
@@ -99,6 +115,11 @@ class JoinedPiece(ABC):
     @abstractmethod
     def join(self, choice: Choice, *args: Any) -> Any:
         """The function by the kernel."""
+
+
+def code_of(function: Callable[..., Any]) -> Any:
+    """What a bound method calls; another function itself."""
+    return getattr(function, "__func__", function)
 
 
 def forward_of(module: nn.Module) -> Named:

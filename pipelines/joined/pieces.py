@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import silu
 
-from quantpress.kernels.joined.launches import rms_norm, rotary, silu_product
+from quantpress.kernels.joined.launches import TOKENS, rms_norm, rotary, silu_product
 from quantpress.kernels.joined.linear_launches import Weights, gated_linear
 from quantpress.kernels.joined.order import adding_orders
 from quantpress.kernels.joined.reference import NORM_FORMS
@@ -23,6 +23,8 @@ from quantpress.pipelines.joined.piece import (
     TRIALS,
     Choice,
     JoinedPiece,
+    Many,
+    code_of,
     forward_of,
     own_generator,
     plain,
@@ -49,6 +51,9 @@ ORDER_ROWS = 256
 
 MOST_ROWS_AT_ONCE = 65535
 """Rows of one launch of `silu_product`."""
+
+MOST_TOKENS = 65535 * TOKENS
+"""Tokens of one launch of `rotary`."""
 
 ROTARY = "apply_rotary_pos_emb"
 """The name by which attention of transformers calls rotary positions."""
@@ -85,7 +90,8 @@ class Norm(JoinedPiece):
             return None
         fits = x.shape[-1] == weight.shape[0] and weight.is_contiguous() and x.shape[-1] % 4 == 0
         aligned = weight.data_ptr() % 16 == 0
-        return (x.device, x.shape, x.dtype, weight.dtype, aligned, self._eps) if fits else None
+        kinds = x.dtype, weight.dtype, aligned, self._eps, self.code
+        return (x.device, x.shape, *kinds) if fits else None
 
     def prove(self, own: Callable[..., Any], output: Any, *args: Any) -> Choice:
         x, of_class = args[0], PROVEN.setdefault(type(self._module), {})
@@ -105,11 +111,11 @@ class Norm(JoinedPiece):
         if call is None or args[0].numel() < MANY_ROWS * args[0].shape[-1]:
             return None
         device, shape, *others = call
-        return ("many", device, shape[-1], *others)
+        return (device, shape[-1], *others)
 
     def prove_many(self, own: Callable[..., Any], output: Any, *args: Any) -> Choice:
         x, of_class = args[0], PROVEN.setdefault(type(self._module), {})
-        call = self.kind_of_many(x)
+        call = Many(self.kind_of_many(x))
         if of_class.get(call) is None:
             some = x.reshape(1, -1, x.shape[-1])[:, :MANY_ROWS]
             of_class[call] = self.prove(own, own(some), some)
@@ -142,9 +148,10 @@ class GatedProduct(JoinedPiece):
     @staticmethod
     def fits(module: nn.Module) -> bool:
         """Whether a module may be one."""
-        parts = {name for name, _ in module.named_children()}
-        apart = {"gate_proj", "up_proj", "down_proj", "act_fn"}
-        return parts >= apart or parts >= {"gate_up_proj", "down_proj", "activation_fn"}
+        parts = dict(module.named_children())
+        apart = parts.keys() >= {"gate_proj", "up_proj", "down_proj", "act_fn"}
+        together = parts.keys() >= {"gate_up_proj", "down_proj", "activation_fn"}
+        return (apart or together) and unchanged(parts["act_fn" if apart else "activation_fn"])
 
     def watch(self, own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         output = super().watch(own, *args, **kwargs)
@@ -156,7 +163,7 @@ class GatedProduct(JoinedPiece):
         x = args[0]
         fits = len(args) == 1 and plain(x) and x.numel()
         products = call_of(args, self._layers) if fits and self._layers else None
-        return (x.device, x.shape, x.dtype, type(self._act), products) if fits else None
+        return (x.device, x.shape, x.dtype, products, *self._codes()) if fits else None
 
     def prove(self, own: Callable[..., Any], output: Any, *args: Any) -> Choice:
         if not self._gates_every_number(args[0]):
@@ -171,11 +178,18 @@ class GatedProduct(JoinedPiece):
     def kind_of_many(self, *args: Any) -> Hashable:
         x = args[0]
         fits = len(args) == 1 and plain(x) and MANY_ROWS <= x.numel() // x.shape[-1] <= MOST_ROWS_AT_ONCE
-        return ("many", x.device, x.shape[-1], x.dtype, type(self._act)) if fits else None
+        return (x.device, x.shape[-1], x.dtype, *self._codes()) if fits else None
 
     def prove_many(self, own: Callable[..., Any], output: Any, *args: Any) -> Choice:
-        right = self._gates_every_number(args[0]) and same_bits(self.join(ACTIVATION, args[0]), output)
+        x = args[0]
+        noises = trial_inputs(x.reshape(1, -1, x.shape[-1])[:, :MANY_ROWS])
+        right = self._gates_every_number(x) and same_bits(self.join(ACTIVATION, x), output)
+        right = right and all(same_bits(self.join(ACTIVATION, one), own(one)) for one in noises)
         return ACTIVATION if right else None
+
+    def _codes(self) -> tuple[Any, ...]:
+        """What may be replaced behind the same module, and whether it drops channels out."""
+        return self.code, type(self._act), code_of(self._act.forward), self._module.training
 
     def _gates_every_number(self, like: Tensor) -> bool:
         gate = _every_number(like)
@@ -225,10 +239,10 @@ class Rotary(JoinedPiece):
 
     def kind_of_many(self, *args: Any) -> Hashable:
         tokens = args[0].shape[2] if len(args) == 4 and args[0].dim() == 4 else 0
-        if tokens < MANY_ROWS or not _turns(args, tokens):
+        if not MANY_ROWS <= tokens <= MOST_TOKENS or not _turns(args, tokens):
             return None
         orders = (sorted(range(4), key=one.stride().__getitem__) for one in args[:2])
-        return ("many", args[0].device, args[0].shape[-1], args[0].dtype, *map(tuple, orders))
+        return (args[0].device, args[0].shape[-1], args[0].dtype, *map(tuple, orders))
 
     def prove_many(self, own: Callable[..., Any], output: Any, *args: Any) -> Choice:
         found = self.join(True, *args)

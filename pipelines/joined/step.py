@@ -52,7 +52,7 @@ class JoinedStep:
 
 
 @contextmanager
-def joined_reading(model: PreTrainedModel) -> Iterator[None]:
+def joined_reading(model: PreTrainedModel, forward: Callable[..., Any] | None = None) -> Iterator[None]:
     """While inside, this thread's forwards over many tokens run norms, gates and rotary positions by kernels.
 
     These give what the model's own code gives, to the last bit. Each is proven at its first call, and then
@@ -61,8 +61,10 @@ def joined_reading(model: PreTrainedModel) -> Iterator[None]:
 
     Args:
         model: the model. Nothing is left on it.
+        forward: its own forward; None: what it has as such, behind what `captured_decoding` put there.
     """
-    if torch.is_grad_enabled() or not _possible(model, model.forward):
+    own = getattr(model.forward, "original", model.forward) if forward is None else forward
+    if torch.is_grad_enabled() or not _possible(model, own):
         yield
         return
     with replaced_here([(piece.named, piece.read) for piece in pieces_of(model, None)]):
@@ -74,5 +76,8 @@ def _possible(model: PreTrainedModel, forward: Callable[..., Any]) -> bool:
     device = model.device
     if not runs_triton(device) or torch.is_autocast_enabled(device.type) or ranks_of(model) is not None:
         return False
-    compiled = any(module._compiled_call_impl is not None for module in model.modules())
+    compiled = any(
+        module._compiled_call_impl is not None or type(module).__name__ == "OptimizedModule"
+        for module in model.modules()
+    )
     return not compiled and not hasattr(forward, "_torchdynamo_orig_callable")

@@ -104,9 +104,9 @@ def _unit_of_plane(bits: int, levels: tuple[float, ...], beside: bool) -> float:
 
 
 @lru_cache(maxsize=64)
-def with_planes(operands: PartOperands) -> PartOperands:
-    """Keys with levels 1 and -1 in parts of one bit, as the kernel reads them."""
-    parts, rows, beside = [], [], operands.parts[0].bits > 1
+def with_planes(operands: PartOperands, keys: bool) -> PartOperands:
+    """Keys or values with levels 1 and -1 in parts of one bit, as the kernel reads them."""
+    parts, rows, beside = [], [], keys and operands.parts[0].bits > 1
     with torch.inference_mode(False):  # kept, as above
         turns = operands.turn.split([part.channels for part in operands.parts])
         for part, turn in zip(operands.parts, turns, strict=True):

@@ -1,5 +1,6 @@
 """Two channel groups on int8 tensor cores: both kernels in PyTorch, through their launches, and compiled."""
 
+import itertools
 from dataclasses import replace
 from typing import Any
 
@@ -146,6 +147,37 @@ def test_tables_without_a_schedule_and_slots(emulated: Emulated) -> None:
         query[slots].double(), [held, recent], Visibility(1, held.tokens + 33), scaling=0.2
     )
     assert float((got - expected[slots]).norm() / expected.norm()) < 2e-4
+
+
+@pytest.mark.parametrize("bits", [3.5, 1.5])
+def test_sums_by_table_without_a_schedule(
+    bits: float, emulated: Emulated, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the merge for parts is given, joined here: a group of one bit has levels of its own."""
+    pages, recent = pages_of(3.5, bits), dense(33, 128, 128, BF16)
+    some = some_lengths(pages.tokens)
+    held, query, given = pooled(pages, some, 0 * some), queries(1), list[Any]()
+    monkeypatch.setattr(launching.launches, "merge_parts", lambda *arguments: given.extend(arguments))
+    call = launching._GroupsCall(query, held, None, 0.2 * launching.LOG2_E, 0.0, plain=False)
+    opening, of_dense = call.first(None, recent)
+    call.merge(call.attend(opening), of_dense, out=torch.empty(query.shape))
+    sums, values, transform = given[1], given[6], given[7]
+    turn, bounds = turn_matrix(values, query.device).double(), bounds_of_call(call)
+    (o, m, total), (dense_o, dense_m, dense_total) = (
+        [x.double() for x in three] for three in (sums, of_dense)
+    )
+    got = torch.zeros(call.heads, call.rows, 128, dtype=torch.float64)
+    for head, row in itertools.product(range(call.heads), range(call.rows)):
+        at = slice(*bounds[head].tolist())
+        weights = torch.cat([m[0, row, at], dense_m[head, row]])
+        weights = (weights - weights.max()).exp2()
+        of_pages = torch.zeros_like(o[0, at, row])
+        of_pages[:, transform.order.flatten(0, 1)[head].long()] = o[0, at, row] @ turn
+        both = torch.cat([of_pages, dense_o[head, :, row]])
+        totals = torch.cat([total[0, row, at], dense_total[head, row]])
+        got[head, row] = (weights[:, None] * both).sum(0) / (weights * totals).sum()
+    expected = attend_reference(query.double(), [held, recent], Visibility(1, held.tokens + 33), scaling=0.2)
+    assert float((got.view(expected.shape) - expected).norm() / expected.norm()) < 1e-3
 
 
 def test_which_pages_these_are() -> None:

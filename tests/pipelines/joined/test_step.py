@@ -1,5 +1,6 @@
 """Which pieces of a step are joined, and that nothing is left of it. The kernels are their references."""
 
+import copy
 import itertools
 import threading
 from contextlib import AbstractContextManager, nullcontext
@@ -257,3 +258,99 @@ def test_the_pipeline_joins_its_reading_unless_told_not_to(launched: list[str]) 
         answers.append(pipe(context, question="w1 w2", max_new_tokens=3, join_kernels=join)["answer"])
         assert bool(launched) == bool(join)
     assert len(set(answers)) == 1
+
+
+def test_a_gate_that_clamps_is_not_joined(launched: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which the first context does not show."""
+    model = tiny_model("llama")
+
+    def clamps(self: Any, x: Any) -> Any:
+        gate = self.act_fn(self.gate_proj(x)).clamp(max=7.0)
+        return self.down_proj(gate * self.up_proj(x).clamp(-7.0, 7.0))
+
+    kind = type("Clamping", (type(model.model.layers[0].mlp),), {"forward": clamps})
+    for layer in model.model.layers:
+        other = copy.copy(layer.mlp)
+        other.__class__ = kind
+        monkeypatch.setitem(layer._modules, "mlp", other)
+    for _ in range(2):
+        launched.clear()
+        assert torch.equal(read(model, 600, inside=joined_reading(model)), read(model, 600))
+    assert "silu_product" not in launched and "rms_norm" in launched
+
+
+def test_a_proof_ends_with_the_code_that_it_was_for(
+    launched: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A hook on the activation; another forward of its class, or of the norms'."""
+    model = tiny_model("llama")
+    read(model, 600, inside=joined_reading(model))
+    act = model.model.layers[0].mlp.act_fn
+    hook = act.register_forward_hook(lambda module, args, output: output * 2)
+    try:
+        assert torch.equal(read(model, 600, inside=joined_reading(model)), read(model, 600))
+    finally:
+        hook.remove()
+    for kind in (type(act), type(model.model.norm)):
+        own = kind.forward
+
+        def doubled(self: Any, x: Any, own: Any = own) -> Any:
+            return own(self, x) * 2
+
+        with monkeypatch.context() as patch:
+            patch.setattr(kind, "forward", doubled)
+            assert torch.equal(read(model, 600, inside=joined_reading(model)), read(model, 600))
+    launched.clear()
+    read(model, 600, inside=joined_reading(model))
+    assert launched.count("silu_product") == LAYERS, "the first proof still holds"
+
+
+def test_proofs_of_a_reading_are_none_of_a_step(launched: list[str]) -> None:
+    model = tiny_model("llama")
+    read(model, 600, inside=joined_reading(model))
+    joins = JoinedStep(model, model.forward)
+    with joins.joining():
+        pass
+    assert joins.joined == {}
+
+
+def test_a_reading_that_cannot_be_joined_is_left_alone(launched: list[str]) -> None:
+    """Under autocast; of a model with a compiled part; of a compiled forward, behind captured steps too."""
+    model = tiny_model("llama")
+    with torch.autocast("cpu", torch.bfloat16):
+        read(model, 600, inside=joined_reading(model))
+    whole = model.model
+    model.model = torch.compile(whole, backend="eager")
+    try:
+        with torch.no_grad(), joined_reading(model):
+            assert "forward" not in vars(whole.norm)
+    finally:
+        model.model = whole
+
+    def compiled(*args: Any, **kwargs: Any) -> Any:
+        return type(model).forward(model, *args, **kwargs)
+
+    vars(compiled)["_torchdynamo_orig_callable"] = model.forward
+    model.forward = compiled
+    try:
+        with captured_decoding(model):
+            read(model, 600)
+            read(model, 600, inside=joined_reading(model))
+    finally:
+        del model.forward
+    assert launched == []
+
+
+@pytest.mark.parametrize(("join", "joined"), [(True, True), ("exact", True), (False, False)])
+def test_prompts_of_captured_decoding_are_joined(join: Any, joined: bool, launched: list[str]) -> None:
+    """With a graph, or without one as here."""
+    model = tiny_model("llama")
+    right = read(model, 600)
+    with captured_decoding(model, join_kernels=join):
+        for _ in range(2):
+            launched.clear()
+            assert torch.equal(read(model, 600), right)
+        assert bool(launched) == joined
+        launched.clear()
+        read(model, MANY_ROWS - 1)
+    assert launched == []
