@@ -168,6 +168,33 @@ def import_graph(by_room: bool = False) -> dict[str, set[str]]:
     return graph
 
 
+def at_once(path: Path) -> set[str]:
+    """The full names that a module imports when it is imported itself."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    statements = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
+    return {name for node in statements for name in _imports(node, types=False)}
+
+
+def test_kernels_are_imported_where_they_are_launched() -> None:
+    """There is no Triton on Windows, on macOS and beside vLLM's build for CPUs."""
+    paths, needing = modules(), set[str]()
+    imported = {name: at_once(path) for name, path in paths.items()}
+    while True:
+        more = {
+            name
+            for name, found in imported.items()
+            if any(full.partition(".")[0] == "triton" for full in found)
+            or any({full, full.rpartition(".")[0]} & needing for full in found)
+        }
+        if more == needing:
+            break
+        needing = more
+    kernels = {name for name in needing if name.startswith("quantpress.kernels.")}
+    assert "quantpress.kernels.attend.split_mma" in kernels
+    asked = {name for name in kernels if paths[name].name == "__init__.py"} | (needing - kernels)
+    assert not asked, "imports Triton when it is imported"
+
+
 @pytest.mark.parametrize("by_room", [False, True], ids=["modules", "sub-folders"])
 def test_imports_have_no_circle(by_room: bool) -> None:
     found = circle(import_graph(by_room))

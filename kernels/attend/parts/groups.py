@@ -5,7 +5,6 @@ from functools import lru_cache
 
 import torch
 
-from quantpress.kernels.attend.lookup import lookup_table
 from quantpress.kernels.attend.operands import (
     CodePart,
     KernelOperands,
@@ -118,6 +117,8 @@ def with_planes(operands: PartOperands, keys: bool) -> PartOperands:
 @lru_cache(maxsize=64)
 def lookup_of_groups(keys: Groups, values: Groups, device: torch.device) -> torch.Tensor:
     """[8, 32] int32: `lookup_table` of the first groups, and of the second ones where there are such."""
+    from quantpress.kernels.attend.lookup import lookup_table
+
     tables = []
     with torch.inference_mode(False):  # kept, as above
         for number in range(2):
