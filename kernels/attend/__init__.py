@@ -2,7 +2,8 @@
 
 operands.py         segments of tokens, and which of them each query sees
 reference.py        plain PyTorch: the truth that the kernels are held to
-triton_attend.py    launches the kernels for packed and 16-bit tokens together
+triton_attend.py    which tokens the kernels read, and attention to them
+calls/              launches the kernels for packed and 16-bit tokens together
 prepare.py          a first launch, where the next one cannot do it: queries into code space, 16-bit tokens
 split_mma.py        all tokens, on int8 tensor cores: words.py, lookup.py, tiles.py
 opening/            what its programs do before packed tokens: turn queries, attend 16-bit tokens

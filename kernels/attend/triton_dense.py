@@ -5,8 +5,8 @@ from collections.abc import Sequence
 
 import torch
 
+from quantpress.kernels.attend.calls.settings import DENSE_TILE, LOG2_E, block_rows
 from quantpress.kernels.attend.operands import DenseSegment, Segment, Visibility
-from quantpress.kernels.attend.triton_attend import DENSE_TILE, LOG2_E, block_rows
 from quantpress.kernels.available import FUSED
 
 HEAD_DIMS = (32, 64, 128, 256)

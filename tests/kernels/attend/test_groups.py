@@ -8,12 +8,15 @@ import pytest
 import torch
 
 from quantpress.kernels.attend import DenseSegment, PackedSegment, Segment, Visibility
-from quantpress.kernels.attend import triton_attend as launching
+from quantpress.kernels.attend.calls.in_parts import GroupsCall, PartsCall
+from quantpress.kernels.attend.calls.settings import LOG2_E
 from quantpress.kernels.attend.opening.arguments import Opening, tile_tokens
+from quantpress.kernels.attend.parts import launches
 from quantpress.kernels.attend.parts.groups import ROWS, steps_of_groups
 from quantpress.kernels.attend.parts.operands import turn_matrix
 from quantpress.kernels.attend.reference import attend_reference
 from quantpress.kernels.attend.schedule import PageSchedule
+from quantpress.kernels.attend.triton_attend import attend_triton, call_of, supports
 from tests.kernels.attend.test_attend import (
     BATCH,
     GROUP,
@@ -55,9 +58,9 @@ def check(query: torch.Tensor, segments: list[Segment], softcap: float | None = 
     """The error is that of the output's dtype, which the last launch rounds to."""
     visibility = Visibility(query.shape[2], sum(segment.tokens for segment in segments))
     given: dict[str, Any] = {"scaling": 0.2, "softcap": softcap} | options
-    assert launching.supports(query, segments, visibility)
+    assert supports(query, segments, visibility)
     out = torch.empty(query.shape, dtype=torch.float32)
-    got = launching.attend_triton(query, segments, visibility, out=out, **given)
+    got = attend_triton(query, segments, visibility, out=out, **given)
     slots = given.pop("slots", None)
     if slots is not None:
         segments = [segment.of_slots(slots) for segment in segments]
@@ -105,7 +108,7 @@ def test_sketches(bits: int, value_bits: float, emulated: Emulated, monkeypatch:
         )
         return [y.float(), (query @ transform.mean.double().flatten(0, 1).unsqueeze(2)).squeeze(2).float()]
 
-    monkeypatch.setattr(launching.launches, "turn_queries", turn)
+    monkeypatch.setattr(launches, "turn_queries", turn)
     check(queries(1), [dense(4, 128, 128, BF16), pages, dense(40, 128, 128, BF16)])
     check(queries(2), [pages, dense(40, 128, 128, BF16)])
     assert emulated.launches[-1]["SKETCH"]
@@ -137,7 +140,7 @@ def test_tables_without_a_schedule_and_slots(emulated: Emulated) -> None:
     assert table is not None and starts is not None and isinstance(lengths, torch.Tensor)
     turned = replace(held, table=table[slots], lengths=lengths[slots], starts=starts[slots])
     query = queries(1)
-    call = launching._GroupsCall(query, turned, slots, 0.2 * launching.LOG2_E, 0.0, plain=False)
+    call = GroupsCall(query, turned, slots, 0.2 * LOG2_E, 0.0, plain=False)
     opening, of_dense = call.first(None, recent)
     assert isinstance(opening, Opening) and not call._merged_by_warps()
     sums = call.attend(opening)
@@ -157,8 +160,8 @@ def test_sums_by_table_without_a_schedule(
     pages, recent = pages_of(3.5, bits), dense(33, 128, 128, BF16)
     some = some_lengths(pages.tokens)
     held, query, given = pooled(pages, some, 0 * some), queries(1), list[Any]()
-    monkeypatch.setattr(launching.launches, "merge_parts", lambda *arguments: given.extend(arguments))
-    call = launching._GroupsCall(query, held, None, 0.2 * launching.LOG2_E, 0.0, plain=False)
+    monkeypatch.setattr(launches, "merge_parts", lambda *arguments: given.extend(arguments))
+    call = GroupsCall(query, held, None, 0.2 * LOG2_E, 0.0, plain=False)
     opening, of_dense = call.first(None, recent)
     call.merge(call.attend(opening), of_dense, out=torch.empty(query.shape))
     sums, values, transform = given[1], given[6], given[7]
@@ -193,13 +196,10 @@ def test_which_pages_these_are() -> None:
         "prod 64": packed(64, 64, 3, estimator="prod"),
         "64": packed(64, 64, 3.5),
     }
-    found = {
-        kind: launching._call(queries(1), pages, False) is launching._GroupsCall
-        for kind, pages in kinds.items()
-    }
+    found = {kind: call_of(queries(1), pages, False) is GroupsCall for kind, pages in kinds.items()}
     assert [kind for kind, one in found.items() if one] == ["3.5", "2.5", "1.5", "prod"]
-    assert launching._call(queries(1, torch.float32), kinds["3.5"], False) is launching._PartsCall
-    assert launching._call(queries(1), kinds["3.5"], True) is launching._PartsCall
+    assert call_of(queries(1, torch.float32), kinds["3.5"], False) is PartsCall
+    assert call_of(queries(1), kinds["3.5"], True) is PartsCall
     assert isinstance(dense(1, 128, 128), DenseSegment)
 
 

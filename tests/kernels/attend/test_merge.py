@@ -6,7 +6,9 @@ from typing import Any
 import pytest
 import torch
 
-from quantpress.kernels.attend import triton_attend as launching
+from quantpress.kernels.attend.calls import call as calling
+from quantpress.kernels.attend.calls.call import Call
+from quantpress.kernels.attend.calls.settings import LOG2_E
 from quantpress.kernels.attend.merge.settings import warps_of_merge
 from quantpress.kernels.attend.schedule import PageSchedule
 from tests.kernels.attend.emulate_gluon import emulate
@@ -43,12 +45,12 @@ class Emulated:
 def _emulated(monkeypatch: pytest.MonkeyPatch) -> None:
     kernel = Emulated()
     monkeypatch.setattr(kernel.module, "merge_by_warps_kernel", kernel)
-    monkeypatch.setattr(launching, "chains", lambda device: True)
+    monkeypatch.setattr(calling, "chains", lambda device: True)
 
 
-def call_of(dim: int, queries: int) -> launching._Call:
+def call_of(dim: int, queries: int) -> Call:
     query = torch.randn(BATCH, KV_HEADS * GROUP, queries, dim)
-    return launching._Call(query, packed(dim, dim, 2), None, 1.0, 0.0, plain=False)
+    return Call(query, packed(dim, dim, 2), None, 1.0, 0.0, plain=False)
 
 
 def sums_of(count: int, parts: int, rows: int, channels: int) -> list[torch.Tensor]:
@@ -70,7 +72,7 @@ def whole(sums: list[torch.Tensor], held: slice, at: int, local: int) -> tuple[t
 
 
 def expected(
-    call: launching._Call,
+    call: Call,
     sums: list[torch.Tensor],
     dense: list[torch.Tensor],
     bounds: list[tuple[int, int]] | None,
@@ -88,7 +90,7 @@ def expected(
             x = call.values.rotation.inverse(y * call.values.unit)
             parts = [(x, m, total), (z, dense_m, dense_total)]
             if sinks is not None:
-                sink = sinks[head % KV_HEADS * GROUP + row // call.queries].double() * launching.LOG2_E
+                sink = sinks[head % KV_HEADS * GROUP + row // call.queries].double() * LOG2_E
                 parts.append((0 * x, sink, torch.ones((), dtype=torch.float64)))
             largest = max(part[1] for part in parts)
             x, total = (sum(part[k] * (part[1] - largest).exp2() for part in parts) for k in (0, 2))

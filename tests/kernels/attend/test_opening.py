@@ -7,7 +7,9 @@ import pytest
 import torch
 
 from quantpress.kernels.attend import DenseSegment, PackedSegment, Segment, Visibility
-from quantpress.kernels.attend import triton_attend as launching
+from quantpress.kernels.attend.calls import call as calling
+from quantpress.kernels.attend.calls.call import Call
+from quantpress.kernels.attend.calls.settings import LOG2_E, opens_call
 from quantpress.kernels.attend.opening.arguments import Opening, shares, shares_by_table
 from quantpress.kernels.attend.reference import attend_reference
 from quantpress.kernels.attend.schedule import scheduled_programs
@@ -67,8 +69,8 @@ def check(
     """Attention as it should be, of one launch and a merge."""
     (pages,) = (one for one in segments if isinstance(one, PackedSegment))
     before, after = (one if isinstance(one, DenseSegment) else None for one in (segments[0], segments[-1]))
-    cap = 0.0 if softcap is None else softcap * launching.LOG2_E
-    call = launching._Call(query, pages, None, 0.2 * launching.LOG2_E, cap, plain=False)
+    cap = 0.0 if softcap is None else softcap * LOG2_E
+    call = Call(query, pages, None, 0.2 * LOG2_E, cap, plain=False)
     opening, of_dense = call.first(before, after)
     assert isinstance(opening, Opening)
     got = joined(call, call.attend(opening), of_dense)
@@ -101,7 +103,7 @@ def test_packed_and_other_tokens(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """In programs of their own where there is room for these."""
-    monkeypatch.setattr(launching, "programs_at_a_time", lambda device: programs)
+    monkeypatch.setattr(calling, "programs_at_a_time", lambda device: programs)
     pages = packed(dim, dim, bits)
     opening = check(queries(count, dim, dtype=dtype), [tokens(4, dim, dtype), pages, tokens(77, dim, dtype)])
     assert (opening.beside > 0) == (programs > 8)
@@ -136,7 +138,7 @@ def test_slots(emulated: Emulated) -> None:
     assert table is not None and starts is not None and isinstance(lengths, torch.Tensor)
     turned = replace(held, table=table[slots], lengths=lengths[slots], starts=starts[slots])
     query, recent = queries(1, 64), tokens(33, 64)
-    call = launching._Call(query, turned, slots, 0.2 * launching.LOG2_E, 0.0, plain=False)
+    call = Call(query, turned, slots, 0.2 * LOG2_E, 0.0, plain=False)
     opening, of_dense = call.first(None, recent)
     got = joined(call, call.attend(opening), of_dense)
     expected = attend_reference(
@@ -153,7 +155,7 @@ def test_keys_of_pages(emulated: Emulated, monkeypatch: pytest.MonkeyPatch) -> N
         scores: torch.Tensor = call.page_scores
         return scores
 
-    monkeypatch.setattr(launching._Call, "_page_scores", page_scores)
+    monkeypatch.setattr(Call, "_page_scores", page_scores)
     check(query, [pages, tokens(40, 64)])
     assert emulated.launches[-1]["PAGE_KEYS"]
 
@@ -174,7 +176,7 @@ def test_queries_are_those_of_the_first_kernel(
     monkeypatch.setattr(emulate_gluon.Shared, "store", store)
     query, pages = queries(2, dim), packed(dim, dim, 4)
     check(query, [pages, tokens(5, dim)])
-    call = launching._Call(query, pages, None, 1.0, 0.0, plain=False)
+    call = Call(query, pages, None, 1.0, 0.0, plain=False)
     expected = prepared(call, 1.0)[0].long()[:, 0, ::2] * 256 + prepared(call, 1.0)[0].long()[:, 0, 1::2]
     assert len(stored) == call.heads * call.splits and expected.abs().max() == 127 * 256
     for number, held in enumerate(stored):
@@ -184,7 +186,7 @@ def test_queries_are_those_of_the_first_kernel(
 
 
 def test_sums_of_other_segments_have_room(emulated: Emulated) -> None:
-    call = launching._Call(queries(1, 64), packed(64, 64, 4), None, 1.0, 0.0, plain=False)
+    call = Call(queries(1, 64), packed(64, 64, 4), None, 1.0, 0.0, plain=False)
     opening, sums = call.first(spare=2)
     assert [x.shape[1 if number == 0 else 2] for number, x in enumerate(sums)] == [2, 2, 2]
     call.attend(opening)  # writes none of them: there are no 16-bit tokens
@@ -198,7 +200,7 @@ def test_which_calls_these_are() -> None:
     def opens(query: torch.Tensor, one: PackedSegment, rows: int = 8) -> bool:
         keys, values = (side.codec.kernel_operands() for side in (one.keys, one.values))
         assert keys is not None and values is not None
-        return launching.opens_call(query, keys, values, rows)
+        return opens_call(query, keys, values, rows)
 
     short, full = queries(1, 64), queries(1, 64, dtype=torch.float32)
     assert [kind for kind, one in pages.items() if opens(short, one)] == ["hadamard"]

@@ -10,6 +10,7 @@ import torch
 
 from quantpress.codecs.scalar import ScalarPages
 from quantpress.kernels.attend import DenseSegment, PackedSegment, PackedSide, Segment, Visibility, attend
+from quantpress.kernels.attend.calls.settings import block_rows
 from quantpress.kernels.attend.operands import PartOperands
 from quantpress.kernels.attend.parts.operands import (
     as_parts,
@@ -19,7 +20,7 @@ from quantpress.kernels.attend.parts.operands import (
     turn_matrix,
 )
 from quantpress.kernels.attend.reference import attend_reference
-from quantpress.kernels.attend.triton_attend import block_rows, supports
+from quantpress.kernels.attend.triton_attend import supports
 from quantpress.kernels.layout import unpack_pages
 from quantpress.quantization.codebook import codebook
 from quantpress.quantization.spec import CodecSpec

@@ -10,7 +10,10 @@ import pytest
 import torch
 
 from quantpress.kernels.attend import PackedSegment, Visibility
-from quantpress.kernels.attend import triton_attend as launching
+from quantpress.kernels.attend.calls import call as calling
+from quantpress.kernels.attend.calls import settings
+from quantpress.kernels.attend.calls.call import Call
+from quantpress.kernels.attend.calls.settings import LOG2_E
 from quantpress.kernels.attend.lookup import FINE, bytes_of_levels
 from quantpress.kernels.attend.operands import ScalarOperands
 from quantpress.kernels.attend.reference import attend_reference
@@ -69,9 +72,9 @@ def emulated(monkeypatch: pytest.MonkeyPatch) -> Emulated:
     """The launch finds a GPU of one multiprocessor."""
     kernel = Emulated()
     monkeypatch.setattr(kernel.module, "split_mma_kernel", kernel)
-    monkeypatch.setattr(launching, "programs_at_a_time", lambda device: PROGRAMS)
-    monkeypatch.setattr(launching, "chains", lambda device: True)
-    monkeypatch.setattr(launching, "shared_memory", lambda device: 228 * 1024)
+    monkeypatch.setattr(calling, "programs_at_a_time", lambda device: PROGRAMS)
+    monkeypatch.setattr(calling, "chains", lambda device: True)
+    monkeypatch.setattr(settings, "shared_memory", lambda device: 228 * 1024)
     return kernel
 
 
@@ -145,8 +148,8 @@ def bounds_of_call(call: Any) -> torch.Tensor:
     """[heads, 2]: the programs of each head, in order, as many as its share of the pages asks for."""
     starts = torch.zeros_like(call.used) if call.starts is None else call.starts
     there = torch.where(call.used > 0, (starts + call.used + 127) // 128 - starts // 128, 0).flatten()
-    at_a_time = launching.programs_at_a_time(call.query.device)
-    return bounds_of(there, launching.scheduled_programs(call.pages, call.heads, at_a_time // call.blocks))
+    at_a_time = calling.programs_at_a_time(call.query.device)
+    return bounds_of(there, calling.scheduled_programs(call.pages, call.heads, at_a_time // call.blocks))
 
 
 def bounds_of(there: torch.Tensor, programs: int) -> torch.Tensor:
@@ -161,7 +164,7 @@ def with_schedule(pages: PackedSegment) -> PackedSegment:
     rows, used, starts = pages.table.flatten(0, 1), pages.lengths.flatten(), pages.starts.flatten()
     begins = starts // 128
     there = torch.where(used > 0, (starts + used + 127) // 128 - begins, 0)
-    count = launching.scheduled_programs(pages.pages, len(there), launching.programs_at_a_time(rows.device))
+    count = calling.scheduled_programs(pages.pages, len(there), calling.programs_at_a_time(rows.device))
     bounds, programs = bounds_of(there, count), torch.zeros(count, 4, dtype=torch.int32)
     for head, (begin, end) in enumerate(bounds.tolist()):
         parts = end - begin
@@ -179,9 +182,9 @@ def run(
     """Attention over packed tokens alone, and what it should be."""
     dim, scaling = pages.keys.codec.head_dim, 0.2
     query = torch.randn(BATCH, KV_HEADS * GROUP, queries, dim)
-    scale = scaling * launching.LOG2_E
-    cap = 0.0 if softcap is None else softcap * launching.LOG2_E
-    call = launching._Call(query, pages, None, scale, cap, plain=False)
+    scale = scaling * LOG2_E
+    cap = 0.0 if softcap is None else softcap * LOG2_E
+    call = Call(query, pages, None, scale, cap, plain=False)
     got = joined(call, call.attend(prepared(call, scale)))
     visibility = Visibility(queries, pages.tokens, causal=False)
     expected = attend_reference(query.double(), [pages], visibility, scaling=scaling, softcap=softcap)
@@ -305,7 +308,7 @@ def test_lengths_starts_and_tables(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Tokens not in use are NaN or noise; none of a head, all of another; a page a program, or more."""
-    monkeypatch.setattr(launching, "programs_at_a_time", lambda device: programs)
+    monkeypatch.setattr(calling, "programs_at_a_time", lambda device: programs)
     keys, values = packed(dim, dim, key_bits), packed(dim, dim, value_bits)
     pages = PackedSegment(keys.keys, values.values)
     lengths = some_lengths(pages.tokens)

@@ -20,21 +20,25 @@ from quantpress.codecs.scalar import ScalarPages
 from quantpress.codecs.trellis import TrellisPages
 from quantpress.errors import InvalidInputError
 from quantpress.kernels.attend import DenseSegment, PackedSegment, PackedSide, Segment, Visibility, attend
+from quantpress.kernels.attend.calls.settings import (
+    DENSE_TILE,
+    PAGES_OF_SCORES,
+    STAGED_BYTES,
+    block_rows,
+    split_count,
+    steps_of_page,
+)
 from quantpress.kernels.attend.merge.settings import MERGED, warps_by_matrix
 from quantpress.kernels.attend.opening.arguments import tile_tokens
 from quantpress.kernels.attend.reference import attend_reference
-from quantpress.kernels.attend.schedule import SCHEDULE_TILE, PageSchedule, page_schedule, schedule_programs
-from quantpress.kernels.attend.triton_attend import (
-    DENSE_TILE,
-    PAGES_OF_SCORES,
+from quantpress.kernels.attend.schedule import (
     PROGRAMS,
-    STAGED_BYTES,
-    block_rows,
-    pass_bounds,
-    split_count,
-    steps_of_page,
-    supports,
+    SCHEDULE_TILE,
+    PageSchedule,
+    page_schedule,
+    schedule_programs,
 )
+from quantpress.kernels.attend.triton_attend import pass_bounds, supports
 from quantpress.kernels.available import FUSED
 from quantpress.presses import TurboQuant
 from quantpress.presses.presets import PRESETS

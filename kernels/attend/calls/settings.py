@@ -1,0 +1,112 @@
+"""How many programs, rows and steps a call has, and what of it goes into registers or shared memory."""
+
+import math
+
+import torch
+
+from quantpress.kernels.attend.merge.settings import MERGED
+from quantpress.kernels.attend.operands import KernelOperands, PartOperands
+from quantpress.kernels.attend.schedule import PROGRAMS
+
+FEW_ROWS = 4
+"""Rows up to which a program computes no more than these; a product has room for so many."""
+
+AHEAD_BITS = 6
+"""Bits of a key and a value together, from which on starting early was faster."""
+
+DENSE_TILE = 32
+"""16-bit tokens per program."""
+
+PAGES_OF_SCORES = 32
+"""Pages whose mean and sink a program scores."""
+
+STAGED_BYTES = 28 * 1024
+"""Most shared memory of a program that stages keys and values of 3 bits: words, tables, the system's part."""
+
+MOST_SPLITS = (128, 256)
+"""Programs per block of rows: for any length, and where each has at least `PAGES_OF_SPLIT` pages. More would
+cost more in the merge than they save."""
+
+PAGES_OF_SPLIT = 3
+
+PLAIN_PROGRAMS = 16
+"""Programs of the plain kernel in all."""
+
+LOG2_E = math.log2(math.e)
+
+
+def opens_call(query: torch.Tensor, keys: KernelOperands, values: KernelOperands, rows: int) -> bool:
+    """Whether the split kernel prepares its queries itself, and attends the 16-bit tokens.
+
+    A head_dim of 256 leaves no room for it, in registers and in shared memory, and 16 rows would spill more.
+
+    Args:
+        query: [BH, rows of a head, D].
+        keys: operands of the keys.
+        values: operands of the values.
+        rows: rows that a program computes.
+    """
+    if isinstance(keys, PartOperands) or isinstance(values, PartOperands):
+        return False
+    small = rows <= 8 and max(keys.head_dim, values.head_dim) <= 128
+    turned = keys.rotation.kind == "hadamard" and not keys.filters
+    return small and turned and query.dtype in (torch.bfloat16, torch.float16)
+
+
+def block_rows(rows: int, head_dim: int, planes: int = 0) -> int:
+    """How many rows share a program, 8 or 16; a head_dim of 256 or four bit planes leave registers for 8."""
+    return 8 if rows <= 8 or head_dim > 128 or planes > 3 else 16
+
+
+def steps_of_page(keys: KernelOperands, values: KernelOperands, rows: int, paged: bool) -> int:
+    """Steps in which a page is read: two where a whole page would not fit into registers.
+
+    Args:
+        keys: operands of the keys.
+        values: operands of the values.
+        rows: rows that a program computes.
+        paged: whether heads have page tables, which need registers too.
+    """
+    bits, few = max(keys.bits, values.bits), rows <= FEW_ROWS
+    fine = bits == 4 and (keys.fine or values.fine)
+    large = fine or bits > 4 or max(keys.head_dim, values.head_dim) > 128 or rows > 8
+    planes = most_planes(keys, values)
+    many = (bits == 4 and (paged or not few)) or (planes == 3 and not few) or planes > 3
+    return 2 if large or many else 1
+
+
+def stages_words(keys: KernelOperands, values: KernelOperands, steps: int, device: torch.device) -> bool:
+    """Whether words of 3 bits, and of bit planes, wait in shared memory until they are read.
+
+    With a head_dim of 256 there are too many for registers, and loading them for both steps of a page takes
+    half as long again. Three or four bit planes in two steps need the registers for queries and sums, and
+    codes of 8 bits beside them need the registers for words.
+    """
+    bits = keys.bits, values.bits
+    wide = 3 in bits and max(keys.head_dim, values.head_dim) > 128
+    beside = 8 in bits and (3 in bits or None in (keys.codebook, values.codebook))
+    many = wide or beside or (most_planes(keys, values) > 2 and steps == 2)
+    return many and shared_memory(device) >= PROGRAMS * STAGED_BYTES
+
+
+def most_planes(keys: KernelOperands, values: KernelOperands) -> int:
+    """Bit planes of keys or of values, whichever has more; 0: neither has several."""
+    return max(len(keys.filters), len(values.filters))
+
+
+def split_count(pages: int, blocks: int, programs: int) -> int:
+    """Number of programs per block of rows, so that all programs together fill the GPU once.
+
+    Args:
+        pages: P, the pages of a KV head.
+        blocks: B * Hkv * blocks of rows.
+        programs: programs that the GPU runs at a time.
+    """
+    few, many = MOST_SPLITS
+    splits = max(1, min(pages, programs // blocks, max(few, min(many, pages // PAGES_OF_SPLIT))))
+    return splits if splits < few else splits // MERGED[1] * MERGED[1]
+
+
+def shared_memory(device: torch.device) -> int:
+    """Bytes of shared memory per multiprocessor."""
+    return int(torch.cuda.get_device_properties(device).shared_memory_per_multiprocessor)
