@@ -5,7 +5,7 @@ reference.py        plain PyTorch: the truth that the kernels are held to
 triton_attend.py    which tokens the kernels read, and attention to them
 calls/              launches the kernels for packed and 16-bit tokens together
 prepare.py          a first launch, where the next one cannot do it: queries into code space, 16-bit tokens
-split_mma.py        all tokens, on int8 tensor cores: words.py, lookup.py, tiles.py
+split_mma.py        all tokens, on int8 tensor cores: page_step.py, words.py, lookup.py, tiles.py
 opening/            what its programs do before packed tokens: turn queries, attend 16-bit tokens
 split_plain.py      packed tokens in float32, for Triton's interpreter
 parts/              the launches for what int8 does not read: codes in parts, other levels
