@@ -116,7 +116,7 @@ class Norm(JoinedPiece):
     def prove_many(self, own: Callable[..., Any], output: Any, *args: Any) -> Choice:
         x, of_class = args[0], PROVEN.setdefault(type(self._module), {})
         call = Many(self.kind_of_many(x))
-        if of_class.get(call) is None:
+        if call not in of_class:
             some = x.reshape(1, -1, x.shape[-1])[:, :MANY_ROWS]
             of_class[call] = self.prove(own, own(some), some)
         choice = of_class[call]

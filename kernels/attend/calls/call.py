@@ -430,6 +430,9 @@ class Call:
 
         With `into`, those of packed tokens alone are joined, and become number `into` of the sums in `dense`.
         """
+        in_parts = self._values_in_parts()
+        if in_parts is not None:
+            return self._merge_parts(in_parts, sums, dense, sinks, out, into)
         value_dim = self.values.head_dim
         out = self._output(dense, out, into)
         splits = sums[0].shape[1]
@@ -556,6 +559,10 @@ class Call:
             self._division(),
         )
         return out
+
+    def _values_in_parts(self) -> PartOperands | None:
+        """What the merge for parts turns back with; None: another merge does it."""
+        return None
 
     def _merged_by_warps(self) -> bool:
         """Whether the merge needs no matrix, no filters, and no division of programs among heads."""

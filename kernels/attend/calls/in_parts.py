@@ -11,6 +11,7 @@ from quantpress.kernels.attend.opening.arguments import (
     Opening,
     contiguous,
 )
+from quantpress.kernels.attend.operands import PartOperands
 from quantpress.kernels.attend.parts import launches
 from quantpress.kernels.attend.parts.groups import (
     ROWS,
@@ -68,15 +69,9 @@ class PartsCall(Call):
         own = launches.programs(self.keys, self.values)
         return PLAIN_PROGRAMS if self.plain else own * self._multiprocessors()
 
-    def merge(
-        self,
-        sums: list[torch.Tensor],
-        dense: list[torch.Tensor],
-        sinks: torch.Tensor | None = None,
-        out: torch.Tensor | None = None,
-        into: int | None = None,
-    ) -> torch.Tensor:
-        return self._merge_parts(self.values, sums, dense, sinks, out, into)
+    def _values_in_parts(self) -> PartOperands | None:
+        found: PartOperands = self.values
+        return found
 
 
 class GroupsCall(Call):
@@ -143,16 +138,6 @@ class GroupsCall(Call):
     def _merged_by_warps(self) -> bool:
         return self.table is None or self.schedule is not None
 
-    def merge(
-        self,
-        sums: list[torch.Tensor],
-        dense: list[torch.Tensor],
-        sinks: torch.Tensor | None = None,
-        out: torch.Tensor | None = None,
-        into: int | None = None,
-    ) -> torch.Tensor:
-        if self._merged_by_warps():
-            return super().merge(sums, dense, sinks, out, into)
-        values = as_parts(self.values)
-        assert values is not None
-        return self._merge_parts(with_planes(values, False), sums, dense, sinks, out, into)
+    def _values_in_parts(self) -> PartOperands | None:
+        values = None if self._merged_by_warps() else as_parts(self.values)
+        return None if values is None else with_planes(values, False)
