@@ -53,6 +53,18 @@ def test_exact_leaves_products_alone(launched: list[str]) -> None:
     assert "silu_product" in launched and not {"linear", "residual", "gated_linear"} & {*launched}
 
 
+def test_proofs_end_with_the_forward_of_linear_layers(
+    launched: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, own = sixteen_bits("llama"), nn.Linear.forward
+    joins = JoinedStep(model, model.forward)
+    step(model, joins.watching())
+    monkeypatch.setattr(nn.Linear, "forward", lambda self, x: own(self, x) * 2)
+    launched.clear()
+    assert torch.equal(step(model, joins.joining()), step(model))
+    assert not {"linear", "residual", "gated_linear"} & {*launched} and "rms_norm" in launched
+
+
 @pytest.mark.parametrize("batch", [MOST_ROWS, MOST_ROWS + 1])
 def test_few_rows(batch: int, launched: list[str]) -> None:
     model = sixteen_bits("llama", torch.float16)
