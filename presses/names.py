@@ -14,7 +14,6 @@ import kvpress
 import torch
 from kvpress.presses.kvgrad_press import ReadOnlyDynamicLayer
 from torch import nn
-from torch.nn import functional
 
 from quantpress.presses.arguments import inner_press
 from quantpress.presses.base import (
@@ -177,7 +176,41 @@ class Chunk(WrappingPress, kvpress.ChunkPress, inner=SnapKV, whole_context=True)
 
 
 class ChunkKV(WrappingPress, kvpress.ChunkKVPress, inner=SnapKV, compares_heads=True):
-    """Keeps or evicts chunks as a whole."""
+    """Keeps or evicts chunks as a whole: those that kvpress's own takes, one at a time, all at once here."""
+
+    def compress(
+        self,
+        module: nn.Module,
+        hidden_states: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        attentions: torch.Tensor | None,
+        kwargs: dict[str, Any],
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The tokens of the best chunks of the first sequence, in the order of the text.
+
+        Args:
+            module: the layer's attention module.
+            hidden_states: [B, T, hidden] inputs of the layer.
+            keys: [B, Hkv, T, D].
+            values: [B, Hkv, T, Dv].
+            attentions: for the press inside.
+            kwargs: keyword arguments of the layer's forward.
+        """
+        ratio, tokens = self.press.compression_ratio, keys.shape[2]
+        if ratio == 0:
+            return keys, values
+        if tokens < self.chunk_length:
+            pruned: tuple[torch.Tensor, torch.Tensor] = self.press.compress(
+                module, hidden_states, keys, values, attentions, kwargs
+            )
+            return pruned
+        scores = self.press.score(module, hidden_states, keys, values, attentions, kwargs)
+        chunks = self._chunk_scores(scores)[0]
+        best = chunks.topk(max(1, int(len(chunks) * (1 - ratio)))).indices
+        of_chunk = torch.zeros_like(chunks, dtype=torch.bool).index_fill(0, best, True)
+        kept = of_chunk.repeat_interleave(self.chunk_length)[:tokens].nonzero()[:, 0]
+        return keys.index_select(2, kept), values.index_select(2, kept)
 
     def score(
         self,
@@ -188,15 +221,20 @@ class ChunkKV(WrappingPress, kvpress.ChunkKVPress, inner=SnapKV, compares_heads=
         attentions: torch.Tensor | None,
         kwargs: dict[str, Any],
     ) -> torch.Tensor:
-        """[B, Hkv, T] scores of tokens, in every head the mean of their chunk over its tokens and all heads.
+        """[B, Hkv, T] scores of tokens: in every head that of their chunk, a sum over all heads.
 
         By them `Demote` takes chunks, as this press does when it evicts.
         """
         scores: torch.Tensor = self.press.score(module, hidden_states, keys, values, attentions, kwargs)
-        tokens, length = scores.shape[2], self.chunk_length
-        padded = functional.pad(scores.mean(dim=1), (0, -tokens % length), value=torch.nan)
-        chunks = padded.reshape(len(padded), -1, length).nanmean(dim=-1)
-        return chunks.repeat_interleave(length, dim=1)[:, None, :tokens].expand_as(scores)
+        chunks = self._chunk_scores(scores).repeat_interleave(self.chunk_length, dim=1)
+        return chunks[:, None, : scores.shape[2]].expand_as(scores)
+
+    def _chunk_scores(self, scores: torch.Tensor) -> torch.Tensor:
+        """[B, chunks] sums over heads of means over the tokens of each chunk; the last may be shorter."""
+        complete = scores.shape[2] // self.chunk_length
+        sums, rest = scores.sum(dim=1).tensor_split([complete * self.chunk_length], dim=1)
+        means = [sums.unflatten(1, (complete, self.chunk_length)).mean(dim=-1)]
+        return torch.cat([*means, *([rest.mean(dim=-1, keepdim=True)] if rest.shape[1] else [])], dim=1)
 
 
 class CriticalAdaKV(

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
+import kvpress
 import pytest
 import torch
 from transformers import DynamicCache
@@ -84,7 +85,9 @@ def test_chunks_fall_as_a_whole(tokens: int) -> None:
     """Those that kvpress's ChunkKV evicts; the last one is shorter, or the only one."""
     press, keys = ChunkKV(Knorm(0.5)), torch.randn(1, 3, tokens, DIM)
     module: Any = SimpleNamespace(head_dim=DIM)
-    kept, _ = press.compress(module, keys, keys, keys, None, {})  # type: ignore[arg-type]
+    arguments: Any = (module, keys, keys, keys + 1, None, {})
+    kept, _ = pruned = kvpress.ChunkKVPress(kvpress.KnormPress(0.5)).compress(*arguments)
+    torch.testing.assert_close(press.compress(*arguments), pruned, rtol=0, atol=0)
     scores = press.score(module, keys, keys, keys, None, {})
     assert scores.shape == keys.shape[:3]
     if tokens > press.chunk_length:
