@@ -9,7 +9,8 @@ A thread holds two rows of the product and four columns of each: y[h][i]. Their 
                   looked up four at a time
 
 Values at 3 and 4 bits are whole numbers of steps in their sums with levels, several steps a unit: a
-multiply-add with 2**23 leaves them in the low bits. Scales are then good to 2**-15.
+multiply-add with 2**23 leaves them in the low bits. Scales are then good to 2**-17 in the root mean square
+over vectors; the worst of ten thousand had 2**-15.
 """
 
 from functools import lru_cache

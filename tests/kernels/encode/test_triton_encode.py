@@ -28,12 +28,10 @@ def check(
     x: torch.Tensor,
     spec: CodecSpec,
     transform: ChannelTransform,
-    slack: float = 4e-6,
 ) -> int:
-    """Codes are the reference's but at ties, scales right for the codes; returns how many ties differ.
-
-    `slack`: relative error of a scale, beside its dtype's.
-    """
+    """Codes are the reference's but at ties, scales right for the codes; returns how many ties differ."""
+    in_steps = spec.role == "value" and spec.head_dim == 128 and spec.bits in (3, 4)
+    slack = 2**-14 if in_steps else 4e-6  # relative, beside the dtype's; the first because of `octets`
     expected = encode_pages_reference(x, spec, transform)
     assert planes.keys() == expected.keys()
     y = _apply(x, transform)

@@ -47,24 +47,33 @@ def doubled(x: torch.Tensor, layers: list[Weights]) -> tuple[torch.Tensor, list[
     return x.double(), [(weight.double(), None if bias is None else bias.double()) for weight, bias in layers]
 
 
-def check(case: Any, dtype: torch.dtype, device: str, most: float) -> None:
-    """Errors are at most `most` times PyTorch's; biases, a residual and a gated pair are among the cases."""
+def check(case: Any, dtype: torch.dtype, device: str) -> None:
+    """Errors are PyTorch's; biases, a residual and a gated pair are among the cases.
+
+    Few outputs may all round to the wrong side: there, a unit in the last place is allowed for each of four
+    roundings.
+    """
     rows, columns, sizes, tiling = case
+    few = 0 if case in LARGE else 4 * torch.finfo(dtype).eps
+
+    def near(found: torch.Tensor, own: torch.Tensor, right: torch.Tensor) -> None:
+        assert error(found, right) <= 1.1 * error(own, right) + few * float(right.square().mean().sqrt())
+
     x = torch.randn(rows, 1, columns, device=device).to(dtype)
     layers = layers_of(sizes, columns, dtype, device)
-    residual = torch.randn(rows, 1, sizes[0], device=device).to(dtype) if len(sizes) == 1 else None
     exact = linear_reference(*doubled(x, layers))
-    if residual is not None:
-        (own,) = linear_reference(x, layers, residual)
-        (found,) = linear(x, layers, residual, tiling=tiling)
-        assert error(found, exact[0] + residual.double()) <= most * error(own, exact[0] + residual.double())
-    for found, own, right in zip(
-        linear(x, layers, tiling=tiling), linear_reference(x, layers), exact, strict=True
-    ):
-        assert error(found, right) <= most * error(own, right)
+    if len(sizes) == 1:
+        residual = torch.randn(rows, 1, sizes[0], device=device).to(dtype)
+        (own,), (found,) = linear_reference(x, layers, residual), linear(x, layers, residual, tiling=tiling)
+        near(found, own, exact[0] + residual.double())
+    for results in zip(linear(x, layers, tiling=tiling), linear_reference(x, layers), exact, strict=True):
+        near(*results)
     pair = [*layers_of((sizes[0], sizes[0]), columns, dtype, device)]
-    right = gated_linear_reference(*doubled(x, pair))
-    assert error(gated_linear(x, pair, tiling), right) <= most * error(gated_linear_reference(x, pair), right)
+    near(
+        gated_linear(x, pair, tiling),
+        gated_linear_reference(x, pair),
+        gated_linear_reference(*doubled(x, pair)),
+    )
 
 
 def test_interpreted() -> None:
@@ -100,7 +109,7 @@ def test_compiles_without_a_gpu(capability: int, rows: int) -> None:
 @pytest.mark.parametrize("dtype", SIXTEEN, ids=str)
 @pytest.mark.parametrize("case", [*CASES, *LARGE], ids=lambda case: str(case[:3]))
 def test_on_a_gpu(case: Any, dtype: torch.dtype) -> None:
-    check(case, dtype, "cuda", 1.1 if case in LARGE else 2.0)
+    check(case, dtype, "cuda")
 
 
 @pytest.mark.gpu
@@ -125,6 +134,6 @@ def test_a_chain_waits_for_what_it_reads() -> None:
 
 if __name__ == "__main__":
     for case in CASES:
-        check(case, torch.float16, "cpu", 1.1)
-    check(CASES[0], torch.bfloat16, "cpu", 8.0)  # which the interpreter cuts off in place of rounding
+        check(case, torch.float16, "cpu")
+    check(CASES[0], torch.bfloat16, "cpu")
     print("exact")
