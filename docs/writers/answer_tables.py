@@ -30,7 +30,7 @@ def equal_bytes() -> str:
     presses.sort(key=_evictor)
     by_press = [{row["press"]: row for row in run["rows"]} for run in runs]
     lines = [
-        [f"`{press.replace('{}', 'r')}`", *(cell for rows in by_press for cell in _cells(rows.get(press)))]
+        [f"`{press.replace('{}', 'r')}`", *(cell for rows in by_press for cell in _cells(rows[press]))]
         for press in presses
     ]
     return table(["cache", *columns], lines) + "\n"
@@ -42,13 +42,9 @@ def _evictor(press: str) -> tuple[bool, bool, str, int]:
     return "{}" in press, press != UNCOMPRESSED, name, len(press)
 
 
-def _cells(row: Row | None) -> tuple[str, str]:
-    if row is None:
-        return "", ""
+def _cells(row: Row) -> tuple[str, str]:
+    share = "" if row["equal"] or row["press"] == UNCOMPRESSED else f", {row['ratio']:.1f}x"
     kl = f"{row['kl']:.3f}" if "kl" in row else ""
-    if "cases" not in row:
-        return "", kl
-    share = "" if row["equal"] else f", {row['ratio']:.1f}x"
     return f"{row['blind']}, {row['in_view']} of {row['cases']}{share}", kl
 
 
