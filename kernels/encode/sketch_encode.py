@@ -8,6 +8,7 @@ from torch import Tensor
 
 from quantpress.deferred import judge, zero_flags
 from quantpress.kernels.available import FUSED
+from quantpress.kernels.encode.hopper_encode import is_hopper
 from quantpress.kernels.encode.sketch_kernel import encode_sketch_kernel
 from quantpress.kernels.encode.triton_encode import (
     DTYPES,
@@ -24,6 +25,9 @@ from quantpress.kernels.rotation_matrix import halved, padded
 from quantpress.quantization.spec import CodecSpec
 from quantpress.quantization.transform import ChannelTransform
 
+BLOCK = 64
+"""Channels of x in one product with the rotation, of which two programs find room in a multiprocessor."""
+
 _POINTERS = ("x", "mean", "weight", "order", "flag")
 _NUMBERS = ("stride_b", "stride_h", "stride_t", "heads", "pages", "per", "largest")
 _CONSTANTS = ("RULE", "VALUES", "MEAN", "WEIGHT", "ORDER", "STAGES")
@@ -35,14 +39,17 @@ def supports_sketch(x: Tensor, spec: CodecSpec) -> bool:
     return spec.estimator == "prod" and spec.head_dim <= MAX_CHANNELS and x.dtype in DTYPES and x.dim() == 4
 
 
-def sketch_settings(spec: CodecSpec, roomy: bool) -> EncodeSettings:
+def sketch_settings(spec: CodecSpec, roomy: bool, hopper: bool) -> EncodeSettings:
     """How the kernel is launched.
 
     Args:
         spec: the codec.
-        roomy: whether a program may have 160 KB of shared memory, and so keeps both matrices over its pages.
+        roomy: whether a program may have 160 KB of shared memory, and so keeps the sketch's matrix over its
+            pages.
+        hopper: whether four warps make a product; with eight, each half would make all of it.
     """
-    return EncodeSettings(warps=8 if roomy else 4, stages=1, pages=8, block=padded(spec.head_dim))
+    warps = 4 if hopper else 8
+    return EncodeSettings(warps, stages=1, pages=8 if roomy else 4, block=min(padded(spec.head_dim), BLOCK))
 
 
 def encode_sketch_triton(x: Tensor, spec: CodecSpec, transform: ChannelTransform) -> dict[str, Tensor]:
@@ -82,7 +89,7 @@ def launch_sketch(
     if not x.numel():
         return planes, flag
     roomy = is_roomy(x.device)
-    settings = settings or sketch_settings(spec, roomy)
+    settings = settings or sketch_settings(spec, roomy, is_hopper(x.device))
     arguments = sketch_arguments(x, spec, transform, planes, flag, settings, roomy)
     grid = (-(-lead[2] // settings.pages), batch * heads)
     if x.is_cuda:

@@ -81,11 +81,13 @@ def encode_sketch_kernel(
 ):
     """Encode `per` pages, from per * axis 0 on, of one (batch, KV head) (axis 1).
 
-    sketch: [2, CP, CP] float16, the sketch's matrix, with rows and columns in the order of the tiles' columns;
-    signs [B, Hkv, P, 4 * C] int32 and residual [B, Hkv, P, 128] like scale, written; HELD: whether the program
-    keeps `sketch` over all pages. flag [1] becomes 1 where a vector is not finite; its scale is 0 then. The
-    other arguments are those of `encode_pages_kernel` for one channel group.
+    sketch: [2, CP, CP] float16, the sketch's matrix, its rows and columns in the order of the tiles' columns;
+    signs [B, Hkv, P, 4 * C] int32 and residual [B, Hkv, P, 128] like scale, written; HELD: whether the
+    program keeps `sketch` over all pages. flag [1] becomes 1 where a vector is not finite; its scale is 0
+    then. The other arguments are those of `encode_pages_kernel` for one channel group.
     """
+    ROWS: tl.constexpr = 32 if VALUES else 64  # of joined fields
+    WORDS: tl.constexpr = CP if VALUES else CP // 4
     head = tl.program_id(1).to(tl.int64)
     x_ptr += head // heads * stride_b + head % heads * stride_h
     mean_ptr += head * C
@@ -100,8 +102,13 @@ def encode_sketch_kernel(
     for page in tl.range(first_page, tl.minimum(first_page + per, pages), num_stages=STAGES):
         at = head * pages + page
         vectors_ptr = x_ptr + (at - head * pages) * (128 * stride_t)
-        for tile in tl.static_range(2):
-            token = tile_token(tile, VALUES)
+        negatives = tl.zeros([ROWS, WORDS], tl.int32)
+        words = tl.zeros([ROWS, WORDS], tl.int32)
+        if BITS == 3:
+            words = join_pairs(words, CP, VALUES)
+            others = words
+        for tile in tl.range(0, 2, num_stages=1):
+            token = tile_token(0, VALUES) + 64 * tile
             y, undo = rotated(
                 vectors_ptr,
                 stride_t,
@@ -129,12 +136,13 @@ def encode_sketch_kernel(
             length = tl.where(finite, tl.minimum(norm * factor * undo, _FLOAT32_MAX), 0.0)
             u = y * (1.0 / tl.where(square > 0, norm, 1.0))[:, None]
             lane = token[:, None] % 4 if VALUES else channel[None, :] % 4
-            if BITS == 3:
+            if BITS == 3:  # noqa: SIM108
                 first = 16 * (token // 16 % 2)
             else:
                 first = 16 * (token // 64) + 2 * (token // 32 % 2)
             sign = 1 << (8 * lane + 7 - token[:, None] // 16)
             field, level = plain_fields(u, first[:, None] + 4 * lane, sign, flag_ptr, 0, BOOK, BITS)
+            word = join_fields(field, CP, VALUES)
             if CP != C:
                 level = tl.where(channel[None, :] < C, level, 0.0)
             if RULE == 0:
@@ -152,18 +160,17 @@ def encode_sketch_kernel(
             size = tl.minimum(size, largest)
             tl.store(residual_ptr + at * 128 + token, size.to(residual_ptr.dtype.element_ty))
             projected = _projected(rest, sketch_ptr, sketch_high, sketch_low, CP, HELD)
-            word = join_fields(field, CP, VALUES)
             negative = join_fields(tl.where(projected < 0, sign, 0), CP, VALUES)
-            codes_ptr = words_ptr + at * (4 * BITS * C)
-            if tile == 0:
-                negatives = negative
+            negatives += negative
+            if BITS == 3:
+                pairs = join_pairs(word, CP, VALUES)
+                words = tl.where(tile == 0, pairs, words)
+                others = pairs
             else:
-                store_words(signs_ptr + at * (4 * C), negatives + negative, 0, C, CP, 1, VALUES)
-            if BITS == 3 and tile == 0:
-                words = join_pairs(word, CP, VALUES)
-            elif BITS == 3:
-                store_planes(codes_ptr, words, join_pairs(word, CP, VALUES), C, CP, VALUES)
-            elif tile == 0:
-                words = word
-            else:
-                store_words(codes_ptr, words + word, 0, C, CP, BITS, VALUES)
+                words += word
+        store_words(signs_ptr + at * (4 * C), negatives, 0, C, CP, 1, VALUES)
+        codes_ptr = words_ptr + at * (4 * BITS * C)
+        if BITS == 3:
+            store_planes(codes_ptr, words, others, C, CP, VALUES)
+        else:
+            store_words(codes_ptr, words, 0, C, CP, BITS, VALUES)
