@@ -222,9 +222,9 @@ def decode_pages_kernel(
     words: int32, scale, and with SKETCH signs and residual, of pages *_page apart in heads *_head apart;
     START, C, CP and SKETCH: as for `decode_code_space_kernel`, with a turn out of code space; pages: P;
     table: [P] int32, which pages, if TABLE, else the first P; levels: in units of the codebook's; matrix:
-    [HALVES, CP, CP] float16, out of code space; mean, weight and order: [B * Hkv, D], if MEAN,
-    WEIGHT and ORDER; out: vectors [D], written, of tokens out_token apart in heads out_head apart; factor: value of a level's
-    unit times one of the matrix; BK: channels in one product; WHOLE: levels are exact in float16.
+    [HALVES, CP, CP] float16, out of code space; mean, weight and order: [B * Hkv, D], if MEAN, WEIGHT and
+    ORDER; out: vectors [D], written, of tokens out_token apart in heads out_head apart; factor: value of a
+    level's unit times one of the matrix; BK: channels in one product; WHOLE: levels are exact in float16.
     """
     page, head = tl.program_id(0) // 2, tl.program_id(1).to(tl.int64)
     first = tl.program_id(0) % 2 * 64

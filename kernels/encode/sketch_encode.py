@@ -26,7 +26,7 @@ from quantpress.quantization.spec import CodecSpec
 from quantpress.quantization.transform import ChannelTransform
 
 BLOCK = 64
-"""Channels of x in one product with the rotation, of which two programs find room in a multiprocessor."""
+"""Most channels of x in one product with the rotation where shared memory is scarce."""
 
 _POINTERS = ("x", "mean", "weight", "order", "flag")
 _NUMBERS = ("stride_b", "stride_h", "stride_t", "heads", "pages", "per", "largest")
@@ -46,10 +46,12 @@ def sketch_settings(spec: CodecSpec, roomy: bool, hopper: bool) -> EncodeSetting
         spec: the codec.
         roomy: whether a program may have 160 KB of shared memory, and so keeps the sketch's matrix over its
             pages.
-        hopper: whether four warps make a product; with eight, each half would make all of it.
+        hopper: whether four warps make a product (with eight, each half would make all of it), and two
+            programs share a multiprocessor.
     """
-    warps = 4 if hopper else 8
-    return EncodeSettings(warps, stages=1, pages=8 if roomy else 4, block=min(padded(spec.head_dim), BLOCK))
+    size = padded(spec.head_dim)
+    block = size if roomy and not hopper else min(size, BLOCK)
+    return EncodeSettings(warps=4 if hopper else 8, stages=1, pages=8, block=block)
 
 
 def encode_sketch_triton(x: Tensor, spec: CodecSpec, transform: ChannelTransform) -> dict[str, Tensor]:

@@ -22,9 +22,9 @@ from quantpress.kernels.layout import PAGE_TOKENS, page_bytes
 from quantpress.quantization.spec import CodecSpec
 from quantpress.quantization.transform import ChannelTransform
 from tests.kernels.attend.emulate_gluon import emulate
-from tests.kernels.encode.test_triton_encode import check, on_gpu
+from tests.kernels.encode.test_triton_encode import on_gpu
 from tests.kernels.ptx import Words, run_ptx
-from tests.kernels.triton_cases import NEAR_TIE, compile_only, resources, transform_of, vectors
+from tests.kernels.triton_cases import NEAR_TIE, check, compile_only, resources, transform_of, vectors
 
 pytest.importorskip("triton")
 
