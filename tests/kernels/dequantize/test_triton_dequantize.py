@@ -75,7 +75,6 @@ def interpreted(role: str) -> None:
         (CodecSpec(80, 1, "value"), 80),
         (CodecSpec(256, 8, "value"), 80),
         (sketched(128, 4, "key"), 90),
-        (sketched(128, 4, "key"), 80),
         (sketched(128, 3, "key"), 100),
     ],
     ids=lambda x: f"{x.head_dim}-{x.bits}-{x.role}-{x.estimator}" if isinstance(x, CodecSpec) else str(x),

@@ -106,7 +106,6 @@ def interpreted(role: str) -> None:
 @pytest.mark.parametrize(
     ("spec", "dtype", "capability"),
     [
-        (sketched(128, 4), torch.bfloat16, 80),
         (sketched(128, 4), torch.bfloat16, 90),
         (sketched(128, 3), torch.float16, 100),
         (sketched(80, 4), torch.float32, 80),
