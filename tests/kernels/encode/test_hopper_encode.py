@@ -224,7 +224,7 @@ def planes_for(x: torch.Tensor, spec: CodecSpec) -> dict[str, torch.Tensor]:
 
 @pytest.fixture
 def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hopper_encode, "_is_hopper", lambda device: True)
+    monkeypatch.setattr(hopper_encode, "is_hopper", lambda device: True)
 
 
 def test_what_it_covers(hopper: None) -> None:
