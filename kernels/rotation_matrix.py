@@ -9,12 +9,12 @@ from torch import Tensor
 
 from quantpress.quantization.rotation import Rotation
 
-_SPLIT_SCALE = 2.0**12  # keeps the low halves of entries, at most 1, among float16's normal numbers
+_SPLIT_SCALE = 2.0**12  # keeps the low halves of a rotation's entries among float16's normal numbers
 
 
 @dataclass(frozen=True, eq=False)
 class RotationMatrix:
-    """A rotation as the sum of one or two float16 matrices.
+    """A rotation, or another matrix, as the sum of one or two float16 matrices.
 
     Args:
         halves: [1 or 2, CP, CP] float16, zero outside the rotation's channels. One matrix of -1, 0 and 1
@@ -40,13 +40,21 @@ def rotation_matrix(rotation: Rotation, device: torch.device, inverse: bool = Fa
         factor = 1.0 if rotation.kind == "identity" else 1 / math.sqrt(rotation.dim)
         signs = (exact / factor).round()
         if bool(signs.abs().max() <= 1) and bool((signs * factor - exact).abs().max() < 1e-12):
-            parts = [signs]
-        else:
-            factor = 1 / _SPLIT_SCALE
-            high = (exact / factor).half()
-            parts = [high, exact / factor - high.double()]
-        size = padded(rotation.dim)
-        halves = torch.zeros(len(parts), size, size, dtype=torch.float16, device="cpu")
-        for half, part in zip(halves, parts, strict=True):
-            half[: rotation.dim, : rotation.dim] = part.half()
-        return RotationMatrix(halves.to(device), factor)
+            return _operand([signs], factor, device)
+        return halved(exact, device)
+
+
+def halved(exact: Tensor, device: torch.device) -> RotationMatrix:
+    """A matrix [C, C] float64, with entries of up to 15, in two halves on a device."""
+    factor = 1 / _SPLIT_SCALE
+    high = (exact / factor).half()
+    return _operand([high, exact / factor - high.double()], factor, device)
+
+
+def _operand(parts: list[Tensor], factor: float, device: torch.device) -> RotationMatrix:
+    channels = len(parts[0])
+    size = padded(channels)
+    halves = torch.zeros(len(parts), size, size, dtype=torch.float16, device="cpu")
+    for half, part in zip(halves, parts, strict=True):
+        half[:channels, :channels] = part.half()
+    return RotationMatrix(halves.to(device), factor)

@@ -87,7 +87,7 @@ def _supports(x: Tensor, side: BlockSide) -> bool:
 
 def _in_words(side: BlockSide) -> bool:
     """Whether pages lie as whole words, and scales together."""
-    codes = [plane for name, plane in side.planes.items() if name.startswith("codes")]
+    codes = [plane for name, plane in side.planes.items() if name.startswith(("codes", "sketch"))]
     steps = [step for plane in codes for step in (*plane.stride()[:2], plane.storage_offset())]
     return all(plane.stride(2) == 1 for plane in side.planes.values()) and not any(s % WORD for s in steps)
 

@@ -11,8 +11,9 @@ from torch import Tensor
 from quantpress.kernels.available import FUSED
 from quantpress.kernels.dequantize.triton_kernel import decode_code_space_kernel, decode_pages_kernel
 from quantpress.kernels.layout import PAGE_TOKENS
-from quantpress.kernels.rotation_matrix import padded, rotation_matrix
+from quantpress.kernels.rotation_matrix import RotationMatrix, halved, padded, rotation_matrix
 from quantpress.quantization.codebook import Codebook
+from quantpress.quantization.qjl import SQRT_HALF_PI
 from quantpress.quantization.spec import CodecSpec
 from quantpress.quantization.transform import ChannelTransform
 
@@ -22,9 +23,9 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def supports_decode(spec: CodecSpec, dtype: torch.dtype = torch.float32) -> bool:
-    """Whether the kernels take this codec and dtype: groups of up to 256 channels, no sketch, no means."""
+    """Whether the kernels take this codec and dtype: groups of up to 256 channels, no means."""
     fits = all(group.channels <= MAX_CHANNELS for group in spec.groups)
-    return spec.estimator == "mse" and not spec.page_keys and fits and dtype in DTYPES
+    return not spec.page_keys and fits and dtype in DTYPES
 
 
 def decode_code_space_triton(planes: dict[str, Tensor], spec: CodecSpec) -> Tensor:
@@ -35,7 +36,8 @@ def decode_code_space_triton(planes: dict[str, Tensor], spec: CodecSpec) -> Tens
     shape = (batch, heads, spec.head_dim, tokens) if values else (batch, heads, tokens, spec.head_dim)
     out = torch.empty(shape, dtype=torch.float32, device=planes["codes0"].device)
     for arguments in code_space_arguments(planes, spec, out):
-        _launch(decode_code_space_kernel, arguments, batch * heads, 4)
+        wide = arguments["SKETCH"] and arguments["CP"] > 128
+        _launch(decode_code_space_kernel, arguments, batch * heads, 8 if wide else 4)
     return out.transpose(-1, -2) if values else out
 
 
@@ -71,7 +73,9 @@ def code_space_arguments(planes: dict[str, Tensor], spec: CodecSpec, out: Tensor
     start = 0
     for i, group in enumerate(spec.groups):
         levels = _level_tensor(spec.codebook_of(i), out.device, False)
-        yield _common(planes, spec, i, start) | {"levels_ptr": levels, "out_ptr": out}
+        common = _common(planes, spec, i, start)
+        common |= _sketch(planes, spec, common["words_ptr"], turned=False)
+        yield common | {"levels_ptr": levels, "out_ptr": out}
         start += group.channels
 
 
@@ -98,16 +102,19 @@ def decode_arguments(
         book = spec.codebook_of(i)
         levels = _level_tensor(book, out.device, True)
         matrix = rotation_matrix(spec.rotation_of(i), out.device, inverse=True)
-        common = _common(planes, spec, i, start, copied=table is None)
-        words, scale = common["words_ptr"], common["scale_ptr"]
+        copied = table is None
+        common = _common(planes, spec, i, start, copied)
+        common |= _sketch(planes, spec, common["words_ptr"], turned=True, copied=copied)
+        steps = {
+            f"{name}_{axis}": common[f"{name}_ptr"].stride(dim)
+            for name in ("words", "scale", "signs", "residual")
+            for dim, axis in ((1, "head"), (2, "page"))
+        }
         yield common | {
+            **steps,
             "levels_ptr": levels,
             "table_ptr": levels if table is None else table,
-            "pages": words.shape[2] if table is None else len(table),
-            "words_head": words.stride(1),
-            "words_page": words.stride(2),
-            "scale_head": scale.stride(1),
-            "scale_page": scale.stride(2),
+            "pages": common["pages"] if table is None else len(table),
             "out_head": out.stride(1),
             "out_token": out.stride(2),
             "TABLE": table is not None,
@@ -115,7 +122,6 @@ def decode_arguments(
             "out_ptr": out,
             **{f"{name}_ptr": parts.get(name, levels) for name in ("mean", "weight", "order")},
             "factor": matrix.factor * book.unit,
-            "BK": min(padded(group.channels), BLOCK),
             "HALVES": len(matrix.halves),
             "WHOLE": book.form == "int8",
             "MEAN": transform.mean is not None,
@@ -138,9 +144,38 @@ def _common(
         "START": start,
         "C": group.channels,
         "CP": padded(group.channels),
+        "BK": min(padded(group.channels), BLOCK),
         "BITS": group.bits,
         "VALUES": spec.role == "value",
     }
+
+
+def _sketch(
+    planes: dict[str, Tensor], spec: CodecSpec, none: Tensor, turned: bool, copied: bool = True
+) -> dict[str, Any]:
+    """The arguments of a sketch, which lead out of code space if `turned`; `none` in their place without."""
+    if spec.estimator != "prod":
+        pointers = dict.fromkeys(("signs_ptr", "residual_ptr", "turn_ptr"), none)
+        return {**pointers, "turn_factor": 0.0, "SKETCH": False}
+    signs, residual = (
+        planes[name].contiguous() if copied else planes[name] for name in ("sketch", "residual")
+    )
+    turn = _sketch_turn(spec, none.device, turned)
+    return {
+        "signs_ptr": signs.view(torch.int32),
+        "residual_ptr": residual,
+        "turn_ptr": turn.halves,
+        "turn_factor": turn.factor * SQRT_HALF_PI / spec.head_dim,
+        "SKETCH": True,
+    }
+
+
+@lru_cache(maxsize=64)
+def _sketch_turn(spec: CodecSpec, device: torch.device, turned: bool) -> RotationMatrix:
+    """The sketch's matrix, times the rotation if `turned`; cached."""
+    with torch.inference_mode(False), torch.no_grad():  # kept: must stay usable outside inference mode
+        matrix = spec.sketch_matrix()
+        return halved(matrix @ spec.rotation_of(0).matrix() if turned else matrix, device)
 
 
 @lru_cache(maxsize=64)

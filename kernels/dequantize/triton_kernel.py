@@ -4,7 +4,9 @@
 A program decodes one channel group of 64 tokens. Each word of the layout is loaded once for the four lanes of
 a part (four channels of a key, or four tokens of a value), which are taken apart in registers. The inverse
 rotation is a product on 16-bit tensor cores that is as good as float32 (see
-`quantpress.kernels.rotation_matrix`); int8 levels are exact in float16, others are split into two parts.
+`quantpress.kernels.rotation_matrix`); int8 levels are exact in float16, others are split into two parts. The
+signs of a sketch are exact, too: their product with the sketch's matrix, rotated back where vectors are
+wanted, is another one.
 """
 
 import triton
@@ -56,9 +58,8 @@ def _fields(words_ptr, token, word, lane, C: tl.constexpr, BITS: tl.constexpr, V
 
 
 @triton.jit
-def _levels(
+def _codes(
     words_ptr,
-    levels_ptr,
     first,
     part: tl.constexpr,
     C: tl.constexpr,
@@ -66,9 +67,9 @@ def _levels(
     BITS: tl.constexpr,
     VALUES: tl.constexpr,
 ):
-    """Levels [64, BK] of tokens `first` onwards and channels part * BK onwards; zero beyond the group.
+    """Codes [64, BK] of tokens `first` onwards and channels part * BK onwards.
 
-    words_ptr: the page's words; levels_ptr: [2**BITS] float32; C: channels of the group.
+    words_ptr: the page's words; C: channels of the group. Also which channels there are, [1, BK].
     """
     lane = tl.arange(0, 4)
     if VALUES:
@@ -80,7 +81,51 @@ def _levels(
         word = part * (BK // 4) + tl.arange(0, BK // 4)[None, :, None]
         code = _fields(words_ptr, token, word, lane[None, None, :], C, BITS, False, word < C // 4)
     inside = part * BK + tl.arange(0, BK) < C
-    return tl.load(levels_ptr + tl.reshape(code, [64, BK]), mask=inside[None, :], other=0.0)
+    return tl.reshape(code, [64, BK]), inside[None, :]
+
+
+@triton.jit
+def _levels(
+    words_ptr,
+    levels_ptr,
+    first,
+    part: tl.constexpr,
+    C: tl.constexpr,
+    BK: tl.constexpr,
+    BITS: tl.constexpr,
+    VALUES: tl.constexpr,
+):
+    """Levels [64, BK] of `_codes`; zero beyond the group. levels_ptr: [2**BITS] float32."""
+    code, inside = _codes(words_ptr, first, part, C, BK, BITS, VALUES)
+    return tl.load(levels_ptr + code, mask=inside, other=0.0)
+
+
+@triton.jit
+def _sketched(
+    signs_ptr,
+    residual_ptr,
+    turn_ptr,
+    turn_factor,
+    first,
+    C: tl.constexpr,
+    CP: tl.constexpr,
+    BK: tl.constexpr,
+    VALUES: tl.constexpr,
+):
+    """What the sketch adds to tokens `first` onwards: residual norm times signs times `turn`, [64, CP].
+
+    signs_ptr, residual_ptr: of the page; turn: [2, CP, CP] float16, whose unit is `turn_factor`.
+    """
+    column = tl.arange(0, CP)
+    acc = tl.zeros([64, CP], tl.float32)
+    for part in tl.static_range(CP // BK):
+        code, inside = _codes(signs_ptr, first, part, C, BK, 1, VALUES)
+        signs = tl.where(inside, 2 * code - 1, 0).to(tl.float16)
+        turn_at = turn_ptr + (part * BK + tl.arange(0, BK))[:, None] * CP + column[None, :]
+        acc = tl.dot(signs, tl.load(turn_at + CP * CP), acc)
+        acc = tl.dot(signs, tl.load(turn_at), acc)
+    norm = tl.load(residual_ptr + first + tl.arange(0, 64)).to(tl.float32)
+    return acc * (norm * turn_factor)[:, None]
 
 
 @triton.jit
@@ -88,20 +133,27 @@ def decode_code_space_kernel(
     words_ptr,
     scale_ptr,
     levels_ptr,
+    signs_ptr,
+    residual_ptr,
+    turn_ptr,
     out_ptr,
     pages,
+    turn_factor,
     D: tl.constexpr,
     START: tl.constexpr,
     C: tl.constexpr,
     CP: tl.constexpr,
+    BK: tl.constexpr,
     BITS: tl.constexpr,
     VALUES: tl.constexpr,
+    SKETCH: tl.constexpr,
 ):
     """Decode half a page (axis 0) of a (batch, KV head) (axis 1) into code space: scale times level.
 
     words: [B, Hkv, P, page_bytes / 4] int32; scale: [B, Hkv, P, 128]; levels: [2**BITS] float32; out: keys
     [B, Hkv, T, D] or, if VALUES, values [B, Hkv, D, T], float32, written; pages: P; START: first channel of
-    the group; C: its channels; CP: padded.
+    the group; C: its channels; CP: padded. If SKETCH, signs and residual, as words and scale, and turn: of
+    `_sketched`, BK channels in one product.
     """
     page, head = tl.program_id(0) // 2, tl.program_id(1).to(tl.int64)
     first = tl.program_id(0) % 2 * 64
@@ -110,13 +162,17 @@ def decode_code_space_kernel(
     at = head * pages + page
     levels = _levels(words_ptr + at * (4 * BITS * C), levels_ptr, first, 0, C, CP, BITS, VALUES)
     scale = tl.load(scale_ptr + at * 128 + token).to(tl.float32)
+    y = levels * scale[:, None]
+    if SKETCH:
+        signs_at, norms_at = signs_ptr + at * (4 * C), residual_ptr + at * 128
+        y += _sketched(signs_at, norms_at, turn_ptr, turn_factor, first, C, CP, BK, VALUES)
     inside = channel[None, :] < C
     if VALUES:
         out_ptr += (head * D + START) * pages * 128 + page * 128
         target = out_ptr + channel[None, :].to(tl.int64) * (pages * 128) + token[:, None]
     else:
         target = out_ptr + at * (128 * D) + START + token[:, None] * D + channel[None, :]
-    tl.store(target, levels * scale[:, None], mask=inside)
+    tl.store(target, y, mask=inside)
 
 
 @triton.jit
@@ -129,15 +185,23 @@ def decode_pages_kernel(
     weight_ptr,
     order_ptr,
     table_ptr,
+    signs_ptr,
+    residual_ptr,
+    turn_ptr,
     out_ptr,
     pages,
     words_head,
     words_page,
     scale_head,
     scale_page,
+    signs_head,
+    signs_page,
+    residual_head,
+    residual_page,
     out_head,
     out_token,
     factor,
+    turn_factor,
     D: tl.constexpr,
     START: tl.constexpr,
     C: tl.constexpr,
@@ -151,15 +215,16 @@ def decode_pages_kernel(
     WEIGHT: tl.constexpr,
     ORDER: tl.constexpr,
     TABLE: tl.constexpr,
+    SKETCH: tl.constexpr,
 ):
     """Decode half a page (axis 0) of a (batch, KV head) (axis 1) to vectors.
 
-    words: int32, and scale, of pages *_page apart in heads *_head apart; START, C, CP: as for
-    `decode_code_space_kernel`; pages: P; table: [P] int32, which pages, if TABLE, else the first P; levels:
-    in units of the codebook's; matrix: [HALVES, CP, CP] float16, out of code space; mean, weight and order:
-    [B * Hkv, D], if MEAN, WEIGHT and ORDER; out: vectors [D], written, of tokens out_token apart in heads
-    out_head apart; factor: value of a level's unit times one of the matrix; BK: channels in one product;
-    WHOLE: levels are exact in float16.
+    words: int32, scale, and with SKETCH signs and residual, of pages *_page apart in heads *_head apart;
+    START, C, CP and SKETCH: as for `decode_code_space_kernel`, with a turn out of code space; pages: P;
+    table: [P] int32, which pages, if TABLE, else the first P; levels: in units of the codebook's; matrix:
+    [HALVES, CP, CP] float16, out of code space; mean, weight and order: [B * Hkv, D], if MEAN, WEIGHT and
+    ORDER; out: vectors [D], written, of tokens out_token apart in heads out_head apart; factor: value of a
+    level's unit times one of the matrix; BK: channels in one product; WHOLE: levels are exact in float16.
     """
     page, head = tl.program_id(0) // 2, tl.program_id(1).to(tl.int64)
     first = tl.program_id(0) % 2 * 64
@@ -184,6 +249,10 @@ def decode_pages_kernel(
         acc = tl.dot(big, high, acc)
     scale = tl.load(scale_ptr + token).to(tl.float32)
     y = acc * (scale * factor)[:, None]
+    if SKETCH:
+        signs_ptr += head * signs_head + source * signs_page
+        residual_ptr += head * residual_head + source * residual_page
+        y += _sketched(signs_ptr, residual_ptr, turn_ptr, turn_factor, first, C, CP, BK, VALUES)
     inside = column < C
     channel = START + column
     if ORDER:

@@ -71,10 +71,13 @@ def encode_pages(x: Tensor, spec: CodecSpec, transform: ChannelTransform) -> dic
 
 def _encode(x: Tensor, spec: CodecSpec, transform: ChannelTransform) -> dict[str, Tensor]:
     if runs_triton(x.device):
+        from quantpress.kernels.encode.sketch_encode import encode_sketch_triton, supports_sketch
         from quantpress.kernels.encode.triton_encode import encode_pages_triton, supports_encode
 
         if supports_encode(x, spec):
             return encode_pages_triton(x, spec, transform)
+        if supports_sketch(x, spec):
+            return encode_sketch_triton(x, spec, transform)
     return encode_pages_reference(x, spec, transform)
 
 

@@ -54,7 +54,7 @@ def covers(x: Tensor, spec: CodecSpec, transform: ChannelTransform) -> bool:
     moved = transform.tensors().keys() <= ({"mean", "weight"} if spec.role == "key" else set())
     steps = [stride for size, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True) if size > 1]
     aligned = x.stride(-1) == 1 and not any(step % _ALIGNED for step in steps) and not x.data_ptr() % _ALIGNED
-    return codec and moved and aligned and x.dtype in _PAIR_UNITS and _is_hopper(x.device)
+    return codec and moved and aligned and x.dtype in _PAIR_UNITS and is_hopper(x.device)
 
 
 def launch_settings(spec: CodecSpec) -> tuple[int, int]:
@@ -65,7 +65,8 @@ def launch_settings(spec: CodecSpec) -> tuple[int, int]:
 
 
 @lru_cache(maxsize=16)
-def _is_hopper(device: torch.device) -> bool:
+def is_hopper(device: torch.device) -> bool:
+    """Whether a device is an NVIDIA GPU of compute capability 9."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == HOPPER
 
 

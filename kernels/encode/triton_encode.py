@@ -86,7 +86,7 @@ def is_roomy(device: torch.device) -> bool:
 
 
 def supports_encode(x: Tensor, spec: CodecSpec) -> bool:
-    """Whether the kernel takes this call: 16 or 32-bit vectors, groups of up to 128 channels, plain codes."""
+    """Whether the kernel takes this call: 16 or 32-bit vectors, groups of up to 128 channels, codes alone."""
     fits = all(group.channels <= MAX_CHANNELS for group in spec.groups)
     return spec.estimator == "mse" and not spec.page_keys and fits and x.dtype in DTYPES and x.dim() == 4
 
@@ -101,14 +101,14 @@ def encode_pages_triton(x: Tensor, spec: CodecSpec, transform: ChannelTransform)
         again = zero_flags(1, flag.device)
         if x.numel():
             _launch_for_all(x, spec, transform, planes, again, direct=False, after=flag)
-        judge(_check_flag, again)
+        judge(check_flag, again)
     elif int(flag) == OUT_OF_RANGE:
         planes, flag = launch_encode(x, spec, transform, direct=False)
-        _check_flag([int(flag)])
+        check_flag([int(flag)])
     return planes
 
 
-def _check_flag(flag: list[float]) -> None:
+def check_flag(flag: list[float]) -> None:
     """Refuse vectors by the flag of the launch that takes any range: it is 1 where one is not finite."""
     if any(flag):
         raise NonFiniteError("vectors to encode hold NaN or infinity, or overflow in the channel transform")
@@ -319,6 +319,11 @@ def _operand(matrix: RotationMatrix, values: bool, dtype: torch.dtype, unit: flo
         halves = (matrix.halves.float() * unit).to(dtype)
         if values:
             return halves
-        column = torch.arange(halves.shape[-1], device=halves.device)
-        channel = column // 16 * 16 + 4 * (column // 2 % 4) + 2 * (column // 8 % 2) + column % 2
-        return halves[..., channel].contiguous()
+        return in_tile_order(halves).contiguous()
+
+
+def in_tile_order(matrix: Tensor) -> Tensor:
+    """A matrix [..., CP] with its columns in the order of the kernel's tiles of keys."""
+    column = torch.arange(matrix.shape[-1], device=matrix.device)
+    channel = column // 16 * 16 + 4 * (column // 2 % 4) + 2 * (column // 8 % 2) + column % 2
+    return matrix[..., channel]

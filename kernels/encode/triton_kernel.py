@@ -130,7 +130,7 @@ def split_dot(x, high, low, acc, HALVES: tl.constexpr):
 
 
 @triton.jit
-def _rotated(
+def rotated(
     x_ptr,
     stride,
     mean_ptr,
@@ -234,10 +234,8 @@ def _rotated(
 
 
 @triton.jit
-def _plain_fields(
-    u, shift, sign, table_ptr, cells, BOOK: tl.constexpr, BITS: tl.constexpr, RULE: tl.constexpr
-):
-    """The fields and summands of `rounding_assembly`, for any width and without assembly.
+def plain_fields(u, shift, sign, table_ptr, cells, BOOK: tl.constexpr, BITS: tl.constexpr):
+    """The fields of `rounding_assembly`, for any width and without assembly, and the magnitudes of levels.
 
     u: coordinates; shift, sign: of the fields; BOOK: the positive thresholds, then the positive levels. At 8
     bits these are gaps of an even grid per unit, and half a gap; or BOOK is empty, and table_ptr has 256
@@ -272,11 +270,11 @@ def _plain_fields(
             field = signs
         else:
             field = tl.where(negative, HALF - 1 - field, HALF + field) << shift
-    return field, level * level if RULE == 1 else level * a
+    return field, level
 
 
 @triton.jit
-def _join(field, CP: tl.constexpr, VALUES: tl.constexpr):
+def join_fields(field, CP: tl.constexpr, VALUES: tl.constexpr):
     """Add up fields of a word that meet in a thread: keys to [64, CP / 4], values to [32, CP] of rows g v."""
     if VALUES:
         field = tl.reshape(tl.sum(tl.reshape(field, [4, 2, 8, CP]), 1), [32, CP])
@@ -308,7 +306,7 @@ def _inside(C: tl.constexpr, CP: tl.constexpr, VALUES: tl.constexpr):
 
 
 @triton.jit
-def _store(
+def store_words(
     words_ptr,
     field,
     tile: tl.constexpr,
@@ -344,7 +342,7 @@ def _store(
 
 
 @triton.jit
-def _join_pairs(field, CP: tl.constexpr, VALUES: tl.constexpr):
+def join_pairs(field, CP: tl.constexpr, VALUES: tl.constexpr):
     """At 3 bits: words of a tile with parts 2 k and 2 k + 1 of two k, [4, 2 (k), n, words]."""
     if VALUES:
         word = tl.sum(tl.reshape(field, [4, 2, 2, 2, CP]), 3)
@@ -355,10 +353,10 @@ def _join_pairs(field, CP: tl.constexpr, VALUES: tl.constexpr):
 
 
 @triton.jit
-def _store_planes(words_ptr, first, second, C: tl.constexpr, CP: tl.constexpr, VALUES: tl.constexpr):
+def store_planes(words_ptr, first, second, C: tl.constexpr, CP: tl.constexpr, VALUES: tl.constexpr):
     """At 3 bits: spread the last two parts over the words of the others, and store them.
 
-    first, second: of `_join_pairs` for both tiles.
+    first, second: of `join_pairs` for both tiles.
     """
     ROWS: tl.constexpr = 1 if VALUES else 4
     WORDS: tl.constexpr = CP if VALUES else CP // 4
@@ -417,7 +415,7 @@ def encode_page(
     channel = tile_channel(CP, VALUES)
     for tile in tl.static_range(2):
         token = tile_token(tile, VALUES)
-        y, undo = _rotated(
+        y, undo = rotated(
             x_ptr,
             stride,
             mean_ptr,
@@ -477,8 +475,9 @@ def encode_page(
             )
         else:
             u = y * over[:, None]
-            field, each = _plain_fields(u, shift, sign, table_ptr, cells, BOOK, BITS, RULE)
-        word = _join(field, CP, VALUES)
+            field, level = plain_fields(u, shift, sign, table_ptr, cells, BOOK, BITS)
+            each = level * level if RULE == 1 else level * tl.abs(u)
+        word = join_fields(field, CP, VALUES)
         if SQUARES != "":
             each = tl.inline_asm_elementwise(
                 SQUARES,
@@ -503,15 +502,15 @@ def encode_page(
         scale = tl.minimum(length * undo, _FLOAT32_MAX) / tl.where(stretch == 0, 1.0, stretch)
         tl.store(scale_ptr + token, tl.minimum(scale, largest).to(scale_ptr.dtype.element_ty))
         if BITS == 8:
-            _store(words_ptr, word, tile, C, CP, 8, VALUES)
+            store_words(words_ptr, word, tile, C, CP, 8, VALUES)
         elif BITS == 3 and tile == 0:
-            words = _join_pairs(word, CP, VALUES)
+            words = join_pairs(word, CP, VALUES)
         elif BITS == 3:
-            _store_planes(words_ptr, words, _join_pairs(word, CP, VALUES), C, CP, VALUES)
+            store_planes(words_ptr, words, join_pairs(word, CP, VALUES), C, CP, VALUES)
         elif tile == 0:
             words = word
         else:
-            _store(words_ptr, words + word, 0, C, CP, BITS, VALUES)
+            store_words(words_ptr, words + word, 0, C, CP, BITS, VALUES)
 
 
 @triton.jit
@@ -573,7 +572,7 @@ def encode_pages_kernel(
     x: [B, heads, T, D] 16-bit or float32 with strides stride_b, stride_h, stride_t, channels contiguous;
     mean, weight and order: [B * Hkv, D], if MEAN, WEIGHT and ORDER. For each channel group, of which the
     second has C1 = 0 where there is none: matrix [HALVES, CP, CP], the rotation; table and cells: of
-    `_plain_fields` at 8 bits; words [B, Hkv, P, bytes / 4] int32 and scale [B, Hkv, P, 128], written; factor:
+    `plain_fields` at 8 bits; words [B, Hkv, P, bytes / 4] int32 and scale [B, Hkv, P, 128], written; factor:
     value of one unit of the matrix; BOOK, ASM, SQUARES, UNIT: of `encode_page`; C channels, CP padded, BK of
     them in one product.
 

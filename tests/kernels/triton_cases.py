@@ -8,12 +8,15 @@ from typing import Any
 import torch
 
 from quantpress.kernels.available import FUSED
+from quantpress.kernels.encode.reference import encode_pages_reference
+from quantpress.kernels.layout import unpack_pages
 from quantpress.quantization.spec import CodecSpec
 from quantpress.quantization.transform import ChannelTransform
 from tests.limits import HANG
 
 BATCH, HEADS, TOKENS = 1, 2, 256
 NEAR_TIE = 2e-6  # float32 rotation of a unit vector moves a coordinate by less
+SCALE_ROUNDING = {"auto": 2**-11, "float16": 2**-11, "bfloat16": 2**-8, "float32": 4e-6}
 POINTERS = {
     torch.float32: "*fp32",
     torch.bfloat16: "*bf16",
@@ -54,6 +57,65 @@ def case_specs(role: str) -> list[CodecSpec]:
         return [*specs, CodecSpec(36, 3, role, scale_dtype="float32")]
     specs += [CodecSpec(64, 4, role, scale=scale) for scale in ("norm", "norm_corrected", "unbiased")]
     return [*specs, CodecSpec(160, 2, role)]
+
+
+def check(
+    planes: dict[str, torch.Tensor],
+    x: torch.Tensor,
+    spec: CodecSpec,
+    transform: ChannelTransform,
+) -> int:
+    """Codes are the reference's but at ties, scales right for the codes; returns how many ties differ."""
+    in_steps = spec.role == "value" and spec.head_dim == 128 and spec.bits in (3, 4)
+    slack = 2**-14 if in_steps else 4e-6  # relative, beside the dtype's; the first because of `octets`
+    expected = encode_pages_reference(x, spec, transform)
+    assert planes.keys() == expected.keys()
+    y = transformed(x, transform)
+    start = ties = 0
+    for i, group in enumerate(spec.groups):
+        part = y[..., start : start + group.channels] @ spec.rotation_of(i).matrix().T
+        start += group.channels
+        norm = part.norm(dim=-1)
+        unit = part / norm.masked_fill(norm == 0, 1).unsqueeze(-1)
+        book, name = spec.codebook_of(i), f"codes{i}"
+        assert planes[name].shape == expected[name].shape and planes[name].dtype == torch.uint8
+        codes, right = (
+            unpack_pages(p[name], group.bits, group.channels, spec.role).flatten(2, 3)
+            for p in (planes, expected)
+        )
+        apart = codes != right
+        nearest = (unit.unsqueeze(-1) - torch.tensor(book.thresholds, dtype=torch.float64)).abs().amin(-1)
+        assert (nearest[apart] < NEAR_TIE).all(), (spec, "a code is wrong and not at a tie")
+        ties += int(apart.sum())
+        levels = torch.tensor(book.levels, dtype=torch.float64)[codes.long()]
+        if spec.scale_rule == "norm":
+            ideal = norm
+        elif spec.scale_rule == "norm_corrected":
+            ideal = norm / levels.norm(dim=-1)
+        else:
+            along = (unit * levels).sum(-1)
+            ideal = norm / along.masked_fill(along == 0, 1)
+        scale = planes[f"scale{i}"]
+        assert scale.dtype == spec.torch_scale_dtype and scale.shape == expected[f"scale{i}"].shape
+        stored = scale.double().flatten(2, 3)
+        ideal = ideal.clamp(max=torch.finfo(scale.dtype).max)
+        assert (
+            (stored - ideal).abs() <= (SCALE_ROUNDING[spec.scale_dtype] + slack) * ideal + 2**-25
+        ).all(), spec
+    assert ties <= 1e-4 * x.numel() + 2
+    return ties
+
+
+def transformed(x: torch.Tensor, transform: ChannelTransform) -> torch.Tensor:
+    """The transform in float64."""
+    y = x.double()
+    if transform.mean is not None:
+        y = y - transform.mean.double()[:, :, None]
+    if transform.weight is not None:
+        y = y * transform.weight.double()[:, :, None]
+    if transform.order is not None:
+        y = y.gather(-1, transform.order.long()[:, :, None].expand_as(y))
+    return y
 
 
 def compile_only(

@@ -22,9 +22,9 @@ from quantpress.kernels.layout import PAGE_TOKENS, page_bytes
 from quantpress.quantization.spec import CodecSpec
 from quantpress.quantization.transform import ChannelTransform
 from tests.kernels.attend.emulate_gluon import emulate
-from tests.kernels.encode.test_triton_encode import check, on_gpu
+from tests.kernels.encode.test_triton_encode import on_gpu
 from tests.kernels.ptx import Words, run_ptx
-from tests.kernels.triton_cases import NEAR_TIE, compile_only, resources, transform_of, vectors
+from tests.kernels.triton_cases import NEAR_TIE, check, compile_only, resources, transform_of, vectors
 
 pytest.importorskip("triton")
 
@@ -224,7 +224,7 @@ def planes_for(x: torch.Tensor, spec: CodecSpec) -> dict[str, torch.Tensor]:
 
 @pytest.fixture
 def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hopper_encode, "_is_hopper", lambda device: True)
+    monkeypatch.setattr(hopper_encode, "is_hopper", lambda device: True)
 
 
 def test_what_it_covers(hopper: None) -> None:
