@@ -45,8 +45,7 @@ INTERPRETED = [
     [3.5, 4, 64, 1, "float32", "two lengths sinks"],
     [1, 1, 64, 3, "bfloat16", "planes lengths softcap sinks"],
     [2, 1, 64, 1, "float32", "planes pool shared side_by_side"],
-    [1, 3, 64, 2, "float32", "planes two"],
-    [4, 1, 128, 1, "float32", "planes alone"],
+    [1, 3, 64, 1, "float32", "planes two alone"],
 ]
 
 
@@ -156,8 +155,8 @@ def test_assembly_looks_levels_up(bits: int, form: str) -> None:
         ((32, 96), (128,), (3, 2, 8), 128, 16, 100, 64),
         ((256,), (256,), (1, 4), 256, 8, 100, 0),
         ((128,), (128,), (-1, -1), 128, 4, 90, 0),
-        ((128,), (128,), (-3, -1), 128, 8, 100, 1),
-        ((96,), (96,), (-2, -1), 128, 16, 80, 64),
+        ((64,), (64,), (-3, -1), 64, 8, 100, 1),
+        ((64,), (64,), (-2, -4), 64, 16, 80, 64),
     ],
 )
 def test_kernels_compile_without_a_gpu(
