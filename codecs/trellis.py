@@ -3,7 +3,7 @@
 The planes take the bytes of those of `ScalarPages` with the same width. Plane "codes0" is uint8
 [B, Hkv, P, bits * 16 * D]: a page of 1 bit for each bit of the codes, as in
 `quantpress.kernels.trellis.bit_planes`. At 2 bits the squared error is two thirds of a scalar code's. On a
-GPU a kernel searches the codes, and attention reads 2 to 4 bits straight from the pages.
+GPU a kernel searches the codes, and attention reads them straight from the pages.
 """
 
 from dataclasses import dataclass, replace
@@ -15,7 +15,7 @@ from torch import Tensor
 from quantpress.codecs.parts import Parts, kind_of, portable
 from quantpress.codecs.protocol import PageCodec, Planes
 from quantpress.codecs.scalar import CONSTANTS, check_constants, digest_of
-from quantpress.kernels.attend.operands import SignOperands
+from quantpress.kernels.attend.operands import CodePart, KernelOperands, PartOperands, SignOperands
 from quantpress.kernels.dequantize import from_code_space, to_code_space
 from quantpress.kernels.dequantize.reference import check_planes
 from quantpress.kernels.encode import in_range
@@ -130,10 +130,9 @@ class TrellisPages(PageCodec):
         scale = planes["scale0"].float().unsqueeze(-1)
         return self.trellis.dequantize(codes).mul_(scale).flatten(2, 3)
 
-    def kernel_operands(self) -> SignOperands | None:
-        """Rotation and filters of the bit planes; None at 1 bit, whose levels are free."""
-        filters = self.trellis.filters
-        return SignOperands(self.spec.rotation_of(0), self.head_dim**-0.5, filters) if filters else None
+    def kernel_operands(self) -> KernelOperands:
+        """Rotation and filters of the bit planes; at 1 bit levels, which are free there."""
+        return _operands_of(self)
 
     def to_code_space(self, x: Tensor) -> Tensor:
         return to_code_space(x, self.spec)
@@ -168,6 +167,16 @@ class TrellisPages(PageCodec):
     def _digest(self) -> str:
         levels = self.trellis.level_tensor(self.head_dim)
         return digest_of(self.spec.rotation_of(0).matrix(), levels)
+
+
+@lru_cache(maxsize=64)
+def _operands_of(codec: TrellisPages) -> KernelOperands:
+    rotation, unit, code = codec.spec.rotation_of(0), codec.head_dim**-0.5, codec.trellis
+    if code.filters:
+        return SignOperands(rotation, unit, code.filters)
+    part = CodePart("codes0", "scale0", code.bits, codec.head_dim, code.levels, code.reach)
+    with torch.inference_mode(False):  # kept: must stay usable outside inference mode
+        return PartOperands((part,), rotation.matrix() * unit)
 
 
 @lru_cache(maxsize=64)

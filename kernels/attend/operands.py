@@ -190,12 +190,16 @@ class SignOperands:
 class CodePart:
     """Channels in code space that have codes and a scale of their own: each is scale * levels[code].
 
+    With `reach` codes are bit planes, and those of `reach` channels, the own one and the ones before it,
+    around the end, choose a level: bit k * reach + j of its number is bit k of the code j channels back.
+
     Args:
         codes: name of the plane of codes.
         scales: name of the plane of scales, one for each token.
         bits: code width.
         channels: C.
-        levels: 2**bits levels.
+        levels: 2**bits levels; 2**(bits * reach), 512 at most, with a reach.
+        reach: 0 where a level is that of one code.
     """
 
     codes: str
@@ -203,6 +207,7 @@ class CodePart:
     bits: int
     channels: int
     levels: tuple[float, ...]
+    reach: int = 0
 
 
 @dataclass(frozen=True, eq=False)

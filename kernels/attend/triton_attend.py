@@ -33,7 +33,7 @@ from quantpress.kernels.attend.parts.operands import as_parts
 
 HEAD_DIMS = (64, 128, 256)
 WIDTHS = (2, 3, 4, 8)
-SIGN_HEAD_DIMS, SIGN_WIDTHS = (64, 128), (1, 2, 3, 4)
+SIGN_HEAD_DIMS, SIGN_WIDTHS = (64, 128, 256), (1, 2, 3, 4)
 """The same of bit planes."""
 
 MOST_QUERIES = 128
@@ -43,7 +43,7 @@ MOST_QUERIES = 128
 def supports(query: torch.Tensor, segments: Sequence[Segment], visibility: Visibility) -> bool:
     """Whether the kernels cover this call: causal, packed segments side by side, codes that they read.
 
-    These are codes of 1 to 4 and 8 bits, in one group of channels or two, with or without a sketch; and 2 to
+    These are codes of 1 to 4 and 8 bits, in one group of channels or two, with or without a sketch; and 1 to
     4 bit planes. At most one dense segment may lie in front of the packed ones, and one behind them.
     Where the last segment has lengths, the tokens of several queries must be among its tokens in use.
     """

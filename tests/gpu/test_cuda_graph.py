@@ -73,6 +73,7 @@ def lossless(head_dim: int, role: str, layer_idx: int) -> RawPages:
     return RawPages(head_dim)
 
 
+TRELLIS_WIDTHS = {0: (3, 1), 1: (1, 1), 2: (2, 2), 3: (1, 4)}
 PRESSES: dict[str, Callable[[], Any]] = {
     "4_bits": lambda: TurboQuant(bits=4),
     "3_bits": lambda: TurboQuant(bits=3),
@@ -83,6 +84,7 @@ PRESSES: dict[str, Callable[[], Any]] = {
     "unequal": lambda: Compose([PyramidKV(0.3), TurboQuant(bits=4)]),
     "by_head": lambda: TurboQuant(plan=WidthPlan("", {}, dict.fromkeys(range(4), ((4, 2), (3, 2))))),
     "trellis": lambda: TurboQuant(key_bits=3, value_bits=2, codebook="trellis"),
+    "trellis_plan": lambda: TurboQuant(plan=WidthPlan("", {}, TRELLIS_WIDTHS), codebook="trellis"),
     "lossless": lambda: TurboQuant(codec=lossless),
 }
 

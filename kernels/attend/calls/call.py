@@ -18,7 +18,12 @@ from quantpress.kernels.attend.calls.settings import (
     stages_words,
     steps_of_page,
 )
-from quantpress.kernels.attend.merge.settings import MERGED, rows_of_merge, warps_by_matrix, warps_of_merge
+from quantpress.kernels.attend.merge.settings import (
+    rows_of_merge,
+    sums_by_matrix,
+    warps_by_matrix,
+    warps_of_merge,
+)
 from quantpress.kernels.attend.opening.arguments import (
     NOTHING,
     DenseArguments,
@@ -483,19 +488,20 @@ class Call:
             from quantpress.kernels.attend.merge.by_matrix import merge_kernel
 
             each = rows_of_merge(self.rows, self.heads, self._multiprocessors())
+            planes = len(self.values.filters)
             quick(merge_kernel)[(-(-self.rows // each), self.heads)](
                 *arguments,
                 self.used,
                 self.starts,
                 self.heads,
                 self.pages,
-                PLANES=len(self.values.filters),
+                PLANES=planes,
                 FILTERS=sum(self.values.filters, ()),
-                SIZE=MERGED[splits > MERGED[0] * self.scheduled_heads],
+                SIZE=sums_by_matrix(-(-splits // self.scheduled_heads), value_dim, planes),
                 HEADS=self.padded if self.schedule is None else 1,
                 STARTS=self.starts is not None,
                 EACH=each,
-                num_warps=warps_by_matrix(value_dim, len(self.values.filters)),
+                num_warps=warps_by_matrix(value_dim, planes),
                 **constants,
                 **self.options,
             )

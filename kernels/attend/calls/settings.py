@@ -79,13 +79,14 @@ def stages_words(keys: KernelOperands, values: KernelOperands, steps: int, devic
     """Whether words of 3 bits, and of bit planes, wait in shared memory until they are read.
 
     With a head_dim of 256 there are too many for registers, and loading them for both steps of a page takes
-    half as long again. Three or four bit planes in two steps need the registers for queries and sums, and
-    codes of 8 bits beside them need the registers for words.
+    half as long again; four bit planes are too many for shared memory, too. Three or four bit planes in
+    two steps need the registers for queries and sums, and codes of 8 bits beside them those for words.
     """
-    bits = keys.bits, values.bits
-    wide = 3 in bits and max(keys.head_dim, values.head_dim) > 128
+    bits, planes = (keys.bits, values.bits), most_planes(keys, values)
+    large = max(keys.head_dim, values.head_dim) > 128
+    wide = (3 in bits or planes > 1) and large
     beside = 8 in bits and (3 in bits or None in (keys.codebook, values.codebook))
-    many = wide or beside or (most_planes(keys, values) > 2 and steps == 2)
+    many = (wide or beside or (planes > 2 and steps == 2)) and not (large and planes > 3)
     return many and shared_memory(device) >= PROGRAMS * STAGED_BYTES
 
 

@@ -135,7 +135,9 @@ def merge_kernel(
         end = begin + tl.sum(tl.where(index == head, chunks, 0), 0)
     value = tl.arange(0, DV)
     COUNT: tl.constexpr = PLANES if PLANES else 1
-    turn = tl.load(rotation_ptr + value[:, None] * DV + value[None, :])  # float32: to convert it takes 0.5 us
+    at = rotation_ptr + value[:, None] * DV + value[None, :]  # float32: to convert it takes 0.5 us
+    if DV <= 128:  # a larger matrix does not fit into registers beside the sums
+        turn = tl.load(at)
     if CHAINED:
         gdc_wait()
     for step in range(EACH):
@@ -197,6 +199,8 @@ def merge_kernel(
             for lag in tl.static_range(1, LAGS):
                 later = _of_lag(of_planes, y1, y2, y3, lag, PLANES, LAGS, FILTERS)
                 y += tl.gather(later, (value + (DV - lag)) % DV, 0)
+        if DV > 128:
+            turn = tl.load(at)
         turned = tl.sum(turn * (y * unit)[:, None], 0)
         if PARTIAL:
             tl.store(dense_o_ptr + ((block * tiles + into) * R + local) * DV + value, turned)

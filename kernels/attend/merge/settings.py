@@ -28,6 +28,20 @@ def warps_by_matrix(head_dim: int, planes: int) -> int:
     return 8 if head_dim > 128 or planes > 3 else 4
 
 
+def sums_by_matrix(splits: int, head_dim: int, planes: int) -> int:
+    """Partial sums that a program of `by_matrix` joins at a time.
+
+    Args:
+        splits: partial sums over packed tokens of a head, on average.
+        head_dim: that of values.
+        planes: bit planes of values, each of which has sums: four large ones leave registers for half.
+    """
+    few, many = MERGED
+    if splits <= few:
+        return few
+    return many // 2 if head_dim > 128 and planes > 3 else many
+
+
 def rows_of_merge(rows: int, heads: int, multiprocessors: int) -> int:
     """How many rows a program of `by_matrix` takes one after the other; it reads the matrix once for all.
 

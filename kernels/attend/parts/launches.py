@@ -7,7 +7,13 @@ from typing import Any
 import torch
 
 from quantpress.kernels.attend.operands import CodePart, PackedSegment, PackedSide, PartOperands
-from quantpress.kernels.attend.parts.operands import LEAST_CHANNELS, level_rows, padded_channels, turn_matrix
+from quantpress.kernels.attend.parts.operands import (
+    LEAST_CHANNELS,
+    MOST_LEVELS,
+    level_rows,
+    padded_channels,
+    turn_matrix,
+)
 from quantpress.kernels.available import FUSED
 from quantpress.kernels.quick import quick
 from quantpress.quantization.transform import ChannelTransform
@@ -127,6 +133,7 @@ def attend_parts(
     own_constants: dict[str, Any] = {name: part.channels if part else 0 for name, part in pairs}
     own_constants |= {f"{name}_BITS": part.bits if part else 0 for name, part in pairs}
     own_constants |= {f"{name}P": padded_channels(part) for name, part in pairs}
+    own_constants |= {"K_REACH": operands[0].parts[0].reach, "V_REACH": operands[1].parts[0].reach}
     weighted = sums[0]
     grid = weighted.shape[1], weighted.shape[0]
     quick(split_parts_kernel)[grid](
@@ -140,6 +147,7 @@ def attend_parts(
         call.rows,
         softcap,
         R=call.block,
+        LEVELS=MOST_LEVELS,
         **own_constants,
         **constants,
         num_warps=warps(*operands),

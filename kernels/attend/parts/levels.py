@@ -24,7 +24,7 @@ mov.b32 {$2, $3}, t; }""")
 
 
 @triton.jit
-def _rows(begin, BITS: tl.constexpr, VALUES: tl.constexpr):
+def rows_of_tile(begin, BITS: tl.constexpr, VALUES: tl.constexpr):
     """Parts and rows of TILE tokens of a page, or of quads for values: [N, 1], or one part for all."""
     R: tl.constexpr = 16 if BITS == 3 else 16 * BITS
     UNIT: tl.constexpr = 4 if VALUES else 1
@@ -44,7 +44,7 @@ def load_words(ptr, begin, C: tl.constexpr, CP: tl.constexpr, BITS: tl.constexpr
     fields of parts 6 and 7 are put together from the three planes.
     """
     R: tl.constexpr = 16 if BITS == 3 else 16 * BITS
-    _, row = _rows(begin, BITS, VALUES)
+    _, row = rows_of_tile(begin, BITS, VALUES)
     column = tl.arange(0, CP if VALUES else CP // 4)[None, :]
     if VALUES:
         at = row * C + column
@@ -68,7 +68,7 @@ def load_words(ptr, begin, C: tl.constexpr, CP: tl.constexpr, BITS: tl.constexpr
 @triton.jit
 def _fields(words, begin, BITS: tl.constexpr, VALUES: tl.constexpr):
     """Selectors in nibbles 0 to 3 of each word, and signs in bit 7 of each of its bytes."""
-    part, _ = _rows(begin, BITS, VALUES)
+    part, _ = rows_of_tile(begin, BITS, VALUES)
     sign = words & 0
     if BITS == 4:
         picked, sign = (words >> (16 * part)) & 0x7777, words << (4 * part)
@@ -124,6 +124,20 @@ def _lanes(
 
 
 @triton.jit
+def key_tile(a, b, c, d, CP: tl.constexpr):
+    """[TILE, CP] from what words of keys hold in their four lanes, each [TILE, CP / 4]."""
+    levels = tl.join(tl.join(a, c), tl.join(b, d))  # [TILE, CP / 4, upper bit of the lane, lower bit]
+    return tl.reshape(levels, [TILE, CP])
+
+
+@triton.jit
+def value_tile(a, b, c, d, CP: tl.constexpr):
+    """[CP, TILE] from what words of values hold in their four lanes, each [TILE / 4, CP]."""
+    levels = tl.join(tl.join(a, c), tl.join(b, d))  # [TILE / 4, CP, upper bit, lower bit]
+    return tl.reshape(tl.permute(levels, [1, 0, 2, 3]), [CP, TILE])
+
+
+@triton.jit
 def key_levels(
     words, begin, levels_ptr, table_ptr, CP: tl.constexpr, BITS: tl.constexpr, PLAIN: tl.constexpr
 ):
@@ -132,8 +146,7 @@ def key_levels(
     levels_ptr, table_ptr: a row of each of `level_rows`; PLAIN: for Triton's interpreter.
     """
     a, b, c, d = _lanes(words, begin, levels_ptr, table_ptr, BITS, False, PLAIN)
-    levels = tl.join(tl.join(a, c), tl.join(b, d))  # [TILE, CP / 4, upper bit of the lane, lower bit]
-    return tl.reshape(levels, [TILE, CP])
+    return key_tile(a, b, c, d, CP)
 
 
 @triton.jit
@@ -142,5 +155,4 @@ def value_levels(
 ):
     """Levels [CP, TILE] float16 of the words of values, as `key_levels`."""
     a, b, c, d = _lanes(words, begin, levels_ptr, table_ptr, BITS, True, PLAIN)
-    levels = tl.join(tl.join(a, c), tl.join(b, d))  # [TILE / 4, CP, upper bit, lower bit]
-    return tl.reshape(tl.permute(levels, [1, 0, 2, 3]), [CP, TILE])
+    return value_tile(a, b, c, d, CP)

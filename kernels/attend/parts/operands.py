@@ -9,20 +9,33 @@ from quantpress.kernels.attend.operands import CodePart, KernelOperands, PartOpe
 LEAST_CHANNELS = 32
 """Channels of a part are padded to a power of two of at least so many."""
 
+MOST_LEVELS = 512
+"""Of a part."""
+
 _FACTORS = 1 << 13
 """Factors that are tried, from 1 to 2."""
 
 
 @lru_cache(maxsize=256)
 def as_parts(operands: KernelOperands) -> PartOperands | None:
-    """Codes of any width and levels as one part; None for pages that hold keys, and for filtered planes."""
+    """Codes of any width and levels as one part, filtered planes too; None for pages that hold keys."""
     if isinstance(operands, PartOperands):
         return operands
-    if operands.page_keys or operands.filters:
+    if operands.page_keys:
         return None
-    part = CodePart("codes0", "scale0", operands.bits, operands.head_dim, operands.levels)
+    filters = operands.filters
+    levels, reach = (_sums(sum(filters, ())), len(filters[0])) if filters else (operands.levels, 0)
+    part = CodePart("codes0", "scale0", operands.bits, operands.head_dim, levels, reach)
     with torch.inference_mode(False):  # kept: must stay usable outside inference mode
         return PartOperands((part,), operands.rotation.matrix() * operands.unit)
+
+
+def _sums(taps: tuple[float, ...]) -> tuple[float, ...]:
+    """Sums of taps for every choice of their signs: plus tap i where bit i of the sum's number is 1."""
+    with torch.inference_mode(False):  # kept: must stay usable outside inference mode
+        bit = torch.arange(1 << len(taps), device="cpu")[:, None] >> torch.arange(len(taps), device="cpu") & 1
+        signed = (2 * bit - 1) * torch.tensor(taps, dtype=torch.float64, device="cpu")
+        return tuple(signed.sum(1).tolist())
 
 
 def padded_channels(part: CodePart | None) -> int:
@@ -68,18 +81,19 @@ def level_rows(
     """The levels of two parts of keys and of two parts of values, of `half_levels`.
 
     Returns:
-        [4, 256] float16, all levels; and [4, 4] int32, the registers of `parts.levels` for up to 4 bits: the
+        [4, `MOST_LEVELS`] float16, all levels, the last one first where a part has a reach: a stored bit is 1
+        where that of the code is 0; and [4, 4] int32, the registers of `parts.levels` for up to 4 bits: the
         low bytes of eight levels, or of as many positive ones where there are 2 or 16 levels, and their high
         bytes.
     """
     with torch.inference_mode(False):  # kept, as above
-        rows = torch.zeros(4, 256, dtype=torch.float16, device="cpu")
+        rows = torch.zeros(4, MOST_LEVELS, dtype=torch.float16, device="cpu")
         tables = torch.zeros(4, 4, dtype=torch.int32, device="cpu")
         for side, operands in enumerate((keys, values)):
             for number, part in enumerate(operands.parts, 2 * side):
                 levels = half_levels(part.levels)[0]
-                rows[number, : len(levels)] = levels
-                if part.bits <= 4:
+                rows[number, : len(levels)] = levels.flip(0) if part.reach else levels
+                if part.bits <= 4 and not part.reach:
                     held = torch.zeros(8, dtype=torch.float16, device="cpu")
                     own = levels[len(levels) // 2 :] if part.bits in (1, 4) else levels
                     held[: len(own)] = own

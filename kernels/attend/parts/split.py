@@ -13,6 +13,7 @@ import triton.language as tl
 
 from quantpress.kernels.attend.dense import tanh
 from quantpress.kernels.attend.parts.levels import key_levels, load_words, value_levels
+from quantpress.kernels.attend.parts.windows import key_windows, value_windows
 from quantpress.kernels.attend.schedule_kernel import pages_of_program
 
 PAGE_TOKENS = tl.constexpr(128)
@@ -107,6 +108,9 @@ def split_parts_kernel(
     K2P: tl.constexpr,
     VP: tl.constexpr,
     V2P: tl.constexpr,
+    K_REACH: tl.constexpr,
+    V_REACH: tl.constexpr,
+    LEVELS: tl.constexpr,
     USED: tl.constexpr,
     STARTS: tl.constexpr,
     HEADS: tl.constexpr,
@@ -115,10 +119,11 @@ def split_parts_kernel(
 ):
     """Partial softmax sums of one split (axis 0) of one (batch, KV head, block of R rows) (axis 1).
 
-    y: [BH, rows, KP + K2P] and bias [BH, rows] float32, of `turn_queries_kernel`; levels: [4, 256] float16
+    y: [BH, rows, KP + K2P] and bias [BH, rows] float32, of `turn_queries_kernel`; levels: [4, LEVELS] float16
     and tables: [4, 4] int32, of `level_rows`; k, v: pages of words, int32, with *s, their scales in any float
     dtype, and the same of second parts; K, K2, V, V2: their channels, 0 where there is no second part, and KP
-    to V2P padded; softcap in units of log 2, or 0; PLAIN: look levels up one by one. Lengths, starts, tables,
+    to V2P padded; K_REACH, V_REACH: of the first parts, 0 where a level is that of one code; softcap in units
+    of log 2, or 0; PLAIN: look levels up one by one. Lengths, starts, tables,
     schedules and sums are those of `split_mma_kernel`, with o [A, S, R, VP + V2P].
     """
     head, block, first, last, unused, used = pages_of_program(
@@ -163,8 +168,10 @@ def split_parts_kernel(
         live = (at >= unused) & (at < used)
         if HEADS:
             page = tl.load(page_table_ptr + head * page_table_row + page).to(tl.int64)
-        k = load_words(k_ptr + page * k_page, begin, K, KP, K_BITS, False)
-        v = load_words(v_ptr + page * v_page, begin, V, VP, V_BITS, True)
+        if not K_REACH:
+            k = load_words(k_ptr + page * k_page, begin, K, KP, K_BITS, False)
+        if not V_REACH:
+            v = load_words(v_ptr + page * v_page, begin, V, VP, V_BITS, True)
         ks = _scales(ks_ptr + page * ks_page, inside, live)
         vs = _scales(vs_ptr + page * vs_page, inside, live)
         if K2:
@@ -173,10 +180,13 @@ def split_parts_kernel(
         if V2:
             v2 = load_words(v2_ptr + page * v2_page, begin, V2, V2P, V2_BITS, True)
             v2s = _scales(v2s_ptr + page * v2s_page, inside, live)
-        k = key_levels(k, begin, levels_ptr, tables_ptr, KP, K_BITS, PLAIN)
+        if K_REACH:
+            k = key_windows(k_ptr + page * k_page, begin, levels_ptr, K, KP, K_BITS, K_REACH)
+        else:
+            k = key_levels(k, begin, levels_ptr, tables_ptr, KP, K_BITS, PLAIN)
         s = (tl.dot(k, q_high) + tl.dot(k, q_low)) * ks[:, None]
         if K2:
-            k2 = key_levels(k2, begin, levels_ptr + 256, tables_ptr + 4, K2P, K2_BITS, PLAIN)
+            k2 = key_levels(k2, begin, levels_ptr + LEVELS, tables_ptr + 4, K2P, K2_BITS, PLAIN)
             s += (tl.dot(k2, q2_high) + tl.dot(k2, q2_low)) * k2s[:, None]
         s = s * largest[None, :] + bias[None, :]
         if softcap > 0:
@@ -187,10 +197,13 @@ def split_parts_kernel(
         decay = tl.exp2(m - new)
         m = new
         total = total * decay + tl.sum(p, 0)
-        v = value_levels(v, begin, levels_ptr + 512, tables_ptr + 8, VP, V_BITS, PLAIN)
+        if V_REACH:
+            v = value_windows(v_ptr + page * v_page, begin, levels_ptr + 2 * LEVELS, V, VP, V_BITS, V_REACH)
+        else:
+            v = value_levels(v, begin, levels_ptr + 2 * LEVELS, tables_ptr + 8, VP, V_BITS, PLAIN)
         acc = acc * decay[None, :] + _weighted(v, p, vs)
         if V2:
-            v2 = value_levels(v2, begin, levels_ptr + 768, tables_ptr + 12, V2P, V2_BITS, PLAIN)
+            v2 = value_levels(v2, begin, levels_ptr + 3 * LEVELS, tables_ptr + 12, V2P, V2_BITS, PLAIN)
             acc2 = acc2 * decay[None, :] + _weighted(v2, p, v2s)
     split, splits = tl.program_id(0), tl.num_programs(0)
     slot = (tl.program_id(1).to(tl.int64) * splits + split) * R + local

@@ -70,8 +70,8 @@ class Fitted(Outcome):
         how = f", method {plan.method}" if plan.method else ""
         lines.append(f"{self.file}: {plan.model}, mean width {plan.mean_bits:.2f}{size}{how}.")
         every = {bits for pair in plan.widths.values() for side in pair for bits in heads_of(side)}
-        if 1 in every:
-            lines.append("On a GPU, plain PyTorch reads 1 bit unless head_dim is 64 or 128, which is slower.")
+        if 1 in every and "trellis" in self.press:
+            lines.append("On a GPU, a slower kernel reads layers with trellis codes of 1 bit.")
         return Group(*map(Text, lines), Text(f'Use it: --press "{self.press}"', "bold"))
 
 

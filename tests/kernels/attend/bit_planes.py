@@ -1,4 +1,7 @@
-"""Pages of bit planes with random codes: what attention reads, without a search."""
+"""Pages of bit planes with random codes: what attention reads, without a search.
+
+At 1 bit they are those of trellis codes, and else filters of a few lags.
+"""
 
 from dataclasses import dataclass
 
@@ -6,7 +9,8 @@ import torch
 from torch import Tensor
 
 from quantpress.codecs.protocol import PageCodec, Planes
-from quantpress.kernels.attend.operands import SignOperands
+from quantpress.codecs.trellis import TrellisPages
+from quantpress.kernels.attend.operands import KernelOperands, SignOperands
 from quantpress.kernels.dequantize import from_code_space, to_code_space
 from quantpress.kernels.layout import pack_pages, page_bytes, unpack_pages
 from quantpress.quantization.spec import CodecSpec
@@ -41,6 +45,8 @@ class BitPlanes(PageCodec):
         return {"codes0": torch.cat(planes, -1), "scale0": scale.to(torch.float16)}
 
     def decode_code_space(self, planes: Planes) -> Tensor:
+        if self.bits == 1:
+            return TrellisPages(self.head_dim, 1, self.role).decode_code_space(planes)
         size = page_bytes(1, self.head_dim)
         y = torch.zeros((), dtype=torch.float32)
         for plane, taps in zip(planes["codes0"].split(size, -1), FILTERS[self.bits], strict=True):
@@ -54,5 +60,7 @@ class BitPlanes(PageCodec):
     def from_code_space(self, y: Tensor) -> Tensor:
         return from_code_space(y, self.spec)
 
-    def kernel_operands(self) -> SignOperands:
+    def kernel_operands(self) -> KernelOperands:
+        if self.bits == 1:
+            return TrellisPages(self.head_dim, 1, self.role).kernel_operands()
         return SignOperands(self.spec.rotation_of(0), self.head_dim**-0.5, FILTERS[self.bits])

@@ -203,6 +203,7 @@ def check(got: torch.Tensor, expected: torch.Tensor, tolerance: float = 2e-4) ->
         (3, 3, 64, 1),
         (4, 4, 64, 1),
         (1, 1, 128, 1),
+        (1, 1, 256, 1),
         (1, 3, 64, 5),
         (4, 1, 128, 1),
         *((bits, bits, 256, 1) for bits in (2, 3, 4)),
@@ -264,6 +265,8 @@ def test_two_bytes_are_as_fine_as_16_bits(dim: int, bits: int) -> None:
         (8, 3, "values", 64, 1),
         (4, 4, "keys values", 64, 5),
         (4, 2, "keys", 128, 1),
+        (3, 2, "keys values", 256, 1),
+        (2, 4, "keys values", 256, 5),
     ],
 )
 def test_bit_planes(

@@ -28,7 +28,7 @@ from quantpress.kernels.attend.calls.settings import (
     split_count,
     steps_of_page,
 )
-from quantpress.kernels.attend.merge.settings import MERGED, warps_by_matrix
+from quantpress.kernels.attend.merge.settings import sums_by_matrix, warps_by_matrix
 from quantpress.kernels.attend.opening.arguments import tile_tokens
 from quantpress.kernels.attend.reference import attend_reference
 from quantpress.kernels.attend.schedule import (
@@ -202,7 +202,11 @@ def compiled(kernel: Any, constants: dict[str, Any], capability: int, warps: int
         (4, -2, 64, 16, 100, 64),
         (-4, -4, 128, 4, 90, 0),
         (-4, 3, 64, 8, 80, 64),
+        (-3, -3, 256, 4, 90, 0),
+        (-2, -2, 256, 8, 100, 1),
+        (-4, -4, 256, 4, 80, 0),
         (1, 3, 128, 8, 90, 1),
+        (1, 1, 256, 8, 90, 1),
         (8, 4, 128, 8, 80, 0),
         (8, 3, 128, 8, 90, 1),
         (4.1, 4.1, 128, 4, 90, 0),
@@ -230,7 +234,11 @@ def test_split_kernel_compiles_without_a_gpu(
     halves = steps_of_page(*(codec.kernel_operands() for codec in (keys, values)), rows, heads > 0)
     staged = 3 in (key_bits, value_bits) and (dim == 256 or key_bits == 8)
     planes = -min(key_bits, value_bits)
-    staged = (staged or planes > 3 or (planes == 3 and rows > 4)) and capability >= 90
+    if dim == 256:  # four planes are too many
+        staged = (staged or planes > 1) and planes < 4
+    else:
+        staged = staged or planes > 3 or (planes == 3 and rows > 4)
+    staged = staged and capability >= 90
     constants = {"D": dim, "DV": dim, "R": max(rows, 8), "ROWS": rows}
     constants |= fine | {"K_BITS": abs(key_bits), "V_BITS": abs(value_bits)}
     constants |= {"K_SIGNS": key_bits < 2, "V_SIGNS": value_bits < 2, "USED": heads > 0}
@@ -266,6 +274,8 @@ def test_split_kernel_compiles_without_a_gpu(
         assert re.search(r"cp\.async\.wait_group\s+0", kernel.asm["ptx"].rsplit("mma.sync", 1)[1])
     if planes > 3 and capability >= 90:
         assert resources(kernel)["STACK"] <= 64, "registers are spilled"
+    if dim == 256 and 0 < planes < 4:
+        assert resources(kernel)["STACK"] <= 16 * rows, "registers are spilled"
     if opens:  # the first codes are on their way before the queries are turned, which takes many shuffles
         code = machine_code(kernel)
         first = code.index("LDG.E.EF")
@@ -298,7 +308,9 @@ def taps(planes: int) -> tuple[float, ...]:
     return sum(FILTERS[planes], ()) if planes else ()
 
 
-@pytest.mark.parametrize(("capability", "heads", "dim"), [(80, 0, 64), (90, 64, 256), (100, 32, 128)])
+@pytest.mark.parametrize(
+    ("capability", "heads", "dim"), [(80, 0, 64), (90, 64, 256), (100, 32, 128), (90, 32, 256)]
+)
 def test_kernels_around_it_compile_without_a_gpu(capability: int, heads: int, dim: int) -> None:
     pytest.importorskip("triton")
     from quantpress.kernels.attend.merge.by_matrix import merge_kernel
@@ -312,8 +324,9 @@ def test_kernels_around_it_compile_without_a_gpu(capability: int, heads: int, di
     first |= {"HALVES": 2 if dim == 64 else 1, "PLANES": heads and 2, "FILTERS": taps(heads and 2)}
     first |= {"FIRST_STARTS": heads == 0, "RECENT_STARTS": True, "SLOTS": heads == 64, "SHARED": heads == 32}
     first |= {"FIRST_PAGE": 4 if heads < 64 else 0, "RECENT_PAGE": 128 if heads < 64 else 0}
-    merge = chained | {"HAS_SINKS": True, "SIZE": MERGED[heads > 0], "HEADS": heads, "STARTS": heads > 0}
+    merge = chained | {"HAS_SINKS": True, "HEADS": heads, "STARTS": heads > 0}
     planes = {0: 0, 64: 3, 32: 4}[heads]
+    merge["SIZE"] = sums_by_matrix(128 if heads else 1, dim, planes)
     merge |= {"EACH": 4 if heads else 1, "SCHEDULED": heads == 32, "PLANES": planes}
     merge |= {"FILTERS": taps(planes), "PARTIAL": heads == 64}
     schedule = {"HEADS": max(heads, 2), "SIZE": SCHEDULE_TILE, "STARTS": heads == 64}
@@ -331,7 +344,7 @@ def test_kernels_around_it_compile_without_a_gpu(capability: int, heads: int, di
         assert len(binary.asm["cubin"]) > 0
         assert binary.metadata.shared <= 99 * 1024  # of consumer GPUs
         if kernel is merge_kernel and planes > 3:
-            assert resources(binary)["STACK"] == 0, "registers are spilled"
+            assert resources(binary)["STACK"] <= (192 if dim > 128 else 0), "registers are spilled"
 
 
 @pytest.mark.parametrize("page", [0, 128])
@@ -388,8 +401,9 @@ def test_calls_that_are_covered() -> None:
     assert not covered(query, [packed(80, 80, 4), tail], Visibility(1, tokens))
     assert covered(query, [packed(64, 64, 8), tail], Visibility(1, tokens))
     assert covered(query, [packed(64, 64, 8, codebook="lloyd_max"), tail], Visibility(1, tokens))
-    mixed = PackedSegment(packed(64, 64, 2, planes=True).keys, packed(64, 64, 2.5).values)
-    assert not covered(query, [mixed, tail], Visibility(1, tokens))
+    for planes in (1, 2):
+        mixed = PackedSegment(packed(64, 64, planes, planes=True).keys, packed(64, 64, 2.5).values)
+        assert covered(query, [mixed, tail], Visibility(1, tokens))
     raw = PackedSide(
         RawPages(64), RawPages(64).encode(torch.randn(2, 2, 128, 64), ChannelTransform()), ChannelTransform()
     )
@@ -523,7 +537,7 @@ def test_error_on_a_gpu(dim: int, bits: tuple[int, int], tokens: int) -> None:
     ],
     ids=lambda b: f"{b[0]}_{b[1]}",
 )
-@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("dim", [64, 128, 256])
 def test_bit_planes_on_a_gpu(dim: int, bits: tuple[int, int], tokens: int, queries: int) -> None:
     pages = on_device(1, 2, tokens, dim, bits)
     query = 2 * torch.randn(1, 8, queries, dim, device="cuda")
@@ -558,7 +572,7 @@ def test_groups_and_query_tokens(group: int, queries: int, bits: tuple[int, int]
 @pytest.mark.parametrize("queries", [1, 7, 200])
 @pytest.mark.parametrize(
     ("demoted", "others"),
-    [((2, 2), (4, 4)), ((1, 1), (3, 3)), ((-2, 3), (4, 2))],
+    [((2, 2), (4, 4)), ((1, 1), (3, 3)), ((-2, 3), (4, 2)), ((-1, -1), (-3, -1))],
     ids=lambda bits: f"{bits[0]}_{bits[1]}",
 )
 def test_two_packed_segments_on_a_gpu(
@@ -597,8 +611,8 @@ def unused(tokens: int, starts: torch.Tensor, lengths: torch.Tensor) -> torch.Te
 @pytest.mark.parametrize("dim", [64, 128, 256])
 def test_pages_by_table_on_a_gpu(dim: int, bits: tuple[int, int], queries: int, page_keys: bool) -> None:
     """Single pages anywhere in a pool, heads of very different lengths, tokens in use from any place on."""
-    if min(bits) < 0 and (dim == 256 or page_keys):
-        pytest.skip("no kernel reads them")
+    if min(bits) < 0 and page_keys:
+        pytest.skip("trellis codes store no keys of pages")
     pages = on_device(2, 3, 64 * 128, dim, bits, page_keys=page_keys)
     recent = torch.randn(2, 3, 200, dim, device="cuda", dtype=torch.float16)
     lengths = torch.tensor([[5000, 128, 0], [1, 8192, 3333]], dtype=torch.int32, device="cuda")
