@@ -4,7 +4,14 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents
 
-from quantpress.kernels.attend.dense import attend_tile, load_paged_tile, load_queries, load_tile
+from quantpress.kernels.attend.dense import (
+    attend_tile,
+    load_paged_tile,
+    load_queries,
+    load_tile,
+    padded,
+    there,
+)
 
 MOST = tl.constexpr(32512.0)
 """Query coordinates are counted in units of their largest over 127 * 256: the high byte stays below 128."""
@@ -269,7 +276,7 @@ def prepare_kernel(
             )
     else:
         tile = program - R
-        row, value, token = tl.arange(0, R), tl.arange(0, DV), tl.arange(0, TILE)
+        row, value, token = tl.arange(0, R), tl.arange(0, padded(DV))[:, None], tl.arange(0, TILE)
         if tile < first_tiles:
             from_token, begin, end, unseen = tile * TILE, 0, first_tokens, 0
             if FIRST_PAGE:
@@ -299,7 +306,7 @@ def prepare_kernel(
             if RECENT_USED:
                 end = tl.minimum(end, begin + tl.load(recent_used_ptr + head))
         m, total = tl.full([R], -1e30, tl.float32), tl.zeros([R], tl.float32)
-        out = tl.zeros([DV, R], tl.float32)
+        out = tl.zeros([padded(DV), R], tl.float32)
         newest = end - tl.maximum(unseen - queries + 1, 0)  # what no query sees is not read
         if (from_token < newest) & (from_token + TILE > begin):
             if FIRST_PAGE:
@@ -328,7 +335,8 @@ def prepare_kernel(
             )
         slot = block * tiles + tile
         kept = skipped + row < rows
-        tl.store(o_ptr + (slot * R + row[None, :]) * DV + value[:, None], out, mask=kept[None, :])
+        to = o_ptr + (slot * R + row[None, :]) * DV + value
+        tl.store(to, out, mask=there(kept[None, :], value, DV))
         at = (block * R + row) * tiles + tile
         tl.store(m_ptr + at, m)
         tl.store(l_ptr + at, total)

@@ -33,6 +33,11 @@ from quantpress.kernels.attend.parts.operands import as_parts
 
 HEAD_DIMS = (64, 128, 256)
 WIDTHS = (2, 3, 4, 8)
+"""What int8 tensor cores read."""
+
+MOST_HEAD_DIM = 256
+"""Up to this 16-bit tensor cores read any head_dim, but for keys that pages store and for bit planes."""
+
 SIGN_HEAD_DIMS, SIGN_WIDTHS = (64, 128), (1, 2, 3, 4)
 """The same of bit planes."""
 
@@ -95,7 +100,7 @@ def _readable_in_parts(pages: PackedSegment) -> bool:
     found = [side.codec.kernel_operands() for side in sides]
     parts = [None if one is None else as_parts(one) for one in found]
     shift = pages.values.transform.mean is not None or pages.values.transform.weight is not None
-    return not shift and all(one is not None and one.head_dim in HEAD_DIMS for one in parts)
+    return not shift and all(one is not None and one.head_dim <= MOST_HEAD_DIM for one in parts)
 
 
 def attend_triton(
