@@ -44,10 +44,10 @@ def load_tile(
     TILE: tl.constexpr,
     PLAIN: tl.constexpr,
 ):
-    """Keys [TILE, D] and values [DV, TILE] of tokens `start` on, D and DV `padded`; zero outside `begin` to
-    `end`.
+    """Keys [TILE, D] and values [DV, TILE], D and DV `padded`; zero for tokens outside `begin` to `end`.
 
-    k_ptr, v_ptr: the head's keys [tokens, D] and values [tokens, DV], contiguous. PLAIN: load as float32.
+    start: the first token; k_ptr, v_ptr: the head's keys [tokens, D] and values [tokens, DV], contiguous.
+    PLAIN: load as float32.
     """
     at = start + tl.arange(0, TILE)
     channel, value = tl.arange(0, padded(D))[None, :], tl.arange(0, padded(DV))[:, None]
@@ -125,12 +125,13 @@ def attend_tile(
     TILE: tl.constexpr,
     CHAINED: tl.constexpr,
 ):
-    """Softmax sums over the tokens of a tile that lie in `begin` to `end`: m and l [R], o [DV, R], DV `padded`.
+    """Softmax sums over the tokens of a tile that lie in `begin` to `end`: m and l [R], o [DV, R].
 
-    q: [D, 2R] from `load_queries`; query: [R], the query token of each row; k, v: from `load_tile`; start:
-    first token of the tile; hidden: query token i does not see the last hidden - i tokens; scale, softcap: on
-    scores in units of log 2, no cap where softcap is 0. The weights are split into a high part and a residual
-    in the values' dtype. CHAINED: the next kernel may start once the tile is loaded.
+    D and DV are `padded` in q, k, v and o. q: [D, 2R] from `load_queries`; query: [R], the query token of
+    each row; k, v: from `load_tile`; start: first token of the tile; hidden: query token i does not see the
+    last hidden - i tokens; scale, softcap: on scores in units of log 2, no cap where softcap is 0. The weights
+    are split into a high part and a residual in the values' dtype. CHAINED: the next kernel may start once the
+    tile is loaded.
     """
     at = start + tl.arange(0, TILE)
     live = (at >= begin) & (at < end)

@@ -30,10 +30,12 @@ from quantpress.kernels.attend.parts.groups import (
     readable_groups,
 )
 from quantpress.kernels.attend.parts.operands import as_parts
+from quantpress.kernels.rotation_matrix import padded
 
 HEAD_DIMS = (64, 128, 256)
+"""Channels of a tile on int8 tensor cores."""
+
 WIDTHS = (2, 3, 4, 8)
-"""What int8 tensor cores read."""
 
 MOST_HEAD_DIM = 256
 """Up to this 16-bit tensor cores read any head_dim, but for keys that pages store and for bit planes."""
@@ -91,7 +93,12 @@ def _readable_side(side: PackedSide) -> bool:
     if not isinstance(operands, ScalarOperands):
         return False
     fits = operands.bits in WIDTHS and (operands.bits < 8 or not operands.fine)
-    return fits and operands.head_dim in HEAD_DIMS
+    return fits and in_tiles(operands.head_dim)
+
+
+def in_tiles(head_dim: int) -> bool:
+    """Whether int8 tensor cores read scalar codes of so many channels, each lane 16 of a key at a time."""
+    return padded(head_dim) in HEAD_DIMS and head_dim % 16 == 0
 
 
 def _readable_in_parts(pages: PackedSegment) -> bool:

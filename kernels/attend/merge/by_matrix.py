@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_wait
 
+from quantpress.kernels.attend.dense import padded
 from quantpress.kernels.attend.schedule_kernel import chunks_of_heads
 
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -113,7 +114,8 @@ def merge_kernel(
     """Join the splits of EACH rows (axis 0) of one (batch, KV head) (axis 1), rotate back, add 16-bit tokens.
 
     o: [N, splits, R, DV], m and l: [N, R, splits], sums over packed tokens in code space, N = heads * blocks;
-    dense_o, dense_m, dense_l: the same over 16-bit tokens, with `tiles` in place of `splits`; sinks: [Hkv *
+    dense_o, dense_m, dense_l: the same over 16-bit tokens, with `tiles` in place of `splits`; both o have the
+    channels of `padded(DV)`; sinks: [Hkv *
     group] logits, if HAS_SINKS; rotation: [DV, DV] float32, out of code space but for the factor `unit`; out:
     [BH, rows, DV], written; SIZE: partial sums joined at a time. Where PLANES is 2 to 4, values are so many
     bit planes, o is [N, splits, R, PLANES, DV], and taps FILTERS, plane by plane, make one vector of them.
@@ -133,9 +135,13 @@ def merge_kernel(
         index = tl.arange(0, HEADS)
         begin = tl.sum(tl.where(index < head, chunks, 0), 0)
         end = begin + tl.sum(tl.where(index == head, chunks, 0), 0)
-    value = tl.arange(0, DV)
+    P: tl.constexpr = padded(DV)
+    value = tl.arange(0, P)
+    there = value < DV
     COUNT: tl.constexpr = PLANES if PLANES else 1
-    turn = tl.load(rotation_ptr + value[:, None] * DV + value[None, :])  # float32: to convert it takes 0.5 us
+    at = value[:, None] * DV + value[None, :]
+    both = there[:, None] & there[None, :]
+    turn = tl.load(rotation_ptr + at, mask=both, other=0.0)  # float32: to convert it takes 0.5 us
     if CHAINED:
         gdc_wait()
     for step in range(EACH):
@@ -146,20 +152,20 @@ def merge_kernel(
             holder = head * 0 + row // R
         m = tl.full([1], -1e30, tl.float32)
         total = tl.zeros([1], tl.float32)
-        y = tl.zeros([DV], tl.float32)
-        o, ms, ls = _load(o_ptr, m_ptr, l_ptr, begin, end, splits, holder, local, DV, R, SIZE, COUNT)
+        y = tl.zeros([P], tl.float32)
+        o, ms, ls = _load(o_ptr, m_ptr, l_ptr, begin, end, splits, holder, local, P, R, SIZE, COUNT)
         if PLANES:
-            one, two, three = o_ptr + DV, o_ptr + 2 * DV, o_ptr + 3 * DV
-            o1, ms, ls = _load(one, m_ptr, l_ptr, begin, end, splits, holder, local, DV, R, SIZE, COUNT)
+            one, two, three = o_ptr + P, o_ptr + 2 * P, o_ptr + 3 * P
+            o1, ms, ls = _load(one, m_ptr, l_ptr, begin, end, splits, holder, local, P, R, SIZE, COUNT)
             o2 = o1
             if PLANES > 2:
-                o2, ms, ls = _load(two, m_ptr, l_ptr, begin, end, splits, holder, local, DV, R, SIZE, COUNT)
+                o2, ms, ls = _load(two, m_ptr, l_ptr, begin, end, splits, holder, local, P, R, SIZE, COUNT)
             o3 = o2
             if PLANES > 3:
-                o3, ms, ls = _load(three, m_ptr, l_ptr, begin, end, splits, holder, local, DV, R, SIZE, COUNT)
+                o3, ms, ls = _load(three, m_ptr, l_ptr, begin, end, splits, holder, local, P, R, SIZE, COUNT)
         if not PARTIAL:
             dense_o, dense_ms, dense_ls = _load(
-                dense_o_ptr, dense_m_ptr, dense_l_ptr, 0, tiles, tiles, block, local, DV, R, TILES, 1
+                dense_o_ptr, dense_m_ptr, dense_l_ptr, 0, tiles, tiles, block, local, P, R, TILES, 1
             )
         if PLANES:
             m, total, decay, weight = joined_weights(m, total, ms, ls)
@@ -170,18 +176,18 @@ def merge_kernel(
         else:
             m, total, y = _join(m, total, y, o, ms, ls)
         for start in range(begin + SIZE, end, SIZE):
-            o, ms, ls = _load(o_ptr, m_ptr, l_ptr, start, end, splits, holder, local, DV, R, SIZE, COUNT)
+            o, ms, ls = _load(o_ptr, m_ptr, l_ptr, start, end, splits, holder, local, P, R, SIZE, COUNT)
             if PLANES:
-                o1, ms, ls = _load(one, m_ptr, l_ptr, start, end, splits, holder, local, DV, R, SIZE, COUNT)
+                o1, ms, ls = _load(one, m_ptr, l_ptr, start, end, splits, holder, local, P, R, SIZE, COUNT)
                 o2 = o1
                 if PLANES > 2:
                     o2, ms, ls = _load(
-                        two, m_ptr, l_ptr, start, end, splits, holder, local, DV, R, SIZE, COUNT
+                        two, m_ptr, l_ptr, start, end, splits, holder, local, P, R, SIZE, COUNT
                     )
                 o3 = o2
                 if PLANES > 3:
                     o3, ms, ls = _load(
-                        three, m_ptr, l_ptr, start, end, splits, holder, local, DV, R, SIZE, COUNT
+                        three, m_ptr, l_ptr, start, end, splits, holder, local, P, R, SIZE, COUNT
                     )
                 m, total, decay, weight = joined_weights(m, total, ms, ls)
                 y = y * decay + tl.sum(o * weight[:, None], 0)
@@ -199,7 +205,7 @@ def merge_kernel(
                 y += tl.gather(later, (value + (DV - lag)) % DV, 0)
         turned = tl.sum(turn * (y * unit)[:, None], 0)
         if PARTIAL:
-            tl.store(dense_o_ptr + ((block * tiles + into) * R + local) * DV + value, turned)
+            tl.store(dense_o_ptr + ((block * tiles + into) * R + local) * P + value, turned)
             to = (block * R + local) * tiles + into + tl.arange(0, 1)
             tl.store(dense_m_ptr + to, m)
             tl.store(dense_l_ptr + to, total)
@@ -207,7 +213,7 @@ def merge_kernel(
             m, total, turned = _join(m, total, turned, dense_o, dense_ms, dense_ls)
             for start in range(TILES, tiles, TILES):
                 dense_o, dense_ms, dense_ls = _load(
-                    dense_o_ptr, dense_m_ptr, dense_l_ptr, start, tiles, tiles, block, local, DV, R, TILES, 1
+                    dense_o_ptr, dense_m_ptr, dense_l_ptr, start, tiles, tiles, block, local, P, R, TILES, 1
                 )
                 m, total, turned = _join(m, total, turned, dense_o, dense_ms, dense_ls)
             if HAS_SINKS:
@@ -217,4 +223,4 @@ def merge_kernel(
                 turned = turned * decay
                 total = total * decay + tl.exp2(sink - new)
             total = tl.where(total == 0, 1.0, total)  # nothing in use
-            tl.store(out_ptr + (head * rows + row) * DV + value, turned / total)
+            tl.store(out_ptr + (head * rows + row) * DV + value, turned / total, mask=there)

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from quantpress.kernels.attend.dense import padded, there
+from quantpress.kernels.attend.dense import padded
 from quantpress.kernels.attend.merge.by_matrix import joined_weights
 from quantpress.kernels.attend.schedule_kernel import chunks_of_heads
 
@@ -114,7 +114,7 @@ def merge_parts_kernel(
     if V2:
         turned += _turned(y2, turn_ptr + V * DV, V2, DV)
     if PARTIAL:
-        tl.store(dense_o_ptr + ((block * tiles + into) * R + local) * DV + channel, turned, mask=live)
+        tl.store(dense_o_ptr + ((block * tiles + into) * R + local) * padded(DV) + channel, turned, mask=live)
         to = (block * R + local) * tiles + into + tl.arange(0, 1)
         tl.store(dense_m_ptr + to, m)
         tl.store(dense_l_ptr + to, total)
@@ -126,8 +126,8 @@ def merge_parts_kernel(
             part_m = tl.load(dense_m_ptr + at, mask=within, other=-1e30)
             part_l = tl.load(dense_l_ptr + at, mask=within, other=0.0)
             m, total, decay, weight = joined_weights(m, total, part_m, part_l)
-            from_o = dense_o_ptr + ((block * tiles + tile) * R + local)[:, None] * DV
-            o = tl.load(from_o + channel[None, :], mask=there(within[:, None], channel[None, :], DV), other=0.0)
+            from_o = dense_o_ptr + ((block * tiles + tile) * R + local)[:, None] * padded(DV)
+            o = tl.load(from_o + channel[None, :], mask=within[:, None] & live[None, :], other=0.0)
             turned = turned * decay + tl.sum(o * weight[:, None], 0)
         if HAS_SINKS:
             sink = tl.load(sinks_ptr + head % kv_heads * group + row // queries).to(tl.float32) * LOG2_E
