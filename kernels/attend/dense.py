@@ -129,9 +129,9 @@ def attend_tile(
 
     D and DV are `padded` in q, k, v and o. q: [D, 2R] from `load_queries`; query: [R], the query token of
     each row; k, v: from `load_tile`; start: first token of the tile; hidden: query token i does not see the
-    last hidden - i tokens; scale, softcap: on scores in units of log 2, no cap where softcap is 0. The weights
-    are split into a high part and a residual in the values' dtype. CHAINED: the next kernel may start once the
-    tile is loaded.
+    last hidden - i tokens; scale, softcap: on scores in units of log 2, no cap where softcap is 0. The
+    weights are split into a high part and a residual in the values' dtype. CHAINED: the next kernel may start
+    once the tile is loaded.
     """
     at = start + tl.arange(0, TILE)
     live = (at >= begin) & (at < end)
