@@ -39,6 +39,9 @@ INTERPRETED = [
     [3.5, 2.5, 64, 6, "float32", "pool dense_tables shared sinks_in_pages one_transform side_by_side"],
     [3.5, 4, 64, 1, "float32", "two lengths sinks"],
     [1, 1, 256, 1, "float32", "alone"],
+    [3.5, 1, 80, 1, "float32", "pool dense_tables one_transform side_by_side"],
+    [3, 2, 36, 3, "float32", "two lengths sinks"],
+    [2, 4, 96, 1, "float32", "prod"],
 ]
 
 
@@ -119,6 +122,8 @@ def test_assembly_looks_levels_up(bits: int, form: str) -> None:
         ((128, 128), (128,), (3, 1, 3), 128, 8, 90, 0),
         ((32, 96), (128,), (3, 2, 8), 128, 16, 100, 64),
         ((256,), (256,), (1, 4), 256, 8, 100, 0),
+        ((48, 48), (96,), (4, 3, 2), 96, 8, 90, 0),
+        ((200,), (200,), (4, 3), 200, 8, 100, 1),
     ],
 )
 def test_kernels_compile_without_a_gpu(
@@ -142,7 +147,7 @@ def test_kernels_compile_without_a_gpu(
     padded = {f"{name}P": own and max(32, 1 << (own - 1).bit_length()) for name, own in channels.items()}
     division = {"STARTS": heads > 0, "HEADS": heads, "SCHEDULED": heads == 1}
     split |= padded | division | {"R": block_rows(rows, dim), "USED": heads > 0, "PLAIN": False}
-    kernel = compiled(split_parts_kernel, split, capability, len(values) * max(dim // 128, 1), 1)
+    kernel = compiled(split_parts_kernel, split, capability, len(values) * (1 + (dim > 128)), 1)
     assert "mma" in kernel.asm["ptx"] and "prmt.b32" in kernel.asm["ptx"]
     assert kernel.metadata.shared <= 99 * 1024 and len(kernel.asm["cubin"]) > 0
     if dim == 128 and rows <= 8:
@@ -207,6 +212,22 @@ def test_error_on_a_gpu(dim: int, name: str, tokens: int) -> None:
         expected = double_attention(query, segments, dim**-0.5)
         assert got.dtype == dtype
         assert float((got.double() - expected).norm() / expected.norm()) < limit
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("dim", "name"),
+    [(96, "3.5"), (80, "prod_4_3"), (192, "2.5_1.5"), (96, "paper"), (72, "1"), (40, "4_3.5")],
+)
+def test_other_head_dims_on_a_gpu(dim: int, name: str) -> None:
+    pages = on_device(name, dim, (1, 2, 8192))
+    query = (2 * torch.randn(1, 8, 5, dim, device="cuda")).bfloat16()
+    recent = torch.randn(1, 2, 130, dim, device="cuda").bfloat16()
+    segments: list[Segment] = [pages, DenseSegment(recent, recent)]
+    assert supports(query, segments, Visibility(5, 8192 + 130))
+    got = attend(query, segments, Visibility(5, 8192 + 130), scaling=dim**-0.5)
+    expected = double_attention(query, segments, dim**-0.5)
+    assert float((got.double() - expected).norm() / expected.norm()) < 3e-3
 
 
 @pytest.mark.gpu
