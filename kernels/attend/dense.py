@@ -6,15 +6,10 @@
 import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents
-from triton.runtime.jit import constexpr_function
+
+from quantpress.kernels.padding import padded
 
 LOG2_E = tl.constexpr(1.4426950408889634)
-
-
-@constexpr_function
-def padded(channels):
-    """Channels as a tile has them: the next power of two, 16 at least. Those beyond are read as 0."""
-    return max(16, 1 << (channels - 1).bit_length())
 
 
 @triton.jit

@@ -4,13 +4,8 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents
 
-from quantpress.kernels.attend.dense import (
-    attend_tile,
-    load_paged_tile,
-    load_queries,
-    load_tile,
-    padded,
-)
+from quantpress.kernels.attend.dense import attend_tile, load_paged_tile, load_queries, load_tile
+from quantpress.kernels.padding import padded
 
 MOST = tl.constexpr(32512.0)
 """Query coordinates are counted in units of their largest over 127 * 256: the high byte stays below 128."""

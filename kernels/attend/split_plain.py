@@ -6,9 +6,10 @@ It computes what `quantpress.kernels.attend.split_mma` computes, from the same b
 import triton
 import triton.language as tl
 
-from quantpress.kernels.attend.dense import padded, tanh
+from quantpress.kernels.attend.dense import tanh
 from quantpress.kernels.attend.lookup import code_at
 from quantpress.kernels.attend.schedule_kernel import pages_of_program
+from quantpress.kernels.padding import padded
 
 PAGE_TOKENS = tl.constexpr(128)
 TILE = tl.constexpr(32)

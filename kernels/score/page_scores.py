@@ -7,7 +7,7 @@ sink has a score of its own, which takes the place of what its codes would give.
 import triton
 import triton.language as tl
 
-from quantpress.kernels.attend.dense import padded
+from quantpress.kernels.padding import padded
 
 PAGE_TOKENS = tl.constexpr(128)
 

@@ -3,9 +3,9 @@
 import triton
 import triton.language as tl
 
-from quantpress.kernels.attend.dense import padded
 from quantpress.kernels.attend.merge.by_matrix import joined_weights
 from quantpress.kernels.attend.schedule_kernel import chunks_of_heads
+from quantpress.kernels.padding import padded
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 TILES = tl.constexpr(16)

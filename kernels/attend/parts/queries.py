@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from quantpress.kernels.attend.dense import padded
+from quantpress.kernels.padding import padded
 
 
 @triton.jit(do_not_specialize=["rows", "kv_heads", "channels"])

@@ -71,7 +71,7 @@ class Fitted(Outcome):
         lines.append(f"{self.file}: {plan.model}, mean width {plan.mean_bits:.2f}{size}{how}.")
         every = {bits for pair in plan.widths.values() for side in pair for bits in heads_of(side)}
         if 1 in every:
-            lines.append("On a GPU, plain PyTorch reads 1 bit unless head_dim is 64 or 128, which is slower.")
+            lines.append("On a GPU, a slower kernel reads 1 bit unless head_dim is 64 or 128.")
         return Group(*map(Text, lines), Text(f'Use it: --press "{self.press}"', "bold"))
 
 
