@@ -1,4 +1,4 @@
-"""How many channels a tile has in Triton kernels; `rotation_matrix.padded` says the same to their launches."""
+"""How many channels a tile has in Triton kernels; `rotation_matrix.padded` tells the same to launches."""
 
 from triton.runtime.jit import constexpr_function
 
