@@ -114,10 +114,9 @@ def merge_kernel(
     """Join the splits of EACH rows (axis 0) of one (batch, KV head) (axis 1), rotate back, add 16-bit tokens.
 
     o: [N, splits, R, DV], m and l: [N, R, splits], sums over packed tokens in code space, N = heads * blocks;
-    dense_o, dense_m, dense_l: the same over 16-bit tokens, with `tiles` in place of `splits`; both o have the
-    channels of `padded(DV)`; sinks: [Hkv *
-    group] logits, if HAS_SINKS; rotation: [DV, DV] float32, out of code space but for the factor `unit`; out:
-    [BH, rows, DV], written; SIZE: partial sums joined at a time. Where PLANES is 2 to 4, values are so many
+    dense_o, dense_m, dense_l: the same over 16-bit tokens, with `tiles` in place of `splits`; in both o DV
+    is `padded`; sinks: [Hkv * group] logits, if HAS_SINKS; rotation: [DV, DV] float32, out of code space but
+    for the factor `unit`; out: [BH, rows, DV], written; SIZE: partial sums joined at a time. Where PLANES is 2 to 4, values are so many
     bit planes, o is [N, splits, R, PLANES, DV], and taps FILTERS, plane by plane, make one vector of them.
     Where HEADS, a power of two of at least `heads`, is not 0, heads have page tables: o, m and l are [blocks,
     splits, ...], and the splits belong to heads as `chunks_of_heads` says, of used and starts [heads] int32
@@ -139,9 +138,11 @@ def merge_kernel(
     value = tl.arange(0, P)
     there = value < DV
     COUNT: tl.constexpr = PLANES if PLANES else 1
-    at = value[:, None] * DV + value[None, :]
-    both = there[:, None] & there[None, :]
-    turn = tl.load(rotation_ptr + at, mask=both, other=0.0)  # float32: to convert it takes 0.5 us
+    turn_ptr = rotation_ptr + value[:, None] * DV + value[None, :]
+    if P == DV:
+        turn = tl.load(turn_ptr)  # float32: to convert it takes 0.5 us
+    else:
+        turn = tl.load(turn_ptr, mask=there[:, None] & there[None, :], other=0.0)
     if CHAINED:
         gdc_wait()
     for step in range(EACH):
@@ -223,4 +224,6 @@ def merge_kernel(
                 turned = turned * decay
                 total = total * decay + tl.exp2(sink - new)
             total = tl.where(total == 0, 1.0, total)  # nothing in use
-            tl.store(out_ptr + (head * rows + row) * DV + value, turned / total, mask=there)
+            tl.store(
+                out_ptr + (head * rows + row) * DV + value, turned / total, mask=there if P != DV else None
+            )
