@@ -114,15 +114,15 @@ def merge_kernel(
     """Join the splits of EACH rows (axis 0) of one (batch, KV head) (axis 1), rotate back, add 16-bit tokens.
 
     o: [N, splits, R, DV], m and l: [N, R, splits], sums over packed tokens in code space, N = heads * blocks;
-    dense_o, dense_m, dense_l: the same over 16-bit tokens, with `tiles` in place of `splits`; in both o DV
-    is `padded`; sinks: [Hkv * group] logits, if HAS_SINKS; rotation: [DV, DV] float32, out of code space but
-    for the factor `unit`; out: [BH, rows, DV], written; SIZE: partial sums joined at a time. Where PLANES is 2 to 4, values are so many
-    bit planes, o is [N, splits, R, PLANES, DV], and taps FILTERS, plane by plane, make one vector of them.
-    Where HEADS, a power of two of at least `heads`, is not 0, heads have page tables: o, m and l are [blocks,
-    splits, ...], and the splits belong to heads as `chunks_of_heads` says, of used and starts [heads] int32
-    and pages, or, if SCHEDULED, as schedule [BH, 2] int32 says. PARTIAL: the sums over packed tokens, rotated
-    back, are written to dense_o, dense_m and dense_l as number `into` of their `tiles`; nothing else is read
-    or written. CHAINED: started before the split kernel has ended.
+    dense_o, dense_m, dense_l: the same over 16-bit tokens, with `tiles` in place of `splits`; in both o DV is
+    `padded`; sinks: [Hkv * group] logits, if HAS_SINKS; rotation: [DV, DV] float32, out of code space but for
+    the factor `unit`; out: [BH, rows, DV], written; SIZE: partial sums joined at a time. Where PLANES is 2 to
+    4, values are so many bit planes, o is [N, splits, R, PLANES, DV], and taps FILTERS, plane by plane, make
+    one vector of them. Where HEADS, a power of two of at least `heads`, is not 0, heads have page tables: o,
+    m and l are [blocks, splits, ...], and the splits belong to heads as `chunks_of_heads` says, of used and
+    starts [heads] int32 and pages, or, if SCHEDULED, as schedule [BH, 2] int32 says. PARTIAL: the sums over
+    packed tokens, rotated back, are written to dense_o, dense_m and dense_l as number `into` of their
+    `tiles`; nothing else is read or written. CHAINED: started before the split kernel has ended.
     """
     head = tl.program_id(1).to(tl.int64)
     begin, end = 0, splits
