@@ -235,7 +235,8 @@ def test_widths_and_head_dims(
 
 
 @pytest.mark.parametrize(
-    ("key_bits", "value_bits", "dim", "queries"), [(4, 4, 128, 1), (3, 2, 64, 5), (2, 3, 256, 1)]
+    ("key_bits", "value_bits", "dim", "queries"),
+    [(4, 4, 128, 1), (3, 2, 64, 5), (2, 3, 256, 1), (4, 3, 96, 1)],
 )
 def test_levels_of_two_bytes(
     key_bits: int, value_bits: int, dim: int, queries: int, emulated: Emulated
