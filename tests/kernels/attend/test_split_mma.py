@@ -248,6 +248,13 @@ def test_levels_of_two_bytes(
     check(*run(PackedSegment(keys.keys, values.values), queries))
 
 
+@pytest.mark.parametrize(("dim", "value_dim"), [(192, 128), (96, 64)])
+def test_values_of_another_head_dim(dim: int, value_dim: int, emulated: Emulated) -> None:
+    """192 and 128 are those of DeepSeek V2 and V3."""
+    keys, values = packed(dim, value_dim, 4), packed(dim, value_dim, 3)
+    check(*run(PackedSegment(keys.keys, values.values), 1))
+
+
 @pytest.mark.parametrize("bits", [2, 3, 4])
 @pytest.mark.parametrize("dim", [64, 128, 256])
 def test_two_bytes_are_as_fine_as_16_bits(dim: int, bits: int) -> None:
