@@ -7,7 +7,17 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents
 
+from quantpress.kernels.padding import padded
+
 LOG2_E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def there(live, channel, C: tl.constexpr):
+    """What is `live`, but for channels beyond the C that there are; both broadcast."""
+    if padded(C) != C:
+        live = live & (channel < C)
+    return live
 
 
 @triton.jit
@@ -29,15 +39,16 @@ def load_tile(
     TILE: tl.constexpr,
     PLAIN: tl.constexpr,
 ):
-    """Keys [TILE, D] and values [DV, TILE] of tokens `start` on; zero outside `begin` to `end`.
+    """Keys [TILE, D] and values [DV, TILE], D and DV `padded`; zero for tokens outside `begin` to `end`.
 
-    k_ptr, v_ptr: the head's keys [tokens, D] and values [tokens, DV], contiguous. PLAIN: load as float32.
+    start: the first token; k_ptr, v_ptr: the head's keys [tokens, D] and values [tokens, DV], contiguous.
+    PLAIN: load as float32.
     """
     at = start + tl.arange(0, TILE)
-    channel, value = tl.arange(0, D), tl.arange(0, DV)
+    channel, value = tl.arange(0, padded(D))[None, :], tl.arange(0, padded(DV))[:, None]
     live = (at >= begin) & (at < end)
-    k = tl.load(k_ptr + at[:, None] * D + channel[None, :], mask=live[:, None], other=0.0)
-    v = tl.load(v_ptr + at[None, :] * DV + value[:, None], mask=live[None, :], other=0.0)
+    k = tl.load(k_ptr + at[:, None] * D + channel, mask=there(live[:, None], channel, D), other=0.0)
+    v = tl.load(v_ptr + at[None, :] * DV + value, mask=there(live[None, :], value, DV), other=0.0)
     if PLAIN:
         k = k.to(tl.float32)
         v = v.to(tl.float32)
@@ -65,11 +76,11 @@ def load_paged_tile(
     each token, its place there, and whether it is in use.
     """
     pool_row = tl.load(page_table_ptr + page, mask=live, other=0).to(tl.int64)
-    channel, value = tl.arange(0, D), tl.arange(0, DV)
+    channel, value = tl.arange(0, padded(D))[None, :], tl.arange(0, padded(DV))[:, None]
     k_at = pool_row * k_page + inside * D
     v_at = pool_row * v_page + inside * DV
-    k = tl.load(k_ptr + k_at[:, None] + channel[None, :], mask=live[:, None], other=0.0)
-    v = tl.load(v_ptr + v_at[None, :] + value[:, None], mask=live[None, :], other=0.0)
+    k = tl.load(k_ptr + k_at[:, None] + channel, mask=there(live[:, None], channel, D), other=0.0)
+    v = tl.load(v_ptr + v_at[None, :] + value, mask=there(live[None, :], value, DV), other=0.0)
     if PLAIN:
         k = k.to(tl.float32)
         v = v.to(tl.float32)
@@ -78,14 +89,15 @@ def load_paged_tile(
 
 @triton.jit
 def load_queries(query_ptr, head, skipped, rows, D: tl.constexpr, R: tl.constexpr, PLAIN: tl.constexpr):
-    """Rows `skipped` to `skipped` + R of a head's queries as [D, 2R], the second half zero.
+    """Rows `skipped` to `skipped` + R of a head's queries as [D, 2R], D `padded`, the second half zero.
 
     query_ptr: [BH, rows, D]; head: which of BH; PLAIN: load as float32.
     """
     column = tl.arange(0, 2 * R)
     live = (column < R) & (skipped + column < rows)
-    at = (head * rows + skipped + column[None, :]) * D + tl.arange(0, D)[:, None]
-    q = tl.load(query_ptr + at, mask=live[None, :], other=0.0)
+    channel = tl.arange(0, padded(D))[:, None]
+    at = (head * rows + skipped + column[None, :]) * D + channel
+    q = tl.load(query_ptr + at, mask=there(live[None, :], channel, D), other=0.0)
     if PLAIN:
         q = q.to(tl.float32)
     return q
@@ -110,10 +122,11 @@ def attend_tile(
 ):
     """Softmax sums over the tokens of a tile that lie in `begin` to `end`: m and l [R], o [DV, R].
 
-    q: [D, 2R] from `load_queries`; query: [R], the query token of each row; k, v: from `load_tile`; start:
-    first token of the tile; hidden: query token i does not see the last hidden - i tokens; scale, softcap: on
-    scores in units of log 2, no cap where softcap is 0. The weights are split into a high part and a residual
-    in the values' dtype. CHAINED: the next kernel may start once the tile is loaded.
+    D and DV are `padded` in q, k, v and o. q: [D, 2R] from `load_queries`; query: [R], the query token of
+    each row; k, v: from `load_tile`; start: first token of the tile; hidden: query token i does not see the
+    last hidden - i tokens; scale, softcap: on scores in units of log 2, no cap where softcap is 0. The
+    weights are split into a high part and a residual in the values' dtype. CHAINED: the next kernel may start
+    once the tile is loaded.
     """
     at = start + tl.arange(0, TILE)
     live = (at >= begin) & (at < end)
@@ -132,7 +145,7 @@ def attend_tile(
     high = twice.to(v.dtype)
     split = tl.where(column[None, :] < R, high.to(tl.float32), twice - high.to(tl.float32)).to(v.dtype)
     o = tl.dot(v, split, input_precision="ieee")
-    return m, tl.sum(p, 0), tl.sum(tl.reshape(o, [DV, 2, R]), 1)
+    return m, tl.sum(p, 0), tl.sum(tl.reshape(o, [padded(DV), 2, R]), 1)
 
 
 @triton.jit(do_not_specialize=["rows", "blocks", "tokens"])
@@ -176,13 +189,13 @@ def dense_split_kernel(
     span = tl.cdiv(tl.cdiv(tl.maximum(end - begin, 0), TILE), SPLITS) * TILE
     low = begin + split * span
     high = tl.minimum(low + span, end)
-    row, value = tl.arange(0, R), tl.arange(0, DV)
+    row, value = tl.arange(0, R), tl.arange(0, padded(DV))[:, None]
     q = load_queries(query_ptr, head, skipped, rows, D, R, PLAIN)
     k_ptr += head * tokens * D
     v_ptr += head * tokens * DV
     m = tl.full([R], -1e30, tl.float32)
     total = tl.zeros([R], tl.float32)
-    out = tl.zeros([DV, R], tl.float32)
+    out = tl.zeros([padded(DV), R], tl.float32)
     for start in range(low, high, TILE):
         k, v = load_tile(k_ptr, v_ptr, start, low, high, D, DV, TILE, PLAIN)
         tile_m, tile_total, tile_out = attend_tile(
@@ -194,7 +207,10 @@ def dense_split_kernel(
         out = out * old[None, :] + tile_out * new[None, :]
         m = highest
     slot = (block * SPLITS + split) * R + row
-    tl.store(o_ptr + slot[None, :] * DV + value[:, None], out)
+    if padded(DV) == DV:
+        tl.store(o_ptr + slot[None, :] * DV + value, out)
+    else:
+        tl.store(o_ptr + slot[None, :] * DV + value, out, mask=value < DV)
     tl.store(m_ptr + slot, m)
     tl.store(l_ptr + slot, total)
 
@@ -220,7 +236,7 @@ def dense_merge_kernel(
     o, m, l: from `dense_split_kernel`; sinks: [Hq] logits, if HAS_SINKS; out: [BH, rows, DV], written.
     """
     row, head = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    split, value = tl.arange(0, SPLITS), tl.arange(0, DV)
+    split, value = tl.arange(0, SPLITS), tl.arange(0, padded(DV))
     slot = ((head * blocks + row // R) * SPLITS + split) * R + row % R
     m, total = tl.load(m_ptr + slot), tl.load(l_ptr + slot)
     highest = tl.max(m, 0)
@@ -231,6 +247,7 @@ def dense_merge_kernel(
     whole = tl.sum(total * weight, 0)
     if HAS_SINKS:
         whole += tl.exp2(sink - highest)
-    parts = tl.load(o_ptr + slot[:, None] * DV + value[None, :])
+    live = value < DV
+    parts = tl.load(o_ptr + slot[:, None] * DV + value[None, :], mask=live[None, :], other=0.0)
     out = tl.sum(parts * weight[:, None], 0) / tl.where(whole == 0, 1.0, whole)
-    tl.store(out_ptr + (head * rows + row) * DV + value, out.to(out_ptr.dtype.element_ty))
+    tl.store(out_ptr + (head * rows + row) * DV + value, out.to(out_ptr.dtype.element_ty), mask=live)

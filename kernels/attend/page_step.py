@@ -27,6 +27,7 @@ from quantpress.kernels.attend.words import (
     key_offsets,
     key_words,
     levels_of,
+    operand_channels,
     signs_of,
     value_offsets,
     value_words,
@@ -133,8 +134,8 @@ def page_step(
     used,
     softcap,
     mma: gl.constexpr,
-    D: gl.constexpr,
-    DV: gl.constexpr,
+    C: gl.constexpr,
+    CV: gl.constexpr,
     R: gl.constexpr,
     ROWS: gl.constexpr,
     K_BITS: gl.constexpr,
@@ -160,8 +161,8 @@ def page_step(
     step: counts pages, or halves of pages if HALVES is 2; pool_row: of the page; ka to kd and va to vd: words
     of keys and values; m [ROWS], total, weight [8, ROWS], acc0 to acc3 [DV, ROWS]: the sums so far; q0 to q3,
     start, factor, bias: the queries; acc1 to acc3, q1 to q3: for more bit planes than one; k2a to k2c, q1 and
-    start2, v2a to v2c, acc1 and weight2: of a second group of channels, if K2_BITS, or V2_BITS (D, or DV, is
-    then that of a group);
+    start2, v2a to v2c, acc1 and weight2: of a second group of channels, if K2_BITS, or V2_BITS (C, or CV, is
+    then that of a group); C, CV: channels of keys and values, in operands D and DV;
     page_scores_ptr: of this block of rows; tables: `lookup_table` in shared memory; key_buffer, value_buffer:
     of `words_buffer`; the pointers and strides: of this head; first, stride, count, lead: its pages, as
     `_page` has them; unused, used: first token in use and one past the last.
@@ -171,6 +172,8 @@ def page_step(
     STAGED_K or STAGED_V, else in ka to kd, va to vd; HALF is then which half it is, and -1 where nothing
     is kept.
     """
+    D: gl.constexpr = operand_channels(C)
+    DV: gl.constexpr = operand_channels(CV)
     WHOLE_K: gl.constexpr = K_BITS == 3 or K_SIGNS
     WHOLE_V: gl.constexpr = V_BITS == 3 or V_SIGNS
     WHOLE_K2: gl.constexpr = K2_BITS == 3 or K2_BITS == 1
@@ -185,16 +188,16 @@ def page_step(
         fetch_words(
             value_buffer,
             v_ptr + pool_row * v_page,
-            value_offsets(0, DV // 32, DV),
+            value_offsets(0, DV // 32, CV),
             step,
-            4 * DV,
+            4 * CV,
             V_BITS,
             HALVES,
         )
     elif HALF != 1 or not WHOLE_V:
-        va, vb, vc, vd = value_words(v_ptr + pool_row * v_page, step, DV, V_BITS, V_SIGNS, HALVES)
+        va, vb, vc, vd = value_words(v_ptr + pool_row * v_page, step, CV, V_BITS, V_SIGNS, HALVES)
     if V2_BITS and (HALF != 1 or not WHOLE_V2):
-        v2a, v2b, v2c, _ = value_words(v2_ptr + pool_row * v2_page, step, DV, V2_BITS, V2_BITS == 1, HALVES)
+        v2a, v2b, v2c, _ = value_words(v2_ptr + pool_row * v2_page, step, CV, V2_BITS, V2_BITS == 1, HALVES)
     ks = load_scales(ks_ptr + pool_row * ks_page, step, HALVES)
     vs = load_scales(vs_ptr + pool_row * vs_page, step, HALVES)
     if K2_BITS:
@@ -257,17 +260,17 @@ def page_step(
         fetch_words(
             key_buffer,
             k_ptr + pool_row * k_page,
-            key_offsets(0, D // 32, D, 16),
+            key_offsets(0, D // 32, C, 16),
             ahead,
-            4 * D,
+            4 * C,
             K_BITS,
             HALVES,
         )
     elif HALF != 0 or not WHOLE_K:
-        ka, kb, kc, kd = key_words(k_ptr + pool_row * k_page, ahead, D, K_BITS, K_SIGNS, HALVES, live)
+        ka, kb, kc, kd = key_words(k_ptr + pool_row * k_page, ahead, C, K_BITS, K_SIGNS, HALVES, live)
     if K2_BITS and (HALF != 0 or not WHOLE_K2):
         k2a, k2b, k2c, _ = key_words(
-            k2_ptr + pool_row * k2_page, ahead, D, K2_BITS, K2_BITS == 1, HALVES, live
+            k2_ptr + pool_row * k2_page, ahead, C, K2_BITS, K2_BITS == 1, HALVES, live
         )
     in_this_order(step)
 

@@ -5,6 +5,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents
 
 from quantpress.kernels.attend.dense import attend_tile, load_paged_tile, load_queries, load_tile
+from quantpress.kernels.padding import padded
 
 MOST = tl.constexpr(32512.0)
 """Query coordinates are counted in units of their largest over 127 * 256: the high byte stays below 128."""
@@ -70,13 +71,15 @@ def _prepare(
     Everything is loaded before the first sum, which the loads would otherwise wait for, and before the next
     kernel starts, whose first loads are of several MB.
     """
-    channel = tl.arange(0, D)
-    turn = _rotation(halves_ptr, D, HALVES)
-    x = tl.load(query_ptr + (head * rows + row) * D + channel).to(tl.float32)
+    P: tl.constexpr = padded(D)
+    channel = tl.arange(0, P)
+    turn = _rotation(halves_ptr, P, HALVES)
+    live = channel < D
+    x = tl.load(query_ptr + (head * rows + row) * D + channel, mask=live, other=0.0).to(tl.float32)
     if HAS_MEAN:
-        mean = tl.load(mean_ptr + own * D + channel)
+        mean = tl.load(mean_ptr + own * D + channel, mask=live, other=0.0)
     if HAS_WEIGHT:
-        weight = tl.load(weight_ptr + own * D + channel)
+        weight = tl.load(weight_ptr + own * D + channel, mask=live, other=1.0)
     weighed = x * turn_factor
     if HAS_WEIGHT:
         weighed = weighed / weight
@@ -105,9 +108,9 @@ def _prepare(
             z = _of_plane(y, y1, y2, y3, plane, LAGS, FILTERS)
         n = tl.floor(z * (MOST / largest) + 0.5).to(tl.int32)
         high = (n + 128) >> 8
-        to = q_ptr + ((block * (PLANES if PLANES else 1) + plane) * (2 * R) + at) * D + channel
+        to = q_ptr + ((block * (PLANES if PLANES else 1) + plane) * (2 * R) + at) * P + channel
         tl.store(to, high.to(tl.int8))
-        tl.store(to + D, (n - 256 * high).to(tl.int8))
+        tl.store(to + P, (n - 256 * high).to(tl.int8))
         total += tl.sum(n, 0)
     tl.store(start_ptr + block * 2 * R + at, 0)
     tl.store(start_ptr + block * 2 * R + at + 1, total >> 1)  # a level is 2 * b + 1
@@ -207,18 +210,18 @@ def prepare_kernel(
     Axis 1 is a (batch, KV head, block of R rows), N in all.
 
     Read for the queries: query [BH, rows, D]; weight and mean [BH, D] of the channel transform, if HAS_WEIGHT
-    and HAS_MEAN; halves [HALVES, D, D] float16, the rotation without turn_factor; scale, the factor on q.k in
-    units of log 2; unit, of the key codebook; FILTERS, the taps of keys in PLANES bit planes, plane by plane.
-    Written: q [N, 2R, D] int8, or [N, PLANES, 2R, D] where PLANES is not 0, the high part of row r at
-    2 r and the low part at 2 r + 1; factor [N, R], which undoes the scaling of q and the
+    and HAS_MEAN; halves [HALVES, P, P] float16, P = `padded(D)`, the rotation without turn_factor; scale, the
+    factor on q.k in units of log 2; unit, of the key codebook; FILTERS, the taps of keys in PLANES bit
+    planes, plane by plane. Written: q [N, 2R, P] int8, or [N, PLANES, 2R, P] where PLANES is not 0, the high
+    part of row r at 2 r and the low part at 2 r + 1; factor [N, R], which undoes the scaling of q and the
     levels' unit; start [N, 2R] int32, what a sum over bytes b lacks for levels 2 * b + 1; bias [N, R], q .
     mean.
 
     Read for the 16-bit tokens: first and recent keys [BH, tokens, D] and values [BH, tokens, DV], contiguous,
     before and after the packed tokens; used [BH] int32, tokens in use, and starts [BH] int32, the first of
     them, each where its constant is set; first_tiles of `tiles` are before; query token i does not see the
-    last hidden - i tokens; softcap in units of log 2, or 0. Written: o [N, tiles, R, DV], m and l [N, R,
-    tiles] float32.
+    last hidden - i tokens; softcap in units of log 2, or 0. Written: o [N, tiles, R, DV], DV `padded`, m
+    and l [N, R, tiles] float32.
 
     FIRST_PAGE, RECENT_PAGE: tokens of a page where keys and values are pools of pages with the strides *_page
     from page to page and *_head from head to head, and token t of batch entry b is in page first_table[b, t
@@ -269,7 +272,7 @@ def prepare_kernel(
             )
     else:
         tile = program - R
-        row, value, token = tl.arange(0, R), tl.arange(0, DV), tl.arange(0, TILE)
+        row, value, token = tl.arange(0, R), tl.arange(0, padded(DV))[:, None], tl.arange(0, TILE)
         if tile < first_tiles:
             from_token, begin, end, unseen = tile * TILE, 0, first_tokens, 0
             if FIRST_PAGE:
@@ -299,7 +302,7 @@ def prepare_kernel(
             if RECENT_USED:
                 end = tl.minimum(end, begin + tl.load(recent_used_ptr + head))
         m, total = tl.full([R], -1e30, tl.float32), tl.zeros([R], tl.float32)
-        out = tl.zeros([DV, R], tl.float32)
+        out = tl.zeros([padded(DV), R], tl.float32)
         newest = end - tl.maximum(unseen - queries + 1, 0)  # what no query sees is not read
         if (from_token < newest) & (from_token + TILE > begin):
             if FIRST_PAGE:
@@ -328,7 +331,8 @@ def prepare_kernel(
             )
         slot = block * tiles + tile
         kept = skipped + row < rows
-        tl.store(o_ptr + (slot * R + row[None, :]) * DV + value[:, None], out, mask=kept[None, :])
+        to = o_ptr + (slot * R + row[None, :]) * padded(DV) + value
+        tl.store(to, out, mask=kept[None, :])
         at = (block * R + row) * tiles + tile
         tl.store(m_ptr + at, m)
         tl.store(l_ptr + at, total)

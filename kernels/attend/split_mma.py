@@ -68,6 +68,7 @@ from quantpress.kernels.attend.words import (
     fetch_words,
     key_offsets,
     key_words,
+    operand_channels,
     words_buffer,
 )
 
@@ -329,6 +330,8 @@ def split_mma_kernel(
     by the pages that each has in use, and axis 1 counts blocks of rows of a head. If SCHEDULED, schedule [S,
     4] int32 of `PageSchedule` says how, and HEADS need only not be 0.
 
+    D and DV are what pages have; where these are not 64, 128 or 256, q and o have `operand_channels`.
+
     K_SIGNS, V_SIGNS: keys, or values, are bit planes, K_BITS or V_BITS of them, of `SignOperands`. Then q is
     [N, K_BITS, 2R, D], and o [A, S, R, V_BITS, DV], a sum for each plane.
 
@@ -506,9 +509,11 @@ def split_mma_kernel(
     V_PLANES: gl.constexpr = V_BITS if V_SIGNS else (2 if V2_BITS else 1)
     KC: gl.constexpr = D // 2 if K2_BITS and not SKETCH else D
     VC: gl.constexpr = DV // 2 if V2_BITS else DV
+    KP: gl.constexpr = operand_channels(KC)
+    VP: gl.constexpr = operand_channels(VC)
     STAGED_K: gl.constexpr = STAGED and (K_BITS == 3 or K_SIGNS)
     STAGED_V: gl.constexpr = STAGED and (V_BITS == 3 or V_SIGNS)
-    key_buffer, value_buffer = words_buffer(4 * D, K_BITS, STAGED_K), words_buffer(4 * DV, V_BITS, STAGED_V)
+    key_buffer, value_buffer = words_buffer(4 * KP, K_BITS, STAGED_K), words_buffer(4 * VP, V_BITS, STAGED_V)
     if OPENS:  # in front of the codes, which take longer and keep what is asked for later
         unity = gl.allocate_shared_memory(gl.float32, [1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
         unity.store(gl.full([1], 1.0, gl.float32, gl.BlockedLayout([1], [32], [1], [0])))
@@ -541,7 +546,7 @@ def split_mma_kernel(
     if STAGED_K:
         ka, kb, kc, kd = first, first, first, first
         fetch_words(
-            key_buffer, k_ptr + pool_row * k_page, key_offsets(0, D // 32, D, 16), 0, 4 * D, K_BITS, HALVES
+            key_buffer, k_ptr + pool_row * k_page, key_offsets(0, KP // 32, D, 16), 0, 4 * D, K_BITS, HALVES
         )
     else:
         ka, kb, kc, kd = key_words(k_ptr + pool_row * k_page, 0, KC, K_BITS, K_SIGNS, HALVES)
@@ -592,19 +597,19 @@ def split_mma_kernel(
         if CHAINED:
             _wait()
             _start_next()
-        at = gl.arange(0, D, layout=gl.SliceLayout(1, right))
+        at = gl.arange(0, KP, layout=gl.SliceLayout(1, right))
         channel = at // 64 * 64 + at // 4 % 4 * 16 + at // 16 % 4 * 4 + at % 4
         q_column = gl.arange(0, 2 * ROWS, layout=gl.SliceLayout(0, right))
-        q_ptr += (block * (K_PLANES * 2 * R) + q_column[None, :]) * D + channel[:, None]
+        q_ptr += (block * (K_PLANES * 2 * R) + q_column[None, :]) * KP + channel[:, None]
         q0 = gl.load(q_ptr)
         q1, q2, q3 = q0, q0, q0
         if K_PLANES > 1:
-            q1 = gl.load(q_ptr + 2 * R * D)
+            q1 = gl.load(q_ptr + 2 * R * KP)
             q2 = q1
         if K_PLANES > 2:
-            q2 = gl.load(q_ptr + 4 * R * D)
+            q2 = gl.load(q_ptr + 4 * R * KP)
         if K_PLANES > 3:
-            q3 = gl.load(q_ptr + 6 * R * D)
+            q3 = gl.load(q_ptr + 6 * R * KP)
         s_column = gl.arange(0, 2 * ROWS, layout=gl.SliceLayout(0, mma))
         start = gl.load(start_ptr + block * (2 * R) + s_column)[None, :]
         factor = gl.load(factor_ptr + block * R + row)
@@ -622,7 +627,7 @@ def split_mma_kernel(
     weight2 = first  # no sums
     if V2_BITS:
         weight2 = total
-    acc0, _ = high_and_low(gl.full([VC, 2 * ROWS], 0.0, gl.float32, mma), VC, ROWS)
+    acc0, _ = high_and_low(gl.full([VP, 2 * ROWS], 0.0, gl.float32, mma), VP, ROWS)
     acc1, acc2, acc3 = first, first, first  # no sums
     if V_PLANES > 1:
         acc1 = acc0
@@ -755,25 +760,25 @@ def split_mma_kernel(
     if not CAPPED:
         m += bias
     written: gl.constexpr = gl.BlockedLayout(
-        [1, 4], [32 * 4 // VC, VC // 4] if VC < 128 else [1, 32], [1, 1], [1, 0]
+        [1, 4], [32 * 4 // VP, VP // 4] if VP < 128 else [1, 32], [1, 1], [1, 0]
     )
     o_row = gl.arange(0, ROWS, layout=gl.SliceLayout(1, written))
-    value = gl.arange(0, VC, layout=gl.SliceLayout(0, written))
+    value = gl.arange(0, VP, layout=gl.SliceLayout(0, written))
     kept = row_block * R + o_row < rows
-    o_ptr += (slot * R + o_row[:, None]) * (V_PLANES * VC) + value[None, :]
+    o_ptr += (slot * R + o_row[:, None]) * (V_PLANES * VP) + value[None, :]
     lacking = of_rows(gl.sum(weight, 0), acc0)
     if V_FINE:
         lacking = lacking * (1.0 + FINE)
     lacking2 = lacking
     if V2_BITS:
         lacking2 = of_rows(gl.sum(weight2, 0), acc0)
-    gl.store(o_ptr, _in_order(2.0 * acc0 + lacking, ROWS, VC, written), mask=kept[:, None])
+    gl.store(o_ptr, _in_order(2.0 * acc0 + lacking, ROWS, VP, written), mask=kept[:, None])
     if V_PLANES > 1:
-        gl.store(o_ptr + VC, _in_order(2.0 * acc1 + lacking2, ROWS, VC, written), mask=kept[:, None])
+        gl.store(o_ptr + VP, _in_order(2.0 * acc1 + lacking2, ROWS, VP, written), mask=kept[:, None])
     if V_PLANES > 2:
-        gl.store(o_ptr + 2 * VC, _in_order(2.0 * acc2 + lacking, ROWS, VC, written), mask=kept[:, None])
+        gl.store(o_ptr + 2 * VP, _in_order(2.0 * acc2 + lacking, ROWS, VP, written), mask=kept[:, None])
     if V_PLANES > 3:
-        gl.store(o_ptr + 3 * VC, _in_order(2.0 * acc3 + lacking, ROWS, VC, written), mask=kept[:, None])
+        gl.store(o_ptr + 3 * VP, _in_order(2.0 * acc3 + lacking, ROWS, VP, written), mask=kept[:, None])
     at = (gl.program_id(1).to(gl.int64) * R + row) * splits + split
     gl.store(m_ptr + at, m)
     gl.store(l_ptr + at, gl.convert_layout(gl.sum(total, 0), by_row, assert_trivial=True))

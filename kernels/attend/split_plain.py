@@ -9,6 +9,7 @@ import triton.language as tl
 from quantpress.kernels.attend.dense import tanh
 from quantpress.kernels.attend.lookup import code_at
 from quantpress.kernels.attend.schedule_kernel import pages_of_program
+from quantpress.kernels.padding import padded
 
 PAGE_TOKENS = tl.constexpr(128)
 TILE = tl.constexpr(32)
@@ -82,14 +83,16 @@ def split_plain_kernel(
     V_PLANES: tl.constexpr = V_BITS if V_SIGNS else 1
     row, token = tl.arange(0, R), tl.arange(0, TILE)
     kept = block % blocks * R + row < rows
-    channel, value = tl.arange(0, D), tl.arange(0, DV)
-    q_ptr += (block * K_PLANES * 2 * R + 2 * row[None, :]) * D + channel[:, None]
+    P: tl.constexpr = padded(D)
+    PV: tl.constexpr = padded(DV)
+    channel, value = tl.arange(0, P), tl.arange(0, PV)
+    q_ptr += (block * K_PLANES * 2 * R + 2 * row[None, :]) * P + channel[:, None]
     factor = tl.load(factor_ptr + block * R + row) * 0.5  # levels are 2 * b + 1 here, b there
     bias = tl.load(bias_ptr + block * R + row)
     for plane in tl.static_range(V_PLANES):  # a sum of each plane of values, in a pass of its own
         m = tl.full([R], -1e30, tl.float32)
         total = tl.zeros([R], tl.float32)
-        acc = tl.zeros([DV, R], tl.float32)
+        acc = tl.zeros([PV, R], tl.float32)
         for step in range(first * 4, last * 4):
             page = head * 0 + step // 4  # int64 like head
             inside = step % 4 * TILE + token
@@ -111,11 +114,11 @@ def split_plain_kernel(
                     D,
                     1 if K_SIGNS else K_BITS,
                     False,
-                    live[:, None],
+                    live[:, None] & (channel < D)[None, :],
                 )
                 k = tl.load(k_levels_ptr + codes)
-                of_part = q_ptr + part * (2 * R * D)
-                q = tl.load(of_part).to(tl.float32) * 256.0 + tl.load(of_part + D).to(tl.float32)
+                of_part = q_ptr + part * (2 * R * P)
+                q = tl.load(of_part).to(tl.float32) * 256.0 + tl.load(of_part + P).to(tl.float32)
                 s = tl.dot(k, q, s, input_precision="ieee")
             ks = tl.load(ks_ptr + page * ks_page + inside, mask=live, other=0.0).to(tl.float32)
             s = s * factor[None, :] * ks[:, None] + added[None, :]
@@ -136,12 +139,12 @@ def split_plain_kernel(
                 DV,
                 1 if V_SIGNS else V_BITS,
                 True,
-                live[None, :],
+                live[None, :] & (value < DV)[:, None],
             )
             v = tl.load(v_levels_ptr + codes)
             vs = tl.load(vs_ptr + page * vs_page + inside, mask=live, other=0.0).to(tl.float32)
             acc = tl.dot(v, p * vs[:, None], acc * decay[None, :], input_precision="ieee")
-        to = o_ptr + ((slot * R + row[None, :]) * V_PLANES + plane) * DV + value[:, None]
+        to = o_ptr + ((slot * R + row[None, :]) * V_PLANES + plane) * PV + value[:, None]
         tl.store(to, acc, mask=kept[None, :])
     at = (tl.program_id(1).to(tl.int64) * R + row) * splits + split
     tl.store(m_ptr + at, m)

@@ -30,9 +30,16 @@ from quantpress.kernels.attend.parts.groups import (
     readable_groups,
 )
 from quantpress.kernels.attend.parts.operands import as_parts
+from quantpress.kernels.rotation_matrix import padded
 
 HEAD_DIMS = (64, 128, 256)
+"""Channels of a tile on int8 tensor cores."""
+
 WIDTHS = (2, 3, 4, 8)
+
+MOST_HEAD_DIM = 256
+"""Up to this 16-bit tensor cores read any head_dim, but for keys that pages store and for bit planes."""
+
 SIGN_HEAD_DIMS, SIGN_WIDTHS = (64, 128, 256), (1, 2, 3, 4)
 """The same of bit planes."""
 
@@ -86,7 +93,12 @@ def _readable_side(side: PackedSide) -> bool:
     if not isinstance(operands, ScalarOperands):
         return False
     fits = operands.bits in WIDTHS and (operands.bits < 8 or not operands.fine)
-    return fits and operands.head_dim in HEAD_DIMS
+    return fits and in_tiles(operands.head_dim)
+
+
+def in_tiles(head_dim: int) -> bool:
+    """Whether int8 tensor cores read scalar codes of so many channels, each lane 16 of a key at a time."""
+    return padded(head_dim) in HEAD_DIMS and head_dim % 16 == 0
 
 
 def _readable_in_parts(pages: PackedSegment) -> bool:
@@ -95,7 +107,7 @@ def _readable_in_parts(pages: PackedSegment) -> bool:
     found = [side.codec.kernel_operands() for side in sides]
     parts = [None if one is None else as_parts(one) for one in found]
     shift = pages.values.transform.mean is not None or pages.values.transform.weight is not None
-    return not shift and all(one is not None and one.head_dim in HEAD_DIMS for one in parts)
+    return not shift and all(one is not None and one.head_dim <= MOST_HEAD_DIM for one in parts)
 
 
 def attend_triton(

@@ -9,7 +9,7 @@ from quantpress.kernels.attend.calls.settings import DENSE_TILE, LOG2_E, block_r
 from quantpress.kernels.attend.operands import DenseSegment, Segment, Visibility
 from quantpress.kernels.available import FUSED
 
-HEAD_DIMS = (32, 64, 128, 256)
+MOST_HEAD_DIM = 256
 SPLIT_TOKENS = 128
 """A split of fewer tokens would cost more in the merge than it saves."""
 
@@ -32,7 +32,7 @@ def supports_dense(query: torch.Tensor, segments: Sequence[Segment], visibility:
         return False
     states = (segment.keys, segment.values)
     return all(
-        one.shape[-1] in HEAD_DIMS and one.is_contiguous() and one.dtype == query.dtype for one in states
+        one.shape[-1] <= MOST_HEAD_DIM and one.is_contiguous() and one.dtype == query.dtype for one in states
     )
 
 

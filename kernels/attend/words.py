@@ -29,22 +29,45 @@ def bytes_layout(VECTORS):
     return gl.BlockedLayout([VECTORS, 1, 4, 4], [1, 32, 1, 1], [1, 1, 1, 1], [3, 2, 1, 0])
 
 
+@gluon.constexpr_function
+def operand_channels(C):
+    """C channels as operands have them: 64, 128 or 256. What keys have beyond C meets queries of 0."""
+    return max(64, 1 << (C - 1).bit_length())
+
+
+@gluon.constexpr_function
+def row_words(C):
+    """Words from row to row of packed keys of C channels: blocks of 64 channels lie one after the other."""
+    return 16 if C % 64 == 0 else C // 4
+
+
 @gluon.jit
-def key_offsets(GAP: gl.constexpr, VECTORS: gl.constexpr, D: gl.constexpr, ROWS: gl.constexpr, live=1):
+def key_offsets(GAP: gl.constexpr, VECTORS: gl.constexpr, C: gl.constexpr, ROWS: gl.constexpr, live=1):
     """Offsets in words of 16 or 32 rows of packed keys: [VECTORS, 32, 4].
 
-    GAP: rows from one group of 16 rows to the next; ROWS: rows R of a part of the page; live: 1, or 0 for one
-    vector of 16 bytes that all lanes load.
+    GAP: rows from one group of 16 rows to the next; C: channels, beyond which the last ones are read again;
+    ROWS: rows R of a part of the page; live: 1, or 0 for one vector of 16 bytes that all lanes load.
     """
     layout: gl.constexpr = gl.SliceLayout(3, bytes_layout(VECTORS))
     vector = gl.arange(0, VECTORS, layout=gl.SliceLayout(1, gl.SliceLayout(2, layout)))
     lane = gl.arange(0, 32, layout=gl.SliceLayout(0, gl.SliceLayout(2, layout)))
     word = gl.arange(0, 4, layout=gl.SliceLayout(0, gl.SliceLayout(1, layout)))
-    blocks: gl.constexpr = D // 64
+    blocks: gl.constexpr = operand_channels(C) // 64
     row = vector // blocks % 2 * 2 + vector // (2 * blocks) * GAP
-    own = ((lane // 4 % 2 + lane // 8 * 4) * 16 + lane % 4 * 4) * live
-    at = row * 16 + vector % blocks * (16 * ROWS)
-    return at[:, None, None] + own[None, :, None] + word[None, None, :]
+    if C % 64 == 0:
+        own = ((lane // 4 % 2 + lane // 8 * 4) * 16 + lane % 4 * 4) * live
+        column = vector % blocks
+        if blocks * 64 > C:
+            column = gl.minimum(column, C // 64 - 1)
+        at = row * 16 + column * (16 * ROWS)
+        at = at[:, None, None] + own[None, :, None] + word[None, None, :]
+    else:
+        own = (lane // 4 % 2 + lane // 8 * 4) * (row_words(C) * live)
+        column = (vector % blocks * 16)[:, None] + (lane % 4 * 4)[None, :]
+        column = gl.minimum(column, C // 4 - 4) * live
+        at = (row * row_words(C))[:, None, None] + own[None, :, None]
+        at = at + column[:, :, None] + word[None, None, :]
+    return at
 
 
 @gluon.jit
@@ -54,10 +77,16 @@ def value_offsets(GAP: gl.constexpr, VECTORS: gl.constexpr, C: gl.constexpr):
     vector = gl.arange(0, VECTORS, layout=gl.SliceLayout(1, gl.SliceLayout(2, layout)))
     lane = gl.arange(0, 32, layout=gl.SliceLayout(0, gl.SliceLayout(2, layout)))
     word = gl.arange(0, 4, layout=gl.SliceLayout(0, gl.SliceLayout(1, layout)))
-    columns: gl.constexpr = C // 32
-    at = vector // columns * (GAP * C) + vector % columns * 32
-    own = lane % 4 * C + lane // 4 * 4
-    return at[:, None, None] + own[None, :, None] + word[None, None, :]
+    columns: gl.constexpr = operand_channels(C) // 32
+    if columns * 32 == C:
+        at = vector // columns * (GAP * C) + vector % columns * 32
+        own = lane % 4 * C + lane // 4 * 4
+        at = at[:, None, None] + own[None, :, None] + word[None, None, :]
+    else:
+        at = (vector // columns * (GAP * C))[:, None] + (lane % 4 * C)[None, :]
+        column = (vector % columns * 32)[:, None] + (lane // 4 * 4)[None, :]
+        at = (at + gl.minimum(column, C - 4))[:, :, None] + word[None, None, :]
+    return at
 
 
 @gluon.jit
@@ -100,40 +129,42 @@ def fetched_words(buffer, VECTORS: gl.constexpr, PARTS: gl.constexpr):
 
 @gluon.jit
 def key_words(
-    ptr, step, D: gl.constexpr, BITS: gl.constexpr, SIGNS: gl.constexpr, HALVES: gl.constexpr, live=1
+    ptr, step, C: gl.constexpr, BITS: gl.constexpr, SIGNS: gl.constexpr, HALVES: gl.constexpr, live=1
 ):
     """Words of the keys of a page, or of one half of it: four tensors, some of which may be needed.
 
-    ptr: the page; step: odd for the second half, if HALVES is 2; SIGNS: the page has BITS bit planes;
-    live: 0 where the words are not needed, see `key_offsets`.
+    ptr: the page; step: odd for the second half, if HALVES is 2; C: channels; SIGNS: the page has BITS bit
+    planes; live: 0 where the words are not needed, see `key_offsets`.
     """
-    half = step % 2 * (16 * 16)
+    D: gl.constexpr = operand_channels(C)
+    ROW: gl.constexpr = row_words(C)
+    half = step % 2 * (16 * ROW)
     if BITS == 3 or SIGNS:  # both halves lie in each word
-        a = _load(ptr, key_offsets(0, D // 32, D, 16, live))
+        a = _load(ptr, key_offsets(0, D // 32, C, 16, live))
         b, c = a, a
         if BITS > 1:
-            b = _load(ptr + 4 * D, key_offsets(0, D // 32, D, 16, live))
+            b = _load(ptr + 4 * C, key_offsets(0, D // 32, C, 16, live))
         if BITS > 2:
-            c = _load(ptr + 8 * D, key_offsets(0, D // 32, D, 16, live))
+            c = _load(ptr + 8 * C, key_offsets(0, D // 32, C, 16, live))
         d = c
         if BITS > 3:
-            d = _load(ptr + 12 * D, key_offsets(0, D // 32, D, 16, live))
+            d = _load(ptr + 12 * C, key_offsets(0, D // 32, C, 16, live))
     elif BITS == 8:
-        a = _load(ptr + half, key_offsets(32, D // 16, D, 128, live))
-        b = _load(ptr + half + 64 * 16, key_offsets(32, D // 16, D, 128, live))
+        a = _load(ptr + half, key_offsets(32, D // 16, C, 128, live))
+        b = _load(ptr + half + 64 * ROW, key_offsets(32, D // 16, C, 128, live))
         c, d = a, a
     elif HALVES == 2:
         if BITS == 4:
-            a = _load(ptr + half, key_offsets(32, D // 16, D, 64, live))
+            a = _load(ptr + half, key_offsets(32, D // 16, C, 64, live))
         else:
-            a = _load(ptr + half, key_offsets(0, D // 32, D, 32, live))
+            a = _load(ptr + half, key_offsets(0, D // 32, C, 32, live))
         b, c, d = a, a, a
     elif BITS == 4:
-        a = _load(ptr, key_offsets(16, D // 16, D, 64, live))
-        b = _load(ptr + 32 * 16, key_offsets(16, D // 16, D, 64, live))
+        a = _load(ptr, key_offsets(16, D // 16, C, 64, live))
+        b = _load(ptr + 32 * ROW, key_offsets(16, D // 16, C, 64, live))
         c, d = a, a
     else:
-        a = _load(ptr, key_offsets(16, D // 16, D, 32, live))
+        a = _load(ptr, key_offsets(16, D // 16, C, 32, live))
         b, c, d = a, a, a
     return a, b, c, d
 
@@ -141,33 +172,34 @@ def key_words(
 @gluon.jit
 def value_words(ptr, step, C: gl.constexpr, BITS: gl.constexpr, SIGNS: gl.constexpr, HALVES: gl.constexpr):
     """Words of the values of a page, as `key_words` returns those of keys."""
+    D: gl.constexpr = operand_channels(C)
     half = step % 2 * (4 * C)
     if BITS == 3 or SIGNS:
-        a = _load(ptr, value_offsets(0, C // 32, C))
+        a = _load(ptr, value_offsets(0, D // 32, C))
         b, c = a, a
         if BITS > 1:
-            b = _load(ptr + 4 * C, value_offsets(0, C // 32, C))
+            b = _load(ptr + 4 * C, value_offsets(0, D // 32, C))
         if BITS > 2:
-            c = _load(ptr + 8 * C, value_offsets(0, C // 32, C))
+            c = _load(ptr + 8 * C, value_offsets(0, D // 32, C))
         d = c
         if BITS > 3:
-            d = _load(ptr + 12 * C, value_offsets(0, C // 32, C))
+            d = _load(ptr + 12 * C, value_offsets(0, D // 32, C))
     elif BITS == 8:
-        a = _load(ptr + half, value_offsets(8, C // 16, C))
-        b = _load(ptr + half + 16 * C, value_offsets(8, C // 16, C))
+        a = _load(ptr + half, value_offsets(8, D // 16, C))
+        b = _load(ptr + half + 16 * C, value_offsets(8, D // 16, C))
         c, d = a, a
     elif HALVES == 2:
         if BITS == 4:
-            a = _load(ptr + half, value_offsets(8, C // 16, C))
+            a = _load(ptr + half, value_offsets(8, D // 16, C))
         else:
-            a = _load(ptr + half, value_offsets(0, C // 32, C))
+            a = _load(ptr + half, value_offsets(0, D // 32, C))
         b, c, d = a, a, a
     elif BITS == 4:
-        a = _load(ptr, value_offsets(4, C // 16, C))
-        b = _load(ptr + 8 * C, value_offsets(4, C // 16, C))
+        a = _load(ptr, value_offsets(4, D // 16, C))
+        b = _load(ptr + 8 * C, value_offsets(4, D // 16, C))
         c, d = a, a
     else:
-        a = _load(ptr, value_offsets(4, C // 16, C))
+        a = _load(ptr, value_offsets(4, D // 16, C))
         b, c, d = a, a, a
     return a, b, c, d
 

@@ -7,6 +7,8 @@ sink has a score of its own, which takes the place of what its codes would give.
 import triton
 import triton.language as tl
 
+from quantpress.kernels.padding import padded
+
 PAGE_TOKENS = tl.constexpr(128)
 
 
@@ -61,20 +63,23 @@ def page_scores_kernel(
     at = page.to(tl.int64)
     if PAGED:
         at = tl.load(page_table_ptr + head * page_table_row + page, mask=live, other=0).to(tl.int64)
-    channel = tl.arange(0, D)
+    channel = tl.arange(0, padded(D))
+    there = channel < D
+    both = live[:, None] & there[None, :]
     from_page = head * keys_head + at[:, None] * keys_page + channel[None, :]
-    means = tl.load(means_ptr + from_page, mask=live[:, None], other=0.0).to(tl.float32)
-    sinks = tl.load(sinks_ptr + from_page, mask=live[:, None], other=0.0).to(tl.float32)
-    factor = tl.full([D], scale, tl.float32)
+    means = tl.load(means_ptr + from_page, mask=both, other=0.0).to(tl.float32)
+    sinks = tl.load(sinks_ptr + from_page, mask=both, other=0.0).to(tl.float32)
+    factor = tl.full([padded(D)], scale, tl.float32)
     if HAS_WEIGHT:
         own = head
         if SLOTS:
             own = tl.load(slots_ptr + head // kv_heads) * kv_heads + head % kv_heads
         if SHARED:
             own = head % kv_heads
-        factor = factor / tl.load(weight_ptr + own * D + channel)
+        factor = factor / tl.load(weight_ptr + own * D + channel, mask=there, other=1.0)
     for row in range(tl.minimum(R, rows - skipped)):
-        q = tl.load(query_ptr + (head * rows + skipped + row) * D + channel).to(tl.float32) * factor
+        from_row = query_ptr + (head * rows + skipped + row) * D + channel
+        q = tl.load(from_row, mask=there, other=0.0).to(tl.float32) * factor
         to = scores_ptr + (block * pages + page) * (2 * R) + row
         tl.store(to, tl.sum(means * q[None, :], 1), mask=live)
         tl.store(to + R, tl.sum(sinks * q[None, :], 1), mask=live)

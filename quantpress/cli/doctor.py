@@ -178,16 +178,15 @@ def _fallbacks(
         return (f"everything: {reason}, and the kernels need one",)
     if versions.get("triton") is None:
         return ("everything: triton is not installed (pip install triton)",)
-    from quantpress.kernels.attend.triton_attend import HEAD_DIMS
+    from quantpress.kernels.attend.triton_attend import MOST_HEAD_DIM
     from quantpress.kernels.available import LEAST_CAPABILITY
     from quantpress.kernels.encode.triton_encode import MAX_CHANNELS  # imports triton
 
     old = [one.name for one in devices if tuple(map(int, one.capability.split("."))) < LEAST_CAPABILITY]
     least = ".".join(map(str, LEAST_CAPABILITY))
-    dims = ", ".join(map(str, HEAD_DIMS))
     return (
         *(f"everything on {name}: its compute capability is below {least}" for name in old),
-        f"attention at a head_dim other than {dims}: no kernel covers it",
+        f"attention at a head_dim above {MOST_HEAD_DIM}: no kernel covers it",
         "attention under a mask that hides more than padding on the left: the same",
         f"encoding groups of more than {MAX_CHANNELS} channels: the same",
     )

@@ -17,6 +17,7 @@ from quantpress.kernels.attend.calls.settings import (
     split_count,
     stages_words,
     steps_of_page,
+    whole_tile,
 )
 from quantpress.kernels.attend.merge.settings import (
     rows_of_merge,
@@ -52,7 +53,7 @@ from quantpress.kernels.attend.schedule import (
 )
 from quantpress.kernels.available import FUSED, chains
 from quantpress.kernels.quick import quick
-from quantpress.kernels.rotation_matrix import rotation_matrix
+from quantpress.kernels.rotation_matrix import padded, rotation_matrix
 from quantpress.quantization.transform import ChannelTransform
 
 
@@ -176,7 +177,7 @@ class Call:
         else:
             at_a_time = self._programs() // self.blocks
             parts, beside = shares_by_table(tiles, self.splits, self.heads, at_a_time)
-        sums = self._sums(count, parts + spare, self.values.head_dim)
+        sums = self._sums(count, parts + spare, padded(self.values.head_dim))
         signs, unit = self._signs()
         pointers = [self.query, transform.weight, transform.mean, signs, *ends.pointers, self.slots, *sums]
         numbers = [self.scale, unit, self.queries, self.kv_heads, *ends.tokens]
@@ -198,7 +199,7 @@ class Call:
         transform, count, filters = self.packed.keys.transform, self.heads * self.blocks, self.keys.filters
         turn = rotation_matrix(self.keys.rotation, self.query.device, inverse=True)
         planes = max(len(filters), 1)
-        q = self._new(count, planes, 2 * self.block, self.keys.head_dim, dtype=torch.int8)
+        q = self._new(count, planes, 2 * self.block, padded(self.keys.head_dim), dtype=torch.int8)
         factor, bias = (self._new(count, self.block) for _ in range(2))
         start = self._new(count, 2 * self.block, dtype=torch.int32)
         read = [transform.weight, transform.mean, turn.halves, q, factor, start, bias]
@@ -220,7 +221,7 @@ class Call:
 
         dim, value_dim, count = self.keys.head_dim, self.values.head_dim, self.heads * self.blocks
         tiles = [-(-tokens // DENSE_TILE) for tokens in ends.tokens]
-        sums = self._sums(count, sum(tiles) + spare, value_dim)
+        sums = self._sums(count, sum(tiles) + spare, padded(value_dim))
         programs = (0 if constants["ALONE"] else self.block) + sum(tiles)
         if not programs:
             return sums
@@ -309,7 +310,7 @@ class Call:
         grid = (self.splits, count if self.table is None else self.blocks)
         made = None if self.table is None else self.packed.schedule
         self.schedule = made if made is not None and made.programs.shape[0] == self.splits else None
-        sums = self._sums(grid[1], grid[0], value_dim * max(len(self.values.filters), 1))
+        sums = self._sums(grid[1], grid[0], padded(value_dim) * max(len(self.values.filters), 1))
         if not self.plain:
             codes = [plane.view(torch.int32) for plane in codes]
         planes = [codes[0], scales[0], codes[1], scales[1]]
@@ -572,7 +573,7 @@ class Call:
 
     def _merged_by_warps(self) -> bool:
         """Whether the merge needs no matrix, no filters, and no division of programs among heads."""
-        hadamard = self.values.rotation.kind == "hadamard"
+        hadamard = self.values.rotation.kind == "hadamard" and whole_tile(self.values.head_dim)
         return hadamard and not (
             self.plain or self.values.filters or (self.table is not None and self.schedule is None)
         )

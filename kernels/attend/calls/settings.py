@@ -7,6 +7,7 @@ import torch
 from quantpress.kernels.attend.merge.settings import MERGED
 from quantpress.kernels.attend.operands import KernelOperands, PartOperands
 from quantpress.kernels.attend.schedule import PROGRAMS
+from quantpress.kernels.rotation_matrix import padded
 
 FEW_ROWS = 4
 """Rows up to which a program computes no more than these; a product has room for so many."""
@@ -39,6 +40,7 @@ def opens_call(query: torch.Tensor, keys: KernelOperands, values: KernelOperands
     """Whether the split kernel prepares its queries itself, and attends the 16-bit tokens.
 
     A head_dim of 256 leaves no room for it, in registers and in shared memory, and 16 rows would spill more.
+    Any other than 64 and 128 has another rotation.
 
     Args:
         query: [BH, rows of a head, D].
@@ -50,7 +52,13 @@ def opens_call(query: torch.Tensor, keys: KernelOperands, values: KernelOperands
         return False
     small = rows <= 8 and max(keys.head_dim, values.head_dim) <= 128
     turned = keys.rotation.kind == "hadamard" and not keys.filters
-    return small and turned and query.dtype in (torch.bfloat16, torch.float16)
+    whole = whole_tile(keys.head_dim) and whole_tile(values.head_dim)
+    return small and turned and whole and query.dtype in (torch.bfloat16, torch.float16)
+
+
+def whole_tile(head_dim: int) -> bool:
+    """Whether a tile has no channels beyond these, so that "hadamard" is one Walsh-Hadamard matrix."""
+    return padded(head_dim) == head_dim
 
 
 def block_rows(rows: int, head_dim: int, planes: int = 0) -> int:

@@ -5,6 +5,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_wait
 
 from quantpress.kernels.attend.schedule_kernel import chunks_of_heads
+from quantpress.kernels.padding import padded
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 TILES = tl.constexpr(16)
@@ -69,6 +70,19 @@ def _of_lag(
     return z
 
 
+@triton.jit
+def _matrix(rotation_ptr, DV: tl.constexpr, P: tl.constexpr):
+    """The rotation [DV, DV] float32, as [P, P] with zeros behind it: to convert it takes 0.5 us."""
+    value = tl.arange(0, P)
+    at = rotation_ptr + value[:, None] * DV + value[None, :]
+    if P == DV:
+        turn = tl.load(at)
+    else:
+        there = value < DV
+        turn = tl.load(at, mask=there[:, None] & there[None, :], other=0.0)
+    return turn
+
+
 _NUMBERS = ["splits", "tiles", "rows", "queries", "group", "kv_heads", "blocks", "heads", "pages", "into"]
 
 
@@ -113,15 +127,15 @@ def merge_kernel(
     """Join the splits of EACH rows (axis 0) of one (batch, KV head) (axis 1), rotate back, add 16-bit tokens.
 
     o: [N, splits, R, DV], m and l: [N, R, splits], sums over packed tokens in code space, N = heads * blocks;
-    dense_o, dense_m, dense_l: the same over 16-bit tokens, with `tiles` in place of `splits`; sinks: [Hkv *
-    group] logits, if HAS_SINKS; rotation: [DV, DV] float32, out of code space but for the factor `unit`; out:
-    [BH, rows, DV], written; SIZE: partial sums joined at a time. Where PLANES is 2 to 4, values are so many
-    bit planes, o is [N, splits, R, PLANES, DV], and taps FILTERS, plane by plane, make one vector of them.
-    Where HEADS, a power of two of at least `heads`, is not 0, heads have page tables: o, m and l are [blocks,
-    splits, ...], and the splits belong to heads as `chunks_of_heads` says, of used and starts [heads] int32
-    and pages, or, if SCHEDULED, as schedule [BH, 2] int32 says. PARTIAL: the sums over packed tokens, rotated
-    back, are written to dense_o, dense_m and dense_l as number `into` of their `tiles`; nothing else is read
-    or written. CHAINED: started before the split kernel has ended.
+    dense_o, dense_m, dense_l: the same over 16-bit tokens, with `tiles` in place of `splits`; in both o DV is
+    `padded`; sinks: [Hkv * group] logits, if HAS_SINKS; rotation: [DV, DV] float32, out of code space but for
+    the factor `unit`; out: [BH, rows, DV], written; SIZE: partial sums joined at a time. Where PLANES is 2 to
+    4, values are so many bit planes, o is [N, splits, R, PLANES, DV], and taps FILTERS, plane by plane, make
+    one vector of them. Where HEADS, a power of two of at least `heads`, is not 0, heads have page tables: o,
+    m and l are [blocks, splits, ...], and the splits belong to heads as `chunks_of_heads` says, of used and
+    starts [heads] int32 and pages, or, if SCHEDULED, as schedule [BH, 2] int32 says. PARTIAL: the sums over
+    packed tokens, rotated back, are written to dense_o, dense_m and dense_l as number `into` of their
+    `tiles`; nothing else is read or written. CHAINED: started before the split kernel has ended.
     """
     head = tl.program_id(1).to(tl.int64)
     begin, end = 0, splits
@@ -133,11 +147,12 @@ def merge_kernel(
         index = tl.arange(0, HEADS)
         begin = tl.sum(tl.where(index < head, chunks, 0), 0)
         end = begin + tl.sum(tl.where(index == head, chunks, 0), 0)
-    value = tl.arange(0, DV)
+    P: tl.constexpr = padded(DV)
+    value = tl.arange(0, P)
+    there = value < DV
     COUNT: tl.constexpr = PLANES if PLANES else 1
-    at = rotation_ptr + value[:, None] * DV + value[None, :]  # float32: to convert it takes 0.5 us
-    if DV <= 128:  # a larger matrix does not fit into registers beside the sums
-        turn = tl.load(at)
+    if P <= 128:  # a larger matrix does not fit into registers beside the sums
+        turn = _matrix(rotation_ptr, DV, P)
     if CHAINED:
         gdc_wait()
     for step in range(EACH):
@@ -148,20 +163,20 @@ def merge_kernel(
             holder = head * 0 + row // R
         m = tl.full([1], -1e30, tl.float32)
         total = tl.zeros([1], tl.float32)
-        y = tl.zeros([DV], tl.float32)
-        o, ms, ls = _load(o_ptr, m_ptr, l_ptr, begin, end, splits, holder, local, DV, R, SIZE, COUNT)
+        y = tl.zeros([P], tl.float32)
+        o, ms, ls = _load(o_ptr, m_ptr, l_ptr, begin, end, splits, holder, local, P, R, SIZE, COUNT)
         if PLANES:
-            one, two, three = o_ptr + DV, o_ptr + 2 * DV, o_ptr + 3 * DV
-            o1, ms, ls = _load(one, m_ptr, l_ptr, begin, end, splits, holder, local, DV, R, SIZE, COUNT)
+            one, two, three = o_ptr + P, o_ptr + 2 * P, o_ptr + 3 * P
+            o1, ms, ls = _load(one, m_ptr, l_ptr, begin, end, splits, holder, local, P, R, SIZE, COUNT)
             o2 = o1
             if PLANES > 2:
-                o2, ms, ls = _load(two, m_ptr, l_ptr, begin, end, splits, holder, local, DV, R, SIZE, COUNT)
+                o2, ms, ls = _load(two, m_ptr, l_ptr, begin, end, splits, holder, local, P, R, SIZE, COUNT)
             o3 = o2
             if PLANES > 3:
-                o3, ms, ls = _load(three, m_ptr, l_ptr, begin, end, splits, holder, local, DV, R, SIZE, COUNT)
+                o3, ms, ls = _load(three, m_ptr, l_ptr, begin, end, splits, holder, local, P, R, SIZE, COUNT)
         if not PARTIAL:
             dense_o, dense_ms, dense_ls = _load(
-                dense_o_ptr, dense_m_ptr, dense_l_ptr, 0, tiles, tiles, block, local, DV, R, TILES, 1
+                dense_o_ptr, dense_m_ptr, dense_l_ptr, 0, tiles, tiles, block, local, P, R, TILES, 1
             )
         if PLANES:
             m, total, decay, weight = joined_weights(m, total, ms, ls)
@@ -172,18 +187,18 @@ def merge_kernel(
         else:
             m, total, y = _join(m, total, y, o, ms, ls)
         for start in range(begin + SIZE, end, SIZE):
-            o, ms, ls = _load(o_ptr, m_ptr, l_ptr, start, end, splits, holder, local, DV, R, SIZE, COUNT)
+            o, ms, ls = _load(o_ptr, m_ptr, l_ptr, start, end, splits, holder, local, P, R, SIZE, COUNT)
             if PLANES:
-                o1, ms, ls = _load(one, m_ptr, l_ptr, start, end, splits, holder, local, DV, R, SIZE, COUNT)
+                o1, ms, ls = _load(one, m_ptr, l_ptr, start, end, splits, holder, local, P, R, SIZE, COUNT)
                 o2 = o1
                 if PLANES > 2:
                     o2, ms, ls = _load(
-                        two, m_ptr, l_ptr, start, end, splits, holder, local, DV, R, SIZE, COUNT
+                        two, m_ptr, l_ptr, start, end, splits, holder, local, P, R, SIZE, COUNT
                     )
                 o3 = o2
                 if PLANES > 3:
                     o3, ms, ls = _load(
-                        three, m_ptr, l_ptr, start, end, splits, holder, local, DV, R, SIZE, COUNT
+                        three, m_ptr, l_ptr, start, end, splits, holder, local, P, R, SIZE, COUNT
                     )
                 m, total, decay, weight = joined_weights(m, total, ms, ls)
                 y = y * decay + tl.sum(o * weight[:, None], 0)
@@ -199,11 +214,11 @@ def merge_kernel(
             for lag in tl.static_range(1, LAGS):
                 later = _of_lag(of_planes, y1, y2, y3, lag, PLANES, LAGS, FILTERS)
                 y += tl.gather(later, (value + (DV - lag)) % DV, 0)
-        if DV > 128:
-            turn = tl.load(at)
+        if P > 128:
+            turn = _matrix(rotation_ptr, DV, P)
         turned = tl.sum(turn * (y * unit)[:, None], 0)
         if PARTIAL:
-            tl.store(dense_o_ptr + ((block * tiles + into) * R + local) * DV + value, turned)
+            tl.store(dense_o_ptr + ((block * tiles + into) * R + local) * P + value, turned)
             to = (block * R + local) * tiles + into + tl.arange(0, 1)
             tl.store(dense_m_ptr + to, m)
             tl.store(dense_l_ptr + to, total)
@@ -211,7 +226,7 @@ def merge_kernel(
             m, total, turned = _join(m, total, turned, dense_o, dense_ms, dense_ls)
             for start in range(TILES, tiles, TILES):
                 dense_o, dense_ms, dense_ls = _load(
-                    dense_o_ptr, dense_m_ptr, dense_l_ptr, start, tiles, tiles, block, local, DV, R, TILES, 1
+                    dense_o_ptr, dense_m_ptr, dense_l_ptr, start, tiles, tiles, block, local, P, R, TILES, 1
                 )
                 m, total, turned = _join(m, total, turned, dense_o, dense_ms, dense_ls)
             if HAS_SINKS:
@@ -221,4 +236,6 @@ def merge_kernel(
                 turned = turned * decay
                 total = total * decay + tl.exp2(sink - new)
             total = tl.where(total == 0, 1.0, total)  # nothing in use
-            tl.store(out_ptr + (head * rows + row) * DV + value, turned / total)
+            tl.store(
+                out_ptr + (head * rows + row) * DV + value, turned / total, mask=there if P != DV else None
+            )

@@ -5,6 +5,7 @@ import triton.language as tl
 
 from quantpress.kernels.attend.merge.by_matrix import joined_weights
 from quantpress.kernels.attend.schedule_kernel import chunks_of_heads
+from quantpress.kernels.padding import padded
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 TILES = tl.constexpr(16)
@@ -13,8 +14,9 @@ TILES = tl.constexpr(16)
 
 @triton.jit
 def _turned(y, turn_ptr, C: tl.constexpr, D: tl.constexpr):
-    """turn.T y of rows C of the matrix: [D]."""
-    turn = tl.load(turn_ptr + tl.arange(0, C)[:, None] * D + tl.arange(0, D)[None, :])
+    """turn.T y of rows C of the matrix: [D], `padded`."""
+    channel = tl.arange(0, padded(D))[None, :]
+    turn = tl.load(turn_ptr + tl.arange(0, C)[:, None] * D + channel, mask=channel < D, other=0.0)
     return tl.sum(turn * y[:, None], 0)
 
 
@@ -77,14 +79,15 @@ def merge_parts_kernel(
         index = tl.arange(0, HEADS)
         begin = tl.sum(tl.where(index < head, chunks, 0), 0)
         end = begin + tl.sum(tl.where(index == head, chunks, 0), 0)
-    channel = tl.arange(0, DV)
+    channel = tl.arange(0, padded(DV))
+    live = channel < DV
     if ORDERED:
         own = head
         if SLOTS:
             own = tl.load(slots_ptr + head // kv_heads) * kv_heads + head % kv_heads
         if SHARED:
             own = head % kv_heads
-        channel = tl.load(order_ptr + own * DV + channel).to(tl.int32)
+        channel = tl.load(order_ptr + own * DV + channel, mask=live, other=DV).to(tl.int32)
     block, local = head * blocks + row // R, row % R
     holder = block
     if HEADS:
@@ -96,35 +99,35 @@ def merge_parts_kernel(
         y2 = tl.zeros([V2], tl.float32)
     for start in range(begin, end, SIZE):
         split = start + tl.arange(0, SIZE)
-        live = split < end
+        within = split < end
         at = (holder * R + local) * splits + split
-        part_m = tl.load(m_ptr + at, mask=live, other=-1e30)
-        part_l = tl.load(l_ptr + at, mask=live, other=0.0)
+        part_m = tl.load(m_ptr + at, mask=within, other=-1e30)
+        part_l = tl.load(l_ptr + at, mask=within, other=0.0)
         m, total, decay, weight = joined_weights(m, total, part_m, part_l)
         from_o = o_ptr + ((holder * splits + split) * R + local)[:, None] * (V + V2)
-        o = tl.load(from_o + tl.arange(0, V)[None, :], mask=live[:, None], other=0.0)
+        o = tl.load(from_o + tl.arange(0, V)[None, :], mask=within[:, None], other=0.0)
         y = y * decay + tl.sum(o * weight[:, None], 0)
         if V2:
-            o2 = tl.load(from_o + V + tl.arange(0, V2)[None, :], mask=live[:, None], other=0.0)
+            o2 = tl.load(from_o + V + tl.arange(0, V2)[None, :], mask=within[:, None], other=0.0)
             y2 = y2 * decay + tl.sum(o2 * weight[:, None], 0)
     turned = _turned(y, turn_ptr, V, DV)
     if V2:
         turned += _turned(y2, turn_ptr + V * DV, V2, DV)
     if PARTIAL:
-        tl.store(dense_o_ptr + ((block * tiles + into) * R + local) * DV + channel, turned)
+        tl.store(dense_o_ptr + ((block * tiles + into) * R + local) * padded(DV) + channel, turned, mask=live)
         to = (block * R + local) * tiles + into + tl.arange(0, 1)
         tl.store(dense_m_ptr + to, m)
         tl.store(dense_l_ptr + to, total)
     else:
         for start in range(0, tiles, TILES):
             tile = start + tl.arange(0, TILES)
-            live = tile < tiles
+            within = tile < tiles
             at = (block * R + local) * tiles + tile
-            part_m = tl.load(dense_m_ptr + at, mask=live, other=-1e30)
-            part_l = tl.load(dense_l_ptr + at, mask=live, other=0.0)
+            part_m = tl.load(dense_m_ptr + at, mask=within, other=-1e30)
+            part_l = tl.load(dense_l_ptr + at, mask=within, other=0.0)
             m, total, decay, weight = joined_weights(m, total, part_m, part_l)
-            from_o = dense_o_ptr + ((block * tiles + tile) * R + local)[:, None] * DV
-            o = tl.load(from_o + channel[None, :], mask=live[:, None], other=0.0)
+            from_o = dense_o_ptr + ((block * tiles + tile) * R + local)[:, None] * padded(DV)
+            o = tl.load(from_o + channel[None, :], mask=within[:, None] & live[None, :], other=0.0)
             turned = turned * decay + tl.sum(o * weight[:, None], 0)
         if HAS_SINKS:
             sink = tl.load(sinks_ptr + head % kv_heads * group + row // queries).to(tl.float32) * LOG2_E
@@ -133,4 +136,5 @@ def merge_parts_kernel(
             turned = turned * decay
             total = total * decay + tl.exp2(sink - new)
         total = tl.where(total == 0, 1.0, total)  # nothing in use
-        tl.store(out_ptr + (head * rows + row) * DV + channel, (turned / total).to(out_ptr.dtype.element_ty))
+        to = out_ptr + (head * rows + row) * DV + channel
+        tl.store(to, (turned / total).to(out_ptr.dtype.element_ty), mask=live)

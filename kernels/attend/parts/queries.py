@@ -3,6 +3,8 @@
 import triton
 import triton.language as tl
 
+from quantpress.kernels.padding import padded
+
 
 @triton.jit(do_not_specialize=["rows", "kv_heads", "channels"])
 def turn_queries_kernel(
@@ -40,21 +42,22 @@ def turn_queries_kernel(
         own = tl.load(slots_ptr + head // kv_heads) * kv_heads + head % kv_heads
     if SHARED:
         own = head % kv_heads
-    channel = tl.arange(0, D)
+    channel = tl.arange(0, padded(D))
+    live = channel < D
     at = part * SIZE + tl.arange(0, SIZE)
-    turn = tl.load(turn_ptr + at[:, None] * D + channel[None, :])
+    turn = tl.load(turn_ptr + at[:, None] * D + channel[None, :], mask=live[None, :], other=0.0)
     source = channel
     if ORDERED:
-        source = tl.load(order_ptr + own * D + channel).to(tl.int32)
+        source = tl.load(order_ptr + own * D + channel, mask=live, other=0).to(tl.int32)
     from_row = query_ptr + (head * rows + row) * D
-    x = tl.load(from_row + source).to(tl.float32) * scale
+    x = tl.load(from_row + source, mask=live, other=0.0).to(tl.float32) * scale
     if HAS_WEIGHT:
-        x = x / tl.load(weight_ptr + own * D + source)
+        x = x / tl.load(weight_ptr + own * D + source, mask=live, other=1.0)
     to_row = head * rows + row
     tl.store(y_ptr + to_row * channels + at, tl.sum(turn * x[None, :], 1))
     if part == 0:
         bias = 0.0
         if HAS_MEAN:
-            unmoved = tl.load(from_row + channel).to(tl.float32) * scale
-            bias = tl.sum(unmoved * tl.load(mean_ptr + own * D + channel), 0)
+            unmoved = tl.load(from_row + channel, mask=live, other=0.0).to(tl.float32) * scale
+            bias = tl.sum(unmoved * tl.load(mean_ptr + own * D + channel, mask=live, other=0.0), 0)
         tl.store(bias_ptr + to_row, bias)

@@ -72,6 +72,8 @@ class Fitted(Outcome):
         every = {bits for pair in plan.widths.values() for side in pair for bits in heads_of(side)}
         if 1 in every and "trellis" in self.press:
             lines.append("On a GPU, a slower kernel reads layers with trellis codes of 1 bit.")
+        elif 1 in every:
+            lines.append("On a GPU, a slower kernel reads 1 bit unless head_dim is 64, 128 or 256.")
         return Group(*map(Text, lines), Text(f'Use it: --press "{self.press}"', "bold"))
 
 

@@ -37,6 +37,10 @@ def as_in_the_language() -> Iterator[None]:
             delattr(torch.Tensor, name)
 
 
+NUMBERS = ("operand_channels", "row_words")
+"""Functions of constants that return numbers."""
+
+
 class Pointer:
     """A pointer to a tensor's memory, or tensors of them."""
 
@@ -241,8 +245,8 @@ def emulate(module: ModuleType, kernel: str, arguments: dict[str, Any], grid: tu
     for name, held in held_by_name.items():
         if hasattr(held, "arg_names"):
             names[name] = FunctionType(held.fn.__code__, names, name, held.fn.__defaults__)
-        elif hasattr(held, "fn"):  # of layouts
-            names[name] = lambda *_: None
+        elif hasattr(held, "fn"):  # of numbers, or of layouts
+            names[name] = held.fn if name in NUMBERS else lambda *_: None
     call = {name: Pointer(one) if isinstance(one, torch.Tensor) else one for name, one in arguments.items()}
     with as_in_the_language():
         for program in ((i, j) for j in range(grid[1]) for i in range(grid[0])):

@@ -46,6 +46,11 @@ INTERPRETED = [
     [1, 1, 64, 3, "bfloat16", "planes lengths softcap sinks"],
     [2, 1, 64, 1, "float32", "planes pool shared side_by_side"],
     [1, 3, 64, 1, "float32", "planes two alone"],
+    [2, 1, 80, 1, "float32", "planes two sinks"],
+    [1, 1, 256, 1, "float32", "alone"],
+    [3.5, 1, 80, 1, "float32", "pool dense_tables one_transform side_by_side"],
+    [3, 2, 36, 3, "float32", "two lengths sinks"],
+    [2, 4, 96, 1, "float32", "prod"],
 ]
 
 
@@ -157,6 +162,8 @@ def test_assembly_looks_levels_up(bits: int, form: str) -> None:
         ((128,), (128,), (-1, -1), 128, 4, 90, 0),
         ((64,), (64,), (-3, -1), 64, 8, 100, 1),
         ((64,), (64,), (-2, -4), 64, 16, 80, 64),
+        ((48, 48), (96,), (4, 3, 2), 96, 8, 90, 0),
+        ((200,), (200,), (4, 3), 200, 8, 100, 1),
     ],
 )
 def test_kernels_compile_without_a_gpu(
@@ -185,7 +192,7 @@ def test_kernels_compile_without_a_gpu(
     division = {"STARTS": heads > 0, "HEADS": heads, "SCHEDULED": heads == 1}
     split |= padded | division | {"R": block_rows(rows, dim), "USED": heads > 0, "PLAIN": False}
     split["LEVELS"] = MOST_LEVELS
-    kernel = compiled(split_parts_kernel, split, capability, len(values) * max(dim // 128, 1), 1)
+    kernel = compiled(split_parts_kernel, split, capability, len(values) * (1 + (dim > 128)), 1)
     assert "mma" in kernel.asm["ptx"] and ("prmt.b32" in kernel.asm["ptx"]) == (not windows)
     assert kernel.metadata.shared <= 99 * 1024 and len(kernel.asm["cubin"]) > 0
     if dim == 128 and rows <= 8:
@@ -258,6 +265,22 @@ def test_error_on_a_gpu(dim: int, name: str, tokens: int) -> None:
         expected = double_attention(query, segments, dim**-0.5)
         assert got.dtype == dtype
         assert float((got.double() - expected).norm() / expected.norm()) < limit
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("dim", "name"),
+    [(96, "3.5"), (80, "prod_4_3"), (192, "2.5_1.5"), (96, "paper"), (72, "1"), (40, "4_3.5")],
+)
+def test_other_head_dims_on_a_gpu(dim: int, name: str) -> None:
+    pages = on_device(name, dim, (1, 2, 8192))
+    query = (2 * torch.randn(1, 8, 5, dim, device="cuda")).bfloat16()
+    recent = torch.randn(1, 2, 130, dim, device="cuda").bfloat16()
+    segments: list[Segment] = [pages, DenseSegment(recent, recent)]
+    assert supports(query, segments, Visibility(5, 8192 + 130))
+    got = attend(query, segments, Visibility(5, 8192 + 130), scaling=dim**-0.5)
+    expected = double_attention(query, segments, dim**-0.5)
+    assert float((got.double() - expected).norm() / expected.norm()) < 3e-3
 
 
 @pytest.mark.gpu

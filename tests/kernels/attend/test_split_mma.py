@@ -18,6 +18,7 @@ from quantpress.kernels.attend.lookup import FINE, bytes_of_levels
 from quantpress.kernels.attend.operands import ScalarOperands
 from quantpress.kernels.attend.reference import attend_reference
 from quantpress.kernels.attend.schedule import PageSchedule
+from quantpress.kernels.rotation_matrix import padded
 from quantpress.quantization.codebook import codebook
 from quantpress.quantization.rotation import Rotation
 from tests.kernels.attend import emulate_gluon
@@ -113,6 +114,7 @@ def prepared(call: Any, scale: float) -> list[torch.Tensor]:
         call.page_scores = by_block(scores).permute(0, 2, 3, 1).float().contiguous()  # [N, P, 2, R]
     factor = by_block((2 * largest / MOST * scale * call.keys.unit).squeeze(-1).float())
     assert q.shape == (count, max(len(call.keys.filters), 1), 2 * block, dim)
+    q = torch.nn.functional.pad(q, (0, padded(dim) - dim))
     assert start.shape == (count, 2 * block)
     return [q.to(torch.int8), factor, start, by_block(bias.float())]
 
@@ -121,6 +123,7 @@ def joined(call: Any, sums: list[torch.Tensor]) -> torch.Tensor:
     """What the merge makes of the splits: [B, Hq, Tq, Dv]."""
     o, m, totals = (x.double() for x in sums)  # [A, S, R, DV], [A, R, S] twice
     out = torch.zeros(call.heads, call.rows, o.shape[-1], dtype=torch.float64)
+    assert o.shape[-1] == padded(call.values.head_dim) * max(len(call.values.filters), 1)
     bounds = None if call.schedule is None else call.schedule.heads
     if call.table is not None and bounds is None:
         bounds = bounds_of_call(call)
@@ -140,7 +143,7 @@ def joined(call: Any, sums: list[torch.Tensor]) -> torch.Tensor:
         planes = out.unflatten(-1, (len(call.values.filters), -1)).unbind(-2)
         of_plane = zip(planes, call.values.filters, strict=True)
         out = sum(tap * one.roll(lag, -1) for one, taps in of_plane for lag, tap in enumerate(taps))
-    out = call.values.rotation.inverse(out * call.values.unit)
+    out = call.values.rotation.inverse(out[..., : call.values.head_dim] * call.values.unit)
     return out.view(call.batch, call.query_heads, call.queries, -1)
 
 
@@ -215,6 +218,11 @@ def check(got: torch.Tensor, expected: torch.Tensor, tolerance: float = 2e-4) ->
         (8, 4, 64, 12),
         (8, 4, 256, 1),
         (2, 8, 256, 5),
+        (4, 3, 96, 1),
+        (3, 4, 80, 5),
+        (2, 8, 112, 1),
+        (3, 3, 192, 1),
+        (4, 2, 48, 1),
     ],
 )
 def test_widths_and_head_dims(
@@ -228,7 +236,8 @@ def test_widths_and_head_dims(
 
 
 @pytest.mark.parametrize(
-    ("key_bits", "value_bits", "dim", "queries"), [(4, 4, 128, 1), (3, 2, 64, 5), (2, 3, 256, 1)]
+    ("key_bits", "value_bits", "dim", "queries"),
+    [(4, 4, 128, 1), (3, 2, 64, 5), (2, 3, 256, 1), (4, 3, 96, 1)],
 )
 def test_levels_of_two_bytes(
     key_bits: int, value_bits: int, dim: int, queries: int, emulated: Emulated
@@ -238,6 +247,13 @@ def test_levels_of_two_bytes(
     check(*run(PackedSegment(keys.keys, plain.values), queries))
     values = packed(dim, dim, value_bits, codebook="lloyd_max")
     check(*run(PackedSegment(keys.keys, values.values), queries))
+
+
+@pytest.mark.parametrize(("dim", "value_dim"), [(192, 128), (96, 64)])
+def test_values_of_another_head_dim(dim: int, value_dim: int, emulated: Emulated) -> None:
+    """192 and 128 are those of DeepSeek V2 and V3."""
+    keys, values = packed(dim, value_dim, 4), packed(dim, value_dim, 3)
+    check(*run(PackedSegment(keys.keys, values.values), 1))
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
@@ -300,6 +316,7 @@ def test_scales_beyond_float16(emulated: Emulated) -> None:
         (3, 3, 256, PROGRAMS),
         (8, 8, 64, PROGRAMS),
         (8, 3, 128, 3 * PROGRAMS),
+        (4, 3, 96, PROGRAMS),
     ],
 )
 def test_lengths_starts_and_tables(

@@ -83,6 +83,9 @@ INTERPRETED = [
     [2, 3, 64, 6, "float32", "page_keys softcap"],
     [3, 3, 64, 1, "float32", "page_keys pool right alone side_by_side"],
     [4, 3, 64, 1, "float32", "page_keys pool dense_tables shared sinks_in_pages one_transform side_by_side"],
+    [4, 3, 96, 3, "bfloat16", "lengths sinks softcap out"],
+    [2, 4, 80, 1, "float32", "page_keys pool dense_tables few"],
+    [3, 2, 192, 1, "float32", "two haar"],
 ]
 
 
@@ -212,6 +215,9 @@ def compiled(kernel: Any, constants: dict[str, Any], capability: int, warps: int
         (4.1, 4.1, 128, 4, 90, 0),
         (3.1, 2.1, 128, 8, 80, 1),
         (4, 3.1, 64, 16, 100, 0),
+        (4, 4, 96, 4, 90, 0),
+        (2, 2, 80, 16, 100, 64),
+        (3, 3, 192, 8, 90, 1),
     ],
 )
 def test_split_kernel_compiles_without_a_gpu(
@@ -232,7 +238,7 @@ def test_split_kernel_compiles_without_a_gpu(
         for bits, role in ((key_bits, "key"), (value_bits, "value"))
     )
     halves = steps_of_page(*(codec.kernel_operands() for codec in (keys, values)), rows, heads > 0)
-    staged = 3 in (key_bits, value_bits) and (dim == 256 or key_bits == 8)
+    staged = 3 in (key_bits, value_bits) and (dim > 128 or key_bits == 8)
     planes = -min(key_bits, value_bits)
     if dim == 256:  # four planes are too many
         staged = (staged or planes > 1) and planes < 4
@@ -280,7 +286,7 @@ def test_split_kernel_compiles_without_a_gpu(
         code = machine_code(kernel)
         first = code.index("LDG.E.EF")
         assert "SHFL" not in code[code.rindex("EXIT", 0, first) : first]
-    if opens and rows == 4:
+    if (opens or dim == 96) and rows == 4:
         assert resources(kernel)["STACK"] <= 8 * (key_bits == value_bits == 4), "registers are spilled"
     assert len(kernel.asm["cubin"]) > 0
 
@@ -309,7 +315,8 @@ def taps(planes: int) -> tuple[float, ...]:
 
 
 @pytest.mark.parametrize(
-    ("capability", "heads", "dim"), [(80, 0, 64), (90, 64, 256), (100, 32, 128), (90, 32, 256)]
+    ("capability", "heads", "dim"),
+    [(80, 0, 64), (90, 64, 256), (100, 32, 128), (90, 32, 256), (90, 0, 96)],
 )
 def test_kernels_around_it_compile_without_a_gpu(capability: int, heads: int, dim: int) -> None:
     pytest.importorskip("triton")
@@ -321,7 +328,7 @@ def test_kernels_around_it_compile_without_a_gpu(capability: int, heads: int, di
     chained = {"CHAINED": capability >= 90, "R": 8, "DV": dim}
     first = chained | {"D": dim, "TILE": DENSE_TILE, "HAS_WEIGHT": True, "HAS_MEAN": True}
     first |= {"FIRST_USED": True, "RECENT_USED": True, "PLAIN": False, "ALONE": heads == 32}
-    first |= {"HALVES": 2 if dim == 64 else 1, "PLANES": heads and 2, "FILTERS": taps(heads and 2)}
+    first |= {"HALVES": 2 if heads == 0 else 1, "PLANES": heads and 2, "FILTERS": taps(heads and 2)}
     first |= {"FIRST_STARTS": heads == 0, "RECENT_STARTS": True, "SLOTS": heads == 64, "SHARED": heads == 32}
     first |= {"FIRST_PAGE": 4 if heads < 64 else 0, "RECENT_PAGE": 128 if heads < 64 else 0}
     merge = chained | {"HAS_SINKS": True, "HEADS": heads, "STARTS": heads > 0}
@@ -397,8 +404,13 @@ def test_calls_that_are_covered() -> None:
     assert covered(query, [pages, packed(64, 64, 2.5), tail], Visibility(1, two))
     assert covered(query, [packed(64, 64, 2.5), tail], Visibility(1, tokens))
     assert covered(query, [packed(64, 64, 3, "prod"), tail], Visibility(1, tokens))
-    assert not covered(query, [packed(80, 80, 2.5), tail], Visibility(1, tokens))
-    assert not covered(query, [packed(80, 80, 4), tail], Visibility(1, tokens))
+    for dim, bits in ((80, 2.5), (80, 4), (8, 1), (36, 8), (256, 3.5)):
+        own = torch.randn(2, KV_HEADS * 3, 1, dim)
+        assert covered(own, [packed(dim, dim, bits), dense(20, dim, dim)], Visibility(1, tokens))
+    assert covered(query, [packed(64, 96, 4), dense(20, 64, 96)], Visibility(1, tokens))
+    assert not covered(query, [packed(264, 264, 4), tail], Visibility(1, tokens))
+    assert covered(query, [packed(96, 96, 4, page_keys=True), tail], Visibility(1, tokens))
+    assert not covered(query, [packed(72, 72, 4, page_keys=True), tail], Visibility(1, tokens))
     assert covered(query, [packed(64, 64, 8), tail], Visibility(1, tokens))
     assert covered(query, [packed(64, 64, 8, codebook="lloyd_max"), tail], Visibility(1, tokens))
     for planes in (1, 2):
@@ -524,6 +536,33 @@ def test_error_on_a_gpu(dim: int, bits: tuple[int, int], tokens: int) -> None:
         expected = double_attention(query, segments, dim**-0.5)
         assert got.dtype == dtype
         assert float((got.double() - expected).norm() / expected.norm()) < limit
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("queries", [1, 7])
+@pytest.mark.parametrize(
+    ("dim", "bits"),
+    [
+        *((dim, bits) for dim in (80, 96, 192) for bits in ((4, 4), (3, 3), (2, 2))),
+        *((48, (4, 4)), (72, (4, 3)), (96, (8, 4)), (112, (2, 8)), (160, (3, 4)), (240, (4, 2))),
+    ],
+    ids=str,
+)
+def test_other_head_dims_on_a_gpu(dim: int, bits: tuple[int, int], queries: int) -> None:
+    """Channels that do not fill a tile, pages in rows and by table."""
+    pages, tokens = on_device(2, 2, 40 * 128, dim, bits), 40 * 128 + 130
+    query = (2 * torch.randn(2, 8, queries, dim, device="cuda")).bfloat16()
+    recent = torch.randn(2, 2, 130, dim, device="cuda").bfloat16()
+    segments: list[Segment] = [pages, DenseSegment(recent, recent)]
+    assert supports(query, segments, Visibility(queries, tokens))
+    got = attend(query, segments, Visibility(queries, tokens), scaling=dim**-0.5)
+    expected = double_attention(query, segments, dim**-0.5)
+    assert float((got.double() - expected).norm() / expected.norm()) < 3e-3
+    used = torch.full((2, 2), 40 * 128, dtype=torch.int32, device="cuda")
+    segments = [side_by_side(pooled(pages, used, 0 * used)), DenseSegment(recent, recent)]
+    assert supports(query, segments, Visibility(queries, tokens))
+    got = attend(query, segments, Visibility(queries, tokens), scaling=dim**-0.5)
+    assert float((got.double() - expected).norm() / expected.norm()) < 3e-3
 
 
 @pytest.mark.gpu

@@ -21,6 +21,8 @@ CASES = [
     [1000, 64, 64, 20, "float32", "lengths sinks softcap"],
     [700, 256, 256, 2, "float32", "lengths starts"],
     [700, 64, 64, 5, "bfloat16", "lengths starts sinks"],
+    [300, 80, 80, 3, "float32", "lengths starts"],
+    [257, 192, 40, 4, "float16", ""],
 ]
 
 
@@ -104,6 +106,7 @@ def test_interpreter() -> None:
         (90, 128, torch.bfloat16),
         (100, 256, torch.bfloat16),
         (90, 256, torch.float32),
+        (90, 96, torch.bfloat16),
     ],
     ids=str,
 )
@@ -137,7 +140,10 @@ def test_calls_that_are_covered() -> None:
     assert not covered(mask=torch.ones(1, 1, 1, 100, dtype=torch.bool))
     assert not covered(dropped=torch.zeros(2, 2, 100, dtype=torch.bool))
     assert not covered(query.bfloat16())
-    assert not covered(one=DenseSegment(segment.keys[..., :40], segment.values))
+    assert not covered(one=DenseSegment(segment.keys[..., :40], segment.values))  # not contiguous
+    wide = torch.randn(2, 2, 100, 264)
+    assert not covered(one=DenseSegment(segment.keys, wide))
+    assert covered(one=DenseSegment(segment.keys, wide[..., :80].contiguous()))
     assert not covered(one=PackedSegment(packed(64, 64, 4).keys, packed(64, 64, 4).values))
     assert not supports_dense(query, [segment, segment], Visibility(1, 200))
 
