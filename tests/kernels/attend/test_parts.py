@@ -47,7 +47,7 @@ INTERPRETED = [
     [2, 1, 64, 1, "float32", "planes pool shared side_by_side"],
     [1, 3, 64, 1, "float32", "planes two alone"],
     [2, 1, 80, 1, "float32", "planes two sinks"],
-    [1, 1, 256, 1, "float32", "alone"],
+    [1, 1, 192, 1, "float32", "alone"],
     [3.5, 1, 80, 1, "float32", "pool dense_tables one_transform side_by_side"],
     [3, 2, 36, 3, "float32", "two lengths sinks"],
     [2, 4, 96, 1, "float32", "prod"],
@@ -64,7 +64,7 @@ def test_interpreter() -> None:
     found = dict(zip(map(str, INTERPRETED), errors, strict=True))
     assert max(errors) < 1.5e-3, found
     exact = [error for case, error in found.items() if "lloyd" not in case and "planes" not in case]
-    assert max(exact) < 5e-5, found
+    assert max(exact) < 1e-4, found
 
 
 def operands(bits: float, **options: Any) -> PartOperands:
@@ -270,7 +270,15 @@ def test_error_on_a_gpu(dim: int, name: str, tokens: int) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize(
     ("dim", "name"),
-    [(96, "3.5"), (80, "prod_4_3"), (192, "2.5_1.5"), (96, "paper"), (72, "1"), (40, "4_3.5")],
+    [
+        (96, "3.5"),
+        (96, "trellis_2_3"),
+        (80, "prod_4_3"),
+        (192, "2.5_1.5"),
+        (96, "paper"),
+        (72, "1"),
+        (40, "4_3.5"),
+    ],
 )
 def test_other_head_dims_on_a_gpu(dim: int, name: str) -> None:
     pages = on_device(name, dim, (1, 2, 8192))
