@@ -26,6 +26,7 @@ from quantpress.kernels.dequantize import decode_code_space, decode_pages, from_
 from quantpress.kernels.encode import encode_pages
 from quantpress.kernels.layout import PAGE_TOKENS, gather_rows, pack_pages, unpack_pages
 from quantpress.quantization.budget import ChannelGroup
+from quantpress.quantization.kept import kept
 from quantpress.quantization.qjl import SQRT_HALF_PI
 from quantpress.quantization.spec import CodecSpec
 from quantpress.quantization.transform import ChannelTransform
@@ -128,7 +129,7 @@ class ScalarPages(PageCodec):
         return cls(spec)
 
 
-@lru_cache(maxsize=64)
+@kept
 def _operands_of(spec: CodecSpec) -> KernelOperands:
     if spec.estimator != "mse" or len(spec.groups) > 1:
         return _parts_of(spec)
@@ -141,20 +142,17 @@ def _operands_of(spec: CodecSpec) -> KernelOperands:
 def _parts_of(spec: CodecSpec) -> PartOperands:
     """The channel groups, and the sketch of the "prod" estimator, as parts."""
     parts, turns = [], []
-    with torch.inference_mode(False):  # kept: must stay usable outside inference mode
-        for number, group in enumerate(spec.groups):
-            book = spec.codebook_of(number)
-            parts.append(
-                CodePart(f"codes{number}", f"scale{number}", group.bits, group.channels, book.scaled)
-            )
-            turns.append(spec.rotation_of(number).matrix() * book.unit)
-        turn = torch.block_diag(*turns)
-        if spec.estimator == "prod":
-            parts.append(CodePart("sketch", "residual", 1, spec.head_dim, (-1.0, 1.0)))
-            sketch = spec.sketch_matrix() @ spec.rotation_of(0).matrix()
-            turn = torch.cat([turn, sketch * (SQRT_HALF_PI / spec.head_dim)])
-        books = [(spec.rotation_of(number), spec.codebook_of(number)) for number in range(len(spec.groups))]
-        return PartOperands(tuple(parts), turn, tuple(ScalarOperands(*own) for own in books))
+    for number, group in enumerate(spec.groups):
+        book = spec.codebook_of(number)
+        parts.append(CodePart(f"codes{number}", f"scale{number}", group.bits, group.channels, book.scaled))
+        turns.append(spec.rotation_of(number).matrix() * book.unit)
+    turn = torch.block_diag(*turns)
+    if spec.estimator == "prod":
+        parts.append(CodePart("sketch", "residual", 1, spec.head_dim, (-1.0, 1.0)))
+        sketch = spec.sketch_matrix() @ spec.rotation_of(0).matrix()
+        turn = torch.cat([turn, sketch * (SQRT_HALF_PI / spec.head_dim)])
+    books = [(spec.rotation_of(number), spec.codebook_of(number)) for number in range(len(spec.groups))]
+    return PartOperands(tuple(parts), turn, tuple(ScalarOperands(*own) for own in books))
 
 
 def gather_codes(planes: Planes, tokens: Tensor, widths: dict[str, tuple[int, int]], role: str) -> Planes:

@@ -29,6 +29,7 @@ from quantpress.kernels.encode.reference import (
 from quantpress.kernels.layout import gather_rows
 from quantpress.kernels.trellis import nearest_path
 from quantpress.kernels.trellis.bit_planes import pack_bit_planes, unpack_bit_planes
+from quantpress.quantization.kept import kept
 from quantpress.quantization.numerics import in_named_dtypes
 from quantpress.quantization.spec import CodecSpec
 from quantpress.quantization.transform import ChannelTransform
@@ -169,14 +170,13 @@ class TrellisPages(PageCodec):
         return digest_of(self.spec.rotation_of(0).matrix(), levels)
 
 
-@lru_cache(maxsize=64)
+@kept
 def _operands_of(codec: TrellisPages) -> KernelOperands:
     rotation, unit, code = codec.spec.rotation_of(0), codec.head_dim**-0.5, codec.trellis
     if code.filters:
         return SignOperands(rotation, unit, code.filters)
     part = CodePart("codes0", "scale0", code.bits, codec.head_dim, code.levels, code.reach)
-    with torch.inference_mode(False):  # kept: must stay usable outside inference mode
-        return PartOperands((part,), rotation.matrix() * unit)
+    return PartOperands((part,), rotation.matrix() * unit)
 
 
 @lru_cache(maxsize=64)

@@ -29,13 +29,13 @@ lookup turns the index into four values (codes, or levels of a codebook). The pa
 reading order first, since there are fewer of them than values.
 """
 
-from functools import lru_cache
 from math import prod
 
 import torch
 from torch import Tensor
 
 from quantpress.errors import InvalidInputError, UnsupportedBitsError
+from quantpress.quantization.kept import kept
 
 PAGE_TOKENS = 128
 ROLES = ("key", "value")
@@ -238,19 +238,18 @@ def _quad_indices(words: Tensor, bits: int) -> Tensor:
     return index
 
 
-@lru_cache(maxsize=8)
+@kept
 def _quad_codes(bits: int) -> Tensor:
     """[indices, 4] int64: the codes of the four lanes that an index from `_quad_indices` stands for."""
     half = (1 << (bits - 1)) - 1
     lanes = []
-    with torch.inference_mode(False):  # kept: must stay usable outside inference mode
-        index = torch.arange(_QUAD_INDICES[bits], device="cpu")
-        for lane, sign_bit in enumerate(_QUAD_SIGNS):
-            field = index >> (4 * lane)
-            negative = (index >> sign_bit) & 1
-            signed = ((field & half) ^ (negative * half)) + (1 - negative) * (half + 1)
-            lanes.append(field & (2 * half + 1) if bits in (2, 3) else signed)
-        return torch.stack(lanes, dim=-1)
+    index = torch.arange(_QUAD_INDICES[bits], device="cpu")
+    for lane, sign_bit in enumerate(_QUAD_SIGNS):
+        field = index >> (4 * lane)
+        negative = (index >> sign_bit) & 1
+        signed = ((field & half) ^ (negative * half)) + (1 - negative) * (half + 1)
+        lanes.append(field & (2 * half + 1) if bits in (2, 3) else signed)
+    return torch.stack(lanes, dim=-1)
 
 
 def _nibbles(words: Tensor) -> Tensor:

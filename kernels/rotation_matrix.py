@@ -2,11 +2,11 @@
 
 import math
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 from torch import Tensor
 
+from quantpress.quantization.kept import kept
 from quantpress.quantization.rotation import Rotation
 
 _SPLIT_SCALE = 2.0**12  # keeps the low halves of a rotation's entries among float16's normal numbers
@@ -32,16 +32,15 @@ def padded(channels: int) -> int:
     return max(16, 1 << (channels - 1).bit_length())
 
 
-@lru_cache(maxsize=128)
+@kept
 def rotation_matrix(rotation: Rotation, device: torch.device, inverse: bool = False) -> RotationMatrix:
     """R.T, for y = x @ R.T, or if `inverse` R, for x = y @ R, on a device; cached."""
-    with torch.inference_mode(False), torch.no_grad():  # kept: must stay usable outside inference mode
-        exact = rotation.matrix() if inverse else rotation.matrix().T
-        factor = 1.0 if rotation.kind == "identity" else 1 / math.sqrt(rotation.dim)
-        signs = (exact / factor).round()
-        if bool(signs.abs().max() <= 1) and bool((signs * factor - exact).abs().max() < 1e-12):
-            return _operand([signs], factor, device)
-        return halved(exact, device)
+    exact = rotation.matrix() if inverse else rotation.matrix().T
+    factor = 1.0 if rotation.kind == "identity" else 1 / math.sqrt(rotation.dim)
+    signs = (exact / factor).round()
+    if bool(signs.abs().max() <= 1) and bool((signs * factor - exact).abs().max() < 1e-12):
+        return _operand([signs], factor, device)
+    return halved(exact, device)
 
 
 def halved(exact: Tensor, device: torch.device) -> RotationMatrix:

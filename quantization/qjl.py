@@ -12,11 +12,11 @@ code. Source: QJL, arXiv 2406.03482, Lemma 3.2; TurboQuant, arXiv 2504.19874, Al
 from __future__ import annotations
 
 import math
-from functools import lru_cache
 
 import torch
 from torch import Tensor
 
+from quantpress.quantization.kept import kept
 from quantpress.quantization.numerics import exact_product
 
 SQRT_HALF_PI = math.sqrt(math.pi / 2)
@@ -77,9 +77,8 @@ def sketch_variance(residual_norm: float, query_norm: float, cosine: float, dim:
     return (residual_norm * query_norm) ** 2 * (math.pi / 2 - cosine**2) / dim
 
 
-@lru_cache(maxsize=64)
+@kept
 def _cast_matrix(dim: int, seed: int, device: torch.device, dtype: torch.dtype) -> Tensor:
     # Cached: a tensor made under inference_mode could not be used under autograd later.
-    with torch.inference_mode(False):
-        generator = torch.Generator(device="cpu").manual_seed(seed)
-        return torch.randn(dim, dim, generator=generator, dtype=torch.float64, device="cpu").to(device, dtype)
+    generator = torch.Generator(device="cpu").manual_seed(seed)
+    return torch.randn(dim, dim, generator=generator, dtype=torch.float64, device="cpu").to(device, dtype)

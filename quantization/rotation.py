@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from quantpress.errors import InvalidInputError
+from quantpress.quantization.kept import kept
 from quantpress.quantization.numerics import exact_product
 
 ROTATION_KINDS = ("hadamard", "haar", "identity")
@@ -96,11 +97,10 @@ class Rotation:
         return x if x.dtype == torch.float64 else x.float()
 
 
-@lru_cache(maxsize=256)
+@kept
 def _cast_matrix(rotation: Rotation, device: torch.device, dtype: torch.dtype) -> Tensor:
     # Cached: a tensor made under inference_mode could not be used under autograd later.
-    with torch.inference_mode(False), torch.no_grad():
-        return _exact_matrix(rotation).to(device=device, dtype=dtype)
+    return _exact_matrix(rotation).to(device=device, dtype=dtype)
 
 
 @lru_cache(maxsize=256)

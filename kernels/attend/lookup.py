@@ -7,20 +7,20 @@ of 8 bits is b + 128, so that one `xor` makes bytes of four codes.
 """
 
 import math
-from functools import lru_cache
 
 import torch
 import triton
 import triton.language as tl
 
 from quantpress.quantization.codebook import Codebook
+from quantpress.quantization.kept import kept
 
 LANES = 32
 FINE = 1 / 256
 """What a fine level counts, in units of the coarse ones."""
 
 
-@lru_cache(maxsize=64)
+@kept
 def lookup_table(keys: Codebook | None, values: Codebook | None, device: torch.device) -> torch.Tensor:
     """The registers in which the assembly below looks levels up.
 
@@ -39,16 +39,15 @@ def lookup_table(keys: Codebook | None, values: Codebook | None, device: torch.d
     parts = [coarse for coarse, _ in pairs]
     if any(fine for _, fine in pairs):
         parts += [fine for _, fine in pairs]
-    with torch.inference_mode(False):  # kept: must stay usable outside inference mode
-        for levels in parts:
-            if len(levels) == 16:  # magnitudes only
-                levels = levels[len(levels) // 2 :]
-            elif len(levels) == 256:  # what makes codes bytes: b = -128 four times
-                levels = levels[:1] * 4
-            held = [(level - 1) // 2 & 0xFF for level in levels] + [0] * (8 - len(levels))
-            rows += [sum(byte << (8 * i) for i, byte in enumerate(held[at : at + 4])) for at in (0, 4)]
-        words = torch.tensor(rows, dtype=torch.int64, device="cpu").to(torch.int32)  # wraps to the same bits
-        return words[:, None].expand(-1, LANES).contiguous().to(device)
+    for levels in parts:
+        if len(levels) == 16:  # magnitudes only
+            levels = levels[len(levels) // 2 :]
+        elif len(levels) == 256:  # what makes codes bytes: b = -128 four times
+            levels = levels[:1] * 4
+        held = [(level - 1) // 2 & 0xFF for level in levels] + [0] * (8 - len(levels))
+        rows += [sum(byte << (8 * i) for i, byte in enumerate(held[at : at + 4])) for at in (0, 4)]
+    words = torch.tensor(rows, dtype=torch.int64, device="cpu").to(torch.int32)  # wraps to the same bits
+    return words[:, None].expand(-1, LANES).contiguous().to(device)
 
 
 def bytes_of_levels(book: Codebook | None) -> tuple[list[int], list[int]]:

@@ -38,10 +38,10 @@ HEAD_DIMS = (64, 128, 256)
 WIDTHS = (2, 3, 4, 8)
 
 MOST_HEAD_DIM = 256
-"""Up to this 16-bit tensor cores read any head_dim, but for keys that pages store and for bit planes."""
+"""Up to this 16-bit tensor cores read any head_dim, but for keys that pages store."""
 
 SIGN_HEAD_DIMS, SIGN_WIDTHS = (64, 128, 256), (1, 2, 3, 4)
-"""The same of bit planes."""
+"""Channels of a tile, and widths, of bit planes there."""
 
 MOST_QUERIES = 128
 """Query tokens of one pass. Rows are query heads of a group times query tokens; a program has 8 or 16."""

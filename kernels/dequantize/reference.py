@@ -5,7 +5,6 @@ their scales and writes them to the result. Chunks keep the workspace in a core'
 """
 
 from collections.abc import Callable
-from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -13,6 +12,7 @@ from torch import Tensor
 from quantpress.errors import InvalidInputError
 from quantpress.kernels.layout import PAGE_TOKENS, page_bytes, page_table, read_pages
 from quantpress.quantization.codebook import Codebook
+from quantpress.quantization.kept import kept
 from quantpress.quantization.numerics import exact_product
 from quantpress.quantization.qjl import SQRT_HALF_PI
 from quantpress.quantization.spec import CodecSpec
@@ -128,15 +128,13 @@ def check_planes(planes: dict[str, Tensor], spec: CodecSpec) -> tuple[int, int, 
     return lead[0], lead[1], lead[2]
 
 
-@lru_cache(maxsize=64)
+@kept
 def level_table(book: Codebook, device: torch.device) -> Tensor:
     """The table in which `read_pages` looks levels up. Cached and shared: do not write to it."""
-    with torch.inference_mode(False), torch.no_grad():  # kept: must stay usable outside inference mode
-        return page_table(book.level_tensor(device), book.bits)
+    return page_table(book.level_tensor(device), book.bits)
 
 
-@lru_cache(maxsize=8)
+@kept
 def sign_table(device: torch.device) -> Tensor:
     """The table for the signs of a sketch, as `level_table` for levels."""
-    with torch.inference_mode(False), torch.no_grad():
-        return page_table(torch.tensor([-1.0, 1.0], dtype=torch.float32, device=device), 1)
+    return page_table(torch.tensor([-1.0, 1.0], dtype=torch.float32, device=device), 1)

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from contextlib import nullcontext
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -13,6 +12,7 @@ from quantpress.kernels.dequantize.triton_kernel import decode_code_space_kernel
 from quantpress.kernels.layout import PAGE_TOKENS
 from quantpress.kernels.rotation_matrix import RotationMatrix, halved, padded, rotation_matrix
 from quantpress.quantization.codebook import Codebook
+from quantpress.quantization.kept import kept
 from quantpress.quantization.qjl import SQRT_HALF_PI
 from quantpress.quantization.spec import CodecSpec
 from quantpress.quantization.transform import ChannelTransform
@@ -170,16 +170,14 @@ def _sketch(
     }
 
 
-@lru_cache(maxsize=64)
+@kept
 def _sketch_turn(spec: CodecSpec, device: torch.device, turned: bool) -> RotationMatrix:
     """The sketch's matrix, times the rotation if `turned`; cached."""
-    with torch.inference_mode(False), torch.no_grad():  # kept: must stay usable outside inference mode
-        matrix = spec.sketch_matrix()
-        return halved(matrix @ spec.rotation_of(0).matrix() if turned else matrix, device)
+    matrix = spec.sketch_matrix()
+    return halved(matrix @ spec.rotation_of(0).matrix() if turned else matrix, device)
 
 
-@lru_cache(maxsize=64)
+@kept
 def _level_tensor(book: Codebook, device: torch.device, scaled: bool) -> Tensor:
     """Levels of a codebook, in units of `book.unit` if `scaled`; cached."""
-    with torch.inference_mode(False), torch.no_grad():
-        return torch.tensor(book.scaled if scaled else book.levels, dtype=torch.float32, device=device)
+    return torch.tensor(book.scaled if scaled else book.levels, dtype=torch.float32, device=device)

@@ -22,6 +22,7 @@ from quantpress.kernels.layout import PAGE_TOKENS
 from quantpress.kernels.quick import quick
 from quantpress.kernels.rotation_matrix import rotation_matrix
 from quantpress.quantization.codebook import Codebook
+from quantpress.quantization.kept import kept
 from quantpress.quantization.rotation import Rotation
 from quantpress.quantization.spec import CodecSpec
 from quantpress.quantization.transform import ChannelTransform
@@ -168,23 +169,21 @@ def _constants(spec: CodecSpec, dtype: torch.dtype, device: torch.device) -> dic
     }
 
 
-@lru_cache(maxsize=64)
+@kept
 def _matrix(
     rotation: Rotation, values: bool, dtype: torch.dtype, unit: float, device: torch.device
 ) -> tuple[Tensor, float]:
     """Half of the rotation times `unit`, columns as in the kernel's tiles, and the rotation's factor."""
-    with torch.inference_mode(False), torch.no_grad():  # kept: must stay usable outside inference mode
-        matrix = rotation_matrix(rotation, torch.device("cpu"))
-        column = torch.arange(CHANNELS, device="cpu")
-        o, e, t, s = column // 16, column // 8 % 2, column // 2 % 4, column % 2
-        channel = 2 * e + s + (16 * o + 4 * t if values else 64 * (o // 4) + 16 * t + 4 * (o % 4))
-        entries = (matrix.halves[0].float() * unit).to(dtype)
-        return entries[:, channel[:64]].contiguous().to(device), matrix.factor
+    matrix = rotation_matrix(rotation, torch.device("cpu"))
+    column = torch.arange(CHANNELS, device="cpu")
+    o, e, t, s = column // 16, column // 8 % 2, column // 2 % 4, column % 2
+    channel = 2 * e + s + (16 * o + 4 * t if values else 64 * (o // 4) + 16 * t + 4 * (o % 4))
+    entries = (matrix.halves[0].float() * unit).to(dtype)
+    return entries[:, channel[:64]].contiguous().to(device), matrix.factor
 
 
-@lru_cache(maxsize=64)
+@kept
 def _table(book: Codebook, values: bool, device: torch.device) -> Tensor:
     """[20] int32: each word of `octet_table` four times, once for each t."""
-    with torch.inference_mode(False), torch.no_grad():
-        words = [word for word in octet_table(book, values) for _ in range(4)]
-        return torch.tensor(words, dtype=torch.int32, device="cpu").to(device)
+    words = [word for word in octet_table(book, values) for _ in range(4)]
+    return torch.tensor(words, dtype=torch.int32, device="cpu").to(device)

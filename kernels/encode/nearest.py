@@ -6,12 +6,12 @@ code.
 """
 
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from quantpress.quantization.codebook import Codebook
+from quantpress.quantization.kept import kept
 
 CELLS_PER_GAP = 4  # leaves a cell on both sides for float32 rounding
 
@@ -50,17 +50,16 @@ class NearestLevel:
         return code.to(torch.uint8), self.levels.index_select(0, code.view(-1)).view_as(unit)
 
 
-@lru_cache(maxsize=64)
+@kept
 def nearest_level(book: Codebook, device: torch.device) -> NearestLevel:
     """The `NearestLevel` of a codebook on a device; cached."""
-    with torch.inference_mode(False), torch.no_grad():  # kept: must stay usable outside inference mode
-        thresholds = book.threshold_tensor("cpu")
-        gap = float(thresholds.double().diff().min()) if len(thresholds) > 1 else 1.0
-        width = gap / CELLS_PER_GAP
-        origin = float(thresholds[0]) - 2 * width
-        cells = int((float(thresholds[-1]) - origin) / width) + 3
-        starts = origin + width * torch.arange(cells, dtype=torch.float64, device="cpu")
-        first = torch.searchsorted(thresholds.double(), starts - width, out_int32=True)
-        endless = torch.cat((thresholds, thresholds.new_tensor([float("inf")])))
-        levels = book.level_tensor(device)
-        return NearestLevel(levels, endless.to(device), first.to(device), origin, 1 / width)
+    thresholds = book.threshold_tensor("cpu")
+    gap = float(thresholds.double().diff().min()) if len(thresholds) > 1 else 1.0
+    width = gap / CELLS_PER_GAP
+    origin = float(thresholds[0]) - 2 * width
+    cells = int((float(thresholds[-1]) - origin) / width) + 3
+    starts = origin + width * torch.arange(cells, dtype=torch.float64, device="cpu")
+    first = torch.searchsorted(thresholds.double(), starts - width, out_int32=True)
+    endless = torch.cat((thresholds, thresholds.new_tensor([float("inf")])))
+    levels = book.level_tensor(device)
+    return NearestLevel(levels, endless.to(device), first.to(device), origin, 1 / width)

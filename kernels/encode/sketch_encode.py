@@ -1,6 +1,5 @@
 """Launches the Triton kernel that encodes with the 1-bit sketch ("prod"): support, settings and operands."""
 
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -22,6 +21,7 @@ from quantpress.kernels.encode.triton_encode import (
 from quantpress.kernels.layout import PAGE_TOKENS, page_bytes
 from quantpress.kernels.quick import quick
 from quantpress.kernels.rotation_matrix import halved, padded
+from quantpress.quantization.kept import kept
 from quantpress.quantization.spec import CodecSpec
 from quantpress.quantization.transform import ChannelTransform
 
@@ -138,11 +138,10 @@ def sketch_arguments(
     }
 
 
-@lru_cache(maxsize=16)
+@kept
 def _sketch_operand(spec: CodecSpec, device: torch.device) -> Tensor:
     """The sketch's matrix in two float16 parts, for residuals as a left operand; cached."""
-    with torch.inference_mode(False), torch.no_grad():
-        halves = halved(spec.sketch_matrix().T, device).halves
-        if spec.role == "value":
-            return halves
-        return in_tile_order(in_tile_order(halves).mT).mT.contiguous()
+    halves = halved(spec.sketch_matrix().T, device).halves
+    if spec.role == "value":
+        return halves
+    return in_tile_order(in_tile_order(halves).mT).mT.contiguous()

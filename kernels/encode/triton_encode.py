@@ -22,6 +22,7 @@ from quantpress.kernels.layout import PAGE_TOKENS, page_bytes
 from quantpress.kernels.quick import quick
 from quantpress.kernels.rotation_matrix import RotationMatrix, padded, rotation_matrix
 from quantpress.quantization.codebook import Codebook
+from quantpress.quantization.kept import kept
 from quantpress.quantization.spec import CodecSpec
 from quantpress.quantization.transform import ChannelTransform
 
@@ -303,23 +304,21 @@ def _assembly(book: Codebook, spec: CodecSpec) -> tuple[str, str, float]:
     return rounding_assembly(book, spec.scale_rule), "", summand_unit(book, spec.scale_rule)
 
 
-@lru_cache(maxsize=16)
+@kept
 def _grid_table(book: Codebook, device: torch.device) -> tuple[Tensor, int]:
-    with torch.inference_mode(False), torch.no_grad():
-        nearest = nearest_level(book, torch.device("cpu"))
-        ends = nearest.levels.new_tensor([nearest.origin, nearest.pitch])
-        table = torch.cat((nearest.thresholds, nearest.levels, ends, nearest.first.float()))
-        return table.to(device), len(nearest.first)
+    nearest = nearest_level(book, torch.device("cpu"))
+    ends = nearest.levels.new_tensor([nearest.origin, nearest.pitch])
+    table = torch.cat((nearest.thresholds, nearest.levels, ends, nearest.first.float()))
+    return table.to(device), len(nearest.first)
 
 
-@lru_cache(maxsize=128)
+@kept
 def _operand(matrix: RotationMatrix, values: bool, dtype: torch.dtype, unit: float) -> Tensor:
     """The rotation matrix times `unit`, its columns in the order of the kernel's tiles; cached."""
-    with torch.inference_mode(False), torch.no_grad():
-        halves = (matrix.halves.float() * unit).to(dtype)
-        if values:
-            return halves
-        return in_tile_order(halves).contiguous()
+    halves = (matrix.halves.float() * unit).to(dtype)
+    if values:
+        return halves
+    return in_tile_order(halves).contiguous()
 
 
 def in_tile_order(matrix: Tensor) -> Tensor:

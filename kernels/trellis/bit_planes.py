@@ -6,12 +6,11 @@ bit k of all codes at 1 bit, so that every bit has its place from `quantpress.ke
 levels of trellises with taps are linear in them.
 """
 
-from functools import lru_cache
-
 import torch
 from torch import Tensor
 
 from quantpress.kernels.layout import PAGE_TOKENS, pack_pages, page_table, read_pages
+from quantpress.quantization.kept import kept
 
 
 def pack_bit_planes(codes: Tensor, bits: int, role: str) -> Tensor:
@@ -55,8 +54,7 @@ def unpack_bit_planes(packed: Tensor, bits: int, head_dim: int, role: str) -> Te
     return codes.reshape(*packed.shape[:-1], PAGE_TOKENS, head_dim)
 
 
-@lru_cache(maxsize=8)
+@kept
 def _bit_table(device: torch.device) -> Tensor:
     """Table of `read_pages` from stored bits to bits of codes; shared: do not write to it."""
-    with torch.inference_mode(False), torch.no_grad():  # kept: must stay usable outside inference mode
-        return page_table(torch.arange(2, dtype=torch.uint8, device=device), 1)
+    return page_table(torch.arange(2, dtype=torch.uint8, device=device), 1)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from quantpress.errors import UnsupportedBitsError
+from quantpress.quantization.kept import kept
 
 BITS = (1, 2, 3, 4)
 Filters = tuple[tuple[float, ...], ...]
@@ -121,11 +122,10 @@ def trellis(bits: int) -> Trellis:
     return Trellis.linear(bits, row["taps"]) if "taps" in row else Trellis(bits, tuple(row["levels"]))
 
 
-@lru_cache(maxsize=64)
+@kept
 def shared_levels(code: Trellis, head_dim: int, device: torch.device) -> Tensor:
     """`Trellis.level_tensor`, cached and shared: do not write to it."""
-    with torch.inference_mode(False), torch.no_grad():  # kept: must stay usable outside inference mode
-        return code.level_tensor(head_dim, device)
+    return code.level_tensor(head_dim, device)
 
 
 @lru_cache(maxsize=1)

@@ -1,7 +1,6 @@
 """Which codes in parts the int8 kernel reads: two groups of 64 channels, and keys of 128 with a sketch."""
 
 from dataclasses import replace
-from functools import lru_cache
 
 import torch
 
@@ -13,6 +12,7 @@ from quantpress.kernels.attend.operands import (
     PartOperands,
     ScalarOperands,
 )
+from quantpress.quantization.kept import kept
 from quantpress.quantization.rotation import Rotation
 
 HEAD_DIM = 128
@@ -90,11 +90,10 @@ def signs_of_groups(groups: Groups, device: torch.device, keys: bool) -> torch.T
     return _signs(tuple(group.rotation for group in groups), units, device)
 
 
-@lru_cache(maxsize=64)
+@kept
 def _signs(rotations: tuple[Rotation, ...], units: tuple[float, ...], device: torch.device) -> torch.Tensor:
-    with torch.inference_mode(False):  # kept: must stay usable outside inference mode
-        rows = [rotation.matrix()[0] * unit for rotation, unit in zip(rotations, units, strict=True)]
-        return torch.cat(rows).float().to(device)
+    rows = [rotation.matrix()[0] * unit for rotation, unit in zip(rotations, units, strict=True)]
+    return torch.cat(rows).float().to(device)
 
 
 def _unit_of_plane(bits: int, levels: tuple[float, ...], beside: bool) -> float:
@@ -102,27 +101,25 @@ def _unit_of_plane(bits: int, levels: tuple[float, ...], beside: bool) -> float:
     return levels[-1] / (BESIDE if beside else 1.0) if bits == 1 else 1.0
 
 
-@lru_cache(maxsize=64)
+@kept
 def with_planes(operands: PartOperands, keys: bool) -> PartOperands:
     """Keys or values with levels 1 and -1 in parts of one bit, as the kernel reads them."""
     parts, rows, beside = [], [], keys and operands.parts[0].bits > 1
-    with torch.inference_mode(False):  # kept, as above
-        turns = operands.turn.split([part.channels for part in operands.parts])
-        for part, turn in zip(operands.parts, turns, strict=True):
-            rows.append(turn * _unit_of_plane(part.bits, part.levels, beside))
-            parts.append(replace(part, levels=(-1.0, 1.0)) if part.bits == 1 else part)
-        return PartOperands(tuple(parts), torch.cat(rows), operands.groups)
+    turns = operands.turn.split([part.channels for part in operands.parts])
+    for part, turn in zip(operands.parts, turns, strict=True):
+        rows.append(turn * _unit_of_plane(part.bits, part.levels, beside))
+        parts.append(replace(part, levels=(-1.0, 1.0)) if part.bits == 1 else part)
+    return PartOperands(tuple(parts), torch.cat(rows), operands.groups)
 
 
-@lru_cache(maxsize=64)
+@kept
 def lookup_of_groups(keys: Groups, values: Groups, device: torch.device) -> torch.Tensor:
     """[8, 32] int32: `lookup_table` of the first groups, and of the second ones where there are such."""
     from quantpress.kernels.attend.lookup import lookup_table
 
     tables = []
-    with torch.inference_mode(False):  # kept, as above
-        for number in range(2):
-            groups = [side[number] if number < len(side) else None for side in (keys, values)]
-            books = [None if one is None or one.bits == 1 else one.codebook for one in groups]
-            tables.append(lookup_table(books[0], books[1], torch.device("cpu")))
-        return torch.cat(tables).to(device)  # no kernel makes it: others read it before they wait for any
+    for number in range(2):
+        groups = [side[number] if number < len(side) else None for side in (keys, values)]
+        books = [None if one is None or one.bits == 1 else one.codebook for one in groups]
+        tables.append(lookup_table(books[0], books[1], torch.device("cpu")))
+    return torch.cat(tables).to(device)  # no kernel makes it: others read it before they wait for any

@@ -1,10 +1,9 @@
 """Which codes are read in parts, and the matrices and levels that the kernels read them with."""
 
-from functools import lru_cache
-
 import torch
 
 from quantpress.kernels.attend.operands import CodePart, KernelOperands, PartOperands
+from quantpress.quantization.kept import kept
 
 LEAST_CHANNELS = 32
 """Channels of a part are padded to a power of two of at least so many."""
@@ -16,7 +15,7 @@ _FACTORS = 1 << 13
 """Factors that are tried, from 1 to 2."""
 
 
-@lru_cache(maxsize=256)
+@kept
 def as_parts(operands: KernelOperands) -> PartOperands | None:
     """Codes of any width and levels as one part, filtered planes too; None for pages that hold keys."""
     if isinstance(operands, PartOperands):
@@ -26,16 +25,14 @@ def as_parts(operands: KernelOperands) -> PartOperands | None:
     filters = operands.filters
     levels, reach = (_sums(sum(filters, ())), len(filters[0])) if filters else (operands.levels, 0)
     part = CodePart("codes0", "scale0", operands.bits, operands.head_dim, levels, reach)
-    with torch.inference_mode(False):  # kept: must stay usable outside inference mode
-        return PartOperands((part,), operands.rotation.matrix() * operands.unit)
+    return PartOperands((part,), operands.rotation.matrix() * operands.unit)
 
 
 def _sums(taps: tuple[float, ...]) -> tuple[float, ...]:
     """Sums of taps for every choice of their signs: plus tap i where bit i of the sum's number is 1."""
-    with torch.inference_mode(False):  # kept: must stay usable outside inference mode
-        bit = torch.arange(1 << len(taps), device="cpu")[:, None] >> torch.arange(len(taps), device="cpu") & 1
-        signed = (2 * bit - 1) * torch.tensor(taps, dtype=torch.float64, device="cpu")
-        return tuple(signed.sum(1).tolist())
+    bit = torch.arange(1 << len(taps), device="cpu")[:, None] >> torch.arange(len(taps), device="cpu") & 1
+    signed = (2 * bit - 1) * torch.tensor(taps, dtype=torch.float64, device="cpu")
+    return tuple(signed.sum(1).tolist())
 
 
 def padded_channels(part: CodePart | None) -> int:
@@ -43,38 +40,36 @@ def padded_channels(part: CodePart | None) -> int:
     return 0 if part is None else max(LEAST_CHANNELS, 1 << (part.channels - 1).bit_length())
 
 
-@lru_cache(maxsize=64)
+@kept
 def half_levels(levels: tuple[float, ...]) -> tuple[torch.Tensor, float]:
     """[2**b] float16 levels, and the factor that makes the given ones of them.
 
     Odd whole numbers are exact. Others are multiplied first by what float16 rounds them least with: a table
     of 16 levels then loses a tenth of what it would, one of 256 half.
     """
-    with torch.inference_mode(False):  # kept, as above
-        exact = torch.tensor(levels, dtype=torch.float64, device="cpu")
-        tried = torch.logspace(0, 1, _FACTORS, base=2, dtype=torch.float64, device="cpu")
-        found = exact * tried[:, None]
-        lost = ((found.half().double() - found) / tried[:, None]).abs().amax(1)
-        best = int(lost.argmin())
-        return found[best].half(), float(1 / tried[best])
+    exact = torch.tensor(levels, dtype=torch.float64, device="cpu")
+    tried = torch.logspace(0, 1, _FACTORS, base=2, dtype=torch.float64, device="cpu")
+    found = exact * tried[:, None]
+    lost = ((found.half().double() - found) / tried[:, None]).abs().amax(1)
+    best = int(lost.argmin())
+    return found[best].half(), float(1 / tried[best])
 
 
-@lru_cache(maxsize=64)
+@kept
 def turn_matrix(operands: PartOperands, device: torch.device) -> torch.Tensor:
     """[E, D] float32: the rows of `turn`, and rows of zeros behind each part's, up to its padding.
 
     Each has the factor of `half_levels`.
     """
-    with torch.inference_mode(False), torch.no_grad():  # kept, as above
-        rows, at = [], 0
-        for part in operands.parts:
-            own = (operands.turn[at : at + part.channels] * half_levels(part.levels)[1]).float()
-            rows.append(torch.nn.functional.pad(own, (0, 0, 0, padded_channels(part) - part.channels)))
-            at += part.channels
-        return torch.cat(rows).to(device)
+    rows, at = [], 0
+    for part in operands.parts:
+        own = (operands.turn[at : at + part.channels] * half_levels(part.levels)[1]).float()
+        rows.append(torch.nn.functional.pad(own, (0, 0, 0, padded_channels(part) - part.channels)))
+        at += part.channels
+    return torch.cat(rows).to(device)
 
 
-@lru_cache(maxsize=64)
+@kept
 def level_rows(
     keys: PartOperands, values: PartOperands, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -86,18 +81,15 @@ def level_rows(
         low bytes of eight levels, or of as many positive ones where there are 2 or 16 levels, and their high
         bytes.
     """
-    with torch.inference_mode(False):  # kept, as above
-        rows = torch.zeros(4, MOST_LEVELS, dtype=torch.float16, device="cpu")
-        tables = torch.zeros(4, 4, dtype=torch.int32, device="cpu")
-        for side, operands in enumerate((keys, values)):
-            for number, part in enumerate(operands.parts, 2 * side):
-                levels = half_levels(part.levels)[0]
-                rows[number, : len(levels)] = levels.flip(0) if part.reach else levels
-                if part.bits <= 4 and not part.reach:
-                    held = torch.zeros(8, dtype=torch.float16, device="cpu")
-                    own = levels[len(levels) // 2 :] if part.bits in (1, 4) else levels
-                    held[: len(own)] = own
-                    tables[number] = (
-                        held.view(torch.uint8).view(8, 2).T.contiguous().view(torch.int32).view(4)
-                    )
-        return rows.to(device), tables.to(device)
+    rows = torch.zeros(4, MOST_LEVELS, dtype=torch.float16, device="cpu")
+    tables = torch.zeros(4, 4, dtype=torch.int32, device="cpu")
+    for side, operands in enumerate((keys, values)):
+        for number, part in enumerate(operands.parts, 2 * side):
+            levels = half_levels(part.levels)[0]
+            rows[number, : len(levels)] = levels.flip(0) if part.reach else levels
+            if part.bits <= 4 and not part.reach:
+                held = torch.zeros(8, dtype=torch.float16, device="cpu")
+                own = levels[len(levels) // 2 :] if part.bits in (1, 4) else levels
+                held[: len(own)] = own
+                tables[number] = held.view(torch.uint8).view(8, 2).T.contiguous().view(torch.int32).view(4)
+    return rows.to(device), tables.to(device)
