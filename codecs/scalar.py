@@ -15,6 +15,7 @@ from torch import Tensor
 from quantpress.codecs.parts import Parts, kind_of, portable
 from quantpress.codecs.protocol import PageCodec, Planes
 from quantpress.errors import InvalidInputError
+from quantpress.kept import kept
 from quantpress.kernels.attend.operands import (
     CodePart,
     KernelOperands,
@@ -26,7 +27,6 @@ from quantpress.kernels.dequantize import decode_code_space, decode_pages, from_
 from quantpress.kernels.encode import encode_pages
 from quantpress.kernels.layout import PAGE_TOKENS, gather_rows, pack_pages, unpack_pages
 from quantpress.quantization.budget import ChannelGroup
-from quantpress.quantization.kept import kept
 from quantpress.quantization.qjl import SQRT_HALF_PI
 from quantpress.quantization.spec import CodecSpec
 from quantpress.quantization.transform import ChannelTransform

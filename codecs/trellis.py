@@ -15,6 +15,7 @@ from torch import Tensor
 from quantpress.codecs.parts import Parts, kind_of, portable
 from quantpress.codecs.protocol import PageCodec, Planes
 from quantpress.codecs.scalar import CONSTANTS, check_constants, digest_of
+from quantpress.kept import kept
 from quantpress.kernels.attend.operands import CodePart, KernelOperands, PartOperands, SignOperands
 from quantpress.kernels.dequantize import from_code_space, to_code_space
 from quantpress.kernels.dequantize.reference import check_planes
@@ -29,7 +30,6 @@ from quantpress.kernels.encode.reference import (
 from quantpress.kernels.layout import gather_rows
 from quantpress.kernels.trellis import nearest_path
 from quantpress.kernels.trellis.bit_planes import pack_bit_planes, unpack_bit_planes
-from quantpress.quantization.kept import kept
 from quantpress.quantization.numerics import in_named_dtypes
 from quantpress.quantization.spec import CodecSpec
 from quantpress.quantization.transform import ChannelTransform

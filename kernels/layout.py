@@ -35,7 +35,7 @@ import torch
 from torch import Tensor
 
 from quantpress.errors import InvalidInputError, UnsupportedBitsError
-from quantpress.quantization.kept import kept
+from quantpress.kept import kept
 
 PAGE_TOKENS = 128
 ROLES = ("key", "value")

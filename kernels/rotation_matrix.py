@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from quantpress.quantization.kept import kept
+from quantpress.kept import kept
 from quantpress.quantization.rotation import Rotation
 
 _SPLIT_SCALE = 2.0**12  # keeps the low halves of a rotation's entries among float16's normal numbers

@@ -16,7 +16,7 @@ import math
 import torch
 from torch import Tensor
 
-from quantpress.quantization.kept import kept
+from quantpress.kept import kept
 from quantpress.quantization.numerics import exact_product
 
 SQRT_HALF_PI = math.sqrt(math.pi / 2)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from quantpress.errors import InvalidInputError
-from quantpress.quantization.kept import kept
+from quantpress.kept import kept
 from quantpress.quantization.numerics import exact_product
 
 ROTATION_KINDS = ("hadamard", "haar", "identity")

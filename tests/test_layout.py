@@ -63,7 +63,7 @@ WITHOUT_KVPRESS = (
     "kernels",
     "quantization",
 )  # usable beside a newer transformers
-FREE_FOR_ALL = {"deferred", "errors", "rule", "version"}
+FREE_FOR_ALL = {"deferred", "errors", "kept", "rule", "version"}
 
 
 @functools.cache

@@ -12,8 +12,8 @@ import torch
 import triton
 import triton.language as tl
 
+from quantpress.kept import kept
 from quantpress.quantization.codebook import Codebook
-from quantpress.quantization.kept import kept
 
 LANES = 32
 FINE = 1 / 256

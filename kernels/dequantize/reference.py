@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from quantpress.errors import InvalidInputError
+from quantpress.kept import kept
 from quantpress.kernels.layout import PAGE_TOKENS, page_bytes, page_table, read_pages
 from quantpress.quantization.codebook import Codebook
-from quantpress.quantization.kept import kept
 from quantpress.quantization.numerics import exact_product
 from quantpress.quantization.qjl import SQRT_HALF_PI
 from quantpress.quantization.spec import CodecSpec

@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from quantpress.kept import kept
 from quantpress.kernels.available import FUSED
 from quantpress.kernels.dequantize.triton_kernel import decode_code_space_kernel, decode_pages_kernel
 from quantpress.kernels.layout import PAGE_TOKENS
 from quantpress.kernels.rotation_matrix import RotationMatrix, halved, padded, rotation_matrix
 from quantpress.quantization.codebook import Codebook
-from quantpress.quantization.kept import kept
 from quantpress.quantization.qjl import SQRT_HALF_PI
 from quantpress.quantization.spec import CodecSpec
 from quantpress.quantization.transform import ChannelTransform

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from quantpress.kept import kept
 from quantpress.kernels.available import FUSED
 from quantpress.kernels.encode.octets import (
     GATHER_CONSTRAINTS,
@@ -22,7 +23,6 @@ from quantpress.kernels.layout import PAGE_TOKENS
 from quantpress.kernels.quick import quick
 from quantpress.kernels.rotation_matrix import rotation_matrix
 from quantpress.quantization.codebook import Codebook
-from quantpress.quantization.kept import kept
 from quantpress.quantization.rotation import Rotation
 from quantpress.quantization.spec import CodecSpec
 from quantpress.quantization.transform import ChannelTransform

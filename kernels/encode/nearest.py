@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from quantpress.kept import kept
 from quantpress.quantization.codebook import Codebook
-from quantpress.quantization.kept import kept
 
 CELLS_PER_GAP = 4  # leaves a cell on both sides for float32 rounding
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from quantpress.deferred import judge, zero_flags
+from quantpress.kept import kept
 from quantpress.kernels.available import FUSED
 from quantpress.kernels.encode.hopper_encode import is_hopper
 from quantpress.kernels.encode.sketch_kernel import encode_sketch_kernel
@@ -21,7 +22,6 @@ from quantpress.kernels.encode.triton_encode import (
 from quantpress.kernels.layout import PAGE_TOKENS, page_bytes
 from quantpress.kernels.quick import quick
 from quantpress.kernels.rotation_matrix import halved, padded
-from quantpress.quantization.kept import kept
 from quantpress.quantization.spec import CodecSpec
 from quantpress.quantization.transform import ChannelTransform
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from quantpress.deferred import deferred_checks, judge, zero_flags
 from quantpress.errors import NonFiniteError
+from quantpress.kept import kept
 from quantpress.kernels.available import FUSED
 from quantpress.kernels.encode.assembly import rounding_assembly, squares_assembly, summand_unit
 from quantpress.kernels.encode.hopper_encode import covers, launch_hopper
@@ -22,7 +23,6 @@ from quantpress.kernels.layout import PAGE_TOKENS, page_bytes
 from quantpress.kernels.quick import quick
 from quantpress.kernels.rotation_matrix import RotationMatrix, padded, rotation_matrix
 from quantpress.quantization.codebook import Codebook
-from quantpress.quantization.kept import kept
 from quantpress.quantization.spec import CodecSpec
 from quantpress.quantization.transform import ChannelTransform
 

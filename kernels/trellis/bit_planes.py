@@ -9,8 +9,8 @@ levels of trellises with taps are linear in them.
 import torch
 from torch import Tensor
 
+from quantpress.kept import kept
 from quantpress.kernels.layout import PAGE_TOKENS, pack_pages, page_table, read_pages
-from quantpress.quantization.kept import kept
 
 
 def pack_bit_planes(codes: Tensor, bits: int, role: str) -> Tensor:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from quantpress.errors import UnsupportedBitsError
-from quantpress.quantization.kept import kept
+from quantpress.kept import kept
 
 BITS = (1, 2, 3, 4)
 Filters = tuple[tuple[float, ...], ...]

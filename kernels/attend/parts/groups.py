@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import torch
 
+from quantpress.kept import kept
 from quantpress.kernels.attend.operands import (
     CodePart,
     KernelOperands,
@@ -12,7 +13,6 @@ from quantpress.kernels.attend.operands import (
     PartOperands,
     ScalarOperands,
 )
-from quantpress.quantization.kept import kept
 from quantpress.quantization.rotation import Rotation
 
 HEAD_DIM = 128

@@ -2,8 +2,8 @@
 
 import torch
 
+from quantpress.kept import kept
 from quantpress.kernels.attend.operands import CodePart, KernelOperands, PartOperands
-from quantpress.quantization.kept import kept
 
 LEAST_CHANNELS = 32
 """Channels of a part are padded to a power of two of at least so many."""

@@ -8,9 +8,9 @@ from threading import Barrier
 import pytest
 import torch
 
-from quantpress.quantization.kept import kept
+from quantpress.kept import kept
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[1]
 
 
 def test_nothing_is_let_go_of() -> None:
