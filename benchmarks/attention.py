@@ -167,7 +167,9 @@ def copied(segment: Segment) -> Segment:
 
 def fp8_baseline(shape: Shape) -> Measured | None:
     """The fastest attention over an FP8 cache, or None on a GPU without FP8."""
-    found, _ = baselines(shape.batch, shape.kv_heads, shape.group, shape.tokens, shape.head_dim)
+    found, failed = baselines(shape.batch, shape.kv_heads, shape.group, shape.tokens, shape.head_dim)
+    for reason in failed:
+        print(f"fp8, {shape.batch} x {shape.tokens} tokens: {reason}", file=sys.stderr)
     return found[0] if found else None
 
 
