@@ -23,6 +23,7 @@ from quantpress.codecs.scalar import ScalarPages
 from quantpress.evaluation import runner
 from quantpress.evaluation.results import statistics
 from quantpress.evaluation.tasks import haystack
+from quantpress.pipelines import arguments
 from quantpress.presses.traits import traits_of
 from quantpress.quantization.spec import CodecSpec
 from tests.examples.openai_double import openai_server
@@ -103,7 +104,8 @@ def test_every_example_is_named_in_the_list() -> None:
 
 
 @pytest.mark.slow
-def test_a_text_is_asked_about(run: Run, tmp_path: Path) -> None:
+def test_a_text_is_asked_about(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(arguments, "DEFAULT_NEW_TOKENS", 12)
     text = tmp_path / "text.txt"
     text.write_text("Ada lives in Lisbon. The sea is near, and the trams are yellow. " * 20)
     printed = run("ask_a_text.py", str(text), "Where does Ada live?", "--evict", "0.2")

@@ -155,11 +155,71 @@ def _check_overflow_in_one_step() -> None:
     semantic.binary_op_sanitize_overflow_impl = check_at_once
 
 
+def _remember_how_operands_fit() -> None:
+    """Two tensors are made to fit by their types alone, and a number by its value and the other's type.
+
+    What Triton's own function made of them once is done again: nothing, a broadcast, or the same constant.
+    Casts are left to it. No operation writes into a tensor, so that a constant may be shared.
+    """
+    import numpy
+    from triton.language import core
+    from triton.runtime import interpreter
+
+    semantic: Any = type(interpreter.interpreter_semantic)
+    fit = semantic.binary_op_type_checking_impl
+    tensor, handle = core.tensor, interpreter.TensorHandle
+    fitting, constants = dict[Any, Any](), dict[Any, Any]()
+
+    def shaped(operand: Any, kind: Any) -> Any:
+        if kind is None:
+            return operand
+        return tensor(handle(numpy.broadcast_to(operand.handle.data, kind.shape), operand.handle.dtype), kind)
+
+    def fit_again(self: Any, lhs: Any, rhs: Any, *flags: bool, **named: bool) -> tuple[Any, Any]:
+        if type(lhs) is not tensor:
+            return tuple(fit(self, lhs, rhs, *flags, **named))
+        number = type(rhs) is not tensor
+        key = (lhs.type.name, type(rhs), rhs if number else rhs.type.name, flags, *named.items())
+        if number and key in constants:
+            return lhs, constants[key]
+        if not number and key in fitting:
+            one, other = fitting[key]
+            return shaped(lhs, one), shaped(rhs, other)
+        both = fit(self, lhs, rhs, *flags, **named)
+        if number and both[0] is lhs:
+            constants[key] = both[1]
+        elif not number and all(
+            new.type.scalar == old.type.scalar for new, old in zip(both, (lhs, rhs), strict=True)
+        ):
+            fitting[key] = [
+                None if new is old else new.type for new, old in zip(both, (lhs, rhs), strict=True)
+            ]
+        return tuple(both)
+
+    semantic.binary_op_type_checking_impl = fit_again
+
+
+def _look_at_constants_alone() -> None:
+    """Every argument is asked whether it is a constant that holds another value: no tensor or number is."""
+    from triton.language import core
+
+    unwrap, same = core._unwrap_if_constexpr, core.dtype.__eq__
+    plain = {core.tensor, core.dtype, core.block_type, core.pointer_type, int, float, bool, type(None), str}
+
+    def unwrap_constants(given: Any) -> Any:
+        return given if type(given) in plain else unwrap(given)
+
+    core._unwrap_if_constexpr = unwrap_constants
+    core.dtype.__eq__ = lambda self, other: self is other or same(self, other)  # type: ignore[method-assign]
+
+
 def _serve() -> None:
     import torch
 
     _patch_once_a_launch()
     _remember_types()
+    _remember_how_operands_fit()
+    _look_at_constants_alone()
     _check_overflow_in_one_step()
     gc.disable()  # next to nothing of what an operation makes is garbage that only a search finds
     for line in sys.stdin:

@@ -60,8 +60,9 @@ def test_interpreter() -> None:
     assert max(of_sum for _, of_sum in found) < 1e-5
 
 
-@pytest.mark.parametrize("capability", [80, 90, 100])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "capability"), [(torch.bfloat16, 80), (torch.float16, 90), (torch.bfloat16, 100)], ids=str
+)
 def test_compiles_without_a_gpu(dtype: torch.dtype, capability: int) -> None:
     pytest.importorskip("triton")
     from quantpress.kernels.combine.triton_kernel import combine_kernel

@@ -69,7 +69,6 @@ def interpreted(role: str) -> None:
 @pytest.mark.parametrize(
     ("spec", "capability"),
     [
-        (CodecSpec(128, 4, "key"), 90),
         (CodecSpec(128, 4, "key"), 100),
         (CodecSpec(128, 3, "value"), 90),
         (CodecSpec(80, 1, "value"), 80),

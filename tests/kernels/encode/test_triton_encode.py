@@ -71,7 +71,6 @@ def interpreted(role: str) -> None:
     ("spec", "dtype", "moved", "capability"),
     [
         (CodecSpec(128, 4, "key"), torch.bfloat16, True, 80),
-        (CodecSpec(128, 4, "key"), torch.bfloat16, True, 90),
         (CodecSpec(128, 3, "value"), torch.bfloat16, False, 100),
         (CodecSpec(64, 2.5, "key"), torch.float16, True, 80),
         (CodecSpec(80, 1, "value"), torch.float32, True, 100),

@@ -142,8 +142,9 @@ def test_interpreted() -> None:
     assert interpret(__file__).splitlines() == [str(case) for case in CASES]
 
 
-@pytest.mark.parametrize("capability", [80, 90, 100])
-@pytest.mark.parametrize(("rows", "of_block"), [(16, 1), (1024, 8)])
+@pytest.mark.parametrize(
+    ("rows", "of_block", "capability"), [(16, 1, 80), (1024, 8, 80), (16, 1, 90), (1024, 8, 100)]
+)
 def test_compiles(rows: int, of_block: int, capability: int) -> None:
     pytest.importorskip("triton")
     from quantpress.kernels.steps.triton_kernel import plan_decodes_kernel
