@@ -3,15 +3,18 @@
 import math
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from quantpress.errors import InvalidInputError
 from quantpress.kernels.layout import PAGE_TOKENS, page_bytes
 from quantpress.quantization.bounds import lloyd_max_distortion, paper_mse_bound, shannon_distortion
+from quantpress.quantization.density import CoordinateDensity
 from quantpress.quantization.spec import CodecSpec
 
 BIAS_TOLERANCE = 1e-3  # absolute; a rounded scale and a finite sample move the bias of the finest codes, too
 
+_GRID = 1 << 17  # points in [0, 1]: more than a hundred between two levels of 8 bits
 _STATISTIC_BYTES = 4  # mean and weight are float32
 _ORDER_BYTES = 2  # a channel order is int16
 
@@ -25,8 +28,8 @@ class CodecReport:
         samples: how many vectors were measured.
         bits_per_value: stored bits per coordinate, scales included.
         distortion: the measured distortion, the mean over the samples.
-        standard_error: its standard error. At 8 bits most of it comes from few coordinates beyond the last
-            level.
+        standard_error: its standard error; at least that which the codebooks let expect: at 8 bits most of
+            it comes from few coordinates beyond the last level, and a sample may have too few of them.
         expected: the distortion that follows from the codec's codebooks, scale rule and estimator.
         optimum: the distortion of the best scalar codebook (Lloyd-Max) with as many code bits in each channel
             group.
@@ -134,6 +137,21 @@ def expected_distortion(spec: CodecSpec) -> tuple[float, float]:
     return distortion, bias
 
 
+def _spread(spec: CodecSpec) -> float:
+    """Standard deviation of the distortion of one vector, if its coordinates were independent."""
+    variance = 0.0
+    for i, group in enumerate(spec.groups):
+        density, book = CoordinateDensity(group.channels), spec.codebook_of(i)
+        u = (np.arange(_GRID) + 0.5) / _GRID
+        weight = 2 / _GRID * density.pdf(u)  # of u and of -u
+        error = (u - np.array(book.levels)[np.searchsorted(book.thresholds, u)]) ** 2
+        mean = float(weight @ error)
+        variance += (
+            group.channels * (float(weight @ error**2) - mean**2) * (group.channels / spec.head_dim) ** 2
+        )
+    return math.sqrt(variance)
+
+
 def codec_report(spec: CodecSpec, distortions: torch.Tensor, bias: float) -> CodecReport:
     """The report of a measurement.
 
@@ -154,7 +172,7 @@ def codec_report(spec: CodecSpec, distortions: torch.Tensor, bias: float) -> Cod
         samples=samples,
         bits_per_value=spec.bits_per_value,
         distortion=float(distortions.mean()),
-        standard_error=float(distortions.std()) / math.sqrt(samples),
+        standard_error=max(float(distortions.std()), _spread(spec)) / math.sqrt(samples),
         expected=expected,
         optimum=optimum,
         shannon=shannon_distortion(code_bits),

@@ -318,6 +318,13 @@ def test_a_codec_passes_its_own_validation(dim: int, bits: float, role: str, see
     assert report.shannon < report.optimum <= report.expected * 1.001
 
 
+def test_few_samples_hide_no_error() -> None:
+    """Coordinates beyond the last level of 8 bits are rare, and most of the variance; 256 vectors may have none."""
+    few, many = (TurboQuantCodec(80, 8).validate(samples, seed=1) for samples in (256, 32768))
+    deviations = [report.standard_error * report.samples**0.5 for report in (few, many)]
+    assert deviations[0] == pytest.approx(deviations[1], rel=0.4)
+
+
 @pytest.mark.parametrize("scale", ["norm", "norm_corrected", "unbiased"])
 @pytest.mark.parametrize("bits", [2, 3, 4])
 def test_the_report_states_the_bounds(bits: int, scale: str, seed: int) -> None:
