@@ -319,7 +319,7 @@ def test_a_codec_passes_its_own_validation(dim: int, bits: float, role: str, see
 
 
 def test_few_samples_hide_no_error() -> None:
-    """Coordinates beyond the last level of 8 bits are rare, and most of the variance; 256 vectors may have none."""
+    """Coordinates beyond the last level of 8 bits are most of the variance; 256 vectors may have none."""
     few, many = (TurboQuantCodec(80, 8).validate(samples, seed=1) for samples in (256, 32768))
     deviations = [report.standard_error * report.samples**0.5 for report in (few, many)]
     assert deviations[0] == pytest.approx(deviations[1], rel=0.4)

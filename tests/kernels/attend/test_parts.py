@@ -193,7 +193,7 @@ def test_kernels_compile_without_a_gpu(
     split |= padded | division | {"R": block_rows(rows, dim), "USED": heads > 0, "PLAIN": False}
     split["LEVELS"] = MOST_LEVELS
     kernel = compiled(split_parts_kernel, split, capability, len(values) * (1 + (dim > 128)), 1)
-    assert "mma" in kernel.asm["ptx"] and ("prmt.b32" in kernel.asm["ptx"]) == (not windows)
+    assert "mma" in kernel.asm["ptx"] and (windows or "prmt.b32" in kernel.asm["ptx"])
     assert kernel.metadata.shared <= 99 * 1024 and len(kernel.asm["cubin"]) > 0
     if dim == 128 and rows <= 8:
         assert resources(kernel)["STACK"] <= 16, "registers are spilled"
