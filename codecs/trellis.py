@@ -175,6 +175,7 @@ def _operands_of(codec: TrellisPages) -> KernelOperands:
     rotation, unit, code = codec.spec.rotation_of(0), codec.head_dim**-0.5, codec.trellis
     if code.filters:
         return SignOperands(rotation, unit, code.filters)
+    # levels are free at 1 bit only, where the bits of a state are in the order of `CodePart`
     part = CodePart("codes0", "scale0", code.bits, codec.head_dim, code.levels, code.reach)
     return PartOperands((part,), rotation.matrix() * unit)
 

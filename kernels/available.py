@@ -41,6 +41,12 @@ def runs_triton(device: torch.device) -> bool:
 
 
 @lru_cache(maxsize=16)
+def has_tensor_memory(device: torch.device) -> bool:
+    """Whether tensor cores add up in a memory of their own, of 512 columns a multiprocessor (10.0, 11.0)."""
+    return device.type == "cuda" and 10 <= torch.cuda.get_device_capability(device)[0] < 12
+
+
+@lru_cache(maxsize=16)
 def chains(device: torch.device) -> bool:
     """Whether a kernel can start on this device before the one before it has ended (programmatic launch)."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= CHAINS

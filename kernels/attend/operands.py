@@ -4,8 +4,10 @@ Shapes: B batch, Hq query heads, Hkv KV heads, Tq query tokens, T key tokens, D 
 values.
 """
 
+import hashlib
 from dataclasses import dataclass, replace
-from typing import ClassVar, Protocol
+from functools import cached_property
+from typing import Any, ClassVar, Protocol
 
 import torch
 
@@ -215,7 +217,8 @@ class PartOperands:
     """How kernels read pages whose vectors are a sum of parts: x = sum_i turn_i.T (scale_i * levels_i).
 
     So scores are q.x = sum_i scale_i (turn_i q).levels_i. Parts may be groups of channels, each with a
-    rotation of its own, or a code and the sketch of what it leaves over.
+    rotation of its own, or a code and the sketch of what it leaves over. Equal by value, as tables of the
+    kernels are kept by them.
 
     Args:
         parts: one or two.
@@ -231,6 +234,21 @@ class PartOperands:
     levels: ClassVar[tuple[float, ...]] = ()
     page_keys: ClassVar[bool] = False
     filters: ClassVar[Filters] = ()
+
+    def __eq__(self, other: object) -> bool:
+        return self is other or (isinstance(other, PartOperands) and self._value == other._value)
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    @cached_property
+    def _value(self) -> tuple[Any, ...]:
+        turn = hashlib.sha256(self.turn.contiguous().numpy().tobytes()).digest()
+        return self.parts, tuple(self.turn.shape), turn, self.groups
+
+    @cached_property
+    def _hash(self) -> int:
+        return hash(self._value)
 
     @property
     def head_dim(self) -> int:

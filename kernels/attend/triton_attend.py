@@ -43,6 +43,9 @@ MOST_HEAD_DIM = 256
 SIGN_HEAD_DIMS, SIGN_WIDTHS = (64, 128, 256), (1, 2, 3, 4)
 """Channels of a tile, and widths, of bit planes there."""
 
+MOST_LAGS = 4
+"""Of the filters of bit planes."""
+
 MOST_QUERIES = 128
 """Query tokens of one pass. Rows are query heads of a group times query tokens; a program has 8 or 16."""
 
@@ -89,7 +92,9 @@ def _readable_side(side: PackedSide) -> bool:
     if side.transform.order is not None:
         return False
     if isinstance(operands, SignOperands):
-        return operands.bits in SIGN_WIDTHS and operands.head_dim in SIGN_HEAD_DIMS
+        taps = {len(lags) for lags in operands.filters}
+        planes = operands.bits > 1 and len(taps) == 1 and max(taps) <= MOST_LAGS if taps else True
+        return planes and operands.bits in SIGN_WIDTHS and operands.head_dim in SIGN_HEAD_DIMS
     if not isinstance(operands, ScalarOperands):
         return False
     fits = operands.bits in WIDTHS and (operands.bits < 8 or not operands.fine)

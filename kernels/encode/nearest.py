@@ -45,9 +45,9 @@ class NearestLevel:
             [...] float32.
         """
         cell = unit.sub(self.origin).mul_(self.pitch).clamp_(0, len(self.first) - 1).int()
-        code = self.first.index_select(0, cell.view(-1)).view_as(cell)
-        code += unit > self.thresholds.index_select(0, code.view(-1)).view_as(unit)
-        return code.to(torch.uint8), self.levels.index_select(0, code.view(-1)).view_as(unit)
+        code = self.first.index_select(0, cell.reshape(-1)).reshape(cell.shape)
+        code += unit > self.thresholds.index_select(0, code.reshape(-1)).reshape(unit.shape)
+        return code.to(torch.uint8), self.levels.index_select(0, code.reshape(-1)).reshape(unit.shape)
 
 
 @kept

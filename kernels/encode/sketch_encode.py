@@ -7,7 +7,7 @@ from torch import Tensor
 
 from quantpress.deferred import judge, zero_flags
 from quantpress.kept import kept
-from quantpress.kernels.available import FUSED
+from quantpress.kernels.available import FUSED, has_tensor_memory
 from quantpress.kernels.encode.hopper_encode import is_hopper
 from quantpress.kernels.encode.sketch_kernel import encode_sketch_kernel
 from quantpress.kernels.encode.triton_encode import (
@@ -21,7 +21,7 @@ from quantpress.kernels.encode.triton_encode import (
 )
 from quantpress.kernels.layout import PAGE_TOKENS, page_bytes
 from quantpress.kernels.quick import quick
-from quantpress.kernels.rotation_matrix import halved, padded
+from quantpress.kernels.rotation_matrix import halved, padded, rotation_matrix
 from quantpress.quantization.spec import CodecSpec
 from quantpress.quantization.transform import ChannelTransform
 
@@ -35,8 +35,16 @@ _OF_GROUP = ("BOOK", "C", "CP", "BK", "BITS", "HALVES")
 
 
 def supports_sketch(x: Tensor, spec: CodecSpec) -> bool:
-    """Whether the kernel takes this call: "prod", 16 or 32-bit vectors of up to 128 channels."""
-    return spec.estimator == "prod" and spec.head_dim <= MAX_CHANNELS and x.dtype in DTYPES and x.dim() == 4
+    """Whether the kernel takes this call: "prod", 16 or 32-bit vectors of up to 128 channels.
+
+    From compute capability 10.0 on sums are in tensor memory, of which a rotation of more than 64 channels in
+    two float16 matrices needs more than there is.
+    """
+    if spec.estimator != "prod" or spec.head_dim > MAX_CHANNELS or x.dtype not in DTYPES or x.dim() != 4:
+        return False
+    if not has_tensor_memory(x.device) or spec.head_dim <= MAX_CHANNELS // 2:
+        return True
+    return len(rotation_matrix(spec.rotation_of(0), x.device).halves) == 1
 
 
 def sketch_settings(spec: CodecSpec, roomy: bool, hopper: bool) -> EncodeSettings:

@@ -112,7 +112,8 @@ class Call:
         return operands_of(self.packed.keys), operands_of(self.packed.values)
 
     def _block_rows(self) -> int:
-        return block_rows(self.rows, self.query.shape[-1], most_planes(self.keys, self.values))
+        head_dim = max(self.keys.head_dim, self.values.head_dim)
+        return block_rows(self.rows, head_dim, most_planes(self.keys, self.values))
 
     def _opens(self) -> bool:
         return not self.plain and opens_call(self.query, self.keys, self.values, self.computed)

@@ -11,19 +11,27 @@ LEAST_CHANNELS = 32
 MOST_LEVELS = 512
 """Of a part."""
 
+MOST_REACH = 8
+"""Channels whose codes choose a level."""
+
 _FACTORS = 1 << 13
 """Factors that are tried, from 1 to 2."""
 
 
 @kept
 def as_parts(operands: KernelOperands) -> PartOperands | None:
-    """Codes of any width and levels as one part, filtered planes too; None for pages that hold keys."""
+    """Codes of any width and levels as one part, filtered planes too; None for what the kernel does not read.
+
+    That is pages that hold keys, and filters with too many taps, or not as many for each plane.
+    """
     if isinstance(operands, PartOperands):
         return operands
-    if operands.page_keys:
-        return None
     filters = operands.filters
-    levels, reach = (_sums(sum(filters, ())), len(filters[0])) if filters else (operands.levels, 0)
+    uneven = len({len(lags) for lags in filters}) > 1
+    reach = len(filters[0]) if filters else 0
+    if operands.page_keys or uneven or reach > MOST_REACH or 1 << operands.bits * reach > MOST_LEVELS:
+        return None
+    levels = _sums(sum(filters, ())) if filters else operands.levels
     part = CodePart("codes0", "scale0", operands.bits, operands.head_dim, levels, reach)
     return PartOperands((part,), operands.rotation.matrix() * operands.unit)
 

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from quantpress.codecs.scalar import ScalarPages
 from quantpress.codecs.trellis import TrellisPages
 from quantpress.kernels.attend import DenseSegment, PackedSegment, PackedSide, Segment, Visibility, attend
 from quantpress.kernels.attend.calls.settings import block_rows
-from quantpress.kernels.attend.operands import PartOperands
+from quantpress.kernels.attend.operands import CodePart, PartOperands, SignOperands
 from quantpress.kernels.attend.parts.operands import (
     MOST_LEVELS,
     as_parts,
@@ -23,10 +24,12 @@ from quantpress.kernels.attend.parts.operands import (
     turn_matrix,
 )
 from quantpress.kernels.attend.reference import attend_reference
+from quantpress.kernels.attend.triton_attend import _readable_side as readable_side
 from quantpress.kernels.attend.triton_attend import supports
 from quantpress.kernels.layout import unpack_pages
 from quantpress.kernels.trellis.bit_planes import pack_bit_planes
 from quantpress.quantization.codebook import codebook
+from quantpress.quantization.rotation import Rotation
 from quantpress.quantization.spec import CodecSpec
 from quantpress.quantization.transform import ChannelTransform, key_statistics, value_statistics
 from quantpress.quantization.trellis import trellis
@@ -92,6 +95,31 @@ def test_parts_add_up_to_what_is_decoded(bits: float, options: dict[str, Any]) -
     assert (transform.invert(total) - expected).norm() < 1e-6 * expected.norm()
     padded = turn_matrix(own, CPU)
     assert padded.shape == (sum(map(padded_channels, own.parts)), 64) and padded.dtype == torch.float32
+
+
+def test_operands_are_equal_by_value() -> None:
+    """A codec that makes them anew at each call has the same tables."""
+    part, turn = CodePart("codes0", "scale0", 1, 64, (-1.0, 1.0)), torch.eye(64, dtype=torch.float64)
+    one, same = (PartOperands((part,), turn.clone()) for _ in range(2))
+    assert one == same and hash(one) == hash(same) and turn_matrix(one, CPU) is turn_matrix(same, CPU)
+    assert one != PartOperands((part,), 2 * turn) and one != part
+
+
+@pytest.mark.parametrize(
+    ("planes", "lags", "by_signs", "in_parts"),
+    [
+        *((2, 4, True, True), (4, 2, True, True), (3, 3, True, True), (2, 5, False, False)),
+        *((1, 8, False, True), (1, 9, False, False), (4, 3, True, False)),
+    ],
+)
+def test_filters_that_are_read(planes: int, lags: int, by_signs: bool, in_parts: bool) -> None:
+    """Others go page by page: int8 kernels have four lags and two planes at least, windows nine bits."""
+    operands = SignOperands(Rotation(64), 1.0, ((0.5,) * lags,) * planes)
+    assert (as_parts(operands) is not None) == in_parts
+    side: Any = SimpleNamespace(
+        codec=SimpleNamespace(kernel_operands=lambda: operands), transform=ChannelTransform()
+    )
+    assert readable_side(side) == by_signs
 
 
 @pytest.mark.parametrize("bits", [1, 2, 3, 4])

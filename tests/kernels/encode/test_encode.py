@@ -1,6 +1,7 @@
 """Encoding against an independent float64 implementation in numpy, and at the edges of what a float holds."""
 
 import re
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -123,6 +124,15 @@ def test_any_float_dtype_is_read_as_the_numbers_it_holds(dtype: torch.dtype) -> 
     expected = encode_pages(x.float(), spec, ChannelTransform())
     assert all(torch.equal(got[name], expected[name]) for name in expected)
     check_against_float64(x, spec, ChannelTransform())
+
+
+@pytest.mark.parametrize("estimator", ["mse", "prod"])
+def test_heads_between_channels_and_tokens(estimator: Literal["mse", "prod"]) -> None:
+    """As attention layers have them; without a rotation nothing makes them contiguous."""
+    x = torch.randn(1, PAGE_TOKENS, 2, 64).transpose(1, 2)
+    spec = CodecSpec(64, 4, "key", rotation="identity", estimator=estimator)
+    got, expected = (encode_pages(one, spec, ChannelTransform()) for one in (x, x.contiguous()))
+    assert all(torch.equal(got[name], expected[name]) for name in expected)
 
 
 @pytest.mark.parametrize("bits", [2, 2.5, 4])

@@ -7,7 +7,9 @@ import torch
 
 from quantpress.deferred import DeferredChecks
 from quantpress.errors import NonFiniteError
+from quantpress.kernels.encode import sketch_encode
 from quantpress.kernels.encode.reference import encode_pages_reference
+from quantpress.kernels.encode.sketch_encode import supports_sketch
 from quantpress.kernels.layout import PAGE_TOKENS, unpack_pages
 from quantpress.quantization.spec import CodecSpec
 from quantpress.quantization.transform import ChannelTransform
@@ -54,6 +56,17 @@ def check_sketch(
     stored = planes["residual"].double().flatten(2, 3)
     right = right.clamp(max=torch.finfo(planes["residual"].dtype).max)
     assert ((stored - right).abs() <= (SCALE_ROUNDING[spec.scale_dtype] + 2e-5) * right + 2**-25).all(), spec
+
+
+def test_tensor_memory_that_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From 10.0 on two matrices of 128 columns for the rotation do not fit beside the sums."""
+    covered = [sketched(64, 3), sketched(128, 4), sketched(80, 3, rotation="identity")]
+    crowded = [sketched(96, 3), sketched(128, 4, rotation="haar")]
+    x = {dim: torch.empty(1, 1, PAGE_TOKENS, dim) for dim in (64, 80, 96, 128)}
+    assert all(supports_sketch(x[spec.head_dim], spec) for spec in (*covered, *crowded))
+    monkeypatch.setattr(sketch_encode, "has_tensor_memory", lambda device: True)
+    assert all(supports_sketch(x[spec.head_dim], spec) for spec in covered)
+    assert not any(supports_sketch(x[spec.head_dim], spec) for spec in crowded)
 
 
 def case_specs(role: str) -> list[CodecSpec]:
