@@ -38,7 +38,7 @@ from quantpress.kernels.attend.schedule import (
     page_schedule,
     schedule_programs,
 )
-from quantpress.kernels.attend.triton_attend import pass_bounds, supports
+from quantpress.kernels.attend.triton_attend import HEAD_DIMS, in_tiles, pass_bounds, supports
 from quantpress.kernels.available import FUSED
 from quantpress.presses import TurboQuant
 from quantpress.presses.presets import PRESETS
@@ -383,6 +383,18 @@ def test_the_next_kernel_starts_behind_the_loads(page: int) -> None:
     matrix = 128 * 128 // (8 * 4 * 32)  # loads of 16 bytes
     assert query.count("ld.global.v4") == matrix, "the rotation"
     assert len(re.findall(r"ld\.global\.b(16|32)", query)) == 3, "query, mean and weights"
+
+
+def test_tiles_have_as_many_channels_everywhere() -> None:
+    """Launches, and kernels in Triton and in Gluon, have a function each for it."""
+    pytest.importorskip("triton")
+    from quantpress.kernels.attend.words import operand_channels
+    from quantpress.kernels.padding import padded
+    from quantpress.kernels.rotation_matrix import padded as of_launches
+
+    for dim in range(1, 257):
+        assert padded(dim) == of_launches(dim)
+        assert not in_tiles(dim) or operand_channels(dim) == of_launches(dim) in HEAD_DIMS
 
 
 def test_calls_that_are_covered() -> None:
