@@ -7,8 +7,7 @@ from torch import Tensor
 
 from quantpress.deferred import judge, zero_flags
 from quantpress.kept import kept
-from quantpress.kernels.available import FUSED, has_tensor_memory
-from quantpress.kernels.encode.hopper_encode import is_hopper
+from quantpress.kernels.available import FUSED, has_tensor_memory, is_hopper
 from quantpress.kernels.encode.sketch_kernel import encode_sketch_kernel
 from quantpress.kernels.encode.triton_encode import (
     DTYPES,

@@ -190,6 +190,7 @@ def compiled(kernel: Any, constants: dict[str, Any], capability: int, warps: int
     [
         (4, 4, 128, 8, 80, 0),
         (4, 4, 128, 4, 90, 0),
+        (4, 4, 128, 8, 90, 0),
         (3, 3, 128, 4, 90, 0),
         (4, 4, 128, 4, 100, 0),
         (2, 2, 128, 8, 100, 0),
@@ -264,6 +265,8 @@ def test_split_kernel_compiles_without_a_gpu(
     constants |= dict.fromkeys(("HAS_WEIGHT", "HAS_MEAN", "RECENT_USED", "RECENT_STARTS"), True)
     constants |= {"FIRST_USED": heads > 0, "FIRST_STARTS": False, "AHEAD": ahead}
     constants |= {"FIRST_PAGE": heads and 4, "RECENT_PAGE": heads and 128}
+    lanes = (rows == 8) * 2 if dim == 128 else dim == 256
+    constants |= {"IN_LANES": int(lanes) if capability == 90 and heads == 0 and not ahead else 0}
     constants |= without_second_parts(split_mma_kernel)
     kernel = compiled(split_mma_kernel, constants, capability, 1)
     assert "mma.sync.aligned.m16n8k32.row.col.satfinite.s32.s8.s8.s32" in kernel.asm["ptx"]
