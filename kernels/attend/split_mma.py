@@ -96,7 +96,7 @@ def _start_next():
 
 @gluon.jit
 def _in_lanes(x):
-    """x, for the assembler a number of each lane from here on: it does not know that a lane's mask has one bit.
+    """x, for the assembler a number of each lane from here on: it cannot know that a lane's mask has one bit.
 
     With numbers that all lanes share, and so with most addresses, it computes in registers of the whole warp.
     There they take longer, and it fills the time before the loads with what was to follow them.
