@@ -13,7 +13,7 @@ from quantpress.evaluation.sizing.engine_plan import EngineAsked, engine_plans
 from quantpress.evaluation.sizing.model_outline import outline
 from tests.engines.vllm.engine.lossless import codecs_by_width
 from tests.engines.vllm.engine.poison import layers
-from tests.engines.vllm.engine.running import BLOCK, OPTIONS, Engine, engine
+from tests.engines.vllm.engine.running import BLOCK, CHUNK, OPTIONS, Engine, engine
 from tests.engines.vllm.engine.tiny import CONFIG, Truth, save_model, tokens, with_plan
 
 HEAD_DIM, LAYERS, HEADS = CONFIG["head_dim"], CONFIG["num_hidden_layers"], CONFIG["num_key_value_heads"]
@@ -65,9 +65,10 @@ def key_error(running: Engine, layer: int, keys: Tensor, blocks: list[int]) -> f
     return float((packed - keys).norm() / keys.norm())
 
 
-def test_each_layer_has_the_widths_of_a_plan(tmp_path: Path) -> None:
+@pytest.mark.parametrize("dim", [80, 96])
+def test_each_layer_has_the_widths_of_a_plan(dim: int, tmp_path: Path) -> None:
     """As many bytes as they promise, and packed keys as precise as their widths allow."""
-    widths, dim = {0: (2, 4), 1: (4, 4), 2: (3, 2)}, 80
+    widths = {0: (2, 4), 1: (4, 4), 2: (3, 2)}
     shape = {"num_hidden_layers": 3, "head_dim": dim}
     folder = save_model(tmp_path / "model", seed=2, initializer_range=0.05, **shape)
     with engine(folder, kv_cache_dtype="quantpress_2bit", **with_plan(folder, tmp_path, widths)) as running:
@@ -84,6 +85,23 @@ def test_each_layer_has_the_widths_of_a_plan(tmp_path: Path) -> None:
         cache = truth.model(torch.tensor([prompt])).past_key_values
         errors = [key_error(running, i, cache.layers[i].keys[0], blocks[:2]) for i in range(3)]
         assert 0.05 < errors[1] < 0.15 < errors[2] < 0.25 < errors[0] < 0.5, errors
+
+
+@pytest.mark.parametrize("dim", [80, 192])
+def test_nothing_is_lost_at_a_head_dim_that_is_no_power_of_two(dim: int, tmp_path: Path) -> None:
+    """Pieces of prompts, blocks that decodes fill, prompts and decodes in one step, and prefixes."""
+    folder = save_model(tmp_path, seed=0, head_dim=dim)
+    truth = Truth(folder)
+    with engine(folder) as running:
+        first = tokens(2 * CHUNK + 55)
+        prompts = [tokens(5), first, tokens(BLOCK - 3)]
+        for prompt, answer in zip(prompts, running.generate(*prompts, new=20), strict=True):
+            truth.check(prompt, answer.outputs[0])
+        assert any(min(step) == 1 and max(step) > 1 for step in running.work()), "no step was mixed"
+        longer = first[: 3 * BLOCK] + tokens(40)
+        (answer,) = running.generate(longer)
+        truth.check(longer, answer.outputs[0])
+        assert answer.num_cached_tokens == 3 * BLOCK
 
 
 def test_nothing_is_lost_where_layers_have_pages_of_their_own_size(
