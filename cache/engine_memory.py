@@ -12,10 +12,17 @@ from dataclasses import dataclass
 from quantpress.cache.saved.width_plan import WidthPlan
 from quantpress.cache.settings import DEFAULT_SINK_TOKENS
 from quantpress.errors import InvalidInputError
+from quantpress.kernels.attend.triton_attend import MOST_HEAD_DIM, in_tiles
 from quantpress.kernels.layout import PAGE_TOKENS, page_bytes
 
 WIDTHS = (2, 3, 4)
 """Bits of a code in an engine's blocks."""
+
+HEAD_DIMS = tuple(dim for dim in range(MOST_HEAD_DIM + 1) if in_tiles(dim))
+"""Head_dims of which kernels read an engine's blocks, which have page keys: those of int8 tensor cores."""
+
+PLANE_ALIGNMENT = 16
+"""Bytes; the kernels load 16 at a time, so that each plane of a page begins at a multiple of it."""
 
 RECENT_PAGES = 2
 """Pages of 128 tokens that a request has in 16 bits: the one that is being filled, and the one before."""
@@ -47,6 +54,18 @@ def engine_widths(name: str) -> tuple[int, int]:
         )
     both, keys, values = found.groups()
     return int(both or keys), int(both or values)
+
+
+def why_not_head_dim(head_dim: int) -> str | None:
+    """Why no kernel reads an engine's blocks of a head_dim; None: one does.
+
+    Example:
+        >>> why_not_head_dim(96), why_not_head_dim(72)
+        (None, 'the kernels have multiples of 16 from 48 to 256')
+    """
+    if head_dim in HEAD_DIMS:
+        return None
+    return f"the kernels have multiples of 16 from {HEAD_DIMS[0]} to {HEAD_DIMS[-1]}"
 
 
 def planned_widths(plan: WidthPlan, layers: Iterable[int]) -> list[tuple[int, int]]:
@@ -82,7 +101,9 @@ def planned_widths(plan: WidthPlan, layers: Iterable[int]) -> list[tuple[int, in
 def engine_page_bytes(head_dim: int, value_dim: int, key_bits: int, value_bits: int) -> int:
     """Bytes of a packed page: 128 tokens of one KV head in one layer, keys and values with their scales.
 
-    Two keys are stored beside the codes: the mean of the page, and its likeliest sink.
+    Two keys are stored beside the codes: the mean of the page, and its likeliest sink. Each plane begins at a
+    multiple of `PLANE_ALIGNMENT`, and an engine counts whole bytes a token: at a head_dim that is no multiple
+    of 32, 64 bytes of a page are empty.
 
     Args:
         head_dim: D of the keys.
@@ -97,9 +118,17 @@ def engine_page_bytes(head_dim: int, value_dim: int, key_bits: int, value_bits: 
     Example:
         >>> [engine_page_bytes(128, 128, bits, bits) // 128 for bits in (4, 3, 2)]  # a token
         [136, 104, 72]
+        >>> [engine_page_bytes(80, 80, bits, bits) / 128 for bits in (4, 3, 2)]
+        [87.0, 67.0, 47.0]
     """
     codes = page_bytes(key_bits, head_dim) + page_bytes(value_bits, value_dim)
-    return codes + 2 * PAGE_TOKENS * _SCALE_BYTES + _PAGE_KEYS * head_dim * _SCALE_BYTES
+    keys = _PAGE_KEYS * _whole(head_dim * _SCALE_BYTES, PLANE_ALIGNMENT)
+    return _whole(codes + 2 * PAGE_TOKENS * _SCALE_BYTES + keys, PAGE_TOKENS)
+
+
+def _whole(size: int, unit: int) -> int:
+    """The least multiple of `unit` that is not below `size`."""
+    return -(-size // unit) * unit
 
 
 @dataclass(frozen=True)

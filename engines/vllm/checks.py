@@ -4,8 +4,8 @@ from typing import Any
 
 import torch
 
+from quantpress.cache.engine_memory import why_not_head_dim
 from quantpress.errors import UnsupportedModelError
-from quantpress.kernels.attend.triton_attend import HEAD_DIMS
 from quantpress.kernels.layout import PAGE_TOKENS
 
 MOST_RECENT = 0.1
@@ -41,13 +41,16 @@ def check_layer(
     if attn_type != "decoder":
         _refuse(f"attention of type {attn_type!r}: only attention of a decoder over its own tokens is packed")
     if sliding_window is not None and sliding_window > 0:
-        _refuse(f"a sliding window of {sliding_window} tokens: a block that has left it is not ours to keep")
+        _refuse(
+            f"a sliding window of {sliding_window} tokens: a block that has left it is not ours to keep",
+            f"serve with --disable-sliding-window if no request is longer than that, or {_INSTEAD}",
+        )
     if alibi_slopes is not None:
         _refuse("ALiBi: its scores depend on the distance of tokens, and packed tokens have no position")
     if shared_with is not None:
         _refuse(f"a layer that reads the cache of {shared_with}")
-    if on_gpu and head_dim not in HEAD_DIMS:
-        _refuse(f"a head_dim of {head_dim}: the kernels have {', '.join(map(str, HEAD_DIMS))}")
+    if on_gpu and (reason := why_not_head_dim(head_dim)):
+        _refuse(f"a head_dim of {head_dim}: {reason}")
     unknown = sorted(name for name, value in others.items() if value is not None and value is not False)
     if unknown:
         _refuse(f"attention with {', '.join(unknown)}")

@@ -10,11 +10,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from quantpress.cache.engine_memory import PLANE_ALIGNMENT
 from quantpress.codecs.protocol import PageCodec, Planes, one_page
 from quantpress.errors import InvalidInputError
 from quantpress.kernels.layout import PAGE_TOKENS
-
-_ALIGNMENT = 16  # bytes; the kernels load 16 at a time
 
 
 def row_steps(compact: bool, blocks: int, kv_heads: int) -> tuple[int, int]:
@@ -60,7 +59,7 @@ class PageLayout:
         for role, codec in enumerate(self.codecs):
             for name, plane in one_page(codec, self.dtype).items():
                 yield (part := _Part(role, name, offset, tuple(plane.shape[3:]), plane.dtype))
-                offset += -(-_nbytes(part) // _ALIGNMENT) * _ALIGNMENT
+                offset += -(-_nbytes(part) // PLANE_ALIGNMENT) * PLANE_ALIGNMENT
 
 
 def _nbytes(part: _Part) -> int:

@@ -3,11 +3,16 @@
 from dataclasses import dataclass
 from typing import Any
 
-from quantpress.cache.engine_memory import EngineLayer, engine_widths, planned_widths, sink_entries
+from quantpress.cache.engine_memory import (
+    EngineLayer,
+    engine_widths,
+    planned_widths,
+    sink_entries,
+    why_not_head_dim,
+)
 from quantpress.cache.saved.width_plan import WidthPlan
 from quantpress.errors import InvalidInputError, UnsupportedModelError
 from quantpress.evaluation.sizing.model_outline import EXAMPLE_SHAPE, ModelOutline
-from quantpress.kernels.attend.triton_attend import HEAD_DIMS
 from quantpress.kernels.layout import PAGE_TOKENS
 
 DEFAULT_DTYPES = ("quantpress_4bit", "quantpress_3bit", "quantpress_2bit")
@@ -133,17 +138,15 @@ def _plan(
 def _check_model(model: ModelOutline) -> None:
     sliding = sum(layer.sliding for layer in model.layers)
     others = model.other_layers + sum(layer.with_state for layer in model.layers)
-    dims = {layer.head_dim for layer in model.layers} | {layer.value_dim for layer in model.layers}
+    dims = {dim for layer in model.layers for dim in (layer.head_dim, layer.value_dim)}
+    refused = {dim: reason for dim in sorted(dims) if (reason := why_not_head_dim(dim))}
     latent = any(hasattr(layer.module, "kv_lora_rank") for layer in model.layers)
     reasons = (
         (not model.layers, "it has no attention with a cache of keys and values"),
         (latent, "its cache holds latents (MLA), not keys and values"),
         (sliding, f"{sliding} of its layers are sliding windows"),
         (others, f"{others} of its layers keep something else than keys and values, or share them"),
-        (
-            not dims <= set(HEAD_DIMS),
-            f"its head_dim is {max(dims, default=0)}; the kernels have {', '.join(map(str, HEAD_DIMS))}",
-        ),
+        (refused, "; ".join(f"its head_dim is {dim}, and {reason}" for dim, reason in refused.items())),
     )
     for found, reason in reasons:
         if found:

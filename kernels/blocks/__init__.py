@@ -65,8 +65,8 @@ def pack_blocks(
 ) -> None:
     """Encode pages of 128 tokens into packed blocks: page pages[f] goes to block blocks[f], for each head.
 
-    The kernels cover codecs of one width of 2, 3 or 4 bits, a head_dim of 64, 128 or 256 and transforms
-    without an order. They write what `encode_pages` would, but never wait for the device: a scale beyond its
+    The kernels cover codecs of one width of 2, 3 or 4 bits, a head_dim up to 256 and transforms without an
+    order. They write what `encode_pages` would, but never wait for the device: a scale beyond its
     dtype becomes the largest that the dtype holds, and a vector that is not finite may get a scale of NaN.
 
     Other codecs run in plain PyTorch. On a GPU that writes the blocks marked -1 to block 0, which must be one

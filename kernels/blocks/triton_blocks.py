@@ -24,14 +24,16 @@ from quantpress.kernels.layout import PAGE_TOKENS
 from quantpress.quantization.spec import CodecSpec
 from quantpress.quantization.transform import ChannelTransform
 
-HEAD_DIMS = (64, 128, 256)
+MOST_HEAD_DIM = 256
 WIDTHS = (2, 3, 4)
 WORD = 4  # bytes
+MATRIX_PART = 64
+"""Rows of a rotation in two halves that are loaded at a time; a head_dim of 80 or 96 has such a rotation."""
 PROGRAMS = 256
 """Programs of `pack_blocks_kernel`, unless one would get more than `MOST` entries: most of a GPU's, at two a
 multiprocessor. In decoding nearly all find nothing to do, and more of them would only take turns."""
 
-_SIDE = ("BOOK", "ASM", "SQUARES", "UNIT", "C", "BK", "BITS", "HALVES")  # of the only channel group
+_SIDE = ("BOOK", "ASM", "SQUARES", "UNIT", "C", "CP", "BK", "BITS", "HALVES")  # of the only channel group
 
 
 def supports_put(keys: Tensor, values: Tensor, targets: Sequence[TokenTarget]) -> bool:
@@ -81,8 +83,8 @@ def _supports(x: Tensor, side: BlockSide) -> bool:
     spec = side.spec
     if spec is None or spec.estimator != "mse" or len(spec.groups) > 1 or side.transform.order is not None:
         return False
-    fits = spec.bits in WIDTHS and spec.head_dim in HEAD_DIMS and x.dtype in DTYPES and x.stride(-1) == 1
-    return fits and _in_words(side)
+    fits = spec.bits in WIDTHS and spec.head_dim <= MOST_HEAD_DIM
+    return fits and x.dtype in DTYPES and x.stride(-1) == 1 and _in_words(side)
 
 
 def _in_words(side: BlockSide) -> bool:
@@ -98,9 +100,14 @@ def pack_blocks_triton(
     """Encode pages into packed blocks; see `quantpress.kernels.blocks.pack_blocks`."""
     arguments = pack_arguments(keys, values, pages, blocks, sides, keys.is_cuda)
     programs, heads = pack_programs(len(blocks), sides[0].heads), sides[0].heads
-    warps = 8 if max(arguments["K_C"], arguments["V_C"]) > 128 else 4
     with torch.cuda.device(keys.device) if keys.is_cuda else nullcontext():
-        pack_blocks_kernel[(programs, heads, 2)](**arguments, num_warps=warps, **FUSED)
+        pack_blocks_kernel[(programs, heads, 2)](**arguments, num_warps=pack_warps(arguments), **FUSED)
+
+
+def pack_warps(arguments: dict[str, Any]) -> int:
+    """Warps of a program of `pack_blocks_kernel`: eight where four would spill a kilobyte of registers."""
+    wide = [arguments[f"{name}_CP"] * arguments[f"{name}_HALVES"] > 128 for name in "KV"]
+    return 8 if any(wide) else 4
 
 
 def pack_programs(entries: int, heads: int) -> int:
@@ -169,6 +176,8 @@ def _side_arguments(name: str, x: Tensor, side: BlockSide, flag: Tensor, device:
     }
     constants = {part: given[f"{part}0"] for part in _SIDE}
     constants |= {part: given[part] for part in ("RULE", "MEAN", "WEIGHT")}
+    if constants["HALVES"] == 2:  # both do not fit into registers and shared memory as a whole
+        constants["BK"] = min(constants["BK"], MATRIX_PART)
     return arguments | {f"{name.upper()}_{part}": value for part, value in constants.items()}
 
 

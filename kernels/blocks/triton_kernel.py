@@ -155,6 +155,7 @@ def _store_page_keys(
     stored_sink_ptr,
     scratch_ptr,
     C: tl.constexpr,
+    CP: tl.constexpr,
     MEAN: tl.constexpr,
     WEIGHT: tl.constexpr,
     QUERIES: tl.constexpr,
@@ -162,25 +163,28 @@ def _store_page_keys(
     """Store the mean and the sink of a page's transformed keys; returns the sink's token.
 
     x_ptr: the page's; mean, weight [C] and query_mean, query_variance [group, C]: of the head; stored_mean,
-    stored_sink: the page's, [C]; scratch: [C] float32, the mean as it is stored, before the transform.
+    stored_sink: the page's, [C]; scratch: [C] float32, the mean as it is stored, before the transform; CP: C
+    padded. Everything is 0 in the channels beyond C, the weight 1.
     """
-    channel, token = tl.arange(0, C), tl.arange(0, 128)
-    shift, weight = tl.zeros([C], tl.float32), tl.full([C], 1.0, tl.float32)
+    channel, token = tl.arange(0, CP), tl.arange(0, 128)
+    inside = channel < C
+    shift, weight = tl.zeros([CP], tl.float32), tl.full([CP], 1.0, tl.float32)
     if MEAN:
-        shift = tl.load(mean_ptr + channel)
+        shift = tl.load(mean_ptr + channel, mask=inside, other=0.0)
     if WEIGHT:
-        weight = tl.load(weight_ptr + channel)
-    keys = tl.load(x_ptr + token[:, None] * x_token + channel[None, :]).to(tl.float32) - shift[None, :]
+        weight = tl.load(weight_ptr + channel, mask=inside, other=1.0)
+    at = x_ptr + token[:, None] * x_token + channel[None, :]
+    keys = tl.load(at, mask=inside[None, :], other=0.0).to(tl.float32) - shift[None, :]
     dtype = stored_mean_ptr.dtype.element_ty
     largest = 65504.0 if dtype == tl.float16 else 3.3e38
     stored = tl.clamp(tl.sum(keys, 0) * (1.0 / 128) * weight, -largest, largest).to(dtype)
-    tl.store(stored_mean_ptr + channel, stored)
-    tl.store(scratch_ptr + channel, shift + tl.div_rn(stored.to(tl.float32), weight))
+    tl.store(stored_mean_ptr + channel, stored, mask=inside)
+    tl.store(scratch_ptr + channel, shift + tl.div_rn(stored.to(tl.float32), weight), mask=inside)
     likely = tl.zeros([128], tl.float32)
     if QUERIES:
         for head in range(group):
-            query = tl.load(query_mean_ptr + head * C + channel)
-            variance = tl.load(query_variance_ptr + head * C + channel)
+            query = tl.load(query_mean_ptr + head * C + channel, mask=inside, other=0.0)
+            variance = tl.load(query_variance_ptr + head * C + channel, mask=inside, other=0.0)
             score = tl.sum(keys * (query[None, :] + 0.5 * keys * variance[None, :]), 1)
             share = tl.exp(score - tl.max(score, 0))
             likely += share / tl.sum(share, 0)
@@ -188,8 +192,9 @@ def _store_page_keys(
         rest = keys * weight[None, :] - stored.to(tl.float32)[None, :]
         likely = tl.sum(rest * rest, 1)
     sink = tl.argmax(likely, 0)
-    key = (tl.load(x_ptr + sink * x_token + channel).to(tl.float32) - shift) * weight
-    tl.store(stored_sink_ptr + channel, tl.clamp(key, -largest, largest).to(dtype))
+    key = tl.load(x_ptr + sink * x_token + channel, mask=inside, other=0.0).to(tl.float32)
+    key = (key - shift) * weight
+    tl.store(stored_sink_ptr + channel, tl.clamp(key, -largest, largest).to(dtype), mask=inside)
     return sink
 
 
@@ -226,6 +231,7 @@ def _encode(
     SQUARES: tl.constexpr,
     UNIT: tl.constexpr,
     C: tl.constexpr,
+    CP: tl.constexpr,
     BK: tl.constexpr,
     BITS: tl.constexpr,
     HALVES: tl.constexpr,
@@ -241,8 +247,8 @@ def _encode(
     means to scratch, PAGE_KEYS and QUERIES are those of `pack_blocks_kernel`; the others are of one side.
     """
     head = tl.program_id(1).to(tl.int64)
-    high = held(matrix_ptr, 0, HALVES, BK, C)
-    low = held(matrix_ptr, 1, HALVES, BK, C)
+    high = held(matrix_ptr, 0, HALVES, BK, CP)
+    low = held(matrix_ptr, 1, HALVES, BK, CP)
     for turn in tl.range(0, MOST, num_stages=1):
         block = tl.max(tl.where(tl.arange(0, MOST) == turn, blocks, -1), 0).to(tl.int64)
         if block >= 0:
@@ -264,6 +270,7 @@ def _encode(
                     sinks_ptr + of_page,
                     taken_off,
                     C,
+                    CP,
                     MEAN,
                     WEIGHT,
                     QUERIES,
@@ -291,7 +298,7 @@ def _encode(
                 UNIT,
                 0,
                 C,
-                C,
+                CP,
                 BK,
                 BITS,
                 HALVES,
@@ -356,6 +363,7 @@ def pack_blocks_kernel(
     K_SQUARES: tl.constexpr,
     K_UNIT: tl.constexpr,
     K_C: tl.constexpr,
+    K_CP: tl.constexpr,
     K_BK: tl.constexpr,
     K_BITS: tl.constexpr,
     K_HALVES: tl.constexpr,
@@ -367,6 +375,7 @@ def pack_blocks_kernel(
     V_SQUARES: tl.constexpr,
     V_UNIT: tl.constexpr,
     V_C: tl.constexpr,
+    V_CP: tl.constexpr,
     V_BK: tl.constexpr,
     V_BITS: tl.constexpr,
     V_HALVES: tl.constexpr,
@@ -383,7 +392,7 @@ def pack_blocks_kernel(
 
     pages, blocks: [entries] int32, from where to where; a block below 0 is not written. flag: [1] int32,
     written and not read. For keys and values: vectors with strides *_page, *_head and *_token, channels
-    contiguous; mean and weight [Hkv, C] float32, if MEAN and WEIGHT; matrix [HALVES, C, C], the rotation;
+    contiguous; mean and weight [Hkv, C] float32, if MEAN and WEIGHT; matrix [HALVES, CP, CP], the rotation;
     words, int32, and scale, written, with strides *_head and *_block in words and scales; the other arguments
     are those of `encode_pages_kernel` for a group of C channels.
 
@@ -428,6 +437,7 @@ def pack_blocks_kernel(
             K_SQUARES,
             K_UNIT,
             K_C,
+            K_CP,
             K_BK,
             K_BITS,
             K_HALVES,
@@ -471,6 +481,7 @@ def pack_blocks_kernel(
             V_SQUARES,
             V_UNIT,
             V_C,
+            V_CP,
             V_BK,
             V_BITS,
             V_HALVES,

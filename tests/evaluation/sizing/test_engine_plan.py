@@ -49,11 +49,22 @@ def test_layers_with_the_widths_of_a_plan() -> None:
         engine_plans(shape, DTYPES, asked, WidthPlan("other", {"num_hidden_layers": 3}, {0: (4, 4)}))
 
 
+def test_blocks_of_other_head_dims() -> None:
+    """An engine counts whole bytes a token: 64 bytes of a page are empty at 80, none at 96."""
+    for dim, bytes_a_token in ((80, 87), (96, 103), (192, 202)):
+        shape = outline(f"layers=2,kv_heads=2,head_dim={dim}")
+        (_, four) = engine_plans(shape, DTYPES[:1], EngineAsked(128, 1))
+        assert four.block_bytes == 2 * 2 * 128 * bytes_a_token
+
+
 @pytest.mark.parametrize(
     ("model", "reason"),
     [
         ("gemma-3-4b", "sliding windows"),
-        ("layers=2,kv_heads=2,head_dim=80", "head_dim is 80; the kernels have 64, 128, 256"),
+        (
+            "layers=2,kv_heads=2,head_dim=72",
+            "head_dim is 72, and the kernels have multiples of 16 from 48 to 256",
+        ),
         ("deepseek_v3", "latents"),
         ("bloom", "no attention with a cache|keep something else"),
     ],

@@ -78,6 +78,9 @@ CASES = {
     "4 bits": ("quantpress_4bit", 128, None, 0.15),
     "2 bits": ("quantpress_2bit", 64, None, 0.6),
     "a plan": ("quantpress_3bit", 128, WIDTHS, 0.6),
+    "80 channels": ("quantpress_4bit", 80, None, 0.15),
+    "96 channels": ("quantpress_k4v3", 96, None, 0.3),
+    "192 channels and a plan": ("quantpress_3bit", 192, WIDTHS, 0.6),
 }
 """dtype, head_dim, widths of a plan, and nats by which answers over packed blocks may be off."""
 

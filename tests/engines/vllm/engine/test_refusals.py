@@ -45,7 +45,7 @@ REFUSED: dict[str, tuple[PreTrainedConfig, dict[str, Any], str]] = {
     "mixed windows": (
         llama(sliding_window=256, layer_types=["full_attention", "sliding_attention"]),
         {},
-        "sliding window of 256.*use --kv-cache-dtype",
+        "sliding window of 256.*--disable-sliding-window.*use --kv-cache-dtype",
     ),
     "windows everywhere": (
         llama(sliding_window=256, layer_types=["sliding_attention"] * 2),
@@ -130,8 +130,21 @@ def test_a_head_dim_without_kernels_is_refused_on_a_gpu() -> None:
         "on_gpu": True,
     }
     check_layer(head_dim=64, **layer)
-    with pytest.raises(UnsupportedModelError, match=r"head_dim of 48.*use --kv-cache-dtype"):
-        check_layer(head_dim=48, **layer)
+    for dim in (48, 80, 96, 112, 192):
+        check_layer(head_dim=dim, **layer)
+    for dim in (32, 72, 272):
+        message = rf"head_dim of {dim}: .*multiples of 16 from 48 to 256; use --kv-cache-dtype"
+        with pytest.raises(UnsupportedModelError, match=message):
+            check_layer(head_dim=dim, **layer)
+
+
+def test_windows_that_are_turned_off(tmp_path: Path) -> None:
+    """As the error says: requests are then no longer than a window."""
+    llama(sliding_window=256).save_pretrained(tmp_path)
+    options = {"disable_sliding_window": True, "max_model_len": 256}
+    with engine(tmp_path, load_format="dummy", **options) as running:
+        (answer,) = running.generate([5] * 240)
+        assert len(answer.outputs[0].token_ids) == 8
 
 
 def test_the_same_model_without_what_is_refused(tmp_path: Path) -> None:
