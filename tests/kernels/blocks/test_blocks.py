@@ -18,7 +18,7 @@ from quantpress.quantization.query_moments import QueryMoments
 from quantpress.quantization.spec import CodecSpec
 from quantpress.quantization.transform import ChannelTransform
 from tests.kernels.interpreter import interpret
-from tests.kernels.triton_cases import compile_only, vectors
+from tests.kernels.triton_cases import compile_only, more, vectors
 
 HEADS, BLOCKS = 2, 5
 CASES = [(64, 2, 3), (64, 4, 2), (128, 3, 4), (256, 4, 3)]  # head_dim, bits of keys and of values
@@ -259,7 +259,7 @@ def interpreted() -> None:
     [
         (64, (4, 2), 80),
         (128, (4, 3), 100),
-        pytest.param(256, (3, 4), 90, marks=pytest.mark.slow),
+        more(256, (3, 4), 90),
     ],
     ids=str,
 )
