@@ -14,7 +14,7 @@ from quantpress.kernels.layout import PAGE_TOKENS
 from quantpress.quantization.spec import CodecSpec
 from quantpress.quantization.transform import ChannelTransform
 from tests.kernels.interpreter import interpret
-from tests.kernels.triton_cases import HEADS, case_specs, check, compile_only, transform_of, vectors
+from tests.kernels.triton_cases import HEADS, case_specs, check, compile_only, more, transform_of, vectors
 
 pytest.importorskip("triton")
 
@@ -73,8 +73,8 @@ def interpreted(role: str) -> None:
         (CodecSpec(128, 4, "key"), torch.bfloat16, True, 80),
         (CodecSpec(128, 3, "value"), torch.bfloat16, False, 100),
         (CodecSpec(64, 2.5, "key"), torch.float16, True, 80),
-        (CodecSpec(80, 1, "value"), torch.float32, True, 100),
-        (CodecSpec(256, 8, "key", codebook="lloyd_max"), torch.float16, False, 90),
+        more(CodecSpec(80, 1, "value"), torch.float32, True, 100),
+        more(CodecSpec(256, 8, "key", codebook="lloyd_max"), torch.float16, False, 90),
         (CodecSpec(128, 8, "key"), torch.bfloat16, True, 90),
         (CodecSpec(96, 2, "value", scale="norm"), torch.bfloat16, False, 80),
         (CodecSpec(256, 4, "key"), torch.bfloat16, True, 90),
