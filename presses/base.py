@@ -128,7 +128,11 @@ class NamedPress(PressMixin):
         check_kinds(self)
         upstream = getattr(super(), "__post_init__", None)
         if upstream is not None:
-            upstream()
+            try:
+                upstream()
+            except AssertionError as error:
+                reason = str(error) or "an argument is out of its range"
+                raise InvalidInputError(f"{type(self).__name__}: {reason}") from error
 
     def forward_hook(
         self, module: nn.Module, input: list[torch.Tensor], kwargs: dict[str, Any], output: list[Any]

@@ -44,6 +44,13 @@ UNEXPLAINED = (
 )
 """The exceptions that kvpress's presses raise in a prefill that they were not made for."""
 
+_ASKS_FOR = (
+    ('attn_implementation="eager"', "eager"),  # ObservedAttention
+    ("eager mode not supported", "sdpa"),  # AdaKV and others that hide tokens by head
+    ("does not support attentions", "sdpa"),  # Block, Chunk
+)
+"""What kvpress's assertions say where a press needs attention of another kind, and which."""
+
 
 @contextmanager
 def guarded(press: BasePress, model: "PreTrainedModel") -> Iterator[None]:
@@ -229,8 +236,9 @@ def _unsupported(press: BasePress, module: nn.Module, reason: str) -> Unsupporte
 def named_failure(press: BasePress, tokens: int) -> Iterator[None]:
     """Name the press and the remedy when a press fails at a prefill.
 
-    kvpress asserts what a press needs of a context, mostly its length. In a short context, any other
-    exception is taken to mean the same. Exceptions of presses from elsewhere are left as they are.
+    kvpress asserts what a press needs: mostly a length of the context, or a kind of attention. In a short
+    context, any other exception is taken to mean its length. Exceptions of presses from elsewhere are left as
+    they are.
 
     Args:
         press: the press that runs inside.
@@ -266,7 +274,9 @@ def _of_kvpress(press: BasePress) -> bool:
 
 
 def _cannot_compress(press: BasePress, tokens: int, reason: str) -> InvalidInputError:
-    return InvalidInputError(
-        f"{short_repr(press)} cannot compress this context of {tokens} tokens: {reason.rstrip('.')}. "
-        "Give a longer context, a press with smaller windows, or press=None"
-    )
+    what = next((implementation for words, implementation in _ASKS_FOR if words in reason), None)
+    remedy = "Give a longer context, a press with smaller windows, or press=None"
+    if what is not None:
+        remedy = f'Load the model with attn_implementation="{what}", or give another press'
+    cannot = "cannot compress" if what is not None else f"cannot compress this context of {tokens} tokens"
+    return InvalidInputError(f"{short_repr(press)} {cannot}: {reason.rstrip('.')}. {remedy}")

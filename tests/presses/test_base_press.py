@@ -3,6 +3,7 @@
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from types import UnionType
 
 import kvpress
 import pytest
@@ -12,7 +13,7 @@ from transformers import DynamicCache
 from quantpress import presses
 from quantpress.cache import host
 from quantpress.errors import CompositionError, InvalidInputError
-from quantpress.presses import BasePress, Compose, ScorerPress, TurboQuant, names
+from quantpress.presses import BasePress, Compose, Knorm, ScorerPress, TurboQuant, names
 from tests.forked import run_forked
 from tests.tiny_models import prompt, tiny_model
 from tests.versions import kvpress_names
@@ -64,6 +65,15 @@ def test_a_press_of_one_s_own_stacks() -> None:
         model.model(input_ids=prompt(900), past_key_values=cache)
     assert all(layer.packed_tokens for layer in cache.layers)
     assert cache.get_seq_length() == 450
+
+
+def test_the_quantizer_behind_a_bar_may_be_a_class() -> None:
+    """Behind a press of kvpress's own, too; two classes stay Python's union."""
+    for made in (kvpress.KnormPress(0.4) | TurboQuant, kvpress.KnormPress(0.4) | TurboQuant()):
+        assert repr(made) == "Compose(KnormPress(0.4) | TurboQuant(4))"
+    assert isinstance(Knorm | TurboQuant, UnionType) and isinstance(None | TurboQuant, UnionType)
+    with pytest.raises(TypeError, match="unsupported operand"):
+        4 | TurboQuant  # type: ignore[operator]
 
 
 def test_what_is_missing_is_named() -> None:
