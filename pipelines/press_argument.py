@@ -33,10 +33,12 @@ def as_press(press: Any) -> BasePress | None:
         CompositionError: presses that do not go together.
         InvalidInputError: something else.
     """
-    if press is None or isinstance(press, BasePress):
-        return press
     if isinstance(press, str):
-        return parse_press(press)
+        press = parse_press(press)
+    if press is None or isinstance(press, BasePress):
+        if press is not None and traits_of(press).demotes:
+            Compose([press])  # refuses it without a quantizer: by itself it would do nothing
+        return press
     if is_press(press):
         return Compose([press])
     if isinstance(press, (list, tuple)):

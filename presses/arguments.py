@@ -88,9 +88,11 @@ def check_kinds(press: Any) -> None:
         kind, words = _KINDS[field.type]
         if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
             raise InvalidInputError(f"{type(press).__name__}: {field.name} is {value!r}; give {words}")
+        if kind is not Integral or field.name == "seed":
+            continue
+        count: Any = value
         least = int(field.name in _AT_LEAST_ONE)
-        even = field.name == "kernel_size" and value % 2 == 0
-        if kind is Integral and field.name != "seed" and (value < least or even):
+        if count < least or (field.name == "kernel_size" and count % 2 == 0):
             wanted = "an odd whole number" if field.name == "kernel_size" else words
             raise InvalidInputError(
                 f"{type(press).__name__}: {field.name} is {value!r}; give {wanted}, {least} or more"

@@ -20,7 +20,7 @@ from quantpress.presses.base_press import BasePress
 from quantpress.presses.models.attention import attention_modules, decoder_of, hooked, is_sliding
 from quantpress.presses.models.full_layers import as_kvpress_sees
 from quantpress.presses.models.old_names import old_names
-from quantpress.presses.packing.like_llama import check_like_llama
+from quantpress.presses.packing.like_llama import check_like_llama, leaves_channels_out
 from quantpress.presses.packing.prefill_hook import check_padding, is_padded, prefill_call
 from quantpress.presses.ranks import own_heads
 from quantpress.presses.traits import name_of, short_repr, traits_of, with_inner
@@ -105,19 +105,23 @@ def like_llama(press: BasePress, model: "PreTrainedModel") -> Iterator[None]:
     """Refuse a model that rotates or norms in another way than kvpress takes all models to do.
 
     Enter it before any press's context that evicts. Only presses that compute queries or turn keys are
-    checked, and only models that kvpress was not made for; hybrid ones have rules of their own.
+    checked, and only models that kvpress was not made for, or whose rotary embedding leaves channels out
+    (Phi-4-mini); hybrid ones have rules of their own.
 
     Raises (from inside, at a prefill):
         UnsupportedModelError: keys that kvpress computes are not those in the cache.
     """
     traits = [one for one in map(traits_of, with_inner(press)) if one.like_llama or one.rerotates]
-    if not traits or isinstance(model, _supported_models()) or host.is_hybrid(model):
+    if not traits or host.is_hybrid(model):
         yield
         return
+    supported = isinstance(model, _supported_models())
 
     def check(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
         weights = output[1] if isinstance(output, tuple) and len(output) > 1 else None
         call = prefill_call(module, args, kwargs)
+        if supported and (call is None or not leaves_channels_out(call)):
+            return
         computes = any(one.like_llama and (weights is None or not one.takes_weights) for one in traits)
         if call is not None and (computes or any(one.rerotates for one in traits)):
             reason = "kvpress does not compute its queries and keys as the model does"

@@ -44,6 +44,13 @@ def check_like_llama(call: PrefillCall, error: UnsupportedModelError, *, turned_
     judge(partial(_refuse, error), agree_reference(computed, actual, _TOLERANCE))
 
 
+def leaves_channels_out(call: PrefillCall) -> bool:
+    """Whether the model rotates some of the channels only, where kvpress rotates all."""
+    keys: Any = call.cache.layers[call.layer_idx].keys
+    tables = call.position_embeddings
+    return keys is not None and tables is not None and tables[0].shape[-1] != keys.shape[-1]
+
+
 def _as_kvpress(call: PrefillCall, count: int, turned_only: bool) -> torch.Tensor | None:
     """Keys of the last tokens, [B, Hkv, count, D], as kvpress would compute them; None where it cannot."""
     states: Any = sys.modules["kvpress.utils"]

@@ -20,7 +20,7 @@ from quantpress.presses import (
     ThinK,
     TurboQuant,
 )
-from tests.presses.packing.test_queries import GROUPED, build
+from tests.presses.packing.test_queries import GROUPED, OTHERS, build
 from tests.tiny_models import prompt
 
 TOKENS = 150
@@ -30,6 +30,7 @@ SNAP = SnapKV(0.5, window_size=8)
 NEIGHBOURS: Any = (CohereConfig, GROUPED)  # rotates pairs of neighbouring channels
 ALL_HEADS: Any = (Olmo2Config, GROUPED)  # norms the queries of all heads together
 SOME_ROTATE: Any = (SmolLM3Config, {**GROUPED, "no_rope_layers": [1, 0]})
+SOME_CHANNELS: Any = OTHERS["partial rotation inside (Phi3)"]  # a class that kvpress names as supported
 PLAIN: Any = (GraniteConfig, GROUPED)  # unknown to kvpress, and computes as Llama does
 
 
@@ -55,6 +56,8 @@ def kept(family: Any, press: BasePress, attention: str = "sdpa") -> torch.Tensor
         (ALL_HEADS, LeverageScore(0.5)),
         (ALL_HEADS, [Knorm(0.2), SNAP]),
         (SOME_ROTATE, ThinK(0.5)),
+        (SOME_CHANNELS, SNAP),
+        (SOME_CHANNELS, KeyRerotation(Knorm(0.5))),
         (SOME_ROTATE, KeyRerotation(Knorm(0.5))),
     ],
 )
@@ -73,6 +76,7 @@ def test_refused(family: Any, press: Any, around: str | None) -> None:
     ("family", "press"),
     [
         (NEIGHBOURS, Knorm(0.5)),
+        (SOME_CHANNELS, Knorm(0.5)),
         (ALL_HEADS, KeyRerotation(Knorm(0.5))),  # turns the cache's own keys
         (PLAIN, SNAP),
         (PLAIN, ExpectedAttention(0.5)),
