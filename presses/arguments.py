@@ -116,6 +116,7 @@ def inner_press(owner: object, press: Any, kind: type = ScorerPress) -> Any:
     press = press() if isinstance(press, type) and issubclass(press, kind) else press
     if not isinstance(press, kind):
         raise InvalidInputError(
-            f"{type(owner).__name__}: press is {press!r}; give one that scores tokens, such as SnapKV(0.5)"
+            f"{type(owner).__name__}: press is {short_repr(press)}; give one that scores tokens, such as "
+            "SnapKV(0.5)"
         )
     return press

@@ -224,6 +224,7 @@ def test_what_would_fail_every_document_ends_the_run(
         (["--questions", "empty.txt"], "empty.txt has no"),
         (["--pattern", "*.pdf"], r"documents has no file '\*\.pdf'"),
         (["--store-bytes", "5"], "'5' has no unit"),
+        (["--cores", "2"], "--cores 2 is for a Ray cluster; give its --address, too"),
         (["--store", "s4://bucket"], "Protocol not known: s4"),
         (["-p", "Knormm"], "no press 'Knormm'"),
     ],
