@@ -13,7 +13,7 @@ from importlib import import_module
 from typing import Any, TypeAlias
 
 from quantpress.cache import host
-from quantpress.errors import InvalidInputError, MissingPackageError
+from quantpress.errors import InvalidInputError, MissingPackageError, extra
 from quantpress.presses.base_press import BasePress, ScorerPress, is_of_kvpress
 
 Trait: TypeAlias = bool | int | Callable[[Any], bool | int]
@@ -103,7 +103,7 @@ def import_kvpress(what: str) -> Any:
     try:
         return import_module(DESCRIBES_KVPRESS)
     except ImportError as error:
-        remedy = 'pip install "quantpress[kvpress]"'
+        remedy = f"pip install {extra('kvpress')}"
         if not host.CALLS_TAKE_PLACES:
             remedy += ", which takes transformers 5.2; docs/versions.md has two commands for newer ones"
         reason = f"{what} needs kvpress, which cannot be imported ({error})"
