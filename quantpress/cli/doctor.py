@@ -13,6 +13,7 @@ from rich.table import Table
 import quantpress
 from quantpress.cli.engines.vllm_here import vllm_lines
 from quantpress.cli.output import Outcome
+from quantpress.errors import extra
 
 PACKAGES = ("torch", "transformers", "kvpress", "triton", "ray")
 
@@ -117,9 +118,9 @@ def _version(package: str) -> str | None:
 
 def _missing(package: str) -> str:
     if package == "kvpress":
-        return 'not installed: no eviction presses (pip install "quantpress[kvpress]")'
+        return f"not installed: no eviction presses (pip install {extra('kvpress')})"
     if package == "ray":
-        return 'not installed: `batch` answers in one process (pip install "quantpress[ray]")'
+        return f"not installed: `batch` answers in one process (pip install {extra('ray')})"
     return "not installed"
 
 
