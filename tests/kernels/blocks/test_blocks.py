@@ -258,7 +258,7 @@ def interpreted() -> None:
     ("dim", "bits", "capability"),
     [
         (64, (4, 2), 80),
-        (128, (4, 3), 100),
+        more(128, (4, 3), 100),
         more(256, (3, 4), 90),
     ],
     ids=str,

@@ -72,7 +72,7 @@ def interpreted(role: str) -> None:
     [
         (CodecSpec(128, 4, "key"), torch.bfloat16, True, 80),
         (CodecSpec(128, 3, "value"), torch.bfloat16, False, 100),
-        (CodecSpec(64, 2.5, "key"), torch.float16, True, 80),
+        more(CodecSpec(64, 2.5, "key"), torch.float16, True, 80),
         more(CodecSpec(80, 1, "value"), torch.float32, True, 100),
         more(CodecSpec(256, 8, "key", codebook="lloyd_max"), torch.float16, False, 90),
         (CodecSpec(128, 8, "key"), torch.bfloat16, True, 90),
