@@ -72,13 +72,13 @@ def interpreted(role: str) -> None:
     [
         (CodecSpec(128, 4, "key"), torch.bfloat16, True, 80),
         (CodecSpec(128, 3, "value"), torch.bfloat16, False, 100),
-        (CodecSpec(64, 2.5, "key"), torch.float16, True, 80),
+        more(CodecSpec(64, 2.5, "key"), torch.float16, True, 80),
         more(CodecSpec(80, 1, "value"), torch.float32, True, 100),
         more(CodecSpec(256, 8, "key", codebook="lloyd_max"), torch.float16, False, 90),
         (CodecSpec(128, 8, "key"), torch.bfloat16, True, 90),
-        (CodecSpec(96, 2, "value", scale="norm"), torch.bfloat16, False, 80),
+        more(CodecSpec(96, 2, "value", scale="norm"), torch.bfloat16, False, 80),
         (CodecSpec(256, 4, "key"), torch.bfloat16, True, 90),
-        (CodecSpec(192, 3, "value"), torch.float32, True, 80),
+        more(CodecSpec(192, 3, "value"), torch.float32, True, 80),
     ],
     ids=lambda x: f"{x.head_dim}-{x.bits}-{x.role}" if isinstance(x, CodecSpec) else str(x),
 )
