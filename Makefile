@@ -27,7 +27,7 @@ export PYTHONSAFEPATH := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export NO_MKDOCS_2_WARNING := 1
 
-.PHONY: help demo test test-newest test-transformers test-triton test-vllm test-ranks test-ray families test-gpu check format docs docs-serve clean
+.PHONY: help demo test test-newest test-transformers test-triton test-combinations test-vllm test-ranks test-ray families test-gpu check format docs docs-serve clean
 .DEFAULT_GOAL := help
 
 help:
@@ -35,6 +35,7 @@ help:
 	@echo "make test      set up, run every test that needs no GPU"
 	@echo "make test-newest  the suites of cache, presses and pipelines on transformers $(NEWEST)"
 	@echo "make test-triton  the kernels' tests on triton $(NEWEST_TRITON), or VERSION=3.6.0"
+	@echo "make test-combinations  the kernels compiled for the combinations that \`make test\` leaves out"
 	@echo "make test-vllm    the tests of the plugin in the engine of vLLM on a CPU; needs Linux on x86_64 and Python 3.11"
 	@echo "make test-ranks   the tests of several processes that share a model"
 	@echo "make test-ray  the tests of \`quantpress batch\` on a Ray cluster of this machine"
@@ -50,7 +51,7 @@ demo: $(VENV)/.ready
 
 # Tests as pytest rewrites them are kept beside their sources: else each worker does it again, a third of collection.
 test: $(VENV)/.ready-test
-	OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not gpu and not ranks" $(ARGS)
+	OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not gpu and not ranks and not combination" $(ARGS)
 
 # The same suites on another version of transformers, in an environment of its own over the pinned one.
 test-transformers: $(HOST)/.ready
@@ -68,6 +69,10 @@ test-newest:
 # Every kernel interpreted, and compiled for GPUs that need not be here, by another version of triton.
 test-triton: $(TRITON)/.ready
 	OMP_NUM_THREADS=1 $(TRITON)/bin/python -m pytest -n $(WORKERS) --dist worksteal -m "not gpu" $(KERNELS) $(ARGS)
+
+# Kernels compiled for GPUs that need not be here, for what `make test` does not compile them for: minutes of processor time.
+test-combinations: $(VENV)/.ready-test
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m combination tests/kernels tests/benchmarks $(ARGS)
 
 # The engine of vLLM on a CPU, in an environment with pins of its own. One process: each test looks into the engine.
 test-vllm: $(VLLM)/.ready

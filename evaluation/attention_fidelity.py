@@ -5,7 +5,7 @@ model, and with the same keys as a press keeps them (packed, sinks and recent to
 sees exact inputs, so errors do not add up over layers. A softcap of the model is left out.
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import torch
@@ -15,12 +15,15 @@ from transformers import PreTrainedModel
 
 from quantpress.cache import PackedLayer, host
 from quantpress.cache.attention.causal import causal_mask
-from quantpress.errors import InvalidInputError, UnsupportedModelError
+from quantpress.errors import InvalidInputError, UnsupportedModelError, did_you_mean
 from quantpress.kernels.layout import PAGE_TOKENS
+from quantpress.pipelines.press_argument import AnyPress, as_press
 from quantpress.pipelines.reading.chunked_prefill import backbone
+from quantpress.presses.compose import Compose
 from quantpress.presses.models.attention import hooked
 from quantpress.presses.packing.prefill_hook import PrefillCall, plain_states, prefill_call
 from quantpress.presses.packing.queries import UnknownAttentionError, last_queries
+from quantpress.presses.traits import short_repr
 from quantpress.presses.turboquant import TurboQuant
 from quantpress.quantization.numerics import in_named_dtypes
 
@@ -66,7 +69,15 @@ class FidelityReport:
     layers: tuple[LayerFidelity, ...]
 
     def mean(self, name: str) -> float:
-        """Mean of one field over the layers."""
+        """Mean of one field over the layers.
+
+        Raises:
+            InvalidInputError: there is no such figure.
+        """
+        names = [field.name for field in fields(LayerFidelity)]
+        if name not in names:
+            known = did_you_mean(name, names) or f"there are {', '.join(names)}"
+            raise InvalidInputError(f"there is no figure {name!r}; {known}")
         return float(sum(getattr(layer, name) for layer in self.layers) / len(self.layers))
 
     def as_dict(self) -> dict[str, Any]:
@@ -90,11 +101,19 @@ class FidelityReport:
         return table
 
 
+def _quantizer(given: AnyPress) -> TurboQuant:
+    press: Any = as_press(TurboQuant if given is None else given)
+    only = press.presses[0] if isinstance(press, Compose) and len(press) == 1 else press
+    if not isinstance(only, TurboQuant):
+        raise InvalidInputError(f"press is {short_repr(press)}; give a TurboQuant, whose codes are compared")
+    return only
+
+
 @torch.no_grad()
 def attention_fidelity(
     model: PreTrainedModel,
     input_ids: torch.Tensor,
-    press: TurboQuant | None = None,
+    press: AnyPress = None,
     queries: int = DEFAULT_QUERIES,
 ) -> FidelityReport:
     """Compare attention scores over packed keys with exact ones, in every layer that a press packs.
@@ -102,7 +121,7 @@ def attention_fidelity(
     Args:
         model: decoder-only.
         input_ids: [B, T] int64, unpadded.
-        press: how keys and values are packed; left out, `TurboQuant()`.
+        press: how keys and values are packed: a `TurboQuant`, its class, or text; left out, `TurboQuant()`.
         queries: number of queries, the last ones of the context.
 
     Returns:
@@ -110,16 +129,17 @@ def attention_fidelity(
 
     Raises:
         UnsupportedModelError: the model cannot be packed, or its queries cannot be computed.
-        InvalidInputError: `queries` is out of range, the press is no TurboQuant or detects sinks, or the
-            context is so short that nothing was packed.
+        InvalidInputError: `input_ids` are no token ids, `queries` is out of range, the press is no TurboQuant
+            or detects sinks, or the context is so short that nothing was packed.
     """
-    press = TurboQuant() if press is None else press
-    if not isinstance(press, TurboQuant):
-        raise InvalidInputError(f"press is {press!r}; give a TurboQuant, whose codes are compared")
+    packs = _quantizer(press)
+    if not isinstance(input_ids, torch.Tensor) or input_ids.dim() != 2:
+        given = getattr(input_ids, "shape", type(input_ids).__name__)
+        raise InvalidInputError(f"input_ids is {given}; give a tensor of token ids, [batch, tokens]")
     tokens = input_ids.shape[1]
     if not 1 <= queries <= tokens:
         raise InvalidInputError(f"queries is {queries}; the context has {tokens} tokens, give 1 to {tokens}")
-    if press.detect_sinks:
+    if packs.detect_sinks:
         raise InvalidInputError("detected sinks change the order of tokens; compare with detect_sinks=0")
     exact: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
     found: list[LayerFidelity] = []
@@ -135,11 +155,11 @@ def attention_fidelity(
         if call is not None and isinstance(layer, PackedLayer):
             found.append(_compared(call, layer, *exact.pop(call.layer_idx), queries))
 
-    with hooked(model, before), press(model), hooked(model, behind):
+    with hooked(model, before), packs(model), hooked(model, behind):
         decoder = backbone(model)
         decoder(input_ids=input_ids, **{host.cache_name(decoder): host.empty_cache(model)})
     if not any(layer.packed_tokens for layer in found):
-        least = press.sink_tokens + press.recent_tokens + PAGE_TOKENS
+        least = packs.sink_tokens + packs.recent_tokens + PAGE_TOKENS
         raise InvalidInputError(
             f"none of the {tokens} tokens was packed; give a context of at least {least} tokens, or smaller "
             "windows"

@@ -11,6 +11,9 @@ LEAST_CAPABILITY = (8, 0)  # bfloat16 tensor cores
 CHAINS = (9, 0)
 """First compute capability on which a kernel can start before the one before it has ended."""
 
+HOPPER = 9
+"""Compute capability with tensor cores that take operands from shared memory, which no other has."""
+
 TESTED = {"torch": ("2.11", "2.13"), "triton": ("3.6", "3.9")}
 """The oldest and the newest release of each that the tests run on."""
 
@@ -44,6 +47,12 @@ def runs_triton(device: torch.device) -> bool:
 def has_tensor_memory(device: torch.device) -> bool:
     """Whether tensor cores add up in a memory of their own, of 512 columns a multiprocessor (10.0, 11.0)."""
     return device.type == "cuda" and 10 <= torch.cuda.get_device_capability(device)[0] < 12
+
+
+@lru_cache(maxsize=16)
+def is_hopper(device: torch.device) -> bool:
+    """Whether a device is an NVIDIA GPU of compute capability 9."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == HOPPER
 
 
 @lru_cache(maxsize=16)

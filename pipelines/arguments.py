@@ -11,7 +11,7 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from quantpress.errors import InvalidInputError, did_you_mean
 from quantpress.pipelines.press_argument import as_press
-from quantpress.presses.traits import decode_time_presses, members, traits_of
+from quantpress.presses.traits import decode_time_presses, members, short_repr, traits_of
 
 DEFAULT_NEW_TOKENS = 50  # kvpress's
 READING = ("answer_prefix", "enable_thinking", "max_context_length")
@@ -130,8 +130,8 @@ def check_asking(arguments: Mapping[str, Any]) -> None:
     press = as_press(arguments.get("press"))
     if press is not None and not decode_time_presses(press):
         raise InvalidInputError(
-            f"{press!r} acts while a context is read, and this one was read before; give it to read(), or "
-            "leave it out"
+            f"{short_repr(press)} acts while a context is read, and this one was read before; give it to "
+            "read(), or leave it out"
         )
     if any(traits_of(member).keeps_scores for member in members(press)):
         raise InvalidInputError(

@@ -14,7 +14,7 @@ from quantpress.presses.base_press import BasePress
 from quantpress.presses.compose import Compose
 from quantpress.presses.expression import parse_press
 from quantpress.presses.presets import COMPOSITIONS, PRESETS
-from quantpress.presses.traits import members, traits_of, with_inner
+from quantpress.presses.traits import members, short_repr, traits_of, with_inner
 from quantpress.presses.turboquant import TurboQuant
 
 ENABLED = "_quantpress_enabled"
@@ -33,10 +33,12 @@ def as_press(press: Any) -> BasePress | None:
         CompositionError: presses that do not go together.
         InvalidInputError: something else.
     """
-    if press is None or isinstance(press, BasePress):
-        return press
     if isinstance(press, str):
-        return parse_press(press)
+        press = parse_press(press)
+    if press is None or isinstance(press, BasePress):
+        if press is not None and traits_of(press).demotes:
+            Compose([press])  # refuses it without a quantizer: by itself it would do nothing
+        return press
     if is_press(press):
         return Compose([press])
     if isinstance(press, (list, tuple)):
@@ -63,7 +65,8 @@ def chosen_press(press: PressOrBits, options: dict[str, Any]) -> Compose:
         return Compose([TurboQuant(bits=press, **options)])
     if options:
         raise InvalidInputError(
-            f"{', '.join(options)} given beside {press!r}; set them on the press itself, TurboQuant(...)"
+            f"{', '.join(options)} given beside {short_repr(press)}; set them on the press itself, "
+            "TurboQuant(...)"
         )
     chosen = as_press(press)
     return chosen if isinstance(chosen, Compose) else Compose([chosen])

@@ -118,6 +118,11 @@ class TextGenerationPipeline(Pipeline):
     def __init__(self, *args: Any, **options: Any) -> None:
         check_dtype(options.get("dtype"))  # of a model that is loaded already, transformers ignores it
         super().__init__(*args, **options)
+        if self.tokenizer is None:
+            raise InvalidInputError(
+                f"there is no tokenizer for {type(self.model).__name__}; give tokenizer=, such as "
+                "AutoTokenizer.from_pretrained(...)"
+            )
 
     def _sanitize_parameters(self, **parameters: Any) -> tuple[dict[str, Any], ...]:
         parameters = given.with_own_names(parameters)
@@ -137,6 +142,9 @@ class TextGenerationPipeline(Pipeline):
 
     def __call__(self, inputs: Any = None, *args: Any, **kwargs: Any) -> Any:
         """Answer questions about a context, or about each of a list of contexts. See the class."""
+        if args:  # transformers would leave them out
+            unnamed = ", ".join(map(short_repr, args))
+            raise InvalidInputError(f"{unnamed} behind the context has no name; write question=..., press=")
         context = kwargs.pop("context", inputs)
         batch_size = kwargs.get("batch_size", self._batch_size)
         if batch_size not in (None, 1):
@@ -145,11 +153,11 @@ class TextGenerationPipeline(Pipeline):
                 "tokens of its own: leave batch_size out"
             )
         if isinstance(context, (list, tuple, Iterator)):
-            return [self(one, *args, **kwargs) for one in context]
+            return [self(one, **kwargs) for one in context]
         if isinstance(context, CachedContext):
             given.check_asking(kwargs)
             kwargs.setdefault("press", context.press)
-        return super().__call__(context, *args, **kwargs)
+        return super().__call__(context, **kwargs)
 
     def read(self, context: str, **options: Any) -> CachedContext:
         """Read a context once, to ask about it any number of times, or to save it.

@@ -19,6 +19,20 @@ _KINDS: dict[Any, tuple[type, str]] = {
     int: (Integral, "a whole number"),
 }
 
+_AT_LEAST_ONE = frozenset(
+    {
+        "block_size",
+        "chunk_length",
+        "chunk_size",
+        "kernel_size",
+        "lag_size",
+        "local_window_size",
+        "sketch_dimension",
+        "window_size",
+    }
+)
+"""Whole numbers of kvpress's presses that count tokens or channels of a piece. The others may be 0."""
+
 
 def is_press(press: Any) -> bool:
     """Whether this is a press, a press class, or several classes joined by `|`."""
@@ -60,18 +74,29 @@ def check_arguments(press_class: Any, values: Sequence[Any], named: Mapping[str,
 
 
 def check_kinds(press: Any) -> None:
-    """Refuse fields of another kind than they are declared with: int, float or bool. None passes.
+    """Refuse fields of another kind than they are declared with, int, float or bool, and counts below 0 or 1.
+
+    None passes. The window of a kernel has to be odd, so that each token is in the middle of one.
 
     Raises:
         InvalidInputError: names the press, the field and the value.
     """
     for field in fields(press):
-        value = getattr(press, field.name) if field.init and field.type in _KINDS else None
+        value: Any = getattr(press, field.name) if field.init and field.type in _KINDS else None
         if value is None:
             continue
         kind, words = _KINDS[field.type]
         if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
             raise InvalidInputError(f"{type(press).__name__}: {field.name} is {value!r}; give {words}")
+        if kind is not Integral or field.name == "seed":
+            continue
+        count: Any = value
+        least = int(field.name in _AT_LEAST_ONE)
+        if count < least or (field.name == "kernel_size" and count % 2 == 0):
+            wanted = "an odd whole number" if field.name == "kernel_size" else words
+            raise InvalidInputError(
+                f"{type(press).__name__}: {field.name} is {value!r}; give {wanted}, {least} or more"
+            )
 
 
 @runtime_checkable
@@ -91,6 +116,7 @@ def inner_press(owner: object, press: Any, kind: type = ScorerPress) -> Any:
     press = press() if isinstance(press, type) and issubclass(press, kind) else press
     if not isinstance(press, kind):
         raise InvalidInputError(
-            f"{type(owner).__name__}: press is {press!r}; give one that scores tokens, such as SnapKV(0.5)"
+            f"{type(owner).__name__}: press is {short_repr(press)}; give one that scores tokens, such as "
+            "SnapKV(0.5)"
         )
     return press

@@ -25,7 +25,7 @@ from quantpress.presses.arguments import (
     is_press,
 )
 from quantpress.presses.base_press import BasePress, ScorerPress, check_ratio
-from quantpress.presses.guard import named_failure
+from quantpress.presses.guard import like_llama, named_failure
 from quantpress.presses.models.filling import filled_caches
 from quantpress.presses.models.full_layers import as_kvpress_sees
 from quantpress.presses.models.lock import model_lock
@@ -75,7 +75,7 @@ class PressMixin:
         """Apply the press to every prefill inside the context; other threads wait for the model meanwhile.
 
         Raises:
-            UnsupportedModelError, InvalidInputError: see `filled_caches`.
+            UnsupportedModelError, InvalidInputError: see `filled_caches` and `like_llama`.
         """
         upstream: Any = super()
         press: Any = self
@@ -83,6 +83,7 @@ class PressMixin:
             stack.enter_context(model_lock(model))
             stack.enter_context(filled_caches(model))
             stack.enter_context(own_heads(press, model))
+            stack.enter_context(like_llama(press, model))
             stack.enter_context(upstream.__call__(as_kvpress_sees(model, self)))
             yield
 
@@ -127,7 +128,11 @@ class NamedPress(PressMixin):
         check_kinds(self)
         upstream = getattr(super(), "__post_init__", None)
         if upstream is not None:
-            upstream()
+            try:
+                upstream()
+            except AssertionError as error:
+                reason = str(error) or "an argument is out of its range"
+                raise InvalidInputError(f"{type(self).__name__}: {reason}") from error
 
     def forward_hook(
         self, module: nn.Module, input: list[torch.Tensor], kwargs: dict[str, Any], output: list[Any]

@@ -42,6 +42,13 @@ class _AlsoOfKvpress(type):
     def __instancecheck__(cls, press: Any) -> bool:
         return cls.__subclasscheck__(type(press))
 
+    def __ror__(cls, other: Any) -> Any:
+        """`kvpress.SnapKVPress(0.5) | TurboQuant`; of two classes Python makes a union, as of any."""
+        composition = getattr(cls, "composition", None)
+        if composition is not None and isinstance(other, BasePress):
+            return composition([other, cls])
+        return super().__ror__(other)
+
 
 def check_ratio(owner: object, name: str, ratio: object) -> None:
     """Refuse a fraction to evict that is not a number with 0 <= ratio < 1.

@@ -14,7 +14,7 @@ from quantpress.errors import CompositionError, InvalidInputError, QuantPressErr
 from quantpress.presses.arguments import one_by_one
 from quantpress.presses.base import DEFAULT_RATIO, PressMixin
 from quantpress.presses.base_press import BasePress, check_ratio, is_of_kvpress
-from quantpress.presses.guard import guarded
+from quantpress.presses.guard import guarded, like_llama
 from quantpress.presses.models.attention import hooked
 from quantpress.presses.models.eligibility import EVICTABLE, check
 from quantpress.presses.models.filling import filled_caches
@@ -218,6 +218,8 @@ class Compose(PressMixin, BasePress):
         stack.enter_context(own_heads(self, model))
         if packer is not None:
             stack.enter_context(packer.recording(model))
+        for press in self.evictors:  # before the first one evicts
+            stack.enter_context(like_llama(press, model))
         for press in self.evictors:
             stack.enter_context(guarded(press, model))
             if press is not self.evictors[-1]:

@@ -11,6 +11,7 @@ import ast
 import inspect
 import re
 import sys
+from difflib import get_close_matches
 from functools import lru_cache
 from importlib import import_module, invalidate_caches
 from pathlib import Path
@@ -19,6 +20,7 @@ from typing import Any
 from quantpress import presses
 from quantpress.errors import InvalidInputError, QuantPressError, did_you_mean
 from quantpress.presses.base_press import BasePress
+from quantpress.presses.presets import COMPOSITIONS, PRESETS
 
 MAX_LENGTH = 2000
 _MODULE = re.compile(r"""'[^']*'|"[^"]*"|(?<![\w.])([^\W\d][\w.]*):(?=[^\W\d])""")
@@ -187,7 +189,10 @@ def _class(name: str, text: str) -> type[BasePress]:
     press = _find(name)
     if press is None:
         names = [*presses.__all__, *_of_kvpress()]  # type: ignore[attr-defined]
-        raise InvalidInputError(f"there is no press {name!r} in {text!r}; {_nearest(name, names)}")
+        preset = next(iter(get_close_matches(name, [*PRESETS, *COMPOSITIONS], n=1, cutoff=0.8)), None)
+        owner = "TurboQuant" if preset in PRESETS else "Compose"
+        hint = _nearest(name, names) if preset is None else f"for the preset write {owner}.preset({preset!r})"
+        raise InvalidInputError(f"there is no press {name!r} in {text!r}; {hint}")
     return press
 
 

@@ -24,7 +24,12 @@ def name_delimiter(press: kvpress.FinchPress, tokenizer: Any, token: str = FINCH
 
 
 class Finch(
-    EvictingPress, kvpress.FinchPress, rerotates=lambda press: press.rerotate_keys, needs_delimiter=True
+    EvictingPress,
+    kvpress.FinchPress,
+    rerotates=lambda press: press.rerotate_keys,
+    needs_delimiter=True,
+    like_llama=True,
+    takes_weights=True,
 ):
     """Keeps the tokens that the question behind a delimiter attends to (FINCH).
 

@@ -8,7 +8,7 @@ a prefill.
 import functools
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,6 +20,7 @@ from quantpress.presses.base_press import BasePress
 from quantpress.presses.models.attention import attention_modules, decoder_of, hooked, is_sliding
 from quantpress.presses.models.full_layers import as_kvpress_sees
 from quantpress.presses.models.old_names import old_names
+from quantpress.presses.packing.like_llama import check_like_llama, leaves_channels_out
 from quantpress.presses.packing.prefill_hook import check_padding, is_padded, prefill_call
 from quantpress.presses.ranks import own_heads
 from quantpress.presses.traits import name_of, short_repr, traits_of, with_inner
@@ -42,6 +43,13 @@ UNEXPLAINED = (
     ValueError,
 )
 """The exceptions that kvpress's presses raise in a prefill that they were not made for."""
+
+_ASKS_FOR = (
+    ('attn_implementation="eager"', "eager"),  # ObservedAttention
+    ("eager mode not supported", "sdpa"),  # AdaKV and others that hide tokens by head
+    ("does not support attentions", "sdpa"),  # Block, Chunk
+)
+"""What kvpress's assertions say where a press needs attention of another kind, and which."""
 
 
 @contextmanager
@@ -76,9 +84,11 @@ def guarded(press: BasePress, model: "PreTrainedModel") -> Iterator[None]:
 def named_context(press: BasePress, model: "PreTrainedModel") -> Iterator[None]:
     """Enter a press's own context, with errors of kvpress's presses at a prefill explained."""
     modules = attention_modules(model) if type(press).__module__.startswith("kvpress.") else []
-    before = [set(module._forward_hooks) for module in modules]
+    checked = like_llama(press, model) if modules else nullcontext()
     names = old_names(decoder_of(model), attention_modules(model))
-    with names, own_heads(press, model), press(_seen_by(press, model)):
+    with names, own_heads(press, model), checked, ExitStack() as stack:
+        before = [set(module._forward_hooks) for module in modules]
+        stack.enter_context(press(_seen_by(press, model)))
         for module, known in zip(modules, before, strict=True):
             for hook_id in set(module._forward_hooks) - known:
                 module._forward_hooks[hook_id] = named(press, module._forward_hooks[hook_id])
@@ -88,6 +98,39 @@ def named_context(press: BasePress, model: "PreTrainedModel") -> Iterator[None]:
 def _seen_by(press: BasePress, model: "PreTrainedModel") -> Any:
     """The model, or what stands for it; `PressMixin` does that itself."""
     return model if hasattr(press, "composition") else as_kvpress_sees(model, press)
+
+
+@contextmanager
+def like_llama(press: BasePress, model: "PreTrainedModel") -> Iterator[None]:
+    """Refuse a model that rotates or norms in another way than kvpress takes all models to do.
+
+    Enter it before any press's context that evicts. Only presses that compute queries or turn keys are
+    checked, and only models that kvpress was not made for, or whose rotary embedding leaves channels out
+    (Phi-4-mini); hybrid ones have rules of their own.
+
+    Raises (from inside, at a prefill):
+        UnsupportedModelError: keys that kvpress computes are not those in the cache.
+    """
+    traits = [one for one in map(traits_of, with_inner(press)) if one.like_llama or one.rerotates]
+    if not traits or host.is_hybrid(model):
+        yield
+        return
+    supported = isinstance(model, _supported_models())
+
+    def check(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+        weights = output[1] if isinstance(output, tuple) and len(output) > 1 else None
+        call = prefill_call(module, args, kwargs)
+        if supported and (call is None or not leaves_channels_out(call)):
+            return
+        computes = any(one.like_llama and (weights is None or not one.takes_weights) for one in traits)
+        if call is not None and (computes or any(one.rerotates for one in traits)):
+            reason = "kvpress does not compute its queries and keys as the model does"
+            if all(one.takes_weights for one in traits):
+                reason += ', and need not if the model is loaded with attn_implementation="eager"'
+            check_like_llama(call, _unsupported(press, module, reason), turned_only=not computes)
+
+    with hooked(model, check):
+        yield
 
 
 def named(press: BasePress, hook: Hook) -> Hook:
@@ -197,8 +240,9 @@ def _unsupported(press: BasePress, module: nn.Module, reason: str) -> Unsupporte
 def named_failure(press: BasePress, tokens: int) -> Iterator[None]:
     """Name the press and the remedy when a press fails at a prefill.
 
-    kvpress asserts what a press needs of a context, mostly its length. In a short context, any other
-    exception is taken to mean the same. Exceptions of presses from elsewhere are left as they are.
+    kvpress asserts what a press needs: mostly a length of the context, or a kind of attention. In a short
+    context, any other exception is taken to mean its length. Exceptions of presses from elsewhere are left as
+    they are.
 
     Args:
         press: the press that runs inside.
@@ -234,7 +278,9 @@ def _of_kvpress(press: BasePress) -> bool:
 
 
 def _cannot_compress(press: BasePress, tokens: int, reason: str) -> InvalidInputError:
-    return InvalidInputError(
-        f"{short_repr(press)} cannot compress this context of {tokens} tokens: {reason.rstrip('.')}. "
-        "Give a longer context, a press with smaller windows, or press=None"
-    )
+    what = next((implementation for words, implementation in _ASKS_FOR if words in reason), None)
+    remedy = "Give a longer context, a press with smaller windows, or press=None"
+    if what is not None:
+        remedy = f'Load the model with attn_implementation="{what}", or give another press'
+    cannot = "cannot compress" if what is not None else f"cannot compress this context of {tokens} tokens"
+    return InvalidInputError(f"{short_repr(press)} {cannot}: {reason.rstrip('.')}. {remedy}")

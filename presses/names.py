@@ -33,11 +33,13 @@ describe(kvpress.ScorerPress)
 describe(kvpress.ComposedPress)
 
 
-class Cap(EvictingPress, kvpress.CapPress):
+class Cap(EvictingPress, kvpress.CapPress, like_llama=True):
     """Leverage of values, weighted by how queries so far align with the keys (CapKV)."""
 
 
-class Compactor(EvictingPress, kvpress.CompactorPress, whole_context=True, needs_all_heads=True):
+class Compactor(
+    EvictingPress, kvpress.CompactorPress, whole_context=True, needs_all_heads=True, like_llama=True
+):
     """Leverage scores blended with non-causal attention (Compactor)."""
 
 
@@ -52,11 +54,12 @@ class DuoAttention(
     ratio_follows=True,
     masks_heads=True,
     needs_all_heads=True,
+    like_llama=lambda press: press.on_the_fly_scoring,
 ):
     """Some heads, `head_compression_ratio` of them, see only sinks and recent tokens (DuoAttention)."""
 
 
-class ExpectedAttention(EvictingPress, kvpress.ExpectedAttentionPress):
+class ExpectedAttention(EvictingPress, kvpress.ExpectedAttentionPress, like_llama=True):
     """Attention that future queries are expected to pay."""
 
 
@@ -90,11 +93,18 @@ class KVzap(EvictingPress, kvpress.KVzapPress, whole_context=True, needs_all_hea
     """A small trained model that predicts KVzip's scores, from Hugging Face's hub, for some models."""
 
 
-class KVzip(RereadingPress, kvpress.KVzipPress, at_exit=True, masks_heads=True, needs_all_heads=True):
+class KVzip(
+    RereadingPress,
+    kvpress.KVzipPress,
+    at_exit=True,
+    masks_heads=True,
+    needs_all_heads=True,
+    like_llama=True,
+):
     """Attention of the model repeating its context (KVzip); two to three times the prefill's cost."""
 
 
-class KVgrad(RereadingPress, kvpress.KVgradPress):
+class KVgrad(RereadingPress, kvpress.KVgradPress, like_llama=False):
     """Input times gradient of the model reading its context again."""
 
 
@@ -102,11 +112,15 @@ class LagKV(EvictingPress, kvpress.LagKVPress):
     """Keys and values compared with those of the partition that follows."""
 
 
-class LeverageScore(EvictingPress, kvpress.LeverageScorePress, whole_context=True, normalizes=True):
+class LeverageScore(
+    EvictingPress, kvpress.LeverageScorePress, whole_context=True, normalizes=True, like_llama=True
+):
     """Approximate leverage scores of keys before RoPE."""
 
 
-class NonCausalAttn(EvictingPress, kvpress.NonCausalAttnPress, whole_context=True, normalizes=True):
+class NonCausalAttn(
+    EvictingPress, kvpress.NonCausalAttnPress, whole_context=True, normalizes=True, like_llama=True
+):
     """Attention of all queries of a chunk to all its keys."""
 
 
@@ -114,7 +128,7 @@ class ObservedAttention(EvictingPress, kvpress.ObservedAttentionPress, whole_con
     """Attention that each token received in the prefill (H2O); needs attn_implementation="eager"."""
 
 
-class SnapKV(EvictingPress, kvpress.SnapKVPress, by_last_queries=True):
+class SnapKV(EvictingPress, kvpress.SnapKVPress, by_last_queries=True, like_llama=True, takes_weights=True):
     """Keeps what the last tokens of the context attend to."""
 
 
@@ -141,6 +155,7 @@ class SimLayerKV(
     ratio=0.9,
     ratio_follows=True,
     needs_all_heads=True,
+    like_llama=True,
 ):
     """Only sinks and recent tokens in layers whose attention to them is above `lazy_threshold`."""
 
@@ -152,11 +167,24 @@ class StreamingLLM(EvictingPress, kvpress.StreamingLLMPress, sink_tokens=lambda 
     """
 
 
-class ThinK(EvictingPress, kvpress.ThinKPress, ratio_name="key_channel_compression_ratio", keeps_tokens=True):
+class ThinK(
+    EvictingPress,
+    kvpress.ThinKPress,
+    ratio_name="key_channel_compression_ratio",
+    keeps_tokens=True,
+    like_llama=True,
+):
     """Zeroes the key channels that recent queries use least; evicts no token, saves no memory by itself."""
 
 
-class TOVA(EvictingPress, kvpress.TOVAPress, needs_all_heads=True, by_last_queries=True):
+class TOVA(
+    EvictingPress,
+    kvpress.TOVAPress,
+    needs_all_heads=True,
+    by_last_queries=True,
+    like_llama=True,
+    takes_weights=True,
+):
     """Keeps what the last token attends to."""
 
 
@@ -292,7 +320,7 @@ describe(
 )
 
 CAM = kvpress.CAMPress
-describe(CAM, merges_while_decoding=True, needs_all_heads=True)
+describe(CAM, merges_while_decoding=True, needs_all_heads=True, like_llama=True)
 
 CompressionRatioDecoding = kvpress.CompressionRatioDecodingPress
 describe(CompressionRatioDecoding)

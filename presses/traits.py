@@ -13,7 +13,7 @@ from importlib import import_module
 from typing import Any, TypeAlias
 
 from quantpress.cache import host
-from quantpress.errors import InvalidInputError, MissingPackageError
+from quantpress.errors import InvalidInputError, MissingPackageError, extra
 from quantpress.presses.base_press import BasePress, ScorerPress, is_of_kvpress
 
 Trait: TypeAlias = bool | int | Callable[[Any], bool | int]
@@ -51,6 +51,9 @@ class Traits:
         normalizes: its scores are relative to those of all heads of the layer.
         by_last_queries: keeps what the last tokens attend to, so that it depends on whether a question is
             among them.
+        like_llama: computes queries or keys from hidden states, as Llama's attention does, so that it is
+            wrong in a model whose attention does so in another way.
+        takes_weights: leaves that alone where attention returns its weights ("eager"), and takes these.
     """
 
     at_exit: bool = False
@@ -74,6 +77,8 @@ class Traits:
     needs_all_heads: bool = False
     normalizes: bool = False
     by_last_queries: bool = False
+    like_llama: bool = False
+    takes_weights: bool = False
 
 
 TRAITS: dict[type, dict[str, Trait]] = {BasePress: {}, ScorerPress: {}}
@@ -98,7 +103,7 @@ def import_kvpress(what: str) -> Any:
     try:
         return import_module(DESCRIBES_KVPRESS)
     except ImportError as error:
-        remedy = 'pip install "quantpress[kvpress]"'
+        remedy = f"pip install {extra('kvpress')}"
         if not host.CALLS_TAKE_PLACES:
             remedy += ", which takes transformers 5.2; docs/versions.md has two commands for newer ones"
         reason = f"{what} needs kvpress, which cannot be imported ({error})"

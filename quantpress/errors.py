@@ -101,6 +101,15 @@ def did_you_mean(name: str, names: Iterable[str]) -> str:
     return f"did you mean {' or '.join(map(repr, near))}?" if near else ""
 
 
+def extra(name: str) -> str:
+    """What to give `pip install` for an extra: there is no release yet, so that a checkout has to be at hand.
+
+    Args:
+        name: the extra.
+    """
+    return f'".[{name}]" in a checkout of quantpress'
+
+
 def unknown_name(package: str, name: str, names: Iterable[str]) -> Exception:
     """What the `__getattr__` of a package raises for an unknown name; it says what was probably meant.
 

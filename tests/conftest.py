@@ -47,10 +47,12 @@ def seed() -> int:
     value = int(os.environ.get(SEED_VARIABLE) or random.SystemRandom().randrange(2**31))
     print(f"{SEED_VARIABLE}={value}")
     random.seed(value)
-    for name in ("numpy.random", "torch"):  # a test that did not import torch has no use for its generator
-        module = sys.modules.get(name)
-        if module is not None:
-            getattr(module, "manual_seed" if name == "torch" else "seed")(value)
+    numbers, torch = sys.modules.get("numpy.random"), sys.modules.get("torch")
+    if numbers is not None:
+        numbers.seed(value)
+    if torch is not None:  # a test that did not import it has no use for its generator
+        # `torch.manual_seed` also formats the whole stack three times, for devices that may come later.
+        (torch if torch.cuda.is_available() else torch.default_generator).manual_seed(value)
     return value
 
 

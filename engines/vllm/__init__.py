@@ -21,6 +21,8 @@ checks.py        what is refused when the engine starts, and why
 import logging
 from typing import Any
 
+from quantpress.errors import extra
+
 BACKEND = "QUANTPRESS"
 """The name for `--attention-backend`."""
 
@@ -38,8 +40,9 @@ def register() -> None:
     except (ImportError, AttributeError) as error:
         logging.getLogger(__name__).warning(
             "quantpress cannot register with this vLLM, since it was made for 0.33 (%s): its KV-cache dtypes "
-            'and its attention backend are missing; pip install "quantpress[vllm]"',
+            "and its attention backend are missing; pip install %s",
             error,
+            extra("vllm"),
         )
 
 

@@ -146,7 +146,7 @@ def measure(
 def _without_widths(press: TurboQuant) -> TurboQuant:
     """The press with nothing that decides widths."""
     if not isinstance(press, TurboQuant):
-        raise InvalidInputError(f"press is {press!r}; give a TurboQuant, whose windows are used")
+        raise InvalidInputError(f"press is {short_repr(press)}; give a TurboQuant, whose windows are used")
     for name in ("layer_bits", "boundary_layers", "codec", "plan"):
         if getattr(press, name):
             raise InvalidInputError(f"{name} decides widths, which are to be fitted; leave it out")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from quantpress.errors import InvalidInputError
+from quantpress.errors import InvalidInputError, extra
 from quantpress.evaluation.results.records import Record, Records
 from quantpress.evaluation.results.summary import DivergenceRow, Findings, pareto_front
 
@@ -198,7 +198,7 @@ def _figure_class() -> "type[Figure]":
         from matplotlib.figure import Figure
     except ImportError as error:
         raise InvalidInputError(
-            "figures are drawn with matplotlib, which is not installed: pip install 'quantpress[eval]', or "
+            f"figures are drawn with matplotlib, which is not installed: pip install {extra('eval')}, or "
             "leave them out with --no-figures"
         ) from error
     made: type[Figure] = Figure

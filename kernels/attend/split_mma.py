@@ -95,6 +95,24 @@ def _start_next():
 
 
 @gluon.jit
+def _in_lanes(x):
+    """x, for the assembler a number of each lane from here on: it cannot know that a lane's mask has one bit.
+
+    With numbers that all lanes share, and so with most addresses, it computes in registers of the whole warp.
+    There they take longer, and it fills the time before the loads with what was to follow them.
+    """
+    return gl.inline_asm_elementwise(
+        "{ .reg .b32 one; mov.b32 one, %lanemask_eq; popc.b32 one, one; sub.s32 one, one, 1; "
+        "add.s32 $0, $1, one; }",
+        "=r,r",
+        [x],
+        dtype=gl.int32,
+        is_pure=True,
+        pack=1,
+    )
+
+
+@gluon.jit
 def _behind(x, unity):
     """x of `load_rows` or `load_channels`, but what is computed from it stays behind the last `_order`.
 
@@ -302,6 +320,7 @@ def split_mma_kernel(
     STAGED: gl.constexpr,
     CHAINED: gl.constexpr,
     AHEAD: gl.constexpr,
+    IN_LANES: gl.constexpr,
     OPENS: gl.constexpr,
     TILE: gl.constexpr,
     HAS_WEIGHT: gl.constexpr,
@@ -357,7 +376,8 @@ def split_mma_kernel(
     block of rows write the first of the `slots` sums in dense_o, dense_m and dense_l. The first
     `beside` programs on axis 0, of all heads where HEADS, attend nothing else. AHEAD, only with OPENS: what
     needs no memory that a kernel before this one may write stands in front of the wait. Tables and signs are
-    among it, as they are made on the host.
+    among it, as they are made on the host. IN_LANES, without AHEAD: whether the head's number (1), and that
+    of the program within its head (2, with OPENS), are `_in_lanes`, and so all that is computed from them.
     """
     mma: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [1, 1], [16, 8])
     right: gl.constexpr = gl.DotOperandLayout(1, mma, 4)
@@ -375,9 +395,14 @@ def split_mma_kernel(
         _wait()
     if not AHEAD:
         row_block = gl.program_id(1) % blocks
-        own_head = (gl.program_id(1) // blocks).to(gl.int64)
+        own_head = gl.program_id(1) // blocks
         own_split, own_splits = split - beside, splits - beside
         own_count = 0
+        if IN_LANES > 0:
+            own_head = _in_lanes(own_head)
+        if IN_LANES > 1:
+            own_split = _in_lanes(own_split)
+        own_head = own_head.to(gl.int64)
     if OPENS:
         if HEADS:
             dense_head = (split // gl.maximum(parts, 1)).to(gl.int64)

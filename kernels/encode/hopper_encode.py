@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from quantpress.kept import kept
-from quantpress.kernels.available import FUSED
+from quantpress.kernels.available import FUSED, is_hopper
 from quantpress.kernels.encode.octets import (
     GATHER_CONSTRAINTS,
     centre,
@@ -27,7 +27,6 @@ from quantpress.quantization.rotation import Rotation
 from quantpress.quantization.spec import CodecSpec
 from quantpress.quantization.transform import ChannelTransform
 
-HOPPER = 9
 CHANNELS = 128
 WIDTHS = (2, 3, 4)
 RULES = {"key": "norm_corrected", "value": "unbiased"}
@@ -63,12 +62,6 @@ def launch_settings(spec: CodecSpec) -> tuple[int, int]:
     if spec.role == "key":
         return 128, 4  # each program makes a matrix
     return (128, 8) if spec.bits == 3 else (96, 10)
-
-
-@lru_cache(maxsize=16)
-def is_hopper(device: torch.device) -> bool:
-    """Whether a device is an NVIDIA GPU of compute capability 9."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == HOPPER
 
 
 def launch_hopper(

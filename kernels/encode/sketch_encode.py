@@ -7,12 +7,10 @@ from torch import Tensor
 
 from quantpress.deferred import judge, zero_flags
 from quantpress.kept import kept
-from quantpress.kernels.available import FUSED, has_tensor_memory
-from quantpress.kernels.encode.hopper_encode import is_hopper
+from quantpress.kernels.available import FUSED, has_tensor_memory, is_hopper
 from quantpress.kernels.encode.sketch_kernel import encode_sketch_kernel
 from quantpress.kernels.encode.triton_encode import (
     DTYPES,
-    MAX_CHANNELS,
     EncodeSettings,
     check_flag,
     encode_arguments,
@@ -24,6 +22,8 @@ from quantpress.kernels.quick import quick
 from quantpress.kernels.rotation_matrix import halved, padded, rotation_matrix
 from quantpress.quantization.spec import CodecSpec
 from quantpress.quantization.transform import ChannelTransform
+
+MAX_CHANNELS = 128
 
 BLOCK = 64
 """Most channels of x in one product with the rotation where shared memory is scarce."""

@@ -14,7 +14,7 @@ from torch import Tensor
 from quantpress.deferred import deferred_checks, judge, zero_flags
 from quantpress.errors import NonFiniteError
 from quantpress.kept import kept
-from quantpress.kernels.available import FUSED
+from quantpress.kernels.available import FUSED, has_tensor_memory
 from quantpress.kernels.encode.assembly import rounding_assembly, squares_assembly, summand_unit
 from quantpress.kernels.encode.hopper_encode import covers, launch_hopper
 from quantpress.kernels.encode.nearest import nearest_level
@@ -26,8 +26,11 @@ from quantpress.quantization.codebook import Codebook
 from quantpress.quantization.spec import CodecSpec
 from quantpress.quantization.transform import ChannelTransform
 
-MAX_CHANNELS = 128
-"""Most channels of a group; the kernel has been tested on wider groups in the interpreter only."""
+MAX_CHANNELS = 256
+"""Most channels of a group."""
+
+MAX_IN_TENSOR_MEMORY = 128
+"""The same where sums are in tensor memory (10.0): those of wider groups ask for more than there is."""
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 ASSEMBLED = (2, 3, 4)
@@ -87,8 +90,9 @@ def is_roomy(device: torch.device) -> bool:
 
 
 def supports_encode(x: Tensor, spec: CodecSpec) -> bool:
-    """Whether the kernel takes this call: 16 or 32-bit vectors, groups of up to 128 channels, codes alone."""
-    fits = all(group.channels <= MAX_CHANNELS for group in spec.groups)
+    """Whether the kernel takes this call: 16 or 32-bit vectors, codes alone, groups that are not too wide."""
+    most = MAX_IN_TENSOR_MEMORY if has_tensor_memory(x.device) else MAX_CHANNELS
+    fits = all(group.channels <= most for group in spec.groups)
     return spec.estimator == "mse" and not spec.page_keys and fits and x.dtype in DTYPES and x.dim() == 4
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import Cache, PreTrainedModel
 
 from quantpress.cache import CacheMemory, PackedLayer, cache_memory, host
@@ -192,12 +193,14 @@ class CachedContext:
         Raises:
             CacheFileError: the file is damaged or cut short, or was made by another version, model, rotation
                 or press; the message says which.
-            InvalidInputError, CompositionError: `press` is no press.
+            InvalidInputError, CompositionError: `model` is no model, or `press` is no press.
             UnsupportedModelError: a weight of the model was never loaded.
             MissingPackageError: a head-wise press hides tokens of the context, and there is no kvpress; or
                 the package for a URL is not installed.
         """
         wanted = as_press(press)
+        if not isinstance(model, nn.Module):
+            raise InvalidInputError(f"a {type(model).__name__} is no model; give one, such as pipe.model")
         known = steady_fingerprint(model)
         saved = load_context(path, model, known, verify)
         context = cls(

@@ -14,6 +14,7 @@ from quantpress.cache.saved.format import FORMAT
 from quantpress.errors import InvalidInputError
 from quantpress.pipelines.reading.planned import Reading
 from quantpress.presses.base_press import BasePress
+from quantpress.presses.compose import Compose
 from quantpress.version import __version__
 
 _PLAIN = (bool, int, float, str, type(None))
@@ -77,6 +78,8 @@ def _settings(value: Any, where: str) -> Any:
         pairs = [[_settings(one, where) for one in pair] for pair in value.items()]
         return {"pairs": sorted(pairs, key=repr)}
     if isinstance(value, BasePress):
+        if isinstance(value, Compose) and len(value) == 1:
+            return _settings(value.presses[0], where)  # which it works as
         name = f"{type(value).__module__}.{type(value).__qualname__}"
         return [name, {one: _settings(inner, f"{where}.{one}") for one, inner in _arguments(value)}]
     raise InvalidInputError(

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from torch import nn
 from transformers import PreTrainedModel
 
 from quantpress.errors import InvalidInputError, UnsupportedModelError
@@ -104,7 +105,10 @@ def disable(model: PreTrainedModel) -> None:
 
     Raises:
         InvalidInputError: something else has replaced a method of the model since.
+        UnsupportedModelError: `model` is not a model.
     """
+    if not isinstance(model, nn.Module):
+        raise UnsupportedModelError(f"a {type(model).__name__} is no model; give the one that was enabled")
     state = vars(model).get(ENABLED)
     if state is not None:
         state.disable()

@@ -78,14 +78,21 @@ class Enabled:
         return model_lock(self.model)
 
     def __enter__(self) -> "Enabled":
+        if not self._on_the_model():
+            raise InvalidInputError(
+                f"{self!r} was disabled before, and compresses nothing; call enable(model, ...) again"
+            )
         return self
 
     def __exit__(self, *exception: object) -> None:
-        if vars(self.model).get(ENABLED) is self:
+        if self._on_the_model():
             self.disable()
 
     def __repr__(self) -> str:
         return f"Enabled({type(self.model).__name__}, {self.press!r})"
+
+    def _on_the_model(self) -> bool:
+        return vars(self.model).get(ENABLED) is self
 
     def disable(self) -> None:
         """See `quantpress.disable`."""
@@ -97,7 +104,7 @@ class Enabled:
         for call in running:
             call.ended.wait()
         with self.lock:
-            if vars(self.model).get(ENABLED) is not self:
+            if not self._on_the_model():
                 return  # another thread was faster
             for replaced in self._replaced:
                 replaced.undo()

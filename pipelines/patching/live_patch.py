@@ -77,6 +77,7 @@ class AttentionPatch:
     def __init__(self, model: nn.Module, trip: RoundTrip, enabled: bool = True) -> None:
         self.model, self.trip = model, trip
         self._forward: MethodReplacement | None = None
+        self._removed = False
         if enabled:
             vars(model)[_STATE] = self
             self._forward = MethodReplacement(model, "forward", self._run)
@@ -104,10 +105,15 @@ class AttentionPatch:
         with model_lock(self.model):
             if self._forward is not None:
                 self._forward.undo()
-                self._forward = None
+                self._forward, self._removed = None, True
                 del vars(self.model)[_STATE]
 
     def __enter__(self) -> "AttentionPatch":
+        if self._removed:
+            raise InvalidInputError(
+                f"the patch of {type(self.model).__name__} was removed before, and does nothing; call "
+                "patch_attention(model, ...) again"
+            )
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:

@@ -12,6 +12,7 @@ from threading import Event, Lock, Thread, current_thread
 
 from torch import nn
 
+from quantpress.errors import UnsupportedModelError
 from quantpress.presses.models.attention import decoder_of
 
 PATIENCE_S = 60.0
@@ -91,11 +92,16 @@ def model_lock(model: nn.Module) -> ModelLock:
 
     A copy of a model has its own lock.
 
+    Raises:
+        UnsupportedModelError: something else is given as a model.
+
     Example:
         >>> model = nn.Linear(2, 2)
         >>> with model_lock(model):
         ...     model_lock(model).held
         True
     """
+    if not isinstance(model, nn.Module):
+        raise UnsupportedModelError(f"a {type(model).__name__} is no model; give one of transformers")
     with _LOOKING_UP:
         return _LOCKS.setdefault(decoder_of(model), ModelLock())

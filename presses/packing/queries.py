@@ -104,7 +104,7 @@ def _rotated(
         raise UnknownAttentionError("its rotary embedding is not known")
     try:
         hidden_states = hidden_states[:, -window:]
-        states = [_projected(module, hidden_states, side) for side in sides]
+        states = [projected(module, hidden_states, side) for side in sides]
         if position_embeddings is None:
             return states  # attention without RoPE; `check_keys` finds out where that is wrong
         cos, sin = (table[:, -window:] for table in position_embeddings)
@@ -151,7 +151,7 @@ def _project(module: Any, hidden_states: torch.Tensor, side: str) -> torch.Tenso
     return states.transpose(1, 2)
 
 
-def _projected(module: nn.Module, hidden_states: torch.Tensor, side: str) -> torch.Tensor:
+def projected(module: nn.Module, hidden_states: torch.Tensor, side: str) -> torch.Tensor:
     """Queries or keys before RoPE, [B, heads, W, D]."""
     states = _project(module, hidden_states, side)
     norm: Any = getattr(module, f"{side}_norm", None) or getattr(module, f"{side}_layernorm", None)

@@ -9,6 +9,7 @@ A new command is a file and a line in `COMMANDS`.
 """
 
 import sys
+import warnings
 from collections.abc import Callable
 from typing import Annotated, Any
 
@@ -101,13 +102,23 @@ for _name, (_work, _example) in COMMANDS.items():
     app.command(_name, epilog=f"Example: {_example}")(_command)
 
 
+def _show_warning(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, *rest: Any, **named: Any
+) -> None:
+    name = "" if category is UserWarning else f"{category.__name__}: "
+    print(f"quantpress: warning: {name}{message}", file=sys.stderr)  # noqa: T201
+
+
 def main() -> None:
     """Run the command line; the entry point of the script `quantpress`.
 
-    What quantpress raises on purpose is meant for a person: one line on stderr, no traceback.
+    What quantpress raises on purpose, or warns of, is meant for a person: one line on stderr, no traceback
+    and no line of code.
     """
     try:
-        app()
+        with warnings.catch_warnings():
+            warnings.showwarning = _show_warning
+            app()
     except quantpress.QuantPressError as error:
         print(f"quantpress: {error}", file=sys.stderr)  # noqa: T201
         sys.exit(EXIT_WRONG_INPUT)

@@ -13,6 +13,7 @@ from rich.table import Table
 import quantpress
 from quantpress.cli.engines.vllm_here import vllm_lines
 from quantpress.cli.output import Outcome
+from quantpress.errors import extra
 
 PACKAGES = ("torch", "transformers", "kvpress", "triton", "ray")
 
@@ -117,9 +118,9 @@ def _version(package: str) -> str | None:
 
 def _missing(package: str) -> str:
     if package == "kvpress":
-        return 'not installed: no eviction presses (pip install "quantpress[kvpress]")'
+        return f"not installed: no eviction presses (pip install {extra('kvpress')})"
     if package == "ray":
-        return 'not installed: `batch` answers in one process (pip install "quantpress[ray]")'
+        return f"not installed: `batch` answers in one process (pip install {extra('ray')})"
     return "not installed"
 
 
@@ -180,15 +181,23 @@ def _fallbacks(
         return ("everything: triton is not installed (pip install triton)",)
     from quantpress.kernels.attend.triton_attend import MOST_HEAD_DIM
     from quantpress.kernels.available import LEAST_CAPABILITY
-    from quantpress.kernels.encode.triton_encode import MAX_CHANNELS  # imports triton
+    from quantpress.kernels.encode.triton_encode import (  # imports triton
+        MAX_CHANNELS,
+        MAX_IN_TENSOR_MEMORY,
+    )
 
     old = [one.name for one in devices if tuple(map(int, one.capability.split("."))) < LEAST_CAPABILITY]
+    recent = [one.name for one in devices if 10 <= float(one.capability) < 12]  # sums in tensor memory
     least = ".".join(map(str, LEAST_CAPABILITY))
     return (
         *(f"everything on {name}: its compute capability is below {least}" for name in old),
         f"attention at a head_dim above {MOST_HEAD_DIM}: no kernel covers it",
         "attention under a mask that hides more than padding on the left: the same",
         f"encoding groups of more than {MAX_CHANNELS} channels: the same",
+        *(
+            f"encoding groups of more than {MAX_IN_TENSOR_MEMORY} channels on {name}: the same"
+            for name in recent
+        ),
     )
 
 

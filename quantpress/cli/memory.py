@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from quantpress.cli.arguments import Presses, byte_count
-from quantpress.cli.engines.memory import EngineSized, check_options
+from quantpress.cli.engines.memory import MAX_NUM_SEQS, EngineSized, check_options
 from quantpress.cli.output import Outcome
 
 if TYPE_CHECKING:
@@ -203,8 +203,9 @@ def memory(
         ),
     ] = None,
     max_num_seqs: Annotated[
-        int, typer.Option(help="With --engine: most sequences at a time, as vLLM is told.", min=1)
-    ] = 64,
+        int | None,
+        typer.Option(help="With --engine: most sequences at a time, as vLLM is told; left out, 64.", min=1),
+    ] = None,
     plan: Annotated[
         str | None,
         typer.Option(help="With --engine: a file of `quantpress fit`, with the widths of each layer."),
@@ -218,7 +219,7 @@ def memory(
 
     if names:
         return Known(tuple(known_models().values()))
-    check_options(engine, press, kv_cache_dtype, plan)
+    check_options(engine, press, kv_cache_dtype, max_num_seqs, plan)
     available, own_weights = (None if one is None else byte_count(one) for one in (gpu, weights))
     _import_quickly()
     from quantpress.evaluation.sizing.memory_plan import Planner
@@ -232,9 +233,8 @@ def memory(
     if engine is not None:
         from quantpress.evaluation.sizing.engine_plan import EngineAsked
 
-        return EngineSized.of(
-            known, EngineAsked(context, batch, max_num_seqs, available), kv_cache_dtype, plan
-        )
+        asked = EngineAsked(context, batch, max_num_seqs or MAX_NUM_SEQS, available)
+        return EngineSized.of(known, asked, kv_cache_dtype, plan)
     planners = [Planner(known, one) for one in (None, *(one for one in made if one is not None))]
     plans = tuple(planner.plan(context, batch) for planner in planners)
     capacities = (

@@ -51,10 +51,11 @@ class Packed(Outcome):
     def __rich__(self) -> Text:
         from quantpress.pipelines.report import format_bytes
 
+        press = f"under {self.press}" if self.press != "None" else "without a press"
         return Text(
             f"{self.file}: {self.tokens:,} tokens in {format_bytes(self.file_bytes)}, "
-            f"{self.bits_per_value:.2f} bits a value, read by {self.model} under {self.press}. It contains "
-            "the text: only you can read it."
+            f"{self.bits_per_value:.2f} bits a value, read by {self.model} {press}. It contains the text: "
+            "only you can read it."
         )
 
 

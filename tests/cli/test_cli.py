@@ -5,6 +5,7 @@ import os
 import shlex
 import subprocess
 import sys
+import warnings
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from types import SimpleNamespace
@@ -228,3 +229,16 @@ def test_what_falls_back_has_its_reason(
     lines = doctor._fallbacks({"triton": triton}, cuda, devices)
     assert reason in lines[0]
     assert ("everything" in lines[0]) == (capability != "9.0" or triton is None)
+
+
+@pytest.mark.filterwarnings("always")
+def test_a_warning_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def warns() -> None:
+        warnings.warn("nothing was packed", stacklevel=1)
+        warnings.warn("old", FutureWarning, stacklevel=1)
+
+    monkeypatch.setattr(cli, "app", warns)
+    before = warnings.showwarning
+    cli.main()
+    expected = "quantpress: warning: nothing was packed\nquantpress: warning: FutureWarning: old\n"
+    assert capsys.readouterr() == ("", expected) and warnings.showwarning is before

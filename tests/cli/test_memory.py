@@ -168,5 +168,7 @@ def test_memory_in_an_engine(tmp_path: Path) -> None:
         memory.memory("llama-3.1-8b", plan="plan.json")
     with pytest.raises(InvalidInputError, match="--kv-cache-dtype is for --engine"):
         memory.memory("llama-3.1-8b", kv_cache_dtype=["quantpress_4bit"])
+    with pytest.raises(InvalidInputError, match=r"--max-num-seqs is for --engine vllm; .* give --batch"):
+        memory.memory("llama-3.1-8b", max_num_seqs=3)
     with pytest.raises(InvalidInputError, match="takes no --press"):
         memory.memory("llama-3.1-8b", engine="vllm", press=["SnapKV"])

@@ -20,12 +20,12 @@ from tests.pipelines.words import ours, text, word_tokenizer
 
 
 def served_once(
-    monkeypatch: pytest.MonkeyPatch, contents: list[str], **options: Any
+    monkeypatch: pytest.MonkeyPatch, contents: list[str], pipe: Any = None, **options: Any
 ) -> tuple[list[str], list[str]]:
     """What the command says, and what it answers to a conversation before Ctrl-C ends it."""
     for needed in serve.NEEDED:
         pytest.importorskip(needed)
-    monkeypatch.setattr(loading, "load_pipeline", lambda *_: ours(chat=True))
+    monkeypatch.setattr(loading, "load_pipeline", lambda *_: ours(chat=True) if pipe is None else pipe)
     said, answers = [], list[str]()
 
     def echo(line: str, err: bool = False) -> None:

@@ -104,10 +104,30 @@ def test_layers_that_are_not_packed_are_left_out() -> None:
         (300, {"queries": 0}, "queries is 0"),
         (300, {"queries": 301}, "1 to 300"),
         (300, {"press": TurboQuant(detect_sinks=3)}, "detect_sinks=0"),
-        (300, {"press": "TurboQuant"}, "press is 'TurboQuant'; give a TurboQuant"),
+        (
+            300,
+            {"press": "SnapKV(0.5) | TurboQuant"},
+            r"press is Compose\(SnapKV.*give a TurboQuant",
+        ),
     ],
     ids=str,
 )
 def test_what_cannot_be_compared_is_refused(tokens: int, options: dict[str, Any], reason: str) -> None:
     with pytest.raises(InvalidInputError, match=reason):
         attention_fidelity(tiny_model("llama"), prompt(tokens), **options)
+
+
+def test_a_press_may_be_a_class_or_text() -> None:
+    model, ids = tiny_model("llama"), prompt(300)
+    expected = attention_fidelity(model, ids)
+    for press in (TurboQuant, "TurboQuant(4)", [TurboQuant]):
+        assert attention_fidelity(model, ids, press) == expected
+
+
+def test_what_is_no_token_ids_and_no_figure_is_named() -> None:
+    model = tiny_model("llama")
+    for given, shown in ((prompt(300)[0], r"\[300\]"), ("text", "str")):
+        with pytest.raises(InvalidInputError, match=f"input_ids is .*{shown}.*; give a tensor of token ids"):
+            attention_fidelity(model, given)  # type: ignore[arg-type]
+    with pytest.raises(InvalidInputError, match="no figure 'top_1'; did you mean 'top1'"):
+        attention_fidelity(model, prompt(300)).mean("top_1")

@@ -1,5 +1,8 @@
 """The few instructions of PTX that the kernels' assembly uses, in numpy."""
 
+import functools
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -12,22 +15,35 @@ def run_ptx(text: str, inputs: list[Words], outputs: int) -> list[Words]:
     shape = np.broadcast_shapes(*(word.shape for word in inputs))
 
     def read(name: str) -> Words:
-        if name in registers:
-            return registers[name]
-        number = int(name[2:], 16) if name.startswith("0f") else int(name, 0)
-        return np.full(shape, number & 0xFFFFFFFF, np.uint32)
+        return registers[name] if name in registers else _number(name, len(shape))
 
-    body = text[text.index("\n") : text.rindex("}")]
-    for line in filter(None, (part.strip() for part in body.split(";"))):
-        name, rest = line.split(None, 1)
-        target, *sources = (part.strip() for part in rest.split(","))
+    for name, target, sources in _steps(text):
         if target.startswith("{"):  # the halves of a word
             word = read(sources[1])
             registers[target[1:]] = word & np.uint32(0xFFFF)
             registers[sources[0][:-1]] = word >> np.uint32(16)
             continue
         registers[target] = _step(name, [read(source) for source in sources])
-    return [registers[f"${i}"] for i in range(outputs)]
+    results = [registers[f"${i}"] for i in range(outputs)]
+    return [word if word.shape == shape else np.broadcast_to(word, shape).copy() for word in results]
+
+
+@functools.cache
+def _steps(text: str) -> list[tuple[str, str, list[str]]]:
+    """Each line's instruction, target and sources."""
+    body, found = text[text.index("\n") : text.rindex("}")], []
+    for line in filter(None, (part.strip() for part in body.split(";"))):
+        name, rest = line.split(None, 1)
+        target, *sources = (part.strip() for part in rest.split(","))
+        found.append((name, target, sources))
+    return found
+
+
+@functools.cache
+def _number(name: str, axes: int) -> Words:
+    """One of the text, as an array of one element."""
+    number = int(name[2:], 16) if name.startswith("0f") else int(name, 0)
+    return np.full((1,) * axes, number & 0xFFFFFFFF, np.uint32)
 
 
 def _step(name: str, words: list[Words]) -> Words:
@@ -38,9 +54,9 @@ def _step(name: str, words: list[Words]) -> Words:
     if name == "shfl.sync.idx.b32":
         return _from_lane(*words[:2])
     if name in ("fma.rn.f16x2", "fma.rn.sat.f16x2"):
-        x = [np.ascontiguousarray(word).view(np.float16).astype(np.float64) for word in words]
+        x = [_pair(word, np.float16).astype(np.float64) for word in words]
         exact = x[0] * x[1] + x[2]
-        return np.float16(exact.clip(0, 1) if ".sat" in name else exact).view(np.uint32)
+        return _word(np.float16(exact.clip(0, 1) if ".sat" in name else exact))
     if ".f32" in name:
         return _floating(name, [word.view(np.float32) for word in words]).view(np.uint32)
     first, *others = words
@@ -72,8 +88,8 @@ def _step(name: str, words: list[Words]) -> Words:
         "min.u16x2",
         "min.f16x2",
     ):  # float16 numbers above 0 are in the order of their bits
-        halves = (np.ascontiguousarray(word).view(np.uint16) for word in (first, others[0]))
-        return (np.add if name[0] == "a" else np.minimum)(*halves).view(np.uint32)
+        halves = (_pair(word, np.uint16) for word in (first, others[0]))
+        return _word((np.add if name[0] == "a" else np.minimum)(*halves))
     if name == "mul.hi.u32":
         return (first.astype(np.uint64) * others[0] >> np.uint64(32)).astype(np.uint32)
     if name == "mad.lo.u32":
@@ -81,6 +97,15 @@ def _step(name: str, words: list[Words]) -> Words:
     two = {"add.u32": np.add, "and.b32": np.bitwise_and, "or.b32": np.bitwise_or, "xor.b32": np.bitwise_xor}
     two |= {"shl.b32": np.left_shift, "shr.u32": np.right_shift}
     return np.asarray(two[name](first, others[0]), np.uint32)
+
+
+def _pair(word: Words, kind: type[Any]) -> NDArray[Any]:
+    """Two numbers of 16 bits a word, along a new axis."""
+    return np.ascontiguousarray(word)[..., None].view(kind)
+
+
+def _word(pair: NDArray[Any]) -> Words:
+    return np.ascontiguousarray(pair).view(np.uint32)[..., 0]
 
 
 def _floating(name: str, x: list[NDArray[np.float32]]) -> NDArray[np.float32]:
@@ -163,6 +188,8 @@ def _halves(word: Words) -> Words:
 
 def _permuted(a: Words, b: Words, selector: Words) -> Words:
     """Byte k of the result is the one that nibble k selects; where its upper bit is set, that one's sign."""
+    if selector.size == 1:  # the same bytes of every pair
+        return _chosen(a, b, int(selector.flat[0]))
     both = a.astype(np.uint64) | b.astype(np.uint64) << np.uint64(32)
     out = np.zeros_like(selector)
     for k in range(4):
@@ -172,3 +199,15 @@ def _permuted(a: Words, b: Words, selector: Words) -> Words:
             byte = np.where(nibble & 8, np.where(byte & 128, np.uint32(255), np.uint32(0)), byte)
         out = out | byte << np.uint32(8 * k)
     return out
+
+
+def _chosen(a: Words, b: Words, selector: int) -> Words:
+    shape = np.broadcast_shapes(a.shape, b.shape)
+    pair = np.empty((*shape, 2), np.uint32)
+    pair[..., 0], pair[..., 1] = a, b
+    nibbles = [selector >> 4 * k & 15 for k in range(4)]
+    found = pair.view(np.uint8)[..., [nibble & 7 for nibble in nibbles]]
+    for k, nibble in enumerate(nibbles):
+        if nibble & 8:
+            found[..., k] = np.where(found[..., k] & 128, 255, 0)
+    return np.ascontiguousarray(found).view(np.uint32)[..., 0]

@@ -5,6 +5,7 @@ import subprocess
 import tempfile
 from typing import Any
 
+import pytest
 import torch
 
 from quantpress.kernels.available import FUSED
@@ -25,6 +26,11 @@ POINTERS = {
     torch.int16: "*i16",
     torch.int64: "*i64",
 }
+
+
+def more(*values: Any) -> Any:
+    """A combination that `make test` leaves to `make test-combinations`; others show each thing in it."""
+    return pytest.param(*values, marks=pytest.mark.combination)
 
 
 def transform_of(spec: CodecSpec, heads: int = HEADS, batch: int = BATCH) -> ChannelTransform:

@@ -7,9 +7,11 @@ import pytest
 from transformers import DynamicCache, GenerationConfig, TextStreamer
 
 from quantpress.errors import CompositionError, ContextTooLongError, EmptyContextError, InvalidInputError
-from quantpress.presses import Knorm, SnapKV, TurboQuant
+from quantpress.pipelines.text_generation import TextGenerationPipeline
+from quantpress.presses import Demote, Knorm, SnapKV, TurboQuant
 from tests.pipelines.cases import CONTEXT, DECODING, PRESSES, QUESTIONS, SNAP, UNEQUAL
 from tests.pipelines.words import ours, text, theirs, word_tokenizer
+from tests.tiny_models import tiny_model
 
 
 @pytest.mark.parametrize(
@@ -67,6 +69,24 @@ def test_wrong_arguments_are_named(arguments, words):
 def test_presses_that_do_not_go_together_are_refused_when_the_pipeline_is_made():
     with pytest.raises(CompositionError):
         ours(press=[TurboQuant, Knorm])
+
+
+def test_arguments_without_a_name_are_not_left_out():
+    with pytest.raises(InvalidInputError, match=r"'w1', TurboQuant.* has no name; write"):
+        ours()(CONTEXT, "w1", TurboQuant(4))
+
+
+def test_a_tokenizer_is_asked_for():
+    with pytest.raises(InvalidInputError, match="no tokenizer for LlamaForCausalLM; give tokenizer="):
+        TextGenerationPipeline(model=tiny_model("llama"))
+
+
+@pytest.mark.parametrize("press", [Demote(Knorm(0.5)), Demote, "Demote(Knorm(0.5))"])
+def test_a_press_that_does_nothing_by_itself_is_refused(press):
+    with pytest.raises(
+        CompositionError, match=r"Demote.* evicts nothing by itself; put TurboQuant\(\) behind"
+    ):
+        ours()(CONTEXT, press=press)
 
 
 def test_harmless_values_of_refused_arguments_pass():

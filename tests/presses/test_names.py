@@ -9,7 +9,7 @@ import pytest
 
 import quantpress.presses as presses
 from quantpress.errors import InvalidInputError
-from quantpress.presses import LUKV, AdaKV, CriticalKV, Knorm, SnapKV, StreamingLLM, ThinK
+from quantpress.presses import LUKV, AdaKV, ChunkKV, CriticalKV, Knorm, SnapKV, StreamingLLM, ThinK
 from quantpress.presses.base import EvictingPress, WrappingPress
 from tests.grids import covering
 
@@ -80,6 +80,11 @@ def test_wrapping_presses_have_a_scorer_by_default(name: str) -> None:
     [
         (lambda: SnapKV(0.5, window_size="64"), "SnapKV: window_size is '64'; give a whole number"),
         (lambda: LUKV(sink=True), "LUKV: sink is True; give a whole number"),
+        (lambda: SnapKV(0.5, window_size=0), "SnapKV: window_size is 0; give a whole number, 1 or more"),
+        (lambda: SnapKV(0.5, kernel_size=4), "SnapKV: kernel_size is 4; give an odd whole number, 1 or more"),
+        (lambda: StreamingLLM(0.5, n_sink=-1), "StreamingLLM: n_sink is -1; give a whole number, 0 or more"),
+        (lambda: ChunkKV(chunk_length=0), "ChunkKV: chunk_length is 0; give a whole number, 1 or more"),
+        (lambda: AdaKV(alpha_safeguard=2), "AdaKV: alpha_safeguard should be in"),
         (lambda: SnapKV(ratio=0.3), "SnapKV has no argument 'ratio'; did you mean 'compression_ratio'"),
         (lambda: SnapKV(bits=4), r"SnapKV has no argument 'bits'; .* TurboQuant\(bits="),
         (lambda: AdaKV(compression_ratio=0.3), r"AdaKV has no argument .* AdaKV\(SnapKV\(compression_ratio"),

@@ -13,6 +13,7 @@ from quantpress.kernels.attend.calls.settings import (
     PLAIN_PROGRAMS,
     block_rows,
     most_planes,
+    numbers_in_lanes,
     opens_call,
     split_count,
     stages_words,
@@ -393,6 +394,7 @@ class Call:
                 CAPPED=self.softcap > 0,
                 CHAINED=self.chained,
                 AHEAD=self.ahead,
+                IN_LANES=self._in_lanes(),
                 num_warps=1,
                 maxnreg=255,  # left out, the assembler saves registers for more programs than run at a time
                 **self.options,
@@ -403,6 +405,11 @@ class Call:
         from quantpress.kernels.attend.lookup import lookup_table
 
         return lookup_table(self.keys.codebook, self.values.codebook, self.query.device)
+
+    def _in_lanes(self) -> int:
+        if self.table is not None:  # not timed; most of these numbers are read there
+            return 0
+        return numbers_in_lanes(self.keys, self.values, self.computed, self.query.device)
 
     def _steps(self) -> int:
         return steps_of_page(self.keys, self.values, self.computed, self.table is not None)

@@ -5,8 +5,9 @@ import math
 import torch
 
 from quantpress.kernels.attend.merge.settings import MERGED
-from quantpress.kernels.attend.operands import KernelOperands, PartOperands
+from quantpress.kernels.attend.operands import KernelOperands, PartOperands, ScalarOperands
 from quantpress.kernels.attend.schedule import PROGRAMS
+from quantpress.kernels.available import is_hopper
 from quantpress.kernels.rotation_matrix import padded
 
 FEW_ROWS = 4
@@ -81,6 +82,23 @@ def steps_of_page(keys: KernelOperands, values: KernelOperands, rows: int, paged
     planes = most_planes(keys, values)
     many = (bits == 4 and (paged or not few)) or (planes == 3 and not few) or planes > 3
     return 2 if large or many else 1
+
+
+def numbers_in_lanes(keys: KernelOperands, values: KernelOperands, rows: int, device: torch.device) -> int:
+    """Which numbers the split kernel keeps in lanes (its IN_LANES): where that was faster on Hopper.
+
+    It is a matter of what the assembler makes of a kernel, and nothing else tells than the time: the head's
+    number with 2-bit values and an even width of keys at a head_dim of 256, that of the program, too, with
+    keys of 4 bits and eight rows at 128. The same was slower with four rows at 128, and at 4/4 and 3/2 bits
+    with four rows at 256 (benchmarks/LOG.md).
+    """
+    for one in (keys, values):
+        if not isinstance(one, ScalarOperands) or one.fine or one.page_keys or not is_hopper(device):
+            return 0
+    bits, head_dim = (keys.bits, values.bits), keys.head_dim
+    if head_dim == 256:
+        return int(bits in ((2, 2), (4, 2)))
+    return 2 if head_dim == 128 and FEW_ROWS < rows <= 8 and bits in ((4, 4), (4, 2)) else 0
 
 
 def stages_words(keys: KernelOperands, values: KernelOperands, steps: int, device: torch.device) -> bool:

@@ -118,6 +118,8 @@ def batch(
     check_loading(model, None if address else device, dtype)
     if address is not None:
         import_ray()
+    elif cores is not None:
+        raise InvalidInputError(f"--cores {cores} is for a Ray cluster; give its --address, too")
     from quantpress.evaluation.sizing.kept_tokens import described
     from quantpress.pipelines.contexts.cached_context import check_saved
     from quantpress.presses.expression import parse_press

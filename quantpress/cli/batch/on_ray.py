@@ -15,7 +15,7 @@ from typing import Any
 from quantpress.cli.arguments import is_url
 from quantpress.cli.batch.documents import Document
 from quantpress.cli.batch.worker import Job, Result, Worker
-from quantpress.errors import InvalidInputError, MissingPackageError, QuantPressError
+from quantpress.errors import InvalidInputError, MissingPackageError, QuantPressError, extra
 
 LOCAL = "local"
 MOST_TRIES = 3
@@ -34,7 +34,7 @@ def import_ray() -> Any:
         import ray
     except ImportError as error:
         raise MissingPackageError(
-            f'--address needs Ray, which cannot be imported ({error}); pip install "quantpress[ray]", or '
+            f"--address needs Ray, which cannot be imported ({error}); pip install {extra('ray')}, or "
             "leave --address out to answer in one process"
         ) from error
     return ray

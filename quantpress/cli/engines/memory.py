@@ -14,12 +14,22 @@ if TYPE_CHECKING:
     from quantpress.evaluation.sizing.model_outline import ModelOutline
 
 
+MAX_NUM_SEQS = 64
+"""Sequences at a time, unless the command is told otherwise."""
+
+
 def check_options(
-    engine: str | None, press: list[str] | None, dtypes: list[str] | None, plan: str | None
+    engine: str | None,
+    press: list[str] | None,
+    dtypes: list[str] | None,
+    max_num_seqs: int | None,
+    plan: str | None,
 ) -> None:
     """Refuse options of an engine without one, and presses with one."""
     if engine is None and dtypes:
         raise InvalidInputError("--kv-cache-dtype is for --engine vllm; without an engine give --press")
+    if engine is None and max_num_seqs:
+        raise InvalidInputError("--max-num-seqs is for --engine vllm; without an engine give --batch")
     if engine is None and plan:
         raise InvalidInputError(
             f"--plan is for --engine vllm; without an engine give --press \"TurboQuant(plan='{plan}')\""

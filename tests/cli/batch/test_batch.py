@@ -224,6 +224,7 @@ def test_what_would_fail_every_document_ends_the_run(
         (["--questions", "empty.txt"], "empty.txt has no"),
         (["--pattern", "*.pdf"], r"documents has no file '\*\.pdf'"),
         (["--store-bytes", "5"], "'5' has no unit"),
+        (["--cores", "2"], "--cores 2 is for a Ray cluster; give its --address, too"),
         (["--store", "s4://bucket"], "Protocol not known: s4"),
         (["-p", "Knormm"], "no press 'Knormm'"),
     ],
@@ -240,7 +241,7 @@ def test_wrong_options_are_refused_before_a_model_is_loaded(
 
 def test_a_folder_is_needed_and_ray_for_an_address(batch: Batch, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "ray", None)
-    with pytest.raises(MissingPackageError, match=r"--address needs Ray.*quantpress\[ray\].*leave --address"):
+    with pytest.raises(MissingPackageError, match=r"--address needs Ray.*\.\[ray\].*leave --address"):
         batch("--address", "auto")
     result = CliRunner().invoke(
         cli.app, ["batch", "nowhere", "--questions", "questions.txt", "--out", "a"], catch_exceptions=True

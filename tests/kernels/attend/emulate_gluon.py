@@ -179,6 +179,8 @@ class Language:
         if asm.startswith("shfl.sync.bfly"):  # of rows whose channels the lanes share, neighbours together
             x, bit = args
             return x[..., torch.arange(x.shape[-1]) ^ bit * (x.shape[-1] // 32)]
+        if "%lanemask_eq" in asm:  # only where a number is kept changes
+            return args[0]
         if asm.startswith("ex2.approx"):
             return torch.exp2(args[0]).as_subclass(Tile)
         if asm.startswith("rcp.approx"):

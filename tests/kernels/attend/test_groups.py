@@ -228,7 +228,7 @@ def test_kernel_compiles_without_a_gpu(
     constants |= {"HALVES": steps_of_groups(rows, heads > 0), "STAGED": False, "PAGE_KEYS": False}
     constants |= {"K_BITS": keys[0], "V_BITS": values[0], "K_SIGNS": keys[0] == 1, "V_SIGNS": False}
     constants |= {"K_FINE": False, "V_FINE": False, "CAPPED": capability == 80, "CHAINED": capability >= 90}
-    constants |= {"AHEAD": False}
+    constants |= {"AHEAD": False, "IN_LANES": 0}
     constants |= {"USED": heads > 0, "STARTS": heads > 0, "HEADS": heads, "SCHEDULED": heads == 1}
     constants |= {"OPENS": True, "TILE": tile_tokens(rows, 128), "SHARED": heads == 0, "SLOTS": heads > 0}
     constants |= dict.fromkeys(("HAS_WEIGHT", "HAS_MEAN", "RECENT_USED", "RECENT_STARTS"), True)

@@ -37,7 +37,7 @@ from tests.kernels.attend.test_attend import pooled, side_by_side
 from tests.kernels.attend.test_triton_attend import compiled, double_attention, unused
 from tests.kernels.interpreter import interpret
 from tests.kernels.ptx import run_ptx
-from tests.kernels.triton_cases import resources
+from tests.kernels.triton_cases import more, resources
 
 CPU = torch.device("cpu")
 INTERPRETED = [
@@ -184,14 +184,14 @@ def test_assembly_looks_levels_up(bits: int, form: str) -> None:
     [
         ((128,), (128,), (4, 2), 128, 4, 80, 0),
         ((64, 64), (64, 64), (4, 3, 4, 3), 128, 8, 90, 1),
-        ((128, 128), (128,), (3, 1, 3), 128, 8, 90, 0),
+        more((128, 128), (128,), (3, 1, 3), 128, 8, 90, 0),
         ((32, 96), (128,), (3, 2, 8), 128, 16, 100, 64),
-        ((256,), (256,), (1, 4), 256, 8, 100, 0),
-        ((128,), (128,), (-1, -1), 128, 4, 90, 0),
+        more((256,), (256,), (1, 4), 256, 8, 100, 0),
+        more((128,), (128,), (-1, -1), 128, 4, 90, 0),
         ((64,), (64,), (-3, -1), 64, 8, 100, 1),
         ((64,), (64,), (-2, -4), 64, 16, 80, 64),
-        ((48, 48), (96,), (4, 3, 2), 96, 8, 90, 0),
-        ((200,), (200,), (4, 3), 200, 8, 100, 1),
+        more((48, 48), (96,), (4, 3, 2), 96, 8, 90, 0),
+        more((200,), (200,), (4, 3), 200, 8, 100, 1),
     ],
 )
 def test_kernels_compile_without_a_gpu(

@@ -407,6 +407,28 @@ def test_words_are_read_once(
     assert int((times[0] > 1).sum()) <= ahead * page // 32, "behind the last page all lanes load the same"
 
 
+@pytest.mark.parametrize(
+    ("key_bits", "value_bits", "dim", "queries", "lanes"),
+    [(4, 2, 128, 2, 2), (4, 4, 128, 2, 2), (4, 4, 128, 1, 0), (2, 2, 256, 1, 1), (4, 4, 256, 1, 0)],
+)
+def test_numbers_in_lanes(
+    key_bits: int,
+    value_bits: int,
+    dim: int,
+    queries: int,
+    lanes: int,
+    emulated: Emulated,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """On Hopper, where it was faster; sums are the same."""
+    keys, values = packed(dim, dim, key_bits), packed(dim, dim, value_bits)
+    pages = PackedSegment(keys.keys, values.values)
+    check(*run(pages, queries))
+    monkeypatch.setattr(settings, "is_hopper", lambda device: True)
+    check(*run(pages, queries))
+    assert [launch["IN_LANES"] for launch in emulated.launches] == [0, lanes]
+
+
 def test_padding_in_front(emulated: Emulated) -> None:
     """Some tokens of a page, or all pages of a sequence."""
     pages = packed(128, 128, 3)

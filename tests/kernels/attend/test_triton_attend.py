@@ -55,7 +55,7 @@ from tests.kernels.attend.test_attend import (
     side_by_side,
 )
 from tests.kernels.interpreter import interpret
-from tests.kernels.triton_cases import resources
+from tests.kernels.triton_cases import more, resources
 
 PLAIN = ChannelTransform()
 INTERPRETED = [
@@ -188,36 +188,37 @@ def compiled(kernel: Any, constants: dict[str, Any], capability: int, warps: int
 @pytest.mark.parametrize(
     ("key_bits", "value_bits", "dim", "rows", "capability", "heads"),
     [
-        (4, 4, 128, 8, 80, 0),
+        more(4, 4, 128, 8, 80, 0),
         (4, 4, 128, 4, 90, 0),
+        (4, 4, 128, 8, 90, 0),
         (3, 3, 128, 4, 90, 0),
         (4, 4, 128, 4, 100, 0),
-        (2, 2, 128, 8, 100, 0),
-        (3, 2, 128, 4, 90, 1),
-        (4, 3, 128, 16, 90, 64),
+        more(2, 2, 128, 8, 100, 0),
+        more(3, 2, 128, 4, 90, 1),
+        more(4, 3, 128, 16, 90, 64),
         (2, 4, 64, 16, 90, 1),
-        (3, 3, 256, 8, 80, 0),
+        more(3, 3, 256, 8, 80, 0),
         (3, 3, 256, 8, 90, 64),
-        (4, 3, 256, 8, 100, 0),
+        more(4, 3, 256, 8, 100, 0),
         (-2, -2, 128, 4, 80, 0),
-        (-3, -3, 128, 4, 90, 0),
-        (-3, -3, 128, 8, 90, 1),
-        (4, -2, 64, 16, 100, 64),
+        more(-3, -3, 128, 4, 90, 0),
+        more(-3, -3, 128, 8, 90, 1),
+        more(4, -2, 64, 16, 100, 64),
         (-4, -4, 128, 4, 90, 0),
-        (-4, 3, 64, 8, 80, 64),
+        more(-4, 3, 64, 8, 80, 64),
         (-3, -3, 256, 4, 90, 0),
-        (-2, -2, 256, 8, 100, 1),
-        (-4, -4, 256, 4, 80, 0),
-        (1, 3, 128, 8, 90, 1),
+        more(-2, -2, 256, 8, 100, 1),
+        more(-4, -4, 256, 4, 80, 0),
+        more(1, 3, 128, 8, 90, 1),
         (1, 1, 256, 8, 90, 1),
         (8, 4, 128, 8, 80, 0),
-        (8, 3, 128, 8, 90, 1),
+        more(8, 3, 128, 8, 90, 1),
         (4.1, 4.1, 128, 4, 90, 0),
-        (3.1, 2.1, 128, 8, 80, 1),
-        (4, 3.1, 64, 16, 100, 0),
+        more(3.1, 2.1, 128, 8, 80, 1),
+        more(4, 3.1, 64, 16, 100, 0),
         (4, 4, 96, 4, 90, 0),
         (2, 2, 80, 16, 100, 64),
-        (3, 3, 192, 8, 90, 1),
+        more(3, 3, 192, 8, 90, 1),
     ],
 )
 def test_split_kernel_compiles_without_a_gpu(
@@ -264,6 +265,8 @@ def test_split_kernel_compiles_without_a_gpu(
     constants |= dict.fromkeys(("HAS_WEIGHT", "HAS_MEAN", "RECENT_USED", "RECENT_STARTS"), True)
     constants |= {"FIRST_USED": heads > 0, "FIRST_STARTS": False, "AHEAD": ahead}
     constants |= {"FIRST_PAGE": heads and 4, "RECENT_PAGE": heads and 128}
+    lanes = (rows == 8) * 2 if dim == 128 else dim == 256
+    constants |= {"IN_LANES": int(lanes) if capability == 90 and heads == 0 and not ahead else 0}
     constants |= without_second_parts(split_mma_kernel)
     kernel = compiled(split_mma_kernel, constants, capability, 1)
     assert "mma.sync.aligned.m16n8k32.row.col.satfinite.s32.s8.s8.s32" in kernel.asm["ptx"]
@@ -318,7 +321,7 @@ def taps(planes: int) -> tuple[float, ...]:
 
 @pytest.mark.parametrize(
     ("capability", "heads", "dim"),
-    [(80, 0, 64), (90, 64, 256), (100, 32, 128), (90, 32, 256), (90, 0, 96)],
+    [(80, 0, 64), (90, 64, 256), (100, 32, 128), more(90, 32, 256), more(90, 0, 96)],
 )
 def test_kernels_around_it_compile_without_a_gpu(capability: int, heads: int, dim: int) -> None:
     pytest.importorskip("triton")

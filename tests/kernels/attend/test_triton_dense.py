@@ -11,7 +11,7 @@ from quantpress.kernels.attend.operands import PackedSegment
 from quantpress.kernels.attend.triton_dense import attend_dense, dense_splits, supports_dense
 from tests.kernels.attend.test_attend import packed
 from tests.kernels.interpreter import interpret
-from tests.kernels.triton_cases import compile_only
+from tests.kernels.triton_cases import compile_only, more
 
 CASES = [
     [1, 64, 64, 1, "float32", ""],
@@ -105,8 +105,8 @@ def test_interpreter() -> None:
         (80, 32, torch.float32),
         (90, 128, torch.bfloat16),
         (100, 256, torch.bfloat16),
-        (90, 256, torch.float32),
-        (90, 96, torch.bfloat16),
+        more(90, 256, torch.float32),
+        more(90, 96, torch.bfloat16),
     ],
     ids=str,
 )

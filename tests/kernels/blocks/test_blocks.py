@@ -18,7 +18,7 @@ from quantpress.quantization.query_moments import QueryMoments
 from quantpress.quantization.spec import CodecSpec
 from quantpress.quantization.transform import ChannelTransform
 from tests.kernels.interpreter import interpret
-from tests.kernels.triton_cases import compile_only, resources, vectors
+from tests.kernels.triton_cases import compile_only, more, resources, vectors
 
 HEADS, BLOCKS = 2, 5
 CASES = [(64, 2, 3), (64, 4, 2), (128, 3, 4), (256, 4, 3), (96, 4, 2), (80, 3, 4), (192, 2, 3)]
@@ -260,8 +260,8 @@ def interpreted() -> None:
         (64, (4, 2), 80),
         (128, (4, 3), 100),
         (96, (4, 2), 90),
-        (80, (2, 3), 100),
-        pytest.param(256, (3, 4), 90, marks=pytest.mark.slow),
+        more(80, (2, 3), 100),
+        more(256, (3, 4), 90),
     ],
     ids=str,
 )

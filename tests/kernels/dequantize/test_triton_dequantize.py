@@ -13,7 +13,7 @@ from quantpress.kernels.layout import PAGE_TOKENS
 from quantpress.quantization.spec import CodecSpec
 from quantpress.quantization.transform import ChannelTransform
 from tests.kernels.interpreter import interpret
-from tests.kernels.triton_cases import case_specs, compile_only, transform_of, vectors
+from tests.kernels.triton_cases import case_specs, compile_only, more, transform_of, vectors
 
 pytest.importorskip("triton")
 
@@ -70,11 +70,11 @@ def interpreted(role: str) -> None:
     ("spec", "capability"),
     [
         (CodecSpec(128, 4, "key"), 100),
-        (CodecSpec(128, 3, "value"), 90),
+        more(CodecSpec(128, 3, "value"), 90),
         (CodecSpec(80, 1, "value"), 80),
-        (CodecSpec(256, 8, "value"), 80),
+        more(CodecSpec(256, 8, "value"), 80),
         (sketched(128, 4, "key"), 90),
-        (sketched(128, 3, "key"), 100),
+        more(sketched(128, 3, "key"), 100),
     ],
     ids=lambda x: f"{x.head_dim}-{x.bits}-{x.role}-{x.estimator}" if isinstance(x, CodecSpec) else str(x),
 )

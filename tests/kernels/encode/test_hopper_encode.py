@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from quantpress.errors import NonFiniteError
+from quantpress.kernels.available import HOPPER
 from quantpress.kernels.encode import hopper_encode
 from quantpress.kernels.encode.octets import (
     FACTOR,
@@ -311,7 +312,7 @@ def launched(x: torch.Tensor, spec: CodecSpec, transform: ChannelTransform) -> i
     """The flag of the first launch on a GPU, which has to be the Hopper kernel's."""
     from quantpress.kernels.encode.triton_encode import launch_encode
 
-    if torch.cuda.get_device_capability()[0] != hopper_encode.HOPPER:
+    if torch.cuda.get_device_capability()[0] != HOPPER:
         pytest.skip("needs compute capability 9.x")
     x, transform = x.cuda(), transform.map(lambda part: part.cuda())
     assert hopper_encode.covers(x, spec, transform)

@@ -14,12 +14,12 @@ from quantpress.kernels.layout import PAGE_TOKENS
 from quantpress.quantization.spec import CodecSpec
 from quantpress.quantization.transform import ChannelTransform
 from tests.kernels.interpreter import interpret
-from tests.kernels.triton_cases import HEADS, case_specs, check, compile_only, transform_of, vectors
+from tests.kernels.triton_cases import HEADS, case_specs, check, compile_only, more, transform_of, vectors
 
 pytest.importorskip("triton")
 
 SHAPES = [(128, bits) for bits in (1, 2, 3, 4, 8, 2.5, 3.5)]
-SHAPES += [(dim, bits) for dim in (64, 80, 96, 256) for bits in (2.5, 3, 4)]
+SHAPES += [(dim, bits) for dim in (64, 80, 96, 192, 256) for bits in (2.5, 3, 4)]
 
 
 def test_interpreted() -> None:
@@ -73,10 +73,12 @@ def interpreted(role: str) -> None:
         (CodecSpec(128, 4, "key"), torch.bfloat16, True, 80),
         (CodecSpec(128, 3, "value"), torch.bfloat16, False, 100),
         (CodecSpec(64, 2.5, "key"), torch.float16, True, 80),
-        (CodecSpec(80, 1, "value"), torch.float32, True, 100),
-        (CodecSpec(256, 8, "key", codebook="lloyd_max"), torch.float16, False, 90),
+        more(CodecSpec(80, 1, "value"), torch.float32, True, 100),
+        more(CodecSpec(256, 8, "key", codebook="lloyd_max"), torch.float16, False, 90),
         (CodecSpec(128, 8, "key"), torch.bfloat16, True, 90),
         (CodecSpec(96, 2, "value", scale="norm"), torch.bfloat16, False, 80),
+        (CodecSpec(256, 4, "key"), torch.bfloat16, True, 90),
+        (CodecSpec(192, 3, "value"), torch.float32, True, 80),
     ],
     ids=lambda x: f"{x.head_dim}-{x.bits}-{x.role}" if isinstance(x, CodecSpec) else str(x),
 )
@@ -103,6 +105,17 @@ def test_compiles(spec: CodecSpec, dtype: torch.dtype, moved: bool, capability: 
         pytest.skip("Triton before 3.8 lays out more accumulators than tensor memory holds")
     assert compiled.asm["cubin"] and "trap;" not in compiled.asm["ptx"]
     assert compiled.metadata.shared <= (ROOMY_BYTES if roomy else 99 * 1024)
+
+
+def test_wide_groups_need_another_memory_than_that_of_tensor_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    from quantpress.kernels.encode import triton_encode
+
+    wide, narrow = CodecSpec(192, 4, "key"), CodecSpec(256, 3.5, "key")  # the second in two groups of 128
+    x = {spec.head_dim: torch.empty(1, 1, 0, spec.head_dim) for spec in (wide, narrow)}
+    assert all(triton_encode.supports_encode(x[spec.head_dim], spec) for spec in (wide, narrow))
+    monkeypatch.setattr(triton_encode, "has_tensor_memory", lambda device: True)
+    assert not triton_encode.supports_encode(x[192], wide)
+    assert triton_encode.supports_encode(x[256], narrow)
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
@@ -136,7 +149,12 @@ def on_gpu(x: torch.Tensor, spec: CodecSpec, transform: ChannelTransform) -> dic
 @pytest.mark.parametrize("role", ["key", "value"])
 @pytest.mark.parametrize(("dim", "bits"), SHAPES)
 def test_every_width_on_a_gpu(dim: int, bits: float, role: str) -> None:
+    from quantpress.kernels.encode.triton_encode import supports_encode
+
     spec = CodecSpec(dim, bits, role)
+    wide = max(group.channels for group in spec.groups) > 128
+    left = wide and torch.cuda.get_device_capability()[0] in (10, 11)  # to PyTorch
+    assert supports_encode(torch.empty(1, 1, 0, dim, device="cuda"), spec) != left
     for dtype, moved in ((torch.bfloat16, True), (torch.bfloat16, False)):
         x = vectors(dim, dtype, tokens=5 * PAGE_TOKENS, heads=3, batch=2)
         transform = transform_of(spec, heads=3, batch=2) if moved else ChannelTransform()

@@ -10,7 +10,7 @@ from torch import Tensor
 from quantpress.kernels.steps import BlockMaps, StepBuffers, StepRequests, begin_blocks, plan_decodes
 from quantpress.kernels.steps.reference import plan_decodes_reference
 from tests.kernels.interpreter import interpret
-from tests.kernels.triton_cases import compile_only
+from tests.kernels.triton_cases import compile_only, more
 
 SINKS, PAGES, STEP, SPARE = 4, 12, 7, 3
 KINDS = ("inside", "fills", "crosses", "begins", "new", "idle", "dummy", "shares", "no newest")
@@ -143,7 +143,7 @@ def test_interpreted() -> None:
 
 
 @pytest.mark.parametrize(
-    ("rows", "of_block", "capability"), [(16, 1, 80), (1024, 8, 80), (16, 1, 90), (1024, 8, 100)]
+    ("rows", "of_block", "capability"), [(16, 1, 80), more(1024, 8, 80), more(16, 1, 90), (1024, 8, 100)]
 )
 def test_compiles(rows: int, of_block: int, capability: int) -> None:
     pytest.importorskip("triton")

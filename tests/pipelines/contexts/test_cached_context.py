@@ -264,6 +264,8 @@ def test_another_press_is_refused_where_one_is_asked_for(
         CachedContext.load(file, model, press=4)
     with pytest.raises(CacheFileError, match=reason):
         CachedContext.load(file, model, press=press())
+    with pytest.raises(InvalidInputError, match="a TextGenerationPipeline is no model; give one"):
+        CachedContext.load(file, ours())  # type: ignore[arg-type]
 
 
 def test_mutated_files_never_load_wrong(file: Path) -> None:

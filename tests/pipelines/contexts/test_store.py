@@ -69,6 +69,14 @@ def test_a_known_text_is_not_read_again(place: str, monkeypatch: pytest.MonkeyPa
         assert file.stat().st_mode & 0o777 == 0o600 and Path(place).stat().st_mode & 0o777 == 0o700
 
 
+def test_one_press_by_itself_is_found_however_it_is_given(place: str) -> None:
+    pipe, store = ours(), ContextStore(place)
+    store.get_or_read(pipe, LONG, press="TurboQuant(4)")
+    for press in (TurboQuant, TurboQuant(4), [TurboQuant], Compose([TurboQuant]), "TurboQuant"):
+        assert store.get(pipe, LONG, press=press) is not None
+    assert len(kept(store)) == 1
+
+
 def test_what_a_cache_follows_from_is_in_the_key() -> None:
     """And nothing else: another process, another object of the same press."""
     pipe = ours()

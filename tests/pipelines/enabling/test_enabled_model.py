@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -262,3 +263,22 @@ def test_masks_that_an_earlier_press_left_on_the_model_are_not_of_this_cache() -
         assert all(mask is not None for mask in left)
         assert torch.equal(model.generate(IDS, **GREEDY), expected)
         assert [module.masked_key_indices for module in attention_modules(model)] == left
+
+
+def test_a_second_block_over_what_was_disabled_is_refused() -> None:
+    """It would compress nothing, and say nothing."""
+    model = tiny_model("llama")
+    with enable(model, 4) as state:
+        pass
+    with pytest.raises(InvalidInputError, match=r"disabled before.*call enable\(model, ...\) again"), state:
+        pytest.fail("entered")
+    with enable(model, 4):
+        pass
+
+
+@pytest.mark.parametrize("given", [None, "model"])
+def test_what_is_no_model_is_named(given: Any) -> None:
+    message = f"a {type(given).__name__} is no model"
+    for use in (disable, TurboQuant(4), SNAP):
+        with pytest.raises(UnsupportedModelError, match=message), ExitStack() as stack:
+            stack.enter_context(use(given))

@@ -338,3 +338,13 @@ def test_diffusers_flux_and_unet() -> None:
         assert calls is None or len(patch.record.calls) == calls
         assert {call.name for call in patch.record.calls} == {"scaled_dot_product_attention"}
     assert {call.key_shape[2] for call in patch.record.calls} == {256, 64, 20}
+
+
+def test_a_second_block_over_what_was_removed_is_refused() -> None:
+    model = SelfAttention()
+    with patch_attention(model) as patch:
+        model(torch.randn(1, 128, 64))
+    with pytest.raises(InvalidInputError, match="was removed before, and does nothing"), patch:
+        pytest.fail("entered")
+    with patch_attention(model, enabled=False) as unpatched:  # never was there
+        assert not unpatched.active

@@ -13,7 +13,18 @@ from quantpress import enable
 from quantpress.codecs.raw import RawPages
 from quantpress.errors import InvalidInputError
 from quantpress.pipelines.reading.read_context import read_context
-from quantpress.presses import TOVA, Cap, Compactor, Compose, KVCompose, SnapKV, TurboQuant
+from quantpress.presses import (
+    TOVA,
+    AdaKV,
+    Block,
+    Cap,
+    Compactor,
+    Compose,
+    Knorm,
+    KVCompose,
+    SnapKV,
+    TurboQuant,
+)
 from quantpress.presses.expression import parse_press
 from tests.pipelines.words import ours, text
 from tests.presses.matrix import catalogue, make, model_of, refused
@@ -122,3 +133,19 @@ def test_a_press_that_evicts_at_its_exit_is_told_too() -> None:
 @UNPACKED_IS_AN_ERROR
 def test_a_lossless_codec_is_not_warned_of() -> None:
     read(tiny_model("llama"), TurboQuant(codec=lambda dim, *_: RawPages(dim)), prompt(20))
+
+
+@pytest.mark.parametrize(
+    ("press", "has", "needs"),
+    [
+        (kvpress.ObservedAttentionPress(0.5), "sdpa", "eager"),
+        (AdaKV(Knorm(0.5)), "eager", "sdpa"),
+        (Block(Knorm(0.5)), "eager", "sdpa"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else type(value).__name__,
+)
+def test_a_press_that_needs_other_attention_says_which(press: Any, has: str, needs: str) -> None:
+    """A longer context would not help."""
+    message = rf'cannot compress: .*\. Load the model with attn_implementation="{needs}"'
+    with pytest.raises(InvalidInputError, match=message):
+        read(tiny_model("llama", has), Compose([press]), prompt(TOKENS[-1] * 20))
