@@ -105,9 +105,8 @@ def pack_blocks_triton(
 
 
 def pack_warps(arguments: dict[str, Any]) -> int:
-    """Warps of a program of `pack_blocks_kernel`: eight where four would spill a kilobyte of registers."""
-    wide = [arguments[f"{name}_CP"] * arguments[f"{name}_HALVES"] > 128 for name in "KV"]
-    return 8 if any(wide) else 4
+    """Warps of a program of `pack_blocks_kernel`."""
+    return 8 if max(arguments["K_CP"], arguments["V_CP"]) > 128 else 4
 
 
 def pack_programs(entries: int, heads: int) -> int:
@@ -176,7 +175,7 @@ def _side_arguments(name: str, x: Tensor, side: BlockSide, flag: Tensor, device:
     }
     constants = {part: given[f"{part}0"] for part in _SIDE}
     constants |= {part: given[part] for part in ("RULE", "MEAN", "WEIGHT")}
-    if constants["HALVES"] == 2:  # both do not fit into registers and shared memory as a whole
+    if constants["HALVES"] == 2:  # both as a whole take 64 KB of shared memory, and more time
         constants["BK"] = min(constants["BK"], MATRIX_PART)
     return arguments | {f"{name.upper()}_{part}": value for part, value in constants.items()}
 
