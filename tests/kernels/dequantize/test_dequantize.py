@@ -263,7 +263,7 @@ def test_any_codec_brings_vectors_back(
     assert 8 * held == pytest.approx(spec.bits_per_value * x.numel())
     if pages:
         narrow, bound = math.floor(bits), math.sqrt(3) * math.pi / 2 * 4.0 ** -math.floor(bits)
-        if narrow == 8:  # levels are evenly spaced, so that one vector beyond the last level outweighs all others
+        if narrow == 8:  # levels are evenly spaced: one vector beyond the last outweighs all others
             of_each = (decoded - x).square().sum(-1) / x.square().sum(-1)
             assert float(of_each.median()) < 3.0 * bound
         else:
