@@ -144,7 +144,9 @@ class TextGenerationPipeline(Pipeline):
         """Answer questions about a context, or about each of a list of contexts. See the class."""
         if args:  # transformers would leave them out
             unnamed = ", ".join(map(short_repr, args))
-            raise InvalidInputError(f"{unnamed} behind the context has no name; write question=..., press=...")
+            raise InvalidInputError(
+                f"{unnamed} behind the context has no name; write question=..., press=..."
+            )
         context = kwargs.pop("context", inputs)
         batch_size = kwargs.get("batch_size", self._batch_size)
         if batch_size not in (None, 1):
