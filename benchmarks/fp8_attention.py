@@ -82,11 +82,12 @@ def flash_attention() -> Any:
     """vLLM's FlashAttention; None, with the reason printed, where its version 3 cannot be had."""
     try:
         import vllm.vllm_flash_attn as found
-    except Exception as error:  # vLLM raises what it likes where a part of it is missing
-        print(f"FlashAttention 3 is left out: {type(error).__name__}: {error}", file=sys.stderr)
-        return None
-    if not found.is_fa_version_supported(3):
-        print(f"FlashAttention 3 is left out: {found.fa_version_unsupported_reason(3)}", file=sys.stderr)
+
+        lacking = None if found.is_fa_version_supported(3) else found.fa_version_unsupported_reason(3)
+    except Exception as error:  # vLLM raises what it likes where a part of it is missing, here and there
+        lacking = f"{type(error).__name__}: {error}"
+    if lacking is not None:
+        print(f"FlashAttention 3 is left out: {lacking}", file=sys.stderr)
         return None
     return found
 

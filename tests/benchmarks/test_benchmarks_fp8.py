@@ -97,10 +97,19 @@ def test_splits_leave_little_of_the_gpu_idle(
     assert sys.modules["fp8_triton"].split_count(heads, tiles, programs) == expected
 
 
+@pytest.mark.parametrize("missing", ["vllm", "a part of it"])
 def test_without_vllm_only_our_kernel_is_tried(
-    fp8: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    missing: str, fp8: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setitem(sys.modules, "vllm", None)
+    def supported(version: int) -> bool:
+        raise ImportError("file too short")  # of what it loads only now
+
+    library = None if missing == "vllm" else ModuleType("vllm")
+    monkeypatch.setitem(sys.modules, "vllm", library)
+    if library is not None:
+        library.vllm_flash_attn = ModuleType("vllm.vllm_flash_attn")  # type: ignore[attr-defined]
+        library.vllm_flash_attn.is_fa_version_supported = supported
+        monkeypatch.setitem(sys.modules, "vllm.vllm_flash_attn", library.vllm_flash_attn)
     fp8.flash_attention.cache_clear()
     assert {name.split(",")[0] for name, _ in fp8.ways()} == {"Triton"}
     assert "FlashAttention 3 is left out" in capsys.readouterr().err
