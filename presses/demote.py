@@ -95,9 +95,17 @@ class Demote(WrappingPress, BasePress, inner=_snapkv, demotes=True, keeps_tokens
         self._scores[int(module.layer_idx)] = scores.detach()  # type: ignore[arg-type]
         return keys, values
 
+    def __call__(self, model: "PreTrainedModel") -> Any:
+        """Refused: by itself the press does nothing. `Compose` enters `scoring`.
+
+        Raises:
+            CompositionError: always.
+        """
+        return self.composition([self])(model)
+
     @contextmanager
-    def __call__(self, model: "PreTrainedModel") -> Generator[None, None, None]:
-        """Score the tokens of every prefill inside the context."""
+    def scoring(self, model: "PreTrainedModel") -> Generator[None, None, None]:
+        """Score the tokens of every prefill inside the context, for a quantizer that takes the scores."""
         try:
             with super().__call__(model):
                 yield

@@ -8,7 +8,7 @@ a prefill.
 import functools
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -66,7 +66,7 @@ def guarded(press: BasePress, model: "PreTrainedModel") -> Iterator[None]:
     modules = attention_modules(model)
     before = [set(module._forward_hooks) for module in modules]
     supported = isinstance(model, _supported_models() or object) and not _offloaded(modules)
-    with old_names(decoder_of(model), modules), own_heads(press, model), press(_seen_by(press, model)):
+    with old_names(decoder_of(model), modules), own_heads(press, model), _own_context(press, model):
         for module, known in zip(modules, before, strict=True):
             for hook_id in set(module._forward_hooks) - known:
                 if is_sliding(module):
@@ -93,6 +93,14 @@ def named_context(press: BasePress, model: "PreTrainedModel") -> Iterator[None]:
             for hook_id in set(module._forward_hooks) - known:
                 module._forward_hooks[hook_id] = named(press, module._forward_hooks[hook_id])
         yield
+
+
+def _own_context(press: Any, model: "PreTrainedModel") -> AbstractContextManager[Any]:
+    """That of a press among others; some refuse to be entered alone."""
+    context: AbstractContextManager[Any] = (
+        press.scoring(model) if traits_of(press).demotes else press(_seen_by(press, model))
+    )
+    return context
 
 
 def _seen_by(press: BasePress, model: "PreTrainedModel") -> Any:

@@ -275,6 +275,12 @@ def test_refused(name: str) -> None:
         Compose(make())
 
 
+def test_alone_it_is_no_context() -> None:
+    """It would score tokens for nobody."""
+    with pytest.raises(CompositionError, match="put TurboQuant"), Demote(Knorm(0.5))(tiny_model("llama")):
+        pass
+
+
 def test_wrong_arguments() -> None:
     with pytest.raises(UnsupportedBitsError):
         Demote(bits=5)
